@@ -1,0 +1,274 @@
+"""The adapter directory: the product of a run, a few megabytes that any later step starts from.
+
+Files:
+    adapter_config.json         method, options, base model, format version, parameter count
+    adapter_model.safetensors   factors and gate logits, named as in the model
+    README.md                   model card
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from moka_pl.adapters.config import MokaConfig
+from moka_pl.adapters.injection import inject_adapter, moka_layers
+from moka_pl.adapters.model_card import model_card
+from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.version import __version__
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+@dataclass
+class BaseModel:
+    """What an adapter remembers of its base.
+
+    Args:
+        name: Hub id, short name or path, as the user gave it.
+        revision: Hub revision, if one was asked for.
+        fingerprint: Hash of the base's shape and some of its weights; tells bases apart whatever their name.
+        options: Further backbone options needed to build it again (quantisation, compute dtype, …).
+    """
+
+    name: str
+    revision: str | None = None
+    fingerprint: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class AdapterInfo:
+    """The contents of ``adapter_config.json``."""
+
+    config: MokaConfig
+    base: BaseModel
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors by name: factors and gate logits of every adapted layer, nothing frozen."""
+    return {
+        f"{name}.{key}": tensor.detach()
+        for name, layer in moka_layers(model).items()
+        for key, tensor in layer.named_parameters()
+        if key.startswith("moka_")
+    }
+
+
+def save_adapter(
+    path: str | Path,
+    model: nn.Module,
+    config: MokaConfig,
+    base: BaseModel,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes an adapter directory; an older one at ``path`` is replaced only once the new one is whole.
+
+    Args:
+        path: The directory to write.
+        model: A model with injected adapters.
+        config: The adapters' configuration.
+        base: The base model.
+        extra: Further JSON values to keep (metrics, prompt, step).
+
+    Returns:
+        ``path``.
+
+    Raises:
+        AdapterError: If the disk is full or read-only; what was at ``path`` is then still there, intact.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    if not state:
+        raise AdapterError("the model has no adapters to save")
+    described = {
+        "format_version": FORMAT_VERSION,
+        "peft_type": "MOKA",
+        "moka_pl_version": __version__,
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
+        "base_fingerprint": base.fingerprint,
+        "base_options": base.options,
+        "trainable_parameters": sum(tensor.numel() for tensor in state.values()),
+        **config.to_dict(),
+        "effective_scaling": config.effective_scaling,
+        "extra": dict(extra or {}),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            save_file(state, new / WEIGHTS_NAME, metadata={"format": "pt"})
+            (new / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            (new / "README.md").write_text(model_card(described), encoding="utf-8")
+            for file in new.iterdir():
+                _sync(file)
+            _swap(new, path, Path(scratch) / "old")
+    except OSError as error:
+        raise AdapterError(
+            f"cannot save the adapter to {path}: {error.strerror or error}. "
+            "An adapter that was there before is unchanged; free some space or choose another folder"
+        ) from error
+    return path
+
+
+def read_adapter(path: str | Path) -> AdapterInfo:
+    """Reads and checks ``adapter_config.json``.
+
+    Args:
+        path: An adapter directory.
+
+    Returns:
+        Its configuration and base model.
+
+    Raises:
+        AdapterError: If the folder or a file is missing, malformed, of a newer format or another method.
+    """
+    path = Path(path)
+    file = path / CONFIG_NAME
+    if not path.is_dir():
+        raise AdapterError(f"{path} is not an adapter directory: no such folder")
+    if not file.is_file():
+        raise AdapterError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}")
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{file} is damaged: {error}. Copy the adapter again") from error
+    if not isinstance(stored, dict) or stored.get("peft_type") != "MOKA":
+        found = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
+        raise AdapterError(f"{file} describes no MoKA adapter (peft_type is {found!r}, expected 'MOKA')")
+    version = stored.get("format_version")
+    if not isinstance(version, int):
+        raise AdapterError(f"{file} has no format_version; copy the adapter again")
+    if version > FORMAT_VERSION:
+        raise AdapterError(
+            f"{path} has adapter format {version}; this moka_pl {__version__} reads up to {FORMAT_VERSION}. "
+            "Upgrade moka_pl"
+        )
+    options = {f.name: stored[f.name] for f in fields(MokaConfig) if f.name in stored}
+    try:
+        config = MokaConfig(**options)
+        base = BaseModel(
+            name=stored["base_model_name_or_path"],
+            revision=stored.get("revision"),
+            fingerprint=stored.get("base_fingerprint", ""),
+            options=stored.get("base_options", {}),
+        )
+    except (ConfigError, KeyError, TypeError) as error:
+        raise AdapterError(f"{file} is damaged: {error}. Copy the adapter again") from error
+    return AdapterInfo(config, base, stored.get("extra", {}))
+
+
+def read_adapter_state(path: str | Path) -> dict[str, Tensor]:
+    """Reads the adapter's tensors.
+
+    Raises:
+        AdapterError: If the file is missing or truncated.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = Path(path) / WEIGHTS_NAME
+    if not file.is_file():
+        raise AdapterError(f"{path} is not an adapter directory: it has no {WEIGHTS_NAME}")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{file} is truncated or damaged ({error}). Copy the adapter again") from error
+
+
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copies tensors into a model's injected adapters; every tensor must find its place.
+
+    Args:
+        model: A model with adapters of the same configuration.
+        state: Tensors by name, as :func:`adapter_state` gives them.
+        source: Where they come from, for messages.
+
+    Raises:
+        AdapterError: On missing or unexpected tensors or other shapes; the model is then unchanged.
+    """
+    own = adapter_state(model)
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise AdapterError(
+            f"{source} does not fit this model: {len(missing)} tensors are missing"
+            f"{f' (first {missing[0]})' if missing else ''}, {len(unexpected)} are unexpected"
+            f"{f' (first {unexpected[0]})' if unexpected else ''}. "
+            "It was made for other target_modules, components or another base model"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise AdapterError(
+                f"{source} does not fit this model: {name} is {tuple(state[name].shape)}, "
+                f"the model expects {tuple(tensor.shape)}. It was made for another base model or other filters"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])  # own holds detached views of the parameters
+
+
+def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = None) -> AdapterInfo:
+    """Injects a saved adapter into its base model, in place.
+
+    Args:
+        model: The frozen base, without adapters.
+        path: An adapter directory.
+        fingerprint: The base's fingerprint; None skips the check that it is the adapter's own base.
+
+    Returns:
+        The adapter's configuration and base.
+
+    Raises:
+        AdapterError: If the directory is damaged, of a newer format or of another base model.
+    """
+    info = read_adapter(path)
+    state = read_adapter_state(path)
+    check_base(info, fingerprint, path)
+    inject_adapter(model, info.config)
+    load_adapter_state(model, state, path)
+    return info
+
+
+def check_base(info: AdapterInfo, fingerprint: str | None, path: str | Path) -> None:
+    """Refuses a base model other than the adapter's own.
+
+    Raises:
+        AdapterError: If both fingerprints are known and differ.
+    """
+    if fingerprint and info.base.fingerprint and fingerprint != info.base.fingerprint:
+        raise AdapterError(
+            f"{path} was trained on another base model: {info.base.name!r} with fingerprint "
+            f"{info.base.fingerprint}, this one has {fingerprint}. Load that base instead"
+        )
+
+
+def _sync(file: Path) -> None:
+    """Waits until a file's contents are on disk: a full disk must show before the old adapter goes."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Puts ``new`` in the place of ``path``, keeping the older one until that has worked."""
+    if not path.exists():
+        new.rename(path)
+        return
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,177 @@
+"""Puts adapters into a model, finds them again, and takes them out."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from moka_pl.adapters.config import MokaConfig
+from moka_pl.adapters.layer import MokaLinear
+from moka_pl.errors import AdapterError
+
+
+def matches(name: str, pattern: list[str] | str | None) -> bool:
+    """Whether a module name meets a PEFT-style pattern.
+
+    Args:
+        name: The module's full dotted name.
+        pattern: A list of suffixes (whole dotted parts), or a regular expression for the whole name.
+
+    Returns:
+        True on a match; False for no pattern.
+    """
+    if pattern is None:
+        return False
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
+
+
+def find_targets(model: nn.Module, config: MokaConfig) -> list[str]:
+    """Names of the layers that ``config`` adapts, in model order.
+
+    Args:
+        model: The model to look through.
+        config: Its ``target_modules`` and ``exclude_modules`` decide.
+
+    Returns:
+        Full names of linear layers.
+
+    Raises:
+        AdapterError: If nothing matches (naming the nearest names), a match is not a linear layer, or the
+            model has adapters already.
+    """
+    for pattern in (config.target_modules, config.exclude_modules):
+        if isinstance(pattern, str):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AdapterError(f"{pattern!r} is not a regular expression: {error}") from error
+    modules = dict(model.named_modules())
+    present = [name for name, module in modules.items() if isinstance(module, MokaLinear)]
+    if present:
+        raise AdapterError(f"the model has adapters already (at {present[0]}); unload them first")
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    if config.target_modules == "all-linear":
+        head = _output_head(model)
+        wanted = [name for name in linear if modules[name] is not head]
+    else:
+        wanted = [name for name in modules if name and matches(name, config.target_modules)]
+    found = [name for name in wanted if not matches(name, config.exclude_modules)]
+    if not found:
+        raise AdapterError(_nothing_matches(config, linear, excluded=bool(wanted)))
+    for name in found:
+        if not isinstance(modules[name], nn.Linear):
+            raise AdapterError(
+                f"target {name} is a {type(modules[name]).__name__}; only linear layers can be adapted"
+            )
+    return found
+
+
+def inject_adapter(model: nn.Module, config: MokaConfig, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Freezes the model and wraps its target layers into :class:`MokaLinear`, in place.
+
+    Args:
+        model: The model; afterwards only factors and gates require gradients.
+        config: What to adapt and how.
+        dtype: Dtype of the trainable tensors.
+
+    Returns:
+        Names of the adapted layers.
+
+    Raises:
+        AdapterError: As :func:`find_targets`.
+        ConfigError: Where a listed filter does not fit into a layer (the message names it).
+    """
+    names = find_targets(model, config)
+    wrapped = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        try:
+            wrapped[name] = MokaLinear(layer, config, dtype, name)
+        except ValueError as error:
+            raise type(error)(f"{name}: {error}") from None
+    model.requires_grad_(False)
+    for name, adapted in wrapped.items():
+        adapted.requires_grad_(True)
+        adapted.base_layer.requires_grad_(False)
+        _replace(model, name, adapted)
+    return names
+
+
+def moka_layers(model: nn.Module) -> dict[str, MokaLinear]:
+    """All adapted layers by name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MokaLinear)}
+
+
+def merge(model: nn.Module) -> None:
+    """Folds every layer's update into a dense copy of its weight (undone by :func:`unmerge`)."""
+    for layer in moka_layers(model).values():
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undoes :func:`merge`, bit for bit."""
+    for layer in moka_layers(model).values():
+        layer.unmerge()
+
+
+def unload(model: nn.Module, merge: bool = False) -> None:
+    """Takes the adapters out, in place.
+
+    Args:
+        model: A model with adapters.
+        merge: Leave dense layers ``W + ΔW`` instead of the frozen base.
+    """
+    for name, layer in moka_layers(model).items():
+        if merge:
+            layer.merge()
+        kept = layer.merged_layer if merge else layer.base_layer
+        assert kept is not None
+        _replace(model, name, kept)
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block the model computes as its frozen base."""
+    layers = moka_layers(model).values()
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _nothing_matches(config: MokaConfig, linear: list[str], excluded: bool) -> str:
+    if excluded:
+        return (
+            f"exclude_modules {config.exclude_modules!r} leaves out all layers that "
+            f"target_modules {config.target_modules!r} names"
+        )
+    suffixes = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    near = [
+        match for target in wanted for match in difflib.get_close_matches(target, suffixes, n=3, cutoff=0.4)
+    ]
+    named = list(dict.fromkeys(near)) or suffixes
+    return (
+        f"target_modules {config.target_modules!r} matches no layer of this model; "
+        f"nearest existing names: {', '.join(named[:8]) or 'none (the model has no linear layers)'}"
+    )

@@ -1,0 +1,59 @@
+"""The README.md of an adapter directory."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(described: Mapping[str, Any]) -> str:
+    """Writes a model card from the contents of ``adapter_config.json``.
+
+    Args:
+        described: The dictionary that is stored as ``adapter_config.json``.
+
+    Returns:
+        Markdown with the YAML header that model hubs read.
+    """
+    targets = described["target_modules"]
+    options = described["base_options"]
+    header = [
+        "---",
+        f"base_model: {json.dumps(described['base_model_name_or_path'])}",
+        "library_name: moka_pl",
+        "tags: [moka, kronecker, adapter]",
+        "---",
+    ]
+    rows = {
+        "components": described["components"],
+        "filters": described["filters"],
+        "gating": described["gating"],
+        "scaling": described["effective_scaling"],
+        "target modules": targets if isinstance(targets, str) else ", ".join(targets),
+        "trainable parameters": f"{described['trainable_parameters']:,}",
+        "quantization of the base": options.get("quantization", "none"),
+    }
+    metrics = described["extra"].get("metrics", {})
+    body = [
+        "# MoKA adapter",
+        "",
+        f"A gated mixture of Kronecker adapters for `{described['base_model_name_or_path']}`: "
+        "`y = W x + s Σ α_i (A_i ⊗ B_i) x`.",
+        "",
+        "| option | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+    ]
+    if metrics:
+        body += ["", "| metric | value |", "|---|---|"]
+        body += [f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items())]
+    body += [
+        "",
+        "```python",
+        "from moka_pl import load_model",
+        "",
+        'model, tokenizer = load_model("path/to/this/folder")',
+        "```",
+        "",
+        f"Written by moka_pl {described['moka_pl_version']}.",
+    ]
+    return "\n".join([*header, *body]) + "\n"

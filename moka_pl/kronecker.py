@@ -1,0 +1,369 @@
+"""Pure tensor functions of a weighted sum of Kronecker products.
+
+Notation:
+    x       input, shape (..., n)
+    A_i     left factor, shape (m_a, n_a); ``None`` stands for an identity matrix (MoKA_s)
+    B_i     right factor, shape (m_b, n_b)
+    w       weights of the components, shape (r,); the caller folds gates and scaling into them
+    ΔW      Σ_i w_i (A_i ⊗ B_i), cut or zero-filled to m × n
+    T       number of tokens, the product of the leading dimensions of x
+
+With row-major reshapes, ``(A ⊗ B) x = flatten(A X Bᵀ)`` where X is x as an n_a × n_b matrix. Where
+n_a·n_b > n the input is zero-padded, where it is smaller the input's tail is dropped; where m_a·m_b > m the
+output is cut, where it is smaller its tail is zero. Both are what cutting or zero-filling the matrix
+``A ⊗ B`` to m × n gives.
+
+Two ways lead to the same product:
+    structured  one pair of small products per component; never forms an m × n matrix
+    dense       forms ΔW for the time of one product; its cost does not grow with r
+
+Source: MoKA, arXiv 2508.03527; the identity is Van Loan, "The ubiquitous Kronecker product" (2000).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from moka_pl.errors import ConfigError
+
+Backend = Literal["auto", "structured", "dense"]
+
+BACKENDS: tuple[str, ...] = ("auto", "structured", "dense")
+
+
+class Shape(NamedTuple):
+    """Sizes of one component: ``A`` is m_a × n_a, ``B`` is m_b × n_b; ``identity`` fixes A = I."""
+
+    m_a: int
+    n_a: int
+    m_b: int
+    n_b: int
+    identity: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of A ⊗ B."""
+        return self.m_a * self.m_b
+
+    @property
+    def cols(self) -> int:
+        """Columns of A ⊗ B."""
+        return self.n_a * self.n_b
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable entries of both factors."""
+        return self.m_b * self.n_b + (0 if self.identity else self.m_a * self.n_a)
+
+    def __str__(self) -> str:
+        left = f"I{self.m_a}" if self.identity else f"{self.m_a}×{self.n_a}"
+        return f"{left} ⊗ {self.m_b}×{self.n_b}"
+
+
+def _fit(x: Tensor, size: int) -> Tensor:
+    """Cuts or zero-fills the last dimension to ``size``."""
+    missing = size - x.shape[-1]
+    if missing > 0:
+        return F.pad(x, (0, missing))
+    return x[..., :size] if missing < 0 else x
+
+
+def _left_first(shape: Shape) -> bool:
+    """Whether (A X) Bᵀ takes fewer multiply-adds than A (X Bᵀ)."""
+    left = shape.m_a * shape.n_a * shape.n_b + shape.m_a * shape.n_b * shape.m_b
+    right = shape.n_a * shape.n_b * shape.m_b + shape.m_a * shape.n_a * shape.m_b
+    return left <= right
+
+
+def _product(x: Tensor, a: Tensor | None, b: Tensor, shape: Shape, out_features: int) -> Tensor:
+    """One component's ``(A ⊗ B) x`` for x of shape (T, n); returns (T, m)."""
+    grid = _fit(x, shape.cols).reshape(-1, shape.n_a, shape.n_b)  # (T, n_a, n_b)
+    if a is None:
+        out = grid @ b.mT  # (T, m_a, m_b)
+    elif _left_first(shape):
+        out = (a @ grid) @ b.mT  # (T, m_a, m_b)
+    else:
+        out = a @ (grid @ b.mT)  # (T, m_a, m_b)
+    return _fit(out.flatten(1), out_features)  # (T, m)
+
+
+def structured_forward(
+    x: Tensor,
+    weights: Tensor,
+    factors: Sequence[tuple[Tensor | None, Tensor]],
+    shapes: Sequence[Shape],
+    m: int,
+) -> Tensor:
+    """Computes ``Σ_i w_i (A_i ⊗ B_i) x`` component by component.
+
+    Args:
+        x: Input, shape (T, n).
+        weights: Weights w, shape (r,).
+        factors: r pairs (A_i or None, B_i).
+        shapes: r shapes.
+        m: Number of output features.
+
+    Returns:
+        The product, shape (T, m), in the dtype of ``x``.
+    """
+    total = x.new_zeros(x.shape[0], m)
+    for w, (a, b), shape in zip(weights.unbind(), factors, shapes, strict=True):
+        right = (w * b).to(x.dtype)
+        total += _product(x, None if a is None else a.to(x.dtype), right, shape, m)
+    return total
+
+
+def structured_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    factors: Sequence[tuple[Tensor | None, Tensor]],
+    shapes: Sequence[Shape],
+    needs_input_grad: bool = True,
+) -> tuple[Tensor | None, Tensor, list[tuple[Tensor | None, Tensor]]]:
+    """Gradients of :func:`structured_forward`.
+
+    With X = x as a matrix and G = grad as a matrix (per token): ``dA = w Σ_t G B Xᵀ``,
+    ``dB = w Σ_t Gᵀ A X``, ``dX = w Aᵀ G B``, and since the product is linear in B,
+    ``dw_i = <dB_i / w_i, B_i>`` needs no second forward.
+
+    Returns:
+        Gradients for x (T, n), w (r,) and every factor pair; products run in the dtype of ``x``.
+    """
+    n = x.shape[1]
+    grad_x = torch.zeros_like(x) if needs_input_grad else None
+    grad_weights = torch.empty_like(weights)
+    grad_factors: list[tuple[Tensor | None, Tensor]] = []
+    for i, ((a, b), shape) in enumerate(zip(factors, shapes, strict=True)):
+        grid = _fit(x, shape.cols).reshape(-1, shape.n_a, shape.n_b)  # (T, n_a, n_b)
+        out = _fit(grad, shape.rows).reshape(-1, shape.m_a, shape.m_b)  # (T, m_a, m_b)
+        b_low = b.to(x.dtype)
+        back = out @ b_low  # (T, m_a, n_b)
+        if a is None:
+            hidden = grid  # (T, n_a, n_b)
+            grad_a = None
+        else:
+            a_low = a.to(x.dtype)
+            hidden = a_low @ grid  # (T, m_a, n_b)
+            # Σ over tokens and n_b as one matrix product.
+            grad_a = back.transpose(0, 1).flatten(1) @ grid.transpose(0, 1).flatten(1).mT  # (m_a, n_a)
+            back = a_low.mT @ back  # (T, n_a, n_b)
+        grad_b = out.flatten(0, 1).mT @ hidden.flatten(0, 1)  # (m_b, n_b)
+        grad_b = grad_b.to(b.dtype)
+        weight = weights[i]
+        grad_weights[i] = (grad_b * b).sum()
+        grad_factors.append(
+            (None if a is None or grad_a is None else (grad_a.to(a.dtype) * weight), grad_b * weight)
+        )
+        if grad_x is not None:
+            grad_x += _fit(back.flatten(1), n) * weight.to(x.dtype)
+    return grad_x, grad_weights, grad_factors
+
+
+def delta_weight(
+    weights: Tensor,
+    factors: Sequence[tuple[Tensor | None, Tensor]],
+    shapes: Sequence[Shape],
+    m: int,
+    n: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, cut or zero-filled to m × n.
+
+    Args:
+        weights: Weights w, shape (r,).
+        factors: r pairs (A_i or None, B_i).
+        shapes: r shapes.
+        m: Rows of the layer (output features).
+        n: Columns of the layer (input features).
+        dtype: Result dtype; the sum itself runs in the factors' dtype.
+
+    Returns:
+        ΔW, shape (m, n).
+    """
+    b0 = factors[0][1]
+    total = torch.zeros(m, n, dtype=b0.dtype, device=b0.device)
+    for shape, members in _groups(shapes).items():
+        right = torch.stack([weights[i] * factors[i][1] for i in members])  # (c, m_b, n_b)
+        if shape.identity:
+            blocks = torch.diag_embed(
+                right.sum(0).expand(shape.m_a, -1, -1).permute(1, 2, 0)
+            )  # (m_b, n_b, k, k)
+            blocks = blocks.permute(2, 0, 3, 1)  # (k, m_b, k, n_b)
+        else:
+            left = _stack_left(factors, members).flatten(1)  # (c, m_a n_a)
+            # Equal shapes share one product: Σ_c vec(A_c) vec(B_c)ᵀ is ΔW with its entries in another order.
+            blocks = (left.mT @ right.flatten(1)).view(shape.m_a, shape.n_a, shape.m_b, shape.n_b)
+            blocks = blocks.transpose(1, 2)  # (m_a, m_b, n_a, n_b)
+        if (shape.rows, shape.cols) == (m, n):
+            total.view(blocks.shape).add_(blocks)
+        else:
+            block = blocks.reshape(shape.rows, shape.cols)[:m, :n]
+            total[: block.shape[0], : block.shape[1]] += block
+    return total.to(dtype or total.dtype)  # (m, n)
+
+
+def project_gradient(
+    grad: Tensor,
+    weights: Tensor,
+    factors: Sequence[tuple[Tensor | None, Tensor]],
+    shapes: Sequence[Shape],
+) -> tuple[Tensor, list[tuple[Tensor | None, Tensor]]]:
+    """Pulls a gradient with respect to ΔW back to weights and factors.
+
+    For D = ∂L/∂ΔW seen as a tensor D[a, b, p, q] of sizes (m_a, m_b, n_a, n_b):
+    ``dA[a,p] = w Σ_bq D[a,b,p,q] B[b,q]``, ``dB[b,q] = w Σ_ap D[a,b,p,q] A[a,p]``,
+    ``dw = <dB / w, B>``.
+
+    Args:
+        grad: D, shape (m, n).
+        weights: Weights w, shape (r,).
+        factors: r pairs (A_i or None, B_i).
+        shapes: r shapes.
+
+    Returns:
+        Gradients for w and for every factor pair.
+    """
+    m, n = grad.shape
+    grad_weights = torch.empty_like(weights)
+    grad_factors: list[tuple[Tensor | None, Tensor]] = [factors[0]] * len(factors)
+    for shape, members in _groups(shapes).items():
+        full = grad
+        if (m, n) != (shape.rows, shape.cols):
+            full = F.pad(full, (0, shape.cols - n, 0, shape.rows - m))  # negative pads cut
+        blocks = full.view(shape.m_a, shape.m_b, shape.n_a, shape.n_b)
+        right = torch.stack([factors[i][1] for i in members])  # (c, m_b, n_b)
+        grad_left = None
+        if shape.identity:
+            # The identity keeps only the diagonal blocks, and all components of this shape share them.
+            diagonal = blocks.diagonal(dim1=0, dim2=2).to(right.dtype).sum(-1)  # (m_b, n_b)
+            grad_right = diagonal.expand_as(right)  # (c, m_b, n_b)
+        else:
+            left = _stack_left(factors, members).flatten(1)  # (c, m_a n_a)
+            paired = blocks.transpose(1, 2).reshape(left.shape[1], -1).to(right.dtype)  # (m_a n_a, m_b n_b)
+            grad_left = (right.flatten(1) @ paired.mT).view(-1, shape.m_a, shape.n_a)  # (c, m_a, n_a)
+            grad_right = (left @ paired).view_as(right)  # (c, m_b, n_b)
+        for place, i in enumerate(members):
+            grad_weights[i] = (grad_right[place] * right[place]).sum()
+            grad_a = None if grad_left is None else grad_left[place] * weights[i]
+            grad_factors[i] = (grad_a, grad_right[place] * weights[i])
+    return grad_weights, grad_factors
+
+
+def _groups(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
+    """Indices of the components of each shape."""
+    groups: dict[Shape, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(i)
+    return groups
+
+
+def _stack_left(factors: Sequence[tuple[Tensor | None, Tensor]], members: Sequence[int]) -> Tensor:
+    """Left factors of components of one shape, (c, m_a, n_a)."""
+    return torch.stack([a for i in members if (a := factors[i][0]) is not None])
+
+
+def pick_backend(tokens: int, shapes: Sequence[Shape], m: int, n: int) -> Literal["structured", "dense"]:
+    """Chooses the cheaper way for a forward and backward pass, by counting multiply-adds.
+
+    Dense takes T·m·n per product plus r·m·n to build ΔW. Structured takes two small products per component
+    and moves the activation several times for each, which costs about as much again.
+    """
+    dense = tokens * m * n + len(shapes) * m * n
+    structured = 0
+    for shape in shapes:
+        left = shape.m_a * shape.n_b * (shape.n_a + shape.m_b)
+        right = shape.n_a * shape.m_b * (shape.n_b + shape.m_a)
+        product = shape.m_a * shape.m_b * shape.n_b if shape.identity else min(left, right)
+        structured += tokens * (2 * product + 16 * (m + n))
+    return "dense" if dense <= structured else "structured"
+
+
+class _KroneckerSum(torch.autograd.Function):
+    """``Σ_i w_i (A_i ⊗ B_i) x`` that saves its input, the weights and the factors, and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        shapes: tuple[Shape, ...],
+        m: int,
+        dense: bool,
+        *flat: Tensor | None,
+    ) -> Tensor:
+        factors = _pairs(flat)
+        ctx.save_for_backward(x, weights, *flat)
+        ctx.shapes, ctx.dense = shapes, dense
+        if dense:
+            return x @ delta_weight(weights, factors, shapes, m, x.shape[1], x.dtype).mT  # (T, m)
+        return structured_forward(x, weights, factors, shapes, m)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, *flat = ctx.saved_tensors
+        factors = _pairs(flat)
+        need_x = ctx.needs_input_grad[0]
+        if ctx.dense:
+            m, n = grad.shape[1], x.shape[1]
+            grad_x = (
+                grad @ delta_weight(weights, factors, ctx.shapes, m, n, x.dtype) if need_x else None
+            )  # (T, n)
+            grad_weights, grad_factors = project_gradient(grad.mT @ x, weights, factors, ctx.shapes)
+        else:
+            grad_x, grad_weights, grad_factors = structured_backward(
+                grad, x, weights, factors, ctx.shapes, need_x
+            )
+        return grad_x, grad_weights, None, None, None, *(g for pair in grad_factors for g in pair)
+
+
+def _pairs(flat: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor]]:
+    """Regroups A_1, B_1, A_2, B_2, … into pairs."""
+    pairs: list[tuple[Tensor | None, Tensor]] = []
+    for a, b in zip(flat[::2], flat[1::2], strict=True):
+        assert b is not None
+        pairs.append((a, b))
+    return pairs
+
+
+def kronecker_linear(
+    x: Tensor,
+    weights: Tensor,
+    factors: Sequence[tuple[Tensor | None, Tensor]],
+    shapes: Sequence[Shape],
+    out_features: int,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Computes ``Σ_i w_i (A_i ⊗ B_i) x``, differentiable in x, w and all factors.
+
+    Args:
+        x: Input, shape (..., n), in the compute dtype (the result and the products have it too).
+        weights: Weights w, shape (r,): gates times scaling.
+        factors: r pairs (A_i or None for an identity, B_i), usually float32.
+        shapes: r shapes.
+        out_features: m.
+        backend: ``"structured"``, ``"dense"``, or ``"auto"`` for the cheaper of both at this size.
+
+    Returns:
+        The product, shape (..., m).
+
+    Raises:
+        ConfigError: For an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    tokens = x.shape[:-1]
+    rows = x.reshape(-1, x.shape[-1])  # (T, n)
+    if backend == "auto":
+        backend = pick_backend(math.prod(tokens), shapes, out_features, rows.shape[1])
+    flat = [factor for pair in factors for factor in pair]
+    out: Tensor = _KroneckerSum.apply(  # type: ignore[no-untyped-call]
+        rows, weights, tuple(shapes), out_features, backend == "dense", *flat
+    )  # (T, m)
+    return out.reshape(*tokens, out_features)
