@@ -161,9 +161,13 @@ def _explicit_shapes(filters: Sequence[Sequence[int]], components: int, m: int, 
         )
     shapes = []
     for sizes in filters:
-        if len(sizes) not in (2, 4) or any(not isinstance(s, int) or s < 1 for s in sizes):
+        if (
+            not isinstance(sizes, (list, tuple))
+            or len(sizes) not in (2, 4)
+            or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sizes)
+        ):
             raise ConfigError(
-                f"filter {list(sizes)!r} is not [m_a, n_a] or [m_a, n_a, m_b, n_b] in positive whole numbers"
+                f"filter {sizes!r} is not [m_a, n_a] or [m_a, n_a, m_b, n_b] in positive whole numbers"
             )
         m_a, n_a = sizes[:2]
         m_b, n_b = sizes[2:] if len(sizes) == 4 else (math.ceil(m / m_a), math.ceil(n / n_a))

@@ -300,9 +300,11 @@ class _KroneckerSum(torch.autograd.Function):
         factors = _pairs(flat)
         ctx.save_for_backward(x, weights, *flat)
         ctx.shapes, ctx.dense = shapes, dense
-        if dense:
-            return x @ delta_weight(weights, factors, shapes, m, x.shape[1], x.dtype).mT  # (T, m)
-        return structured_forward(x, weights, factors, shapes, m)
+        # Every product here has the dtype it should have; autocast would build ΔW in half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            if dense:
+                return x @ delta_weight(weights, factors, shapes, m, x.shape[1], x.dtype).mT  # (T, m)
+            return structured_forward(x, weights, factors, shapes, m)
 
     @staticmethod
     @once_differentiable

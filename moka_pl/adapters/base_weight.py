@@ -65,5 +65,5 @@ def merged_linear(layer: nn.Linear, delta: Tensor) -> nn.Linear:
         merged = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     merged.weight = nn.Parameter(total, requires_grad=False)
     if layer.bias is not None:
-        merged.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+        merged.bias = nn.Parameter(layer.bias.detach().to(total.dtype, copy=True), requires_grad=False)
     return merged

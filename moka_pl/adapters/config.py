@@ -1,5 +1,6 @@
 """The configuration of a MoKA adapter."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -54,8 +55,8 @@ class MokaConfig:
             raise ConfigError(f"unknown gating {self.gating!r}; choose softmax or none")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.scaling is not None and not self.scaling > 0:
-            raise ConfigError(f"scaling must be positive, not {self.scaling}")
+        if self.scaling is not None and not 0 < self.scaling < math.inf:
+            raise ConfigError(f"scaling must be positive and finite, not {self.scaling}")
         if self.backend not in BACKENDS:
             raise ConfigError(f"unknown backend {self.backend!r}; choose one of {', '.join(BACKENDS)}")
         if not self.target_modules:

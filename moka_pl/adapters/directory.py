@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
-from moka_pl.adapters.injection import inject_adapter, moka_layers
+from moka_pl.adapters.injection import inject_adapter, moka_layers, unload
 from moka_pl.adapters.model_card import model_card
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.version import __version__
@@ -84,11 +84,17 @@ def save_adapter(
         ``path``.
 
     Raises:
-        AdapterError: If the disk is full or read-only; what was at ``path`` is then still there, intact.
+        AdapterError: If the disk is full or read-only, or ``path`` is a file or a folder of other things;
+            what was at ``path`` is then still there, intact.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path)
+    if path.exists() and not _replaceable(path):
+        raise AdapterError(
+            f"cannot save the adapter to {path}: something else is there, and saving would replace it. "
+            "Choose a new or empty folder"
+        )
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     if not state:
         raise AdapterError("the model has no adapters to save")
@@ -110,7 +116,8 @@ def save_adapter(
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            save_file(state, new / WEIGHTS_NAME, metadata={"format": "pt"})
+            # Not save_file: it hides OSErrors and makes a file that only its owner may read.
+            (new / WEIGHTS_NAME).write_bytes(save(state, metadata={"format": "pt"}))
             (new / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             (new / "README.md").write_text(model_card(described), encoding="utf-8")
             for file in new.iterdir():
@@ -213,10 +220,14 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
         if tensor.shape != state[name].shape:
             raise AdapterError(
                 f"{source} does not fit this model: {name} is {tuple(state[name].shape)}, "
-                f"the model expects {tuple(tensor.shape)}. It was made for another base model or other filters"
+                f"the model expects {tuple(tensor.shape)}. It is for another base model or other filters"
             )
     for name, tensor in own.items():
         tensor.copy_(state[name])  # own holds detached views of the parameters
+    for layer in moka_layers(model).values():
+        if layer.merged:  # what was folded in is out of date
+            layer.unmerge()
+            layer.merge()
 
 
 def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = None) -> AdapterInfo:
@@ -231,13 +242,18 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
         The adapter's configuration and base.
 
     Raises:
-        AdapterError: If the directory is damaged, of a newer format or of another base model.
+        AdapterError: If the directory is damaged, of a newer format or of another base model; the model then
+            has no adapters.
     """
     info = read_adapter(path)
     state = read_adapter_state(path)
     check_base(info, fingerprint, path)
     inject_adapter(model, info.config)
-    load_adapter_state(model, state, path)
+    try:
+        load_adapter_state(model, state, path)
+    except AdapterError:
+        unload(model)
+        raise
     return info
 
 
@@ -254,6 +270,11 @@ def check_base(info: AdapterInfo, fingerprint: str | None, path: str | Path) -> 
         )
 
 
+def _replaceable(path: Path) -> bool:
+    """Whether saving may take this place: an older adapter or an empty folder, never a user's other files."""
+    return path.is_dir() and ((path / CONFIG_NAME).exists() or not any(path.iterdir()))
+
+
 def _sync(file: Path) -> None:
     """Waits until a file's contents are on disk: a full disk must show before the old adapter goes."""
     with file.open("rb") as handle:
@@ -268,7 +289,7 @@ def _swap(new: Path, path: Path, old: Path) -> None:
     path.rename(old)
     try:
         new.rename(path)
-    except OSError:
+    except BaseException:  # an interrupt, too, must not leave the older one to be deleted
         old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)

