@@ -1,5 +1,49 @@
 """Gated mixtures of Kronecker adapters (MoKA) for 4-bit LLaMA models, on PyTorch Lightning."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from moka_pl.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from moka_pl.adapters import MokaConfig, inject_adapter, load_adapter, save_adapter
+    from moka_pl.backbone import BackboneConfig, load_backbone
+    from moka_pl.data import CommonsenseData, InstructionData, MixtureData
+    from moka_pl.load import load_model
+    from moka_pl.module import MokaModule
+
+__all__ = [
+    "BackboneConfig",
+    "CommonsenseData",
+    "InstructionData",
+    "MixtureData",
+    "MokaConfig",
+    "MokaModule",
+    "__version__",
+    "inject_adapter",
+    "load_adapter",
+    "load_backbone",
+    "load_model",
+    "save_adapter",
+]
+
+_HOMES = {
+    "BackboneConfig": "backbone",
+    "CommonsenseData": "data",
+    "InstructionData": "data",
+    "MixtureData": "data",
+    "MokaConfig": "adapters",
+    "MokaModule": "module",
+    "inject_adapter": "adapters",
+    "load_adapter": "adapters",
+    "load_backbone": "backbone",
+    "load_model": "load",
+    "save_adapter": "adapters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports public names when they are first used: importing the package itself costs nothing."""
+    if name in _HOMES:
+        return getattr(import_module(f"moka_pl.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'moka_pl' has no attribute {name!r}")

@@ -90,11 +90,6 @@ def save_adapter(
     from safetensors.torch import save
 
     path = Path(path)
-    if path.exists() and not _replaceable(path):
-        raise AdapterError(
-            f"cannot save the adapter to {path}: something else is there, and saving would replace it. "
-            "Choose a new or empty folder"
-        )
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     if not state:
         raise AdapterError("the model has no adapters to save")
@@ -112,6 +107,11 @@ def save_adapter(
         "extra": dict(extra or {}),
     }
     try:
+        if path.exists() and not _replaceable(path):
+            raise AdapterError(
+                f"cannot save the adapter to {path}: something else is there, and saving would replace it. "
+                "Choose a new or empty folder"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
             new = Path(scratch) / "new"
@@ -242,8 +242,8 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
         The adapter's configuration and base.
 
     Raises:
-        AdapterError: If the directory is damaged, of a newer format or of another base model; the model then
-            has no adapters.
+        AdapterError: If the directory is damaged, of a newer format or of another base model; no
+            adapters are left in the model then.
     """
     info = read_adapter(path)
     state = read_adapter_state(path)

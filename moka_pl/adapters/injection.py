@@ -95,10 +95,8 @@ def inject_adapter(model: nn.Module, config: MokaConfig, dtype: torch.dtype = to
             wrapped[name] = MokaLinear(layer, config, dtype, name)
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from None
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # the new factors and gates are not in it yet
     for name, adapted in wrapped.items():
-        adapted.requires_grad_(True)
-        adapted.base_layer.requires_grad_(False)
         _replace(model, name, adapted)
     return names
 

@@ -1,0 +1,151 @@
+"""Shows the gates α_i of every layer in TensorBoard, and warns when they collapse."""
+
+import math
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from moka_pl.adapters import moka_layers
+from moka_pl.callbacks.heatmap import gate_heatmap
+from moka_pl.callbacks.throughput import log_interval
+from moka_pl.module import MokaModule
+
+#: Share of the run after which gates that are still uniform are worth a warning.
+_LATE = 0.5
+#: Normalised entropy above which gates count as uniform: every α_i within about 0.7% of 1/r.
+_UNIFORM = 1 - 1e-5
+#: α_i above which a layer counts as collapsed to one component.
+_SINGLE = 0.99
+
+
+class GateMonitor(Callback):
+    """Logs α_i of every layer and component, their entropy, and a heat map of layers × components.
+
+    Tags:
+        ``gate/<layer>/alpha_<i>``: α_i from 0 to 1.
+        ``gate_entropy/<layer>`` and ``gate_entropy/mean``: −Σ α_i ln α_i / ln r, 1 for uniform gates, 0 for
+        a single component.
+        ``gate_heatmap``: image of all gates, one row a layer, at every validation.
+
+    Args:
+        every_n_steps: Optimizer steps between two logs; ``null`` takes the trainer's ``log_every_n_steps``.
+        heatmap: Draw the image.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, heatmap: bool = True) -> None:
+        self.every_n_steps = every_n_steps
+        self.heatmap = heatmap
+        self._labels: list[str] = []
+        self._last_step = -1
+        self._warned: set[str] = set()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the gates as they are before the first step."""
+        names = list(moka_layers(_model(pl_module)))
+        self._labels = [layer_label(name) for name in names]
+        self._log(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Logs the gates every so many optimizer steps."""
+        every = self.every_n_steps or log_interval(trainer)
+        if trainer.global_step % every == 0 and trainer.global_step != self._last_step:
+            self._log(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the heat map and looks for collapsed gates."""
+        if trainer.sanity_checking or not trainer.is_global_zero or not self._labels:
+            return
+        gates = gate_matrix(pl_module)
+        if gates is None:
+            return
+        if self.heatmap:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    image = gate_heatmap(gates, self._labels)
+                    logger.experiment.add_image("gate_heatmap", image, trainer.global_step, dataformats="HWC")
+        self._warn(trainer, gates)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the final gates."""
+        if trainer.global_step != self._last_step:
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        gates = gate_matrix(pl_module)
+        if gates is None:
+            return
+        values = gate_scalars(gates, self._labels)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _warn(self, trainer: Trainer, gates: Tensor) -> None:
+        entropy = normalised_entropy(gates)
+        total = trainer.estimated_stepping_batches
+        late = trainer.global_step >= _LATE * total
+        if late and gates.shape[1] > 1 and bool((entropy > _UNIFORM).all()):
+            self._warn_once(
+                "uniform",
+                f"after {trainer.global_step} of {total} steps all gates are still uniform: the gates do not "
+                "learn. Raise the learning rate, or save their parameters with gating: none",
+            )
+        single = gates.amax(1) > _SINGLE
+        if gates.shape[1] > 1 and bool(single.any()):
+            self._warn_once(
+                "single",
+                f"in {int(single.sum())} of {len(single)} layers one component has all of the gate (first "
+                f"{self._labels[int(single.int().argmax())]}); the others no longer learn. Lower the "
+                "learning rate or use fewer components",
+            )
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            rank_zero_warn(message)
+
+
+def layer_label(name: str) -> str:
+    """Shortens a module name for tags: ``model.layers.3.self_attn.q_proj`` → ``layer03.q_proj``."""
+    parts = name.split(".")
+    number = next((part for part in parts if part.isdigit()), None)
+    return f"layer{int(number):02d}.{parts[-1]}" if number is not None else name
+
+
+def gate_matrix(pl_module: LightningModule) -> Tensor | None:
+    """All gates as one matrix (layers, r) on the CPU, with a single copy; None without trained gates."""
+    layers = moka_layers(_model(pl_module)).values()
+    logits = [layer.moka_gate for layer in layers if layer.moka_gate is not None]
+    if not logits:
+        return None
+    with torch.no_grad():
+        return torch.stack(list(logits)).float().softmax(1).cpu()  # (layers, r)
+
+
+def normalised_entropy(gates: Tensor) -> Tensor:
+    """−Σ α_i ln α_i / ln r of every row, shape (layers,); 1 for a single component, which has no choice."""
+    if gates.shape[1] == 1:
+        return torch.ones(len(gates))
+    return -torch.xlogy(gates, gates).sum(1) / math.log(gates.shape[1])
+
+
+def gate_scalars(gates: Tensor, labels: list[str]) -> dict[str, float]:
+    """The scalars of one step by tag."""
+    entropy = normalised_entropy(gates)
+    values = {"gate_entropy/mean": float(entropy.mean())}
+    for label, row, h in zip(labels, gates.tolist(), entropy.tolist(), strict=True):
+        values[f"gate_entropy/{label}"] = h
+        values |= {f"gate/{label}/alpha_{i}": alpha for i, alpha in enumerate(row)}
+    return values
+
+
+def _model(pl_module: LightningModule) -> torch.nn.Module:
+    assert isinstance(pl_module, MokaModule)
+    model: torch.nn.Module = pl_module.causal_lm
+    return model

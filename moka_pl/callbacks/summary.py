@@ -1,0 +1,107 @@
+"""The table at the end of a run."""
+
+import sys
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from moka_pl.callbacks.adapter_checkpoint import AdapterCheckpoint, is_trial
+from moka_pl.callbacks.throughput import Throughput, peak_memory
+from moka_pl.module import MokaModule
+
+
+class RunSummary(Callback):
+    """Compares the frozen base with the adapted model, and says where everything is.
+
+    The base's figures come from the validation before the first step, when ΔW is exactly zero; that needs
+    ``trainer.num_sanity_val_steps: -1``, which looks at all of the validation data.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remembers and logs the frozen base's metrics."""
+        assert isinstance(pl_module, MokaModule)
+        if trainer.sanity_checking and trainer.num_sanity_val_steps == float("inf"):
+            self.before = dict(pl_module.eval_values)
+            for logger in trainer.loggers:
+                logger.log_metrics(self.before, step=0)
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """The base's metrics: a resumed run does not evaluate it again."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
+        """Takes over the base's metrics."""
+        self.before = state_dict["before"]
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the table."""
+        if is_trial(trainer) or trainer.interrupted:
+            return
+        assert isinstance(pl_module, MokaModule)
+        print(summary_text(trainer, pl_module, self.before))
+
+
+def summary_text(trainer: Trainer, pl_module: MokaModule, before: dict[str, float]) -> str:
+    """Writes the closing table of a run.
+
+    Args:
+        trainer: The trainer, after fit.
+        pl_module: The trained module.
+        before: Metrics of the frozen base, may be empty.
+
+    Returns:
+        Several lines of text.
+    """
+    after = pl_module.eval_values
+    lines = [f"{'held-out':<28}{'before':>12}{'after':>12}{'change':>12}"] if after else []
+    for name in sorted(after, key=lambda n: (n.count("/"), "loss" not in n, n)):
+        old, new = before.get(name), after[name]
+        is_accuracy = "accuracy" in name
+        if old is None:
+            change = ""
+        elif is_accuracy:
+            change = f"{100 * (new - old):+.1f} pt"
+        else:
+            change = f"{100 * (new / old - 1):+.1f}%" if old else ""
+        shown = ["" if v is None else f"{100 * v:.1f}%" if is_accuracy else f"{v:.4f}" for v in (old, new)]
+        lines.append(f"{name.removeprefix('val/'):<28}{shown[0]:>12}{shown[1]:>12}{change:>12}")
+    trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+    share = trainable / (trainable + base_size(pl_module))
+    facts = {"trainable parameters": f"{trainable:,} ({100 * share:.2f}% of the base and adapter)"}
+    speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+    if speed is not None and speed.total_tokens:
+        rate = speed.tokens_per_second * trainer.world_size
+        facts["training speed"] = f"{rate:,.0f} tokens/s over {trainer.world_size} process(es)"
+    facts["peak memory"] = f"{peak_memory(pl_module.device):.2f} GiB ({pl_module.device})"
+    saved = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
+    adapter = None
+    if saved is not None:
+        adapter = saved.best_path or saved.last_path
+        facts["best adapter"] = str(saved.best_path)
+        facts["last adapter"] = str(saved.last_path)
+    if trainer.log_dir:
+        facts["TensorBoard logs"] = trainer.log_dir
+    lines += ["", *(f"{name:<22}{value}" for name, value in facts.items()), "", "Next:"]
+    if trainer.log_dir:
+        lines.append(f"  tensorboard --logdir {Path(trainer.log_dir).parent}")
+    if adapter is not None:
+        program = f"{Path(sys.executable).name} -m moka_pl"
+        lines.append(f"  {program} inspect {adapter}")
+        lines.append(f"  {program} generate {adapter} --prompt 'Why does bread rise?'")
+    rule = "-" * 64
+    return "\n".join(["", rule, *lines, rule])
+
+
+def base_size(pl_module: MokaModule) -> int:
+    """Number of frozen weights, with 4-bit ones counted singly (they are stored two to a byte)."""
+    total = 0
+    for parameter in pl_module.parameters():
+        if not parameter.requires_grad:
+            packed = getattr(parameter, "quant_state", None)
+            total += packed.shape.numel() if packed is not None else parameter.numel()
+    return total

@@ -1,0 +1,80 @@
+"""Speed and memory of a run."""
+
+import time
+from collections import deque
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Throughput(Callback):
+    """Logs real tokens per second over all ranks, and the peak memory of this process or GPU.
+
+    Padding does not count as tokens. The progress bar shows the speed over the last steps.
+
+    Tags:
+        ``speed/tokens_per_second``, ``speed/peak_memory_gib``.
+
+    Args:
+        window: Batches that the shown speed is averaged over.
+    """
+
+    def __init__(self, window: int = 20) -> None:
+        self.window = window
+        self.total_tokens = 0
+        self.train_seconds = 0.0
+        self._recent: deque[tuple[float, int]] = deque(maxlen=window)
+        self._begun = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean over the whole training so far on this rank, without validation, tokens/s."""
+        return self.total_tokens / self.train_seconds if self.train_seconds else 0.0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Starts the clock."""
+        self._begun = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: object,
+        batch: dict[str, int],
+        batch_idx: int,
+    ) -> None:
+        """Stops the clock and logs."""
+        seconds = time.perf_counter() - self._begun
+        tokens = int(batch.get("num_tokens", 0))
+        self.total_tokens += tokens
+        self.train_seconds += seconds
+        self._recent.append((seconds, tokens))
+        speed = sum(t for _, t in self._recent) / max(1e-9, sum(s for s, _ in self._recent))
+        # Every rank works on an equal share, so this rank's speed times their number is the whole speed.
+        pl_module.log("tok/s", speed * trainer.world_size, prog_bar=True, logger=False)
+        if trainer.global_step % log_interval(trainer) == 0:
+            pl_module.log("speed/tokens_per_second", speed * trainer.world_size)
+            pl_module.log("speed/peak_memory_gib", peak_memory(pl_module.device))
+
+
+def log_interval(trainer: Trainer) -> int:
+    """Optimizer steps between two logs (the trainer's ``log_every_n_steps``, at least 1)."""
+    return int(getattr(trainer, "log_every_n_steps", 0)) or 1
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated on the GPU, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        import psutil
+
+        return float(psutil.Process().memory_info().rss) / 2**30
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,17 @@
+"""Data modules: instructions and chats, multiple-choice questions, and mixtures of them."""
+
+from moka_pl.data.base import MokaDataModule
+from moka_pl.data.commonsense import CommonsenseData
+from moka_pl.data.errors import DataError
+from moka_pl.data.instruction import InstructionData
+from moka_pl.data.mixture import MixtureData
+from moka_pl.data.report import EncodingReport
+
+__all__ = [
+    "CommonsenseData",
+    "DataError",
+    "EncodingReport",
+    "InstructionData",
+    "MixtureData",
+    "MokaDataModule",
+]

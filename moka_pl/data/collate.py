@@ -1,0 +1,118 @@
+"""Encoded rows to padded batches.
+
+There is no attention mask: padding stands on the right, where causal attention never looks.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from moka_pl.data.encode import MASKED
+from moka_pl.data.sampler import filler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MULTIPLE = 8
+"""Batches are padded to a multiple of this many tokens; matrix units like it."""
+
+Batch = dict[str, Any]
+
+
+class BatchRows(TorchDataset[Batch]):
+    """Makes one batch of a list of indices; a negative index `-1 - i` is row i as a filler.
+
+    Args:
+        rows: Encoded rows, plain or multiple-choice.
+        pad_id: Token id of the padding.
+    """
+
+    def __init__(self, rows: "Dataset", pad_id: int) -> None:
+        self.choices = "option_ids" in rows.column_names
+        columns = ("prompt_ids", "option_ids", "option_chars", "answer", "task")
+        self.rows = rows.select_columns(list(columns) if self.choices else ["input_ids", "labels"])
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        """Number of rows (not of batches)."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int | Sequence[int]) -> Batch:
+        # A single index comes from samplers that are not ours (Trainer(overfit_batches=...)).
+        wanted = [index] if isinstance(index, int) else list(index)
+        fillers = [i < 0 for i in wanted]
+        columns = self.rows[[filler(i) if i < 0 else i for i in wanted]]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        collate = collate_choices if self.choices else collate_tokens
+        return collate(rows, fillers, self.pad_id)
+
+
+def collate_tokens(rows: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_id: int) -> Batch:
+    """A batch of plain rows.
+
+    Args:
+        rows: With `input_ids` and `labels`.
+        fillers: Which rows only fill the batch up; their labels are masked.
+        pad_id: Token id of the padding.
+
+    Returns:
+        `input_ids` (B, T) and `labels` (B, T), int64, T a multiple of 8; `num_tokens`, an int: the real
+        tokens, without padding and fillers.
+    """
+    ids = [row["input_ids"] for row in rows]
+    labels = [
+        [MASKED] * len(row["labels"]) if is_filler else row["labels"]
+        for row, is_filler in zip(rows, fillers, strict=True)
+    ]
+    real = sum(len(row) for row, is_filler in zip(ids, fillers, strict=True) if not is_filler)
+    return {"input_ids": _pad(ids, pad_id), "labels": _pad(labels, MASKED), "num_tokens": real}
+
+
+def collate_choices(items: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_id: int) -> Batch:
+    """A batch of multiple-choice items: one row per option.
+
+    Args:
+        items: With `prompt_ids`, `option_ids`, `option_chars`, `answer` and `task`.
+        fillers: Which items only fill the batch up; their labels are masked, their `task` is -1, and none of
+            their options is the answer.
+        pad_id: Token id of the padding.
+
+    Returns:
+        What `collate_tokens` returns, the labels covering the tokens of the option only, and per row: `item`
+        (index of its item inside this batch), `task`, `option_chars` (characters of the option), all (B,)
+        int64, and `is_answer` (B,) bool.
+    """
+    rows: list[dict[str, Any]] = []
+    row_fillers: list[bool] = []
+    item: list[int] = []
+    task: list[int] = []
+    chars: list[int] = []
+    is_answer: list[bool] = []
+    for number, (entry, is_filler) in enumerate(zip(items, fillers, strict=True)):
+        prompt = entry["prompt_ids"]
+        for choice, option in enumerate(entry["option_ids"]):
+            rows.append({"input_ids": prompt + option, "labels": [MASKED] * len(prompt) + option})
+            row_fillers.append(is_filler)
+            item.append(number)
+            task.append(-1 if is_filler else entry["task"])
+            chars.append(entry["option_chars"][choice])
+            is_answer.append(not is_filler and choice == entry["answer"])
+    return collate_tokens(rows, row_fillers, pad_id) | {
+        "item": torch.tensor(item, dtype=torch.int64),
+        "task": torch.tensor(task, dtype=torch.int64),
+        "option_chars": torch.tensor(chars, dtype=torch.int64),
+        "is_answer": torch.tensor(is_answer, dtype=torch.bool),
+    }
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    width = max((len(row) for row in rows), default=0)
+    width = max(MULTIPLE, math.ceil(width / MULTIPLE) * MULTIPLE)
+    out = torch.full((len(rows), width), value, dtype=torch.int64)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = torch.tensor(row, dtype=torch.int64)
+    return out

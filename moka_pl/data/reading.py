@@ -1,0 +1,131 @@
+"""Turn a local file or a hub data set into a checked, disk-cached `datasets.Dataset`."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moka_pl.data.errors import DataError
+from moka_pl.data.quiet import progress_bars
+from moka_pl.data.streams import SUFFIXES, Located, stream
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+READING_VERSION = 1
+"""Raise it when checked rows come out differently: caches of older versions are then left alone."""
+
+QUIET_BYTES = 20_000_000
+"""Files below this size (bytes) are read without a progress bar."""
+
+Check = Callable[[dict[str, Any], str, str], dict[str, Any]]
+"""`check(record, where, context)` returns the row to keep or raises DataError naming `where`."""
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether `source` means a local file or folder rather than the id of a hub data set."""
+    path = Path(source).expanduser()
+    return isinstance(source, Path) or path.exists() or path.is_absolute() or path.suffix.lower() in SUFFIXES
+
+
+def read_rows(
+    source: str | Path, check: Check, features: "Features", *, context: str = "", split: str = "train"
+) -> "Dataset":
+    """Read and check every record of `source`.
+
+    The result is memory-mapped from the cache folder of `datasets` (`HF_DATASETS_CACHE`); a second call for
+    an unchanged file reads nothing but this cache. A file counts as unchanged while its path, its
+    modification time and its size are.
+
+    Args:
+        source: A local `.json`, `.jsonl`, `.csv` or `.parquet` file, or a hub data set id.
+        check: A module-level function that turns a record into a row with the columns of `features`.
+        features: Columns of the result.
+        context: Handed to `check`, for what a record alone does not say (its task, for instance).
+        split: Which split of a hub data set; ignored for files.
+
+    Returns:
+        The rows, in the order of the source.
+
+    Raises:
+        DataError: The source cannot be read, or `check` refused a record.
+    """
+    if is_local(source):
+        return _read_file(Path(source).expanduser(), check, features, context)
+    return _read_hub(str(source), check, features, context, split)
+
+
+def _read_file(path: Path, check: Check, features: "Features", context: str) -> "Dataset":
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
+        next(stream(path))  # raises the message that fits
+    stat = path.stat()
+    key = {"path": str(path), "at": str(path.absolute()), "modified": stat.st_mtime_ns, "size": stat.st_size}
+    return _cached(_file_rows, key, check, features, context, show=stat.st_size >= QUIET_BYTES)
+
+
+def _read_hub(name: str, check: Check, features: "Features", context: str, split: str) -> "Dataset":
+    import datasets
+
+    try:
+        raw = datasets.load_dataset(name, split=split)
+    # Whatever goes wrong in there (network, rights, unknown names), the user needs the same advice.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(
+            f"{name!r} is neither a local file nor a data set that could be loaded from the hub "
+            f"(split {split!r}): {reason}. Check the spelling and the network, or download the data and give "
+            f"the path of a {', '.join(SUFFIXES)} file."
+        ) from error
+    key = {"name": f"{name} ({split})", "rows": raw}
+    return _cached(_hub_rows, key, check, features, context, show=len(raw) >= 50_000)
+
+
+def _cached(
+    located: Callable[..., Iterator[Located]],
+    key: dict[str, Any],
+    check: Check,
+    features: "Features",
+    context: str,
+    *,
+    show: bool,
+) -> "Dataset":
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    # `datasets` names the cache after a hash of gen_kwargs; functions of a module are hashed by their name.
+    arguments = {
+        "located": located,
+        "key": key,
+        "check": check,
+        "context": context,
+        "version": READING_VERSION,
+    }
+    try:
+        with progress_bars(show):
+            return Dataset.from_generator(_checked, features=features, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, DataError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def _checked(
+    located: Callable[..., Iterator[Located]], key: dict[str, Any], check: Check, context: str, version: int
+) -> Iterator[dict[str, Any]]:
+    del version  # only there to be hashed
+    for where, record in located(**key):
+        yield check(record, where, context)
+
+
+def _file_rows(path: str, at: str, modified: int, size: int) -> Iterator[Located]:
+    del at, modified, size  # only there to be hashed
+    return stream(Path(path))
+
+
+def _hub_rows(name: str, rows: "Dataset") -> Iterator[Located]:
+    for number, record in enumerate(rows, start=1):
+        yield f"{name}, row {number}", record
+    if len(rows) == 0:
+        raise DataError(f"{name} holds no records. Give another split.")

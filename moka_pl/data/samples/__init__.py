@@ -1,0 +1,26 @@
+"""Small corpora that come with the package, so that every command runs without a download."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from moka_pl.data.errors import DataError
+
+
+def sample_path(name: str) -> Path:
+    """Where the sample file `name` lies.
+
+    Args:
+        name: File name with or without its suffix, for example `"chat_train"` or `"chat_train.jsonl"`.
+
+    Returns:
+        The path of the file inside the installed package.
+
+    Raises:
+        DataError: No sample has this name.
+    """
+    folder = Path(str(files(__name__)))
+    path = folder / f"{name.removesuffix('.jsonl')}.jsonl"
+    if not path.is_file():
+        known = ", ".join(sorted(sample.stem for sample in folder.glob("*.jsonl")))
+        raise DataError(f"There is no sample named {name!r}. Choose one of: {known}.")
+    return path

@@ -1,0 +1,41 @@
+"""Loads a trained adapter with its base model, ready to use."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moka_pl.adapters import load_adapter, read_adapter
+from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    path: str | Path, device: torch.device | str | None = None, base: str | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Loads an adapter directory together with its base model.
+
+    Args:
+        path: An adapter directory, such as ``lightning_logs/smollm2/version_0/adapters/best``.
+        device: Where to put the model; default the GPU if there is one, else the CPU.
+        base: Where the base model lies if not under the name that the adapter remembers.
+
+    Returns:
+        The model with its adapters, in evaluation mode, and the tokenizer.
+
+    Raises:
+        AdapterError: If the directory is damaged, of a newer format, or of another base model.
+        BackboneError: If the base model cannot be had.
+    """
+    info = read_adapter(path)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The adapter may have been trained on a device with another best dtype.
+    options = info.base.options | {"compute_dtype": "auto"}
+    config = BackboneConfig(name=base or info.base.name, revision=info.base.revision, **options)
+    loaded = load_backbone(config, device)
+    load_adapter(loaded.model, path, fingerprint(loaded.model))
+    loaded.model.config.use_cache = True
+    return loaded.model.eval(), loaded.tokenizer

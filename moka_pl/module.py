@@ -1,0 +1,272 @@
+"""The LightningModule: a frozen base with MoKA adapters, trained on completions."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, load_adapter_state, read_adapter
+from moka_pl.adapters.directory import check_base, read_adapter_state
+from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
+from moka_pl.checkpoint import check_trainable_state, rng_state, set_rng_state, trainable_state
+from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.metrics import EvalMetrics
+from moka_pl.schedule import WarmupDecay
+from moka_pl.scoring import row_sums, score_tokens
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Batch = dict[str, Any]
+
+
+class MokaModule(LightningModule):
+    """Fine-tunes a frozen causal language model with a mixture of Kronecker adapters.
+
+    The loss of an optimizer step is the mean over all completion tokens of its whole batch: of every
+    accumulated micro-batch on every rank, however unevenly the tokens are spread.
+
+    Args:
+        backbone: The base model.
+        adapter: The adapters' configuration.
+        adapter_path: An adapter directory to start from; its own configuration then replaces ``adapter``.
+        optimizer: Builds the optimizer from the trainable parameters.
+        lr_scheduler: Builds the learning-rate scheduler, stepped after every optimizer step.
+        gradient_checkpointing: Compute activations again in the backward pass: about a third more time for a
+            fraction of the memory.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig | None = None,
+        adapter: MokaConfig | None = None,
+        adapter_path: str | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable = lambda o: WarmupDecay(o),
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone or BackboneConfig()
+        self.adapter = adapter or MokaConfig()
+        self.adapter_path = adapter_path
+        if adapter_path is not None:
+            self.adapter = read_adapter(adapter_path).config  # a damaged folder shows before any loading
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        # Checkpoints hold no frozen tensor; on_load_checkpoint checks that no trainable one is missing.
+        self.strict_loading = False
+        self.model: PreTrainedModel | None = None
+        self.base: BaseModel | None = None
+        self.adapted: list[str] = []
+        self.eval_values: dict[str, float] = {}
+        self._metrics: EvalMetrics | None = None
+        self._window: Tensor | None = None
+        self._rng: dict[str, Any] | None = None
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The base model's tokenizer (loaded without the model)."""
+        return load_tokenizer(self.backbone)
+
+    # Building
+
+    def configure_model(self) -> None:
+        """Loads the base onto this rank's device and injects the adapters (once).
+
+        Raises:
+            BackboneError: If the base cannot be had.
+            AdapterError: If the adapters do not fit it.
+        """
+        if self.model is not None:
+            return
+        loaded = load_backbone(self.backbone, self.device)
+        model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        options = self.backbone.options()
+        options["compute_dtype"] = str(compute_dtype(self.backbone, self.device)).removeprefix("torch.")
+        self.base = BaseModel(self.backbone.name, self.backbone.revision, fingerprint(model), options)
+        if self.adapter_path is not None:
+            check_base(read_adapter(self.adapter_path), self.base.fingerprint, self.adapter_path)
+        self.adapted = inject_adapter(model, self.adapter)
+        if self.adapter_path is not None:
+            load_adapter_state(model, read_adapter_state(self.adapter_path), self.adapter_path)
+        if self.gradient_checkpointing:
+            # Non-reentrant: gradients reach the adapters although the embeddings need none, and DDP sees
+            # every parameter once.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Lightning keeps the mode it finds; a loaded model is in eval mode, which switches off
+        # checkpointing and dropout.
+        model.train()
+        self.model = model
+        # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        everything = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+        self._ddp_params_and_buffers_to_ignore = [name for name in everything if name not in trainable]
+        count = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        rank_zero_info(
+            f"{self.backbone.name} on {self.device} in {options['compute_dtype']}, "
+            f"linear weights {self.backbone.quantization}; MoKA in {len(self.adapted)} layers, "
+            f"{count:,} trainable parameters"
+        )
+
+    @property
+    def causal_lm(self) -> "PreTrainedModel":
+        """The model with its adapters.
+
+        Raises:
+            ConfigError: Before ``configure_model`` has built it.
+        """
+        if self.model is None:
+            raise ConfigError("the model is not built yet; a Trainer builds it, or call configure_model()")
+        return self.model
+
+    def configure_optimizers(self) -> "OptimizerLRScheduler":
+        """Builds optimizer and scheduler over the trainable parameters."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupDecay) and scheduler.total_steps is None:
+            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config |= {"monitor": scheduler.monitor, "interval": "epoch"}
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        """Warns of a trainer precision that would round the adapters."""
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            rank_zero_warn(
+                f"precision {self.trainer.precision} rounds the adapters and their optimizer state; leave "
+                "the trainer at 32-true and choose the base's dtype by backbone.compute_dtype"
+            )
+
+    def on_train_start(self) -> None:
+        """Begins with no counted tokens, and in a resumed run with the stored random generators."""
+        if self._rng is not None:
+            set_rng_state(self._rng, self.device, self.global_rank)
+            self._rng = None
+        self._window = torch.zeros(2, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        self._window = self._window.to(self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the summed negative log-likelihood of the micro-batch's completion tokens.
+
+        The division by the number of tokens happens once the whole batch of the optimizer step is known.
+        """
+        scores = score_tokens(self.causal_lm, batch["input_ids"], batch["labels"])
+        total = scores.nll.sum()
+        assert self._window is not None
+        self._window += torch.stack([total.detach(), total.new_tensor(scores.nll.numel())]).to(self._window)
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turns gradients of the sum into gradients of the mean over all tokens, and logs the step.
+
+        Lightning has divided the sums by the number of accumulated micro-batches, and DDP by the number of
+        ranks; both are multiplied back before the division by all tokens.
+        """
+        assert self._window is not None
+        window = self.trainer.strategy.reduce(self._window, reduce_op="sum")
+        assert isinstance(window, Tensor)
+        total, tokens = window[0], window[1].clamp(min=1)
+        loss = (total / tokens).float()
+        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / tokens
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor.to(torch.float32))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._window.zero_()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/grad_norm", norm)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    # Evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins the metrics anew."""
+        self._start_metrics()
+
+    def on_test_epoch_start(self) -> None:
+        """Begins the metrics anew."""
+        self._start_metrics()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to the metrics."""
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to the metrics."""
+        self._evaluate(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics as ``val/…``."""
+        self._end_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics as ``test/…``."""
+        self._end_metrics("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Returns ``log_likelihood`` of every row's completion, and ``item`` and ``is_answer`` if present."""
+        scores = score_tokens(self.causal_lm, batch["input_ids"], batch["labels"])
+        known = {key: batch[key] for key in batch if key in ("item", "task", "is_answer")}
+        return known | {"log_likelihood": -row_sums(scores, len(batch["input_ids"]))}
+
+    def _start_metrics(self) -> None:
+        if self._metrics is None:
+            data = getattr(self.trainer, "datamodule", None)
+            sets: Sequence[tuple[str, Sequence[str]]] = getattr(data, "eval_sets", None) or [("data", [])]
+            self._metrics = EvalMetrics(sets, self.device)
+        self._metrics.reset()
+
+    def _evaluate(self, batch: Batch, index: int) -> None:
+        assert self._metrics is not None
+        scores = score_tokens(self.causal_lm, batch["input_ids"], batch["labels"])
+        if "item" not in batch:
+            self._metrics.update_loss(index, scores.nll.sum(), scores.nll.new_tensor(scores.nll.numel()))
+            return
+        answers = batch["is_answer"][scores.row]  # (N,)
+        self._metrics.update_loss(index, (scores.nll * answers).sum(), answers.sum().float())
+        log_likelihood = -row_sums(scores, len(batch["input_ids"]))  # (B,)
+        self._metrics.update_choices(index, log_likelihood, batch)
+
+    def _end_metrics(self, prefix: str) -> None:
+        assert self._metrics is not None
+        self.eval_values = {f"{prefix}/{name}": value for name, value in self._metrics.compute().items()}
+        shown = {f"{prefix}/loss", f"{prefix}/accuracy"}
+        for name, value in self.eval_values.items():
+            # The values are the same on all ranks already.
+            self.log(name, value, prog_bar=name in shown, sync_dist=False)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the trainable tensors only, and adds the base's fingerprint and the random generators."""
+        assert self.base is not None
+        checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
+        checkpoint["moka_base"] = {"name": self.base.name, "fingerprint": self.base.fingerprint}
+        checkpoint["moka_rng"] = rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint's tensors are exactly this model's trainable ones.
+
+        Raises:
+            AdapterError: On a missing or unexpected tensor, another shape or another base model.
+        """
+        assert self.base is not None
+        check_trainable_state(self, checkpoint["state_dict"])
+        written = checkpoint.get("moka_base", {})
+        if written.get("fingerprint") not in (None, self.base.fingerprint):
+            raise AdapterError(
+                f"the checkpoint was trained on another base model ({written['name']!r}); this one is "
+                f"{self.base.name!r} with another fingerprint. Load that base instead"
+            )
+        # Set when training begins: nothing before it may draw from them.
+        self._rng = checkpoint.get("moka_rng")

@@ -1,0 +1,56 @@
+"""Log-likelihoods of the trained tokens of a batch."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = -100
+
+
+class TokenScores(NamedTuple):
+    """Negative log-likelihoods of the predicted tokens of a batch, flat over rows.
+
+    Attributes:
+        nll: -log p(token | what stands before it), nats, shape (N,), float32.
+        row: Row of the batch of each token, shape (N,).
+    """
+
+    nll: Tensor
+    row: Tensor
+
+
+def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor) -> TokenScores:
+    """Scores every token that has a label.
+
+    Sequences are padded on the right, where causal attention never looks, so no mask is passed; the output
+    head runs over the labelled positions only.
+
+    Args:
+        model: A causal language model.
+        input_ids: Token ids, shape (B, T).
+        labels: The ids to predict at their own positions, -100 elsewhere, shape (B, T).
+
+    Returns:
+        The scores of the N labelled tokens (the first position of a row cannot be predicted).
+    """
+    targets = labels[:, 1:]  # (B, T-1)
+    row, column = (targets != IGNORED).nonzero(as_tuple=True)  # (N,)
+    if hasattr(model.config, "final_logit_softcapping") or hasattr(model.config, "logits_scaling"):
+        # Models that transform their logits after the head.
+        logits = model(input_ids=input_ids, use_cache=False).logits[row, column]  # (N, V)
+    else:
+        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, d)
+        head = model.get_output_embeddings()
+        logits = head(hidden[row, column])  # (N, V)
+    nll = F.cross_entropy(logits.float(), targets[row, column], reduction="none")  # (N,)
+    return TokenScores(nll, row)
+
+
+def row_sums(scores: TokenScores, rows: int) -> Tensor:
+    """Sums the scores of each row: -log p(completion | prompt), shape (rows,)."""
+    return torch.zeros(rows, device=scores.nll.device).index_add_(0, scores.row, scores.nll)

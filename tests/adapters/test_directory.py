@@ -1,0 +1,425 @@
+"""The adapter directory: round trips, damage, failing disks."""
+
+import errno
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from moka_pl.adapters import (
+    AdapterInfo,
+    BaseModel,
+    MokaConfig,
+    adapter_state,
+    inject_adapter,
+    load_adapter,
+    load_adapter_state,
+    merge,
+    moka_layers,
+    read_adapter,
+    save_adapter,
+)
+from moka_pl.adapters.directory import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME
+from moka_pl.errors import AdapterError
+
+BASE = BaseModel("someone/tiny-llama", "v1.2", "abc123", {"quantization": "nf4"})
+VARIANTS = {
+    "diverse": {"filters": "diverse"},
+    "prime": {"filters": "prime"},
+    "listed, ungated": {"filters": [[4, 8], [2, 3, 8, 9]], "gating": "none", "components": 2},
+    "everything": {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
+}
+
+
+def config(**options: object) -> MokaConfig:
+    return MokaConfig(**({"components": 3, "scaling": 1.7, "dropout": 0.1} | options))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def change_config(adapter: Path, **changes: object) -> None:
+    """Overwrites entries of the stored config; None takes the entry out."""
+    file = adapter / CONFIG_NAME
+    stored = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in stored.items() if value is not None}))
+
+
+def change_weights(adapter: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(adapter / WEIGHTS_NAME).items()}
+    change(tensors)
+    save_file(tensors, adapter / WEIGHTS_NAME)
+
+
+@pytest.fixture
+def adapted(make_llama, randomize) -> nn.Module:
+    """The tiny LLaMA with random adapters."""
+    model = make_llama()
+    inject_adapter(model, config())
+    randomize(model)
+    return model
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, adapted: nn.Module) -> Path:
+    """Those adapters, saved."""
+    return save_adapter(tmp_path / "runs" / "adapter", adapted, config(), BASE)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_round_trip_gives_identical_outputs(
+    options: dict, tmp_path: Path, make_llama, randomize, token_ids
+) -> None:
+    saved, loaded = make_llama(), make_llama()
+    inject_adapter(saved, config(**options))
+    randomize(saved)
+    path = tmp_path / "new" / "folders" / "adapter"
+    extra = {"step": 12, "metrics": {"val_loss": 1.25}}
+    assert save_adapter(path, saved, config(**options), BASE, extra) == path
+    info = load_adapter(loaded, str(path), "abc123")
+    assert info == AdapterInfo(config(**options), BASE, extra)
+    assert (logits(loaded, token_ids) - logits(make_llama(), token_ids)).abs().max() > 0.1
+    assert torch.equal(logits(loaded, token_ids), logits(saved, token_ids))
+
+
+def test_only_factors_and_gates_are_stored(adapter: Path, adapted: nn.Module) -> None:
+    assert sorted(file.name for file in adapter.iterdir()) == sorted([CONFIG_NAME, WEIGHTS_NAME, "README.md"])
+    tensors = load_file(adapter / WEIGHTS_NAME)
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert tensors.keys() == trained.keys()
+    assert all(torch.equal(tensors[name], trained[name]) for name in tensors)
+    entries = sum(p.numel() for p in trained.values())
+    assert json.loads((adapter / CONFIG_NAME).read_text())["trainable_parameters"] == entries
+    assert (adapter / WEIGHTS_NAME).stat().st_size < 4 * entries + 200 * len(tensors)
+
+
+def test_all_files_get_the_permissions_that_the_user_s_umask_gives(
+    tmp_path: Path, adapted: nn.Module
+) -> None:
+    before = os.umask(0o027)
+    try:
+        path = save_adapter(tmp_path / "adapter", adapted, config(), BASE)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
+
+
+def test_a_merged_model_saves_the_same_tensors(adapter: Path, tmp_path: Path, adapted: nn.Module) -> None:
+    merge(adapted)
+    other = save_adapter(tmp_path / "merged", adapted, config(), BASE)
+    assert contents(other) == contents(adapter)
+
+
+def test_loading_into_a_merged_model_changes_its_outputs(
+    adapter: Path, adapted: nn.Module, randomize, token_ids
+) -> None:
+    expected = logits(adapted, token_ids)
+    state = load_file(adapter / WEIGHTS_NAME)
+    randomize(adapted, seed=77)
+    merge(adapted)
+    assert (logits(adapted, token_ids) - expected).abs().max() > 0.1
+    load_adapter_state(adapted, state, adapter)
+    torch.testing.assert_close(logits(adapted, token_ids), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_saving_again_replaces_the_older_adapter(adapter: Path, adapted: nn.Module, randomize) -> None:
+    older = contents(adapter)
+    (adapter / "README.md").unlink()
+    randomize(adapted, seed=8)
+    save_adapter(adapter, adapted, config(), BASE)
+    newer = contents(adapter.parent)
+    assert newer.keys() == {f"adapter/{name}" for name in older}  # nothing is left beside it
+    assert newer[f"adapter/{WEIGHTS_NAME}"] != older[WEIGHTS_NAME]
+    assert newer["adapter/README.md"] == older["README.md"]
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path, adapted: nn.Module) -> None:
+    save_adapter(tmp_path, adapted, config(), BASE)
+    assert read_adapter(tmp_path).config == config()
+
+
+def test_a_model_without_adapters_cannot_be_saved(tmp_path: Path, tiny_llama) -> None:
+    with pytest.raises(AdapterError, match="no adapters to save"):
+        save_adapter(tmp_path / "adapter", tiny_llama, config(), BASE)
+    assert contents(tmp_path) == {}
+
+
+# --- a write that fails ---------------------------------------------------------------------------------
+
+
+def small_files(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
+    """No file may grow above a kilobyte: the tensors break off half way."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def full_disk_at_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return monkeypatch.undo
+
+
+def failing_config(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
+    write = Path.write_text
+
+    def write_text(self: Path, text: str, **options: object) -> int:
+        if self.name == CONFIG_NAME:
+            write(self, text[:20], **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    return monkeypatch.undo
+
+
+def failing_rename(error: BaseException) -> Callable[[pytest.MonkeyPatch], Callable[[], object]]:
+    """Only moving the new folder into its place fails; moving the older one away and back works."""
+
+    def arrange(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
+        rename = Path.rename
+
+        def fail(self: Path, target: Path) -> Path:
+            if self.name == "new":
+                raise error
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        return monkeypatch.undo
+
+    return arrange
+
+
+FAILURES = {
+    "file too large": (small_files, AdapterError, "File too large"),
+    "full at fsync": (full_disk_at_sync, AdapterError, "No space left on device"),
+    "full at config": (failing_config, AdapterError, "No space left on device"),
+    "rename": (failing_rename(OSError(errno.EIO, "Input/output error")), AdapterError, "Input/output error"),
+    "interrupt": (failing_rename(KeyboardInterrupt("stop")), KeyboardInterrupt, "stop"),
+}
+
+
+@pytest.mark.parametrize("existing", [True, False], ids=["older", "first"])
+@pytest.mark.parametrize(("arrange", "error", "message"), FAILURES.values(), ids=FAILURES)
+def test_a_failing_write_leaves_all_as_it_was(
+    arrange, error, message: str, existing: bool, tmp_path: Path, adapted: nn.Module, randomize, monkeypatch
+) -> None:
+    path = tmp_path / "runs" / "adapter"
+    path.parent.mkdir()
+    if existing:
+        save_adapter(path, adapted, config(), BASE)
+    before = contents(tmp_path)
+    randomize(adapted, seed=8)
+    mend = arrange(monkeypatch)
+    try:
+        with pytest.raises(error, match=message):
+            save_adapter(path, adapted, config(), BASE)
+    finally:
+        mend()
+    assert contents(tmp_path) == before
+    assert list(path.parent.iterdir()) == ([path] if existing else [])
+    save_adapter(path, adapted, config(), BASE)  # and the next one works
+    assert contents(tmp_path) != before
+
+
+def test_a_place_below_a_file_cannot_be_written(tmp_path: Path, adapted: nn.Module) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AdapterError, match=r"cannot save the adapter to \S+file/sub/adapter: "):
+        save_adapter(tmp_path / "file" / "sub" / "adapter", adapted, config(), BASE)
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_a_file_or_a_folder_of_other_things_is_not_replaced(tmp_path: Path, adapted: nn.Module) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = contents(tmp_path)
+    for name in ("notes", "file"):
+        with pytest.raises(AdapterError, match="something else is there"):
+            save_adapter(tmp_path / name, adapted, config(), BASE)
+    assert contents(tmp_path) == before
+
+
+# --- a directory that is damaged, or of something else ----------------------------------------------------
+
+
+def keep(file: str, share: float) -> Callable[[Path], object]:
+    def cut(adapter: Path) -> None:
+        content = (adapter / file).read_bytes()
+        (adapter / file).write_bytes(content[: int(len(content) * share)])
+
+    return cut
+
+
+def put(file: str, content: bytes) -> Callable[[Path], object]:
+    return lambda adapter: (adapter / file).write_bytes(content)
+
+
+def missing(file: str) -> Callable[[Path], object]:
+    return lambda adapter: (adapter / file).unlink()
+
+
+DAMAGES = {
+    "config missing": (missing(CONFIG_NAME), "no adapter_config.json"),
+    "config empty": (keep(CONFIG_NAME, 0), "adapter_config.json is damaged"),
+    "config cut": (keep(CONFIG_NAME, 0.5), "adapter_config.json is damaged"),
+    "config not JSON": (put(CONFIG_NAME, b"components: 3\n"), "adapter_config.json is damaged"),
+    "config not UTF-8": (put(CONFIG_NAME, b'{"peft_type": "\xff"}'), "adapter_config.json is damaged"),
+    "config a list": (put(CONFIG_NAME, b"[]"), "describes no MoKA adapter .*'list'"),
+    "other method": (lambda a: change_config(a, peft_type="LORA"), "describes no MoKA adapter .*'LORA'"),
+    "no method": (lambda a: change_config(a, peft_type=None), "describes no MoKA adapter .*None"),
+    "no format": (lambda a: change_config(a, format_version=None), "no format_version"),
+    "newer format": (
+        lambda a: change_config(a, format_version=FORMAT_VERSION + 1),
+        f"adapter format {FORMAT_VERSION + 1}.*Upgrade moka_pl",
+    ),
+    "no base": (lambda a: change_config(a, base_model_name_or_path=None), "base_model_name_or_path"),
+    "unknown option": (lambda a: change_config(a, gating="sigmoid"), "damaged: unknown gating 'sigmoid'"),
+    "option of another type": (lambda a: change_config(a, dropout="much"), "adapter_config.json is damaged"),
+    "weights missing": (missing(WEIGHTS_NAME), "no adapter_model.safetensors"),
+    "weights empty": (keep(WEIGHTS_NAME, 0), "adapter_model.safetensors is truncated or damaged"),
+    "weights cut in the header": (keep(WEIGHTS_NAME, 0.1), "truncated or damaged"),
+    "weights cut": (keep(WEIGHTS_NAME, 0.9), "truncated or damaged"),
+    "weights of other bytes": (put(WEIGHTS_NAME, b"\x80\x04" * 99), "truncated or damaged"),
+    "tensor missing": (
+        lambda a: change_weights(a, lambda t: t.pop("model.layers.1.self_attn.v_proj.moka_gate")),
+        r"1 tensors are missing \(first model\.layers\.1\.self_attn\.v_proj\.moka_gate\), 0 are unexpected",
+    ),
+    "tensor too many": (
+        lambda a: change_weights(a, lambda t: t.update({"model.layers.9.moka_gate": torch.ones(3)})),
+        r"0 tensors are missing, 1 are unexpected \(first model\.layers\.9\.moka_gate\)",
+    ),
+    "tensor of another shape": (
+        lambda a: change_weights(
+            a, lambda t: t.update({"model.layers.1.self_attn.q_proj.moka_B.2": torch.ones(5, 7)})
+        ),
+        r"model\.layers\.1\.self_attn\.q_proj\.moka_B\.2 is \(5, 7\), the model expects \(\d+, \d+\)",
+    ),
+    "other components": (lambda a: change_config(a, components=2), r"4 are unexpected|unexpected \(first"),
+    "other filters": (lambda a: change_config(a, filters=[[2, 2]]), "the model expects"),
+    "other layers": (lambda a: change_config(a, target_modules=["nowhere"]), "matches no layer"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_adapter_is_refused_and_the_model_stays_plain(
+    damage, message: str, adapter: Path, tiny_llama, token_ids
+) -> None:
+    expected, names = logits(tiny_llama, token_ids), list(tiny_llama.state_dict())
+    damage(adapter)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(tiny_llama, adapter)
+    assert list(tiny_llama.state_dict()) == names
+    assert torch.equal(logits(tiny_llama, token_ids), expected)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "file"])
+def test_what_is_no_folder_is_told(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AdapterError, match=f"{place} is not an adapter directory: no such folder"):
+        read_adapter(tmp_path / place)
+
+
+def test_an_adapter_of_another_base_is_refused(adapter: Path, make_llama) -> None:
+    with pytest.raises(AdapterError, match=r"another base model: 'someone/tiny-llama'.*abc123.*def456"):
+        load_adapter(model := make_llama(), adapter, "def456")
+    assert not moka_layers(model)
+    for unknown in (None, ""):
+        assert load_adapter(make_llama(), adapter, unknown).base == BASE
+    change_config(adapter, base_fingerprint="")
+    assert moka_layers(model) == {}
+    load_adapter(model, adapter, "def456")  # an adapter that does not know its base fits any
+    assert moka_layers(model)
+
+
+def test_an_adapter_of_a_wider_model_is_refused(adapter: Path, make_llama) -> None:
+    model = make_llama(hidden_size=48)
+    with pytest.raises(AdapterError, match=r"model\.layers\.\d.*the model expects"):
+        load_adapter(model, adapter)
+    assert not moka_layers(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("model.layers.1.self_attn.v_proj.moka_gate"),
+        lambda state: state.update({"stray": torch.ones(1)}),
+        lambda state: state.update({"model.layers.1.self_attn.v_proj.moka_gate": torch.ones(4)}),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
+def test_tensors_that_do_not_fit_leave_the_model_s_own(change, adapted: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in adapter_state(adapted).items()}
+    state = {name: tensor + 1 for name, tensor in before.items()}
+    change(state)
+    with pytest.raises(AdapterError, match=r"somewhere.*(v_proj\.moka_gate|stray)"):
+        load_adapter_state(adapted, state, "somewhere")
+    after = adapter_state(adapted)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# --- what is written ----------------------------------------------------------------------------------------
+
+words = st.text(min_size=1, max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    options=st.fixed_dictionaries(
+        {
+            "components": st.integers(1, 20),
+            "filters": st.sampled_from(["diverse", "square", "prime"])
+            | st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=2), min_size=1, max_size=1),
+            "scaling": st.none() | st.floats(1e-9, 1e9),
+            "dropout": st.floats(0, 1, exclude_max=True),
+            "target_modules": words | st.lists(words, min_size=1),
+            "exclude_modules": st.none() | words | st.lists(words),
+        }
+    ),
+    name=words,
+    revision=st.none() | words,
+)
+def test_any_config_and_base_name_are_read_back(options: dict, name: str, revision: str | None) -> None:
+    model = nn.Sequential(nn.Linear(9, 9))
+    inject_adapter(model, config(target_modules=["0"]))
+    expected = AdapterInfo(config(**options), BaseModel(name, revision))
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_adapter(Path(folder) / "adapter", model, expected.config, expected.base)
+        assert read_adapter(path) == expected
+
+
+@pytest.mark.parametrize("name", ["someone/tiny-llama", '/home/me/my "best": model', "модель"])
+def test_the_model_card_tells_the_base_and_has_no_placeholder(name: str, tmp_path: Path, adapted) -> None:
+    extra = {"metrics": {"val_loss": 1.23456, "acc": 0.5}}
+    path = save_adapter(tmp_path / "adapter", adapted, config(), BaseModel(name), extra)
+    card = (path / "README.md").read_text(encoding="utf-8")
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["base_model"] == name
+    assert name in body
+    assert f"| trainable parameters | {sum(t.numel() for t in adapter_state(adapted).values()):,} |" in body
+    assert "| target modules | q_proj, v_proj |" in body
+    assert "| scaling | 1.7 |" in body
+    assert body.index("| acc | 0.5000 |") < body.index("| val_loss | 1.2346 |")
+    for placeholder in ("{", "}", "TODO", "None", "null", "[More"):
+        assert placeholder not in card
