@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import SumMetric
+from torchmetrics import Metric, SumMetric
 
 
 class EvalMetrics:
@@ -26,7 +26,7 @@ class EvalMetrics:
     def __init__(
         self, eval_sets: Sequence[tuple[str, Sequence[str]]], device: torch.device | str = "cpu"
     ) -> None:
-        def total() -> SumMetric:
+        def total() -> Metric:
             return SumMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
 
         self.sets = [(name, list(tasks)) for name, tasks in eval_sets]
@@ -77,25 +77,28 @@ class EvalMetrics:
         """
         values: dict[str, float] = {}
         losses: list[float] = []
-        accuracies: list[float] = []
+        right_of: dict[str, float] = {}  # by task; one task in two sets is the same task
+        count_of: dict[str, float] = {}
         for index, (name, tasks) in enumerate(self.sets):
-            by_task = {}
+            own = []
             for task, correct, items in zip(tasks, self.correct[index], self.items[index], strict=True):
                 right, count = float(correct.compute()), float(items.compute())
                 if count:
-                    by_task[task] = right / count
+                    own.append(right / count)
+                    right_of[task] = right_of.get(task, 0) + right
+                    count_of[task] = count_of.get(task, 0) + count
             nll, tokens = float(self.nll[index].compute()), float(self.tokens[index].compute())
             if tokens:
                 losses.append(nll / tokens)
-            accuracies += by_task.values()
-            values |= {f"accuracy/{task}": value for task, value in by_task.items()}
             if len(self.sets) > 1:
                 values |= {f"{name}/loss": nll / tokens} if tokens else {}
-                values |= {f"{name}/accuracy": sum(by_task.values()) / len(by_task)} if by_task else {}
+                values |= {f"{name}/accuracy": sum(own) / len(own)} if own else {}
+        accuracies = {task: right / count_of[task] for task, right in right_of.items()}
+        values |= {f"accuracy/{task}": value for task, value in accuracies.items()}
         if losses:
             values["loss"] = sum(losses) / len(losses)
         if accuracies:
-            values["accuracy"] = sum(accuracies) / len(accuracies)
+            values["accuracy"] = sum(accuracies.values()) / len(accuracies)
         return values
 
     def reset(self) -> None:

@@ -77,7 +77,9 @@ def summary_text(trainer: Trainer, pl_module: MokaModule, before: dict[str, floa
     if speed is not None and speed.total_tokens:
         rate = speed.tokens_per_second * trainer.world_size
         facts["training speed"] = f"{rate:,.0f} tokens/s over {trainer.world_size} process(es)"
-    facts["peak memory"] = f"{peak_memory(pl_module.device):.2f} GiB ({pl_module.device})"
+    # Lightning has moved the module off its GPU by now.
+    device = trainer.strategy.root_device
+    facts["peak memory"] = f"{peak_memory(device):.2f} GiB ({device})"
     saved = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
     adapter = None
     if saved is not None:
