@@ -47,3 +47,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"moka_pl.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'moka_pl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Lists the public names before their first use, too."""
+    return sorted({*globals(), *__all__})

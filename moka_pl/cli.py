@@ -6,6 +6,7 @@ Only what parsing needs is imported here; the plain functions never import Light
 import os
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.commands import generate, inspect
@@ -40,11 +41,19 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def function_parser(name: str) -> "ArgumentParser":
-    """The parser of a plain function's command."""
-    from jsonargparse import ArgumentParser
+    """The parser of a plain function's command; its flags are given as ``--flag``, without a value."""
+    from jsonargparse import ActionYesNo, ArgumentParser
 
+    flags = {key for key, p in signature(FUNCTIONS[name]).parameters.items() if p.annotation is bool}
+    described: Any = ArgumentParser()
+    described.add_function_arguments(FUNCTIONS[name], as_positional=True)
     parser: Any = ArgumentParser(prog=f"moka_pl {name}", description=_summary(name))
-    parser.add_function_arguments(FUNCTIONS[name], as_positional=True)
+    parser.add_function_arguments(FUNCTIONS[name], as_positional=True, skip=flags)
+    for action in described._actions:
+        if action.dest in flags:
+            parser.add_argument(
+                f"--{action.dest}", action=ActionYesNo, default=action.default, help=action.help
+            )
     return parser  # type: ignore[no-any-return]
 
 

@@ -13,15 +13,20 @@ n_a·n_b > n the input is zero-padded, where it is smaller the input's tail is d
 output is cut, where it is smaller its tail is zero. Both are what cutting or zero-filling the matrix
 ``A ⊗ B`` to m × n gives.
 
-Two ways lead to the same product:
+Three ways lead to the same product:
     structured  one pair of small products per component; never forms an m × n matrix
-    dense       forms ΔW for the time of one product; its cost does not grow with r
+    dense       forms ΔW for the time of one product; its cost hardly grows with r
+    fused       the same with Triton kernels that build ΔW and project its gradient in one to two launches
 
 Source: MoKA, arXiv 2508.03527; the identity is Van Loan, "The ubiquitous Kronecker product" (2000).
 """
 
 import math
+import os
+import warnings
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,9 +36,12 @@ from torch.nn import functional as F
 
 from moka_pl.errors import ConfigError
 
-Backend = Literal["auto", "structured", "dense"]
+Backend = Literal["auto", "structured", "dense", "fused"]
 
-BACKENDS: tuple[str, ...] = ("auto", "structured", "dense")
+#: Tokens from which on the fused way is taken on a GPU; for fewer the structured products are cheaper.
+_FUSED_TOKENS = 32
+
+BACKENDS: tuple[str, ...] = ("auto", "structured", "dense", "fused")
 
 
 class Shape(NamedTuple):
@@ -326,6 +334,30 @@ class _KroneckerSum(torch.autograd.Function):
         return grad_x, grad_weights, None, None, None, *(g for pair in grad_factors for g in pair)
 
 
+def _can_fuse(weights: Tensor, factors: Sequence[tuple[Tensor | None, Tensor]]) -> bool:
+    """Whether Triton is installed and the trainable tensors have the dtype of its kernels."""
+    single = all(f.dtype == torch.float32 for pair in factors for f in (*pair, weights) if f is not None)
+    return single and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    """Whether Triton's kernels run on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _warn_unfused() -> None:
+    warnings.warn(
+        "backend fused needs a CUDA device, Triton and float32 factors; the dense way is used instead",
+        stacklevel=3,
+    )
+
+
 def _pairs(flat: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor]]:
     """Regroups A_1, B_1, A_2, B_2, … into pairs."""
     pairs: list[tuple[Tensor | None, Tensor]] = []
@@ -351,7 +383,8 @@ def kronecker_linear(
         factors: r pairs (A_i or None for an identity, B_i), usually float32.
         shapes: r shapes.
         out_features: m.
-        backend: ``"structured"``, ``"dense"``, or ``"auto"`` for the cheaper of both at this size.
+        backend: ``"structured"``, ``"dense"``, ``"fused"`` (falls back to dense, with a warning, where Triton
+            cannot run), or ``"auto"`` for the cheapest at this size on this device.
 
     Returns:
         The product, shape (..., m).
@@ -364,7 +397,22 @@ def kronecker_linear(
     tokens = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])  # (T, n)
     if backend == "auto":
-        backend = pick_backend(math.prod(tokens), shapes, out_features, rows.shape[1])
+        count = math.prod(tokens)
+        if count >= _FUSED_TOKENS and x.is_cuda and _can_fuse(weights, factors):
+            backend = "fused"
+        else:
+            backend = pick_backend(count, shapes, out_features, rows.shape[1])
+    elif backend == "fused" and not ((x.is_cuda or _interpreting()) and _can_fuse(weights, factors)):
+        _warn_unfused()
+        backend = "dense"
+    if backend == "fused":
+        from moka_pl.kernels import FusedSum, pack
+
+        with torch.autocast(x.device.type, enabled=False):
+            fused: Tensor = FusedSum.apply(  # type: ignore[no-untyped-call]
+                rows, weights, pack(factors), tuple(shapes), out_features
+            )  # (T, m)
+        return fused.reshape(*tokens, out_features)
     flat = [factor for pair in factors for factor in pair]
     out: Tensor = _KroneckerSum.apply(  # type: ignore[no-untyped-call]
         rows, weights, tuple(shapes), out_features, backend == "dense", *flat

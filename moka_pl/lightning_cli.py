@@ -1,9 +1,14 @@
 """LightningCLI with this package's module, data modules, callbacks and logs."""
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from moka_pl.callbacks import (
@@ -16,6 +21,7 @@ from moka_pl.callbacks import (
 )
 from moka_pl.cli import FUNCTIONS, function_parser
 from moka_pl.data import MokaDataModule
+from moka_pl.errors import ConfigError, MokaError
 from moka_pl.module import MokaModule
 from moka_pl.resume import find_last
 
@@ -26,18 +32,51 @@ _LOGGER = {
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Parses the arguments (default: the process's) and runs the Lightning command they name."""
-    MokaCLI(
-        MokaModule,
-        MokaDataModule,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [ProgressBar(), Throughput(), RunSummary(), GracefulInterrupt()]},
-        parser_kwargs={"prog": "moka_pl", "description": "Fine-tune 4-bit LLaMA models with MoKA."},
-        args=None if arguments is None else list(arguments),
-    )
+    """Parses the arguments (default: the process's) and runs the Lightning command they name.
+
+    Raises:
+        ConfigError: For what Lightning finds wrong with the trainer's options.
+    """
+    try:
+        MokaCLI(
+            MokaModule,
+            MokaDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_class=MokaParser,
+            parser_kwargs={
+                "prog": "moka_pl",
+                "description": "Fine-tune 4-bit LLaMA models with MoKA.",
+                "allow_abbrev": False,
+            },
+            args=None if arguments is None else list(arguments),
+        )
+    except MisconfigurationException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        # jsonargparse wraps what a class refuses when it is built.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, MokaError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+class MokaParser(LightningArgumentParser):
+    """Reports a wrong option without the page of usage that would hide the message."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the process with status 2."""
+        if not self.exit_on_error:  # the parser of a class inside, whose message becomes part of another
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        print(f"{program}: error: {message}\nAll options: {program} --help", file=sys.stderr)
+        self.exit(2)
+        raise AssertionError  # exit does not return
 
 
 class MokaCLI(LightningCLI):
@@ -50,8 +89,11 @@ class MokaCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
+                # With save_top_k: 0 Lightning (2.6) writes last.ckpt only when training ends; with its
+                # version counter a resumed run would write last-v1.ckpt beside an outdated last.ckpt.
                 "checkpoint.save_last": True,
-                "checkpoint.save_top_k": 0,
+                "checkpoint.save_top_k": 1,
+                "checkpoint.enable_version_counter": False,
                 "trainer.logger": _LOGGER,
                 "trainer.max_epochs": 1,
                 "trainer.log_every_n_steps": 10,
@@ -74,10 +116,28 @@ class MokaCLI(LightningCLI):
         """Resolves ``ckpt_path: last`` to the newest run of the same name, and continues its logs."""
         config = self.config[self.subcommand]
         config.weights_only = True  # nothing is unpickled from a path that the user gives
-        if config.get("ckpt_path") == "last":
+        path = config.get("ckpt_path")
+        special = path in (None, "best", "last", "hpc") or ":" in path
+        if not special and not Path(path).is_file():
+            raise ConfigError(f"--ckpt_path {path}: no such file; give a .ckpt file, or last")
+        if path == "last":
             found = find_last(config.trainer.logger)
             config.ckpt_path = str(found.checkpoint)
             config.trainer.logger.init_args.version = found.version
+            # The folder's config.yaml stays what it is: the run from its beginning.
+            self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Adds our callbacks, but none of a kind that the user has chosen or switched off."""
+        given = config["callbacks"] or []
+        kinds = [type(callback) for callback in (given if isinstance(given, list) else [given])]
+        ours = [Throughput(), RunSummary(), GracefulInterrupt()]
+        if config["enable_progress_bar"] is not False and not any(issubclass(k, LightningBar) for k in kinds):
+            ours.insert(0, ProgressBar())
+        if config["enable_checkpointing"] is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+        self.trainer_defaults["callbacks"] = [c for c in ours if type(c) not in kinds]
+        return super()._instantiate_trainer(config, callbacks)
 
 
 def _data_seed(seed: bool | int) -> int:

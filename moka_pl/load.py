@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from moka_pl.adapters import load_adapter, read_adapter
+from moka_pl.adapters.directory import CONFIG_NAME
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+from moka_pl.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +22,8 @@ def load_model(
     Args:
         path: An adapter directory, such as ``lightning_logs/smollm2/version_0/adapters/best``.
         device: Where to put the model; default the GPU if there is one, else the CPU.
-        base: Where the base model lies if not under the name that the adapter remembers.
+        base: Where the base model lies if not under the name that the adapter remembers; its revision is
+            then left aside.
 
     Returns:
         The model with its adapters, in evaluation mode, and the tokenizer.
@@ -32,9 +35,12 @@ def load_model(
     info = read_adapter(path)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    # The adapter may have been trained on a device with another best dtype.
-    options = info.base.options | {"compute_dtype": "auto"}
-    config = BackboneConfig(name=base or info.base.name, revision=info.base.revision, **options)
+    try:
+        # The adapter may have been trained on a device with another best dtype.
+        options = info.base.options | {"compute_dtype": "auto"}
+        config = BackboneConfig(base or info.base.name, None if base else info.base.revision, **options)
+    except (ConfigError, TypeError) as error:
+        raise AdapterError(f"{path}: base_options in {CONFIG_NAME} are damaged: {error}") from error
     loaded = load_backbone(config, device)
     load_adapter(loaded.model, path, fingerprint(loaded.model))
     loaded.model.config.use_cache = True

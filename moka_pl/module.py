@@ -1,6 +1,7 @@
 """The LightningModule: a frozen base with MoKA adapters, trained on completions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 
+# Not None: the command line's help would then list none of their options.
+_BACKBONE, _ADAPTER = BackboneConfig(), MokaConfig()
+
 
 class MokaModule(LightningModule):
     """Fine-tunes a frozen causal language model with a mixture of Kronecker adapters.
@@ -44,16 +48,16 @@ class MokaModule(LightningModule):
 
     def __init__(
         self,
-        backbone: BackboneConfig | None = None,
-        adapter: MokaConfig | None = None,
+        backbone: BackboneConfig = _BACKBONE,
+        adapter: MokaConfig = _ADAPTER,
         adapter_path: str | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupDecay(o),
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone = backbone or BackboneConfig()
-        self.adapter = adapter or MokaConfig()
+        self.backbone = replace(backbone)
+        self.adapter = replace(adapter)
         self.adapter_path = adapter_path
         if adapter_path is not None:
             self.adapter = read_adapter(adapter_path).config  # a damaged folder shows before any loading
@@ -68,6 +72,7 @@ class MokaModule(LightningModule):
         self.eval_values: dict[str, float] = {}
         self._metrics: EvalMetrics | None = None
         self._window: Tensor | None = None
+        self._schedule: WarmupDecay | None = None
         self._rng: dict[str, Any] | None = None
 
     @cached_property
@@ -132,7 +137,7 @@ class MokaModule(LightningModule):
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupDecay) and scheduler.total_steps is None:
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+            self._schedule = scheduler
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             config |= {"monitor": scheduler.monitor, "interval": "epoch"}
@@ -150,11 +155,31 @@ class MokaModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Begins with no counted tokens, and in a resumed run with the stored random generators."""
+        self._set_schedule()
         if self._rng is not None:
             set_rng_state(self._rng, self.device, self.global_rank)
             self._rng = None
         self._window = torch.zeros(2, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
         self._window = self._window.to(self.device)
+
+    def _set_schedule(self) -> None:
+        """Tells the schedule the number of steps.
+
+        Not in ``configure_optimizers``: asking for the number there makes Lightning (2.6) load the training
+        data before it has read the loaders' state, so that a resumed run would begin its epoch anew.
+
+        Raises:
+            ConfigError: If the run has no end.
+        """
+        if self._schedule is None:
+            return
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ConfigError(
+                "the learning-rate schedule needs the length of the run, which has no end: set "
+                "trainer.max_epochs or trainer.max_steps, or the schedule's total_steps"
+            )
+        self._schedule.set_total_steps(int(total))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the summed negative log-likelihood of the micro-batch's completion tokens.

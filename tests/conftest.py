@@ -1,13 +1,22 @@
 """Fixtures that several test folders share."""
 
+import json
+import random
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moka_pl.adapters import moka_layers
+from moka_pl.adapters import MokaConfig, adapter_state, moka_layers
+from moka_pl.backbone import BackboneConfig
+from moka_pl.data import CommonsenseData, InstructionData
+from moka_pl.module import MokaModule
 
 VOCABULARY = 96
 
@@ -63,3 +72,227 @@ def randomize() -> Callable[..., None]:
                 assert layer.get_delta_weight().abs().max() > 0.01
 
     return fill
+
+
+# Training: real runs of a model with random NF4 weights (2 layers, byte tokenizer) on 13 short examples.
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+EXAMPLES = 13  # odd: batches of two and windows of several batches end unevenly
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    """Writes a JSONL file."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with train.jsonl and heldout.jsonl: completions of one word or of many."""
+    folder = tmp_path_factory.mktemp("corpus")
+    pick = random.Random(0)
+    for name, count in (("train", EXAMPLES), ("heldout", 5)):
+        records = [
+            {
+                "instruction": f"{name} {number}: {pick.choice(WORDS)}?",
+                "output": " ".join(pick.choice(WORDS) for _ in range(1 if number % 3 else 6 + number)),
+            }
+            for number in range(count)
+        ]
+        write_lines(folder / f"{name}.jsonl", records)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset_cache(tmp_path_factory) -> Path:
+    """One cache of encoded data for all runs of the session, away from the user's home."""
+    return tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture
+def make_data(corpus, dataset_cache, monkeypatch) -> Callable[..., InstructionData]:
+    """Builds data modules on `corpus`; options go to ``InstructionData``."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", dataset_cache)
+
+    def make(**options: object) -> InstructionData:
+        defaults = {
+            "path": corpus / "train.jsonl",
+            "validation_path": corpus / "heldout.jsonl",
+            "prompt": "alpaca",
+            "max_length": 320,
+            "batch_size": 2,
+        }
+        return InstructionData(**(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def make_commonsense(corpus, dataset_cache, monkeypatch) -> Callable[..., CommonsenseData]:
+    """Builds data modules of 9 questions of two tasks, with two to four options."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", dataset_cache)
+    path = corpus / "questions.jsonl"
+    if not path.exists():
+        pick = random.Random(1)
+        records = [
+            {
+                "task": "odd" if number % 3 else "even",
+                "question": f"Which word is number {number}?",
+                "choices": [" ".join(pick.sample(WORDS, 1 + number % 3)) for _ in range(2 + number % 3)],
+                "answer": number % 2,
+            }
+            for number in range(9)
+        ]
+        write_lines(path, records)
+
+    def make(**options: object) -> CommonsenseData:
+        defaults = {"path": path, "validation_path": path, "batch_size": 2, "max_length": 128}
+        return CommonsenseData(**(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def one_thread():
+    """Computes on one thread: so small a model gains nothing from more, and waits long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_module(one_thread) -> Callable[..., MokaModule]:
+    """Builds modules on the NF4 ``tiny`` backbone; the rest goes to ``MokaModule`` or ``MokaConfig``."""
+
+    def make(lr: float = 1e-2, seed: int = 0, adapter: dict | None = None, **options: object) -> MokaModule:
+        defaults = {
+            "backbone": BackboneConfig(name="tiny", weights="random", seed=seed),
+            "adapter": MokaConfig(**({"components": 3} | (adapter or {}))),
+            "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
+        }
+        return MokaModule(**(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path) -> Callable[..., Trainer]:
+    """Builds quiet CPU trainers without a logger; options go to ``Trainer``."""
+
+    def make(*callbacks: Callback, **options: object) -> Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "callbacks": list(callbacks),
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "default_root_dir": tmp_path,
+        }
+        torch.manual_seed(0)  # the adapters are drawn when the trainer builds the model
+        return Trainer(**(defaults | options))
+
+    return make
+
+
+class StepLog(Callback):
+    """Keeps ``train/loss`` and the learning rate of every optimizer step, by step."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.rates: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step not in self.losses and "train/loss" in trainer.callback_metrics:
+            self.losses[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
+            self.rates[trainer.global_step] = float(trainer.callback_metrics["train/lr"])
+
+
+@pytest.fixture
+def step_log() -> type[StepLog]:
+    """The callback class that keeps every step's loss."""
+    return StepLog
+
+
+class Validations(Callback):
+    """Keeps the validation loss by the step at which it was computed."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, float] = {}
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.values[trainer.global_step] = pl_module.eval_values["val/loss"]
+
+
+@pytest.fixture
+def train(make_module, make_data, make_trainer) -> Callable[..., SimpleNamespace]:
+    """Runs two epochs of four steps (two batches each, the last has one), with dropout.
+
+    Returns losses and learning rates by step, validation losses by step, and the final adapter.
+    """
+
+    def run(*callbacks: Callback, ckpt_path: Path | None = None, **options: object) -> SimpleNamespace:
+        steps, validations = StepLog(), Validations()
+        module = make_module(lr=1e-2, adapter={"dropout": 0.1})
+        keeping = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        defaults = {"max_epochs": 2, "accumulate_grad_batches": 2, "enable_checkpointing": keeping}
+        trainer = make_trainer(steps, validations, *callbacks, **(defaults | options))
+        trainer.fit(module, make_data(), ckpt_path=ckpt_path, weights_only=True)
+        return SimpleNamespace(
+            losses=steps.losses,
+            rates=steps.rates,
+            validations=validations.values,
+            state=adapter_state(module.causal_lm),
+            module=module,
+            trainer=trainer,
+        )
+
+    return run
+
+
+@pytest.fixture
+def assert_continues() -> Callable[[SimpleNamespace, SimpleNamespace, int], None]:
+    """Checks that a run resumed after ``step`` did exactly what the uninterrupted run did from there on."""
+
+    def check(resumed: SimpleNamespace, whole: SimpleNamespace, step: int) -> None:
+        assert whole.losses
+        assert len(set(whole.losses.values())) == len(whole.losses)
+        assert resumed.losses == {k: v for k, v in whole.losses.items() if k > step}
+        assert resumed.rates == {k: v for k, v in whole.rates.items() if k > step}
+        assert all(torch.equal(whole.state[name], tensor) for name, tensor in resumed.state.items())
+
+    return check
+
+
+@pytest.fixture
+def build_cli(monkeypatch):
+    """Parses and instantiates everything of a Lightning command without running it; returns the MokaCLI.
+
+    No model, tokenizer or data are loaded.
+    """
+    from moka_pl import cli, lightning_cli
+
+    def never(*args: object) -> None:
+        pytest.fail("something was loaded")
+
+    built = []
+    monkeypatch.setattr(lightning_cli.MokaCLI, "_run_subcommand", lambda self, name: built.append(self))
+    monkeypatch.setattr("moka_pl.module.load_backbone", never)
+    monkeypatch.setattr("moka_pl.module.load_tokenizer", never)
+    monkeypatch.setattr("sys.argv", ["moka_pl"])
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+    def build(*arguments: object) -> lightning_cli.MokaCLI:
+        cli.main([str(argument) for argument in arguments])
+        return built.pop()
+
+    return build

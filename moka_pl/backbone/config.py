@@ -48,6 +48,7 @@ class BackboneConfig:
             "weights": ("pretrained", "random"),
             "quantization": ("nf4", "fp4", "none"),
             "compute_dtype": ("auto", "float32", "bfloat16", "float16"),
+            "attention": ("sdpa", "eager", "flash_attention_2"),
         }
         for option, allowed in choices.items():
             if getattr(self, option) not in allowed:

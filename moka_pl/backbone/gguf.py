@@ -4,6 +4,8 @@ import hashlib
 import tempfile
 from pathlib import Path
 
+from moka_pl.backbone.cache import writable
+from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.errors import BackboneError
 
 _LAYOUT = 1  # raise when a conversion of the same file would come out differently
@@ -31,8 +33,7 @@ def convert_gguf(file: Path, cache: Path) -> Path:
         return target
     from filelock import FileLock
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
+    with writable(target.parent), FileLock(str(target) + ".lock"):
         if not target.is_dir():
             _convert(file, target)
     return target
@@ -47,24 +48,20 @@ def _convert(file: Path, target: Path) -> None:
         ) from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     print(f"Converting {file.name} once (kept in {target}) ...", flush=True)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise BackboneError(f"{file} cannot be read as a GGUF model: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    # The weights are plain float32 now; with the GGUF entry transformers would refuse to save them.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        new = Path(scratch) / "new"
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        new.rename(target)
+    with progress_bars(show=False):
+        with loading(str(file)):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32
+            )
+        # The weights are plain float32 now; with the GGUF entry transformers would refuse to save them.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+            new = Path(scratch) / "new"
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            new.rename(target)

@@ -1,21 +1,23 @@
 """One look at the model hub before anything is downloaded, and its refusals in one message."""
 
-import os
+from pathlib import Path
 
+from moka_pl.backbone.loading import one_line
 from moka_pl.errors import BackboneError
 
 _TIMEOUT = 15  # seconds for the one request
 
 
-def reach_model(name: str, revision: str | None = None) -> bool:
-    """Checks that a hub model can be had.
+def reach_model(name: str, revision: str | None = None) -> Path | None:
+    """Checks that a hub model can be had, and where from.
 
     Args:
         name: Hub id.
         revision: Branch, tag or commit.
 
     Returns:
-        True if the hub answered; False if it cannot be reached but the model lies in the local hub cache.
+        None if the hub answered; if it cannot be reached, the model's folder in the local hub cache. (Loaded
+        by its name, even with ``local_files_only``, transformers would still ask the hub, again and again.)
 
     Raises:
         BackboneError: If the model does not exist, is gated or private, or can neither be reached nor lies
@@ -25,17 +27,15 @@ def reach_model(name: str, revision: str | None = None) -> bool:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
-        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-            raise OSError("HF_HUB_OFFLINE is set")
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_TIMEOUT)
     except HFValidationError as error:
-        raise BackboneError(f"{name!r} is neither a folder nor a hub id: {error}") from error
+        raise BackboneError(f"{name!r} is neither a folder nor a hub id: {one_line(error)}") from error
     except Exception as error:  # the transport's own errors differ between versions of its client
-        if cached:
-            return False
+        if isinstance(cached, str):
+            return Path(cached).parent
         raise explain(name, error) from error
-    return True
+    return None
 
 
 def explain(name: str, error: BaseException) -> BackboneError:
@@ -48,6 +48,13 @@ def explain(name: str, error: BaseException) -> BackboneError:
     Returns:
         The error to raise.
     """
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return BackboneError(
+            f"{name} is not in the hub cache, and HF_HUB_OFFLINE is set; unset it, or give a local folder as "
+            "backbone.name"
+        )
     kinds = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     if "GatedRepoError" in kinds or status in (401, 403):
@@ -55,12 +62,17 @@ def explain(name: str, error: BaseException) -> BackboneError:
             f"{name} is gated, private, or does not exist: accept its licence on its model page, then log in "
             "with 'hf auth login' (or set HF_TOKEN); otherwise check the spelling"
         )
+    if "EntryNotFoundError" in kinds and status == 404:
+        return BackboneError(
+            f"{name} is on the hub but has no config.json, so it is no transformers model; where it holds "
+            "GGUF files, download one and give its path as backbone.name"
+        )
     if "RepositoryNotFoundError" in kinds or "RevisionNotFoundError" in kinds or status == 404:
         return BackboneError(
             f"no model (or revision) named {name!r} is on the hub, nor a folder of that name here; check the "
             "spelling, and log in with 'hf auth login' if it is private"
         )
     return BackboneError(
-        f"{name} is not in the hub cache and the hub cannot be reached ({error}); connect to the network, or "
-        "give a local folder as backbone.name"
+        f"{name} is not in the hub cache and the hub cannot be reached ({one_line(error)}); connect to the "
+        "network, or give a local folder as backbone.name"
     )

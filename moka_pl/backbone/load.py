@@ -1,6 +1,5 @@
 """Builds the frozen base model and its tokenizer from a configuration."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +12,7 @@ from moka_pl.backbone.cache import cache_root
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.hub import reach_model
+from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.random_weights import random_model
 from moka_pl.backbone.shapes import SHAPES
 from moka_pl.errors import BackboneError
@@ -34,7 +34,9 @@ def compute_dtype(config: BackboneConfig, device: torch.device) -> torch.dtype:
     if config.compute_dtype != "auto":
         return cast(torch.dtype, getattr(torch, config.compute_dtype))
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # Older GPUs only emulate bfloat16, slowly.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     return torch.float32
 
 
@@ -46,20 +48,28 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
         device: Where the whole model lives (every rank of a data-parallel run has its own copy).
 
     Returns:
-        Model and tokenizer; the model is frozen.
+        Model and tokenizer; the model is frozen and in evaluation mode.
 
     Raises:
         BackboneError: If the model is absent, gated or unreadable, with the remedy.
     """
     device = torch.device(device)
     dtype = compute_dtype(config, device)
+    tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
     if config.weights == "random":
-        model = random_model(config, dtype, device)
+        with loading(config.name):
+            model = random_model(config, dtype, device)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > rows:
+            raise BackboneError(
+                f"{config.name}: vocab_size is {rows}, but its tokenizer has {len(tokenizer)} tokens; "
+                "set vocab_size in its config.json to at least that"
+            )
     else:
         model = _pretrained(config, dtype, device)
     model.requires_grad_(False)
     model.config.use_cache = False
-    return Backbone(model, load_tokenizer(config))
+    return Backbone(model.eval(), tokenizer)
 
 
 def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
@@ -73,11 +83,12 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
     if config.weights == "random" and (config.name in SHAPES or not _has_tokenizer(config.name)):
         return byte_tokenizer()
     where = _where(config)
-    tokenizer = _load(config.name, lambda: AutoTokenizer.from_pretrained(**where))
+    with loading(config.name):
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     if tokenizer.pad_token is None:
         # Padding is never attended to nor trained on, so any token serves.
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def resolve_source(config: BackboneConfig) -> str:
@@ -103,13 +114,13 @@ def resolve_source(config: BackboneConfig) -> str:
 
 def _pretrained(config: BackboneConfig, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging
 
     options: dict[str, Any] = {
         **_where(config),
         "dtype": dtype,
         "attn_implementation": config.attention,
         "device_map": {"": device.index or 0} if device.type == "cuda" else {"": device.type},
+        "output_loading_info": True,
     }
     if config.quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -118,14 +129,16 @@ def _pretrained(config: BackboneConfig, dtype: torch.dtype, device: torch.device
             bnb_4bit_use_double_quant=config.double_quantization,
             bnb_4bit_compute_dtype=dtype,
         )
-    small = Path(options["pretrained_model_name_or_path"]).is_dir()  # loads in seconds: no bar needed
-    if small:
-        logging.disable_progress_bar()
-    try:
-        return _load(config.name, lambda: AutoModelForCausalLM.from_pretrained(**options))
-    finally:
-        if small:
-            logging.enable_progress_bar()
+    folder = Path(options["pretrained_model_name_or_path"]).is_dir()  # nothing to download: no bar needed
+    with loading(config.name), progress_bars(show=not folder):
+        model, info = AutoModelForCausalLM.from_pretrained(**options)
+    if info["missing_keys"]:
+        # transformers would go on with random values in their place.
+        raise BackboneError(
+            f"{config.name} cannot be loaded: {len(info['missing_keys'])} of its weights are missing "
+            f"(first {min(info['missing_keys'])}). Copy the model again"
+        )
+    return cast("PreTrainedModel", model)
 
 
 def _where(config: BackboneConfig) -> dict[str, Any]:
@@ -133,21 +146,12 @@ def _where(config: BackboneConfig) -> dict[str, Any]:
     source = resolve_source(config)
     if Path(source).is_dir():
         return {"pretrained_model_name_or_path": source}
-    reached = reach_model(source, config.revision)
-    return {
-        "pretrained_model_name_or_path": source,
-        "revision": config.revision or "main",
-        "local_files_only": not reached,
-    }
+    cached = reach_model(source, config.revision)
+    if cached is not None:
+        return {"pretrained_model_name_or_path": str(cached)}
+    return {"pretrained_model_name_or_path": source, "revision": config.revision or "main"}
 
 
 def _has_tokenizer(name: str) -> bool:
-    return any((Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-
-
-def _load(name: str, load: Callable[[], Any]) -> Any:
-    """Runs a transformers loader; what it raises becomes one message that names the model."""
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise BackboneError(f"{name} cannot be loaded: {error}") from error
+    folder = Path(name).expanduser()
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))

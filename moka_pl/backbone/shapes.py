@@ -54,8 +54,9 @@ def shape_config(name: str) -> "PretrainedConfig":
 
     if name in SHAPES:
         return LlamaConfig(**SHAPES[name])
-    if (Path(name) / "config.json").is_file():
-        return AutoConfig.from_pretrained(name)
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return AutoConfig.from_pretrained(folder)
     raise BackboneError(
         f"weights: random knows no shape {name!r}; choose one of {', '.join(SHAPES)}, "
         "or give a folder with a config.json"

@@ -1,6 +1,7 @@
 """Shows the gates α_i of every layer in TensorBoard, and warns when they collapse."""
 
 import math
+from collections import Counter
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -45,7 +46,7 @@ class GateMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the gates as they are before the first step."""
         names = list(moka_layers(_model(pl_module)))
-        self._labels = [layer_label(name) for name in names]
+        self._labels = layer_labels(names)
         self._log(trainer, pl_module)
 
     def on_train_batch_end(
@@ -109,6 +110,13 @@ class GateMonitor(Callback):
         if kind not in self._warned:
             self._warned.add(kind)
             rank_zero_warn(message)
+
+
+def layer_labels(names: list[str]) -> list[str]:
+    """Short labels of all layers; layers that would share one (the experts of a layer) keep their names."""
+    short = [layer_label(name) for name in names]
+    count = Counter(short)
+    return [label if count[label] == 1 else name for label, name in zip(short, names, strict=True)]
 
 
 def layer_label(name: str) -> str:

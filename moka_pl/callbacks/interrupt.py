@@ -22,6 +22,7 @@ class GracefulInterrupt(Callback):
 
     def __init__(self) -> None:
         self._asked = False
+        self._saved: Path | None = None
         self._old: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,28 +35,54 @@ class GracefulInterrupt(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Stops between two optimizer steps, on all ranks at the same one."""
-        if not between_steps(trainer):
-            return
-        asked = self._asked
-        if trainer.world_size > 1:
-            if trainer.global_step % _AGREE_EVERY:
-                return
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked:
-            path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-            trainer.save_checkpoint(path)
-            rank_zero_info(
-                f"\nInterrupted after step {trainer.global_step}; the run is saved in {path}. "
-                "Go on with the same command and --ckpt_path last"
-            )
-            raise KeyboardInterrupt
+        """Saves the run between two optimizer steps, on all ranks at the same one."""
+        # The ranks agree now and then only, and a validation that is due comes first: a resumed run would
+        # leave it out.
+        due = trainer.world_size == 1 or trainer.global_step % _AGREE_EVERY == 0
+        if due and between_steps(trainer) and not validation_follows(trainer):
+            self._save_if_asked(trainer)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Stops a run that was saved after the batch before: by now that one's metrics are logged, too."""
+        self._stop_if_saved(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops after a validation between two optimizer steps."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and between_steps(trainer):
+            self._save_if_asked(trainer)
+            self._stop_if_saved(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the signals back."""
+        self._give_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        # Not in teardown: Lightning has by then put back the handlers from before its own.
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old.clear()
+
+    def _save_if_asked(self, trainer: Trainer) -> None:
+        asked = self._asked
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked:
+            self._saved = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+            trainer.save_checkpoint(self._saved)
+
+    def _stop_if_saved(self, trainer: Trainer) -> None:
+        if self._saved is not None:
+            rank_zero_info(
+                f"\nInterrupted after step {trainer.global_step}; the run is saved in {self._saved}. "
+                "Go on with the same command and --ckpt_path last"
+            )
+            raise KeyboardInterrupt
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
@@ -67,3 +94,9 @@ class GracefulInterrupt(Callback):
 def between_steps(trainer: Trainer) -> bool:
     """Whether the batch that has just ended completed an optimizer step."""
     return not trainer.fit_loop._should_accumulate()
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether a validation is due after the batch that has just ended."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)

@@ -11,8 +11,8 @@ class ProgressBar(TQDMProgressBar):
 
     @property
     def sanity_check_description(self) -> str:
-        """What the validation before the first step is: the frozen base on its own."""
-        return "Frozen base, before training"
+        """What the validation before the first step is: the frozen base on its own, if nothing is resumed."""
+        return "Before going on" if self.trainer.global_step else "Frozen base, before training"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The shown metrics, without the logger's version."""

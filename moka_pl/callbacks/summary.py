@@ -20,11 +20,18 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
+        self._log_dir: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Asks for the log folder on every rank: Lightning broadcasts its name."""
+        self._log_dir = trainer.log_dir
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remembers and logs the frozen base's metrics."""
         assert isinstance(pl_module, MokaModule)
-        if trainer.sanity_checking and trainer.num_sanity_val_steps == float("inf"):
+        whole = trainer.num_sanity_val_steps == float("inf")
+        # Lightning looks at the data before training in runs resumed at the end of an epoch, too.
+        if trainer.sanity_checking and whole and trainer.global_step == 0:
             self.before = dict(pl_module.eval_values)
             for logger in trainer.loggers:
                 logger.log_metrics(self.before, step=0)
@@ -43,16 +50,19 @@ class RunSummary(Callback):
         if is_trial(trainer) or trainer.interrupted:
             return
         assert isinstance(pl_module, MokaModule)
-        print(summary_text(trainer, pl_module, self.before))
+        print(summary_text(trainer, pl_module, self.before, self._log_dir))
 
 
-def summary_text(trainer: Trainer, pl_module: MokaModule, before: dict[str, float]) -> str:
+def summary_text(
+    trainer: Trainer, pl_module: MokaModule, before: dict[str, float], log_dir: str | None
+) -> str:
     """Writes the closing table of a run.
 
     Args:
         trainer: The trainer, after fit.
         pl_module: The trained module.
         before: Metrics of the frozen base, may be empty.
+        log_dir: The run's log folder, if it has one.
 
     Returns:
         Several lines of text.
@@ -86,11 +96,11 @@ def summary_text(trainer: Trainer, pl_module: MokaModule, before: dict[str, floa
         adapter = saved.best_path or saved.last_path
         facts["best adapter"] = str(saved.best_path)
         facts["last adapter"] = str(saved.last_path)
-    if trainer.log_dir:
-        facts["TensorBoard logs"] = trainer.log_dir
+    if log_dir:
+        facts["TensorBoard logs"] = log_dir
     lines += ["", *(f"{name:<22}{value}" for name, value in facts.items()), "", "Next:"]
-    if trainer.log_dir:
-        lines.append(f"  tensorboard --logdir {Path(trainer.log_dir).parent}")
+    if log_dir:
+        lines.append(f"  tensorboard --logdir {Path(log_dir).parent}")
     if adapter is not None:
         program = f"{Path(sys.executable).name} -m moka_pl"
         lines.append(f"  {program} inspect {adapter}")

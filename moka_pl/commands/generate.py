@@ -1,6 +1,9 @@
 """``moka-pl generate``: an answer from a base model with its adapter."""
 
+import math
 from pathlib import Path
+
+from moka_pl.errors import ConfigError
 
 
 def generate(
@@ -20,7 +23,18 @@ def generate(
         temperature: Sampling temperature; 0 always takes the likeliest token.
         compare: Print the frozen base model's answer too.
         base: Where the base model lies, if not under the name that the adapter remembers.
+
+    Raises:
+        ConfigError: If an option has a value that cannot work.
+        AdapterError: If the adapter cannot be read or is of another base model.
+        BackboneError: If the base model cannot be had.
     """
+    if not prompt:
+        raise ConfigError("prompt is empty; say something")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature must be at least 0 and finite, not {temperature}")
     import torch
 
     from moka_pl.adapters import adapters_disabled

@@ -24,7 +24,7 @@ def _problem(m: int, n: int, filters: str, tokens: int):
     return shapes, factors, draw(10).softmax(0) * 7, draw(tokens, n)
 
 
-@pytest.mark.parametrize("backend", ["structured", "dense"])
+@pytest.mark.parametrize("backend", ["structured", "dense", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("m", "n", "filters"),

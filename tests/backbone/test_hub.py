@@ -1,0 +1,151 @@
+"""Hub models: refusals in one message, and the local hub cache without a network."""
+
+import shutil
+import socket
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants, errors
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
+from moka_pl.errors import BackboneError
+
+# The client's transport library: its name differs between versions.
+http = import_module(errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
+NAME = "someone/tiny-llama"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def refusal(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
+    request = http.Request("HEAD", f"https://huggingface.co/{NAME}/resolve/main/config.json")
+    return kind("a long\n\nmessage of the client", response=http.Response(status, request=request))
+
+
+FAILURES = {
+    "gated": (refusal(errors.GatedRepoError, 403), "accept its licence .* 'hf auth login'"),
+    "private or absent": (
+        refusal(errors.RepositoryNotFoundError, 401),
+        "'hf auth login'.* the spelling",
+    ),
+    "absent": (refusal(errors.RepositoryNotFoundError, 404), "no model .* 'someone/tiny-llama'.* spelling"),
+    "no such revision": (refusal(errors.RevisionNotFoundError, 404), r"no model \(or revision\)"),
+    "no config": (refusal(errors.RemoteEntryNotFoundError, 404), "no config.json.* GGUF"),
+    "forbidden": (refusal(errors.HfHubHTTPError, 403), "gated, private"),
+    "hub is down": (refusal(errors.HfHubHTTPError, 503), "cannot be reached .* local folder"),
+    "no network": (http.ConnectError("[Errno -2] Name or service\nnot known"), "cannot be reached .*network"),
+    "slow": (http.ConnectTimeout("timed out"), r"cannot be reached \(timed out\)"),
+    "offline mode": (errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set; unset it"),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever opens a connection fails at once."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionRefusedError("the tests have no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> Callable[[Exception], list[str]]:
+    """Lets every look-up fail; returns the list of addresses that were looked up."""
+
+    def fail(error: Exception) -> list[str]:
+        asked = []
+
+        def look_up(url: str, **_: object) -> None:
+            asked.append(url)
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", look_up)
+        return asked
+
+    return fail
+
+
+@pytest.fixture
+def cached_model(hub_cache: Path, model_folder: Path) -> None:
+    """The model, as an earlier download has left it."""
+    repository = hub_cache / "models--someone--tiny-llama"
+    shutil.copytree(model_folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_look_up_is_one_line_with_a_remedy(failure: str, hub: Callable) -> None:
+    error, message = FAILURES[failure]
+    asked = hub(error)
+    with pytest.raises(BackboneError, match=message) as caught:
+        load_backbone(BackboneConfig(NAME))
+    assert NAME in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is error
+    assert len(asked) == 1
+
+
+def test_the_revision_is_looked_up(hub: Callable) -> None:
+    asked = hub(FAILURES["no such revision"][0])
+    with pytest.raises(BackboneError):
+        load_tokenizer(BackboneConfig(NAME, revision="v1.2"))
+    assert asked == [f"https://huggingface.co/{NAME}/resolve/v1.2/config.json"]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.usefixtures("cached_model")
+def test_a_cached_model_needs_no_hub(
+    failure: str, hub: Callable, dense: LlamaForCausalLM, ids: Tensor
+) -> None:
+    hub(FAILURES[failure][0])
+    loaded = load_backbone(BackboneConfig(NAME, quantization="none"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, dense(ids).logits)
+    assert loaded.tokenizer.pad_token == "<|pad|>"
+
+
+@pytest.mark.usefixtures("cached_model")
+def test_another_revision_than_the_cached_one(hub: Callable) -> None:
+    hub(FAILURES["no network"][0])
+    assert load_tokenizer(BackboneConfig(NAME, revision=COMMIT))
+    with pytest.raises(BackboneError, match="cannot be reached"):
+        load_tokenizer(BackboneConfig(NAME, revision="v2"))
+
+
+@pytest.mark.usefixtures("cached_model")
+def test_a_half_downloaded_model(hub: Callable, hub_cache: Path) -> None:
+    hub(FAILURES["no network"][0])
+    next(hub_cache.rglob("model.safetensors")).unlink()
+    with pytest.raises(BackboneError, match=f"{NAME} cannot be loaded") as caught:
+        load_backbone(BackboneConfig(NAME))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("hub_cache")
+@pytest.mark.parametrize("name", ["a b", "llama-2-7b hf", "x/-y", "a--b/c"])
+def test_what_is_no_hub_id(name: str) -> None:
+    with pytest.raises(BackboneError, match="neither a folder nor a hub id") as caught:
+        load_backbone(BackboneConfig(name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_without_a_network_the_client_fails_in_one_line() -> None:
+    with pytest.raises(BackboneError, match=f"{NAME} is not in the hub cache") as caught:
+        load_backbone(BackboneConfig(NAME))
+    assert "\n" not in str(caught.value)

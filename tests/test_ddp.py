@@ -1,0 +1,214 @@
+"""Two processes against one. Run as a script, this file is what each of the two processes does."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from moka_pl.adapters import MokaConfig, adapter_state
+from moka_pl.adapters.directory import read_adapter_state
+from moka_pl.backbone import BackboneConfig
+from moka_pl.callbacks import AdapterCheckpoint, GateMonitor, GracefulInterrupt, RunSummary, Throughput
+from moka_pl.data import CommonsenseData, InstructionData, MixtureData
+from moka_pl.module import MokaModule
+
+GLOBAL_BATCH = 4
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+
+
+class Steps(Callback):
+    """Every step's loss and gradient norm, and every validation's metrics."""
+
+    def __init__(self):
+        self.steps, self.validations = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step > len(self.steps):
+            names = ("train/loss", "train/grad_norm")
+            self.steps.append([float(trainer.callback_metrics[name]) for name in names])
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validations.append(pl_module.eval_values)
+
+
+def write_data(folder):
+    """12 training examples of very different lengths, 5 held-out ones, and 7 questions for both."""
+    pick = random.Random(2)
+
+    def example(number):
+        words = 1 if number % 3 else 6 + number
+        return {
+            "instruction": f"{number}: {pick.choice(WORDS)}?",
+            "output": " ".join(pick.choices(WORDS, k=words)),
+        }
+
+    questions = [
+        {
+            "task": f"task{number % 2}",
+            "question": f"Which is {number}?",
+            "choices": [" ".join(pick.sample(WORDS, 1 + k)) for k in range(2 + number % 2)],
+            "answer": number % 2,
+        }
+        for number in range(7)
+    ]
+    for name, records in (
+        ("train", [example(n) for n in range(12)]),
+        ("heldout", [example(n) for n in range(5)]),
+        ("questions", questions),
+    ):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def fit(folder, name, devices):
+    """Two epochs: four global batches of 4 examples and one of 3 in three steps."""
+    torch.set_num_threads(1)
+    torch.manual_seed(5)
+    data = MixtureData(
+        [
+            InstructionData(
+                folder / "train.jsonl",
+                folder / "heldout.jsonl",
+                prompt="alpaca",
+                max_length=320,
+            ),
+            CommonsenseData(folder / "questions.jsonl", folder / "questions.jsonl", max_length=128),
+        ],
+        batch_size=GLOBAL_BATCH // devices,
+        eval_batch_size=2,
+        seed=1,
+    )
+    module = MokaModule(
+        BackboneConfig(name="tiny", weights="random"),
+        MokaConfig(components=3),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        gradient_checkpointing=True,
+    )
+    steps = Steps()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.05,
+        logger=TensorBoardLogger(folder / "logs", name=name),
+        callbacks=[
+            steps,
+            AdapterCheckpoint(),
+            GateMonitor(),
+            Throughput(),
+            RunSummary(),
+            GracefulInterrupt(),
+        ],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=-1,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, data)
+    record = {
+        "steps": steps.steps,
+        "validations": steps.validations,
+        "world": trainer.world_size,
+        "ignored": len(module._ddp_params_and_buffers_to_ignore),
+        "sums": {key: float(value.double().sum()) for key, value in adapter_state(module.causal_lm).items()},
+    }
+    (folder / f"{name}-rank{trainer.global_rank}.json").write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The records of a run in two processes and of one in a single process."""
+    folder = tmp_path_factory.mktemp("ddp")
+    write_data(folder)
+    environment = os.environ | {
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    run = subprocess.run(
+        [sys.executable, __file__, str(folder)], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    (folder / "output.txt").write_text(run.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    names = ("two-rank0", "two-rank1", "one-rank0")
+    return [json.loads((folder / f"{name}.json").read_text()) for name in names]
+
+
+def test_losses_of_every_step_are_those_of_the_joint_batch(runs):
+    first, second, single = runs
+    assert (first["world"], single["world"]) == (2, 1)
+    assert len(single["steps"]) == 6
+    assert len({loss for loss, _ in single["steps"]}) == 6
+    for mine, theirs in zip(first["steps"], single["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert first["steps"] == second["steps"]
+
+
+def test_final_adapter_is_the_same(runs, folder):
+    two, one = (
+        read_adapter_state(folder / "logs" / name / "version_0/adapters/last") for name in ("two", "one")
+    )
+    assert two.keys() == one.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-6)
+        if "moka_B" in name:  # B begins at zero: the two agree on more than their start
+            assert one[name].abs().max() > 1e-4
+    assert runs[0]["sums"] == runs[1]["sums"]  # both ranks hold the same adapter, bit for bit
+
+
+def test_every_validation_item_counts_once(runs):
+    first, second, single = runs
+    assert len(single["validations"]) == 3
+    assert first["validations"] == second["validations"]
+    for mine, theirs in zip(first["validations"], single["validations"], strict=True):
+        assert set(theirs) >= {"val/loss", "val/instruction/loss", "val/accuracy/task0", "val/accuracy/task1"}
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    # Before the first step both are the frozen base.
+    assert single["validations"][0] != single["validations"][-1]
+
+
+def test_logged_and_saved_once(folder):
+    events = list((folder / "logs/two").rglob("events.out.*"))
+    assert len(events) == 1
+    found = EventAccumulator(str(events[0].parent), size_guidance={"scalars": 0})
+    found.Reload()
+    assert [event.step for event in found.Scalars("train/loss")] == list(range(6))
+    assert len(found.Scalars("val/loss")) == 3
+    assert len(found.Images("gate_heatmap")) == 2
+    assert [path.name for path in (folder / "logs/two").iterdir()] == ["version_0"]
+
+
+def test_frozen_tensors_are_left_to_the_ranks(runs):
+    assert runs[0]["ignored"] > 10
+
+
+def test_one_table(folder):
+    output = (folder / "output.txt").read_text()
+    assert output.count("held-out") == 2  # one for each run
+    assert "over 2 process(es)" in output
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    fit(place, "two", 2)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        torch.distributed.destroy_process_group()
+        fit(place, "one", 1)

@@ -1,0 +1,46 @@
+"""What the package exports, and what importing it costs."""
+
+import subprocess
+import sys
+
+import pytest
+
+import moka_pl
+
+HEAVY = ("torch", "lightning", "transformers", "bitsandbytes", "datasets", "numpy")
+
+
+def imported(code: str) -> set[str]:
+    """Heavy packages that a fresh interpreter has imported after ``code``."""
+    report = f"{code}\nimport sys\nprint(*[name for name in {HEAVY} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def test_importing_the_package_or_the_command_line_is_light() -> None:
+    code = (
+        "import moka_pl, moka_pl.cli, moka_pl.commands, moka_pl.errors, moka_pl.version\n"
+        "moka_pl.cli.function_parser('generate')"
+    )
+    assert imported(code) == set()
+
+
+@pytest.mark.parametrize("name", moka_pl.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(moka_pl, name)
+    assert name in dir(moka_pl)
+
+
+def test_public_names_are_those_of_their_modules() -> None:
+    from moka_pl.backbone import BackboneConfig
+    from moka_pl.load import load_model
+
+    assert moka_pl.BackboneConfig is BackboneConfig
+    assert moka_pl.load_model is load_model
+    assert set(moka_pl._HOMES) == set(moka_pl.__all__) - {"__version__"}
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'moka_pl' has no attribute 'Mokka'"):
+        _ = moka_pl.Mokka
+    assert not hasattr(moka_pl, "__wrapped__")
