@@ -24,6 +24,9 @@ from moka_pl.kronecker import Shape
 #: Entries of B that one program of the projection holds, and pairs that it takes at once.
 _ENTRIES = 1024
 _PAIRS = 4
+#: Sides of the squares that ΔW is built from, and squares that one program builds side by side.
+_SIDES = (16, 8)
+_BLOCKS = 8
 #: Shares that the pairs of a component are split into.
 _SPLITS = 32
 
@@ -53,6 +56,33 @@ def _delta_kernel(  # type: ignore[no-untyped-def]
         total += tl.load(weights + c) * left * right
     inside = in_rows[:, None] & in_columns[None, :]
     tl.store(out + i[:, None].to(tl.int64) * n + j[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _delta_blocks_kernel(  # type: ignore[no-untyped-def]
+    flat, weights, table, out, n,
+    R: tl.constexpr, SIDE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    # SIDE divides every m_b and n_b: a SIDE x SIDE square of the result meets one entry of each left factor,
+    # and the entries of the right factor that it needs lie side by side.
+    top = tl.program_id(0) * SIDE
+    corner = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)) * SIDE  # first column of each square
+    down, across = tl.arange(0, SIDE), tl.arange(0, SIDE)
+    total = tl.zeros((SIDE, BLOCKS, SIDE), tl.float32)
+    for c in tl.static_range(R):
+        entry = table + c * 7
+        n_a, m_b, n_b = tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+        left_at, right_at = tl.load(entry + 5), tl.load(entry + 6)
+        left = tl.load(weights + c) * tl.load(
+            flat + left_at + (top // m_b) * n_a + corner // n_b
+        )  # (BLOCKS,)
+        begin = tl.multiple_of(right_at + (top % m_b) * n_b + corner % n_b, 4)
+        line = tl.multiple_of(down * n_b, 4)
+        place = begin[None, :, None] + line[:, None, None] + across[None, None, :]
+        total += left[None, :, None] * tl.load(flat + place)
+    rows = (top + down).to(tl.int64) * n
+    place = rows[:, None, None] + tl.multiple_of(corner, SIDE)[None, :, None] + across[None, None, :]
+    tl.store(out + place, total.to(out.dtype.element_ty))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -147,6 +177,7 @@ class _Tables(NamedTuple):
         rows: For every component and row of ΔW its place in A and in B, (2 r, m).
         columns: The same for columns, (2 r, n).
         exact: Whether all components divide the layer, the tiles and the wide loads.
+        side: Largest side of squares that meet one entry of each left factor and fill the layer; 0 for none.
     """
 
     shapes: Tensor
@@ -155,6 +186,7 @@ class _Tables(NamedTuple):
     rows: Tensor
     columns: Tensor
     exact: bool
+    side: int
 
 
 @lru_cache(maxsize=256)
@@ -181,6 +213,15 @@ def _tables(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> 
         and s.n_b % 8 == 0
         for s in shapes
     )
+    whole = all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
+    side = next(
+        (
+            d
+            for d in _SIDES
+            if whole and n % (d * _BLOCKS) == 0 and all(s.m_b % d == s.n_b % d == 0 for s in shapes)
+        ),
+        0,
+    )
 
     def put(values: Tensor) -> Tensor:
         return values.to(torch.int32).to(device)
@@ -192,6 +233,7 @@ def _tables(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> 
         put(torch.stack(rows)),
         put(torch.stack(columns)),
         exact and m * n < 2**31,
+        side,
     )
 
 
@@ -215,9 +257,14 @@ def fused_delta(
     """
     tables = _tables(shapes, m, n, flat.device)
     out = torch.empty(m, n, dtype=dtype, device=flat.device)
-    block_m, block_n = 32, 128
-    grid = (triton.cdiv(m, block_m), triton.cdiv(n, block_n))
-    _delta_kernel[grid](
+    if tables.side:
+        _delta_blocks_kernel[(m // tables.side, n // (tables.side * _BLOCKS))](
+            flat, weights, tables.shapes, out, n,
+            R=len(shapes), SIDE=tables.side, BLOCKS=_BLOCKS, num_warps=4,
+        )  # fmt: skip
+        return out
+    block_m, block_n = 16, 64
+    _delta_kernel[(triton.cdiv(m, block_m), triton.cdiv(n, block_n))](
         flat, weights, tables.rows, tables.columns, out, m, n,
         R=len(shapes), IDENTITY=shapes[0].identity, BM=block_m, BN=block_n, num_warps=4,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smollm2-cpu": {"shape": "smollm2-135m", "batch": 4, "length": 64, "steps": 5, "device": "cpu"},
+    "smollm2-cpu": {"shape": "smollm2-135m", "batch": 2, "length": 64, "steps": 3, "device": "cpu"},
     "smollm2-h100": {"shape": "smollm2-135m", "batch": 32, "length": 64, "steps": 20, "device": "cuda"},
     "llama2-7b-h100": {"shape": "llama2-7b", "batch": 8, "length": 512, "steps": 10, "device": "cuda"},
     "llama3-8b-h100": {"shape": "llama3-8b", "batch": 8, "length": 512, "steps": 10, "device": "cuda"},

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moka_pl.adapters import moka_layers
+from moka_pl.callbacks.adapter_checkpoint import is_trial
 from moka_pl.callbacks.heatmap import gate_heatmap
 from moka_pl.callbacks.throughput import log_interval
 from moka_pl.module import MokaModule
@@ -90,7 +91,7 @@ class GateMonitor(Callback):
     def _warn(self, trainer: Trainer, gates: Tensor) -> None:
         entropy = normalised_entropy(gates)
         total = trainer.estimated_stepping_batches
-        late = trainer.global_step >= _LATE * total
+        late = trainer.global_step >= _LATE * total and not is_trial(trainer)
         if late and gates.shape[1] > 1 and bool((entropy > _UNIFORM).all()):
             self._warn_once(
                 "uniform",

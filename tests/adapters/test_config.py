@@ -29,7 +29,7 @@ def configs(draw: st.DrawFn) -> MokaConfig:
         dropout=draw(st.floats(0, 1, exclude_max=True)),
         target_modules=draw(names),
         exclude_modules=draw(st.none() | names),
-        backend=draw(st.sampled_from(["auto", "structured", "dense"])),
+        backend=draw(st.sampled_from(["auto", "structured", "dense", "fused"])),
     )
 
 
