@@ -9,6 +9,7 @@ machine in one process; a step's time is the median, its memory the peak. Adapte
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -124,6 +125,7 @@ def run(preset: dict[str, Any], only: list[str], checkpointing: bool) -> list[di
     from moka_pl.backbone import BackboneConfig, load_backbone
 
     device = preset["device"]
+    gc.collect()  # an earlier model's reference cycles would count as this one's memory
     model = load_backbone(BackboneConfig(preset["shape"], weights="random"), device).model
     model.train()
     if checkpointing:

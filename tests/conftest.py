@@ -1,6 +1,7 @@
 """Fixtures that several test folders share."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter; Triton reads this when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -289,7 +295,8 @@ def build_cli(monkeypatch):
     monkeypatch.setattr("moka_pl.module.load_backbone", never)
     monkeypatch.setattr("moka_pl.module.load_tokenizer", never)
     monkeypatch.setattr("sys.argv", ["moka_pl"])
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    for name in ("TOKENIZERS_PARALLELISM", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")  # a run sets them; they shall not outlive the test
 
     def build(*arguments: object) -> lightning_cli.MokaCLI:
         cli.main([str(argument) for argument in arguments])

@@ -1,0 +1,115 @@
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from moka_pl.adapters import adapter_state, read_adapter
+from moka_pl.adapters.directory import read_adapter_state
+from moka_pl.callbacks import AdapterCheckpoint
+
+
+class Fake(Callback):
+    """Replaces a metric by a list of values, one a validation, before the checkpoint looks at it."""
+
+    def __init__(self, name, values):
+        self.name, self.values, self.states = name, list(values), []
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.callback_metrics[self.name] = torch.tensor(self.values[len(self.states)])
+        self.states.append({k: v.clone() for k, v in adapter_state(pl_module.causal_lm).items()})
+
+
+def same(path, state):
+    stored = read_adapter_state(path)
+    return stored.keys() == state.keys() and all(torch.equal(stored[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "best"),
+    [
+        ("min", [3.0, 1.0, 2.0], 1),
+        ("max", [3.0, 1.0, 2.0], 0),
+        ("max", [0.25, 0.5, 0.5], 1),  # the first of equals
+        ("min", [float("nan"), 5.0, float("nan")], 1),
+        ("min", [-1.0, 0.0, float("-inf")], 0),
+    ],
+)
+def test_best_and_last(train, tmp_path, mode, values, best):
+    fake = Fake("val/thing", values)
+    saved = AdapterCheckpoint(monitor="val/thing", mode=mode)
+    train(fake, saved, max_epochs=3)
+    assert saved.best_score == values[best]
+    assert saved.best_path == tmp_path / "adapters" / "best"
+    assert same(saved.best_path, fake.states[best])
+    assert same(saved.last_path, fake.states[2])
+    assert read_adapter(saved.best_path).extra["step"] == 4 * (best + 1)
+    assert read_adapter(saved.last_path).extra["step"] == 12
+    assert not same(saved.best_path, fake.states[2])
+
+
+def test_loaded_adapter_gives_exactly_the_same_metrics(
+    make_module, make_data, make_trainer, randomize, tmp_path
+):
+    saved = AdapterCheckpoint(dirpath=str(tmp_path / "kept"))
+    module = make_module(lr=3e-2, adapter={"scaling": 2.5, "filters": "prime"})
+    trainer = make_trainer(saved, max_epochs=2)
+    trainer.fit(module, make_data(eval_batch_size=2))
+    extra = read_adapter(tmp_path / "kept" / "last").extra
+    assert extra["metrics"] == module.eval_values
+    assert extra["prompt"] == "alpaca"
+    assert (extra["step"], extra["epoch"]) == (14, 2)
+
+    fresh = make_module(adapter_path=str(tmp_path / "kept" / "last"))
+    assert fresh.adapter == module.adapter  # of the adapter, not the default's three diverse components
+    [values] = make_trainer().validate(fresh, make_data(eval_batch_size=2), verbose=False)
+    assert fresh.eval_values == module.eval_values
+    assert values["val/loss"] == trainer.callback_metrics["val/loss"].item()
+    # The best adapter's metrics are its own, not those of the last.
+    best = make_module(adapter_path=str(tmp_path / "kept" / "best"))
+    make_trainer().validate(best, make_data(eval_batch_size=2), verbose=False)
+    assert best.eval_values == read_adapter(tmp_path / "kept" / "best").extra["metrics"]
+    assert saved.best_score == pytest.approx(best.eval_values["val/loss"])
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Checkpoint directory")
+def test_best_survives_a_resumed_run(train, tmp_path):
+    first = AdapterCheckpoint(monitor="val/thing")
+    train(Fake("val/thing", [1.0]), first, ModelCheckpoint(tmp_path, filename="end"), max_epochs=1)
+    kept = {k: v.clone() for k, v in read_adapter_state(first.best_path).items()}
+    second, fake = AdapterCheckpoint(monitor="val/thing"), Fake("val/thing", [2.0, 0.5])
+    train(fake, second, max_epochs=2, ckpt_path=tmp_path / "end.ckpt")
+    assert (second.best_score, second.best_path) == (1.0, first.best_path)
+    assert same(second.best_path, kept)
+    assert same(second.last_path, fake.states[0])
+
+
+def test_without_validation(train, tmp_path):
+    saved = AdapterCheckpoint()
+    run = train(saved, max_epochs=1, limit_val_batches=0)
+    assert (saved.best_score, saved.best_path) == (None, None)
+    assert same(tmp_path / "adapters" / "last", run.state)
+    assert not (tmp_path / "adapters" / "best").exists()
+
+
+def test_steps_after_the_last_validation_are_in_last(train, tmp_path):
+    saved = AdapterCheckpoint()
+    run = train(saved, max_epochs=1, val_check_interval=4)
+    assert read_adapter(saved.best_path).extra["step"] == 2
+    assert read_adapter(saved.last_path).extra["step"] == 4
+    assert same(saved.last_path, run.state)
+
+
+def test_trial_and_evaluation_leave_no_files(make_module, make_data, make_trainer, tmp_path):
+    make_trainer(AdapterCheckpoint(), fast_dev_run=2).fit(make_module(), make_data())
+    make_trainer(AdapterCheckpoint()).validate(make_module(), make_data(), verbose=False)
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_frozen_base_is_no_candidate(make_module, make_data, make_trainer, tmp_path):
+    saved = AdapterCheckpoint(monitor="val/loss", mode="max")
+    # With this learning rate the base is better than whatever follows.
+    make_trainer(saved, num_sanity_val_steps=-1).fit(make_module(lr=3e-2), make_data())
+    described = json.loads((tmp_path / "adapters" / "best" / "adapter_config.json").read_text())
+    assert described["extra"]["step"] == 7

@@ -1,0 +1,27 @@
+from moka_pl.callbacks import ProgressBar, Throughput
+
+
+def test_bar(make_module, make_data, make_trainer, capfd):
+    bar, speed = ProgressBar(), Throughput()
+    trainer = make_trainer(bar, speed, enable_progress_bar=True, num_sanity_val_steps=-1)
+    trainer.fit(make_module(), make_data())
+    output = "".join(capfd.readouterr())
+    assert "Frozen base, before training" in output
+    assert "7/7" in output
+    for shown in ("train/loss=", "tok/s=", "val/loss="):
+        assert shown in output
+    metrics = bar.get_metrics(trainer, trainer.lightning_module)
+    assert "v_num" not in metrics
+    assert metrics["tok/s"].replace(",", "").isdigit()
+
+
+def test_resumed_run_is_not_the_frozen_base(make_module, make_data, make_trainer, tmp_path, capfd):
+    first = make_trainer()
+    first.fit(make_module(), make_data())
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    options = {"enable_progress_bar": True, "num_sanity_val_steps": -1, "max_epochs": 2}
+    trainer = make_trainer(ProgressBar(), **options)
+    trainer.fit(make_module(), make_data(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    output = "".join(capfd.readouterr())
+    assert "Frozen base" not in output
+    assert "Before going on" in output
