@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from moka_pl.errors import ConfigError
-from moka_pl.kronecker import Shape
+from moka_pl.shape import Shape
 
 #: m_a / n_a of the diverse filters, relative to the layer's own m / n; ten components use each one twice.
 ASPECT_RATIOS = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moka_pl.kronecker import Shape
+from moka_pl.shape import Shape
 
 #: Entries of B that one program of the projection holds, and pairs that it takes at once.
 _ENTRIES = 1024

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moka_pl.errors import ConfigError
+from moka_pl.shape import Shape
 
 Backend = Literal["auto", "structured", "dense", "fused"]
 
@@ -42,35 +43,6 @@ Backend = Literal["auto", "structured", "dense", "fused"]
 _FUSED_TOKENS = 32
 
 BACKENDS: tuple[str, ...] = ("auto", "structured", "dense", "fused")
-
-
-class Shape(NamedTuple):
-    """Sizes of one component: ``A`` is m_a × n_a, ``B`` is m_b × n_b; ``identity`` fixes A = I."""
-
-    m_a: int
-    n_a: int
-    m_b: int
-    n_b: int
-    identity: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Rows of A ⊗ B."""
-        return self.m_a * self.m_b
-
-    @property
-    def cols(self) -> int:
-        """Columns of A ⊗ B."""
-        return self.n_a * self.n_b
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable entries of both factors."""
-        return self.m_b * self.n_b + (0 if self.identity else self.m_a * self.n_a)
-
-    def __str__(self) -> str:
-        left = f"I{self.m_a}" if self.identity else f"{self.m_a}×{self.n_a}"
-        return f"{left} ⊗ {self.m_b}×{self.n_b}"
 
 
 def _fit(x: Tensor, size: int) -> Tensor:

@@ -19,7 +19,7 @@ from moka_pl.callbacks import (
     RunSummary,
     Throughput,
 )
-from moka_pl.cli import FUNCTIONS, function_parser
+from moka_pl.commands.parser import FUNCTIONS, function_parser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.module import MokaModule

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moka_pl.errors import ConfigError
 from moka_pl.filters import PRIME_BUDGET, count_parameters, divisors, filter_shapes
-from moka_pl.kronecker import Shape
+from moka_pl.shape import Shape
 
 LLAMA2_7B = [(4096, 4096)] * 64  # q_proj and v_proj of 32 layers
 LLAMA3_8B = [(4096, 4096), (1024, 4096)] * 32

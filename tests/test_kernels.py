@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from moka_pl.filters import filter_shapes
-from moka_pl.kronecker import Shape, delta_weight, kronecker_linear, project_gradient
+from moka_pl.kronecker import delta_weight, kronecker_linear, project_gradient
+from moka_pl.shape import Shape
 
 kernels = pytest.importorskip("moka_pl.kernels")
 

@@ -14,12 +14,12 @@ from moka_pl.errors import ConfigError
 from moka_pl.filters import filter_shapes
 from moka_pl.kronecker import (
     BACKENDS,
-    Shape,
     delta_weight,
     kronecker_linear,
     pick_backend,
     project_gradient,
 )
+from moka_pl.shape import Shape
 
 WAYS = ("structured", "dense")
 Factors = list[tuple[Tensor | None, Tensor]]

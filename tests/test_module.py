@@ -265,6 +265,31 @@ def test_checkpointing_gives_the_same_gradients(make_module, make_data, make_tra
             torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_computes_activations_again(make_module, make_data, make_trainer, checkpointing):
+    module = make_module(gradient_checkpointing=checkpointing)
+    module.configure_model()
+    calls = []
+    attention = module.causal_lm.get_decoder().layers[0].self_attn
+    attention.register_forward_hook(lambda *args: calls.append(0))
+    make_trainer(limit_train_batches=3, limit_val_batches=0).fit(module, make_data())
+    assert len(calls) == (6 if checkpointing else 3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_drops_out_in_training_only(make_module, make_data, make_trainer, step_log, randomize, dropout):
+    log, module = step_log(), make_module(lr=0.0, adapter={"dropout": dropout})
+    module.configure_model()
+    randomize(module)
+    trainer = make_trainer(log, max_epochs=3, num_sanity_val_steps=-1)
+    trainer.fit(module, make_data(batch_size=13))
+    first = dict(module.eval_values)
+    # Three times the same batch and the same weights.
+    assert (len(set(log.losses.values())) == 1) == (dropout == 0)
+    trainer.validate(module, make_data(), verbose=False)
+    assert module.eval_values == pytest.approx(first, rel=1e-6)
+
+
 def test_optimizer_gets_the_trainable_parameters_only(make_module):
     module = make_module()
     module.configure_model()

@@ -36,10 +36,9 @@ class GracefulInterrupt(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Saves the run between two optimizer steps, on all ranks at the same one."""
-        # The ranks agree now and then only, and a validation that is due comes first: a resumed run would
-        # leave it out.
+        # The ranks agree on it now and then only.
         due = trainer.world_size == 1 or trainer.global_step % _AGREE_EVERY == 0
-        if due and between_steps(trainer) and not validation_follows(trainer):
+        if due and between_steps(trainer):
             self._save_if_asked(trainer)
 
     def on_train_batch_start(
@@ -49,7 +48,7 @@ class GracefulInterrupt(Callback):
         self._stop_if_saved(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops after a validation between two optimizer steps."""
+        """Saves again and stops after a validation: a resumed run would take what was saved before it."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and between_steps(trainer):
             self._save_if_asked(trainer)
             self._stop_if_saved(trainer)
@@ -94,9 +93,3 @@ class GracefulInterrupt(Callback):
 def between_steps(trainer: Trainer) -> bool:
     """Whether the batch that has just ended completed an optimizer step."""
     return not trainer.fit_loop._should_accumulate()
-
-
-def validation_follows(trainer: Trainer) -> bool:
-    """Whether a validation is due after the batch that has just ended."""
-    fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)

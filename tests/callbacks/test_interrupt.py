@@ -54,15 +54,19 @@ def test_stops_at_the_next_step_and_goes_on_exactly(
 ):
     whole = train()
     with pytest.raises(SystemExit) as end, caplog.at_level("INFO"):
-        train(Kill(hook, times, number), GracefulInterrupt())
+        train(Kill(hook, times, number), AdapterCheckpoint(), GracefulInterrupt())
     assert end.value.code == 1
     path = tmp_path / "checkpoints" / "last.ckpt"
     assert "Stopping after this step" in capsys.readouterr().out
     said = f"Interrupted after step {stopped}; the run is saved in {path}. Go on with the same command and"
     assert said in caplog.text
-    assert torch.load(path, weights_only=True)["global_step"] == stopped
+    saved = torch.load(path, weights_only=True)
+    assert saved["global_step"] == stopped
+    # What the validation has shown is in it, so that a worse adapter cannot take the place of the best.
+    best = saved["callbacks"]["AdapterCheckpoint"]["best_score"]
+    assert best == (pytest.approx(whole.validations[4]) if stopped >= 4 else None)
 
-    resumed = train(ckpt_path=path)
+    resumed = train(AdapterCheckpoint(), ckpt_path=path)
     assert_continues(resumed, whole, stopped)
     # Of the uninterrupted run's validations, those before the stop are done, and only those.
     assert resumed.validations == {k: v for k, v in whole.validations.items() if k > stopped}

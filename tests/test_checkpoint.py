@@ -1,0 +1,36 @@
+import random
+
+import torch
+
+from moka_pl.checkpoint import rng_state, set_rng_state
+
+CPU = torch.device("cpu")
+
+
+def draw():
+    return torch.rand(3).tolist(), random.random()
+
+
+def test_generators_go_on_where_they_were(tmp_path):
+    torch.manual_seed(1)
+    random.seed(2)
+    torch.save(rng_state(CPU), tmp_path / "rng.pt")
+    expected = draw()
+    torch.manual_seed(3)
+    random.seed(4)
+    assert draw() != expected
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True), CPU, rank=0)
+    assert draw() == expected
+
+
+def test_other_ranks_get_generators_of_their_own():
+    torch.manual_seed(1)
+    state = rng_state(CPU)
+    own = draw()[0]
+    found = []
+    for rank in (1, 2, 1):
+        set_rng_state(state, CPU, rank)
+        found.append(draw()[0])
+    assert found[0] == found[2]
+    assert found[0] != found[1]
+    assert own not in found
