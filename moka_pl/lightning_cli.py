@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -112,12 +113,21 @@ class MokaCLI(LightningCLI):
             command = function_parser(name)
             listed.add_subcommand(name, command, help=command.description)
 
+    def _parse_ckpt_path(self) -> None:
+        """Reports a damaged checkpoint, or one that is none, which Lightning looks into first."""
+        try:
+            super()._parse_ckpt_path()
+        except (RuntimeError, UnpicklingError, EOFError) as error:
+            path = self.config[self.config.subcommand].ckpt_path
+            reason = str(error).split("\n", 1)[0].strip()
+            raise ConfigError(f"--ckpt_path {path} is damaged or no checkpoint ({reason})") from error
+
     def before_instantiate_classes(self) -> None:
         """Resolves ``ckpt_path: last`` to the newest run of the same name, and continues its logs."""
         config = self.config[self.subcommand]
         config.weights_only = True  # nothing is unpickled from a path that the user gives
         path = config.get("ckpt_path")
-        special = path in (None, "best", "last", "hpc") or ":" in path
+        special = path in (None, "best", "last", "hpc") or "://" in path or path.startswith("registry")
         if not special and not Path(path).is_file():
             raise ConfigError(f"--ckpt_path {path}: no such file; give a .ckpt file, or last")
         if path == "last":

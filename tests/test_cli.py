@@ -229,6 +229,26 @@ def test_malformed_line_of_the_data(refused, tmp_path):
     assert error.count("\n") == 1
 
 
+class Payload:
+    """Unpickled, it leaves a trace."""
+
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+def test_damaged_or_evil_checkpoint(refused, tmp_path):
+    torch.save({"state_dict": {}, "evil": Payload()}, tmp_path / "evil.ckpt")
+    torch.save({"state_dict": {"a": torch.ones(1000)}}, tmp_path / "cut.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "cut.ckpt").read_bytes()[:2000])
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    (tmp_path / "empty.ckpt").touch()
+    for name in ("evil", "cut", "text", "empty"):
+        error = refused("fit", "--ckpt_path", f"{name}.ckpt")
+        assert f"--ckpt_path {name}.ckpt is damaged or no checkpoint (" in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "unpickled").exists()
+
+
 # What is built
 
 

@@ -39,8 +39,13 @@ def test_there_are_some():
     assert {"smollm2", "llama2", "llama3"} <= {path.stem for path in CONFIGS}
 
 
-def test_builds(path, build_cli):
-    built = build_cli("fit", "--config", path, *ON_CPU)
+def test_builds_by_the_command_in_its_comment(path, build_cli):
+    found = commands(path)
+    assert found
+    for command in found:
+        assert command[:4] == ["python", "-m", "moka_pl", "fit"]
+        assert command[command.index("--config") + 1] == path.as_posix()
+        built = build_cli(*command[3:], *ON_CPU)
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(built.model, MokaModule)
     assert isinstance(built.datamodule, MokaDataModule)
@@ -58,15 +63,6 @@ def test_builds(path, build_cli):
     optimizer = built.model.optimizer([nn.Parameter(nn.Linear(1, 1).weight)])
     assert optimizer.param_groups[0]["lr"] == model["optimizer"]["init_args"]["lr"]
     assert isinstance(built.model.lr_scheduler(optimizer), WarmupDecay)
-
-
-def test_comment_holds_its_command(path, build_cli):
-    found = commands(path)
-    assert found
-    for command in found:
-        assert command[:4] == ["python", "-m", "moka_pl", "fit"]
-        assert command[command.index("--config") + 1] == path.as_posix()
-        build_cli(*command[3:], *ON_CPU)
 
 
 def test_rates_are_numbers(path):
