@@ -171,8 +171,8 @@ def test_no_tokens_give_no_output_and_zero_gradients(backend: str) -> None:
 
 def test_unknown_backend_is_refused_by_name() -> None:
     x, weights, factors = tensors(SOME_CASES["exact"])
-    with pytest.raises(ConfigError, match=r"'fused'.*auto, structured, dense"):
-        kronecker_linear(x, weights, factors, SOME_CASES["exact"].shapes, 6, "fused")
+    with pytest.raises(ConfigError, match=r"'magic'.*auto, structured, dense, fused"):
+        kronecker_linear(x, weights, factors, SOME_CASES["exact"].shapes, 6, "magic")
 
 
 def test_delta_weight_is_rounded_once_to_the_dtype_asked_for() -> None:
