@@ -104,7 +104,7 @@ def summary_text(
     if adapter is not None:
         program = f"{Path(sys.executable).name} -m moka_pl"
         lines.append(f"  {program} inspect {adapter}")
-        lines.append(f"  {program} generate {adapter} --prompt 'Why does bread rise?'")
+        lines.append(f"  {program} generate {adapter} 'Why does bread rise?'")
     rule = "-" * 64
     return "\n".join(["", rule, *lines, rule])
 

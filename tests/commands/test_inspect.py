@@ -96,14 +96,14 @@ def remove_all(adapter: Path) -> None:
     adapter.rename(adapter.with_name("elsewhere"))
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["generate", "--prompt", "Hello"]], ids=lambda c: c[0])
+@pytest.mark.parametrize("command", [["inspect"], ["generate", "Hello"]], ids=lambda c: c[0])
 @pytest.mark.parametrize("damage", [damage_config, damage_weights, remove_weights, remove_all])
 def test_a_damaged_directory_is_one_line_and_status_2(
     command: list[str], damage: Callable[[Path], None], adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(adapter)
     name, *options = command
-    arguments = [name, str(adapter), *options[1:]]
+    arguments = [name, str(adapter), *options]
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
