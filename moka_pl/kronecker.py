@@ -81,6 +81,9 @@ def structured_forward(
 ) -> Tensor:
     """Computes ``Σ_i w_i (A_i ⊗ B_i) x`` component by component.
 
+    Products and sum run in the factors' dtype and are rounded once: in half precision every intermediate
+    would add an error of its own, several times that of one matrix product.
+
     Args:
         x: Input, shape (T, n).
         weights: Weights w, shape (r,).
@@ -91,11 +94,12 @@ def structured_forward(
     Returns:
         The product, shape (T, m), in the dtype of ``x``.
     """
-    total = x.new_zeros(x.shape[0], m)
+    wide = torch.promote_types(x.dtype, factors[0][1].dtype)
+    grid = x.to(wide)
+    total = grid.new_zeros(x.shape[0], m)
     for w, (a, b), shape in zip(weights.unbind(), factors, shapes, strict=True):
-        right = (w * b).to(x.dtype)
-        total += _product(x, None if a is None else a.to(x.dtype), right, shape, m)
-    return total
+        total += _product(grid, None if a is None else a.to(wide), (w * b).to(wide), shape, m)
+    return total.to(x.dtype)  # (T, m)
 
 
 def structured_backward(
@@ -113,36 +117,32 @@ def structured_backward(
     ``dw_i = <dB_i / w_i, B_i>`` needs no second forward.
 
     Returns:
-        Gradients for x (T, n), w (r,) and every factor pair; products run in the dtype of ``x``.
+        Gradients for x (T, n), in its dtype, for w (r,) and for every factor pair.
     """
-    n = x.shape[1]
+    n, dtype = x.shape[1], x.dtype
+    wide = torch.promote_types(dtype, factors[0][1].dtype)
+    x, grad = x.to(wide), grad.to(wide)
     grad_x = torch.zeros_like(x) if needs_input_grad else None
     grad_weights = torch.empty_like(weights)
     grad_factors: list[tuple[Tensor | None, Tensor]] = []
     for i, ((a, b), shape) in enumerate(zip(factors, shapes, strict=True)):
         grid = _fit(x, shape.cols).reshape(-1, shape.n_a, shape.n_b)  # (T, n_a, n_b)
         out = _fit(grad, shape.rows).reshape(-1, shape.m_a, shape.m_b)  # (T, m_a, m_b)
-        b_low = b.to(x.dtype)
-        back = out @ b_low  # (T, m_a, n_b)
-        if a is None:
-            hidden = grid  # (T, n_a, n_b)
-            grad_a = None
-        else:
-            a_low = a.to(x.dtype)
-            hidden = a_low @ grid  # (T, m_a, n_b)
+        back = out @ b.to(wide)  # (T, m_a, n_b)
+        grad_a = None
+        hidden = grid  # (T, n_a, n_b)
+        if a is not None:
+            hidden = a.to(wide) @ grid  # (T, m_a, n_b)
             # Σ over tokens and n_b as one matrix product.
             grad_a = back.transpose(0, 1).flatten(1) @ grid.transpose(0, 1).flatten(1).mT  # (m_a, n_a)
-            back = a_low.mT @ back  # (T, n_a, n_b)
-        grad_b = out.flatten(0, 1).mT @ hidden.flatten(0, 1)  # (m_b, n_b)
-        grad_b = grad_b.to(b.dtype)
-        weight = weights[i]
+            grad_a = grad_a.to(a.dtype) * weights[i]
+            back = a.to(wide).mT @ back  # (T, n_a, n_b)
+        grad_b = (out.flatten(0, 1).mT @ hidden.flatten(0, 1)).to(b.dtype)  # (m_b, n_b)
         grad_weights[i] = (grad_b * b).sum()
-        grad_factors.append(
-            (None if a is None or grad_a is None else (grad_a.to(a.dtype) * weight), grad_b * weight)
-        )
+        grad_factors.append((grad_a, grad_b * weights[i]))
         if grad_x is not None:
-            grad_x += _fit(back.flatten(1), n) * weight.to(x.dtype)
-    return grad_x, grad_weights, grad_factors
+            grad_x += _fit(back.flatten(1), n) * weights[i]
+    return None if grad_x is None else grad_x.to(dtype), grad_weights, grad_factors
 
 
 def delta_weight(

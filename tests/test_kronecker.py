@@ -202,14 +202,13 @@ def test_auto_takes_the_way_that_was_measured_to_be_faster(m: int, n: int, token
     assert pick_backend(tokens, filter_shapes("diverse", 10, m, n), m, n) == faster
 
 
-# Measured over sizes and seeds: dense 1.0, structured 1.3 (r = 1) to 2.2 (r = 10, summed in bf16).
-@pytest.mark.parametrize(("backend", "allowed"), [("dense", 1.2), ("structured", 2.5)])
+@pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize(
     ("m", "n", "filters", "components"),
     [(64, 64, "diverse", 10), (96, 40, "diverse", 5), (128, 64, "prime", 4), (61, 67, "square", 1)],
 )
-def test_bf16_error_is_near_that_of_a_bf16_matmul(
-    m: int, n: int, filters: str, components: int, backend: str, allowed: float
+def test_bf16_error_is_no_larger_than_that_of_a_bf16_matmul(
+    m: int, n: int, filters: str, components: int, backend: str
 ) -> None:
     shapes = filter_shapes(filters, components, m, n)
     x, weights, factors = tensors(Case(m, n, shapes, (16,), 5), torch.float32)
@@ -226,7 +225,8 @@ def test_bf16_error_is_near_that_of_a_bf16_matmul(
         matmul = (x @ delta.bfloat16().mT).double()
         out = kronecker_linear(x, weights, factors, shapes, m, backend)
     assert out.dtype == torch.bfloat16
-    assert 0 < (out.double() - exact).norm() <= allowed * (matmul - exact).norm()
+    # The dense way is the same matmul but for the last bit of a few entries of ΔW.
+    assert 0 < (out.double() - exact).norm() <= 1.01 * (matmul - exact).norm()
 
 
 @pytest.mark.parametrize("backend", WAYS)
