@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -17,6 +17,7 @@ from moka_pl.callbacks import (
     GateMonitor,
     GracefulInterrupt,
     ProgressBar,
+    RunCheckpoint,
     RunSummary,
     Throughput,
 )
@@ -87,7 +88,7 @@ class MokaCLI(LightningCLI):
         """Adds options and defaults beside Lightning's own."""
         parser.add_lightning_class_args(GateMonitor, "gates")
         parser.add_lightning_class_args(AdapterCheckpoint, "adapters")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 # With save_top_k: 0 Lightning (2.6) writes last.ckpt only when training ends; with its

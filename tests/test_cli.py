@@ -278,9 +278,9 @@ def test_default_callbacks_and_logger(build_cli):
         callbacks.GateMonitor,
         callbacks.GracefulInterrupt,
         callbacks.ProgressBar,
+        callbacks.RunCheckpoint,
         callbacks.RunSummary,
         callbacks.Throughput,
-        lightning_callbacks.ModelCheckpoint,
     ):
         assert kinds.count(kind) == 1
     # What stops a run must come after what keeps its adapter.
@@ -301,7 +301,7 @@ def test_callbacks_switched_off_or_replaced(build_cli):
     kinds = [type(callback) for callback in trainer.callbacks]
     assert lightning_callbacks.TQDMProgressBar in kinds
     assert callbacks.ProgressBar not in kinds
-    assert lightning_callbacks.ModelCheckpoint not in kinds
+    assert not any(issubclass(kind, lightning_callbacks.ModelCheckpoint) for kind in kinds)
     assert [c.window for c in trainer.callbacks if isinstance(c, callbacks.Throughput)] == [3]
     assert callbacks.RunSummary in kinds
 
@@ -348,7 +348,7 @@ def test_saved_config_repeats_the_run(cli, tmp_path):
 
 def test_trial_leaves_no_run(cli, capsys):
     cli("fit", "--trainer.fast_dev_run", 2)
-    assert not Path("lightning_logs").exists()
+    assert [path.name for path in Path().iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -451,6 +451,16 @@ def test_interrupted_and_resumed(cli, interrupt, caplog, batch, number, stopped)
     # The run's own configuration still starts it from its beginning.
     assert (RUN / "config.yaml").read_text() == described
     assert "last.ckpt" in (RUN / "config_resumed.yaml").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_finished_run_goes_on_from_its_end(cli):
+    saving = ("--checkpoint.every_n_train_steps", 3)
+    cli("fit", *saving, "--trainer.max_epochs", 1)
+    assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    cli("fit", *saving, "--trainer.max_epochs", 2, "--ckpt_path", "last")
+    assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
+    assert list(scalars(RUN, "train/loss")) == list(range(8))
 
 
 def test_crash_leaves_a_checkpoint_of_the_latest_validation(cli, monkeypatch):

@@ -4,7 +4,16 @@ from moka_pl.callbacks.adapter_checkpoint import AdapterCheckpoint
 from moka_pl.callbacks.gates import GateMonitor
 from moka_pl.callbacks.interrupt import GracefulInterrupt
 from moka_pl.callbacks.progress import ProgressBar
+from moka_pl.callbacks.run_checkpoint import RunCheckpoint
 from moka_pl.callbacks.summary import RunSummary
 from moka_pl.callbacks.throughput import Throughput
 
-__all__ = ["AdapterCheckpoint", "GateMonitor", "GracefulInterrupt", "ProgressBar", "RunSummary", "Throughput"]
+__all__ = [
+    "AdapterCheckpoint",
+    "GateMonitor",
+    "GracefulInterrupt",
+    "ProgressBar",
+    "RunCheckpoint",
+    "RunSummary",
+    "Throughput",
+]

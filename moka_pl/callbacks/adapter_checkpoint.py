@@ -57,7 +57,7 @@ class AdapterCheckpoint(Callback):
             self.best_path = self._save(trainer, pl_module, "best")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last adapter where no validation has done so."""
+        """Saves the last adapter: there may have been steps since the last validation."""
         if not is_trial(trainer):
             self.last_path = self._save(trainer, pl_module, "last")
 

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from shlex import quote
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -14,8 +15,9 @@ from moka_pl.module import MokaModule
 class RunSummary(Callback):
     """Compares the frozen base with the adapted model, and says where everything is.
 
-    The base's figures come from the validation before the first step, when ΔW is exactly zero; that needs
-    ``trainer.num_sanity_val_steps: -1``, which looks at all of the validation data.
+    The base's figures come from the validation before the first step, when ΔW is exactly zero (in a run that
+    starts from ``adapter_path`` they are that adapter's); that needs ``trainer.num_sanity_val_steps: -1``,
+    which looks at all of the validation data.
     """
 
     def __init__(self) -> None:
@@ -94,17 +96,17 @@ def summary_text(
     adapter = None
     if saved is not None:
         adapter = saved.best_path or saved.last_path
-        facts["best adapter"] = str(saved.best_path)
-        facts["last adapter"] = str(saved.last_path)
+        paths = {"best adapter": saved.best_path, "last adapter": saved.last_path}
+        facts |= {name: str(path) for name, path in paths.items() if path is not None}
     if log_dir:
         facts["TensorBoard logs"] = log_dir
     lines += ["", *(f"{name:<22}{value}" for name, value in facts.items()), "", "Next:"]
     if log_dir:
-        lines.append(f"  tensorboard --logdir {Path(log_dir).parent}")
+        lines.append(f"  tensorboard --logdir {quote(str(Path(log_dir).parent))}")
     if adapter is not None:
         program = f"{Path(sys.executable).name} -m moka_pl"
-        lines.append(f"  {program} inspect {adapter}")
-        lines.append(f"  {program} generate {adapter} 'Why does bread rise?'")
+        lines.append(f"  {program} inspect {quote(str(adapter))}")
+        lines.append(f"  {program} generate {quote(str(adapter))} 'Why does bread rise?'")
     rule = "-" * 64
     return "\n".join(["", rule, *lines, rule])
 

@@ -1,5 +1,6 @@
 """Speed and memory of a run."""
 
+import sys
 import time
 from collections import deque
 
@@ -28,7 +29,7 @@ class Throughput(Callback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Mean over the whole training so far on this rank, without validation, tokens/s."""
+        """Mean over all training steps of this process, tokens/s; neither validation nor loading counts."""
         return self.total_tokens / self.train_seconds if self.train_seconds else 0.0
 
     def on_train_batch_start(
@@ -74,7 +75,5 @@ def peak_memory(device: torch.device) -> float:
         import psutil
 
         return float(psutil.Process().memory_info().rss) / 2**30
-    import sys
-
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

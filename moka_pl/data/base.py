@@ -82,9 +82,9 @@ class MokaDataModule(LightningDataModule):
 
     @property
     def eval_sets(self) -> list[tuple[str, list[str]]]:
-        """(name, tasks) of every validation dataloader, in their order."""
+        """(name, tasks) of every validation or test dataloader, in their order."""
         # Asked for before the data are loaded, too: only a set known to be missing is left out.
-        missing = "validation" in self._encoded and self._encoded["validation"] is None
+        missing = any(encoded is None for split, encoded in self._encoded.items() if split != "train")
         return [] if missing else [(self.name, self.tasks)]
 
     @abstractmethod

@@ -90,7 +90,7 @@ class CommonsenseData(MokaDataModule):
 
     def _rows(self, split: str) -> "Dataset | None":
         """The checked rows of a split, of the wanted tasks only."""
-        rows = self._select(self._all_rows(split))
+        rows = self._select(self._all_rows(split), split)
         if rows is None or split != "validation" or self.validation_limit is None:
             return rows
         return _spread(rows, self.validation_limit)
@@ -136,11 +136,12 @@ class CommonsenseData(MokaDataModule):
             [read_rows(file, check_choice, features, context=file.parent.name) for file in files]
         )
 
-    def _select(self, rows: "Dataset | None") -> "Dataset | None":
+    def _select(self, rows: "Dataset | None", split: str) -> "Dataset | None":
         if rows is None or self._wanted is None:
             return rows
         found = rows["task"][:]
-        self._refuse_unknown(set(found), self.path)
+        source = self.path if split == "train" else self.validation_path or self.path
+        self._refuse_unknown(set(found), f"{source} ({split})")
         return rows.select([index for index, task in enumerate(found) if task in self._wanted])
 
     def _refuse_unknown(self, known: set[str], source: object) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from moka_pl.data.errors import DataError
 from moka_pl.data.sampler import GlobalBatchSampler
 
 
@@ -41,13 +42,13 @@ class ResumableDataLoader(DataLoader[Any]):
         """Let the next iteration start after the batches that were served; a finished epoch starts anew.
 
         Raises:
-            ValueError: The state counts more batches than an epoch has: data, batch size or number of devices
+            DataError: The state counts more batches than an epoch has: data, batch size or number of devices
                 are not those of the saved run.
         """
         served = int(state_dict["served"])
         total = len(self)
         if served > total:
-            raise ValueError(
+            raise DataError(
                 f"The checkpoint was saved after {served} batches of an epoch, but an epoch of this run has "
                 f"{total}. Resume with the data, batch size and number of devices of the saved run."
             )

@@ -33,7 +33,7 @@ class MixtureData(MokaDataModule):
 
     @property
     def eval_sets(self) -> list[tuple[str, list[str]]]:
-        """(name, tasks) of every part with validation data; equal names are numbered from the second on."""
+        """(name, tasks) of every part with evaluation data; equal names are numbered from the second on."""
         sets: list[tuple[str, list[str]]] = []
         seen: dict[str, int] = {}
         for part in self.parts:

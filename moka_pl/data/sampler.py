@@ -8,6 +8,7 @@ such a list to the data set's `__getitem__`.
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
@@ -87,26 +88,15 @@ class TrainSampler(GlobalBatchSampler):
     """Shuffled batches; every epoch has its own order, which depends on seed, epoch and lengths only.
 
     Args:
-        lengths: Length of every example (tokens).
-        batch_size: Examples per rank and batch.
-        num_replicas: Number of ranks.
-        rank: This rank, from 0.
-        seed: Seed of the shuffling, 0 or above.
+        *args: As for `GlobalBatchSampler`.
         bucket: Put examples of similar length together: the shuffled examples are cut into mega-batches of 50
             global batches, each of these is sorted by length and cut into global batches, and the order of
             all global batches is shuffled.
+        **kwargs: As for `GlobalBatchSampler`.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        bucket: bool = True,
-    ) -> None:
-        super().__init__(lengths, batch_size, num_replicas, rank, seed)
+    def __init__(self, *args: Any, bucket: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.bucket = bucket
 
     def global_batches(self) -> list[Indices]:
@@ -127,32 +117,20 @@ class EvalSampler(GlobalBatchSampler):
     """Every example once, the largest first: what does not fit into memory shows at once.
 
     Args:
-        lengths: Length of every example (tokens).
-        batch_size: Examples per rank and batch.
-        num_replicas: Number of ranks.
-        rank: This rank, from 0.
+        *args: As for `GlobalBatchSampler`.
         slots: Tokens an example takes in a batch, where that is more than its length (the padded rows of a
             multiple-choice item). Batches hold examples of similar length, and those with most slots come
             first.
+        **kwargs: As for `GlobalBatchSampler`.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        slots: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(lengths, batch_size, num_replicas, rank)
+    def __init__(self, *args: Any, slots: Sequence[int] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.slots = self.lengths if slots is None else numpy.asarray(slots, dtype=numpy.int64)
 
     def global_batches(self) -> list[Indices]:
         """All global batches, the same on every rank and in every epoch."""
         batches = self._cut(numpy.argsort(-self.lengths, kind="stable"))
-        full, rest = (
-            batches[: len(self.lengths) // self.global_size],
-            batches[len(self.lengths) // self.global_size :],
-        )
-        full.sort(key=lambda batch: -int(self.slots[batch].sum()))
-        return full + rest
+        full = len(self.lengths) // self.global_size
+        largest_first = sorted(batches[:full], key=lambda batch: -int(self.slots[batch].sum()))
+        return largest_first + batches[full:]

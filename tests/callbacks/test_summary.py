@@ -1,12 +1,16 @@
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.program import TensorBoard
 
 from moka_pl.adapters import adapters_disabled
 from moka_pl.callbacks import AdapterCheckpoint, RunSummary, Throughput
 from moka_pl.callbacks.summary import base_size
+from moka_pl.commands.parser import FUNCTIONS, function_parser
 from moka_pl.data import MixtureData
 
 
@@ -86,6 +90,35 @@ def test_without_validation(make_module, make_data, make_trainer, capsys):
     table = rows(capsys.readouterr().out)
     assert "held-out" not in table
     assert "trainable parameters" in table
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_printed_commands_parse(make_module, make_data, make_trainer, tmp_path, capsys, validated):
+    logger = TensorBoardLogger(tmp_path / "it's mine", name="run", default_hp_metric=False)
+    saved = AdapterCheckpoint()
+    trainer = make_trainer(saved, RunSummary(), logger=logger, limit_val_batches=1 if validated else 0)
+    trainer.fit(make_module(), make_data())
+    output = capsys.readouterr().out
+    assert "None" not in output
+    commands = [shlex.split(line) for line in output.partition("Next:\n")[2].splitlines()[:-1]]
+    adapter = logger.log_dir + ("/adapters/best" if validated else "/adapters/last")
+    seen = {}
+    for program, *arguments in commands:
+        if program == "tensorboard":
+            board = TensorBoard()
+            board.configure([program, *arguments])
+            seen[program] = board.flags.logdir
+            continue
+        assert program.startswith("python")
+        assert arguments[:2] == ["-m", "moka_pl"]
+        name = arguments[2]
+        assert name in FUNCTIONS
+        seen[name] = function_parser(name).parse_args(arguments[3:])
+        assert str(seen[name].adapter) == adapter
+        assert Path(adapter, "adapter_config.json").is_file()
+    assert seen.keys() == {"tensorboard", "inspect", "generate"}
+    assert seen["tensorboard"] == str(tmp_path / "it's mine" / "run")
+    assert seen["generate"].prompt == "Why does bread rise?"
 
 
 def test_trial_prints_no_table(make_module, make_data, make_trainer, capsys):

@@ -1,6 +1,7 @@
 """``moka-pl inspect``."""
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from moka_pl.adapters.directory import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_state
 from moka_pl.cli import main
 from moka_pl.commands import inspect
+from moka_pl.commands.parser import FUNCTIONS
 
 
 def facts(output: str) -> dict[str, str]:
@@ -121,6 +123,35 @@ def test_the_process_ends_with_status_2(tmp_path: Path) -> None:
     assert result.stderr == (
         f"moka_pl: error: {tmp_path} is not an adapter directory: it has no adapter_config.json\n"
     )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pipes of this kind")
+@pytest.mark.parametrize(
+    ("option", "unbuffered"), [(None, ""), (None, "1"), ("--help", "")], ids=["at the end", "at once", "help"]
+)
+def test_a_reader_that_has_gone_ends_it_in_silence(
+    option: str | None, unbuffered: str, adapter: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moka_pl", "inspect", option or str(adapter)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # as `| head -0` does, long before the first line is written
+    _, error = process.communicate()
+    assert (process.returncode, error) == (141, b"")
+
+
+def test_another_broken_pipe_is_no_silent_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(adapter: Path) -> None:
+        """Talks to a worker."""
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setitem(FUNCTIONS, "inspect", fail)
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        main(["inspect", "somewhere"])
 
 
 @pytest.mark.parametrize("command", ["inspect", "generate"])

@@ -85,6 +85,14 @@ def test_one_file_of_a_task(tiny_tokenizer, folder):
     assert module.tasks == []
 
 
+def test_the_file_that_lacks_a_task_is_named(tiny_tokenizer, write_jsonl):
+    full = write_jsonl("full.jsonl", [record(n, "ab"[n % 2]) for n in range(8)])
+    poor = write_jsonl("poor.jsonl", [record(n, "a") for n in range(4)])
+    for path, validation_path, split in ((full, poor, "validation"), (poor, full, "train")):
+        with pytest.raises(DataError, match=rf"poor\.jsonl \({split}\) has no task 'b'; it has: a\."):
+            ready(CommonsenseData(path, validation_path, tasks=["a", "b"]), tiny_tokenizer)
+
+
 def test_limit_is_per_task_and_spares_the_test(tiny_tokenizer, folder):
     module = ready(CommonsenseData(folder, validation_limit=3), tiny_tokenizer)
     assert module._encoded["validation"].rows["task"][:] == [0] * 3 + [1] * 3

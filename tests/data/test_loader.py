@@ -4,6 +4,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset
 
+from moka_pl.data.errors import DataError
 from moka_pl.data.loader import ResumableDataLoader
 from moka_pl.data.sampler import TrainSampler
 
@@ -121,7 +122,7 @@ def test_finished_epoch_starts_anew(epoch_batches, served):
 
 
 def test_state_of_other_data_is_refused():
-    with pytest.raises(ValueError, match="after 8 batches of an epoch, but an epoch of this run has 7"):
+    with pytest.raises(DataError, match="after 8 batches of an epoch, but an epoch of this run has 7"):
         make_loader().load_state_dict({"served": 8})
 
 

@@ -88,6 +88,17 @@ def test_equal_names_are_numbered_and_mixtures_nest():
     assert mixture.eval_sets == [("instruction", []), ("instruction_2", []), ("commonsense", ["boolean"])]
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_sets_are_those_of_the_dataloaders(tiny_tokenizer, write_jsonl, stage):
+    path = write_jsonl("a.jsonl", [{"instruction": "Say it.", "output": "It."}])
+    mixture = MixtureData([InstructionData(path, validation_share=0), CommonsenseData(tasks=["boolean"])])
+    mixture.connect(tiny_tokenizer)
+    mixture.setup(stage)
+    loaders = mixture.val_dataloader() if stage in ("fit", "validate") else mixture.test_dataloader()
+    assert ["item" in next(iter(loader)) for loader in loaders] == [True]
+    assert mixture.eval_sets == [("commonsense", ["boolean"])]
+
+
 def test_parts_without_validation_are_left_out(tiny_tokenizer, write_jsonl):
     path = write_jsonl("a.jsonl", [{"instruction": "Say it.", "output": "It."}])
     mixture = MixtureData([InstructionData(path, validation_share=0), InstructionData()])

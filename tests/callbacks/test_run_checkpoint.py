@@ -1,0 +1,119 @@
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
+from moka_pl.callbacks.interrupt import between_steps
+from moka_pl.schedule import WarmupDecay
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:Checkpoint directory")
+ON = {"max_epochs": 2}
+STEPS = {"max_epochs": -1, "max_steps": 8}
+
+
+@pytest.fixture
+def constant_rate(monkeypatch):
+    """A longer run's rates are then a shorter one's, and so are its losses."""
+    original = WarmupDecay.__init__
+    monkeypatch.setattr(
+        WarmupDecay, "__init__", lambda self, o: original(self, o, warmup=0, decay="constant")
+    )
+
+
+def saving(folder, **options):
+    return RunCheckpoint(folder, save_last=True, enable_version_counter=False, **options)
+
+
+def load(folder):
+    return torch.load(folder / "last.ckpt", weights_only=True)
+
+
+class Stop(Callback):
+    """Asks for the end of the run in a batch, as a limit on its time does."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx + 1 == self.batch
+
+
+# An epoch has 7 batches and 4 steps: of two batches each, the last of one.
+@pytest.mark.parametrize(
+    ("checkpoint", "ending", "common", "longer", "end"),
+    [
+        ({"every_n_train_steps": 3}, {"max_epochs": 1}, {}, ON, 4),
+        ({"every_n_train_steps": 4}, {"max_epochs": 1}, {}, ON, 4),  # saved before the validation
+        ({"every_n_train_steps": 3}, {"max_epochs": 1}, {"limit_val_batches": 0}, ON, 4),
+        ({}, {"max_epochs": 1}, {"val_check_interval": 4}, ON, 4),  # the last validation is at step 2
+        ({}, {"max_epochs": 1}, {"val_check_interval": 3, "limit_train_batches": 6}, ON, 3),
+        # The end is in the middle of an epoch:
+        ({}, {"max_steps": 3, "max_epochs": -1}, {}, STEPS, 3),
+        ({"every_n_train_steps": 2}, {"max_steps": 3, "max_epochs": -1}, {}, STEPS, 3),
+        ({}, {"max_steps": 2, "max_epochs": -1}, {"val_check_interval": 4}, STEPS, 2),
+        ({"every_n_train_steps": 3}, {"stop": 4}, {}, ON, 2),
+    ],
+    ids=str,
+)
+def test_finished_run_goes_on_from_its_end(
+    train, assert_continues, constant_rate, tmp_path, checkpoint, ending, common, longer, end
+):
+    options = dict(ending)
+    stop = [Stop(options.pop("stop"))] if "stop" in options else []
+    ended = train(AdapterCheckpoint(), *stop, saving(tmp_path, **checkpoint), **(common | options))
+    assert ended.trainer.global_step == end
+    saved = load(tmp_path)
+    assert saved["global_step"] == end
+    # A validation after the last step is in it, so that a worse adapter cannot take the place of the best.
+    best = min(ended.validations.values(), default=None)
+    assert saved["callbacks"]["AdapterCheckpoint"]["best_score"] == (best and pytest.approx(best))
+
+    whole = train(**(common | longer))
+    resumed = train(saving(tmp_path, **checkpoint), ckpt_path=tmp_path / "last.ckpt", **(common | longer))
+    assert len(whole.losses) > end
+    assert_continues(resumed, whole, end)
+    assert resumed.validations == {k: v for k, v in whole.validations.items() if k > end}
+    assert load(tmp_path)["global_step"] == len(whole.losses)
+
+
+class Look(Callback):
+    """Keeps the step of last.ckpt after every batch, and whether each was written between two steps."""
+
+    def __init__(self, folder):
+        self.file = folder / "last.ckpt"
+        self.steps, self.between = [], []
+
+    def on_train_batch_start(self, trainer, *args):
+        if self.file.exists():
+            self.steps.append(load(self.file.parent)["global_step"])
+
+    def on_save_checkpoint(self, trainer, *args):
+        self.between.append(between_steps(trainer))
+
+
+def test_last_is_refreshed_in_a_long_epoch(train, tmp_path):
+    look = Look(tmp_path)
+    train(look, saving(tmp_path, every_n_train_steps=1), max_epochs=1)
+    assert look.steps == [1, 1, 2, 2, 3]
+    assert all(look.between)
+
+
+def test_resumed_run_saves_nothing_within_a_step(train, tmp_path):
+    train(saving(tmp_path, every_n_train_steps=2), max_steps=2, max_epochs=-1)
+    look = Look(tmp_path)
+    options = {"max_epochs": 1, "ckpt_path": tmp_path / "last.ckpt"}
+    train(look, saving(tmp_path, every_n_train_steps=2), **options)
+    assert look.between
+    assert all(look.between)
+
+
+def test_trial_and_evaluation_leave_no_files(make_module, make_data, make_trainer, tmp_path):
+    options = {"enable_checkpointing": True}
+    make_trainer(saving(tmp_path / "no"), fast_dev_run=2, **options).fit(make_module(), make_data())
+    make_trainer(saving(tmp_path / "no"), **options).validate(make_module(), make_data(), verbose=False)
+    assert not (tmp_path / "no").exists()
+
+
+def test_save_last_can_be_switched_off(train, tmp_path):
+    train(RunCheckpoint(tmp_path), max_epochs=1)
+    assert [file.name for file in tmp_path.glob("*.ckpt")] == ["epoch=0-step=4.ckpt"]
