@@ -21,7 +21,6 @@ Three ways lead to the same product:
 Source: MoKA, arXiv 2508.03527; the identity is Van Loan, "The ubiquitous Kronecker product" (2000).
 """
 
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moka_pl.errors import ConfigError
+from moka_pl.packing import pack
 from moka_pl.shape import Shape
 
 Backend = Literal["auto", "structured", "dense", "fused"]
@@ -306,12 +306,6 @@ class _KroneckerSum(torch.autograd.Function):
         return grad_x, grad_weights, None, None, None, *(g for pair in grad_factors for g in pair)
 
 
-def _can_fuse(weights: Tensor, factors: Sequence[tuple[Tensor | None, Tensor]]) -> bool:
-    """Whether Triton is installed and the trainable tensors have the dtype of its kernels."""
-    single = all(f.dtype == torch.float32 for pair in factors for f in (*pair, weights) if f is not None)
-    return single and _has_triton()
-
-
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
@@ -364,29 +358,55 @@ def kronecker_linear(
     Raises:
         ConfigError: For an unknown backend.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     tokens = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1])  # (T, n)
-    if backend == "auto":
-        count = math.prod(tokens)
-        if count >= _FUSED_TOKENS and x.is_cuda and _can_fuse(weights, factors):
-            backend = "fused"
-        else:
-            backend = pick_backend(count, shapes, out_features, rows.shape[1])
-    elif backend == "fused" and not ((x.is_cuda or _interpreting()) and _can_fuse(weights, factors)):
-        _warn_unfused()
-        backend = "dense"
-    if backend == "fused":
-        from moka_pl.kernels import FusedSum, pack
+    dtypes = {f.dtype for pair in factors for f in (*pair, weights) if f is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float64  # mixed ones are not for the kernels
+    way = resolve_backend(backend, rows, dtype, shapes, out_features, rows.shape[1])
+    if way == "fused":
+        from moka_pl.kernels import FusedSum, make_plan
 
+        left, right = pack(factors)
+        plan = make_plan(tuple(shapes), out_features, rows.shape[1], x.device)
         with torch.autocast(x.device.type, enabled=False):
-            fused: Tensor = FusedSum.apply(  # type: ignore[no-untyped-call]
-                rows, weights, pack(factors), tuple(shapes), out_features
-            )  # (T, m)
+            fused: Tensor = FusedSum.apply(rows, weights, left, right, plan)  # type: ignore[no-untyped-call]
         return fused.reshape(*tokens, out_features)
     flat = [factor for pair in factors for factor in pair]
     out: Tensor = _KroneckerSum.apply(  # type: ignore[no-untyped-call]
-        rows, weights, tuple(shapes), out_features, backend == "dense", *flat
+        rows, weights, tuple(shapes), out_features, way == "dense", *flat
     )  # (T, m)
     return out.reshape(*tokens, out_features)
+
+
+def resolve_backend(
+    backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int, n: int
+) -> Literal["structured", "dense", "fused"]:
+    """Decides which way an m × n update of ``x`` is computed.
+
+    Args:
+        backend: What was asked for.
+        x: Input, shape (..., n).
+        factors: Dtype of factors and weights.
+        shapes: r shapes.
+        m: Output features.
+        n: Input features.
+
+    Returns:
+        The way itself; ``"fused"`` only where its kernels can run.
+
+    Raises:
+        ConfigError: For an unknown backend.
+    """
+    if backend == "auto":
+        tokens = x.numel() // n
+        if tokens >= _FUSED_TOKENS and x.is_cuda and factors == torch.float32 and _has_triton():
+            return "fused"
+        return pick_backend(tokens, shapes, m, n)
+    if backend == "fused":
+        if (x.is_cuda or _interpreting()) and factors == torch.float32 and _has_triton():
+            return "fused"
+        _warn_unfused()
+        return "dense"
+    if backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    return backend

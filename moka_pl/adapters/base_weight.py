@@ -33,7 +33,8 @@ def dense_weight(layer: nn.Linear) -> Tensor:
     if is_4bit(layer):
         import bitsandbytes as bnb
 
-        layer.state_dict()  # undoes the layout that bitsandbytes packs for inference on some CPUs
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            layer.state_dict()  # undoes the layout that bitsandbytes packs for inference on some CPUs
         state = layer.weight.quant_state
         if state is None:
             raise AdapterError("a 4-bit layer has not been quantised yet; move the model to its device first")

@@ -26,6 +26,7 @@ from moka_pl.version import __version__
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
 
 
 @dataclass
@@ -57,10 +58,9 @@ class AdapterInfo:
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors by name: factors and gate logits of every adapted layer, nothing frozen."""
     return {
-        f"{name}.{key}": tensor.detach()
+        f"{name}.{key}": tensor
         for name, layer in moka_layers(model).items()
-        for key, tensor in layer.named_parameters()
-        if key.startswith("moka_")
+        for key, tensor in layer.tensors().items()
     }
 
 
@@ -72,6 +72,8 @@ def save_adapter(
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes an adapter directory; an older one at ``path`` is replaced only once the new one is whole.
+
+    What else lies in the older one stays: notes, say, or an evaluation's results.
 
     Args:
         path: The directory to write.
@@ -119,9 +121,11 @@ def save_adapter(
             # Not save_file: it hides OSErrors and makes a file that only its owner may read.
             (new / WEIGHTS_NAME).write_bytes(save(state, metadata={"format": "pt"}))
             (new / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-            (new / "README.md").write_text(model_card(described), encoding="utf-8")
+            (new / CARD_NAME).write_text(model_card(described), encoding="utf-8")
             for file in new.iterdir():
                 _sync(file)
+            if path.exists():
+                _carry_over(path, new)
             _swap(new, path, Path(scratch) / "old")
     except OSError as error:
         raise AdapterError(
@@ -279,6 +283,27 @@ def _sync(file: Path) -> None:
     """Waits until a file's contents are on disk: a full disk must show before the old adapter goes."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
+
+
+def _carry_over(path: Path, new: Path) -> None:
+    """Gives the new folder all that is not the adapter's own; the older one keeps it, too."""
+    for item in path.iterdir():
+        if item.name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.copytree(item, new / item.name, symlinks=True, copy_function=_link)
+        else:
+            _link(item, new / item.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Gives a file a second name, which takes no space; copies it where the file system has no such names."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target, follow_symlinks=False)
+        if not Path(target).is_symlink():
+            _sync(Path(target))
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:

@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.base_weight import is_4bit, merged_linear
 from moka_pl.adapters.config import MokaConfig
+from moka_pl.adapters.joining import Joined, join
 from moka_pl.filters import filter_shapes
+from moka_pl.joint import JointLinear
 from moka_pl.kronecker import delta_weight, kronecker_linear
+from moka_pl.packing import Pairs, left_sizes, right_sizes, unpack
 
 
 class MokaLinear(nn.Module):
@@ -25,8 +28,8 @@ class MokaLinear(nn.Module):
         name: Name of the layer, for messages.
 
     Attributes:
-        moka_A: Left factors A_i, (m_a, n_a) each; empty for MoKA_s.
-        moka_B: Right factors B_i, (m_b, n_b) each.
+        moka_A: All left factors A_i, (m_a, n_a) each, one after another as one vector; None for MoKA_s.
+        moka_B: All right factors B_i, (m_b, n_b) each, likewise.
         moka_gate: Gate logits g, (r,), or None without gating.
         enabled: Whether the update is applied; without it the layer is the frozen base.
 
@@ -49,10 +52,11 @@ class MokaLinear(nn.Module):
         self.merged_layer: nn.Linear | None = None
 
         device = base_layer.weight.device
-        left = [torch.empty(s.m_a, s.n_a, dtype=dtype, device=device) for s in self.shapes if not s.identity]
-        right = [torch.empty(s.m_b, s.n_b, dtype=dtype, device=device) for s in self.shapes]
-        self.moka_A = nn.ParameterList(map(nn.Parameter, left))
-        self.moka_B = nn.ParameterList(map(nn.Parameter, right))
+        left, right = sum(left_sizes(self.shapes)), sum(right_sizes(self.shapes))
+        self.moka_A: nn.Parameter | None = None
+        if left:
+            self.moka_A = nn.Parameter(torch.empty(left, dtype=dtype, device=device))
+        self.moka_B = nn.Parameter(torch.empty(right, dtype=dtype, device=device))
         self.moka_gate: nn.Parameter | None = None
         if config.gating == "softmax":
             self.moka_gate = nn.Parameter(torch.empty(config.components, dtype=dtype, device=device))
@@ -61,10 +65,10 @@ class MokaLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Puts factors and gates at their start: ΔW = 0, α uniform."""
-        for factor in self.moka_A:
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-        for factor in self.moka_B:
-            nn.init.zeros_(factor)
+        for factor, _ in self.factors():
+            if factor is not None:
+                nn.init.kaiming_uniform_(factor.detach(), a=math.sqrt(5))
+        nn.init.zeros_(self.moka_B)
         if self.moka_gate is not None:
             nn.init.zeros_(self.moka_gate)
 
@@ -81,18 +85,25 @@ class MokaLinear(nn.Module):
     def gates(self) -> Tensor:
         """Returns α, shape (r,): softmax of the gate logits, or 1/r without gating."""
         if self.moka_gate is None:
-            b = self.moka_B[0]
-            return torch.full((self.components,), 1 / self.components, dtype=b.dtype, device=b.device)
+            return self.moka_B.new_full((self.components,), 1 / self.components)
         return self.moka_gate.softmax(0)
 
-    def _factors(self) -> list[tuple[Tensor | None, Tensor]]:
-        left = list(self.moka_A) or [None] * self.components
-        return list(zip(left, self.moka_B, strict=True))
+    def factors(self) -> Pairs:
+        """Returns the r pairs (A_i or None for an identity, B_i), views of the trained vectors."""
+        return unpack(self.moka_A, self.moka_B, self.shapes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns every trained tensor, detached, by its name on disk (``moka_A.i``, ``moka_B.i``, …)."""
+        named = {} if self.moka_gate is None else {"moka_gate": self.moka_gate.detach()}
+        for i, (a, b) in enumerate(self.factors()):
+            named |= {} if a is None else {f"moka_A.{i}": a.detach()}
+            named[f"moka_B.{i}"] = b.detach()
+        return named
 
     def get_delta_weight(self) -> Tensor:
         """Returns ``ΔW = s · Σ_i α_i (A_i ⊗ B_i)``, shape (m, n), in the factors' dtype."""
         weights = self.gates() * self.scaling  # (r,)
-        return delta_weight(weights, self._factors(), self.shapes, self.out_features, self.in_features)
+        return delta_weight(weights, self.factors(), self.shapes, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x of shape (..., n) to (..., m); the update is computed in the dtype of x (or of autocast)."""
@@ -100,16 +111,38 @@ class MokaLinear(nn.Module):
             if is_4bit(self.base_layer):  # takes any input dtype and returns it; so must its dense copy
                 return self.merged_layer(x.to(self.merged_layer.weight.dtype)).to(x.dtype)  # type: ignore[no-any-return]
             return self.merged_layer(x)  # type: ignore[no-any-return]
-        result: Tensor = self.base_layer(x)  # (..., m)
         if not self.enabled:
-            return result
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        dropping = self.training and self.dropout.p > 0  # then the update's input is not the frozen layer's
+        joined = None
+        if not dropping:
+            joined = join(self.base_layer, x, self.moka_B.dtype, self.shapes, self.scaling, self.backend)
+        return self._separate(x) if joined is None else self._joint(x, joined)
+
+    def _joint(self, x: Tensor, joined: Joined) -> Tensor:
+        """``(W + ΔW) x + bias``, (..., m)."""
+        bias = self.base_layer.bias
+        with torch.autocast(x.device.type, enabled=False):
+            out: Tensor = JointLinear.apply(  # type: ignore[no-untyped-call]
+                x.reshape(-1, self.in_features).to(joined.compute),  # (T, n)
+                self.moka_gate,
+                self.moka_B.new_empty(0) if self.moka_A is None else self.moka_A,
+                self.moka_B,
+                None if bias is None else bias.to(joined.compute),
+                joined.updates,
+            )  # (T, m)
+        return out.to(joined.result).view(*x.shape[:-1], self.out_features)  # (..., m)
+
+    def _separate(self, x: Tensor) -> Tensor:
+        """``W x + bias + ΔW x``, (..., m)."""
+        result: Tensor = self.base_layer(x)  # (..., m)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         update = kronecker_linear(
             self.dropout(x),
             self.gates() * self.scaling,
-            self._factors(),
+            self.factors(),
             self.shapes,
             self.out_features,
             self.backend,

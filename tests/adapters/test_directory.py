@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable
@@ -103,8 +104,12 @@ def test_only_factors_and_gates_are_stored(adapter: Path, adapted: nn.Module) ->
     assert sorted(file.name for file in adapter.iterdir()) == sorted([CONFIG_NAME, WEIGHTS_NAME, "README.md"])
     tensors = load_file(adapter / WEIGHTS_NAME)
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    assert tensors.keys() == trained.keys()
-    assert all(torch.equal(tensors[name], trained[name]) for name in tensors)
+    assert {".".join(name.split(".")[:5]) for name in tensors} == {
+        name.rpartition(".")[0] for name in trained
+    }
+    for name, parameter in trained.items():  # the trained vectors, factor by factor
+        parts = [tensor.flatten() for key, tensor in tensors.items() if f"{key}.".startswith(f"{name}.")]
+        assert torch.equal(torch.cat(parts), parameter)
     entries = sum(p.numel() for p in trained.values())
     assert json.loads((adapter / CONFIG_NAME).read_text())["trainable_parameters"] == entries
     assert (adapter / WEIGHTS_NAME).stat().st_size < 4 * entries + 200 * len(tensors)
@@ -151,6 +156,42 @@ def test_saving_again_replaces_the_older_adapter(adapter: Path, adapted: nn.Modu
     assert newer["adapter/README.md"] == older["README.md"]
 
 
+def add_own_files(adapter: Path) -> None:
+    """What a user may put beside the adapter's own files."""
+    (adapter / "notes.txt").write_text("mine")
+    (adapter / ".hidden").write_text("mine, too")
+    (adapter / "results" / "deep").mkdir(parents=True)
+    (adapter / "results" / "deep" / "scores.json").write_text("{}")
+    (adapter / "results" / "here").symlink_to("deep")
+    (adapter / "elsewhere").symlink_to(adapter.parent)
+    (adapter / "nowhere").symlink_to("gone")
+
+
+def no_links(*_: object, **__: object) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["linked", "copied"])
+def test_saving_again_keeps_the_user_s_own_files(
+    links: bool, adapter: Path, adapted: nn.Module, randomize, monkeypatch
+) -> None:
+    add_own_files(adapter)
+    (adapter / "notes.txt").chmod(0o600)
+    before = contents(adapter)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    for seed in (8, 9):  # the second time they have been carried over before
+        randomize(adapted, seed=seed)
+        save_adapter(adapter, adapted, config(), BASE)
+    after = contents(adapter)
+    assert after.keys() == before.keys()
+    assert [name for name in after if after[name] != before[name]] == [WEIGHTS_NAME]
+    assert stat.S_IMODE((adapter / "notes.txt").stat().st_mode) == 0o600
+    for name, target in (("results/here", "deep"), ("elsewhere", adapter.parent), ("nowhere", "gone")):
+        assert (adapter / name).readlink() == Path(target)
+    assert list(adapter.parent.iterdir()) == [adapter]
+
+
 def test_an_empty_folder_is_taken(tmp_path: Path, adapted: nn.Module) -> None:
     save_adapter(tmp_path, adapted, config(), BASE)
     assert read_adapter(tmp_path).config == config()
@@ -194,6 +235,16 @@ def failing_config(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
     return monkeypatch.undo
 
 
+def full_disk_at_copy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
+    def copy2(source: str | Path, target: str | Path, **_: object) -> None:
+        Path(target).write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(shutil, "copy2", copy2)
+    return monkeypatch.undo
+
+
 def failing_rename(error: BaseException) -> Callable[[pytest.MonkeyPatch], Callable[[], object]]:
     """Only moving the new folder into its place fails; moving the older one away and back works."""
 
@@ -220,6 +271,20 @@ FAILURES = {
 }
 
 
+def test_own_files_that_cannot_be_carried_over_leave_all_as_it_was(
+    adapter: Path, adapted: nn.Module, randomize, monkeypatch
+) -> None:
+    add_own_files(adapter)
+    before = contents(adapter.parent)
+    randomize(adapted, seed=8)
+    mend = full_disk_at_copy(monkeypatch)
+    with pytest.raises(AdapterError, match="No space left on device"):
+        save_adapter(adapter, adapted, config(), BASE)
+    mend()
+    assert contents(adapter.parent) == before
+    assert list(adapter.parent.iterdir()) == [adapter]
+
+
 @pytest.mark.parametrize("existing", [True, False], ids=["older", "first"])
 @pytest.mark.parametrize(("arrange", "error", "message"), FAILURES.values(), ids=FAILURES)
 def test_a_failing_write_leaves_all_as_it_was(
@@ -229,6 +294,7 @@ def test_a_failing_write_leaves_all_as_it_was(
     path.parent.mkdir()
     if existing:
         save_adapter(path, adapted, config(), BASE)
+        add_own_files(path)
     before = contents(tmp_path)
     randomize(adapted, seed=8)
     mend = arrange(monkeypatch)

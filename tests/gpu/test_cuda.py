@@ -82,7 +82,7 @@ def test_training_a_4bit_model_lowers_the_loss(tmp_path) -> None:
         untrained, datamodule=CommonsenseData(max_length=512)
     )
     assert before < untrained.eval_values["val/loss"]
-    assert all(layer.moka_B[0].dtype == torch.float32 for layer in moka_layers(module.causal_lm).values())
+    assert all(layer.moka_B.dtype == torch.float32 for layer in moka_layers(module.causal_lm).values())
 
 
 def test_a_7b_model_is_built_without_holding_it_in_full_precision() -> None:

@@ -1,0 +1,99 @@
+"""Whether a frozen layer and its update can be computed as one product, and how."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moka_pl.adapters.base_weight import dense_weight, is_4bit
+from moka_pl.joint import PlainUpdates, Updates
+from moka_pl.kronecker import Backend, resolve_backend
+from moka_pl.shape import Shape
+
+
+class Joined(NamedTuple):
+    """How to compute a layer and its update as one product.
+
+    Attributes:
+        updates: Builds W + ΔW.
+        compute: Dtype of the product.
+        result: Dtype of the layer's output.
+    """
+
+    updates: Updates
+    compute: torch.dtype
+    result: torch.dtype
+
+
+def join(
+    layer: nn.Linear,
+    x: Tensor,
+    factors: torch.dtype,
+    shapes: tuple[Shape, ...],
+    scaling: float,
+    backend: Backend,
+) -> Joined | None:
+    """Decides whether ``layer(x)`` and the update are computed as ``(W + ΔW) x``.
+
+    They are not where the update takes few tokens (structured products are cheaper then), where somebody
+    listens to the frozen layer or trains it, or where W + ΔW would be rounded to half precision without the
+    kernels' care for small updates.
+
+    Args:
+        layer: The frozen layer.
+        x: Its input, which is also the update's.
+        factors: Dtype of the factors.
+        shapes: r shapes.
+        scaling: s.
+        backend: The backend asked for.
+
+    Returns:
+        How to join them, or None.
+    """
+    if (
+        layer.weight.requires_grad
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+    ):
+        return None
+    compute: torch.dtype
+    if is_4bit(layer):
+        if not layer.compute_type_is_set:  # what its own first call would do
+            layer.set_compute_type(x)
+            layer.compute_type_is_set = True
+        compute, result = layer.compute_dtype or x.dtype, x.dtype
+    elif type(layer) is nn.Linear:
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        compute = result = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        if compute != layer.weight.dtype and not autocast:
+            return None
+    else:
+        return None
+    m, n = layer.out_features, layer.in_features
+    way = resolve_backend(backend, x, factors, shapes, m, n)
+    if way == "fused" and compute in (torch.bfloat16, torch.float32):
+        return Joined(_fused(layer, x.device, compute, shapes, scaling), compute, result)
+    if way == "dense" and compute == factors and compute.itemsize >= 4:
+        return Joined(PlainUpdates(shapes, scaling, lambda: dense_weight(layer)), compute, result)
+    return None
+
+
+def _fused(
+    layer: nn.Linear,
+    device: torch.device,
+    compute: torch.dtype,
+    shapes: tuple[Shape, ...],
+    scaling: float,
+) -> Updates:
+    from moka_pl.kernels import make_plan, weight_source
+    from moka_pl.kernels.updates import FusedUpdates
+
+    state = layer.weight.quant_state if is_4bit(layer) else None
+    source = None
+    # W in another half precision would be rounded twice, as its own dequantisation does.
+    if state is None or state.dtype in (compute, torch.float32):
+        source = weight_source(layer.weight.data, state)
+    plan = make_plan(shapes, layer.out_features, layer.in_features, device)
+    return FusedUpdates(plan, scaling, source, lambda: dense_weight(layer))

@@ -1,0 +1,25 @@
+"""Triton kernels: ΔW built, or added to a frozen weight, in one launch; its gradient projected in two.
+
+They work on a layer's factors as two flat vectors (see :mod:`moka_pl.packing`) and serve any mixture of
+shapes, whether they divide the layer or not. Sums run in float32 and in a fixed order: results do not change
+from run to run.
+"""
+
+from moka_pl.kernels.delta import fused_delta, fused_weight
+from moka_pl.kernels.gates import Gates
+from moka_pl.kernels.plan import Plan, make_plan
+from moka_pl.kernels.product import FusedSum
+from moka_pl.kernels.projection import fused_projection
+from moka_pl.kernels.source import WeightSource, weight_source
+
+__all__ = [
+    "FusedSum",
+    "Gates",
+    "Plan",
+    "WeightSource",
+    "fused_delta",
+    "fused_projection",
+    "fused_weight",
+    "make_plan",
+    "weight_source",
+]

@@ -1,0 +1,209 @@
+"""What the kernels know of a layer's components; made once for every layer size."""
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moka_pl.packing import left_sizes, right_sizes
+from moka_pl.shape import Shape
+
+#: Sides of the squares that ΔW is built from, and squares that one program builds side by side.
+SIDES = (16, 8)
+BLOCKS = 8
+#: Rows and columns of a tile of ΔW where squares do not fit.
+TILE = (16, 64)
+#: Right entries and pairs of left indices that one program of the projection takes at once.
+ENTRIES = 256
+PAIRS = 32
+#: Components of one shape that share a program of the projection.
+MEMBERS = 8
+#: Entries that one program of the projection's last step adds up.
+CHUNK = 256
+#: Programs that keep a large GPU busy.
+_PROGRAMS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Sizes, offsets and work lists of one layer's kernels.
+
+    Attributes:
+        shapes: r shapes.
+        m: Rows of the layer.
+        n: Columns of the layer.
+        components: m_a, n_a, m_b, n_b and where A and B begin in the packed factors, for every component.
+        side: Largest side of squares that meet one entry of each left factor and fill the layer; 0 for none.
+        period: Rows after which the right factors' rows of all components begin again.
+        repeats: Periods that one program builds.
+        padded: r, rounded up to a power of two.
+        uniform: 1/r for every component, the weights without gates.
+        rows: For every component and row of ΔW its place in A and in B (-1 beyond), (2 r, m); None if side.
+        columns: The same for columns, (2 r, n).
+        cells: First row and column of every tile of ΔW, and whether a component touches it, (cells, 3).
+        tiles: Work list of the projection, one stretch of right entries of one group of components a row.
+        splits: Shares that the pairs of a component are split into.
+        exact: Whether all components divide the layer, the tiles and wide loads.
+        chunks: Work list of the projection's last step.
+        dots: For every component the first of its parts of ∂L/∂w and their number, (2, r).
+        most: Most tiles of a group.
+        compiled: Kernels compiled for this plan.
+    """
+
+    shapes: tuple[Shape, ...]
+    m: int
+    n: int
+    components: tuple[int, ...]
+    side: int
+    period: int
+    repeats: int
+    padded: int
+    uniform: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    cells: Tensor | None
+    tiles: Tensor
+    splits: int
+    exact: bool
+    chunks: Tensor
+    dots: Tensor
+    most: int
+    compiled: dict[Any, Any] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=256)
+def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> Plan:
+    """Makes the plan of an m × n layer for a device."""
+    left_at = tuple(accumulate(left_sizes(shapes), initial=0))[:-1]
+    right_at = tuple(accumulate(right_sizes(shapes), initial=0))[:-1]
+    whole = m * n < 2**31 and all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
+    side = next((d for d in SIDES if whole and _squares(shapes, n, d)), 0)
+    rows, columns = _places(shapes, m, n, left_at, right_at)
+    cells = _cells(shapes, m, n)
+
+    groups = _groups(shapes)
+    number = sum(-(-shape.m_b * shape.n_b // ENTRIES) for shape, _ in groups)
+    pairs = max(min(s.m_a, s.n_a) if s.identity else s.m_a * s.n_a for s in shapes)
+    wanted = min(_PROGRAMS // number, -(-pairs // PAIRS), 64)
+    splits = 1 << max(wanted, 1).bit_length() - 1
+    tiles, chunks, dots, most = _work(groups, left_at, right_at, splits)
+    exact = whole and all(
+        s.m_b * s.n_b % ENTRIES == 0 and s.m_a * s.n_a % (splits * PAIRS) == 0 and s.n_b % 8 == 0
+        for s in shapes
+    )
+
+    def put(values: Tensor) -> Tensor:
+        return values.to(torch.int32).contiguous().to(device)
+
+    period = math.lcm(*(s.m_b for s in shapes))
+    repeats = next((k for k in (4, 2) if m % (k * period) == 0), 1)
+    if repeats == 1:
+        period = m
+
+    components = tuple(
+        value
+        for s, left, right in zip(shapes, left_at, right_at, strict=True)
+        for value in (s.m_a, s.n_a, s.m_b, s.n_b, left, right)
+    )
+    return Plan(
+        shapes=shapes,
+        m=m,
+        n=n,
+        components=components,
+        side=side,
+        period=period,
+        repeats=repeats,
+        padded=1 << (len(shapes) - 1).bit_length(),
+        uniform=torch.full((len(shapes),), 1 / len(shapes), device=device),
+        rows=None if side else put(rows),
+        columns=None if side else put(columns),
+        cells=None if side else put(cells),
+        tiles=put(tiles),
+        splits=splits,
+        exact=exact,
+        chunks=put(chunks),
+        dots=put(dots),
+        most=most,
+    )
+
+
+def _squares(shapes: tuple[Shape, ...], n: int, side: int) -> bool:
+    return n % (side * BLOCKS) == 0 and all(s.m_b % side == s.n_b % side == 0 for s in shapes)
+
+
+def _places(
+    shapes: tuple[Shape, ...], m: int, n: int, left_at: tuple[int, ...], right_at: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    rows, columns = [], []
+    i, j = torch.arange(m), torch.arange(n)
+    for s, left, right in zip(shapes, left_at, right_at, strict=True):
+        a, p = i // s.m_b, j // s.n_b
+        # With an identity only the numbers of block row and column are compared.
+        row_left = a if s.identity else left + a * s.n_a
+        rows += [row_left.where(a < s.m_a, -1), right + i % s.m_b * s.n_b]
+        columns += [p.where(p < s.n_a, -1), j % s.n_b]
+    return torch.stack(rows), torch.stack(columns)
+
+
+def _cells(shapes: tuple[Shape, ...], m: int, n: int) -> Tensor:
+    """All tiles, and whether a component has an entry there: for MoKA_s in a band around the diagonal."""
+    down, across = TILE
+    touched = torch.zeros(-(-m // down), -(-n // across), dtype=torch.bool)
+    for s in shapes:
+        blocks = [(k, k) for k in range(min(s.m_a, s.n_a))] if s.identity else []
+        size = (s.m_b, s.n_b) if s.identity else (s.rows, s.cols)
+        for a, p in blocks or [(0, 0)]:
+            top, start = a * size[0], p * size[1]
+            bottom, end = min(top + size[0], m), min(start + size[1], n)
+            if top < bottom and start < end:
+                touched[top // down : -(-bottom // down), start // across : -(-end // across)] = True
+    return torch.cat([torch.ones_like(touched).nonzero() * torch.tensor(TILE), touched.flatten()[:, None]], 1)
+
+
+def _groups(shapes: tuple[Shape, ...]) -> list[tuple[Shape, list[int]]]:
+    """Components of one shape, at most ``MEMBERS`` in a group."""
+    equal: dict[Shape, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        equal.setdefault(shape, []).append(i)
+    return [
+        (shape, found[k : k + MEMBERS])
+        for shape, found in equal.items()
+        for k in range(0, len(found), MEMBERS)
+    ]
+
+
+def _work(
+    groups: list[tuple[Shape, list[int]]], left_at: tuple[int, ...], right_at: tuple[int, ...], splits: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Rows for the projection and for its last step.
+
+    A tile: m_a, n_a, m_b, n_b, identity, first entry, number in its group, 0, then ``MEMBERS`` places in A
+    and as many in B, -1 for none. A chunk: side (0 left, 1 right), component, first place, entries, parts to
+    add up.
+    """
+    tiles: list[list[int]] = []
+    chunks: list[list[int]] = []
+    dots = torch.zeros(2, len(left_at))
+    most = 0
+    for shape, members in groups:
+        entries = shape.m_b * shape.n_b
+        starts = range(0, entries, ENTRIES)
+        fill = [-1] * (MEMBERS - len(members))
+        places = [left_at[i] for i in members] + fill + [right_at[i] for i in members] + fill
+        first = len(tiles)
+        for number, start in enumerate(starts):
+            tiles.append([*shape[:4], int(shape.identity), start, number, 0, *places])
+        most = max(most, len(starts))
+        for place, i in enumerate(members):
+            left = 0 if shape.identity else shape.m_a * shape.n_a
+            for side, at, size, parts in (
+                (0, left_at[i], left, len(starts)),
+                (1, right_at[i], entries, splits),
+            ):
+                chunks += [[side, i, at + k, min(CHUNK, size - k), parts] for k in range(0, size, CHUNK)]
+            dots[:, i] = torch.tensor([first * splits * MEMBERS + place, len(starts) * splits])
+    return torch.tensor(tiles), torch.tensor(chunks), dots, most

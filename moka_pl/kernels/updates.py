@@ -1,0 +1,47 @@
+"""W + ΔW and the gradient of ΔW by the Triton kernels (see :mod:`moka_pl.joint`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moka_pl.kernels.delta import fused_weight
+from moka_pl.kernels.gates import Gates
+from moka_pl.kernels.plan import Plan
+from moka_pl.kernels.projection import fused_projection
+from moka_pl.kernels.source import WeightSource
+
+
+@dataclass(frozen=True, eq=False)
+class FusedUpdates:
+    """By one launch for the weight and two for the gradient.
+
+    Args:
+        plan: The layer's plan.
+        scaling: s.
+        source: The frozen weight as the kernels read it, or None.
+        dense: Returns W, shape (m, n), for a storage that the kernels do not read.
+    """
+
+    plan: Plan
+    scaling: float
+    source: WeightSource | None
+    dense: Callable[[], Tensor]
+
+    def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
+        source = self.source or WeightSource(self.dense())
+        return fused_weight(self.plan, left, right, self._gates(gate), source, dtype)
+
+    def project(
+        self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
+        grad_left, grad_right, found = fused_projection(self.plan, grad, left, right, self._gates(gate))
+        return grad_left, grad_right, None if gate is None else found
+
+    def _gates(self, gate: Tensor | None) -> Gates:
+        if gate is None:
+            return Gates(self.plan.uniform, self.scaling)
+        return Gates(gate, self.scaling, softmax=True)
