@@ -30,6 +30,8 @@ def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **mo
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": _sizes(4096, 11008, 32, 32, 32, **_LLAMA2),
+    # Sizes between LLaMA2-7B's with few divisors: most filters do not fit and are padded or cut.
+    "llama2-7b-odd": _sizes(4112, 11048, 32, 16, 16, **_LLAMA2, head_dim=248),
     "llama2-13b": _sizes(5120, 13824, 40, 40, 40, **_LLAMA2),
     "llama3-8b": _sizes(4096, 14336, 32, 32, 8, **_LLAMA3),
     "llama3-1b": _sizes(2048, 8192, 16, 32, 8, **_LLAMA3, tie_word_embeddings=True, head_dim=64),

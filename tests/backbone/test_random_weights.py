@@ -17,6 +17,7 @@ from moka_pl.errors import BackboneError
 
 PARAMETERS = {
     "llama2-7b": 6_738_415_616,
+    "llama2-7b-odd": 6_713_156_624,
     "llama2-13b": 13_015_864_320,
     "llama3-8b": 8_030_261_248,
     "llama3-1b": 1_235_814_400,
