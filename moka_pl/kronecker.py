@@ -21,28 +21,17 @@ Three ways lead to the same product:
 Source: MoKA, arXiv 2508.03527; the identity is Van Loan, "The ubiquitous Kronecker product" (2000).
 """
 
-import os
-import warnings
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moka_pl.errors import ConfigError
+from moka_pl.backends import Backend, resolve_backend
 from moka_pl.packing import pack
 from moka_pl.shape import Shape
-
-Backend = Literal["auto", "structured", "dense", "fused"]
-
-#: Tokens from which on the fused way is taken on a GPU; for fewer the structured products are cheaper.
-_FUSED_TOKENS = 32
-
-BACKENDS: tuple[str, ...] = ("auto", "structured", "dense", "fused")
 
 
 def _fit(x: Tensor, size: int) -> Tensor:
@@ -248,23 +237,6 @@ def _stack_left(factors: Sequence[tuple[Tensor | None, Tensor]], members: Sequen
     return torch.stack([a for i in members if (a := factors[i][0]) is not None])
 
 
-def pick_backend(tokens: int, shapes: Sequence[Shape], m: int, n: int) -> Literal["structured", "dense"]:
-    """Chooses the cheaper way for a forward and backward pass, by counting multiply-adds.
-
-    Dense takes T·m·n per product plus r·m·n to build ΔW. Structured takes two small products per component.
-    Building ΔW and moving the activation for each component are bound by memory: the weights 20 and 250 turn
-    them into multiply-adds. They fit float32 on two CPU cores for layers of 576 to 4096 and 1 to 1024 tokens.
-    """
-    dense = tokens * m * n + 20 * len(shapes) * m * n
-    structured = 0
-    for shape in shapes:
-        left = shape.m_a * shape.n_b * (shape.n_a + shape.m_b)
-        right = shape.n_a * shape.m_b * (shape.n_b + shape.m_a)
-        product = shape.m_a * shape.m_b * shape.n_b if shape.identity else min(left, right)
-        structured += tokens * (2 * product + 250 * (m + n))
-    return "dense" if dense <= structured else "structured"
-
-
 class _KroneckerSum(torch.autograd.Function):
     """``Σ_i w_i (A_i ⊗ B_i) x`` that saves its input, the weights and the factors, and nothing else."""
 
@@ -304,24 +276,6 @@ class _KroneckerSum(torch.autograd.Function):
                 grad, x, weights, factors, ctx.shapes, need_x
             )
         return grad_x, grad_weights, None, None, None, *(g for pair in grad_factors for g in pair)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _interpreting() -> bool:
-    """Whether Triton's kernels run on the CPU, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def _warn_unfused() -> None:
-    warnings.warn(
-        "backend fused needs a CUDA device, Triton and float32 factors; the dense way is used instead",
-        stacklevel=3,
-    )
 
 
 def _pairs(flat: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor]]:
@@ -376,37 +330,3 @@ def kronecker_linear(
         rows, weights, tuple(shapes), out_features, way == "dense", *flat
     )  # (T, m)
     return out.reshape(*tokens, out_features)
-
-
-def resolve_backend(
-    backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int, n: int
-) -> Literal["structured", "dense", "fused"]:
-    """Decides which way an m × n update of ``x`` is computed.
-
-    Args:
-        backend: What was asked for.
-        x: Input, shape (..., n).
-        factors: Dtype of factors and weights.
-        shapes: r shapes.
-        m: Output features.
-        n: Input features.
-
-    Returns:
-        The way itself; ``"fused"`` only where its kernels can run.
-
-    Raises:
-        ConfigError: For an unknown backend.
-    """
-    if backend == "auto":
-        tokens = x.numel() // n
-        if tokens >= _FUSED_TOKENS and x.is_cuda and factors == torch.float32 and _has_triton():
-            return "fused"
-        return pick_backend(tokens, shapes, m, n)
-    if backend == "fused":
-        if (x.is_cuda or _interpreting()) and factors == torch.float32 and _has_triton():
-            return "fused"
-        _warn_unfused()
-        return "dense"
-    if backend not in BACKENDS:
-        raise ConfigError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    return backend

@@ -127,6 +127,20 @@ def test_gates_are_taken_through_their_softmax(case: str) -> None:
     torch.testing.assert_close(right.double(), pack(pairs)[1], atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_tokens(problem, dtype: torch.dtype) -> None:
+    factors, weights, shapes, m, n = problem
+    plan = kernels.make_plan(shapes, m, n, DEVICE)
+    x, base = torch.randn(2, n).to(dtype), torch.randn(2, m).to(dtype)
+    out = base.clone()
+    kernels.add_few_tokens_(plan, out, x, *pack(factors), kernels.Gates(weights))
+    exact = base.double() + x.double() @ delta_weight(weights.double(), _double(factors), shapes, m, n).mT
+    bound = 2**-7 if dtype is torch.bfloat16 else 1e-5  # the interpreter cuts bfloat16 off
+    torch.testing.assert_close(
+        out.double() / exact.abs().max(), exact / exact.abs().max(), atol=bound, rtol=0
+    )
+
+
 def test_other_storages_are_left_to_bitsandbytes() -> None:
     packed, state = bnb.functional.quantize_4bit(torch.randn(32, 128), quant_type="fp4")
     assert kernels.weight_source(packed, state) is None
@@ -189,9 +203,9 @@ def test_non_finite_values_show(bad: float, dtype: torch.dtype) -> None:
 
 
 def test_fused_falls_back_where_its_kernels_cannot_run() -> None:
-    from moka_pl import kronecker
+    from moka_pl import backends
 
-    kronecker._warn_unfused.cache_clear()
+    backends._warn_unfused.cache_clear()
     shapes = filter_shapes("square", 2, 6, 6)
     factors: Pairs = [
         (torch.randn(s.m_a, s.n_a).double(), torch.randn(s.m_b, s.n_b).double()) for s in shapes

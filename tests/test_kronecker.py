@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from moka_pl.backends import BACKENDS, pick_backend
 from moka_pl.errors import ConfigError
 from moka_pl.filters import filter_shapes
 from moka_pl.kronecker import (
-    BACKENDS,
     delta_weight,
     kronecker_linear,
-    pick_backend,
     project_gradient,
 )
 from moka_pl.shape import Shape

@@ -4,9 +4,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from moka_pl.backends import BACKENDS
 from moka_pl.errors import ConfigError
 from moka_pl.filters import filter_shapes
-from moka_pl.kronecker import BACKENDS
 
 
 @dataclass

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.base_weight import dense_weight, is_4bit
+from moka_pl.backends import FEW_TOKENS, Backend, can_fuse, resolve_backend
 from moka_pl.joint import PlainUpdates, Updates
-from moka_pl.kronecker import Backend, resolve_backend
 from moka_pl.shape import Shape
 
 
@@ -78,6 +78,22 @@ def join(
     if way == "dense" and compute == factors and compute.itemsize >= 4:
         return Joined(PlainUpdates(shapes, scaling, lambda: dense_weight(layer)), compute, result)
     return None
+
+
+def few_tokens(x: Tensor, factors: torch.dtype, m: int, backend: Backend) -> bool:
+    """Whether the kernels for few tokens serve this call: on a GPU, without gradients, as in generating.
+
+    Args:
+        x: Input, shape (..., n).
+        factors: Dtype of the factors.
+        m: Output features.
+        backend: The backend asked for.
+    """
+    n = x.shape[-1]
+    if torch.is_grad_enabled() or not 0 < x.numel() // n < FEW_TOKENS:
+        return False
+    asked = backend == "fused" or (backend == "auto" and x.is_cuda)
+    return asked and can_fuse(x, factors, m, n)
 
 
 def _fused(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.base_weight import is_4bit, merged_linear
 from moka_pl.adapters.config import MokaConfig
-from moka_pl.adapters.joining import Joined, join
+from moka_pl.adapters.joining import Joined, few_tokens, join
 from moka_pl.filters import filter_shapes
 from moka_pl.joint import JointLinear
 from moka_pl.kronecker import delta_weight, kronecker_linear
@@ -116,6 +116,8 @@ class MokaLinear(nn.Module):
         dropping = self.training and self.dropout.p > 0  # then the update's input is not the frozen layer's
         joined = None
         if not dropping:
+            if few_tokens(x, self.moka_B.dtype, self.out_features, self.backend):
+                return self._few(x)
             joined = join(self.base_layer, x, self.moka_B.dtype, self.shapes, self.scaling, self.backend)
         return self._separate(x) if joined is None else self._joint(x, joined)
 
@@ -126,12 +128,31 @@ class MokaLinear(nn.Module):
             out: Tensor = JointLinear.apply(  # type: ignore[no-untyped-call]
                 x.reshape(-1, self.in_features).to(joined.compute),  # (T, n)
                 self.moka_gate,
-                self.moka_B.new_empty(0) if self.moka_A is None else self.moka_A,
+                self._left(),
                 self.moka_B,
                 None if bias is None else bias.to(joined.compute),
                 joined.updates,
             )  # (T, m)
         return out.to(joined.result).view(*x.shape[:-1], self.out_features)  # (..., m)
+
+    def _few(self, x: Tensor) -> Tensor:
+        """``W x + bias + ΔW x``, (..., m), for a few tokens on a GPU."""
+        from moka_pl.kernels import add_few_tokens_, layer_gates, make_plan
+
+        result: Tensor = self.base_layer(x).contiguous()  # (..., m)
+        plan = make_plan(self.shapes, self.out_features, self.in_features, x.device)
+        add_few_tokens_(
+            plan,
+            result.view(-1, self.out_features),
+            x.reshape(-1, self.in_features).contiguous(),
+            self._left(),
+            self.moka_B,
+            layer_gates(plan, self.moka_gate, self.scaling),
+        )
+        return result
+
+    def _left(self) -> Tensor:
+        return self.moka_B.new_empty(0) if self.moka_A is None else self.moka_A
 
     def _separate(self, x: Tensor) -> Tensor:
         """``W x + bias + ΔW x``, (..., m)."""

@@ -6,7 +6,8 @@ from run to run.
 """
 
 from moka_pl.kernels.delta import fused_delta, fused_weight
-from moka_pl.kernels.gates import Gates
+from moka_pl.kernels.few import add_few_tokens_
+from moka_pl.kernels.gates import Gates, layer_gates
 from moka_pl.kernels.plan import Plan, make_plan
 from moka_pl.kernels.product import FusedSum
 from moka_pl.kernels.projection import fused_projection
@@ -17,9 +18,11 @@ __all__ = [
     "Gates",
     "Plan",
     "WeightSource",
+    "add_few_tokens_",
     "fused_delta",
     "fused_projection",
     "fused_weight",
+    "layer_gates",
     "make_plan",
     "weight_source",
 ]

@@ -123,17 +123,23 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
     out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset,
     cells, rows, columns, m, n,
     R: tl.constexpr, PADDED: tl.constexpr, SOFTMAX: tl.constexpr, IDENTITY: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
     # Any shapes, by tables of where each row and column lies in the packed factors; -1 beyond their end.
+    # WHOLE: no component ends early. EVEN: tiles fill the layer, and BN divides the runs that share a scale.
     cell = cells + tl.program_id(0) * 3
     i = tl.load(cell) + tl.arange(0, BM)
     j = tl.load(cell + 1) + tl.arange(0, BN)
     touched = tl.load(cell + 2)
     in_rows, in_columns = i < m, j < n
     inside = in_rows[:, None] & in_columns[None, :]
-    place = tl.where(inside, i[:, None] * n + j[None, :], 0)
+    if EVEN:
+        run = tl.multiple_of(i * n + tl.load(cell + 1), 16)[:, None]
+        place = run + tl.arange(0, BN)[None, :]
+    else:
+        place = tl.where(inside, i[:, None] * n + j[None, :], 0)
+        run = place
     total = tl.zeros((BM, BN), tl.float32)
     if touched != 0:
         highest, sum_ = softmax_parts(values, R, PADDED, SOFTMAX)
@@ -142,7 +148,9 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
             row_right = tl.load(rows + (2 * c + 1) * m + i, mask=in_rows, other=0)
             column_left = tl.load(columns + (2 * c) * n + j, mask=in_columns, other=-1)
             column_right = tl.load(columns + (2 * c + 1) * n + j, mask=in_columns, other=0)
-            met = (row_left >= 0)[:, None] & (column_left >= 0)[None, :]
+            met = inside
+            if not WHOLE:
+                met = (row_left >= 0)[:, None] & (column_left >= 0)[None, :]
             scale = weight(values, c, scaling, highest, sum_, SOFTMAX)
             if IDENTITY:
                 met = met & (row_left[:, None] == column_left[None, :])
@@ -154,11 +162,14 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
             total += scale * value
     if READ:
         total += _frozen(
-            data, absmax, code, outer_code, outer_absmax, offset, place, place,
+            data, absmax, code, outer_code, outer_absmax, offset, place, run,
             out.dtype.element_ty, READ, BLOCKSIZE, NESTED,
         )  # fmt: skip
     rounded = _round(total, i[:, None], j[None, :], out.dtype.element_ty, DITHER)
-    tl.store(out + place, rounded, mask=inside)
+    if EVEN:
+        tl.store(out + place, rounded)
+    else:
+        tl.store(out + place, rounded, mask=inside)
 
 
 def fused_delta(plan: Plan, left: Tensor, right: Tensor, gates: Gates, dtype: torch.dtype) -> Tensor:
@@ -228,10 +239,11 @@ def _build(
         )  # fmt: skip
     else:
         assert plan.cells is not None
+        even = plan.m % TILE[0] == 0 and plan.n % TILE[1] == 0 and blocksize % TILE[1] == 0
         launch(
             _cells_kernel, plan.compiled, ("cells", read, *key), (len(plan.cells), 1, 1), outside,
             (out, *pointers, plan.cells, plan.rows, plan.columns, plan.m, plan.n, r, plan.padded, softmax,
-             plan.shapes[0].identity, *TILE, *frozen),
+             plan.shapes[0].identity, plan.whole, even, *TILE, *frozen),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

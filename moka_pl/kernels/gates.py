@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moka_pl.kernels.plan import Plan
+
 
 class Gates(NamedTuple):
     """Where a kernel takes the weights w of the components from.
@@ -19,6 +21,11 @@ class Gates(NamedTuple):
     values: Tensor
     scaling: float = 1.0
     softmax: bool = False
+
+
+def layer_gates(plan: Plan, logits: Tensor | None, scaling: float) -> Gates:
+    """The weights of a layer's components: ``s softmax(g)``, or s/r where it has no gates."""
+    return Gates(plan.uniform, scaling) if logits is None else Gates(logits, scaling, softmax=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

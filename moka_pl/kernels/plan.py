@@ -19,9 +19,11 @@ BLOCKS = 8
 TILE = (16, 64)
 #: Right entries and pairs of left indices that one program of the projection takes at once.
 ENTRIES = 256
-PAIRS = 32
+PAIRS = 64
 #: Components of one shape that share a program of the projection.
 MEMBERS = 8
+#: Rows of one block row that a program for few tokens computes.
+FEW_ROWS = 32
 #: Entries that one program of the projection's last step adds up.
 CHUNK = 256
 #: Programs that keep a large GPU busy.
@@ -51,6 +53,10 @@ class Plan:
         chunks: Work list of the projection's last step.
         dots: For every component the first of its parts of ∂L/∂w and their number, (2, r).
         most: Most tiles of a group.
+        few: Work list for few tokens: component, block row, first row in it, n_a, m_b, n_b, identity, places
+            in A and B.
+        ends: Rows of every component, (r,).
+        whole: Whether every component covers the layer exactly.
         compiled: Kernels compiled for this plan.
     """
 
@@ -72,6 +78,9 @@ class Plan:
     chunks: Tensor
     dots: Tensor
     most: int
+    few: Tensor
+    ends: Tensor
+    whole: bool
     compiled: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -95,6 +104,13 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
         s.m_b * s.n_b % ENTRIES == 0 and s.m_a * s.n_a % (splits * PAIRS) == 0 and s.n_b % 8 == 0
         for s in shapes
     )
+
+    few = [
+        [c, a, b, s.n_a, s.m_b, s.n_b, int(s.identity), left_at[c], right_at[c]]
+        for c, s in enumerate(shapes)
+        for a in range(min(s.m_a, s.n_a) if s.identity else s.m_a)
+        for b in range(0, s.m_b, FEW_ROWS)
+    ]
 
     def put(values: Tensor) -> Tensor:
         return values.to(torch.int32).contiguous().to(device)
@@ -128,6 +144,9 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
         chunks=put(chunks),
         dots=put(dots),
         most=most,
+        few=put(torch.tensor(few)),
+        ends=put(torch.tensor([s.rows for s in shapes])),
+        whole=whole,
     )
 
 

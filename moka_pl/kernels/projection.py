@@ -35,7 +35,7 @@ def _product(a, b, total, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _project_kernel(  # type: ignore[no-untyped-def]
     parts, grad, left, right, tiles, m, n, left_size, right_size, begin_right, begin_weights,
-    EXACT: tl.constexpr, LOW: tl.constexpr, UPCAST: tl.constexpr, SPLITS: tl.constexpr,
+    EXACT: tl.constexpr, WHOLE: tl.constexpr, LOW: tl.constexpr, UPCAST: tl.constexpr, SPLITS: tl.constexpr,
     ENTRIES: tl.constexpr, PAIRS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * (8 + 2 * MEMBERS)
@@ -75,8 +75,10 @@ def _project_kernel(  # type: ignore[no-untyped-def]
         else:
             row = a[:, None] * m_b + b[None, :]
             place = p[:, None] * n_b + q[None, :]
-            inside = real[:, None] & held[None, :] & (row < m) & (place < n)
-            d = tl.load(grad + row.to(tl.int64) * n + place, mask=inside, other=0.0)
+            inside = real[:, None] & held[None, :]
+            if not WHOLE:
+                inside = inside & (row < m) & (place < n)
+            d = tl.load(grad + row * n + place, mask=inside, other=0.0)
         keep = real[None, :] & used[:, None]
         alone = (t * 0 + identity != 0)[None, :]
         scale = tl.load(left + lefts[:, None] + t[None, :], mask=keep & (alone == 0), other=0.0)
@@ -152,6 +154,7 @@ def fused_projection(
     """
     values, scaling, softmax = gates
     tiles, splits = len(plan.tiles), plan.splits
+    low = grad.dtype != torch.float32  # full precision takes twice the shared memory
     sizes = left.numel(), right.numel()
     # Sums over parts: left entries of every tile, right entries of every split, weights of every program.
     # Every place that is read is written before: each tile writes its pairs, each split its entries.
@@ -163,7 +166,8 @@ def fused_projection(
     launch(
         _project_kernel, plan.compiled, ("project", grad.dtype), (tiles, splits, 1), (left, right, grad),
         (parts, grad, left, right, plan.tiles, plan.m, plan.n, *sizes, *begins,
-         plan.exact, grad.dtype != torch.float32, not grad.is_cuda, splits, ENTRIES, PAIRS, MEMBERS),
+         plan.exact, plan.whole, low, not grad.is_cuda,
+         splits, ENTRIES, PAIRS if low else PAIRS // 2, MEMBERS),
         num_warps=4,
     )  # fmt: skip
     chunks = len(plan.chunks)

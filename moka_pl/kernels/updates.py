@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moka_pl.kernels.delta import fused_weight
-from moka_pl.kernels.gates import Gates
+from moka_pl.kernels.gates import layer_gates
 from moka_pl.kernels.plan import Plan
 from moka_pl.kernels.projection import fused_projection
 from moka_pl.kernels.source import WeightSource
@@ -32,16 +32,13 @@ class FusedUpdates:
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
         source = self.source or WeightSource(self.dense())
-        return fused_weight(self.plan, left, right, self._gates(gate), source, dtype)
+        gates = layer_gates(self.plan, gate, self.scaling)
+        return fused_weight(self.plan, left, right, gates, source, dtype)
 
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
-        grad_left, grad_right, found = fused_projection(self.plan, grad, left, right, self._gates(gate))
+        gates = layer_gates(self.plan, gate, self.scaling)
+        grad_left, grad_right, found = fused_projection(self.plan, grad, left, right, gates)
         return grad_left, grad_right, None if gate is None else found
-
-    def _gates(self, gate: Tensor | None) -> Gates:
-        if gate is None:
-            return Gates(self.plan.uniform, self.scaling)
-        return Gates(gate, self.scaling, softmax=True)

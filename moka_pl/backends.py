@@ -1,0 +1,98 @@
+"""Which way a layer's update is computed, and where the Triton kernels can run."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moka_pl.errors import ConfigError
+from moka_pl.shape import Shape
+
+Backend = Literal["auto", "structured", "dense", "fused"]
+
+BACKENDS: tuple[str, ...] = ("auto", "structured", "dense", "fused")
+
+#: Tokens below which, on a GPU, building ΔW costs more than structured products.
+FEW_TOKENS = 32
+
+
+def resolve_backend(
+    backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int, n: int
+) -> Literal["structured", "dense", "fused"]:
+    """Decides which way an m × n update of ``x`` is computed.
+
+    Args:
+        backend: What was asked for.
+        x: Input, shape (..., n).
+        factors: Dtype of factors and weights.
+        shapes: r shapes.
+        m: Output features.
+        n: Input features.
+
+    Returns:
+        The way itself; ``"fused"`` only where its kernels can run.
+
+    Raises:
+        ConfigError: For an unknown backend.
+    """
+    if backend == "auto":
+        tokens = x.numel() // n
+        if tokens >= FEW_TOKENS and x.is_cuda and can_fuse(x, factors, m, n):
+            return "fused"
+        return pick_backend(tokens, shapes, m, n)
+    if backend == "fused":
+        if can_fuse(x, factors, m, n):
+            return "fused"
+        _warn_unfused()
+        return "dense"
+    if backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    return backend
+
+
+def can_fuse(x: Tensor, factors: torch.dtype, m: int, n: int) -> bool:
+    """Whether the Triton kernels can run: on CUDA (or under Triton's interpreter), with float32 factors.
+
+    Args:
+        x: Input.
+        factors: Dtype of factors and weights.
+        m: Output features.
+        n: Input features.
+    """
+    device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return device and factors == torch.float32 and m * n < 2**31 and _has_triton()
+
+
+def pick_backend(tokens: int, shapes: Sequence[Shape], m: int, n: int) -> Literal["structured", "dense"]:
+    """Chooses the cheaper way for a forward and backward pass, by counting multiply-adds.
+
+    Dense takes T·m·n per product plus r·m·n to build ΔW. Structured takes two small products per component.
+    Building ΔW and moving the activation for each component are bound by memory: the weights 20 and 250 turn
+    them into multiply-adds. They fit float32 on two CPU cores for layers of 576 to 4096 and 1 to 1024 tokens.
+    """
+    dense = tokens * m * n + 20 * len(shapes) * m * n
+    structured = 0
+    for shape in shapes:
+        left = shape.m_a * shape.n_b * (shape.n_a + shape.m_b)
+        right = shape.n_a * shape.m_b * (shape.n_b + shape.m_a)
+        product = shape.m_a * shape.m_b * shape.n_b if shape.identity else min(left, right)
+        structured += tokens * (2 * product + 250 * (m + n))
+    return "dense" if dense <= structured else "structured"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _warn_unfused() -> None:
+    warnings.warn(
+        "backend fused needs a CUDA device, Triton and float32 factors; the dense way is used instead",
+        stacklevel=3,
+    )
