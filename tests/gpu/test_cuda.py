@@ -1,14 +1,19 @@
 """What only a CUDA device can show; run with ``pytest -m gpu``."""
 
+import bitsandbytes as bnb
 import pytest
 import torch
 
-from moka_pl.adapters import MokaConfig, moka_layers
+from moka_pl.adapters import MokaConfig, MokaLinear, moka_layers
+from moka_pl.adapters.base_weight import dense_weight
+from moka_pl.adapters.joining import join
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.data import CommonsenseData
 from moka_pl.filters import filter_shapes
+from moka_pl.kernels.updates import FusedUpdates
 from moka_pl.kronecker import delta_weight, kronecker_linear
 from moka_pl.module import MokaModule
+from moka_pl.packing import unpack
 
 pytestmark = pytest.mark.gpu
 
@@ -54,6 +59,81 @@ def test_backends_agree_with_float64(backend: str, dtype: torch.dtype, m: int, n
 
 def _error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value.double() - reference).norm() / reference.norm())
+
+
+def _layer(m: int, n: int, filters: str, dtype: torch.dtype = torch.bfloat16) -> MokaLinear:
+    """An adapted NF4 layer with factors of ordinary size."""
+    torch.manual_seed(0)
+    base = bnb.nn.Linear4bit(n, m, compute_dtype=dtype, quant_type="nf4", compress_statistics=True).to("cuda")
+    layer = MokaLinear(base.to(dtype), MokaConfig(filters=filters))
+    with torch.no_grad():
+        layer.moka_gate.normal_()
+        layer.moka_B.normal_(std=0.02)
+    return layer
+
+
+LAYERS = [(4096, 4096, "diverse"), (1024, 4096, "diverse"), (192, 576, "prime"), (576, 576, "diverse")]
+
+
+@pytest.mark.parametrize(("m", "n", "filters"), LAYERS)
+def test_without_an_update_the_joint_weight_is_the_frozen_one_bit_for_bit(
+    m: int, n: int, filters: str
+) -> None:
+    layer = _layer(m, n, filters)
+    with torch.no_grad():
+        layer.moka_B.zero_()
+    x = torch.randn(64, n, device="cuda", dtype=torch.bfloat16)
+    joined = join(layer.base_layer, x, torch.float32, layer.shapes, layer.scaling, "auto")
+    assert isinstance(joined.updates, FusedUpdates)
+    assert joined.updates.source is not None  # read by the kernel itself
+    found = joined.updates.weight(layer._left(), layer.moka_B, layer.moka_gate, torch.bfloat16)
+    assert torch.equal(found, dense_weight(layer.base_layer))
+
+
+@pytest.mark.parametrize(("m", "n", "filters"), [*LAYERS, (197, 83, "diverse")])
+def test_a_joint_layer_agrees_with_float64(m: int, n: int, filters: str) -> None:
+    layer = _layer(m, n, filters)
+    x = torch.randn(4, 32, n, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(4, 32, m, device="cuda", dtype=torch.bfloat16)
+    out = layer(x)
+    wanted = [p for p in (x, layer.moka_gate, layer.moka_A, layer.moka_B) if p is not None]
+    found = torch.autograd.grad(out, wanted, upstream)
+
+    exact = [p.detach().double().requires_grad_() for p in wanted]
+    left = None if layer.moka_A is None else exact[2]
+    weights = exact[1].softmax(0) * layer.scaling
+    delta = delta_weight(weights, unpack(left, exact[-1], layer.shapes), layer.shapes, m, n)
+    target = exact[0] @ (dense_weight(layer.base_layer).double() + delta).mT + layer.base_layer.bias.double()
+    expected = torch.autograd.grad(target, exact, upstream.double())
+    assert _error(out, target) < 6e-3
+    for gradient, reference in zip(found, expected, strict=True):
+        assert _error(gradient, reference) < 1e-2
+
+
+@pytest.mark.parametrize(("m", "n", "filters"), [*LAYERS, (197, 83, "diverse")])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_few_tokens_agree_with_float64(m: int, n: int, filters: str, tokens: int) -> None:
+    layer = _layer(m, n, filters)
+    x = torch.randn(1, tokens, n, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = layer(x) - layer.base_layer(x)
+    exact = x.double() @ layer.get_delta_weight().double().mT
+    assert _error(found, exact) < 6e-3 * float((layer.base_layer(x).double().norm() / exact.norm()) + 1)
+
+
+def test_deterministic_mode_gives_the_same_bits_twice() -> None:
+    layer = _layer(4096, 4096, "diverse")
+    x = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            out = layer(x)
+            inputs = [x, layer.moka_gate, layer.moka_A, layer.moka_B]
+            runs.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_training_a_4bit_model_lowers_the_loss(tmp_path) -> None:
