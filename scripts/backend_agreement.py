@@ -39,9 +39,7 @@ def train(args: argparse.Namespace, backend: str, seed: int) -> dict[str, Any]:
     pl.seed_everything(seed, verbose=False)
     weights = "random" if args.random else "pretrained"
     module = MokaModule(
-        BackboneConfig(
-            args.model, weights="random" if args.random else "pretrained", compute_dtype=args.dtype
-        ),
+        BackboneConfig(args.model, weights=weights, compute_dtype=args.dtype),
         MokaConfig(backend=backend),
         optimizer=lambda p: torch.optim.AdamW(p, lr=args.lr, weight_decay=0.0),
     )

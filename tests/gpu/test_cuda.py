@@ -76,9 +76,7 @@ LAYERS = [(4096, 4096, "diverse"), (1024, 4096, "diverse"), (192, 576, "prime"),
 
 
 @pytest.mark.parametrize(("m", "n", "filters"), LAYERS)
-def test_without_an_update_the_joint_weight_is_the_frozen_one_bit_for_bit(
-    m: int, n: int, filters: str
-) -> None:
+def test_without_an_update_the_joint_weight_is_the_frozen_one(m: int, n: int, filters: str) -> None:
     layer = _layer(m, n, filters)
     with torch.no_grad():
         layer.moka_B.zero_()
