@@ -11,6 +11,10 @@ from moka_pl.joint import PlainUpdates, Updates
 from moka_pl.shape import Shape
 
 
+#: Bytes of a 4-bit weight from which on bitsandbytes' own kernel reads uneven layers faster, launch included.
+_LARGE = 2**20
+
+
 class Joined(NamedTuple):
     """How to compute a layer and its update as one product.
 
@@ -112,4 +116,6 @@ def _fused(
     if state is None or state.dtype in (compute, torch.float32):
         source = weight_source(layer.weight.data, state)
     plan = make_plan(shapes, layer.out_features, layer.in_features, device)
+    if state is not None and not plan.side and not plan.even and layer.weight.numel() > _LARGE:
+        source = None
     return FusedUpdates(plan, scaling, source, lambda: dense_weight(layer))

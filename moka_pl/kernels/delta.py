@@ -239,7 +239,7 @@ def _build(
         )  # fmt: skip
     else:
         assert plan.cells is not None
-        even = plan.m % TILE[0] == 0 and plan.n % TILE[1] == 0 and blocksize % TILE[1] == 0
+        even = plan.even and blocksize % TILE[1] == 0
         launch(
             _cells_kernel, plan.compiled, ("cells", read, *key), (len(plan.cells), 1, 1), outside,
             (out, *pointers, plan.cells, plan.rows, plan.columns, plan.m, plan.n, r, plan.padded, softmax,

@@ -17,9 +17,10 @@ SIDES = (16, 8)
 BLOCKS = 8
 #: Rows and columns of a tile of ΔW where squares do not fit.
 TILE = (16, 64)
-#: Right entries and pairs of left indices that one program of the projection takes at once.
+#: Right entries and pairs of left indices that one program of the projection takes at once. With 64 pairs
+#: Triton 3.6 took Hopper's asynchronous products, which were faster by a fifth and gave wrong sums.
 ENTRIES = 256
-PAIRS = 64
+PAIRS = 32
 #: Components of one shape that share a program of the projection.
 MEMBERS = 8
 #: Rows of one block row that a program for few tokens computes.
@@ -57,6 +58,7 @@ class Plan:
             in A and B.
         ends: Rows of every component, (r,).
         whole: Whether every component covers the layer exactly.
+        even: Whether tiles fill the layer.
         compiled: Kernels compiled for this plan.
     """
 
@@ -81,6 +83,7 @@ class Plan:
     few: Tensor
     ends: Tensor
     whole: bool
+    even: bool
     compiled: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -147,6 +150,7 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
         few=put(torch.tensor(few)),
         ends=put(torch.tensor([s.rows for s in shapes])),
         whole=whole,
+        even=m % TILE[0] == 0 and n % TILE[1] == 0,
     )
 
 

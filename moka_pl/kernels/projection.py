@@ -154,7 +154,6 @@ def fused_projection(
     """
     values, scaling, softmax = gates
     tiles, splits = len(plan.tiles), plan.splits
-    low = grad.dtype != torch.float32  # full precision takes twice the shared memory
     sizes = left.numel(), right.numel()
     # Sums over parts: left entries of every tile, right entries of every split, weights of every program.
     # Every place that is read is written before: each tile writes its pairs, each split its entries.
@@ -166,8 +165,7 @@ def fused_projection(
     launch(
         _project_kernel, plan.compiled, ("project", grad.dtype), (tiles, splits, 1), (left, right, grad),
         (parts, grad, left, right, plan.tiles, plan.m, plan.n, *sizes, *begins,
-         plan.exact, plan.whole, low, not grad.is_cuda,
-         splits, ENTRIES, PAIRS if low else PAIRS // 2, MEMBERS),
+         plan.exact, plan.whole, grad.dtype != torch.float32, not grad.is_cuda, splits, ENTRIES, PAIRS, MEMBERS),
         num_warps=4,
     )  # fmt: skip
     chunks = len(plan.chunks)

@@ -85,7 +85,7 @@ def test_without_an_update_the_joint_weight_is_the_frozen_one(m: int, n: int, fi
     assert isinstance(joined.updates, FusedUpdates)
     assert joined.updates.source is not None  # read by the kernel itself
     found = joined.updates.weight(layer._left(), layer.moka_B, layer.moka_gate, torch.bfloat16)
-    assert torch.equal(found, dense_weight(layer.base_layer))
+    assert torch.equal(found, dense_weight(layer.base_layer).bfloat16())
 
 
 @pytest.mark.parametrize(("m", "n", "filters"), [*LAYERS, (197, 83, "diverse")])
