@@ -10,7 +10,6 @@ from moka_pl.backends import FEW_TOKENS, Backend, can_fuse, resolve_backend
 from moka_pl.joint import PlainUpdates, Updates
 from moka_pl.shape import Shape
 
-
 #: Bytes of a 4-bit weight from which on bitsandbytes' own kernel reads uneven layers faster, launch included.
 _LARGE = 2**20
 

@@ -165,7 +165,8 @@ def fused_projection(
     launch(
         _project_kernel, plan.compiled, ("project", grad.dtype), (tiles, splits, 1), (left, right, grad),
         (parts, grad, left, right, plan.tiles, plan.m, plan.n, *sizes, *begins,
-         plan.exact, plan.whole, grad.dtype != torch.float32, not grad.is_cuda, splits, ENTRIES, PAIRS, MEMBERS),
+         plan.exact, plan.whole, grad.dtype != torch.float32, not grad.is_cuda,
+         splits, ENTRIES, PAIRS, MEMBERS),
         num_warps=4,
     )  # fmt: skip
     chunks = len(plan.chunks)
