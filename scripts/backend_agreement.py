@@ -5,12 +5,19 @@
 
 The noise is what two seeds of the same backend differ by; a backend's distance is what the same seed differs
 by between it and the first backend. In bfloat16 the fused backend rounds W + ΔW: if small early updates were
-lost, it would show here.
+lost, it would show here. Without a GPU, "rounded" computes in float32 but with W + ΔW rounded to bfloat16 as
+the kernels round it:
+
+    python scripts/backend_agreement.py --device cpu --dtype float32 --backends dense rounded --batch_size 4 \
+        --max_length 96
 """
 
 import argparse
+import contextlib
 import json
 import statistics
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +25,8 @@ import lightning.pytorch as pl
 import torch
 
 from moka_pl import BackboneConfig, InstructionData, MokaConfig, MokaModule
+from moka_pl.joint import PlainUpdates
+from moka_pl.rounding import round_by_thresholds
 
 #: Steps at a run's end whose mean loss is compared; and steps that make one point of a curve.
 _LAST, _WINDOW = 50, 20
@@ -34,16 +43,38 @@ class Losses(pl.Callback):
         self.values.append(float(trainer.callback_metrics["train/loss"]))
 
 
+@contextlib.contextmanager
+def rounding() -> Iterator[None]:
+    """Within it the dense way rounds W and W + ΔW to bfloat16 as the kernels do."""
+    exact = PlainUpdates.weight
+
+    def weight(self: PlainUpdates, *parts: Any) -> torch.Tensor:
+        base = self.dense()
+        update = exact(replace(self, dense=lambda: torch.zeros_like(base)), *parts)
+        return round_by_thresholds(base.bfloat16().float() + update).float()
+
+    PlainUpdates.weight = weight  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PlainUpdates.weight = exact  # type: ignore[method-assign]
+
+
 def train(args: argparse.Namespace, backend: str, seed: int) -> dict[str, Any]:
     """Trains once; returns the curve and the held-out loss before and after."""
     pl.seed_everything(seed, verbose=False)
     weights = "random" if args.random else "pretrained"
     module = MokaModule(
         BackboneConfig(args.model, weights=weights, compute_dtype=args.dtype),
-        MokaConfig(backend=backend),
+        MokaConfig(backend="dense" if backend == "rounded" else backend),
         optimizer=lambda p: torch.optim.AdamW(p, lr=args.lr, weight_decay=0.0),
     )
-    data = InstructionData("sample", prompt="alpaca" if args.random else "chat", batch_size=8, max_length=256)
+    data = InstructionData(
+        "sample",
+        prompt="alpaca" if args.random else "chat",
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+    )
     losses = Losses()
     trainer = pl.Trainer(
         accelerator=args.device,
@@ -60,7 +91,8 @@ def train(args: argparse.Namespace, backend: str, seed: int) -> dict[str, Any]:
         check_val_every_n_epoch=None,
         val_check_interval=args.steps,
     )
-    trainer.fit(module, datamodule=data)
+    with rounding() if backend == "rounded" else contextlib.nullcontext():
+        trainer.fit(module, datamodule=data)
     return {
         "backend": backend,
         "seed": seed,
@@ -91,6 +123,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
+    parser.add_argument("--batch_size", type=int, default=8, help="examples")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens")
     parser.add_argument("--json", type=Path, help="file for curves, versions and device")
     args = parser.parse_args()
     runs = []

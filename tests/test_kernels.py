@@ -8,6 +8,7 @@ from torch import Tensor
 from moka_pl.filters import filter_shapes
 from moka_pl.kronecker import delta_weight, kronecker_linear, project_gradient
 from moka_pl.packing import Pairs, pack
+from moka_pl.rounding import round_by_thresholds
 from moka_pl.shape import Shape
 
 pytest.importorskip("triton")
@@ -144,6 +145,16 @@ def test_few_tokens(problem, dtype: torch.dtype) -> None:
 def test_other_storages_are_left_to_bitsandbytes() -> None:
     packed, state = bnb.functional.quantize_4bit(torch.randn(32, 128), quant_type="fp4")
     assert kernels.weight_source(packed, state) is None
+
+
+def test_rounding_is_that_of_its_reference(problem) -> None:
+    factors, weights, shapes, m, n = problem
+    plan = kernels.make_plan(shapes, m, n, DEVICE)
+    base = torch.randn(m, n).bfloat16()
+    source, gates = kernels.weight_source(base, None), kernels.Gates(weights / 100)
+    found = kernels.fused_weight(plan, *pack(factors), gates, source, torch.bfloat16)
+    total = base.float() + kernels.fused_delta(plan, *pack(factors), gates, torch.float32)
+    assert torch.equal(found, round_by_thresholds(total))
 
 
 def test_updates_below_half_a_step_are_kept_on_average() -> None:

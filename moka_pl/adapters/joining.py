@@ -39,8 +39,8 @@ def join(
     """Decides whether ``layer(x)`` and the update are computed as ``(W + ΔW) x``.
 
     They are not where the update takes few tokens (structured products are cheaper then), where somebody
-    listens to the frozen layer or trains it, or where W + ΔW would be rounded to half precision without the
-    kernels' care for small updates.
+    listens to the frozen layer, trains it or keeps its weight elsewhere, or where W + ΔW would be rounded to
+    half precision without the kernels' care for small updates.
 
     Args:
         layer: The frozen layer.
@@ -53,12 +53,7 @@ def join(
     Returns:
         How to join them, or None.
     """
-    if (
-        layer.weight.requires_grad
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-    ):
+    if _must_run_itself(layer, x.device):
         return None
     compute: torch.dtype
     if is_4bit(layer):
@@ -81,6 +76,18 @@ def join(
     if way == "dense" and compute == factors and compute.itemsize >= 4:
         return Joined(PlainUpdates(shapes, scaling, lambda: dense_weight(layer)), compute, result)
     return None
+
+
+def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:
+    """Whether passing the frozen layer by would leave something undone."""
+    listeners = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+    return trained or any(listeners) or layer.weight.device != device
 
 
 def few_tokens(x: Tensor, factors: torch.dtype, m: int, backend: Backend) -> bool:

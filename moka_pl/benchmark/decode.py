@@ -42,7 +42,7 @@ def measure_decode(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterato
     """
     base = None
     for row in rows:
-        values, error = bench.measure(row, lambda model: time_decode(model, preset.warmup, preset.new_tokens))
+        values, error = bench.measure(row, lambda model: time_decode(model, preset.new_tokens))
         if row.name == FROZEN:
             base = values.get("token_ms")
         if base is not None and values:
@@ -50,13 +50,12 @@ def measure_decode(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterato
         yield Record("decode", row.name, False, {}, values, error)
 
 
-def time_decode(model: "PreTrainedModel", warmup: int, new_tokens: int) -> Values:
+def time_decode(model: "PreTrainedModel", new_tokens: int) -> Values:
     """Generates from a random prompt of 16 tokens, and measures each token after the first.
 
     Args:
         model: The model, with or without adapters.
-        warmup: Tokens of a generation before the measured one.
-        new_tokens: Measured tokens.
+        new_tokens: Measured tokens; as many are generated before.
 
     Returns:
         ``token_ms`` (median) with ``token_q1_ms``, ``token_q3_ms`` and ``token_mean_ms``, ``prompt_ms`` (the
@@ -68,7 +67,7 @@ def time_decode(model: "PreTrainedModel", warmup: int, new_tokens: int) -> Value
     device = model.get_input_embeddings().weight.device
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT), device=device)
     with torch.no_grad():
-        _generate(model, prompt, warmup)
+        _generate(model, prompt, new_tokens)
         reset_peak(device)
         first, *times = _generate(model, prompt, new_tokens)
     low, median, high = quartiles(times)

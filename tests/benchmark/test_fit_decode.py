@@ -77,10 +77,10 @@ def test_decoding_uses_the_cache(bench) -> None:
 
     def work(model):
         model.get_input_embeddings().register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
-        return decode.time_decode(model, 0, 3)
+        return decode.time_decode(model, 3)
 
     from moka_pl.benchmark.rows import frozen
 
     _, error = bench.measure(frozen(), work)
     assert error is None
-    assert lengths == [16, 16, 1, 1, 1]  # a warm-up of no tokens is the prompt alone
+    assert lengths == [16, 1, 1, 1] * 2  # once to warm up

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from moka_pl.benchmark.readme import BEGIN, END, main, replace_section, section
@@ -79,3 +81,11 @@ def test_errors_are_one_line(given, readme, tmp_path, capsys) -> None:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("readme_performance: error: ") for line in lines)
+
+
+def test_the_package_s_own_readme_is_made_of_its_results(capsys) -> None:
+    root = Path(__file__).parents[2]
+    results = sorted(str(file) for file in (root / "scripts" / "results").glob("*.json"))
+    assert results
+    main([*results, "--readme", str(root / "README.md"), "--check"])
+    assert "up to date" in capsys.readouterr().out

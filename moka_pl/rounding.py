@@ -1,0 +1,39 @@
+"""Rounding W + ΔW to bfloat16 so that updates far below W's own precision are kept on average.
+
+Rounding to nearest would lose every update smaller than half a step. Here each entry has a threshold of its
+own, always the same one, and the thresholds are spread evenly: of entries that lie a share p of a step above
+their lower neighbour a share p is rounded up. A value that is exact in bfloat16 stays itself.
+
+The kernels do the same; this is their reference.
+"""
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def thresholds(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """Every entry's threshold, whole numbers from 0 to 65535 in units of 2^-16 steps, (rows, columns)."""
+    row = torch.arange(rows, device=device) * 0x9E3779B1 & _WORD
+    row = (row ^ (row >> 15)) * 0x85EBCA77 & _WORD
+    column = torch.arange(columns, device=device) * 0xC2B2AE3D & _WORD
+    column = (column ^ (column >> 13)) * 0x27D4EB2F & _WORD
+    mixed = (row[:, None] ^ column[None, :]) * 0x9E3779B1 & _WORD  # (rows, columns)
+    return mixed >> 16
+
+
+def round_by_thresholds(total: Tensor) -> Tensor:
+    """Rounds a float32 matrix to bfloat16, each entry by its own threshold.
+
+    Args:
+        total: W + ΔW, shape (m, n), float32.
+
+    Returns:
+        The same in bfloat16; entries that are no numbers stay so.
+    """
+    bits = total.contiguous().view(torch.int32).long() & _WORD
+    high = (bits + thresholds(*total.shape, device=total.device)) >> 16  # type: ignore[misc]
+    # As a signed number of 16 bits.
+    rounded = (high - ((high >> 15) << 16)).to(torch.int16).view(torch.bfloat16)
+    return torch.where(total.isnan(), total.bfloat16(), rounded)
