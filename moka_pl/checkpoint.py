@@ -39,6 +39,24 @@ def check_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> Non
             )
 
 
+def check_same_factors(written: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint whose adapters have other factors than this model's.
+
+    Args:
+        written: The checkpoint's adapter configuration.
+        own: This model's.
+
+    Raises:
+        AdapterError: If an option differs that shapes the factors.
+    """
+    for option in ("filters", "components", "gating"):
+        if option in written and written[option] != own[option]:
+            raise AdapterError(
+                f"the checkpoint does not fit this model: its adapter.{option} is {written[option]!r}, "
+                f"here it is {own[option]!r}. {_REMEDY}"
+            )
+
+
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The states of the random generators of torch, the device and Python, in plain types."""
     return {

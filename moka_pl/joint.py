@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moka_pl.grouped import add_delta, can_group, project
 from moka_pl.kronecker import delta_weight, project_gradient
 from moka_pl.packing import pack, unpack
 from moka_pl.shape import Shape
@@ -54,6 +55,8 @@ class PlainUpdates:
         base = self.dense().to(dtype)  # (m, n)
         m, n = base.shape
         weights = self._alpha(gate, right) * self.scaling  # (r,)
+        if can_group(self.shapes, m, n):
+            return add_delta(base, left, right, weights, self.shapes)
         return delta_weight(weights, unpack(left, right, self.shapes), self.shapes, m, n, dtype).add_(base)
 
     def project(
@@ -61,9 +64,13 @@ class PlainUpdates:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
         alpha = self._alpha(gate, right)  # (r,)
-        factors = unpack(left, right, self.shapes)
-        found, pairs = project_gradient(grad, alpha * self.scaling, factors, self.shapes)
-        grad_left, grad_right = pack(pairs)
+        weights = alpha * self.scaling
+        if can_group(self.shapes, *grad.shape):
+            grad_left, grad_right, found = project(grad, left, right, weights, self.shapes)
+        else:
+            factors = unpack(left, right, self.shapes)
+            found, pairs = project_gradient(grad, weights, factors, self.shapes)
+            grad_left, grad_right = pack(pairs)
         if gate is None:
             return grad_left, grad_right, None
         found = found * self.scaling  # ∂L/∂α

@@ -132,9 +132,11 @@ class MokaCLI(LightningCLI):
         if not special and not Path(path).is_file():
             raise ConfigError(f"--ckpt_path {path}: no such file; give a .ckpt file, or last")
         if path == "last":
-            found = find_last(config.trainer.logger)
+            keeping = config.trainer.enable_checkpointing is not False
+            found = find_last(config.trainer.logger, config.checkpoint.dirpath if keeping else None)
             config.ckpt_path = str(found.checkpoint)
-            config.trainer.logger.init_args.version = found.version
+            if found.version is not None:
+                config.trainer.logger.init_args.version = found.version
             # The folder's config.yaml stays what it is: the run from its beginning.
             self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
 

@@ -29,11 +29,16 @@ class EvalMetrics:
         def total() -> Metric:
             return SumMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
 
+        self.device = torch.device(device)
         self.sets = [(name, list(tasks)) for name, tasks in eval_sets]
         self.nll = [total() for _ in self.sets]
         self.tokens = [total() for _ in self.sets]
         self.correct = [[total() for _ in tasks] for _, tasks in self.sets]
         self.items = [[total() for _ in tasks] for _, tasks in self.sets]
+
+    def fits(self, eval_sets: Sequence[tuple[str, Sequence[str]]], device: torch.device) -> bool:
+        """Whether these sums are for the same sets on the same device."""
+        return self.device == device and self.sets == [(name, list(tasks)) for name, tasks in eval_sets]
 
     def update_loss(self, index: int, nll_sum: Tensor, tokens: Tensor) -> None:
         """Adds a batch's loss.

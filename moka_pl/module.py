@@ -14,7 +14,13 @@ from torch import Tensor
 from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, load_adapter_state, read_adapter
 from moka_pl.adapters.directory import check_base, read_adapter_state
 from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
-from moka_pl.checkpoint import check_trainable_state, rng_state, set_rng_state, trainable_state
+from moka_pl.checkpoint import (
+    check_same_factors,
+    check_trainable_state,
+    rng_state,
+    set_rng_state,
+    trainable_state,
+)
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.metrics import EvalMetrics
 from moka_pl.schedule import WarmupDecay
@@ -70,6 +76,7 @@ class MokaModule(LightningModule):
         self.base: BaseModel | None = None
         self.adapted: list[str] = []
         self.eval_values: dict[str, float] = {}
+        self.eval_step: int | None = None  # the optimizer step that eval_values belong to
         self._metrics: EvalMetrics | None = None
         self._window: Tensor | None = None
         self._schedule: WarmupDecay | None = None
@@ -245,9 +252,10 @@ class MokaModule(LightningModule):
         return known | {"log_likelihood": -row_sums(scores, len(batch["input_ids"]))}
 
     def _start_metrics(self) -> None:
-        if self._metrics is None:
-            data = getattr(self.trainer, "datamodule", None)
-            sets: Sequence[tuple[str, Sequence[str]]] = getattr(data, "eval_sets", None) or [("data", [])]
+        data = getattr(self.trainer, "datamodule", None)
+        sets: Sequence[tuple[str, Sequence[str]]] = getattr(data, "eval_sets", None) or [("data", [])]
+        # The next evaluation may be of other data, or on another device.
+        if self._metrics is None or not self._metrics.fits(sets, self.device):
             self._metrics = EvalMetrics(sets, self.device)
         self._metrics.reset()
 
@@ -265,6 +273,7 @@ class MokaModule(LightningModule):
     def _end_metrics(self, prefix: str) -> None:
         assert self._metrics is not None
         self.eval_values = {f"{prefix}/{name}": value for name, value in self._metrics.compute().items()}
+        self.eval_step = self.trainer.global_step
         shown = {f"{prefix}/loss", f"{prefix}/accuracy"}
         for name, value in self.eval_values.items():
             # The values are the same on all ranks already.
@@ -278,6 +287,7 @@ class MokaModule(LightningModule):
         checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
         checkpoint["moka_base"] = {"name": self.base.name, "fingerprint": self.base.fingerprint}
         checkpoint["moka_rng"] = rng_state(self.device)
+        checkpoint["moka_adapter"] = self.adapter.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint's tensors are exactly this model's trainable ones.
@@ -286,6 +296,8 @@ class MokaModule(LightningModule):
             AdapterError: On a missing or unexpected tensor, another shape or another base model.
         """
         assert self.base is not None
+        # Before the sizes: factors of other shapes may fill vectors of the same length.
+        check_same_factors(checkpoint.get("moka_adapter", {}), self.adapter.to_dict())
         check_trainable_state(self, checkpoint["state_dict"])
         written = checkpoint.get("moka_base", {})
         if written.get("fingerprint") not in (None, self.base.fingerprint):

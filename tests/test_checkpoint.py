@@ -1,8 +1,11 @@
 import random
 
+import pytest
 import torch
 
-from moka_pl.checkpoint import rng_state, set_rng_state
+from moka_pl.adapters import MokaConfig
+from moka_pl.checkpoint import check_same_factors, rng_state, set_rng_state
+from moka_pl.errors import AdapterError
 
 CPU = torch.device("cpu")
 
@@ -34,3 +37,11 @@ def test_other_ranks_get_generators_of_their_own():
     assert found[0] == found[2]
     assert found[0] != found[1]
     assert own not in found
+
+
+def test_other_factors_of_the_same_sizes_are_refused() -> None:
+    own = MokaConfig(filters="square", components=4).to_dict()
+    check_same_factors(own, own)
+    written = MokaConfig(filters="diverse", components=4).to_dict()
+    with pytest.raises(AdapterError, match=r"adapter.filters is 'diverse', here it is 'square'"):
+        check_same_factors(written, own)

@@ -454,6 +454,21 @@ def test_interrupted_and_resumed(cli, interrupt, caplog, batch, number, stopped)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_interrupted_and_resumed_with_a_folder_of_the_users(cli, interrupt):
+    saving = ("--checkpoint.dirpath", "mine")
+    interrupt(3, signal.SIGINT)
+    with pytest.raises(SystemExit):
+        cli("fit", *saving)
+    assert torch.load("mine/last.ckpt", weights_only=True)["global_step"] == 2
+    cli("validate", *saving)  # has a log folder of its own, in which the run is not to go on
+    cli("fit", *saving, "--ckpt_path", "last")
+    assert torch.load("mine/last.ckpt", weights_only=True)["global_step"] == 8
+    assert list(scalars(RUN, "train/loss")) == list(range(8))
+    assert (RUN / "config_resumed.yaml").is_file()
+    assert not (RUN / "checkpoints").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_finished_run_goes_on_from_its_end(cli):
     saving = ("--checkpoint.every_n_train_steps", 3)
     cli("fit", *saving, "--trainer.max_epochs", 1)

@@ -2,6 +2,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moka_pl.errors import ConfigError
@@ -85,6 +86,21 @@ def test_newest_run_with_a_checkpoint(tmp_path):
     run_folder(tmp_path, "version_11", finished=False)
     run_folder(tmp_path, "version_x")
     assert find_last(logger(tmp_path)) == (newest, 10)
+
+
+@pytest.mark.parametrize(("kept", "version"), [({"moka_log_version": 3}, 3), ({}, None)])
+def test_checkpoints_in_a_folder_of_the_users(tmp_path, kept, version):
+    run_folder(tmp_path, "version_9")
+    path = tmp_path / "mine" / "last.ckpt"
+    with pytest.raises(ConfigError, match=r"mine \(checkpoint.dirpath\) has no last.ckpt"):
+        find_last(logger(tmp_path), str(path.parent))
+    path.parent.mkdir()
+    torch.save({"callbacks": {"Other": [], "RunCheckpoint{}": {"dirpath": "mine"} | kept}}, path)
+    assert find_last(logger(tmp_path), str(path.parent)) == (path, version)
+    assert find_last(False, str(path.parent)) == (path, None)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ConfigError, match="is damaged or no checkpoint"):
+        find_last(logger(tmp_path), str(path.parent))
 
 
 def test_no_run_yet(tmp_path):

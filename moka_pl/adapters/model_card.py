@@ -32,7 +32,8 @@ def model_card(described: Mapping[str, Any]) -> str:
         "trainable parameters": f"{described['trainable_parameters']:,}",
         "quantization of the base": options.get("quantization", "none"),
     }
-    metrics = described["extra"].get("metrics", {})
+    extra = described["extra"]
+    metrics = extra.get("metrics", {})
     body = [
         "# MoKA adapter",
         "",
@@ -46,6 +47,12 @@ def model_card(described: Mapping[str, Any]) -> str:
     if metrics:
         body += ["", "| metric | value |", "|---|---|"]
         body += [f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items())]
+        step, found_at = extra.get("step"), extra.get("metrics_step")
+        if found_at is not None and found_at != step:
+            body += [
+                "",
+                f"The metrics were found after step {found_at}; the weights are those of step {step}.",
+            ]
     body += [
         "",
         "```python",

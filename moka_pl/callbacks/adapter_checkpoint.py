@@ -16,6 +16,7 @@ class AdapterCheckpoint(Callback):
 
     ``last`` is written after every validation and at the end, ``best`` whenever the monitored metric has
     improved. Both are small, hold no frozen weight, and replace an older one only once they are whole.
+    Beside the metrics they keep the step of the validation that found them, ``metrics_step``.
 
     Args:
         monitor: Metric that decides on the best adapter.
@@ -63,7 +64,8 @@ class AdapterCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves the last adapter of a run that was interrupted."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
+        interrupted = isinstance(exception, KeyboardInterrupt) and not is_trial(trainer)
+        if interrupted and trainer.global_step > 0:
             self.last_path = self._save(trainer, pl_module, "last")
             rank_zero_info(f"Adapter at step {trainer.global_step}: {self.last_path}")
 
@@ -89,6 +91,8 @@ class AdapterCheckpoint(Callback):
                 "step": trainer.global_step,
                 "epoch": trainer.current_epoch,
                 "metrics": pl_module.eval_values,
+                # Less than "step" where steps have followed the last validation.
+                "metrics_step": pl_module.eval_step,
                 "prompt": getattr(getattr(trainer, "datamodule", None), "prompt", None),
             }
             save_adapter(path, pl_module.causal_lm, pl_module.adapter, pl_module.base, extra)

@@ -7,27 +7,33 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+
+from moka_pl.callbacks.adapter_checkpoint import is_trial
+from moka_pl.callbacks.run_checkpoint import RunCheckpoint, between_steps
+from moka_pl.resume import LAST_NAME
 
 #: In a run over several processes the ranks agree on stopping every so many optimizer steps.
 _AGREE_EVERY = 10
 
 
 class GracefulInterrupt(Callback):
-    """Lets the optimizer step in progress end, writes ``checkpoints/last.ckpt``, and then stops the run.
+    """Lets the optimizer step in progress end, writes the run's ``last.ckpt``, and then stops it.
 
     A checkpoint in the middle of an accumulated batch could not be continued exactly; one between two
-    optimizer steps can. A second Ctrl-C stops at once.
+    optimizer steps can. A second Ctrl-C stops at once, and the first one does in a trial (``fast_dev_run``),
+    which leaves no file.
     """
 
     def __init__(self) -> None:
         self._asked = False
-        self._saved: Path | None = None
+        self._saved: str | None = None
         self._old: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals for the time of training."""
-        if threading.current_thread() is not threading.main_thread():
+        if is_trial(trainer) or threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             self._old[number] = signal.signal(number, self._ask)
@@ -72,7 +78,7 @@ class GracefulInterrupt(Callback):
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if asked:
-            self._saved = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+            self._saved = last_path(trainer)
             trainer.save_checkpoint(self._saved)
 
     def _stop_if_saved(self, trainer: Trainer) -> None:
@@ -90,6 +96,12 @@ class GracefulInterrupt(Callback):
         print("\nStopping after this step (press Ctrl-C again to stop at once) ...", flush=True)
 
 
-def between_steps(trainer: Trainer) -> bool:
-    """Whether the batch that has just ended completed an optimizer step."""
-    return not trainer.fit_loop._should_accumulate()
+def last_path(trainer: Trainer) -> str:
+    """Where the run keeps its ``last.ckpt``: in the folder of its own checkpoints, if it writes any."""
+    saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    # Ours before the user's: ``--ckpt_path last`` looks there.
+    saving.sort(key=lambda callback: not isinstance(callback, RunCheckpoint))
+    folder = (
+        saving[0].dirpath if saving else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    )
+    return f"{folder}/{LAST_NAME}"  # not a Path: it may be a remote address

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moka_pl.callbacks.adapter_checkpoint import is_trial
-from moka_pl.callbacks.interrupt import between_steps
+from moka_pl.resume import VERSION_KEY
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -14,7 +14,20 @@ class RunCheckpoint(ModelCheckpoint):
 
     Lightning (2.6) itself writes nothing then where ``every_n_train_steps`` or ``train_time_interval`` is
     set, and nothing after the last validation where there are several in an epoch.
+
+    The checkpoints remember the version of the run's logs, which a folder of the user's own does not tell.
     """
+
+    _version: int | str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settles the folder, and takes down the version of the logs."""
+        super().setup(trainer, pl_module, stage)
+        self._version = trainer.logger.version if trainer.logger is not None else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's state and the version of the logs."""
+        return super().state_dict() | {VERSION_KEY: self._version}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,3 +60,8 @@ class RunCheckpoint(ModelCheckpoint):
             saved = self._last_global_step_saved
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._last_global_step_saved = saved  # what is due at this step besides is still to be saved
+
+
+def between_steps(trainer: Trainer) -> bool:
+    """Whether the batch that has just ended completed an optimizer step."""
+    return not trainer.fit_loop._should_accumulate()

@@ -2,8 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 from moka_pl.errors import ConfigError
+from moka_pl.prompts import PromptFormat, alpaca_prompt, chat_prompt, cloze_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def generate(
@@ -13,16 +18,20 @@ def generate(
     temperature: float = 0.0,
     compare: bool = False,
     base: str | None = None,
+    prompt_format: PromptFormat | None = None,
 ) -> None:
     """Answer a prompt with a trained adapter.
 
     Args:
         adapter: An adapter directory.
-        prompt: What the user says; the tokenizer's chat template is put around it where there is one.
+        prompt: What the user says; prompt_format is put around it.
         max_new_tokens: Most tokens to generate.
         temperature: Sampling temperature; 0 always takes the likeliest token.
         compare: Print the frozen base model's answer too.
         base: Where the base model lies, if not under the name that the adapter remembers.
+        prompt_format: What to put around the prompt: chat (the tokenizer's chat template), alpaca, cloze
+            ("Question: … Answer:") or raw (nothing). Default what the adapter was trained with; where it
+            remembers none, the chat template if there is one.
 
     Raises:
         ConfigError: If an option has a value that cannot work.
@@ -35,17 +44,22 @@ def generate(
         raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature must be at least 0 and finite, not {temperature}")
+    _check_format(prompt_format, "prompt_format")
     import torch
 
-    from moka_pl.adapters import adapters_disabled
+    from moka_pl.adapters import adapters_disabled, read_adapter
     from moka_pl.load import load_model
 
+    if prompt_format is None:
+        prompt_format = read_adapter(adapter).extra.get("prompt")
+        _check_format(
+            prompt_format, f"{adapter} was trained with a prompt that is unknown here; prompt_format"
+        )
     model, tokenizer = load_model(adapter, base=base)
-    text = prompt
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=text is prompt).to(model.device)
+    chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
+    text = _around(prompt, chosen, tokenizer)
+    # A chat template writes the special tokens itself.
+    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=chosen != "chat").to(model.device)
     sampling = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
 
     def answer() -> str:
@@ -65,3 +79,18 @@ def generate(
         print(f"[adapted] {answer()}")
     else:
         print(answer())
+
+
+def _check_format(value: Any, name: str) -> None:
+    known = get_args(PromptFormat)
+    if value is not None and value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+
+
+def _around(prompt: str, prompt_format: PromptFormat, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text that the model is to continue."""
+    if prompt_format == "chat":
+        return chat_prompt(prompt, tokenizer)
+    if prompt_format == "alpaca":
+        return alpaca_prompt(prompt)
+    return cloze_prompt(prompt) if prompt_format == "cloze" else prompt

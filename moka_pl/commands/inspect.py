@@ -16,6 +16,7 @@ def inspect(adapter: Path) -> None:
     state = read_adapter_state(adapter)
     config = info.config
     targets = config.target_modules
+    step, found_at = info.extra.get("step"), info.extra.get("metrics_step")
     facts = {
         "base model": f"{info.base.name} (fingerprint {info.base.fingerprint})",
         "quantization": info.base.options.get("quantization", "none"),
@@ -27,6 +28,8 @@ def inspect(adapter: Path) -> None:
         "parameters": f"{sum(t.numel() for t in state.values()):,}",
         **{name: f"{value:.4f}" for name, value in sorted(info.extra.get("metrics", {}).items())},
     }
+    if found_at is not None and found_at != step:
+        facts["these metrics are of step"] = f"{found_at} (the weights are of step {step})"
     for name, value in facts.items():
         print(f"{name:<30}{value}")
     gates = {name.removesuffix(".moka_gate"): t for name, t in state.items() if name.endswith(".moka_gate")}

@@ -44,10 +44,13 @@ class MokaDataModule(LightningDataModule):
 
     Attributes:
         name: Short name, part of metric names.
+        prompt: Name of the prompt that the examples are written in, if there is one for all of them; trained
+            adapters keep it, so that `moka_pl generate` can ask in the same words.
         report: What became of the examples, by split (`"train"`, `"validation"`, `"test"`), once set up.
     """
 
     name: str = "data"
+    prompt: str | None = None
 
     def __init__(
         self,

@@ -9,9 +9,10 @@ from moka_pl.data.choice_rows import check_choice, choice_features
 from moka_pl.data.encode import ChoiceEncoder, Encoded, SegmentEncoder, adds_bos, encode_rows
 from moka_pl.data.errors import DataError
 from moka_pl.data.holdout import HoldOut
-from moka_pl.data.prompts import Segment, cloze, cloze_option, cloze_prompt
+from moka_pl.data.prompts import Segment, cloze, cloze_option
 from moka_pl.data.reading import read_rows
 from moka_pl.data.samples import sample_path
+from moka_pl.prompts import cloze_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +42,7 @@ class CommonsenseData(MokaDataModule):
     """
 
     name = "commonsense"
+    prompt = "cloze"
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ class InstructionData(MokaDataModule):
         self.validation_path = validation_path
         self.validation_share = validation_share
         self.split = split
-        self.prompt = prompt
+        self.prompt: PromptName = prompt
         self._hold_out = HoldOut(validation_share)
 
     def encode(self, split: str) -> Encoded | None:

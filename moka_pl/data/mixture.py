@@ -30,6 +30,10 @@ class MixtureData(MokaDataModule):
         if not parts:
             raise DataError("A mixture needs at least one part.")
         self.parts = parts
+        prompts = {part.prompt for part in parts}
+        # Beside instructions, the questions' own form is not the one to ask in.
+        prompts = prompts - {"cloze"} or prompts
+        self.prompt = prompts.pop() if len(prompts) == 1 else None
 
     @property
     def eval_sets(self) -> list[tuple[str, list[str]]]:

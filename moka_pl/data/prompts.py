@@ -5,21 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from moka_pl.data.errors import DataError
+from moka_pl.prompts import alpaca_prompt, cloze_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PromptName = Literal["chat", "alpaca"]
-
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
-_ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 
 
 @dataclass(frozen=True)
@@ -61,16 +52,8 @@ def alpaca(row: Mapping[str, Any]) -> list[Segment]:
                 f"the messages {roles}. Use `prompt: chat`."
             )
         instruction, output, trained = messages[0]["content"], messages[1]["content"], messages[1]["trained"]
-    # Replaced one by one: a brace in the user's text is no place holder.
-    template = _ALPACA_INPUT if context else _ALPACA
-    before, _, rest = template.partition("{instruction}")
-    prompt = before + instruction + rest.replace("{input}", context)
+    prompt = alpaca_prompt(instruction, context)
     return [Segment(prompt, trained=False), Segment(output, trained=trained, end=True)]
-
-
-def cloze_prompt(question: str) -> str:
-    """What stands before every option of a multiple-choice question."""
-    return f"Question: {question}\nAnswer:"
 
 
 def cloze_option(option: str) -> str:

@@ -104,6 +104,8 @@ def _json_list(path: Path) -> Iterator[Located]:
         raise DataError(
             f"{path}, line {error.lineno}: malformed JSON ({error.msg}, column {error.colno}).{hint}"
         ) from error
+    except RecursionError as error:  # it names no position
+        raise DataError(f"{path}: malformed JSON ({error}).") from error
     if not isinstance(values, list):
         raise DataError(
             f"{path}: expected a list of objects, found {type(values).__name__} at the top level."

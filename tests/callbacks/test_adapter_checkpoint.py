@@ -96,8 +96,13 @@ def test_without_validation(train, tmp_path):
 def test_steps_after_the_last_validation_are_in_last(train, tmp_path):
     saved = AdapterCheckpoint()
     run = train(saved, max_epochs=1, val_check_interval=4)
-    assert read_adapter(saved.best_path).extra["step"] == 2
-    assert read_adapter(saved.last_path).extra["step"] == 4
+    best, last = (read_adapter(path).extra for path in (saved.best_path, saved.last_path))
+    assert (best["step"], best["metrics_step"]) == (2, 2)
+    assert (last["step"], last["metrics_step"]) == (4, 2)
+    assert last["metrics"] == best["metrics"]
+    said = "The metrics were found after step 2; the weights are those of step 4."
+    assert said in (saved.last_path / "README.md").read_text()
+    assert "were found after" not in (saved.best_path / "README.md").read_text()
     assert same(saved.last_path, run.state)
 
 

@@ -4,9 +4,10 @@ import signal
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from moka_pl.callbacks import AdapterCheckpoint, GracefulInterrupt
-from moka_pl.callbacks.interrupt import between_steps
+from moka_pl.callbacks import AdapterCheckpoint, GracefulInterrupt, RunCheckpoint
+from moka_pl.callbacks.run_checkpoint import between_steps
 
 
 class Kill(Callback):
@@ -95,6 +96,32 @@ def test_keeps_the_adapter(train, tmp_path):
         train(Kill("on_train_batch_end", 3), saved, GracefulInterrupt())
     assert (tmp_path / "adapters" / "last" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "adapters" / "best").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_saves_into_the_folder_of_the_runs_checkpoints(train, tmp_path, caplog):
+    ours = RunCheckpoint(dirpath=tmp_path / "mine", save_last=True, enable_version_counter=False)
+    others = ModelCheckpoint(dirpath=tmp_path / "others", monitor="val/loss")
+    with pytest.raises(SystemExit), caplog.at_level("INFO"):
+        train(Kill("on_train_batch_end", 3), others, ours, GracefulInterrupt())
+    path = tmp_path / "mine" / "last.ckpt"
+    assert f"the run is saved in {path}. " in caplog.text
+    assert torch.load(path, weights_only=True)["global_step"] == 2
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_trial_leaves_no_file(train, tmp_path, repeat):
+    saving = RunCheckpoint(dirpath=tmp_path / "mine", save_last=True)
+    with pytest.raises(SystemExit):
+        train(
+            Kill("on_train_batch_end", 3, repeat=repeat),
+            AdapterCheckpoint(),
+            saving,
+            GracefulInterrupt(),
+            fast_dev_run=4,
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_finished_run_gives_the_signals_back(train):

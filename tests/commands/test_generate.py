@@ -1,5 +1,8 @@
 """``moka-pl generate``."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,16 +12,21 @@ from moka_pl.adapters import adapters_disabled
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.cli import main
 from moka_pl.commands import generate
+from moka_pl.data.prompts import alpaca, cloze
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.load import load_model
 
 PROMPT = "What is the capital of France?"
 
 
-def likeliest(adapter: Path, count: int, disabled: bool = False) -> str:
-    """The likeliest continuation of the chat prompt, one full forward pass a token."""
+CHAT = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+ALPACA = alpaca({"instruction": PROMPT, "input": "", "output": "", "messages": []})[0].text
+CLOZE = cloze(PROMPT, "Paris")[0].text
+
+
+def likeliest(adapter: Path, count: int, disabled: bool = False, text: str = CHAT) -> str:
+    """The likeliest continuation of a text, one full forward pass a token."""
     model, tokenizer = load_model(adapter)
-    text = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
     prompt = ids = torch.tensor([tokenizer(text).input_ids], device=model.device)
 
     def extend(ids: torch.Tensor) -> torch.Tensor:
@@ -59,6 +67,77 @@ def test_on_the_command_line(adapter: Path, capsys: pytest.CaptureFixture[str]) 
     expected = capsys.readouterr().out
     main(["generate", str(adapter), PROMPT, "--max_new_tokens", "5", "--compare"])
     assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "text"),
+    [
+        ("alpaca", None, ALPACA),
+        ("cloze", None, CLOZE),
+        ("chat", None, CHAT),
+        ("alpaca", "chat", CHAT),
+        ("chat", "alpaca", ALPACA),
+        ("alpaca", "raw", PROMPT),
+        ("one's own", "raw", PROMPT),
+    ],
+)
+def test_it_asks_in_the_words_of_the_training(
+    make_adapter: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    stored: str,
+    given: str | None,
+    text: str,
+) -> None:
+    adapter = make_adapter(prompt=stored)
+    expected = likeliest(adapter, 8, text=text)
+    others = {likeliest(adapter, 8, text=other) for other in {CHAT, ALPACA, CLOZE, PROMPT} - {text}}
+    assert expected not in others
+    capsys.readouterr()
+    option = [] if given is None else ["--prompt_format", given]
+    main(["generate", str(adapter), PROMPT, "--max_new_tokens=8", *option])
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_formats_that_cannot_be_had(
+    make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(prompt="one's own")
+    with pytest.raises(ConfigError, match=r"a prompt that is unknown here; .* not \"one's own\""):
+        generate(adapter, PROMPT)
+    with pytest.raises(ConfigError, match="prompt_format must be one of chat, alpaca, cloze, raw, not 'x'"):
+        generate(adapter, PROMPT, prompt_format="x")
+
+    def without_template(*args: object, **options: object) -> object:
+        model, tokenizer = load_model(*args, **options)
+        tokenizer.chat_template = None
+        return model, tokenizer
+
+    monkeypatch.setattr("moka_pl.load.load_model", without_template)
+    with pytest.raises(ConfigError, match="no chat template; choose another one by --prompt_format"):
+        generate(adapter, PROMPT, prompt_format="chat")
+
+
+def test_without_a_remembered_format_or_a_template_the_prompt_stays_bare(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = likeliest(adapter, 8, text=PROMPT)
+    model, tokenizer = load_model(adapter)
+    tokenizer.chat_template = None
+    monkeypatch.setattr("moka_pl.load.load_model", lambda *args, **options: (model, tokenizer))
+    capsys.readouterr()
+    generate(adapter, PROMPT, max_new_tokens=8)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_it_needs_no_lightning(make_adapter: Callable[..., Path]) -> None:
+    adapter = make_adapter(prompt="alpaca")
+    code = (
+        "import sys; from moka_pl.cli import main\n"
+        "main(['generate', sys.argv[1], 'Hello', '--max_new_tokens=1'])\n"
+        "assert not {'lightning', 'datasets'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(adapter)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_temperature_samples(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

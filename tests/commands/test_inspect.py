@@ -37,6 +37,14 @@ def test_it_prints_the_facts(adapter: Path, capsys: pytest.CaptureFixture[str]) 
     }
 
 
+@pytest.mark.parametrize(("found_at", "shown"), [(7, None), (4, "4 (the weights are of step 7)")])
+def test_it_says_of_which_step_the_metrics_are(
+    make_adapter: Callable, capsys: pytest.CaptureFixture[str], found_at: int, shown: str | None
+) -> None:
+    inspect(make_adapter(more={"metrics_step": found_at}))
+    assert facts(capsys.readouterr().out).get("these metrics are of step") == shown
+
+
 def test_it_prints_the_gates(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect(adapter)
     header, *rows = capsys.readouterr().out.partition("\n\n")[2].splitlines()

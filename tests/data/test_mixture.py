@@ -88,6 +88,19 @@ def test_equal_names_are_numbered_and_mixtures_nest():
     assert mixture.eval_sets == [("instruction", []), ("instruction_2", []), ("commonsense", ["boolean"])]
 
 
+@pytest.mark.parametrize(
+    ("parts", "prompt"),
+    [
+        ([CommonsenseData(tasks=["boolean"])], "cloze"),
+        ([InstructionData(prompt="alpaca"), CommonsenseData(tasks=["boolean"])], "alpaca"),
+        ([InstructionData(), MixtureData([InstructionData()])], "chat"),
+        ([InstructionData(), InstructionData(prompt="alpaca")], None),
+    ],
+)
+def test_prompt_is_the_one_that_all_instructions_have(parts, prompt):
+    assert MixtureData(parts).prompt == prompt
+
+
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_sets_are_those_of_the_dataloaders(tiny_tokenizer, write_jsonl, stage):
     path = write_jsonl("a.jsonl", [{"instruction": "Say it.", "output": "It."}])

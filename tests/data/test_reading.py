@@ -118,6 +118,7 @@ def test_malformed_list(tmp_path):
         "a.json, line 3: malformed",
     )
     refuse(write(tmp_path, "b.json", '{"a": 1}\n{"a": 2}'), "b.json, line 2", "name the file .jsonl")
+    refuse(write(tmp_path, "deep.json", "[" * 100_000), "deep.json: malformed JSON (maximum recursion")
     refuse(write(tmp_path, "c.json", '{"a": 1}'), "expected a list of objects, found dict")
     refuse(
         write(tmp_path, "d.json", '[{"instruction": "a", "output": "b"}, 3]'), "item 2: expected an object"

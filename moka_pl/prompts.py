@@ -1,0 +1,49 @@
+"""The texts around a question, the same in training and at inference; nothing heavy is imported here."""
+
+from typing import TYPE_CHECKING, Literal
+
+from moka_pl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PromptFormat = Literal["chat", "alpaca", "cloze", "raw"]
+"""What may stand around a question: the tokenizer's chat template, a training prompt, or nothing."""
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def alpaca_prompt(instruction: str, context: str = "") -> str:
+    """The Alpaca prompt up to the answer; without a context in the form that has no input."""
+    # Replaced one by one: a brace in the user's text is no place holder.
+    template = _ALPACA_INPUT if context else _ALPACA
+    before, _, rest = template.partition("{instruction}")
+    return before + instruction + rest.replace("{input}", context)
+
+
+def cloze_prompt(question: str) -> str:
+    """What stands before every option of a multiple-choice question."""
+    return f"Question: {question}\nAnswer:"
+
+
+def chat_prompt(question: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The chat template around one user turn, up to the answer.
+
+    Raises:
+        ConfigError: If the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "the prompt format is chat, but the base model's tokenizer has no chat template; choose another "
+            "one by --prompt_format, such as alpaca or raw"
+        )
+    chat = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
