@@ -21,6 +21,7 @@ from moka_pl.commands import generate
 from moka_pl.data import CommonsenseData
 from moka_pl.load import load_model
 from moka_pl.module import MokaModule
+from moka_pl.packing import unpack
 from moka_pl.scoring import score_tokens
 
 STEPS = 6
@@ -132,17 +133,22 @@ def test_training_lowers_the_loss(run: SimpleNamespace) -> None:
 
 def test_every_adapted_layer_learns_through_nf4(run: SimpleNamespace) -> None:
     first, second = run.recorder.gradients
-    names = list(moka_layers(run.module.causal_lm))
-    assert len(names) == 60
-    assert len(first) == 60 * 21
-    for name in names:
-        own = {key: g for key, g in second.items() if key.startswith(f"{name}.")}
-        assert len(own) == 10 + 10 + 1
-        for key, gradient in own.items():
-            assert gradient.isfinite().all(), key
-            assert gradient.any(), key
-            # At the start ΔW = 0 because the right factors are: only they have a gradient.
-            assert bool(first[key].any()) == ("moka_B" in key), key
+    layers = moka_layers(run.module.causal_lm)
+    assert len(layers) == 60
+    assert len(first) == 60 * 3
+    for name, layer in layers.items():
+        assert second[f"{name}.moka_gate"].isfinite().all(), name
+        assert second[f"{name}.moka_gate"].any(), name
+        pairs = unpack(second[f"{name}.moka_A"], second[f"{name}.moka_B"], layer.shapes)
+        assert len(pairs) == 10
+        for factor in (factor for pair in pairs for factor in pair):
+            assert factor.isfinite().all(), name
+            assert factor.any(), name
+        # At the start ΔW = 0 because the right factors are: only they have a gradient.
+        assert not first[f"{name}.moka_gate"].any(), name
+        assert not first[f"{name}.moka_A"].any(), name
+        starts = unpack(None, first[f"{name}.moka_B"], tuple(s._replace(identity=True) for s in layer.shapes))
+        assert all(b.any() for _, b in starts), name
 
 
 def test_the_saved_adapter_loads_and_generates(run: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
@@ -158,7 +164,9 @@ def test_the_saved_adapter_loads_and_generates(run: SimpleNamespace, capsys: pyt
     assert sum(file.stat().st_size for file in run.adapter.iterdir()) < 3e6
     assert tokenizer.chat_template
     capsys.readouterr()
-    generate(run.adapter, "What is the capital of France?", max_new_tokens=3, compare=True)
+    generate(
+        run.adapter, "What is the capital of France?", max_new_tokens=3, compare=True, prompt_format="chat"
+    )
     base, adapted = capsys.readouterr().out.removeprefix("[base] ").split("\n\n[adapted] ")
     assert base == "The capital of"
     assert adapted.strip()
