@@ -1,19 +1,20 @@
-"""W + ΔW and the gradient of ΔW by a few large operations of PyTorch.
+"""ΔW and the pull-back of its gradient by a few large operations of PyTorch.
 
-Components of one shape lie side by side here, so that they share one matrix product: with the
-rows vec(A_c) in L and w_c vec(B_c) in R, ``Lᵀ R`` is their part of ΔW in another order of entries, and for
-∂L/∂ΔW in that order, P, the gradients are ``R Pᵀ`` and ``L P``.
+Components of one shape lie side by side here, so that they share one matrix product: with the rows vec(A_c)
+in L and w_c vec(B_c) in R, ``Lᵀ R`` is their part of ΔW in another order of entries. For ∂L/∂ΔW in that
+order, P, the gradients are ``R Pᵀ`` and ``L P``. Identities need no product: their right factors lie on the
+diagonal.
 """
 
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from moka_pl.packing import left_sizes, right_sizes
-from moka_pl.shape import Shape
+from moka_pl.packing import left_sizes, right_sizes, starts
+from moka_pl.shape import Shape, group_equal
 
 
 class _Group(NamedTuple):
@@ -23,6 +24,16 @@ class _Group(NamedTuple):
     members: int
     left_at: int
     right_at: int
+
+    def left(self, sorted_left: Tensor) -> Tensor:
+        """The group's rows vec(A_c), (c, m_a n_a); a view."""
+        size = self.shape.m_a * self.shape.n_a
+        return sorted_left[self.left_at : self.left_at + self.members * size].view(self.members, size)
+
+    def right(self, sorted_right: Tensor) -> Tensor:
+        """The group's rows vec(B_c), (c, m_b n_b); a view."""
+        size = self.shape.m_b * self.shape.n_b
+        return sorted_right[self.right_at : self.right_at + self.members * size].view(self.members, size)
 
 
 class _Layout(NamedTuple):
@@ -47,20 +58,13 @@ class _Layout(NamedTuple):
     right_owner: Tensor
 
 
-def can_group(shapes: tuple[Shape, ...], m: int, n: int) -> bool:
-    """Whether all components cover an m × n layer exactly, without identities."""
-    return all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
-
-
 @lru_cache(maxsize=256)
 def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
-    equal: dict[Shape, list[int]] = {}
-    for i, shape in enumerate(shapes):
-        equal.setdefault(shape, []).append(i)
+    equal = group_equal(shapes)
     order = [i for members in equal.values() for i in members]
     parts = []
     for sizes in (left_sizes(shapes), right_sizes(shapes)):
-        begins = list(accumulate(sizes, initial=0))
+        begins = starts(sizes)
         places = torch.cat([torch.arange(begins[i], begins[i] + sizes[i]) for i in order]).to(device)
         owners = torch.cat([torch.full((sizes[i],), i) for i in order]).to(device)
         parts.append((places, places.argsort(), owners))
@@ -68,33 +72,45 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
     groups, left_at, right_at = [], 0, 0
     for shape, members in equal.items():
         groups.append(_Group(shape, len(members), left_at, right_at))
-        left_at += len(members) * shape.m_a * shape.n_a
-        right_at += len(members) * shape.m_b * shape.n_b
+        left_at += sum(left_sizes(shapes)[i] for i in members)
+        right_at += sum(right_sizes(shapes)[i] for i in members)
     return _Layout(tuple(groups), left, right, left_back, right_back, left_owner, right_owner)
 
 
-def add_delta(
-    base: Tensor, left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
+def add_delta_(
+    total: Tensor, left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
 ) -> Tensor:
-    """Returns ``W + Σ_i w_i (A_i ⊗ B_i)``, shape (m, n), for shapes that :func:`can_group`.
+    """Adds ``Σ_i w_i (A_i ⊗ B_i)``, cut or zero-filled to m × n, in place; differentiable.
 
     Args:
-        base: W, shape (m, n).
+        total: What to add to, shape (m, n), contiguous.
         left: Packed left factors.
         right: Packed right factors.
         weights: w, shape (r,).
         shapes: r shapes.
+
+    Returns:
+        ``total``.
     """
+    m, n = total.shape
     layout = _layout(shapes, right.device)
     lefts = left[layout.left]
     rights = right[layout.right] * weights[layout.right_owner]
-    total = base.clone()
-    scratch = torch.empty_like(total).view(-1)  # one for all groups: fresh memory costs more than the sums
-    for shape, members, left_at, right_at in layout.groups:
-        part_l, part_r = _members(lefts, rights, shape, members, left_at, right_at)
-        part = torch.mm(part_l.mT, part_r, out=scratch.view(part_l.shape[1], part_r.shape[1]))
-        part = part.view(shape.m_a, shape.n_a, shape.m_b, shape.n_b)
-        total.view(shape.m_a, shape.m_b, shape.n_a, shape.n_b).add_(part.transpose(1, 2))
+    for group in layout.groups:
+        shape = group.shape
+        fits = (shape.rows, shape.cols) == (m, n)
+        # What does not fit is built beside and then cut.
+        block = total if fits else total.new_zeros(shape.rows, shape.cols)
+        blocks = block.view(shape.m_a, shape.m_b, shape.n_a, shape.n_b)
+        if shape.identity:
+            shared = group.right(rights).sum(0).view(shape.m_b, shape.n_b, 1)
+            blocks.diagonal(dim1=0, dim2=2).add_(shared)  # (m_b, n_b, k)
+        else:
+            part = group.left(lefts).mT @ group.right(rights)  # (m_a n_a, m_b n_b)
+            part = part.view(shape.m_a, shape.n_a, shape.m_b, shape.n_b)
+            blocks.add_(part.transpose(1, 2))  # (m_a, m_b, n_a, n_b)
+        if not fits:
+            total[: shape.rows, : shape.cols] += block[:m, :n]
     return total
 
 
@@ -103,41 +119,38 @@ def project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pulls D = ∂L/∂ΔW back to the packed factors and the weights.
 
+    For D as a tensor D[a, b, p, q] of sizes (m_a, m_b, n_a, n_b): ``dA[a,p] = w Σ_bq D[a,b,p,q] B[b,q]``,
+    ``dB[b,q] = w Σ_ap D[a,b,p,q] A[a,p]``, ``dw = <dB / w, B>``.
+
     Args:
         grad: D, shape (m, n).
         left: Packed left factors.
         right: Packed right factors.
         weights: w, shape (r,).
-        shapes: r shapes that :func:`can_group`.
+        shapes: r shapes.
 
     Returns:
-        Gradients of ``left``, ``right`` and ``weights``.
+        Gradients of ``left``, ``right`` and ``weights``, in their dtypes.
     """
+    m, n = grad.shape
+    grad = grad.to(right.dtype)
     layout = _layout(shapes, right.device)
     lefts, rights = left[layout.left], right[layout.right]
     grad_lefts, grad_rights = torch.empty_like(lefts), torch.empty_like(rights)
-    grad = grad.contiguous()
-    scratch = torch.empty_like(grad).view(-1)
-    for shape, members, left_at, right_at in layout.groups:
-        part_l, part_r = _members(lefts, rights, shape, members, left_at, right_at)
-        into_l, into_r = _members(grad_lefts, grad_rights, shape, members, left_at, right_at)
-        ordered = scratch.view(shape.m_a, shape.n_a, shape.m_b, shape.n_b)
-        ordered.copy_(grad.view(shape.m_a, shape.m_b, shape.n_a, shape.n_b).transpose(1, 2))
-        paired = scratch.view(part_l.shape[1], part_r.shape[1])  # (m_a n_a, m_b n_b)
-        torch.mm(part_r, paired.mT, out=into_l)
-        torch.mm(part_l, paired, out=into_r)
+    for group in layout.groups:
+        shape = group.shape
+        full = grad
+        if (shape.rows, shape.cols) != (m, n):
+            full = F.pad(full, (0, shape.cols - n, 0, shape.rows - m))  # negative pads cut
+        blocks = full.reshape(shape.m_a, shape.m_b, shape.n_a, shape.n_b)
+        if shape.identity:
+            # Only the diagonal blocks count, and all components of this shape share them.
+            group.right(grad_rights).copy_(blocks.diagonal(dim1=0, dim2=2).sum(-1).flatten())
+            continue
+        paired = blocks.transpose(1, 2).reshape(shape.m_a * shape.n_a, -1)  # (m_a n_a, m_b n_b)
+        torch.mm(group.right(rights), paired.mT, out=group.left(grad_lefts))
+        torch.mm(group.left(lefts), paired, out=group.right(grad_rights))
     grad_weights = torch.zeros_like(weights).index_add_(0, layout.right_owner, grad_rights * rights)
     grad_lefts *= weights[layout.left_owner]
     grad_rights *= weights[layout.right_owner]
     return grad_lefts[layout.left_back], grad_rights[layout.right_back], grad_weights
-
-
-def _members(
-    lefts: Tensor, rights: Tensor, shape: Shape, members: int, left_at: int, right_at: int
-) -> tuple[Tensor, Tensor]:
-    """Views of a group's sorted factors, (c, m_a n_a) and (c, m_b n_b)."""
-    left, right = shape.m_a * shape.n_a, shape.m_b * shape.n_b
-    return (
-        lefts[left_at : left_at + members * left].view(members, left),
-        rights[right_at : right_at + members * right].view(members, right),
-    )

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moka_pl.grouped import add_delta, can_group, project
-from moka_pl.kronecker import delta_weight, project_gradient
-from moka_pl.packing import pack, unpack
+from moka_pl.grouped import add_delta_, project
 from moka_pl.shape import Shape
 
 
@@ -52,25 +50,16 @@ class PlainUpdates:
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
-        base = self.dense().to(dtype)  # (m, n)
-        m, n = base.shape
+        total = self.dense().to(dtype, copy=True)  # (m, n)
         weights = self._alpha(gate, right) * self.scaling  # (r,)
-        if can_group(self.shapes, m, n):
-            return add_delta(base, left, right, weights, self.shapes)
-        return delta_weight(weights, unpack(left, right, self.shapes), self.shapes, m, n, dtype).add_(base)
+        return add_delta_(total, left, right, weights, self.shapes)
 
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
         alpha = self._alpha(gate, right)  # (r,)
-        weights = alpha * self.scaling
-        if can_group(self.shapes, *grad.shape):
-            grad_left, grad_right, found = project(grad, left, right, weights, self.shapes)
-        else:
-            factors = unpack(left, right, self.shapes)
-            found, pairs = project_gradient(grad, weights, factors, self.shapes)
-            grad_left, grad_right = pack(pairs)
+        grad_left, grad_right, found = project(grad, left, right, alpha * self.scaling, self.shapes)
         if gate is None:
             return grad_left, grad_right, None
         found = found * self.scaling  # ∂L/∂α

@@ -30,7 +30,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moka_pl.backends import Backend, resolve_backend
-from moka_pl.packing import pack
+from moka_pl.grouped import add_delta_, project
+from moka_pl.packing import Pairs, pack, unpack
 from moka_pl.shape import Shape
 
 
@@ -155,26 +156,9 @@ def delta_weight(
     Returns:
         ΔW, shape (m, n).
     """
-    b0 = factors[0][1]
-    total = torch.zeros(m, n, dtype=b0.dtype, device=b0.device)
-    for shape, members in _groups(shapes).items():
-        right = torch.stack([weights[i] * factors[i][1] for i in members])  # (c, m_b, n_b)
-        if shape.identity:
-            blocks = torch.diag_embed(
-                right.sum(0).expand(shape.m_a, -1, -1).permute(1, 2, 0)
-            )  # (m_b, n_b, k, k)
-            blocks = blocks.permute(2, 0, 3, 1)  # (k, m_b, k, n_b)
-        else:
-            left = _stack_left(factors, members).flatten(1)  # (c, m_a n_a)
-            # Equal shapes share one product: Σ_c vec(A_c) vec(B_c)ᵀ is ΔW with its entries in another order.
-            blocks = (left.mT @ right.flatten(1)).view(shape.m_a, shape.n_a, shape.m_b, shape.n_b)
-            blocks = blocks.transpose(1, 2)  # (m_a, m_b, n_a, n_b)
-        if (shape.rows, shape.cols) == (m, n):
-            total.view(blocks.shape).add_(blocks)
-        else:
-            block = blocks.reshape(shape.rows, shape.cols)[:m, :n]
-            total[: block.shape[0], : block.shape[1]] += block
-    return total.to(dtype or total.dtype)  # (m, n)
+    left, right = pack(factors)
+    total = right.new_zeros(m, n)
+    return add_delta_(total, left, right, weights, tuple(shapes)).to(dtype or total.dtype)  # (m, n)
 
 
 def project_gradient(
@@ -182,15 +166,11 @@ def project_gradient(
     weights: Tensor,
     factors: Sequence[tuple[Tensor | None, Tensor]],
     shapes: Sequence[Shape],
-) -> tuple[Tensor, list[tuple[Tensor | None, Tensor]]]:
-    """Pulls a gradient with respect to ΔW back to weights and factors.
-
-    For D = ∂L/∂ΔW seen as a tensor D[a, b, p, q] of sizes (m_a, m_b, n_a, n_b):
-    ``dA[a,p] = w Σ_bq D[a,b,p,q] B[b,q]``, ``dB[b,q] = w Σ_ap D[a,b,p,q] A[a,p]``,
-    ``dw = <dB / w, B>``.
+) -> tuple[Tensor, Pairs]:
+    """Pulls a gradient with respect to ΔW back to weights and factors (see :func:`moka_pl.grouped.project`).
 
     Args:
-        grad: D, shape (m, n).
+        grad: ∂L/∂ΔW, shape (m, n).
         weights: Weights w, shape (r,).
         factors: r pairs (A_i or None, B_i).
         shapes: r shapes.
@@ -198,43 +178,8 @@ def project_gradient(
     Returns:
         Gradients for w and for every factor pair.
     """
-    m, n = grad.shape
-    grad_weights = torch.empty_like(weights)
-    grad_factors: list[tuple[Tensor | None, Tensor]] = [factors[0]] * len(factors)
-    for shape, members in _groups(shapes).items():
-        full = grad
-        if (m, n) != (shape.rows, shape.cols):
-            full = F.pad(full, (0, shape.cols - n, 0, shape.rows - m))  # negative pads cut
-        blocks = full.reshape(shape.m_a, shape.m_b, shape.n_a, shape.n_b)
-        right = torch.stack([factors[i][1] for i in members])  # (c, m_b, n_b)
-        grad_left = None
-        if shape.identity:
-            # The identity keeps only the diagonal blocks, and all components of this shape share them.
-            diagonal = blocks.diagonal(dim1=0, dim2=2).to(right.dtype).sum(-1)  # (m_b, n_b)
-            grad_right = diagonal.expand_as(right)  # (c, m_b, n_b)
-        else:
-            left = _stack_left(factors, members).flatten(1)  # (c, m_a n_a)
-            paired = blocks.transpose(1, 2).reshape(left.shape[1], -1).to(right.dtype)  # (m_a n_a, m_b n_b)
-            grad_left = (right.flatten(1) @ paired.mT).view(-1, shape.m_a, shape.n_a)  # (c, m_a, n_a)
-            grad_right = (left @ paired).view_as(right)  # (c, m_b, n_b)
-        for place, i in enumerate(members):
-            grad_weights[i] = (grad_right[place] * right[place]).sum()
-            grad_a = None if grad_left is None else grad_left[place] * weights[i]
-            grad_factors[i] = (grad_a, grad_right[place] * weights[i])
-    return grad_weights, grad_factors
-
-
-def _groups(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
-    """Indices of the components of each shape."""
-    groups: dict[Shape, list[int]] = {}
-    for i, shape in enumerate(shapes):
-        groups.setdefault(shape, []).append(i)
-    return groups
-
-
-def _stack_left(factors: Sequence[tuple[Tensor | None, Tensor]], members: Sequence[int]) -> Tensor:
-    """Left factors of components of one shape, (c, m_a, n_a)."""
-    return torch.stack([a for i in members if (a := factors[i][0]) is not None])
+    grad_left, grad_right, grad_weights = project(grad, *pack(factors), weights, tuple(shapes))
+    return grad_weights, unpack(grad_left, grad_right, tuple(shapes))
 
 
 class _KroneckerSum(torch.autograd.Function):

@@ -6,6 +6,7 @@ calls, which is what bounds small models on a GPU.
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ def left_sizes(shapes: tuple[Shape, ...]) -> list[int]:
 def right_sizes(shapes: tuple[Shape, ...]) -> list[int]:
     """Entries of every right factor."""
     return [s.m_b * s.n_b for s in shapes]
+
+
+def starts(sizes: Sequence[int]) -> list[int]:
+    """Where each stretch begins in a vector of stretches of these sizes."""
+    return list(accumulate(sizes, initial=0))[:-1]
 
 
 def pack(factors: Sequence[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:

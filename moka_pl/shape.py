@@ -1,5 +1,6 @@
 """The sizes of one Kronecker component."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -30,3 +31,11 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         left = f"I{self.m_a}" if self.identity else f"{self.m_a}×{self.n_a}"
         return f"{left} ⊗ {self.m_b}×{self.n_b}"
+
+
+def group_equal(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
+    """Numbers of the components of each shape: they share matrix products."""
+    groups: dict[Shape, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(i)
+    return groups

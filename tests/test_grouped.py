@@ -1,12 +1,12 @@
-"""The grouped operations against the general ones."""
+"""The grouped operations against torch.kron: shapes that come several times, in any order, fitting or not."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from moka_pl.filters import filter_shapes
-from moka_pl.grouped import add_delta, can_group, project
-from moka_pl.kronecker import delta_weight, project_gradient
-from moka_pl.packing import pack, unpack
+from moka_pl.grouped import add_delta_, project
+from moka_pl.packing import pack
 from moka_pl.shape import Shape
 
 CASES = {
@@ -14,33 +14,42 @@ CASES = {
     "one for all": (filter_shapes("square", 4, 12, 20), 12, 20),
     "mixed numbers": ((Shape(2, 3, 6, 4), Shape(4, 2, 3, 6), Shape(2, 3, 6, 4), Shape(2, 3, 6, 4)), 12, 12),
     "one": (filter_shapes("diverse", 1, 6, 15), 6, 15),
+    "padded and cut": ((Shape(2, 2, 3, 3), Shape(3, 4, 3, 3), Shape(2, 2, 3, 3)), 7, 11),
+    "identities": (filter_shapes("prime", 3, 12, 20), 12, 20),
+    "identities among others": (
+        (Shape(4, 4, 3, 3, True), Shape(2, 3, 6, 4), Shape(4, 4, 3, 3, True), Shape(3, 3, 5, 2, True)),
+        12,
+        12,
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_grouped_sums_and_gradients_are_the_general_ones(case) -> None:
+def test_sums_and_gradients_are_those_of_the_kronecker_products(case) -> None:
     shapes, m, n = case
-    assert can_group(shapes, m, n)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
-    factors = [(draw(s.m_a, s.n_a), draw(s.m_b, s.n_b)) for s in shapes]
-    base, weights, grad = draw(m, n), draw(len(shapes)), draw(m, n)
-    left, right = pack(factors)
-    kept = base.clone()
-    found = add_delta(base, left, right, weights, shapes)
-    torch.testing.assert_close(found, base + delta_weight(weights, factors, shapes, m, n))
-    assert torch.equal(base, kept)
-    grad_left, grad_right, grad_weights = project(grad.mT.contiguous().mT, left, right, weights, shapes)
-    expected, pairs = project_gradient(grad, weights, factors, shapes)
-    torch.testing.assert_close(grad_weights, expected)
-    for ours, theirs in zip(unpack(grad_left, grad_right, shapes), pairs, strict=True):
-        torch.testing.assert_close(ours[0], theirs[0])
-        torch.testing.assert_close(ours[1], theirs[1])
+    factors = [(None if s.identity else draw(s.m_a, s.n_a), draw(s.m_b, s.n_b)) for s in shapes]
+    base, grad = draw(m, n), draw(n, m).mT  # not contiguous, as the gradient of a product may be
+    left, right = (part.requires_grad_() for part in pack(factors))
+    weights = draw(len(shapes)).requires_grad_()
 
+    expected = base
+    rights = iter(right.split([s.m_b * s.n_b for s in shapes]))
+    lefts = iter(left.split([s.m_a * s.n_a for s in shapes if not s.identity]))
+    for weight, s in zip(weights, shapes, strict=True):
+        a = torch.eye(s.m_a, s.n_a).double() if s.identity else next(lefts).view(s.m_a, s.n_a)
+        cut = torch.kron(a, next(rights).view(s.m_b, s.n_b))[:m, :n]
+        expected = expected + weight * F.pad(cut, (0, n - cut.shape[1], 0, m - cut.shape[0]))
+    found = add_delta_(base.clone(), left, right, weights, shapes)
+    torch.testing.assert_close(found, expected)
 
-def test_padded_and_identity_shapes_are_not_grouped() -> None:
-    assert not can_group((Shape(2, 2, 3, 3),), 7, 6)
-    assert not can_group(filter_shapes("prime", 2, 12, 12), 12, 12)
+    leaves = [left, right, weights] if left.numel() else [right, weights]
+    reference = torch.autograd.grad(expected, leaves, grad)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, grad), reference)
+    with torch.no_grad():
+        projected = project(grad, left, right, weights, shapes)
+    torch.testing.assert_close(projected[-len(leaves) :], reference)

@@ -2,12 +2,12 @@
 
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from moka_pl.benchmark.memory import free_memory
-from moka_pl.benchmark.records import Values
-from moka_pl.benchmark.rows import Row
+from moka_pl.benchmark.records import Record, Values
+from moka_pl.benchmark.rows import FROZEN, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +67,27 @@ class Bench:
             self._model.requires_grad_(False)
         free_memory()
         return values, problem
+
+    def compare(self, measure: str, rows: Sequence[Row], key: str, work: Work) -> Iterator[Record]:
+        """Does the same work with one row after another.
+
+        Args:
+            measure: What the records are of.
+            rows: What to put in; ratios are to the row ``frozen base``, if it comes before.
+            key: The value that the ratios are of.
+            work: What to do with the model.
+
+        Yields:
+            A record a row.
+        """
+        base = None
+        for row in rows:
+            values, error = self.measure(row, work)
+            if row.name == FROZEN:
+                base = values.get(key)
+            if base is not None and values:
+                values["ratio"] = values[key] / base
+            yield Record(measure, row.name, self.checkpointing, {}, values, error)
 
     def close(self) -> None:
         """Gives the model's memory back."""

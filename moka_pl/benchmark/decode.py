@@ -37,17 +37,10 @@ def measure_decode(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterato
         preset: How many tokens.
         rows: What to measure; ratios are to the row ``frozen base``, if it comes first.
 
-    Yields:
+    Returns:
         A record a row.
     """
-    base = None
-    for row in rows:
-        values, error = bench.measure(row, lambda model: time_decode(model, preset.new_tokens))
-        if row.name == FROZEN:
-            base = values.get("token_ms")
-        if base is not None and values:
-            values["ratio"] = values["token_ms"] / base
-        yield Record("decode", row.name, False, {}, values, error)
+    return bench.compare("decode", rows, "token_ms", lambda model: time_decode(model, preset.new_tokens))
 
 
 def time_decode(model: "PreTrainedModel", new_tokens: int) -> Values:

@@ -1,12 +1,16 @@
 """The table: a training step of every row."""
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from moka_pl.benchmark.bench import Bench
 from moka_pl.benchmark.presets import Preset
-from moka_pl.benchmark.records import Record
-from moka_pl.benchmark.rows import FROZEN, Row
+from moka_pl.benchmark.records import Record, Values
+from moka_pl.benchmark.rows import Row
 from moka_pl.benchmark.timing import time_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def measure_steps(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterator[Record]:
@@ -17,19 +21,11 @@ def measure_steps(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterator
         preset: Batch and steps.
         rows: What to measure; ratios are to the row ``frozen base``, if it comes first.
 
-    Yields:
+    Returns:
         A record a row.
     """
-    base = None
-    for row in rows:
-        values, error = bench.measure(
-            row,
-            lambda model: time_steps(
-                model, preset.batch, preset.length, preset.warmup, preset.steps, preset.seconds
-            ),
-        )
-        if row.name == FROZEN:
-            base = values.get("step_ms")
-        if base is not None and values:
-            values["ratio"] = values["step_ms"] / base
-        yield Record("steps", row.name, bench.checkpointing, {}, values, error)
+
+    def work(model: "PreTrainedModel") -> Values:
+        return time_steps(model, preset.batch, preset.length, preset.warmup, preset.steps, preset.seconds)
+
+    return bench.compare("steps", rows, "step_ms", work)

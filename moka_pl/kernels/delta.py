@@ -14,7 +14,7 @@ from moka_pl.kernels.source import WeightSource
 @triton.jit  # type: ignore[untyped-decorator]
 def _frozen(  # type: ignore[no-untyped-def]
     data, absmax, code, outer_code, outer_absmax, offset, place, run,
-    DTYPE: tl.constexpr, DENSE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     # W at flat places, all inside; those that start at the same entry of `run` share one scale.
     if BLOCKSIZE > 0:
@@ -56,14 +56,15 @@ def _put_square(  # type: ignore[no-untyped-def]
     DITHER: tl.constexpr,
 ):  # fmt: skip
     i = (top + tl.arange(0, SIDE))[:, None, None]
-    run = tl.multiple_of(corner, SIDE)[None, :, None]
-    j = run + tl.arange(0, SIDE)[None, None, :]
-    run = i * n + run
-    place = run + tl.arange(0, SIDE)[None, None, :]
+    across = tl.arange(0, SIDE)[None, None, :]
+    begin = tl.multiple_of(corner, SIDE)[None, :, None]
+    j = begin + across
+    run = i * n + begin
+    place = run + across
     if READ:
         total += _frozen(
             data, absmax, code, outer_code, outer_absmax, offset, place, run,
-            out.dtype.element_ty, READ, BLOCKSIZE, NESTED,
+            out.dtype.element_ty, BLOCKSIZE, NESTED,
         )  # fmt: skip
     tl.store(out + place, _round(total, i, j, out.dtype.element_ty, DITHER))
 
@@ -163,7 +164,7 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
     if READ:
         total += _frozen(
             data, absmax, code, outer_code, outer_absmax, offset, place, run,
-            out.dtype.element_ty, READ, BLOCKSIZE, NESTED,
+            out.dtype.element_ty, BLOCKSIZE, NESTED,
         )  # fmt: skip
     rounded = _round(total, i[:, None], j[None, :], out.dtype.element_ty, DITHER)
     if EVEN:

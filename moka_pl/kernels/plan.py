@@ -3,14 +3,13 @@
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moka_pl.packing import left_sizes, right_sizes
-from moka_pl.shape import Shape
+from moka_pl.packing import left_sizes, right_sizes, starts
+from moka_pl.shape import Shape, group_equal
 
 #: Sides of the squares that ΔW is built from, and squares that one program builds side by side.
 SIDES = (16, 8)
@@ -90,12 +89,13 @@ class Plan:
 @lru_cache(maxsize=256)
 def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> Plan:
     """Makes the plan of an m × n layer for a device."""
-    left_at = tuple(accumulate(left_sizes(shapes), initial=0))[:-1]
-    right_at = tuple(accumulate(right_sizes(shapes), initial=0))[:-1]
-    whole = m * n < 2**31 and all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
+    left_at, right_at = starts(left_sizes(shapes)), starts(right_sizes(shapes))
+    whole = all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
     side = next((d for d in SIDES if whole and _squares(shapes, n, d)), 0)
-    rows, columns = _places(shapes, m, n, left_at, right_at)
-    cells = _cells(shapes, m, n)
+    rows = columns = cells = None
+    if not side:
+        rows, columns = (table.to(device) for table in _places(shapes, m, n, left_at, right_at))
+        cells = _cells(shapes, m, n).to(device)
 
     groups = _groups(shapes)
     number = sum(-(-shape.m_b * shape.n_b // ENTRIES) for shape, _ in groups)
@@ -114,9 +114,6 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
         for a in range(min(s.m_a, s.n_a) if s.identity else s.m_a)
         for b in range(0, s.m_b, FEW_ROWS)
     ]
-
-    def put(values: Tensor) -> Tensor:
-        return values.to(torch.int32).contiguous().to(device)
 
     period = math.lcm(*(s.m_b for s in shapes))
     repeats = next((k for k in (4, 2) if m % (k * period) == 0), 1)
@@ -138,17 +135,17 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
         repeats=repeats,
         padded=1 << (len(shapes) - 1).bit_length(),
         uniform=torch.full((len(shapes),), 1 / len(shapes), device=device),
-        rows=None if side else put(rows),
-        columns=None if side else put(columns),
-        cells=None if side else put(cells),
-        tiles=put(tiles),
+        rows=rows,
+        columns=columns,
+        cells=cells,
+        tiles=tiles.to(device),
         splits=splits,
         exact=exact,
-        chunks=put(chunks),
-        dots=put(dots),
+        chunks=chunks.to(device),
+        dots=dots.to(device),
         most=most,
-        few=put(torch.tensor(few)),
-        ends=put(torch.tensor([s.rows for s in shapes])),
+        few=_table(few).to(device),
+        ends=_table([s.rows for s in shapes]).to(device),
         whole=whole,
         even=m % TILE[0] == 0 and n % TILE[1] == 0,
     )
@@ -159,7 +156,7 @@ def _squares(shapes: tuple[Shape, ...], n: int, side: int) -> bool:
 
 
 def _places(
-    shapes: tuple[Shape, ...], m: int, n: int, left_at: tuple[int, ...], right_at: tuple[int, ...]
+    shapes: tuple[Shape, ...], m: int, n: int, left_at: list[int], right_at: list[int]
 ) -> tuple[Tensor, Tensor]:
     rows, columns = [], []
     i, j = torch.arange(m), torch.arange(n)
@@ -169,7 +166,7 @@ def _places(
         row_left = a if s.identity else left + a * s.n_a
         rows += [row_left.where(a < s.m_a, -1), right + i % s.m_b * s.n_b]
         columns += [p.where(p < s.n_a, -1), j % s.n_b]
-    return torch.stack(rows), torch.stack(columns)
+    return torch.stack(rows).int(), torch.stack(columns).int()
 
 
 def _cells(shapes: tuple[Shape, ...], m: int, n: int) -> Tensor:
@@ -184,49 +181,51 @@ def _cells(shapes: tuple[Shape, ...], m: int, n: int) -> Tensor:
             bottom, end = min(top + size[0], m), min(start + size[1], n)
             if top < bottom and start < end:
                 touched[top // down : -(-bottom // down), start // across : -(-end // across)] = True
-    return torch.cat([torch.ones_like(touched).nonzero() * torch.tensor(TILE), touched.flatten()[:, None]], 1)
+    corners = torch.ones_like(touched).nonzero() * torch.tensor(TILE)
+    return torch.cat([corners, touched.flatten()[:, None]], 1).int().contiguous()
 
 
 def _groups(shapes: tuple[Shape, ...]) -> list[tuple[Shape, list[int]]]:
     """Components of one shape, at most ``MEMBERS`` in a group."""
-    equal: dict[Shape, list[int]] = {}
-    for i, shape in enumerate(shapes):
-        equal.setdefault(shape, []).append(i)
     return [
         (shape, found[k : k + MEMBERS])
-        for shape, found in equal.items()
+        for shape, found in group_equal(shapes).items()
         for k in range(0, len(found), MEMBERS)
     ]
 
 
 def _work(
-    groups: list[tuple[Shape, list[int]]], left_at: tuple[int, ...], right_at: tuple[int, ...], splits: int
+    groups: list[tuple[Shape, list[int]]], left_at: list[int], right_at: list[int], splits: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Rows for the projection and for its last step.
 
-    A tile: m_a, n_a, m_b, n_b, identity, first entry, number in its group, 0, then ``MEMBERS`` places in A
-    and as many in B, -1 for none. A chunk: side (0 left, 1 right), component, first place, entries, parts to
-    add up.
+    A tile: m_a, n_a, m_b, n_b, identity, first entry, number in its group, 0 (so that what follows can be
+    read in wide words), then ``MEMBERS`` places in A and as many in B, -1 for none. A chunk: side (0 left,
+    1 right), component, first place, entries, parts to add up.
     """
     tiles: list[list[int]] = []
     chunks: list[list[int]] = []
-    dots = torch.zeros(2, len(left_at))
+    dots = [[0] * len(left_at), [0] * len(left_at)]
     most = 0
     for shape, members in groups:
         entries = shape.m_b * shape.n_b
-        starts = range(0, entries, ENTRIES)
+        stretches = range(0, entries, ENTRIES)
         fill = [-1] * (MEMBERS - len(members))
         places = [left_at[i] for i in members] + fill + [right_at[i] for i in members] + fill
         first = len(tiles)
-        for number, start in enumerate(starts):
+        for number, start in enumerate(stretches):
             tiles.append([*shape[:4], int(shape.identity), start, number, 0, *places])
-        most = max(most, len(starts))
+        most = max(most, len(stretches))
         for place, i in enumerate(members):
             left = 0 if shape.identity else shape.m_a * shape.n_a
             for side, at, size, parts in (
-                (0, left_at[i], left, len(starts)),
+                (0, left_at[i], left, len(stretches)),
                 (1, right_at[i], entries, splits),
             ):
                 chunks += [[side, i, at + k, min(CHUNK, size - k), parts] for k in range(0, size, CHUNK)]
-            dots[:, i] = torch.tensor([first * splits * MEMBERS + place, len(starts) * splits])
-    return torch.tensor(tiles), torch.tensor(chunks), dots, most
+            dots[0][i], dots[1][i] = first * splits * MEMBERS + place, len(stretches) * splits
+    return _table(tiles), _table(chunks), _table(dots), most
+
+
+def _table(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
