@@ -83,23 +83,34 @@ def _aspect_shape(m: int, n: int, ratio: float) -> Shape:
     Both factors then have √(mn) entries, and B has the inverse aspect ratio.
     """
     target_m, target_n = math.sqrt(m * ratio), math.sqrt(n / ratio)
-    best: tuple[float, int, int] | None = None
-    for m_a in _near(m, target_m):
-        for n_a in _near(n, target_n):
+    best: tuple[float, Shape] | None = None
+    for m_a, m_b in _sides(m, target_m):
+        for n_a, n_b in _sides(n, target_n):
             off = math.log(m_a / target_m) ** 2 + math.log(n_a / target_n) ** 2
             uneven = math.log(m_a * n_a / math.sqrt(m * n)) ** 2
             cost = off + uneven
             if best is None or cost < best[0] - 1e-9:
-                best = (cost, m_a, n_a)
+                best = (cost, Shape(m_a, n_a, m_b, n_b))
     assert best is not None
-    _, m_a, n_a = best
-    return Shape(m_a, n_a, math.ceil(m / m_a), math.ceil(n / n_a))
+    return best[1]
 
 
-def _near(size: int, target: float) -> list[int]:
-    """Divisors of ``size`` within a factor of two of ``target``; else the rounded target, with padding."""
-    close = [d for d in divisors(size) if target / 2 <= d <= target * 2]
-    return close or [min(max(1, round(target)), size)]
+def _sides(size: int, target: float) -> list[tuple[int, int]]:
+    """Sides of A and B that give ``size``, A's within a factor of two of ``target``; else some that cover it.
+
+    Where no divisor is near, B's side is a multiple of 8 if one is near that wastes no entry: rows of B can
+    then be read in wide words.
+    """
+    close = [(d, size // d) for d in divisors(size) if target / 2 <= d <= target * 2]
+    if close:
+        return close
+    right = size / target
+    wide = [(math.ceil(size / b), b) for b in range(8, math.ceil(1.5 * right), 8) if b >= right / 1.5]
+    wide = [(a, b) for a, b in wide if size > a * (b - 1)]
+    if wide:
+        return [min(wide, key=lambda sides: abs(math.log(sides[1] / right)))]
+    left = min(max(1, round(target)), size)
+    return [(left, math.ceil(size / left))]
 
 
 def _prime_shapes(m: int, n: int, components: int) -> tuple[Shape, ...]:

@@ -25,6 +25,8 @@ CASES = {
     "identity": (filter_shapes("prime", 3, 40, 200), 40, 200),
     "identity, m != n": (filter_shapes("prime", 3, 12, 45), 12, 45),
     "wide loads": ((Shape(64, 32, 16, 16),) * 2, 1024, 512),
+    "squares that stand out": ((Shape(3, 7, 16, 16), Shape(6, 5, 8, 32)), 48, 112),
+    "squares and gathers": ((Shape(4, 9, 16, 8), Shape(5, 4, 16, 18), Shape(8, 3, 8, 24)), 64, 72),
     "more than share a program": ((Shape(2, 3, 5, 2),) * 11, 10, 6),
     "one component": (filter_shapes("diverse", 1, 7, 13), 7, 13),
 }
@@ -48,6 +50,11 @@ def test_the_cases_take_every_path() -> None:
     plans = [kernels.make_plan(tuple(shapes), m, n, DEVICE) for shapes, m, n in CASES.values()]
     assert {plan.side for plan in plans} == {0, 8, 16}
     assert {plan.repeats for plan in plans if plan.side} == {1, 2, 4}
+    assert {(plan.full, all(plan.aligned)) for plan in plans if plan.side} == {
+        (True, True),
+        (False, True),
+        (False, False),
+    }
     assert {plan.exact for plan in plans} == {True, False}
 
 

@@ -51,9 +51,9 @@ def _round(total, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr):  # type: ign
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _put_square(  # type: ignore[no-untyped-def]
-    out, total, top, corner, n, data, absmax, code, outer_code, outer_absmax, offset,
-    SIDE: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-    DITHER: tl.constexpr,
+    out, total, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
+    SIDE: tl.constexpr, FULL: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
     i = (top + tl.arange(0, SIDE))[:, None, None]
     across = tl.arange(0, SIDE)[None, None, :]
@@ -66,22 +66,32 @@ def _put_square(  # type: ignore[no-untyped-def]
             data, absmax, code, outer_code, outer_absmax, offset, place, run,
             out.dtype.element_ty, BLOCKSIZE, NESTED,
         )  # fmt: skip
-    tl.store(out + place, _round(total, i, j, out.dtype.element_ty, DITHER))
+    rounded = _round(total, i, j, out.dtype.element_ty, DITHER)
+    if FULL:
+        tl.store(out + place, rounded)
+    else:
+        tl.store(out + place, rounded, mask=inside[None, :, None])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _squares_kernel(  # type: ignore[no-untyped-def]
     out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset, n,
-    COMPONENTS: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr, SOFTMAX: tl.constexpr,
+    COMPONENTS: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+    R: tl.constexpr, PADDED: tl.constexpr, SOFTMAX: tl.constexpr,
     SIDE: tl.constexpr, BLOCKS: tl.constexpr, REPEATS: tl.constexpr, PERIOD: tl.constexpr,
     READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
-    # SIDE divides every m_b and n_b: a SIDE x SIDE square of the result meets one entry of each left factor,
+    # Where SIDE divides m_b and n_b, a SIDE x SIDE square of the result meets one entry of the left factor,
     # and the entries of the right factor that it needs lie side by side. PERIOD is a multiple of every m_b:
     # squares that many rows apart need the same right entries, which are read once for all REPEATS.
+    # FULL: this holds for all components, and squares fill the layer. Otherwise those beyond its right end
+    # are built at its left one and not stored.
     stripes = PERIOD // SIDE
     top = tl.program_id(0) % stripes * SIDE + tl.program_id(0) // stripes * (REPEATS * PERIOD)
     corner = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)) * SIDE  # first column of each square
+    inside = corner < n
+    if not FULL:
+        corner = tl.where(inside, corner, 0)
     down, across = tl.arange(0, SIDE), tl.arange(0, SIDE)
     highest, sum_ = softmax_parts(values, R, PADDED, SOFTMAX)
     total_0 = tl.zeros((SIDE, BLOCKS, SIDE), tl.float32)
@@ -92,31 +102,39 @@ def _squares_kernel(  # type: ignore[no-untyped-def]
         n_a = COMPONENTS[6 * c + 1]
         m_b = COMPONENTS[6 * c + 2]
         n_b = COMPONENTS[6 * c + 3]
-        begin = tl.multiple_of(COMPONENTS[6 * c + 5] + (top % m_b) * n_b + corner % n_b, 4)
-        line = tl.multiple_of(down * n_b, 4)
-        value = tl.load(right + (begin[None, :, None] + line[:, None, None] + across[None, None, :]))
-        value = value * weight(values, c, scaling, highest, sum_, SOFTMAX)
-        entry = left + COMPONENTS[6 * c + 4] + (top // m_b) * n_a + corner // n_b  # (BLOCKS,)
-        step = PERIOD // m_b * n_a
-        total_0 += tl.load(entry)[None, :, None] * value
-        if REPEATS > 1:
-            total_1 += tl.load(entry + step)[None, :, None] * value
-        if REPEATS > 2:
-            total_2 += tl.load(entry + 2 * step)[None, :, None] * value
-            total_3 += tl.load(entry + 3 * step)[None, :, None] * value
-    _put_square(out, total_0, top, corner, n, data, absmax, code, outer_code, outer_absmax, offset,
-                SIDE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        scale = weight(values, c, scaling, highest, sum_, SOFTMAX)
+        if ALIGNED[c]:
+            begin = tl.multiple_of(COMPONENTS[6 * c + 5] + (top % m_b) * n_b + corner % n_b, 4)
+            line = tl.multiple_of(down * n_b, 4)
+            value = tl.load(right + (begin[None, :, None] + line[:, None, None] + across[None, None, :]))
+            value = value * scale
+            entry = left + COMPONENTS[6 * c + 4] + (top // m_b) * n_a + corner // n_b  # (BLOCKS,)
+            step = PERIOD // m_b * n_a
+            total_0 += tl.load(entry)[None, :, None] * value
+            if REPEATS > 1:
+                total_1 += tl.load(entry + step)[None, :, None] * value
+            if REPEATS > 2:
+                total_2 += tl.load(entry + 2 * step)[None, :, None] * value
+                total_3 += tl.load(entry + 3 * step)[None, :, None] * value
+        else:
+            row = (top + down)[:, None, None]
+            column = corner[None, :, None] + across[None, None, :]
+            value = tl.load(right + (COMPONENTS[6 * c + 5] + row % m_b * n_b + column % n_b))
+            entry = left + (COMPONENTS[6 * c + 4] + row // m_b * n_a + column // n_b)
+            total_0 += tl.load(entry) * (value * scale)
+    _put_square(out, total_0, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
+                SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
     if REPEATS > 1:
         top += PERIOD
-        _put_square(out, total_1, top, corner, n, data, absmax, code, outer_code, outer_absmax, offset,
-                    SIDE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        _put_square(out, total_1, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax,
+                    offset, SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
     if REPEATS > 2:
         top += PERIOD
-        _put_square(out, total_2, top, corner, n, data, absmax, code, outer_code, outer_absmax, offset,
-                    SIDE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        _put_square(out, total_2, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax,
+                    offset, SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
         top += PERIOD
-        _put_square(out, total_3, top, corner, n, data, absmax, code, outer_code, outer_absmax, offset,
-                    SIDE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        _put_square(out, total_3, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax,
+                    offset, SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -231,11 +249,11 @@ def _build(
     r = len(plan.shapes)
     # Without fused multiply-adds: the two roundings of the dequantisation are bitsandbytes' own.
     if plan.side:
-        grid = (plan.m // plan.side // plan.repeats, plan.n // (plan.side * BLOCKS), 1)
+        grid = (plan.m // plan.side // plan.repeats, -(-plan.n // (plan.side * BLOCKS)), 1)
         launch(
             _squares_kernel, plan.compiled, ("squares", read, *key), grid, outside,
-            (out, *pointers, plan.n, plan.components, r, plan.padded, softmax, plan.side, BLOCKS,
-             plan.repeats, plan.period, *frozen),
+            (out, *pointers, plan.n, plan.components, plan.aligned, plan.full, r, plan.padded, softmax,
+             plan.side, BLOCKS, plan.repeats, plan.period, *frozen),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     else:

@@ -39,7 +39,9 @@ class Plan:
         m: Rows of the layer.
         n: Columns of the layer.
         components: m_a, n_a, m_b, n_b and where A and B begin in the packed factors, for every component.
-        side: Largest side of squares that meet one entry of each left factor and fill the layer; 0 for none.
+        side: Side of the squares that ΔW is built from; 0 where it is built from tiles.
+        aligned: For every component whether such a square meets one entry of its left factor.
+        full: Whether all are aligned and squares fill the layer side by side.
         period: Rows after which the right factors' rows of all components begin again.
         repeats: Periods that one program builds.
         padded: r, rounded up to a power of two.
@@ -66,6 +68,8 @@ class Plan:
     n: int
     components: tuple[int, ...]
     side: int
+    aligned: tuple[bool, ...]
+    full: bool
     period: int
     repeats: int
     padded: int
@@ -91,7 +95,9 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
     """Makes the plan of an m × n layer for a device."""
     left_at, right_at = starts(left_sizes(shapes)), starts(right_sizes(shapes))
     whole = all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
-    side = next((d for d in SIDES if whole and _squares(shapes, n, d)), 0)
+    side = _side(shapes, m, n)
+    aligned = tuple(side > 0 and s.m_b % side == s.n_b % side == 0 for s in shapes)
+    full = whole and all(aligned) and n % (side * BLOCKS) == 0
     rows = columns = cells = None
     if not side:
         rows, columns = (table.to(device) for table in _places(shapes, m, n, left_at, right_at))
@@ -102,7 +108,7 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
     pairs = max(min(s.m_a, s.n_a) if s.identity else s.m_a * s.n_a for s in shapes)
     wanted = min(_PROGRAMS // number, -(-pairs // PAIRS), 64)
     splits = 1 << max(wanted, 1).bit_length() - 1
-    tiles, chunks, dots, most = _work(groups, left_at, right_at, splits)
+    tiles, chunks, dots, most = _work(groups, left_at, right_at, splits, n)
     exact = whole and all(
         s.m_b * s.n_b % ENTRIES == 0 and s.m_a * s.n_a % (splits * PAIRS) == 0 and s.n_b % 8 == 0
         for s in shapes
@@ -116,7 +122,7 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
     ]
 
     period = math.lcm(*(s.m_b for s in shapes))
-    repeats = next((k for k in (4, 2) if m % (k * period) == 0), 1)
+    repeats = next((k for k in (4, 2) if full and m % (k * period) == 0), 1)
     if repeats == 1:
         period = m
 
@@ -131,6 +137,8 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
         n=n,
         components=components,
         side=side,
+        aligned=aligned,
+        full=full,
         period=period,
         repeats=repeats,
         padded=1 << (len(shapes) - 1).bit_length(),
@@ -151,8 +159,18 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
     )
 
 
-def _squares(shapes: tuple[Shape, ...], n: int, side: int) -> bool:
-    return n % (side * BLOCKS) == 0 and all(s.m_b % side == s.n_b % side == 0 for s in shapes)
+def _side(shapes: tuple[Shape, ...], m: int, n: int) -> int:
+    """The side of squares that meet one entry of the left factor of most components; 0 for half or fewer.
+
+    Squares may stand out of the layer on the right, but components must cover it.
+    """
+    best, most = 0, len(shapes) // 2
+    if all(s.rows >= m and s.cols >= n and not s.identity for s in shapes):
+        for side in SIDES:
+            met = sum(s.m_b % side == s.n_b % side == 0 for s in shapes)
+            if m % side == n % side == 0 and met > most:
+                best, most = side, met
+    return best
 
 
 def _places(
@@ -195,12 +213,12 @@ def _groups(shapes: tuple[Shape, ...]) -> list[tuple[Shape, list[int]]]:
 
 
 def _work(
-    groups: list[tuple[Shape, list[int]]], left_at: list[int], right_at: list[int], splits: int
+    groups: list[tuple[Shape, list[int]]], left_at: list[int], right_at: list[int], splits: int, n: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Rows for the projection and for its last step.
 
-    A tile: m_a, n_a, m_b, n_b, identity, first entry, number in its group, 0 (so that what follows can be
-    read in wide words), then ``MEMBERS`` places in A and as many in B, -1 for none. A chunk: side (0 left,
+    A tile: m_a, n_a, m_b, n_b, identity, first entry, number in its group, whether 8 entries always lie side
+    by side in a row of D, then ``MEMBERS`` places in A and as many in B, -1 for none. A chunk: side (0 left,
     1 right), component, first place, entries, parts to add up.
     """
     tiles: list[list[int]] = []
@@ -209,12 +227,13 @@ def _work(
     most = 0
     for shape, members in groups:
         entries = shape.m_b * shape.n_b
+        wide = int(n % 8 == shape.n_b % 8 == 0)
         stretches = range(0, entries, ENTRIES)
         fill = [-1] * (MEMBERS - len(members))
         places = [left_at[i] for i in members] + fill + [right_at[i] for i in members] + fill
         first = len(tiles)
         for number, start in enumerate(stretches):
-            tiles.append([*shape[:4], int(shape.identity), start, number, 0, *places])
+            tiles.append([*shape[:4], int(shape.identity), start, number, wide, *places])
         most = max(most, len(stretches))
         for place, i in enumerate(members):
             left = 0 if shape.identity else shape.m_a * shape.n_a

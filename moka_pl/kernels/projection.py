@@ -40,7 +40,8 @@ def _project_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * (8 + 2 * MEMBERS)
     m_a, n_a, m_b, n_b = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
-    identity, start, number = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6)
+    identity, start = tl.load(tile + 4), tl.load(tile + 5)
+    number, wide = tl.load(tile + 6), tl.load(tile + 7)
     split = tl.program_id(1)
     column = tl.arange(0, 2 * MEMBERS)
     second = column >= MEMBERS
@@ -78,7 +79,13 @@ def _project_kernel(  # type: ignore[no-untyped-def]
             inside = real[:, None] & held[None, :]
             if not WHOLE:
                 inside = inside & (row < m) & (place < n)
-            d = tl.load(grad + row * n + place, mask=inside, other=0.0)
+            if wide != 0:
+                # Nothing ends within 8 entries.
+                whole = tl.max_constancy(inside, [1, 8])
+                spot = tl.max_contiguous(tl.multiple_of(row * n + place, [1, 8]), [1, 8])
+                d = tl.load(grad + spot, mask=whole, other=0.0)
+            else:
+                d = tl.load(grad + row * n + place, mask=inside, other=0.0)
         keep = real[None, :] & used[:, None]
         alone = (t * 0 + identity != 0)[None, :]
         scale = tl.load(left + lefts[:, None] + t[None, :], mask=keep & (alone == 0), other=0.0)

@@ -33,7 +33,13 @@ def _problem(m: int, n: int, filters: str, tokens: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("m", "n", "filters"),
-    [(4096, 4096, "diverse"), (1024, 4096, "diverse"), (192, 576, "prime"), (197, 83, "diverse")],
+    [
+        (4096, 4096, "diverse"),
+        (1024, 4096, "diverse"),
+        (3968, 4112, "diverse"),  # some filters stand out, some meet no squares
+        (192, 576, "prime"),
+        (197, 83, "diverse"),
+    ],
 )
 def test_backends_agree_with_float64(backend: str, dtype: torch.dtype, m: int, n: int, filters: str) -> None:
     shapes, factors, weights, x = _problem(m, n, filters, 64)
@@ -72,7 +78,14 @@ def _layer(m: int, n: int, filters: str, dtype: torch.dtype = torch.bfloat16) ->
     return layer
 
 
-LAYERS = [(4096, 4096, "diverse"), (1024, 4096, "diverse"), (192, 576, "prime"), (576, 576, "diverse")]
+LAYERS = [
+    (4096, 4096, "diverse"),
+    (1024, 4096, "diverse"),
+    (3968, 4112, "diverse"),
+    (3584, 3584, "diverse"),
+    (192, 576, "prime"),
+    (576, 576, "diverse"),
+]
 
 
 @pytest.mark.parametrize(("m", "n", "filters"), LAYERS)
