@@ -17,7 +17,7 @@ Backend = Literal["auto", "structured", "dense", "fused"]
 
 BACKENDS: tuple[str, ...] = ("auto", "structured", "dense", "fused")
 
-#: Tokens below which, on a GPU, building ΔW costs more than structured products.
+#: Tokens below which, on a GPU and without gradients, building ΔW costs more than kernels for few tokens.
 FEW_TOKENS = 32
 
 
@@ -41,10 +41,10 @@ def resolve_backend(
         ConfigError: For an unknown backend.
     """
     if backend == "auto":
-        tokens = x.numel() // n
-        if tokens >= FEW_TOKENS and x.is_cuda and can_fuse(x, factors, m, n):
+        # However few the tokens: a step of structured products takes many times as many launches.
+        if x.is_cuda and can_fuse(x, factors, m, n):
             return "fused"
-        return pick_backend(tokens, shapes, m, n)
+        return pick_backend(x.numel() // n, shapes, m, n)
     if backend == "fused":
         if can_fuse(x, factors, m, n):
             return "fused"

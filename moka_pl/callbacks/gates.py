@@ -12,6 +12,7 @@ from torch import Tensor
 from moka_pl.adapters import moka_layers
 from moka_pl.callbacks.adapter_checkpoint import is_trial
 from moka_pl.callbacks.heatmap import gate_heatmap
+from moka_pl.callbacks.tensorboard import log_scalars
 from moka_pl.callbacks.throughput import log_interval
 from moka_pl.module import MokaModule
 
@@ -86,7 +87,7 @@ class GateMonitor(Callback):
             return
         values = gate_scalars(gates, self._labels)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            log_scalars(logger, values, trainer.global_step)
 
     def _warn(self, trainer: Trainer, gates: Tensor) -> None:
         entropy = normalised_entropy(gates)

@@ -1,13 +1,29 @@
 """The progress bar."""
 
+import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+#: Seconds between two updates of the bar, unless a refresh rate is asked for.
+_PAUSE = 1.0
+
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar (elapsed and remaining time, batches/s) with loss, tokens/s and validation metrics."""
+    """Lightning's bar (elapsed and remaining time, batches/s) with loss, tokens/s and validation metrics.
+
+    It is updated once a second and at the end: showing a loss waits for the GPU, which would then stand idle
+    until the next step has been launched.
+
+    Args:
+        refresh_rate: Batches between two updates; 0 shows no bar, 1 leaves it at once a second.
+        **options: As for Lightning's bar.
+    """
+
+    def __init__(self, refresh_rate: int = 1, **options: Any) -> None:
+        super().__init__(refresh_rate=refresh_rate, **options)
+        self._shown = 0.0
 
     @property
     def sanity_check_description(self) -> str:
@@ -22,3 +38,12 @@ class ProgressBar(TQDMProgressBar):
         if isinstance(speed, float):
             items["tok/s"] = f"{speed:,.0f}"
         return items
+
+    def _should_update(self, current: int, total: int) -> bool:
+        if not super()._should_update(current, total):
+            return False
+        now = time.monotonic()
+        if self.refresh_rate == 1 and current != total and now - self._shown < _PAUSE:
+            return False
+        self._shown = now
+        return True

@@ -80,8 +80,8 @@ def _project_kernel(  # type: ignore[no-untyped-def]
             if not WHOLE:
                 inside = inside & (row < m) & (place < n)
             if wide != 0:
-                # Nothing ends within 8 entries.
-                whole = tl.max_constancy(inside, [1, 8])
+                # Nothing ends within 8 entries. A mask of its own: the other branch must not take the hint.
+                whole = tl.max_constancy(inside & (row >= 0), [1, 8])
                 spot = tl.max_contiguous(tl.multiple_of(row * n + place, [1, 8]), [1, 8])
                 d = tl.load(grad + spot, mask=whole, other=0.0)
             else:

@@ -71,7 +71,7 @@ def _layer(m: int, n: int, filters: str, dtype: torch.dtype = torch.bfloat16) ->
     """An adapted NF4 layer with factors of ordinary size."""
     torch.manual_seed(0)
     base = bnb.nn.Linear4bit(n, m, compute_dtype=dtype, quant_type="nf4", compress_statistics=True).to("cuda")
-    layer = MokaLinear(base.to(dtype), MokaConfig(filters=filters))
+    layer = MokaLinear(base.to(dtype).requires_grad_(False), MokaConfig(filters=filters))
     with torch.no_grad():
         layer.moka_gate.normal_()
         layer.moka_B.normal_(std=0.02)
