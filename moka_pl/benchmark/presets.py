@@ -52,11 +52,11 @@ PRESETS = {
             "smollm2-cpu",
             "smollm2-135m",
             "cpu",
-            batch=1,
+            batch=8,  # as in configs/smollm2.yaml
             length=64,
             warmup=1,
             steps=3,
-            seconds=6.0,
+            seconds=4.0,
             fit_steps=10,
             new_tokens=16,
             workers=0,
