@@ -44,12 +44,12 @@ def choices():
 
 def test_plain_batch():
     batch = plain()[[0, 1]]
-    assert set(batch) == {"input_ids", "labels", "num_tokens"}
+    assert set(batch) == {"input_ids", "labels", "num_tokens", "num_examples"}
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert batch["input_ids"][0].tolist() == [1, 2, 3] + [99] * 13
     assert batch["labels"][0].tolist() == [MASKED, 2, 3] + [MASKED] * 13
-    assert batch["num_tokens"] == 12
+    assert (batch["num_tokens"], batch["num_examples"]) == (12, 2)
     assert isinstance(batch["num_tokens"], int)
 
 
