@@ -75,6 +75,7 @@ class MokaDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         _at_least(1, batch_size=batch_size, num_proc=num_proc, eval_batch_size=eval_batch_size)
+        _at_least(1, max_tokens=max_tokens)
         _at_least(0, num_workers=num_workers, seed=seed)
         _at_least(2, max_length=max_length)
         self.batch_size = batch_size
