@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from moka_pl.data.collate import BatchRows, padded
+from moka_pl.data.collate import MULTIPLE, BatchRows, padded
 from moka_pl.data.encode import Encoded, tokenizer_digest
 from moka_pl.data.epoch_report import epoch_report
 from moka_pl.data.errors import DataError
@@ -205,7 +205,7 @@ class MokaDataModule(LightningDataModule):
             rows = self.batch_size if self.max_tokens is None else self.max_tokens // width
             return PackSampler(lengths, rows, world, rank, self.seed, capacity=self.row_length)
         if self.max_tokens is not None:
-            return TokenSampler([padded(n) for n in lengths], self.max_tokens, world, rank, self.seed)
+            return TokenSampler(lengths, self.max_tokens, world, rank, self.seed, multiple=MULTIPLE)
         return TrainSampler(lengths, self.batch_size, world, rank, seed=self.seed, bucket=self.bucket)
 
     def val_dataloader(self) -> EvalLoaders:

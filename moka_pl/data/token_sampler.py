@@ -10,26 +10,34 @@ from moka_pl.data.sampler import GlobalBatchSampler, Indices
 class TokenSampler(GlobalBatchSampler):
     """Shuffled batches of examples of similar length, as many as their padded tokens allow.
 
-    Examples are sorted by length, equal ones shuffled, and cut into batches; the batches are shuffled. Where
+    Examples are sorted by padded length, equal ones shuffled, and cut into batches; the batches are shuffled. Where
     the cuts are depends on the lengths alone, so that every epoch has the same number of batches, which the
     learning-rate schedule needs to know beforehand.
 
     Args:
-        lengths: Length of every example (tokens), rounded up as it will be padded.
+        lengths: Length of every example (tokens).
         max_tokens: Most tokens of a batch per rank, padding included.
         num_replicas: Number of ranks.
         rank: This rank, from 0.
         seed: Seed of the shuffling, 0 or above.
+        multiple: Batches are padded to a multiple of this many tokens.
 
     Raises:
         ValueError: If an example is longer than a batch may be.
     """
 
     def __init__(
-        self, lengths: Sequence[int], max_tokens: int, num_replicas: int = 1, rank: int = 0, seed: int = 0
+        self,
+        lengths: Sequence[int],
+        max_tokens: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        multiple: int = 1,
     ) -> None:
         super().__init__(lengths, 1, num_replicas, rank, seed)
-        descending = numpy.sort(self.lengths)[::-1]
+        self._widths = -(-self.lengths // multiple) * multiple
+        descending = numpy.sort(self._widths)[::-1]
         if len(descending) and descending[0] > max_tokens:
             raise ValueError(
                 f"max_tokens must be at least the longest example, {descending[0]}, got {max_tokens}."
@@ -48,6 +56,6 @@ class TokenSampler(GlobalBatchSampler):
         """All global batches of the current epoch, the same on every rank."""
         random = numpy.random.default_rng([self.seed, self.epoch])
         order = random.permutation(len(self.lengths))
-        order = order[numpy.argsort(-self.lengths[order], kind="stable")]
+        order = order[numpy.argsort(-self._widths[order], kind="stable")]
         batches = numpy.split(order, self._cuts[1:])
         return [batches[number] for number in random.permutation(len(batches))]
