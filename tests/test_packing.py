@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moka_pl.callbacks import BatchStatistics, Throughput
+from moka_pl.callbacks import BatchStatistics, RunSummary, Throughput
 from moka_pl.data import CommonsenseData, DataError, MixtureData
 from moka_pl.errors import ConfigError
 from moka_pl.schedule import WarmupDecay
@@ -89,15 +89,18 @@ def test_resumed_run_sees_the_same_packs(fit, tmp_path):
         assert ids(resumed) == ids(whole)[step:]
 
 
-def test_logs_how_full_batches_are(fit, tmp_path):
+def test_logs_how_full_batches_are(fit, tmp_path, capsys):
     logger = TensorBoardLogger(tmp_path, name="run")
     counts, speed = BatchStatistics(), Throughput()
     data = {"packing": True, "max_length": 200}
-    recorder, _, data = fit(counts, speed, data=data, logger=logger)
+    recorder, _, data = fit(counts, speed, RunSummary(), data=data, logger=logger)
     lengths = data._encoded["train"].rows["length"][:]
     assert counts.tokens == speed.total_tokens == sum(lengths)
     slots = [batch["input_ids"].numel() for batch in recorder.batches]
     assert counts.padding_share == pytest.approx(1 - sum(lengths) / sum(slots))
+    share = f"{100 * counts.padding_share:.1f}%"
+    assert share != "0.0%"
+    assert f"padding               {share} of the tokens" in capsys.readouterr().out
     found = EventAccumulator(logger.log_dir)
     found.Reload()
     shares = [event.value for event in found.Scalars("batch/padding_share")]

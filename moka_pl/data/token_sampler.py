@@ -10,9 +10,9 @@ from moka_pl.data.sampler import GlobalBatchSampler, Indices
 class TokenSampler(GlobalBatchSampler):
     """Shuffled batches of examples of similar length, as many as their padded tokens allow.
 
-    Examples are sorted by padded length, equal ones shuffled, and cut into batches; the batches are shuffled. Where
-    the cuts are depends on the lengths alone, so that every epoch has the same number of batches, which the
-    learning-rate schedule needs to know beforehand.
+    Examples are sorted by padded length, equal ones shuffled, and cut into batches; the batches are shuffled.
+    Where the cuts are depends on the lengths alone, so that every epoch has the same number of batches, which
+    the learning-rate schedule needs to know beforehand.
 
     Args:
         lengths: Length of every example (tokens).
