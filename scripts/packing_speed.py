@@ -61,7 +61,8 @@ def main() -> None:
     for _ in range(args.rounds):
         for kind, module in data.items():
             rounds[kind].append(measure_epoch(loaded.model, module))
-            print(f"{kind}: {rounds[kind][-1].seconds:.1f} s", flush=True)
+            found = rounds[kind][-1]
+            print(f"{kind}: {found.seconds:.1f} s, {found.cpu_seconds:.1f} s of processor time", flush=True)
     results = {kind: summed(found) for kind, found in rounds.items()}
     print("\n".join(table(results)))
     report = {
