@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from moka_pl.callbacks import (
     AdapterCheckpoint,
+    BatchStatistics,
     GateMonitor,
     GracefulInterrupt,
     ProgressBar,
@@ -144,7 +145,7 @@ class MokaCLI(LightningCLI):
         """Adds our callbacks, but none of a kind that the user has chosen or switched off."""
         given = config["callbacks"] or []
         kinds = [type(callback) for callback in (given if isinstance(given, list) else [given])]
-        ours = [Throughput(), RunSummary(), GracefulInterrupt()]
+        ours = [Throughput(), BatchStatistics(), RunSummary(), GracefulInterrupt()]
         if config["enable_progress_bar"] is not False and not any(issubclass(k, LightningBar) for k in kinds):
             ours.insert(0, ProgressBar())
         if config["enable_checkpointing"] is False:

@@ -23,6 +23,7 @@ from moka_pl.checkpoint import (
 )
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.metrics import EvalMetrics
+from moka_pl.packed_attention import PackedAttention
 from moka_pl.schedule import WarmupDecay
 from moka_pl.scoring import row_sums, score_tokens
 
@@ -79,6 +80,7 @@ class MokaModule(LightningModule):
         self.eval_step: int | None = None  # the optimizer step that eval_values belong to
         self._metrics: EvalMetrics | None = None
         self._window: Tensor | None = None
+        self._packed: PackedAttention | None = None
         self._schedule: WarmupDecay | None = None
         self._rng: dict[str, Any] | None = None
 
@@ -153,7 +155,9 @@ class MokaModule(LightningModule):
     # Training
 
     def on_fit_start(self) -> None:
-        """Warns of a trainer precision that would round the adapters."""
+        """Prepares for packed batches, and warns of a trainer precision that would round the adapters."""
+        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+            self._prepare_packing()
         if self.trainer.precision in ("bf16-true", "16-true"):
             rank_zero_warn(
                 f"precision {self.trainer.precision} rounds the adapters and their optimizer state; leave "
@@ -193,11 +197,18 @@ class MokaModule(LightningModule):
 
         The division by the number of tokens happens once the whole batch of the optimizer step is known.
         """
-        scores = score_tokens(self.causal_lm, batch["input_ids"], batch["labels"])
+        packed = self._prepare_packing().inputs(batch) if "position_ids" in batch else {}
+        scores = score_tokens(self.causal_lm, batch["input_ids"], batch["labels"], **packed)
         total = scores.nll.sum()
         assert self._window is not None
         self._window += torch.stack([total.detach(), total.new_tensor(scores.nll.numel())]).to(self._window)
         return total
+
+    def _prepare_packing(self) -> PackedAttention:
+        if self._packed is None:
+            self._packed = PackedAttention(self.causal_lm)
+            rank_zero_info(f"packed batches: {self._packed}")
+        return self._packed
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turns gradients of the sum into gradients of the mean over all tokens, and logs the step.

@@ -1,6 +1,6 @@
 """Log-likelihoods of the trained tokens of a batch."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class TokenScores(NamedTuple):
     row: Tensor
 
 
-def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor) -> TokenScores:
+def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **inputs: Any) -> TokenScores:
     """Scores every token that has a label.
 
     Sequences are padded on the right, where causal attention never looks, so no mask is passed; the output
@@ -34,6 +34,7 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor) ->
         model: A causal language model.
         input_ids: Token ids, shape (B, T).
         labels: The ids to predict at their own positions, -100 elsewhere, shape (B, T).
+        **inputs: What else the model is to be given (for packed rows what `PackedAttention` makes).
 
     Returns:
         The scores of the N labelled tokens (the first position of a row cannot be predicted).
@@ -42,9 +43,10 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor) ->
     row, column = (targets != IGNORED).nonzero(as_tuple=True)  # (N,)
     if hasattr(model.config, "final_logit_softcapping") or hasattr(model.config, "logits_scaling"):
         # Models that transform their logits after the head.
-        logits = model(input_ids=input_ids, use_cache=False).logits[row, column]  # (N, V)
+        logits = model(input_ids=input_ids, use_cache=False, **inputs).logits[row, column]  # (N, V)
     else:
-        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, d)
+        decoder = model.get_decoder()
+        hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
         head = model.get_output_embeddings()
         logits = head(hidden[row, column])  # (N, V)
     nll = F.cross_entropy(logits.float(), targets[row, column], reduction="none")  # (N,)

@@ -68,8 +68,8 @@ def write_data(folder):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
-def fit(folder, name, devices):
-    """Two epochs: four global batches of 4 examples and one of 3 in three steps."""
+def fit(folder, name, devices, packing=False):
+    """Two epochs: four global batches of 4 examples and one of 3 in three steps, or one epoch of packs."""
     torch.set_num_threads(1)
     torch.manual_seed(5)
     data = MixtureData(
@@ -82,8 +82,9 @@ def fit(folder, name, devices):
             ),
             CommonsenseData(folder / "questions.jsonl", folder / "questions.jsonl", max_length=128),
         ],
-        batch_size=GLOBAL_BATCH // devices,
+        batch_size=GLOBAL_BATCH // devices // (2 if packing else 1),
         eval_batch_size=2,
+        packing=packing,
         seed=1,
     )
     module = MokaModule(
@@ -97,7 +98,8 @@ def fit(folder, name, devices):
         accelerator="cpu",
         devices=devices,
         strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto",
-        max_epochs=2,
+        max_epochs=1 if packing else 2,
+        limit_val_batches=0 if packing else None,
         accumulate_grad_batches=2,
         gradient_clip_val=0.05,
         logger=TensorBoardLogger(folder / "logs", name=name),
@@ -162,6 +164,16 @@ def test_losses_of_every_step_are_those_of_the_joint_batch(runs):
     assert first["steps"] == second["steps"]
 
 
+def test_packed_steps_are_those_of_the_joint_batch(folder):
+    names = ("packed-two-rank0", "packed-two-rank1", "packed-one-rank0")
+    first, second, single = (json.loads((folder / f"{name}.json").read_text()) for name in names)
+    assert len(single["steps"]) >= 2
+    for mine, theirs in zip(first["steps"], single["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert first["steps"] == second["steps"]
+    assert first["sums"] == second["sums"] == pytest.approx(single["sums"], rel=1e-3, abs=1e-4)
+
+
 def test_final_adapter_is_the_same(runs, folder):
     two, one = (
         read_adapter_state(folder / "logs" / name / "version_0/adapters/last") for name in ("two", "one")
@@ -202,13 +214,15 @@ def test_frozen_tensors_are_left_to_the_ranks(runs):
 
 def test_one_table(folder):
     output = (folder / "output.txt").read_text()
-    assert output.count("held-out") == 2  # one for each run
+    assert output.count("held-out") == 2  # one for each run that validates
     assert "over 2 process(es)" in output
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     fit(place, "two", 2)
+    fit(place, "packed-two", 2, packing=True)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         torch.distributed.destroy_process_group()
         fit(place, "one", 1)
+        fit(place, "packed-one", 1, packing=True)

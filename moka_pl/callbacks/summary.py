@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from moka_pl.callbacks.adapter_checkpoint import AdapterCheckpoint, is_trial
+from moka_pl.callbacks.batch_statistics import BatchStatistics
 from moka_pl.callbacks.throughput import Throughput, peak_memory
 from moka_pl.module import MokaModule
 
@@ -89,6 +90,9 @@ def summary_text(
     if speed is not None and speed.total_tokens:
         rate = speed.tokens_per_second * trainer.world_size
         facts["training speed"] = f"{rate:,.0f} tokens/s over {trainer.world_size} process(es)"
+    batches = next((c for c in trainer.callbacks if isinstance(c, BatchStatistics)), None)  # type: ignore[attr-defined]
+    if batches is not None and batches.slots:
+        facts["padding"] = f"{100 * batches.padding_share:.1f}% of the tokens in the training batches"
     # Lightning has moved the module off its GPU by now.
     device = trainer.strategy.root_device
     facts["peak memory"] = f"{peak_memory(device):.2f} GiB ({device})"

@@ -8,12 +8,15 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from moka_pl.data.collate import BatchRows
+from moka_pl.data.collate import MULTIPLE, BatchRows, padded
 from moka_pl.data.encode import Encoded, tokenizer_digest
+from moka_pl.data.epoch_report import epoch_report
 from moka_pl.data.errors import DataError
 from moka_pl.data.loader import ResumableDataLoader
+from moka_pl.data.pack_sampler import PackSampler
 from moka_pl.data.report import EncodingReport
-from moka_pl.data.sampler import EvalSampler, TrainSampler
+from moka_pl.data.sampler import EvalSampler, GlobalBatchSampler, TrainSampler
+from moka_pl.data.token_sampler import TokenSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +36,7 @@ class MokaDataModule(LightningDataModule):
     """Base of the data modules: subclasses encode splits, this class caches, reports and loads them.
 
     Args:
-        batch_size: Examples per device and micro-batch.
+        batch_size: Examples per device and micro-batch; with packing, rows of up to max_length tokens.
         max_length: Most tokens of an example, special tokens included.
         num_workers: Processes per device that load batches; 0 loads in the training process.
         num_proc: Processes for tokenisation; None tokenises in this process.
@@ -41,6 +44,12 @@ class MokaDataModule(LightningDataModule):
         bucket: Batches of examples of similar length (less padding, more speed).
         eval_batch_size: Examples (for multiple choice: questions) per device and batch in validation, test
             and prediction; None takes batch_size.
+        packing: Train on several examples in one row (hardly any padding, most speed). They do not attend to
+            each other, and the loss is the same as that of padded batches. The number of batches is the same
+            in every epoch. Bucket then has no effect.
+        max_tokens: Tokens per device and micro-batch, padding included, at least max_length; training batches
+            then hold as many examples (with packing: rows) as fit, instead of batch_size. Without packing
+            they hold examples of similar length of the whole data set.
 
     Attributes:
         name: Short name, part of metric names.
@@ -61,9 +70,12 @@ class MokaDataModule(LightningDataModule):
         seed: int = 0,
         bucket: bool = True,
         eval_batch_size: int | None = None,
+        packing: bool = False,
+        max_tokens: int | None = None,
     ) -> None:
         super().__init__()
         _at_least(1, batch_size=batch_size, num_proc=num_proc, eval_batch_size=eval_batch_size)
+        _at_least(1, max_tokens=max_tokens)
         _at_least(0, num_workers=num_workers, seed=seed)
         _at_least(2, max_length=max_length)
         self.batch_size = batch_size
@@ -73,6 +85,10 @@ class MokaDataModule(LightningDataModule):
         self.seed = seed
         self.bucket = bucket
         self.eval_batch_size = eval_batch_size or batch_size
+        self.packing = packing
+        self.max_tokens = max_tokens
+        if max_tokens is not None and not packing and not bucket:
+            raise DataError("max_tokens makes batches of similar lengths; it cannot go with bucket: false.")
         self.report: dict[str, EncodingReport] = {}
         self._encoded: dict[str, Encoded | None] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -163,16 +179,34 @@ class MokaDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableDataLoader:
         """Shuffled batches; resumable in the middle of an epoch."""
         encoded = self._get("train")
-        rank, world = self._place()
-        sampler = TrainSampler(
-            encoded.rows["length"][:], self.batch_size, world, rank, seed=self.seed, bucket=self.bucket
-        )
+        sampler = self._train_sampler(encoded.rows["length"][:])
+        rank_zero_info(f"{self.name} train: {epoch_report(sampler)}")
         return ResumableDataLoader(
             BatchRows(encoded.rows, self._pad_id()),
             sampler=sampler,
             epoch_batches=self._epoch_batches(len(sampler)),
             **self._loading(),
         )
+
+    @property
+    def row_length(self) -> int:
+        """Most tokens of a training row, without padding."""
+        return self.max_length
+
+    def _train_sampler(self, lengths: list[int]) -> GlobalBatchSampler:
+        rank, world = self._place()
+        width = padded(self.row_length)
+        if self.max_tokens is not None and self.max_tokens < width:
+            raise DataError(
+                f"max_tokens is {self.max_tokens}, but an example may take {width} tokens (max_length, "
+                "rounded up to a multiple of 8). Raise max_tokens or lower max_length."
+            )
+        if self.packing:
+            rows = self.batch_size if self.max_tokens is None else self.max_tokens // width
+            return PackSampler(lengths, rows, world, rank, self.seed, capacity=self.row_length)
+        if self.max_tokens is not None:
+            return TokenSampler(lengths, self.max_tokens, world, rank, self.seed, multiple=MULTIPLE)
+        return TrainSampler(lengths, self.batch_size, world, rank, seed=self.seed, bucket=self.bucket)
 
     def val_dataloader(self) -> EvalLoaders:
         """Every validation example once; an empty list where there is no validation data."""

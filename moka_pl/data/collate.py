@@ -5,6 +5,7 @@ There is no attention mask: padding stands on the right, where causal attention 
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,8 @@ Batch = dict[str, Any]
 class BatchRows(TorchDataset[Batch]):
     """Makes one batch of a list of indices; a negative index `-1 - i` is row i as a filler.
 
+    A list of lists of indices makes a packed batch: one row of each list.
+
     Args:
         rows: Encoded rows, plain or multiple-choice.
         pad_id: Token id of the padding.
@@ -41,12 +44,16 @@ class BatchRows(TorchDataset[Batch]):
         """Number of rows (not of batches)."""
         return len(self.rows)
 
-    def __getitem__(self, index: int | Sequence[int]) -> Batch:
+    def __getitem__(self, index: int | Sequence[int] | Sequence[Sequence[int]]) -> Batch:
         # A single index comes from samplers that are not ours (Trainer(overfit_batches=...)).
-        wanted = [index] if isinstance(index, int) else list(index)
+        entries: list[Any] = [index] if isinstance(index, int) else list(index)
+        sizes = [len(entry) for entry in entries if not isinstance(entry, int)]
+        wanted: list[int] = list(chain.from_iterable(entries)) if sizes else entries
         fillers = [i < 0 for i in wanted]
         columns = self.rows[[filler(i) if i < 0 else i for i in wanted]]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        if sizes:
+            return collate_packs(rows, fillers, sizes, self.pad_id)
         collate = collate_choices if self.choices else collate_tokens
         return collate(rows, fillers, self.pad_id)
 
@@ -60,8 +67,8 @@ def collate_tokens(rows: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_
         pad_id: Token id of the padding.
 
     Returns:
-        `input_ids` (B, T) and `labels` (B, T), int64, T a multiple of 8; `num_tokens`, an int: the real
-        tokens, without padding and fillers.
+        `input_ids` (B, T) and `labels` (B, T), int64, T a multiple of 8; `num_tokens` and `num_examples`,
+        ints: the real tokens and rows, without padding and fillers.
     """
     ids = [row["input_ids"] for row in rows]
     labels = [
@@ -69,7 +76,59 @@ def collate_tokens(rows: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_
         for row, is_filler in zip(rows, fillers, strict=True)
     ]
     real = sum(len(row) for row, is_filler in zip(ids, fillers, strict=True) if not is_filler)
-    return {"input_ids": _pad(ids, pad_id), "labels": _pad(labels, MASKED), "num_tokens": real}
+    return {
+        "input_ids": _pad(ids, pad_id),
+        "labels": _pad(labels, MASKED),
+        "num_tokens": real,
+        "num_examples": len(rows) - sum(fillers),
+    }
+
+
+def collate_packs(
+    rows: Sequence[dict[str, Any]], fillers: Sequence[bool], sizes: Sequence[int], pad_id: int
+) -> Batch:
+    """A batch whose rows hold several examples, one after another.
+
+    Args:
+        rows: The examples of all packs, with `input_ids` and `labels`.
+        fillers: Which examples only fill the batch up; their labels are masked.
+        sizes: Number of examples of each pack.
+        pad_id: Token id of the padding.
+
+    Returns:
+        What `collate_tokens` returns, without a label for the first token of an example, which nothing of its
+        own predicts, and: `position_ids` (B, T), int64, beginning anew with every example and with the
+        padding; `segment_starts` (S + 1,), int32: where the S examples and paddings begin in the flattened
+        batch, and its size; `longest_segment`, an int.
+    """
+    examples = [
+        {
+            "input_ids": row["input_ids"],
+            "labels": [MASKED] * len(row["labels"]) if is_filler else [MASKED, *row["labels"][1:]],
+        }
+        for row, is_filler in zip(rows, fillers, strict=True)
+    ]
+    ends = list(accumulate(sizes))
+    packs = [examples[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    joined = [
+        {key: list(chain.from_iterable(row[key] for row in pack)) for key in ("input_ids", "labels")}
+        for pack in packs
+    ]
+    batch = collate_tokens(joined, [False] * len(joined), pad_id)
+    width = batch["input_ids"].shape[1]
+    segments: list[int] = []
+    for pack in packs:
+        lengths = [len(row["input_ids"]) for row in pack]
+        segments += [*lengths, *([width - sum(lengths)] if sum(lengths) < width else [])]
+    positions = torch.cat([torch.arange(length) for length in segments])  # (B * T,)
+    real = [row for row, is_filler in zip(rows, fillers, strict=True) if not is_filler]
+    return batch | {
+        "num_tokens": sum(len(row["input_ids"]) for row in real),
+        "num_examples": len(real),
+        "position_ids": positions.view(len(packs), width),
+        "segment_starts": torch.tensor([0, *accumulate(segments)], dtype=torch.int32),
+        "longest_segment": max(segments),
+    }
 
 
 def collate_choices(items: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_id: int) -> Batch:
@@ -109,9 +168,13 @@ def collate_choices(items: Sequence[dict[str, Any]], fillers: Sequence[bool], pa
     }
 
 
+def padded(length: int) -> int:
+    """Tokens of a row of `length` tokens with its padding, where no other row is longer."""
+    return max(MULTIPLE, math.ceil(length / MULTIPLE) * MULTIPLE)
+
+
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    width = max((len(row) for row in rows), default=0)
-    width = max(MULTIPLE, math.ceil(width / MULTIPLE) * MULTIPLE)
+    width = padded(max((len(row) for row in rows), default=0))
     out = torch.full((len(rows), width), value, dtype=torch.int64)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = torch.tensor(row, dtype=torch.int64)

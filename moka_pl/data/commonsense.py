@@ -37,8 +37,8 @@ class CommonsenseData(MokaDataModule):
         tasks: Names of the tasks to use; None uses all.
         validation_share: Share of the questions to hold out where `path` is a single file and there is no
             validation_path; 0 trains without validation.
-        **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size (see
-            MokaDataModule).
+        **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size, packing,
+            max_tokens (see MokaDataModule).
     """
 
     name = "commonsense"

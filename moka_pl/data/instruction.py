@@ -35,8 +35,8 @@ class InstructionData(MokaDataModule):
         split: Which split of a hub data set.
         prompt: "chat" renders the tokenizer's chat template and trains every assistant turn; "alpaca" writes
             the Alpaca prompt and trains the answer.
-        **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size (see
-            MokaDataModule).
+        **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size, packing,
+            max_tokens (see MokaDataModule).
     """
 
     name = "instruction"

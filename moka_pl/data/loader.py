@@ -50,7 +50,7 @@ class ResumableDataLoader(DataLoader[Any]):
         if served > total:
             raise DataError(
                 f"The checkpoint was saved after {served} batches of an epoch, but an epoch of this run has "
-                f"{total}. Resume with the data, batch size and number of devices of the saved run."
+                f"{total}. Resume with the data, batch size, packing and number of devices of the saved run."
             )
         finished = served >= (total if self.epoch_batches is None else min(total, self.epoch_batches))
         self._start = 0 if finished else served

@@ -19,8 +19,8 @@ class MixtureData(MokaDataModule):
 
     Args:
         parts: The data modules, in the order of their validation dataloaders.
-        **options: batch_size, num_workers, seed, bucket, eval_batch_size (see MokaDataModule); max_length and
-            num_proc have no effect here.
+        **options: batch_size, num_workers, seed, bucket, eval_batch_size, packing, max_tokens (see
+            MokaDataModule); max_length and num_proc have no effect here: the longest of the parts' counts.
     """
 
     name = "mixture"
@@ -45,6 +45,11 @@ class MixtureData(MokaDataModule):
                 seen[name] = seen.get(name, 0) + 1
                 sets.append((name if seen[name] == 1 else f"{name}_{seen[name]}", tasks))
         return sets
+
+    @property
+    def row_length(self) -> int:
+        """Most tokens of a training row, without padding: the parts' largest max_length."""
+        return max(part.row_length for part in self.parts)
 
     def encode(self, split: str) -> Encoded | None:
         """The parts' encoded rows one after another (training), or nothing of its own (evaluation)."""

@@ -1,6 +1,6 @@
 """Which examples stand in which batch, the same whatever the number of ranks.
 
-Both samplers subclass `DistributedSampler`, so that Lightning neither replaces nor wraps them and tells them
+The samplers subclass `DistributedSampler`, so that Lightning neither replaces nor wraps them and tells them
 the epoch, but they yield whole batches: lists of indices. A `DataLoader(batch_size=None, sampler=...)` hands
 such a list to the data set's `__getitem__`.
 """
@@ -25,7 +25,7 @@ def filler(index: int) -> int:
     return -1 - index
 
 
-class GlobalBatchSampler(DistributedSampler[list[int]]):
+class GlobalBatchSampler(DistributedSampler[list[Any]]):
     """Forms global batches and yields this rank's share of each.
 
     A global batch holds `batch_size * num_replicas` examples; rank r takes elements r, r + num_replicas, ...
@@ -59,26 +59,33 @@ class GlobalBatchSampler(DistributedSampler[list[int]]):
         return self.batch_size * self.num_replicas
 
     @abstractmethod
-    def global_batches(self) -> list[Indices]:
+    def global_batches(self) -> Sequence[Sequence[Any] | Indices]:
         """All global batches of the current epoch, the same on every rank."""
+
+    def row_lengths(self, batch: Sequence[Any] | Indices) -> list[int]:
+        """Tokens of every row of a global batch, without padding."""
+        lengths: list[int] = self.lengths[batch].tolist()
+        return lengths
 
     def __len__(self) -> int:
         """Number of batches of an epoch, for every rank."""
         return math.ceil(len(self.lengths) / self.global_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         skip, self.skip = self.skip, 0
         for batch in self.global_batches()[skip:]:
             yield self._share(batch)
 
-    def _share(self, batch: Indices) -> list[int]:
-        share: list[int] = batch[self.rank :: self.num_replicas].tolist()
-        missing = math.ceil(len(batch) / self.num_replicas) - len(share)
-        if missing:
-            # The shortest example costs the least.
-            shortest = int(batch[self.lengths[batch].argmin()])
-            share += [filler(shortest)] * missing
-        return share
+    def _share(self, batch: Sequence[Any] | Indices) -> list[Any]:
+        share = batch[self.rank :: self.num_replicas]
+        rows: list[Any] = share.tolist() if isinstance(share, numpy.ndarray) else list(share)
+        if len(rows) < math.ceil(len(batch) / self.num_replicas):
+            rows.append(self._fill(batch))
+        return rows
+
+    def _fill(self, batch: Any) -> Any:
+        """A row that fills a share of this global batch up: its shortest example, which costs the least."""
+        return filler(int(batch[self.lengths[batch].argmin()]))
 
     def _cut(self, order: Indices) -> list[Indices]:
         return [order[start : start + self.global_size] for start in range(0, len(order), self.global_size)]

@@ -1,7 +1,7 @@
 import torch
 from torch.utils.data import DataLoader
 
-from moka_pl.data.collate import BatchRows
+from moka_pl.data.collate import BatchRows, collate_packs
 from moka_pl.data.encode import MASKED, choice_item_features, token_features
 from moka_pl.data.sampler import EvalSampler, filler
 
@@ -44,12 +44,12 @@ def choices():
 
 def test_plain_batch():
     batch = plain()[[0, 1]]
-    assert set(batch) == {"input_ids", "labels", "num_tokens"}
+    assert set(batch) == {"input_ids", "labels", "num_tokens", "num_examples"}
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert batch["input_ids"][0].tolist() == [1, 2, 3] + [99] * 13
     assert batch["labels"][0].tolist() == [MASKED, 2, 3] + [MASKED] * 13
-    assert batch["num_tokens"] == 12
+    assert (batch["num_tokens"], batch["num_examples"]) == (12, 2)
     assert isinstance(batch["num_tokens"], int)
 
 
@@ -109,3 +109,32 @@ def test_ranks_count_nothing_twice():
         tokens += sum(batch["num_tokens"] for batch in batches)
         trained += sum(int((batch["labels"] != MASKED).sum()) for batch in batches)
     assert (tokens, trained) == (17, 14)
+
+
+def test_packs():
+    rows = plain()
+    batch = rows[[[0, 1], [2], [-1 - 0]]]  # 3 + 9, 5, and a filler of 3 tokens
+    ids, labels, positions = batch["input_ids"], batch["labels"], batch["position_ids"]
+    assert ids.shape == labels.shape == positions.shape == (3, 16)
+    first, second, third = (rows[[i]]["input_ids"][0].tolist() for i in range(3))
+    assert ids[0].tolist() == first[:3] + second[:9] + [99] * 4
+    assert ids[1].tolist() == third[:5] + [99] * 11
+    assert positions[0].tolist() == [*range(3), *range(9), *range(4)]
+    assert positions[1].tolist() == [*range(5), *range(11)]
+    assert batch["segment_starts"].tolist() == [0, 3, 12, 16, 21, 32, 35, 48]
+    assert batch["segment_starts"].dtype == torch.int32
+    assert batch["longest_segment"] == 13
+    assert (batch["num_tokens"], batch["num_examples"]) == (17, 3)
+    # As unpacked, but for the first token of each example.
+    for row, start, index, length in ((0, 0, 0, 3), (0, 3, 1, 9), (1, 0, 2, 5)):
+        alone = rows[[index]]["labels"][0].tolist()
+        assert labels[row, start : start + length].tolist() == [MASKED, *alone[1:length]]
+    assert (labels[0, 12:] == MASKED).all()
+    assert (labels[1, 5:] == MASKED).all()
+    assert (labels[2] == MASKED).all()
+    assert int((labels != MASKED).sum()) > 0
+
+
+def test_first_token_of_a_packed_example_is_not_predicted():
+    rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7, 8], "labels": [7, 8]}]
+    assert collate_packs(rows, [False] * 2, [2], 0)["labels"][0, :4].tolist() == [MASKED, 6, MASKED, 8]
