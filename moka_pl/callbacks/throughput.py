@@ -29,13 +29,15 @@ class Throughput(Callback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Mean over all training steps of this process, tokens/s; neither validation nor loading counts."""
+        """Mean over the training steps of this process, tokens/s, with loading and without validation."""
         return self.total_tokens / self.train_seconds if self.train_seconds else 0.0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
+        self._begun = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock again."""
         self._begun = time.perf_counter()
 
     def on_train_batch_end(
@@ -46,8 +48,12 @@ class Throughput(Callback):
         batch: dict[str, int],
         batch_idx: int,
     ) -> None:
-        """Stops the clock and logs."""
-        seconds = time.perf_counter() - self._begun
+        """Takes the time since the last batch, and logs.
+
+        From end to end, because a GPU still computes when a batch's own calls have returned.
+        """
+        now = time.perf_counter()
+        seconds, self._begun = now - self._begun, now
         tokens = int(batch.get("num_tokens", 0))
         self.total_tokens += tokens
         self.train_seconds += seconds
