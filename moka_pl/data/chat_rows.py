@@ -71,7 +71,7 @@ def check_conversations(value: object, where: str) -> list[Message]:
     """
     if not isinstance(value, list):
         raise DataError(f"{where}: field 'conversations' must be a list of turns, found {show(value)}.")
-    messages = []
+    messages: list[Message] = []
     for index, turn in enumerate(value):
         field = f"conversations[{index}]"
         if not isinstance(turn, Mapping):

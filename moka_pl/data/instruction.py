@@ -119,11 +119,13 @@ class InstructionData(MokaDataModule):
             return self._sample("train" if part == "train" else "heldout")
         pieces = find_pieces(self.path, part, self.split if part == "train" else None)
         if part == "train" and not pieces:
-            raise DataError(f"{self.path} has no training data. Name its files train..., or give another path.")
+            raise DataError(
+                f"{self.path} has no training data. Name its files train..., or give another path."
+            )
         return pieces
 
     def _validation_pieces(self) -> list[Piece]:
-        """What holds the validation data; empty where they are a share of the training data, or not wanted."""
+        """What holds the validation data; empty where a share of the training data, or nothing, is wanted."""
         if self.validation_path is None:
             # The samples' own are so few and so near that nobody means to do without them.
             wanted = self.validation_share > 0 or self.path == "sample"
