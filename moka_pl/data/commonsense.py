@@ -133,6 +133,15 @@ class CommonsenseData(MokaDataModule):
             return self._read(train) if split == "train" else None
         return self._hold_out(self._read(train))[0 if split == "train" else 1]
 
+    def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
+        """Training rows and the evaluation sets that are not a share of them; see the base class."""
+        if self.validation_path is None and not self._pieces(self.path, "test"):
+            return None, []
+        splits = ("train", "validation", "test")
+        train, *held = [self._select(self._all_rows(split), split) for split in splits]
+        different = {rows._fingerprint: rows for rows in held if rows is not None}
+        return train, list(different.values())
+
     def _pieces(self, sources: Sources, part: str) -> list[ChoicePiece]:
         """What holds a part of the sources; nothing unless all of them have it."""
         found = [find_choice_pieces(source, part, self._wanted) for source in as_list(sources)]

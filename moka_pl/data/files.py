@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 from moka_pl.data.errors import DataError
-from moka_pl.data.streams import SUFFIXES
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+"""Kinds of files that are taken from a folder; a text file there is more often a note than data."""
 
 PARTS = {
     "train": ("train", "training"),

@@ -107,11 +107,7 @@ def _label(record: Mapping[str, Any], column: str, labels: tuple[str, ...], wher
     value = record[column]
     text = str(value).strip()
     if isinstance(value, bool) or text not in labels:
-        hint = (
-            " Test sets without labels cannot be used; take the validation split."
-            if value in ("", -1)
-            else ""
-        )
+        hint = " Sets without labels cannot be used: take the validation split." if value in ("", -1) else ""
         raise DataError(
             f"{where}: field {column!r} is {value!r}, outside of the options {', '.join(labels)}.{hint}"
         )

@@ -3,6 +3,9 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
 from moka_pl.data.base import MokaDataModule
 from moka_pl.data.columns import check_columns
 from moka_pl.data.corpora import find_corpus
@@ -14,10 +17,14 @@ from moka_pl.data.prompts import PromptName, alpaca, chat, require_template
 from moka_pl.data.reading import read_rows
 from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Piece, Sources, as_list, find_pieces
+from moka_pl.data.streamed_rows import StreamedRecords
+from moka_pl.data.streaming import StreamedBatches, StreamLoader
 from moka_pl.data.trees import TreePaths, join_trees
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from moka_pl.data.loader import ResumableDataLoader
 
 
 class InstructionData(MokaDataModule):
@@ -30,6 +37,12 @@ class InstructionData(MokaDataModule):
     `loss_weight` (0: this turn is not trained); `conversations` with `from` and `value` (ShareGPT); `text` of
     turns "### Human: ..." and "### Assistant: ..." (Guanaco); flat messages with `message_id`, `parent_id`,
     `role` and `text` that make up trees (OASST1). Test data are the validation data.
+
+    Without streaming the examples are encoded once and kept on disk, from where they are mapped into memory:
+    they may be larger than the memory already. Streaming is worth it where reading and encoding everything
+    first would take too long, or the disk cannot hold a second copy: corpora of many gigabytes of which a run
+    sees a part. It shuffles within a buffer only. Use .jsonl, .csv or .parquet (a .json list is read whole),
+    and several files if there are several workers.
 
     Args:
         path: A local .json, .jsonl, .csv or .parquet file, a folder of such files, a hub data set id, the
@@ -51,6 +64,10 @@ class InstructionData(MokaDataModule):
         tree_paths: Of message trees, "best" takes the chat of the best-ranked replies, "all" one chat for
             every last reply.
         tree_language: Of message trees, takes those in this language (`lang`); None takes all.
+        streaming: Read and encode the training data while training. It needs `trainer.max_steps`, begins the
+            data again when they end, and holds nothing out: give a validation_path, whose data are read
+            whole.
+        stream_buffer: Examples per device (and worker) that are shuffled, and sorted by length, together.
         **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size (see
             MokaDataModule).
     """
@@ -67,6 +84,8 @@ class InstructionData(MokaDataModule):
         columns: dict[str, str] | None = None,
         tree_paths: TreePaths = "best",
         tree_language: str | None = "en",
+        streaming: bool = False,
+        stream_buffer: int = 10_000,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -74,6 +93,12 @@ class InstructionData(MokaDataModule):
             raise DataError(f"prompt must be 'chat' or 'alpaca', got {prompt!r}.")
         if tree_paths not in ("best", "all"):
             raise DataError(f"tree_paths must be 'best' or 'all', got {tree_paths!r}.")
+        if stream_buffer < self.batch_size:
+            raise DataError(
+                f"stream_buffer must be at least batch_size ({self.batch_size}), got {stream_buffer}."
+            )
+        self.streaming = streaming
+        self.stream_buffer = stream_buffer
         self.path = path
         self.validation_path = validation_path
         self.validation_share = validation_share
@@ -84,8 +109,62 @@ class InstructionData(MokaDataModule):
         self.prompt: PromptName = prompt or fitting_prompt(path)
         self._hold_out = HoldOut(validation_share)
 
+    def prepare_data(self) -> None:
+        """Encode what the run needs once; of a stream, look at the first record."""
+        fits = self.trainer is None or self.trainer.state.fn == "fit"
+        if self.streaming and fits:
+            self._stream_length()
+            self._stream().check_first()
+        super().prepare_data()
+
+    def train_dataloader(self) -> "ResumableDataLoader | StreamLoader":  # type: ignore[override]
+        """Shuffled batches; resumable in the middle of an epoch."""
+        if not self.streaming:
+            return super().train_dataloader()
+        rank, world = self._place()
+        batches = StreamedBatches(
+            self._stream(),
+            self._encoder(),
+            self.batch_size,
+            self.stream_buffer,
+            rank,
+            world,
+            seed=self.seed,
+            bucket=self.bucket,
+            pad_id=self._pad_id(),
+        )
+        label = f"{self.name} train"
+        return StreamLoader(
+            batches, self.num_workers, self._stream_length(), label, pin_memory=torch.cuda.is_available()
+        )
+
+    def _stream(self) -> StreamedRecords:
+        return StreamedRecords(self._pieces("train"), self.columns, self.seed)
+
+    def _stream_length(self) -> int | None:
+        """Batches of the whole run, per device; None without a trainer.
+
+        Raises:
+            DataError: The trainer has no max_steps.
+        """
+        if self.trainer is None:
+            return None
+        if self.trainer.max_steps < 0:
+            raise DataError(
+                "streaming: true needs trainer.max_steps: how many examples there are is not known before "
+                "they are read, so neither the run's end nor the learning-rate schedule could be set. Set "
+                "--trainer.max_steps (optimizer steps), or streaming: false."
+            )
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
     def encode(self, split: str) -> Encoded | None:
-        """Encode `"train"`, `"validation"` or `"test"` (the validation data); see the base class."""
+        """Encode `"train"`, `"validation"` or `"test"` (the validation data); see the base class.
+
+        A stream has no encoded training rows.
+        """
+        if self.streaming and split == "train":
+            rank_zero_info(f"{self.name} train: streamed; its examples are counted as they come")
+            return None
         if self.prompt == "chat":
             require_template(self.tokenizer)  # before anything is read
         rows = self._rows(split)
@@ -109,9 +188,16 @@ class InstructionData(MokaDataModule):
         train, own = self._pieces("train"), self._validation_pieces()
         if own:
             return self._read(train if split == "train" else own)
+        if self.streaming:
+            return None
         if self.validation_share == 0:
             return self._read(train) if split == "train" else None
         return self._hold_out(self._read(train))[0 if split == "train" else 1]
+
+    def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
+        """Training rows and the evaluation set that is not a share of them; see the base class."""
+        own = [] if self.streaming else self._validation_pieces()
+        return (self._read(self._pieces("train")), [self._read(own)]) if own else (None, [])
 
     def _pieces(self, part: str) -> list[Piece]:
         """What holds the training data, or the validation data that `path` itself has."""

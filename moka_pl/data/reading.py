@@ -78,8 +78,10 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
     """
     import datasets
 
+    others = dict(options)
+    config = [others.pop("name")] if "name" in others else []
     try:
-        return datasets.load_dataset(name, split=split, **options)
+        return datasets.load_dataset(name, *config, split=split, **others)
     # Whatever goes wrong in there (network, rights, unknown names), the user needs the same advice.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
