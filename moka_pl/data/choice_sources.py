@@ -22,9 +22,11 @@ class ChoicePiece(Piece):
 
     Attributes:
         context: Task of the records that do not name one.
+        mixed: Whether its prompts may tell other tasks: its own name says none of the eight.
     """
 
     context: str = ""
+    mixed: bool = False
 
 
 def find_choice_pieces(source: Source, part: str, wanted: list[str] | None) -> list[ChoicePiece]:
@@ -56,8 +58,8 @@ def find_choice_pieces(source: Source, part: str, wanted: list[str] | None) -> l
     if part != "train":
         return []
     if isinstance(source, str) and source in ("commonsense_170k", COMMONSENSE_170K) and not path.exists():
-        return [ChoicePiece(COMMONSENSE_170K, context="science")]
-    return [ChoicePiece(source, context=context_of(path.absolute()))]
+        return [ChoicePiece(COMMONSENSE_170K, context="science", mixed=True)]
+    return [_file(source, path)]
 
 
 def hub_tasks(source: Source) -> list[ChoiceTask]:
@@ -96,6 +98,11 @@ def _on_hub(task: ChoiceTask, part: str) -> ChoicePiece:
     return ChoicePiece(task.hub, task.splits[part], task.options, context=task.name)
 
 
+def _file(source: Source, path: Path) -> ChoicePiece:
+    context = context_of(path.absolute())
+    return ChoicePiece(source, context=context, mixed=context not in CHOICE_TASKS)
+
+
 def _folder(folder: Path, part: str, wanted: list[str] | None) -> list[ChoicePiece]:
     children = sorted(folder.iterdir())
     tasks = [child for child in children if child.is_dir() and not child.name.startswith(".")]
@@ -104,7 +111,7 @@ def _folder(folder: Path, part: str, wanted: list[str] | None) -> list[ChoicePie
         found = files.get(part) or files.get(_OTHER[part]) or []
         if part == "train" and not found:
             raise DataError(f"{folder}: no training file. Add a train.json, or give another path.")
-        return [ChoicePiece(file, context=context_of(file.absolute())) for file in found]
+        return [_file(file, file) for file in found]
     if not tasks:
         raise DataError(
             f"{folder} has no sub-folders. Give a folder with one sub-folder per task ({part}.json in each), "

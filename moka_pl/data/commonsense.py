@@ -161,7 +161,7 @@ class CommonsenseData(MokaDataModule):
                     split=piece.split,
                     options=piece.options,
                     columns=self.columns,
-                    gather=name_tasks,
+                    gather=name_tasks if piece.mixed else None,
                 )
                 for piece in pieces
             ]

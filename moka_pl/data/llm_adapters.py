@@ -73,13 +73,15 @@ def name_tasks(located: Iterable[Located]) -> Iterator[Located]:
     """
     records = list(located)
     told = [_tell(record, where) for where, record in records]
-    mixed = len(set(told) - {None}) > 1
-    for (where, record), task in zip(records, told, strict=True):
+    wordings = {wording for wording, _ in told} - {""}
+    known = {task for _, task in told} - {None, "siqa"}  # three options alone make no Social IQa
+    mixed = len(wordings) > 1 or len(known) > 1
+    for (where, record), (_, task) in zip(records, told, strict=True):
         yield where, (record | {"task": task} if mixed and task is not None else record)
 
 
 def tell_task(instruction: str, question: str, options: list[str]) -> str | None:
-    """Which of the eight tasks a prompt is from.
+    """Which of the eight tasks a prompt of a mixed file is from.
 
     BoolQ, PIQA, HellaSwag and WinoGrande are told by the names of their options. Social IQa, ARC-Easy,
     ARC-Challenge and OpenBookQA share one wording: the training questions of the last three are known by a
@@ -93,8 +95,7 @@ def tell_task(instruction: str, question: str, options: list[str]) -> str | None
     Returns:
         Name of the task; None for a question that nothing is known of.
     """
-    ending = _FORMAT.search(instruction)
-    task = _TASK_OF_LABEL.get(_labels(ending)[0].lower()) if ending is not None else None
+    task = _TASK_OF_LABEL.get(_wording(instruction))
     if task is not None:
         return task
     number = fingerprint(question, options)
@@ -104,11 +105,18 @@ def tell_task(instruction: str, question: str, options: list[str]) -> str | None
     return "siqa" if len(options) == 3 else None
 
 
-def _tell(record: dict[str, Any], where: str) -> str | None:
+def _tell(record: dict[str, Any], where: str) -> tuple[str, str | None]:
+    """Wording and task of a record; neither for one that names its task or is in another form."""
     if "choices" in record or "instruction" not in record or record.get("task") is not None:
-        return None
+        return "", None
     question, options, _ = parse_llm_adapters(record, where)
-    return tell_task(record["instruction"], question, options)
+    return _wording(record["instruction"]), tell_task(record["instruction"], question, options)
+
+
+def _wording(instruction: str) -> str:
+    """What the first option is called: `true`, `answer1`, `solution1`, `ending1` or `option1`."""
+    ending = _FORMAT.search(instruction)
+    return _labels(ending)[0].lower() if ending is not None else ""
 
 
 def fingerprint(question: str, options: list[str]) -> int:

@@ -331,12 +331,18 @@ def test_mixed_file(tiny_tokenizer, tmp_path, science):
     assert CommonsenseData(path, path).tasks == ["boolq", "piqa", "data"]
 
 
-def test_file_of_one_task_keeps_its_name(tmp_path, science):
-    for name, task in (("physics/train.json", "physics"), ("x/arc_easy_test.json", "arc_easy")):
-        path = tmp_path / name
-        path.parent.mkdir()
-        path.write_text(json.dumps([llm_adapters("siqa")] * 2))
+def test_files_of_one_task_keep_its_name(tmp_path, science, write_jsonl):
+    # One of the questions is known, one has three options like those of Social IQa.
+    records = [llm_adapters("siqa"), llm_adapters("arc_challenge")]
+    for name, task in (
+        ("physics/train.jsonl", "physics"),
+        ("x/arc_easy_test.jsonl", "arc_easy"),
+        ("data/ARC-Easy/test.jsonl", "arc_easy"),
+    ):
+        path = write_jsonl(name, records)
         assert CommonsenseData(path, path).tasks == [task]
+    write_jsonl("tasks/biology/train.jsonl", [*records, llm_adapters("boolq")])
+    assert CommonsenseData(tmp_path / "tasks", path)._rows("train").unique("task") == ["biology"]
 
 
 def test_real_hashes_are_there():
