@@ -134,6 +134,7 @@ class InstructionData(MokaDataModule):
             pad_id=self._pad_id(),
         )
         label = f"{self.name} train"
+        rank_zero_info(f"{label}: streamed; its examples are counted as they come")
         return StreamLoader(
             batches, self.num_workers, self._stream_length(), label, pin_memory=torch.cuda.is_available()
         )
@@ -163,7 +164,6 @@ class InstructionData(MokaDataModule):
         A stream has no encoded training rows.
         """
         if self.streaming and split == "train":
-            rank_zero_info(f"{self.name} train: streamed; its examples are counted as they come")
             return None
         if self.prompt == "chat":
             require_template(self.tokenizer)  # before anything is read

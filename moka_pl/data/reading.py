@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.data.choice_tasks import CHOICE_TASKS
 from moka_pl.data.columns import Columns, rename
+from moka_pl.data.corpora import CORPORA
 from moka_pl.data.errors import DataError
 from moka_pl.data.quiet import progress_bars
 from moka_pl.data.streams import SUFFIXES, Located, stream
@@ -85,10 +87,11 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
     # Whatever goes wrong in there (network, rights, unknown names), the user needs the same advice.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        names = f" (known names: {', '.join([*CORPORA, *CHOICE_TASKS])})" if "/" not in name else ""
         raise DataError(
             f"{name!r} is neither a local file nor a data set that could be loaded from the hub "
-            f"(split {split!r}): {reason}. Check the spelling and the network, or download the data and give "
-            f"the path of a {', '.join(SUFFIXES)} file."
+            f"(split {split!r}): {reason}. Check the spelling{names} and the network, or download the data "
+            f"and give the path of a {', '.join(SUFFIXES)} file."
         ) from error
 
 

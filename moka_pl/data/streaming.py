@@ -8,6 +8,7 @@ batches that were served, and a resumed run fills the block again.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -175,6 +176,8 @@ class StreamLoader(DataLoader[Any]):
             pin_memory=pin_memory,
             generator=torch.Generator(),
         )
+        # Every worker has its own shards here, which Lightning cannot know.
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
         self.stream = dataset
         self.length = length
         self.label = label

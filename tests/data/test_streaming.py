@@ -1,13 +1,16 @@
 import json
-from itertools import chain
+from itertools import chain, islice
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moka_pl.data import DataError, InstructionData, MixtureData
-from moka_pl.data.encode import MASKED
+from moka_pl.data.encode import DROPPED, KEPT, MASKED
+from moka_pl.data.streaming import StreamedBatches, StreamLoader
 
 
 def records(first, count):
@@ -279,3 +282,82 @@ def test_nothing_is_held_out(tiny_tokenizer, folder):
     module.setup()
     assert module.val_dataloader() == []
     assert module.eval_sets == []
+
+
+class Counted:
+    """Numbered records in files of given sizes; what is above the limit is dropped by the encoder."""
+
+    def __init__(self, sizes):
+        self.starts = [sum(sizes[:n]) for n in range(len(sizes))]
+        self.sizes = sizes
+
+    def open(self, epoch):
+        from datasets import IterableDataset
+
+        shards = list(zip(self.starts, self.sizes, strict=True))
+        return IterableDataset.from_generator(numbered, gen_kwargs={"shards": shards})
+
+    def check(self, item, number):
+        return item
+
+
+def numbered(shards):
+    for start, size in shards:
+        for number in range(start, start + size):
+            yield {"number": number}
+
+
+class Encoder:
+    max_length = 8
+
+    def __init__(self, dropped):
+        self.dropped = dropped
+
+    def __call__(self, row):
+        number = row["number"]
+        lost = number > 0 and number % self.dropped == 0
+        length = 2 + number % 5
+        return {
+            "input_ids": [number] * length,
+            "labels": [number] * length,
+            "length": length,
+            "full_length": length,
+            "tokens": length,
+            "trained": length,
+            "status": DROPPED if lost else KEPT,
+        }
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    batch_size=st.integers(1, 4),
+    more=st.integers(0, 6),
+    world=st.integers(1, 3),
+    dropped=st.sampled_from([2, 3, 100]),
+    bucket=st.booleans(),
+    cut=st.integers(0, 40),
+)
+def test_every_example_once_whatever_the_sizes(sizes, batch_size, more, world, dropped, bucket, cut):
+    def loader(rank):
+        batches = StreamedBatches(
+            Counted(sizes), Encoder(dropped), batch_size, batch_size + more, rank, world, bucket=bucket
+        )
+        return StreamLoader(batches)
+
+    ranks = []
+    for rank in range(world):
+        try:
+            whole = [batch["labels"].tolist() for batch in loader(rank)]
+        except DataError:  # nothing is left of a first block
+            reject()
+        ranks.append(whole)
+        assert all(len(batch) <= batch_size for batch in whole)
+        done = min(cut, len(whole) - 1)
+        interrupted, resumed = loader(rank), loader(rank)
+        assert len(list(islice(interrupted, done))) == done
+        resumed.load_state_dict(interrupted.state_dict())
+        assert [batch["labels"].tolist() for batch in resumed] == whole[done:]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = [row[0] for batches in ranks for batch in batches for row in batch if row[0] != MASKED]
+    assert sorted(seen) == [n for n in range(sum(sizes)) if n == 0 or n % dropped]
