@@ -13,12 +13,14 @@ from moka_pl.data.encode import Encoded, tokenizer_digest
 from moka_pl.data.epoch_report import epoch_report
 from moka_pl.data.errors import DataError
 from moka_pl.data.loader import ResumableDataLoader
+from moka_pl.data.overlap import warn_of_overlap
 from moka_pl.data.pack_sampler import PackSampler
 from moka_pl.data.report import EncodingReport
 from moka_pl.data.sampler import EvalSampler, GlobalBatchSampler, TrainSampler
 from moka_pl.data.token_sampler import TokenSampler
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 EvalLoaders = DataLoader[Any] | list[DataLoader[Any]]
@@ -53,12 +55,14 @@ class MokaDataModule(LightningDataModule):
 
     Attributes:
         name: Short name, part of metric names.
+        streaming: Whether the training data are read while they are trained on.
         prompt: Name of the prompt that the examples are written in, if there is one for all of them; trained
             adapters keep it, so that `moka_pl generate` can ask in the same words.
         report: What became of the examples, by split (`"train"`, `"validation"`, `"test"`), once set up.
     """
 
     name: str = "data"
+    streaming: bool = False
     prompt: str | None = None
 
     def __init__(
@@ -175,6 +179,14 @@ class MokaDataModule(LightningDataModule):
             if encoded is not None:
                 self.report[split] = encoded.report
                 rank_zero_info(f"{self.name} {split}: {encoded.report}")
+        if "train" in self._splits(stage) and self._place()[0] == 0:
+            train, held = self.compared_rows()
+            for rows in held:
+                warn_of_overlap(self.name, train, rows)
+
+    def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
+        """Training rows, and the evaluation sets that are looked through for items out of them."""
+        return None, []
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Shuffled batches; resumable in the middle of an epoch."""

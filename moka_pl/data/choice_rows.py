@@ -1,19 +1,22 @@
-"""Check multiple-choice records: the common form and the LLM-Adapters form."""
+"""Check multiple-choice records: the common form, the LLM-Adapters form and the hub originals."""
 
-import re
+import json
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.data.choice_tasks import CHOICE_TASKS, fill_blank, normalise, task_name
 from moka_pl.data.errors import DataError
+from moka_pl.data.hub_forms import hub_task, parse_hub
+from moka_pl.data.llm_adapters import LLM_ADAPTERS_FORM, parse_llm_adapters
 
 if TYPE_CHECKING:
     from datasets import Features
 
 FORMS = (
-    "Expected the common form (task, question, choices, answer) or the LLM-Adapters form "
-    "(instruction, answer)"
+    f"Expected the common form (task, question, choices, answer), {LLM_ADAPTERS_FORM}, or the columns of "
+    "a task's hub original"
 )
-_LEAD = re.compile(r"^\s*Please [^:]*:\s*")
-_FORMAT = re.compile(r"\s*Answer format:\s*(?P<labels>\S+)\s*$", re.IGNORECASE)
+CHOICE_FIELDS = ("task", "question", "choices", "answer", "instruction")
+"""Fields of the common and the LLM-Adapters form; the option `columns` may map them."""
 
 
 def choice_features() -> "Features":
@@ -32,47 +35,86 @@ def choice_features() -> "Features":
 
 
 def check_choice(record: dict[str, Any], where: str, context: str) -> dict[str, Any]:
-    """Check one multiple-choice record of either form.
+    """Check one multiple-choice record of any form.
 
     Args:
-        record: The record as it was read. With `choices` it is in the common form, with `instruction` in the
-            LLM-Adapters form.
+        record: The record as it was read. With the columns of a hub original it is one, with `instruction`
+            and without `choices` it is in the LLM-Adapters form, else in the common form. In the common form
+            `choices` may also be a JSON list and `answer` a number as text, as CSV files have them, and
+            `answer` a capital letter.
         where: Its position, for messages.
         context: Name of the task of records that do not name one.
 
     Returns:
-        A row with the columns of `choice_features`.
+        A row with the columns of `choice_features`; items of the eight tasks are brought to one form
+        (`choice_tasks.normalise`).
 
     Raises:
         DataError: A field is missing or of a wrong type, there are fewer than two choices, a choice is empty,
             or the answer is none of the choices.
     """
-    if "choices" not in record and "instruction" in record:
+    task: object = record.get("task") or task_name(context)
+    told = hub_task(record)
+    kind: object = ""  # whose form the item gets; the user's own words stay as they are
+    if told is not None:
+        question, choices, answer = parse_hub(record, where, told)
+        # The two parts of ARC have the same columns: there the context must say which one it is.
+        task = task if told == "arc" or task in CHOICE_TASKS else told
+        kind = told
+    elif "choices" not in record and "instruction" in record:
         question, choices, answer = parse_llm_adapters(record, where)
-        task: object = context
+        kind = task
     else:
-        for field in ("question", "choices", "answer"):
-            if field not in record:
-                found = ", ".join(map(str, record)) or "nothing"
-                raise DataError(f"{where}: field {field!r} is missing; found: {found}. {FORMS}.")
-        question, choices, answer = record["question"], record["choices"], record["answer"]
-        task = context if record.get("task") is None else record["task"]
+        question, choices, answer = _common(record, where)
     if not isinstance(task, str) or not task:
         raise DataError(f"{where}: field 'task' must be a name, found {task!r}.")
     if not isinstance(question, str) or not question.strip():
         raise DataError(f"{where}: field 'question' must be text that is not empty, found {question!r}.")
+    task = task_name(task)
     _check_choices(choices, where)
-    if isinstance(answer, bool) or not isinstance(answer, int):
-        raise DataError(
-            f"{where}: field 'answer' must be the index of the right choice, counted from 0, found "
-            f"{answer!r}."
-        )
     if not 0 <= answer < len(choices):
         raise DataError(
             f"{where}: field 'answer' is {answer}, outside of the {len(choices)} choices "
             f"(0 to {len(choices) - 1}). Count from 0."
         )
+    if kind:
+        question, choices = normalise(task_name(str(kind)), question, choices)
+        _check_choices(choices, where)
     return {"where": where, "task": task, "question": question, "choices": choices, "answer": answer}
+
+
+def filled(row: dict[str, Any]) -> dict[str, Any]:
+    """A checked row with the options in the blank of its sentence, where it is one of WinoGrande's."""
+    if row["task"] != "winogrande":
+        return row
+    question, choices = fill_blank(row["question"], row["choices"])
+    return row | {"question": question, "choices": choices}
+
+
+def _common(record: dict[str, Any], where: str) -> tuple[Any, Any, int]:
+    for field in ("question", "choices", "answer"):
+        if field not in record:
+            found = ", ".join(map(str, record)) or "nothing"
+            raise DataError(f"{where}: field {field!r} is missing; found: {found}. {FORMS}.")
+    choices = record["choices"]
+    if isinstance(choices, str) and choices.lstrip().startswith("["):
+        try:
+            choices = json.loads(choices)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: field 'choices' is no JSON list ({error}), found {choices!r}."
+            ) from error
+    answer = record["answer"]
+    if isinstance(answer, str) and answer.strip().isdecimal():
+        answer = int(answer)
+    elif isinstance(answer, str) and len(answer.strip()) == 1 and "A" <= answer.strip() <= "Z":
+        answer = ord(answer.strip()) - ord("A")
+    if isinstance(answer, bool) or not isinstance(answer, int):
+        raise DataError(
+            f"{where}: field 'answer' must be the index of the right choice, counted from 0 (or its capital "
+            f"letter), found {answer!r}."
+        )
+    return record["question"], choices, answer
 
 
 def _check_choices(choices: object, where: str) -> None:
@@ -85,64 +127,3 @@ def _check_choices(choices: object, where: str) -> None:
             raise DataError(
                 f"{where}: choice {index + 1} of {len(choices)} is empty. Fill it in or remove the row."
             )
-
-
-def parse_llm_adapters(record: dict[str, Any], where: str) -> tuple[str, list[str], int]:
-    """Take a prompt of the LLM-Adapters commonsense corpora apart.
-
-    Such a prompt reads `Please choose ...: QUESTION Answer1: ... Answer2: ... Answer format:
-    answer1/answer2`, with `Solution`, `Ending` or `Option` in place of `Answer` for some tasks, or ends in
-    `Answer format: true/false` and lists no options.
-
-    Args:
-        record: Fields `instruction` and `answer`; others are not looked at.
-        where: Its position, for messages.
-
-    Returns:
-        The question, the texts of the options, and the index of the right one.
-
-    Raises:
-        DataError: The prompt has another form, or the answer is none of its options.
-    """
-    for field in ("instruction", "answer"):
-        if not isinstance(record.get(field), str):
-            state = f"must be text, found {record[field]!r}" if field in record else "is missing"
-            raise DataError(f"{where}: field {field!r} {state}. {FORMS}.")
-    text = record["instruction"]
-    ending = _FORMAT.search(text)
-    if ending is None:
-        raise DataError(f"{where}: field 'instruction' does not end in 'Answer format: ...'. {FORMS}.")
-    labels = ending["labels"].rstrip(".").split("/")
-    body = text[: ending.start()]
-    if [label.lower() for label in labels] == ["true", "false"]:
-        options = ["true", "false"]
-    else:
-        body, options = _options(body, labels, where)
-    answer = record["answer"].strip().lower()
-    known = [label.lower() for label in labels]
-    if answer not in known:
-        raise DataError(
-            f"{where}: field 'answer' is {record['answer']!r}, outside of the options {', '.join(labels)}."
-        )
-    return _LEAD.sub("", body).strip(), options, known.index(answer)
-
-
-def _options(body: str, labels: list[str], where: str) -> tuple[str, list[str]]:
-    """Split `QUESTION Answer1: a Answer2: b` at its labels, from the last one backwards.
-
-    Backwards, because a question may hold what looks like a label while the list of options ends the text.
-    """
-    lower = body.lower()
-    options: list[str] = []
-    end = len(body)
-    for label in reversed(labels):
-        marker = f"{label.lower()}:"
-        start = lower.rfind(marker, 0, end)
-        if start < 0:
-            raise DataError(
-                f"{where}: field 'instruction' has no '{label[:1].upper()}{label[1:]}:' although its answer "
-                "format names it."
-            )
-        options.append(body[start + len(marker) : end].strip())
-        end = start
-    return body[:end], options[::-1]

@@ -1,17 +1,20 @@
 """Multiple-choice questions: trained on the right option, evaluated by comparing all options."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.base import MokaDataModule
-from moka_pl.data.choice_rows import check_choice, choice_features
+from moka_pl.data.choice_rows import CHOICE_FIELDS, check_choice, choice_features, filled
+from moka_pl.data.choice_sources import ChoicePiece, find_choice_pieces, hub_tasks, refuse_unknown
+from moka_pl.data.choice_tasks import task_name
+from moka_pl.data.columns import check_columns
 from moka_pl.data.encode import ChoiceEncoder, Encoded, SegmentEncoder, adds_bos, encode_rows
 from moka_pl.data.errors import DataError
 from moka_pl.data.holdout import HoldOut
+from moka_pl.data.llm_adapters import name_tasks
 from moka_pl.data.prompts import Segment, cloze, cloze_option
 from moka_pl.data.reading import read_rows
-from moka_pl.data.samples import sample_path
+from moka_pl.data.sources import Sources, as_list
 from moka_pl.prompts import cloze_prompt
 
 if TYPE_CHECKING:
@@ -19,24 +22,34 @@ if TYPE_CHECKING:
 
 
 class CommonsenseData(MokaDataModule):
-    """Commonsense questions with options, in the common form or the LLM-Adapters form.
+    """Commonsense questions with options; which form a record has is told by its columns.
 
-    Common form: `task`, `question`, `choices` (list), `answer` (index from 0). LLM-Adapters form:
-    `instruction` ("... Answer1: ... Answer2: ... Answer format: answer1/answer2") and `answer`; its task is
-    the name of the folder. Training rows are question, right option and end-of-sequence token, trained on the
-    last two; evaluation items hold the question and all options.
+    Common form: `task`, `question`, `choices` (list), `answer` (index from 0, or a capital letter).
+    LLM-Adapters form: `instruction` ("... Answer1: ... Answer2: ... Answer format: answer1/answer2") and
+    `answer`; its task is the name of the folder, and in a file that mixes the eight tasks (commonsense_170k)
+    it is told from the prompt. Hub originals: the columns of BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC
+    and OpenBookQA; they give the same items as the LLM-Adapters form (`moka_pl.data.choice_tasks` says how).
+    Training rows are question, right option and end-of-sequence token, trained on the last two; evaluation
+    items hold the question and all options.
 
     Args:
-        path: A file of either form (.json, .jsonl, .parquet), or a folder whose sub-folders are the tasks,
-            each with train.json and test.json, or "sample" for the questions that come with the package.
-        validation_path: The same for validation and test (of a folder: its test.json files). None takes, for
-            a folder, the test.json files of `path`; for "sample", the held-out sample; for a file, a share of
-            it.
+        path: A file of any form (.json, .jsonl, .csv, .parquet); a folder of one task, or one whose
+            sub-folders are the tasks, each with train and test files (train.json, test.json); the name of
+            a task (boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa), "hub" for
+            all eight of them, or commonsense_170k, to be had from the hub; a hub data set id; several of
+            these; or "sample" for the questions that come with the package.
+        validation_path: The same for validation and test. None takes, for a folder, its test files; for a
+            task on the hub, its validation split and, if its labels are public, its test split; for "sample",
+            the held-out sample; for a file and for commonsense_170k, a share of it.
         validation_limit: Most validation questions per task, evenly spread over the task's file; None takes
             all. Tests always take all.
         tasks: Names of the tasks to use; None uses all.
-        validation_share: Share of the questions to hold out where `path` is a single file and there is no
-            validation_path; 0 trains without validation.
+        validation_share: Share of the questions to hold out where `path` has no evaluation data and there is
+            no validation_path; 0 trains without validation.
+        columns: Own names of the columns of the common form, as field: column; `choices` may name several
+            columns (`{question: q, choices: [a, b, c, d], answer: key}`). Then only these columns are read.
+        fill_blank: Put WinoGrande's options into the blank of the sentence: the question is then what stands
+            before it, and the options go on to its end. False keeps the sentence with its blank.
         **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size, packing,
             max_tokens (see MokaDataModule).
     """
@@ -46,11 +59,13 @@ class CommonsenseData(MokaDataModule):
 
     def __init__(
         self,
-        path: str | Path = "sample",
-        validation_path: str | Path | None = None,
+        path: Sources = "sample",
+        validation_path: Sources | None = None,
         validation_limit: int | None = None,
         tasks: list[str] | None = None,
         validation_share: float = 0.05,
+        columns: dict[str, str | list[str]] | None = None,
+        fill_blank: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -60,8 +75,10 @@ class CommonsenseData(MokaDataModule):
         self.validation_path = validation_path
         self.validation_limit = validation_limit
         self.validation_share = validation_share
+        self.columns = check_columns(columns, CHOICE_FIELDS)
+        self.fill_blank = fill_blank
         self._hold_out = HoldOut(validation_share)
-        self._wanted = tasks
+        self._wanted = None if tasks is None else [task_name(task) for task in tasks]
         self._tasks: list[str] | None = None
 
     @property
@@ -70,8 +87,13 @@ class CommonsenseData(MokaDataModule):
         if self._wanted is not None:
             return list(self._wanted)
         if self._tasks is None:
-            rows = self._rows("test")
-            self._tasks = [] if rows is None else list(rows.unique("task"))
+            source = self.path if self.validation_path is None else self.validation_path
+            on_hub = [hub_tasks(one) for one in as_list(source)]
+            if all(on_hub):  # known without a download
+                self._tasks = list(dict.fromkeys(task.name for tasks in on_hub for task in tasks))
+            else:
+                rows = self._rows("test")
+                self._tasks = [] if rows is None else list(rows.unique("task"))
         return list(self._tasks)
 
     def encode(self, split: str) -> Encoded | None:
@@ -98,82 +120,61 @@ class CommonsenseData(MokaDataModule):
         return _spread(rows, self.validation_limit)
 
     def _all_rows(self, split: str) -> "Dataset | None":
-        train = split == "train"
-        if train and self._own_validation:
-            return self._read(self.path, "train")
+        train = self._pieces(self.path, "train")
         if self.validation_path is not None:
-            return self._read(self.validation_path, "test")
-        if self._own_validation:
-            return self._read(self.path, "test")
-        rows = self._read(self.path, "train")
+            if split == "train":
+                return self._read(train)
+            pieces = self._pieces(self.validation_path, split)
+            return self._read(pieces or self._pieces(self.validation_path, "train"))
+        own = self._pieces(self.path, "test" if split == "train" else split)
+        if own:
+            return self._read(train if split == "train" else own)
         if self.validation_share == 0:
-            return rows if train else None
-        return self._hold_out(rows)[0 if train else 1]
+            return self._read(train) if split == "train" else None
+        return self._hold_out(self._read(train))[0 if split == "train" else 1]
 
-    @property
-    def _own_validation(self) -> bool:
-        """Whether the validation data are not a share of the training data."""
-        return (
-            self.validation_path is not None or self.path == "sample" or Path(self.path).expanduser().is_dir()
-        )
+    def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
+        """Training rows and the evaluation sets that are not a share of them; see the base class."""
+        if self.validation_path is None and not self._pieces(self.path, "test"):
+            return None, []
+        splits = ("train", "validation", "test")
+        train, *held = [self._select(self._all_rows(split), split) for split in splits]
+        different = {rows._fingerprint: rows for rows in held if rows is not None}
+        return train, list(different.values())
 
-    def _read(self, source: str | Path, part: str) -> "Dataset":
-        """Read a file, a folder of tasks (`part` names the file in each), or the sample."""
+    def _pieces(self, sources: Sources, part: str) -> list[ChoicePiece]:
+        """What holds a part of the sources; nothing unless all of them have it."""
+        found = [find_choice_pieces(source, part, self._wanted) for source in as_list(sources)]
+        return [piece for pieces in found for piece in pieces] if all(found) else []
+
+    def _read(self, pieces: list[ChoicePiece]) -> "Dataset":
         from datasets import concatenate_datasets
 
-        if source == "sample":
-            source = sample_path("commonsense_train" if part == "train" else "commonsense_heldout")
-        path = Path(source).expanduser()
         features = choice_features()
-        if not path.is_dir():
-            return read_rows(source, check_choice, features, context=path.absolute().parent.name)
-        files = [
-            file
-            for file in _task_files(path, part)
-            if self._wanted is None or file.parent.name in self._wanted
-        ]
-        if not files:
-            self._refuse_unknown({folder.name for folder in path.iterdir() if folder.is_dir()}, path)
-        return concatenate_datasets(
-            [read_rows(file, check_choice, features, context=file.parent.name) for file in files]
+        rows = concatenate_datasets(
+            [
+                read_rows(
+                    piece.source,
+                    check_choice,
+                    features,
+                    context=piece.context,
+                    split=piece.split,
+                    options=piece.options,
+                    columns=self.columns,
+                    gather=name_tasks if piece.mixed else None,
+                )
+                for piece in pieces
+            ]
         )
+        return rows.map(filled, desc="Filling blanks") if self.fill_blank else rows
 
     def _select(self, rows: "Dataset | None", split: str) -> "Dataset | None":
         if rows is None or self._wanted is None:
             return rows
         found = rows["task"][:]
         source = self.path if split == "train" else self.validation_path or self.path
-        self._refuse_unknown(set(found), f"{source} ({split})")
+        refuse_unknown(self._wanted, set(found), f"{source} ({split})")
         return rows.select([index for index, task in enumerate(found) if task in self._wanted])
-
-    def _refuse_unknown(self, known: set[str], source: object) -> None:
-        unknown = [task for task in self._wanted or [] if task not in known]
-        if unknown or not known:
-            raise DataError(
-                f"{source} has no task {', '.join(map(repr, unknown)) or 'at all'}; it has: "
-                f"{', '.join(sorted(known)) or 'no sub-folders'}. Correct `tasks`."
-            )
-
-
-def _task_files(folder: Path, part: str) -> list[Path]:
-    """`part`.json of every sub-folder, sorted by name.
-
-    Raises:
-        DataError: There are no sub-folders, or one of them has no such file.
-    """
-    tasks = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if not tasks:
-        raise DataError(
-            f"{folder} has no sub-folders. Give a folder with one sub-folder per task ({part}.json in each), "
-            "or a file."
-        )
-    missing = [task.name for task in tasks if not (task / f"{part}.json").is_file()]
-    if missing:
-        raise DataError(
-            f"{folder}: no {part}.json in {', '.join(missing)}. Add it, or give a validation_path or a "
-            "single file."
-        )
-    return [task / f"{part}.json" for task in tasks]
 
 
 def _spread(rows: "Dataset", limit: int) -> "Dataset":

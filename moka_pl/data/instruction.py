@@ -1,40 +1,73 @@
 """Instructions and chats."""
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
 from moka_pl.data.base import MokaDataModule
+from moka_pl.data.columns import check_columns
+from moka_pl.data.corpora import find_corpus
 from moka_pl.data.encode import Encoded, SegmentEncoder, adds_bos, encode_rows
 from moka_pl.data.errors import DataError
 from moka_pl.data.holdout import HoldOut
-from moka_pl.data.instruction_rows import check_instruction, instruction_features
+from moka_pl.data.instruction_rows import INSTRUCTION_FIELDS, check_instruction, instruction_features
 from moka_pl.data.prompts import PromptName, alpaca, chat, require_template
 from moka_pl.data.reading import read_rows
 from moka_pl.data.samples import sample_path
+from moka_pl.data.sources import Piece, Sources, as_list, find_pieces
+from moka_pl.data.streamed_rows import StreamedRecords
+from moka_pl.data.streaming import StreamedBatches, StreamLoader
+from moka_pl.data.trees import TreePaths, join_trees
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from moka_pl.data.loader import ResumableDataLoader
+
 
 class InstructionData(MokaDataModule):
-    """Instructions with answers (Alpaca form) and chats (messages form), told apart record by record.
+    """Instructions with answers and chats; which form a record has is told by its columns, record by record.
 
-    Alpaca form: `instruction`, `input` (may be absent), `output`. Chat form: `messages`, each with `role`
-    (system, user, assistant, tool), `content` (text, or a list of parts with `type` "text" and `text` or
-    `value`) and, if wanted, `loss_weight` (0: this turn is not trained). Test data are the validation data.
+    Instructions: `instruction`, `input` (may be absent) and `output` (Alpaca), or `instruction`, `context`
+    and `response` (Dolly), or a prompt and its completion (`prompt` with `completion` or `response`,
+    `inputs` with `targets` as in FLAN). Chats: `messages`, each with `role` (system, user, assistant, tool),
+    `content` (text, or a list of parts with `type` "text" and `text` or `value`) and, if wanted,
+    `loss_weight` (0: this turn is not trained); `conversations` with `from` and `value` (ShareGPT); `text` of
+    turns "### Human: ..." and "### Assistant: ..." (Guanaco); flat messages with `message_id`, `parent_id`,
+    `role` and `text` that make up trees (OASST1). Test data are the validation data.
+
+    Without streaming the examples are encoded once and kept on disk, from where they are mapped into memory:
+    they may be larger than the memory already. Streaming is worth it where reading and encoding everything
+    first would take too long, or the disk cannot hold a second copy: corpora of many gigabytes of which a run
+    sees a part. It shuffles within a buffer only. Use .jsonl, .csv or .parquet (a .json list is read whole),
+    and several files if there are several workers.
 
     Args:
-        path: A local .json, .jsonl, .csv or .parquet file, several of them, a hub data set id, or "sample"
-            for the corpora that come with the package (instructions and chats; with `prompt: alpaca`
-            instructions only).
-        validation_path: The same for validation; None holds a share of the training data out (of the samples:
-            takes their own held-out files).
-        validation_share: Share of the examples to hold out where there is no validation_path; 0 trains
-            without validation. Which ones depends on the data alone, not on the seed.
-        split: Which split of a hub data set.
+        path: A local .json, .jsonl, .csv or .parquet file, a folder of such files, a hub data set id, the
+            name of a corpus on the hub (alpaca, alpaca_cleaned, dolly, flan, guanaco, oasst1, sharegpt,
+            ultrachat), or several of these; or "sample" for the corpora that come with the package
+            (instructions and chats; with `prompt: alpaca` instructions only).
+        validation_path: The same for validation. None takes the validation (else test) files of a folder or
+            the split of a named corpus; where there is none it holds a share of the training data out (of the
+            samples: takes their own held-out files).
+        validation_share: Share of the examples to hold out where there are no validation data; 0 trains
+            without validation, whatever there is. Which ones depends on the data alone, not on the seed.
+        split: Which split of a hub data set to train on; None takes "train", or what the named corpus calls
+            it.
         prompt: "chat" renders the tokenizer's chat template and trains every assistant turn; "alpaca" writes
-            the Alpaca prompt and trains the answer.
+            the Alpaca prompt and trains the answer. None takes the one that fits the named corpus, and "chat"
+            for all else.
+        columns: Own names of columns, as field: column (`{instruction: question, output: reply}`); then only
+            these columns are read.
+        tree_paths: Of message trees, "best" takes the chat of the best-ranked replies, "all" one chat for
+            every last reply.
+        tree_language: Of message trees, takes those in this language (`lang`); None takes all.
+        streaming: Read and encode the training data while training. It needs `trainer.max_steps`, begins the
+            data again when they end, and holds nothing out: give a validation_path, whose data are read
+            whole.
+        stream_buffer: Examples per device (and worker) that are shuffled, and sorted by length, together.
         **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size, packing,
             max_tokens (see MokaDataModule).
     """
@@ -43,64 +76,179 @@ class InstructionData(MokaDataModule):
 
     def __init__(
         self,
-        path: str | Path | list[str | Path] = "sample",
-        validation_path: str | Path | list[str | Path] | None = None,
+        path: Sources = "sample",
+        validation_path: Sources | None = None,
         validation_share: float = 0.05,
-        split: str = "train",
-        prompt: PromptName = "chat",
+        split: str | None = None,
+        prompt: PromptName | None = None,
+        columns: dict[str, str] | None = None,
+        tree_paths: TreePaths = "best",
+        tree_language: str | None = "en",
+        streaming: bool = False,
+        stream_buffer: int = 10_000,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if prompt not in ("chat", "alpaca"):
+        if prompt not in (None, "chat", "alpaca"):
             raise DataError(f"prompt must be 'chat' or 'alpaca', got {prompt!r}.")
+        if tree_paths not in ("best", "all"):
+            raise DataError(f"tree_paths must be 'best' or 'all', got {tree_paths!r}.")
+        if stream_buffer < self.batch_size:
+            raise DataError(
+                f"stream_buffer must be at least batch_size ({self.batch_size}), got {stream_buffer}."
+            )
+        self.streaming = streaming
+        self.stream_buffer = stream_buffer
         self.path = path
         self.validation_path = validation_path
         self.validation_share = validation_share
         self.split = split
-        self.prompt: PromptName = prompt
+        self.columns = check_columns(columns, INSTRUCTION_FIELDS)
+        self.tree_paths = tree_paths
+        self.tree_language = tree_language
+        self.prompt: PromptName = prompt or fitting_prompt(path)
         self._hold_out = HoldOut(validation_share)
 
+    def prepare_data(self) -> None:
+        """Encode what the run needs once; of a stream, look at the first record."""
+        fits = self.trainer is None or self.trainer.state.fn == "fit"
+        if self.streaming and fits:
+            self._stream_length()
+            self._stream().check_first()
+        super().prepare_data()
+
+    def train_dataloader(self) -> "ResumableDataLoader | StreamLoader":  # type: ignore[override]
+        """Shuffled batches; resumable in the middle of an epoch."""
+        if not self.streaming:
+            return super().train_dataloader()
+        rank, world = self._place()
+        batches = StreamedBatches(
+            self._stream(),
+            self._encoder(),
+            self.batch_size,
+            self.stream_buffer,
+            rank,
+            world,
+            seed=self.seed,
+            bucket=self.bucket,
+            pad_id=self._pad_id(),
+        )
+        label = f"{self.name} train"
+        rank_zero_info(f"{label}: streamed; its examples are counted as they come")
+        return StreamLoader(
+            batches, self.num_workers, self._stream_length(), label, pin_memory=torch.cuda.is_available()
+        )
+
+    def _stream(self) -> StreamedRecords:
+        return StreamedRecords(self._pieces("train"), self.columns, self.seed)
+
+    def _stream_length(self) -> int | None:
+        """Batches of the whole run, per device; None without a trainer.
+
+        Raises:
+            DataError: The trainer has no max_steps.
+        """
+        if self.trainer is None:
+            return None
+        if self.trainer.max_steps < 0:
+            raise DataError(
+                "streaming: true needs trainer.max_steps: how many examples there are is not known before "
+                "they are read, so neither the run's end nor the learning-rate schedule could be set. Set "
+                "--trainer.max_steps (optimizer steps), or streaming: false."
+            )
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
     def encode(self, split: str) -> Encoded | None:
-        """Encode `"train"`, `"validation"` or `"test"` (the validation data); see the base class."""
+        """Encode `"train"`, `"validation"` or `"test"` (the validation data); see the base class.
+
+        A stream has no encoded training rows.
+        """
+        if self.streaming and split == "train":
+            return None
         if self.prompt == "chat":
             require_template(self.tokenizer)  # before anything is read
         rows = self._rows(split)
         if rows is None:
             return None
-        encoder = SegmentEncoder(
+        label = f"{self.name} {split}"
+        return encode_rows(
+            rows, self._encoder(), key=self.prompt, label=label, num_proc=self.num_proc, digest=self.digest
+        )
+
+    def _encoder(self) -> SegmentEncoder:
+        return SegmentEncoder(
             self.tokenizer,
             partial(chat, tokenizer=self.tokenizer) if self.prompt == "chat" else alpaca,
             self.max_length,
             bos=self.prompt != "chat" and adds_bos(self.tokenizer),
         )
-        label = f"{self.name} {split}"
-        return encode_rows(
-            rows, encoder, key=self.prompt, label=label, num_proc=self.num_proc, digest=self.digest
-        )
 
     def _rows(self, split: str) -> "Dataset | None":
         """The checked rows of a split."""
-        train = split == "train"
-        validation_path = self.validation_path
-        if self.path == "sample" and validation_path is None:
-            validation_path = "sample"
-        if validation_path is not None:
-            return self._read(self.path, "train") if train else self._read(validation_path, "heldout")
-        rows = self._read(self.path, "train")
+        train, own = self._pieces("train"), self._validation_pieces()
+        if own:
+            return self._read(train if split == "train" else own)
+        if self.streaming:
+            return None
         if self.validation_share == 0:
-            return rows if train else None
-        return self._hold_out(rows)[0 if train else 1]
+            return self._read(train) if split == "train" else None
+        return self._hold_out(self._read(train))[0 if split == "train" else 1]
 
-    def _read(self, source: str | Path | list[str | Path], part: str) -> "Dataset":
+    def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
+        """Training rows and the evaluation set that is not a share of them; see the base class."""
+        own = [] if self.streaming else self._validation_pieces()
+        return (self._read(self._pieces("train")), [self._read(own)]) if own else (None, [])
+
+    def _pieces(self, part: str) -> list[Piece]:
+        """What holds the training data, or the validation data that `path` itself has."""
+        if self.path == "sample":
+            return self._sample("train" if part == "train" else "heldout")
+        pieces = find_pieces(self.path, part, self.split if part == "train" else None)
+        if part == "train" and not pieces:
+            raise DataError(
+                f"{self.path} has no training data. Name its files train..., or give another path."
+            )
+        return pieces
+
+    def _validation_pieces(self) -> list[Piece]:
+        """What holds the validation data; empty where a share of the training data, or nothing, is wanted."""
+        if self.validation_path is None:
+            # The samples' own are so few and so near that nobody means to do without them.
+            wanted = self.validation_share > 0 or self.path == "sample"
+            return self._pieces("validation") if wanted else []
+        if self.validation_path == "sample":
+            return self._sample("heldout")
+        pieces: list[Piece] = []
+        for source in as_list(self.validation_path):
+            pieces += find_pieces(source, "validation") or find_pieces(source, "train", self.split)
+        return pieces
+
+    def _sample(self, part: str) -> list[Piece]:
+        kinds = ("instruction",) if self.prompt == "alpaca" else ("instruction", "chat")
+        return [Piece(sample_path(f"{kind}_{part}")) for kind in kinds]
+
+    def _read(self, pieces: list[Piece]) -> "Dataset":
         from datasets import concatenate_datasets
 
-        if source == "sample":
-            kinds = ("instruction",) if self.prompt == "alpaca" else ("instruction", "chat")
-            source = [sample_path(f"{kind}_{part}") for kind in kinds]
-        sources = source if isinstance(source, list) else [source]
-        if not sources:
-            raise DataError("The list of files is empty. Give at least one.")
         features = instruction_features()
-        return concatenate_datasets(
-            [read_rows(one, check_instruction, features, split=self.split) for one in sources]
-        )
+        gather = partial(join_trees, paths=self.tree_paths, language=self.tree_language)
+        parts = [
+            read_rows(
+                piece.source,
+                check_instruction,
+                features,
+                split=piece.split,
+                options=piece.options,
+                columns=self.columns,
+                gather=gather,
+            )
+            for piece in pieces
+        ]
+        return concatenate_datasets(parts)
+
+
+def fitting_prompt(path: Sources) -> PromptName:
+    """The prompt that fits the named corpora of `path`, "chat" where they disagree or there are none."""
+    corpora = [find_corpus(source) for source in as_list(path)]
+    prompts = {corpus.prompt for corpus in corpora if corpus is not None}
+    return prompts.pop() if len(prompts) == 1 and None not in corpora else "chat"

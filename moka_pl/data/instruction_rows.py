@@ -1,15 +1,37 @@
-"""Check instruction records: the Alpaca form and the chat form."""
+"""Check instruction records; which form one has is told by its columns."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.data.chat_rows import check_conversations, check_messages, check_turns, show
 from moka_pl.data.errors import DataError
+from moka_pl.data.trees import FIELDS as TREE_FIELDS
 
 if TYPE_CHECKING:
     from datasets import Features
 
-FORMS = "Expected the Alpaca form (instruction, input, output) or the chat form (messages)"
-ROLES = ("system", "user", "assistant", "tool")
+FORMS = (
+    "Expected a chat (messages, or conversations of ShareGPT, or text with '### Human:' turns), "
+    "an instruction (instruction, input, output of Alpaca, or instruction, context, response of Dolly), or a "
+    "prompt with its completion (prompt and completion, prompt and response, inputs and targets). Name other "
+    "columns with `columns`"
+)
+
+_CHATS = {"messages": check_messages, "conversations": check_conversations, "text": check_turns}
+_PAIRS = (
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("prompt", None, "completion"),
+    ("prompt", None, "response"),
+    ("inputs", None, "targets"),
+)
+"""Columns of what is asked, of what may be added to it, and of the answer."""
+
+INSTRUCTION_FIELDS = (
+    *_CHATS,
+    *dict.fromkeys(name for pair in _PAIRS for name in pair if name is not None),
+    *(field for field in TREE_FIELDS if field not in _CHATS),
+)
+"""All fields that a form has; the option `columns` may map them."""
 
 
 def instruction_features() -> "Features":
@@ -29,10 +51,14 @@ def instruction_features() -> "Features":
 
 
 def check_instruction(record: dict[str, Any], where: str, context: str) -> dict[str, Any]:
-    """Check one record of either form.
+    """Check one record of any form.
+
+    A record with the columns of several forms (Alpaca's own `text` beside `instruction`, or the empty columns
+    that a Parquet file of mixed records has) is taken in the first form whose columns are not empty: chat,
+    instruction, prompt and completion, `text` with turns.
 
     Args:
-        record: The record as it was read. With `messages` it is a chat, else it must be in the Alpaca form.
+        record: The record as it was read.
         where: Its position, for messages.
         context: Unused.
 
@@ -44,90 +70,31 @@ def check_instruction(record: dict[str, Any], where: str, context: str) -> dict[
     """
     del context
     row: dict[str, Any] = {"where": where, "instruction": "", "input": "", "output": "", "messages": []}
-    if record.get("messages") is not None:
-        return row | {"messages": _messages(record["messages"], where)}
-    for field in ("instruction", "output"):
-        if field not in record:
+    for field in ("messages", "conversations"):
+        if record.get(field) is not None:
+            return row | {"messages": _CHATS[field](record[field], where)}
+    asked, added, answer = _pair(record)
+    if answer not in record and record.get("text") is not None and asked not in record:
+        return row | {"messages": check_turns(record["text"], where)}
+    for field, column in (("instruction", asked), ("output", answer)):
+        if column not in record:
             found = ", ".join(map(str, record)) or "nothing"
-            raise DataError(f"{where}: field {field!r} is missing; found: {found}. {FORMS}.")
-        row[field] = _text(record[field], where, field)
-    if record.get("input") is not None:
-        row["input"] = _text(record["input"], where, "input")
+            raise DataError(f"{where}: field {column!r} is missing; found: {found}. {FORMS}.")
+        row[field] = _text(record[column], where, column)
+    if added is not None and record.get(added) is not None:
+        row["input"] = _text(record[added], where, added)
     return row
+
+
+def _pair(record: dict[str, Any]) -> tuple[str, str | None, str]:
+    """The pair of columns that the record fills best; Alpaca's where none is in it."""
+    filled = [(record.get(asked) is not None, record.get(answer) is not None) for asked, _, answer in _PAIRS]
+    present = [(asked in record, answer in record) for asked, _, answer in _PAIRS]
+    scores = [sum(values) * 3 + sum(columns) for values, columns in zip(filled, present, strict=True)]
+    return _PAIRS[scores.index(max(scores))]
 
 
 def _text(value: object, where: str, field: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r} must be text, found {_show(value)}. {FORMS}.")
+        raise DataError(f"{where}: field {field!r} must be text, found {show(value)}. {FORMS}.")
     return value
-
-
-def _messages(value: object, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{where}: field 'messages' must be a list of messages, found {_show(value)}. {FORMS}."
-        )
-    messages = [_message(message, where, f"messages[{index}]") for index, message in enumerate(value)]
-    if not any(message["role"] == "assistant" for message in messages):
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"{where}: field 'messages' has no assistant message to learn from; found roles: {roles}. "
-            "Add an answer or remove the chat."
-        )
-    return messages
-
-
-def _message(value: object, where: str, field: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise DataError(
-            f"{where}: field {field!r} must be an object with role and content, found {_show(value)}."
-        )
-    for key in ("role", "content"):
-        if key not in value:
-            raise DataError(
-                f"{where}: field '{field}.{key}' is missing; found: {', '.join(map(str, value))}."
-            )
-    role = value["role"]
-    if role not in ROLES:
-        raise DataError(
-            f"{where}: field '{field}.role' is {role!r}; known roles are {', '.join(ROLES)}. Rename the role."
-        )
-    # Parquet fills absent fields with None.
-    weight = value.get("loss_weight")
-    weight = 1.0 if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-        raise DataError(
-            f"{where}: field '{field}.loss_weight' must be a number, 0 or above, found {_show(weight)}."
-        )
-    content = _content(value["content"], where, f"{field}.content")
-    return {"role": role, "content": content, "trained": role == "assistant" and weight > 0}
-
-
-def _content(value: object, where: str, field: str) -> str:
-    """Text of a message: a string, or a list of text parts to be joined."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{where}: field '{field}' must be text or a list of {{type, text}} parts, found {_show(value)}."
-        )
-    texts = []
-    for index, part in enumerate(value):
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise DataError(
-                f"{where}: field '{field}[{index}]' must be a part of type 'text', found {_show(part)}. "
-                "Only text can be trained on; remove other parts."
-            )
-        text = part.get("text") if part.get("text") is not None else part.get("value")
-        if not isinstance(text, str):
-            raise DataError(
-                f"{where}: field '{field}[{index}]' has no 'text' (or 'value') that is text; found "
-                f"{_show(part)}."
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
-def _show(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,14 +1,17 @@
 """Several data modules as one."""
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import add
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from moka_pl.data.base import EvalLoaders, MokaDataModule
 from moka_pl.data.encode import Encoded
 from moka_pl.data.errors import DataError
+from moka_pl.data.weights import check_weights, epoch_counts, repeated
 
 
 class MixtureData(MokaDataModule):
@@ -17,18 +20,31 @@ class MixtureData(MokaDataModule):
     Each part encodes its examples with its own options (paths, prompt, max_length, num_proc); how batches are
     made and loaded is this module's business, for training and evaluation.
 
+    With weights, an epoch holds the parts' examples in the ratio of the weights, as many as it takes to use
+    every example at least once: the part that is large for its weight comes once, the others are repeated as
+    often as needed, a random remainder of them once more. What an epoch holds is the same in every epoch,
+    its order is not; `trainer.limit_train_batches` makes shorter epochs, each with other examples.
+
     Args:
         parts: The data modules, in the order of their validation dataloaders.
+        weights: Share of every part among the training examples, in any unit (`[3, 1]`: three of the first
+            for one of the second); None takes every example once.
         **options: batch_size, num_workers, seed, bucket, eval_batch_size, packing, max_tokens (see
             MokaDataModule); max_length and num_proc have no effect here: the longest of the parts' counts.
     """
 
     name = "mixture"
 
-    def __init__(self, parts: list[MokaDataModule], **options: Any) -> None:
+    def __init__(
+        self, parts: list[MokaDataModule], weights: list[float] | None = None, **options: Any
+    ) -> None:
         super().__init__(**options)
         if not parts:
             raise DataError("A mixture needs at least one part.")
+        check_weights(weights, len(parts))
+        if any(part.streaming for part in parts):
+            raise DataError("A mixture cannot stream. Set streaming: false, or train on one corpus.")
+        self.weights = weights
         self.parts = parts
         prompts = {part.prompt for part in parts}
         # Beside instructions, the questions' own form is not the one to ask in.
@@ -59,9 +75,25 @@ class MixtureData(MokaDataModule):
         if split != "train" or not parts:
             return None
         return Encoded(
-            concatenate_datasets([encoded.rows for encoded in parts]),
+            concatenate_datasets(self._weighted(parts)),
             reduce(add, [part.report for part in parts]),
         )
+
+    def _weighted(self, parts: Sequence[Encoded]) -> list[Any]:
+        """The parts' training rows, repeated as the weights want."""
+        rows = [encoded.rows for encoded in parts]
+        if self.weights is None:
+            return rows
+        counts = epoch_counts([len(part) for part in rows], self.weights)
+        shares = [
+            f"{part.name} {count:,} ({count / len(one):.2f} times each)"
+            for part, count, one in zip(self.parts, counts, rows, strict=True)
+        ]
+        rank_zero_info(f"{self.name}: an epoch has {sum(counts):,} examples: {', '.join(shares)}")
+        return [
+            one.select(repeated(len(one), count, (self.seed, number)))
+            for number, (one, count) in enumerate(zip(rows, counts, strict=True))
+        ]
 
     def setup(self, stage: str | None = None) -> None:
         """Set the parts up, then the mixture of their training rows."""

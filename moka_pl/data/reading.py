@@ -1,9 +1,12 @@
 """Turn a local file or a hub data set into a checked, disk-cached `datasets.Dataset`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.data.choice_tasks import CHOICE_TASKS
+from moka_pl.data.columns import Columns, rename
+from moka_pl.data.corpora import CORPORA
 from moka_pl.data.errors import DataError
 from moka_pl.data.quiet import progress_bars
 from moka_pl.data.streams import SUFFIXES, Located, stream
@@ -11,7 +14,7 @@ from moka_pl.data.streams import SUFFIXES, Located, stream
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-READING_VERSION = 1
+READING_VERSION = 2
 """Raise it when checked rows come out differently: caches of older versions are then left alone."""
 
 QUIET_BYTES = 20_000_000
@@ -19,6 +22,9 @@ QUIET_BYTES = 20_000_000
 
 Check = Callable[[dict[str, Any], str, str], dict[str, Any]]
 """`check(record, where, context)` returns the row to keep or raises DataError naming `where`."""
+
+Gather = Callable[[Iterable[Located]], Iterator[Located]]
+"""Makes records of several ones (message trees) before they are checked."""
 
 
 def is_local(source: str | Path) -> bool:
@@ -28,7 +34,15 @@ def is_local(source: str | Path) -> bool:
 
 
 def read_rows(
-    source: str | Path, check: Check, features: "Features", *, context: str = "", split: str = "train"
+    source: str | Path,
+    check: Check,
+    features: "Features",
+    *,
+    context: str = "",
+    split: str = "train",
+    options: Mapping[str, Any] | None = None,
+    columns: Columns = (),
+    gather: Gather | None = None,
 ) -> "Dataset":
     """Read and check every record of `source`.
 
@@ -42,6 +56,9 @@ def read_rows(
         features: Columns of the result.
         context: Handed to `check`, for what a record alone does not say (its task, for instance).
         split: Which split of a hub data set; ignored for files.
+        options: What else `datasets.load_dataset` is given for a hub data set (`name`, `revision`, ...).
+        columns: Own names of the columns, by field.
+        gather: A module-level function, or a `partial` of one, that all records pass through first.
 
     Returns:
         The rows, in the order of the source.
@@ -49,42 +66,57 @@ def read_rows(
     Raises:
         DataError: The source cannot be read, or `check` refused a record.
     """
+    how = {"check": check, "context": context, "columns": columns, "gather": gather}
     if is_local(source):
-        return _read_file(Path(source).expanduser(), check, features, context)
-    return _read_hub(str(source), check, features, context, split)
+        return _read_file(Path(source).expanduser(), features, how)
+    return _read_hub(str(source), features, how, split, options or {})
 
 
-def _read_file(path: Path, check: Check, features: "Features", context: str) -> "Dataset":
+def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
+    """`datasets.load_dataset`, with every failure told in one message.
+
+    Raises:
+        DataError: The data set, the split or the network is not there.
+    """
+    import datasets
+
+    others = dict(options)
+    config = [others.pop("name")] if "name" in others else []
+    try:
+        return datasets.load_dataset(name, *config, split=split, **others)
+    # Whatever goes wrong in there (network, rights, unknown names), the user needs the same advice.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        names = f" (known names: {', '.join([*CORPORA, *CHOICE_TASKS])})" if "/" not in name else ""
+        raise DataError(
+            f"{name!r} is neither a local file nor a data set that could be loaded from the hub "
+            f"(split {split!r}): {reason}. Check the spelling{names} and the network, or download the data "
+            f"and give the path of a {', '.join(SUFFIXES)} file."
+        ) from error
+
+
+def _read_file(path: Path, features: "Features", how: dict[str, Any]) -> "Dataset":
     if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         next(stream(path))  # raises the message that fits
     stat = path.stat()
     key = {"path": str(path), "at": str(path.absolute()), "modified": stat.st_mtime_ns, "size": stat.st_size}
-    return _cached(_file_rows, key, check, features, context, show=stat.st_size >= QUIET_BYTES)
+    return _cached(_file_rows, key, features, how, show=stat.st_size >= QUIET_BYTES)
 
 
-def _read_hub(name: str, check: Check, features: "Features", context: str, split: str) -> "Dataset":
-    import datasets
-
-    try:
-        raw = datasets.load_dataset(name, split=split)
-    # Whatever goes wrong in there (network, rights, unknown names), the user needs the same advice.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(
-            f"{name!r} is neither a local file nor a data set that could be loaded from the hub "
-            f"(split {split!r}): {reason}. Check the spelling and the network, or download the data and give "
-            f"the path of a {', '.join(SUFFIXES)} file."
-        ) from error
-    key = {"name": f"{name} ({split})", "rows": raw}
-    return _cached(_hub_rows, key, check, features, context, show=len(raw) >= 50_000)
+def _read_hub(
+    name: str, features: "Features", how: dict[str, Any], split: str, options: Mapping[str, Any]
+) -> "Dataset":
+    raw = load_hub(name, split, options)
+    config = f"{options['name']}, " if "name" in options else ""
+    key = {"name": f"{name} ({config}{split})", "rows": raw}
+    return _cached(_hub_rows, key, features, how, show=len(raw) >= 50_000)
 
 
 def _cached(
     located: Callable[..., Iterator[Located]],
     key: dict[str, Any],
-    check: Check,
     features: "Features",
-    context: str,
+    how: dict[str, Any],
     *,
     show: bool,
 ) -> "Dataset":
@@ -92,13 +124,7 @@ def _cached(
     from datasets.exceptions import DatasetGenerationError
 
     # `datasets` names the cache after a hash of gen_kwargs; functions of a module are hashed by their name.
-    arguments = {
-        "located": located,
-        "key": key,
-        "check": check,
-        "context": context,
-        "version": READING_VERSION,
-    }
+    arguments = {"located": located, "key": key, "version": READING_VERSION, **how}
     try:
         with progress_bars(show):
             return Dataset.from_generator(_checked, features=features, gen_kwargs=arguments)
@@ -112,10 +138,24 @@ def _cached(
 
 
 def _checked(
-    located: Callable[..., Iterator[Located]], key: dict[str, Any], check: Check, context: str, version: int
+    located: Callable[..., Iterator[Located]],
+    key: dict[str, Any],
+    version: int,
+    check: Check,
+    context: str,
+    columns: Columns,
+    gather: Gather | None,
 ) -> Iterator[dict[str, Any]]:
     del version  # only there to be hashed
-    for where, record in located(**key):
+    yield from check_records(located(**key), check, context, columns, gather)
+
+
+def check_records(
+    located: Iterable[Located], check: Check, context: str, columns: Columns, gather: Gather | None
+) -> Iterator[dict[str, Any]]:
+    """Rename the columns of records, gather them, and check them one after another."""
+    named = ((where, rename(record, columns, where)) for where, record in located)
+    for where, record in gather(named) if gather is not None else named:
         yield check(record, where, context)
 
 

@@ -1,10 +1,17 @@
+from collections import Counter
+
 import lightning.pytorch as pl
+import numpy
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from moka_pl.data import CommonsenseData, DataError, InstructionData, MixtureData, MokaDataModule
+from moka_pl.data.encode import MASKED
 from moka_pl.data.sampler import EvalSampler, TrainSampler
+from moka_pl.data.weights import epoch_counts, repeated
 
 YAML = """
 data:
@@ -159,3 +166,94 @@ def test_trainer_that_overfits(tiny_tokenizer, tmp_path):
             return self.layer(torch.ones(1)).sum()
 
     trainer(tmp_path, overfit_batches=2).fit(Overfit(tiny_tokenizer), datamodule=CommonsenseData())
+
+
+def weighted(tokenizer, write_jsonl, weights, sizes=(40, 10), rank=0, world=1, **options):
+    parts = []
+    for letter, size in zip("abc", sizes, strict=False):
+        rows = [{"instruction": "Say it.", "output": f"{letter}{n}"} for n in range(size)]
+        path = write_jsonl(f"{letter}.jsonl", rows)
+        parts.append(InstructionData(path, validation_share=0, prompt="alpaca"))
+    mixture = MixtureData(parts, weights, batch_size=4, **options)
+    mixture._place = lambda: (rank, world)
+    mixture.connect(tokenizer)
+    mixture.prepare_data()
+    mixture.setup("fit")
+    return mixture.train_dataloader()
+
+
+def answers(batches, tokenizer):
+    texts = [tokenizer.decode(row[row != MASKED]) for batch in batches for row in batch["labels"]]
+    return [text.removesuffix("<|im_end|>") for text in texts if text]
+
+
+def test_weights_repeat_what_is_small(tiny_tokenizer, write_jsonl):
+    loader = weighted(tiny_tokenizer, write_jsonl, [2, 3])
+    epoch = answers(loader, tiny_tokenizer)
+    counts = Counter(text[0] for text in epoch)
+    assert counts == {"a": 40, "b": 60}
+    times = Counter(epoch)
+    assert {times[f"a{n}"] for n in range(40)} == {1}
+    assert {times[f"b{n}"] for n in range(10)} == {6}
+    loader.sampler.set_epoch(1)
+    second = answers(loader, tiny_tokenizer)
+    assert second != epoch
+    assert sorted(second) == sorted(epoch)
+
+
+def test_weights_between_whole_numbers(tiny_tokenizer, write_jsonl):
+    # 40 : 25, so five of ten are used three times and five twice; the seed says which.
+    epochs = [
+        answers(weighted(tiny_tokenizer, write_jsonl, [8, 5], seed=s), tiny_tokenizer) for s in (0, 0, 1)
+    ]
+    often = [sorted(t for t, count in Counter(epoch).items() if count == 3) for epoch in epochs]
+    assert len(often[0]) == 5
+    assert epochs[0] == epochs[1]
+    assert often[0] != often[2]
+    assert all(sum(text[0] == "b" for text in epoch) == 25 for epoch in epochs)
+
+
+def test_weighted_ranks_and_resuming(tiny_tokenizer, write_jsonl):
+    alone = weighted(tiny_tokenizer, write_jsonl, [1, 1])
+    ranks = [weighted(tiny_tokenizer, write_jsonl, [1, 1], rank=r, world=2, bucket=False) for r in (0, 1)]
+    shares = [answers(loader, tiny_tokenizer) for loader in ranks]
+    assert len(shares[0]) == len(shares[1]) == 40
+    assert sorted(shares[0] + shares[1]) == sorted(answers(alone, tiny_tokenizer))
+    batches = list(ranks[0])
+    resumed = weighted(tiny_tokenizer, write_jsonl, [1, 1], rank=0, world=2, bucket=False)
+    resumed.load_state_dict({"served": 6})
+    assert answers(resumed, tiny_tokenizer) == answers(batches[6:], tiny_tokenizer)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=4),
+    weights=st.lists(st.floats(0.1, 10), min_size=4, max_size=4),
+)
+def test_counts_keep_the_ratio_and_leave_nothing_out(sizes, weights):
+    counts = epoch_counts(sizes, weights[: len(sizes)])
+    assert all(count >= size for count, size in zip(counts, sizes, strict=True))
+    assert any(count == size for count, size in zip(counts, sizes, strict=True))
+    unit = max(size / weight for size, weight in zip(sizes, weights, strict=False))
+    assert all(abs(count - weight * unit) <= 0.5 for count, weight in zip(counts, weights, strict=False))
+    for size, count in zip(sizes, counts, strict=True):
+        times = numpy.bincount(repeated(size, count, (0, 1)), minlength=size)
+        assert times.sum() == count
+        assert times.max() - times.min() <= 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "part"),
+    [
+        ([1.0], "weights has 1 values, but there are 2 parts"),
+        ([1.0, 0.0], r"must be above 0, got \[1.0, 0.0\]"),
+        ([1.0, float("nan")], "must be above 0"),
+    ],
+)
+def test_wrong_weights(weights, part):
+    with pytest.raises(DataError, match=part):
+        MixtureData([InstructionData(), InstructionData()], weights)
+
+
+def test_weights_from_yaml():
+    mixture = parse(YAML.replace("batch_size: 3", "weights: [3, 1]"))
+    assert mixture.weights == [3, 1]

@@ -1,0 +1,160 @@
+"""The LLM-Adapters form of the commonsense tasks: question and options in one prompt."""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
+from typing import Any
+
+from moka_pl.data.errors import DataError
+from moka_pl.data.streams import Located
+
+LLM_ADAPTERS_FORM = "the LLM-Adapters form (instruction, answer)"
+_LEAD = re.compile(r"^\s*Please [^:]*:\s*")
+_FORMAT = re.compile(r"\s*Answer format:\s*(?P<labels>\S+)\s*$", re.IGNORECASE)
+_TASK_OF_LABEL = {"true": "boolq", "solution1": "piqa", "ending1": "hellaswag", "option1": "winogrande"}
+
+
+def parse_llm_adapters(record: dict[str, Any], where: str) -> tuple[str, list[str], int]:
+    """Take a prompt of the LLM-Adapters commonsense corpora apart.
+
+    Such a prompt reads `Please choose ...: QUESTION Answer1: ... Answer2: ... Answer format:
+    answer1/answer2`, with `Solution`, `Ending` or `Option` in place of `Answer` for some tasks, or ends in
+    `Answer format: true/false` and lists no options.
+
+    Args:
+        record: Fields `instruction` and `answer`; others are not looked at.
+        where: Its position, for messages.
+
+    Returns:
+        The question, the texts of the options, and the index of the right one.
+
+    Raises:
+        DataError: The prompt has another form, or the answer is none of its options.
+    """
+    for field in ("instruction", "answer"):
+        if not isinstance(record.get(field), str):
+            state = f"must be text, found {record[field]!r}" if field in record else "is missing"
+            raise DataError(f"{where}: field {field!r} {state}. Expected {LLM_ADAPTERS_FORM}.")
+    text = record["instruction"]
+    ending = _FORMAT.search(text)
+    if ending is None:
+        raise DataError(
+            f"{where}: field 'instruction' does not end in 'Answer format: ...'. Expected "
+            f"{LLM_ADAPTERS_FORM}."
+        )
+    labels = _labels(ending)
+    body = text[: ending.start()]
+    if [label.lower() for label in labels] == ["true", "false"]:
+        options = ["true", "false"]
+    else:
+        body, options = _options(body, labels, where)
+    answer = record["answer"].strip().lower()
+    known = [label.lower() for label in labels]
+    if answer not in known:
+        raise DataError(
+            f"{where}: field 'answer' is {record['answer']!r}, outside of the options {', '.join(labels)}."
+        )
+    return _LEAD.sub("", body).strip(), options, known.index(answer)
+
+
+def name_tasks(located: Iterable[Located]) -> Iterator[Located]:
+    """Add the field `task` to the records of a file in the LLM-Adapters form that mixes tasks.
+
+    Whether it mixes them can only be said after all of it was read. A file of one task passes unchanged, and
+    so do records that name their task or are in another form.
+
+    Args:
+        located: All records of a file with their positions.
+
+    Yields:
+        Positions and records.
+    """
+    records = list(located)
+    told = [_tell(record, where) for where, record in records]
+    wordings = {wording for wording, _ in told} - {""}
+    known = {task for _, task in told} - {None, "siqa"}  # three options alone make no Social IQa
+    mixed = len(wordings) > 1 or len(known) > 1
+    for (where, record), (_, task) in zip(records, told, strict=True):
+        yield where, (record | {"task": task} if mixed and task is not None else record)
+
+
+def tell_task(instruction: str, question: str, options: list[str]) -> str | None:
+    """Which of the eight tasks a prompt of a mixed file is from.
+
+    BoolQ, PIQA, HellaSwag and WinoGrande are told by the names of their options. Social IQa, ARC-Easy,
+    ARC-Challenge and OpenBookQA share one wording: the training questions of the last three are known by a
+    hash each, and of what is left, Social IQa's have three options.
+
+    Args:
+        instruction: The whole prompt.
+        question: The question in it.
+        options: Its options.
+
+    Returns:
+        Name of the task; None for a question that nothing is known of.
+    """
+    task = _TASK_OF_LABEL.get(_wording(instruction))
+    if task is not None:
+        return task
+    number = fingerprint(question, options)
+    for name, numbers in _science_questions().items():
+        if number in numbers:
+            return name
+    return "siqa" if len(options) == 3 else None
+
+
+def _tell(record: dict[str, Any], where: str) -> tuple[str, str | None]:
+    """Wording and task of a record; neither for one that names its task or is in another form."""
+    if "choices" in record or "instruction" not in record or record.get("task") is not None:
+        return "", None
+    question, options, _ = parse_llm_adapters(record, where)
+    return _wording(record["instruction"]), tell_task(record["instruction"], question, options)
+
+
+def _wording(instruction: str) -> str:
+    """What the first option is called: `true`, `answer1`, `solution1`, `ending1` or `option1`."""
+    ending = _FORMAT.search(instruction)
+    return _labels(ending)[0].lower() if ending is not None else ""
+
+
+def fingerprint(question: str, options: list[str]) -> int:
+    """A 32-bit hash of a question and its options, whatever their case and white space."""
+    words = " ".join(" ".join([question, *options]).lower().split())
+    return int.from_bytes(sha256(words.encode()).digest()[:4], "little")
+
+
+@cache
+def _science_questions() -> dict[str, frozenset[int]]:
+    """Hashes of the training questions of ARC and OpenBookQA, by task."""
+    import numpy
+
+    path = files("moka_pl.data") / "science_questions.npz"
+    with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
+        return {name: frozenset(arrays[name].tolist()) for name in arrays.files}
+
+
+def _labels(ending: re.Match[str]) -> list[str]:
+    return ending["labels"].rstrip(".").split("/")
+
+
+def _options(body: str, labels: list[str], where: str) -> tuple[str, list[str]]:
+    """Split `QUESTION Answer1: a Answer2: b` at its labels, from the last one backwards.
+
+    Backwards, because a question may hold what looks like a label while the list of options ends the text.
+    """
+    lower = body.lower()
+    options: list[str] = []
+    end = len(body)
+    for label in reversed(labels):
+        marker = f"{label.lower()}:"
+        start = lower.rfind(marker, 0, end)
+        if start < 0:
+            raise DataError(
+                f"{where}: field 'instruction' has no '{label[:1].upper()}{label[1:]}:' although its answer "
+                "format names it."
+            )
+        options.append(body[start + len(marker) : end].strip())
+        end = start
+    return body[:end], options[::-1]
