@@ -1,18 +1,21 @@
 """Multiple-choice questions: trained on the right option, evaluated by comparing all options."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.base import MokaDataModule
+from moka_pl.data.choice_prompts import CHOICE_PROMPTS
 from moka_pl.data.choice_rows import check_choice, choice_features
 from moka_pl.data.encode import ChoiceEncoder, Encoded, SegmentEncoder, adds_bos, encode_rows
 from moka_pl.data.errors import DataError
 from moka_pl.data.holdout import HoldOut
-from moka_pl.data.prompts import Segment, cloze, cloze_option
 from moka_pl.data.reading import read_rows
 from moka_pl.data.samples import sample_path
-from moka_pl.prompts import cloze_prompt
+from moka_pl.data.shared_prefix import SharePrefix
+from moka_pl.data.spread import spread
+from moka_pl.data.trained_prompt import settle_prompt
+from moka_pl.prompts import ChoicePromptName
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +27,7 @@ class CommonsenseData(MokaDataModule):
     Common form: `task`, `question`, `choices` (list), `answer` (index from 0). LLM-Adapters form:
     `instruction` ("... Answer1: ... Answer2: ... Answer format: answer1/answer2") and `answer`; its task is
     the name of the folder. Training rows are question, right option and end-of-sequence token, trained on the
-    last two; evaluation items hold the question and all options.
+    last two; evaluation items hold the question and all options, which are compared by their likelihood.
 
     Args:
         path: A file of either form (.json, .jsonl, .parquet), or a folder whose sub-folders are the tasks,
@@ -37,12 +40,19 @@ class CommonsenseData(MokaDataModule):
         tasks: Names of the tasks to use; None uses all.
         validation_share: Share of the questions to hold out where `path` is a single file and there is no
             validation_path; 0 trains without validation.
+        prompt: How questions are asked. "cloze" is "Question: ... Answer:" and the option's text; "letters"
+            lists the options as A., B., ... and the answer is a letter; "llm_adapters" is the instruction of
+            the LLM-Adapters corpora, answered by "the correct answer is answer3", whose `validate` and `test`
+            also generate answers and report how many name the right option (`generated`). None takes the
+            prompt that the model's adapter was trained with, else "cloze".
+        share_prefix: "auto" computes what an item's options have in common once, where that takes fewer
+            slots and the model allows it; "never" scores every option whole. The scores are the same.
+        generated_tokens: Most tokens of a generated answer; 0 generates none.
         **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size (see
             MokaDataModule).
     """
 
     name = "commonsense"
-    prompt = "cloze"
 
     def __init__(
         self,
@@ -51,9 +61,16 @@ class CommonsenseData(MokaDataModule):
         validation_limit: int | None = None,
         tasks: list[str] | None = None,
         validation_share: float = 0.05,
+        prompt: ChoicePromptName | None = None,
+        share_prefix: SharePrefix = "auto",
+        generated_tokens: int = 16,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if prompt is not None and prompt not in CHOICE_PROMPTS:
+            raise DataError(f"prompt must be one of {', '.join(CHOICE_PROMPTS)}, got {prompt!r}.")
+        if generated_tokens < 0:
+            raise DataError(f"generated_tokens must be at least 0, got {generated_tokens}.")
         if validation_limit is not None and validation_limit < 1:
             raise DataError(f"validation_limit must be at least 1, got {validation_limit}.")
         self.path = path
@@ -63,6 +80,16 @@ class CommonsenseData(MokaDataModule):
         self._hold_out = HoldOut(validation_share)
         self._wanted = tasks
         self._tasks: list[str] | None = None
+        self._prompt = prompt
+        self._warned: set[str] = set()
+        self._encoded_prompt: str | None = None
+        self.share_prefix = share_prefix
+        self.generated_tokens = generated_tokens
+
+    @property
+    def prompt(self) -> str:  # type: ignore[override]
+        """Name of the prompt: the chosen one, else that of the model's adapter, else `"cloze"`."""
+        return settle_prompt(self._prompt, self.trained_prompt, CHOICE_PROMPTS, "cloze", warned=self._warned)
 
     @property
     def tasks(self) -> list[str]:
@@ -74,20 +101,32 @@ class CommonsenseData(MokaDataModule):
             self._tasks = [] if rows is None else list(rows.unique("task"))
         return list(self._tasks)
 
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits of a stage; those encoded with another adapter's prompt are encoded anew."""
+        prompt = self.prompt
+        if prompt != self._encoded_prompt:
+            self._encoded.clear()
+            self._encoded_prompt = prompt
+        super().setup(stage)
+
     def encode(self, split: str) -> Encoded | None:
         """Encode `"train"` (plain rows), `"validation"` or `"test"` (items); see the base class."""
         rows = self._rows(split)
         if rows is None:
             return None
         bos = adds_bos(self.tokenizer)
-        label, key = f"{self.name} {split}", "cloze"
+        label, key = f"{self.name} {split}", self.prompt
+        form = CHOICE_PROMPTS[key]
         encoder: SegmentEncoder | ChoiceEncoder
         if split == "train":
-            encoder = SegmentEncoder(self.tokenizer, _segments, self.max_length, bos)
+            encoder = SegmentEncoder(self.tokenizer, form.segments, self.max_length, bos)
         else:
             tasks = tuple(self.tasks)
-            key = f"cloze {tasks}"
-            encoder = ChoiceEncoder(self.tokenizer, _prompt, _options, self.max_length, bos, tasks)
+            generating = form.names is not None and self.generated_tokens > 0
+            key = f"{key} {tasks} {generating}"
+            encoder = ChoiceEncoder(self.tokenizer, form.before, form.options, self.max_length, bos, tasks)
+            if generating:
+                encoder = replace(encoder, names=form.names)
         return encode_rows(rows, encoder, key=key, label=label, num_proc=self.num_proc, digest=self.digest)
 
     def _rows(self, split: str) -> "Dataset | None":
@@ -95,7 +134,7 @@ class CommonsenseData(MokaDataModule):
         rows = self._select(self._all_rows(split), split)
         if rows is None or split != "validation" or self.validation_limit is None:
             return rows
-        return _spread(rows, self.validation_limit)
+        return spread(rows, self.validation_limit)
 
     def _all_rows(self, split: str) -> "Dataset | None":
         train = split == "train"
@@ -174,27 +213,3 @@ def _task_files(folder: Path, part: str) -> list[Path]:
             "single file."
         )
     return [task / f"{part}.json" for task in tasks]
-
-
-def _spread(rows: "Dataset", limit: int) -> "Dataset":
-    """At most `limit` rows of every task, evenly spread over its rows."""
-    by_task: dict[str, list[int]] = {}
-    for index, task in enumerate(rows["task"][:]):
-        by_task.setdefault(task, []).append(index)
-    chosen: list[int] = []
-    for indices in by_task.values():
-        count = min(limit, len(indices))
-        chosen += [indices[step * len(indices) // count] for step in range(count)]
-    return rows.select(sorted(chosen))
-
-
-def _segments(row: Mapping[str, Any]) -> list[Segment]:
-    return cloze(row["question"], row["choices"][row["answer"]])
-
-
-def _prompt(row: Mapping[str, Any]) -> str:
-    return cloze_prompt(row["question"])
-
-
-def _options(row: Mapping[str, Any]) -> list[str]:
-    return [cloze_option(choice) for choice in row["choices"]]

@@ -28,7 +28,13 @@ def is_local(source: str | Path) -> bool:
 
 
 def read_rows(
-    source: str | Path, check: Check, features: "Features", *, context: str = "", split: str = "train"
+    source: str | Path,
+    check: Check,
+    features: "Features",
+    *,
+    context: str = "",
+    split: str = "train",
+    config: str | None = None,
 ) -> "Dataset":
     """Read and check every record of `source`.
 
@@ -42,6 +48,7 @@ def read_rows(
         features: Columns of the result.
         context: Handed to `check`, for what a record alone does not say (its task, for instance).
         split: Which split of a hub data set; ignored for files.
+        config: Which configuration of a hub data set, if it has several.
 
     Returns:
         The rows, in the order of the source.
@@ -51,7 +58,7 @@ def read_rows(
     """
     if is_local(source):
         return _read_file(Path(source).expanduser(), check, features, context)
-    return _read_hub(str(source), check, features, context, split)
+    return _read_hub(str(source), check, features, context, split, config)
 
 
 def _read_file(path: Path, check: Check, features: "Features", context: str) -> "Dataset":
@@ -62,11 +69,13 @@ def _read_file(path: Path, check: Check, features: "Features", context: str) -> 
     return _cached(_file_rows, key, check, features, context, show=stat.st_size >= QUIET_BYTES)
 
 
-def _read_hub(name: str, check: Check, features: "Features", context: str, split: str) -> "Dataset":
+def _read_hub(
+    name: str, check: Check, features: "Features", context: str, split: str, config: str | None
+) -> "Dataset":
     import datasets
 
     try:
-        raw = datasets.load_dataset(name, split=split)
+        raw = datasets.load_dataset(name, *([config] if config else []), split=split)
     # Whatever goes wrong in there (network, rights, unknown names), the user needs the same advice.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
