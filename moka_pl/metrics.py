@@ -127,9 +127,9 @@ class EvalMetrics:
         zeros = scores.new_zeros(int(item.max()) + 1)  # (I,)
         columns = {
             "items": torch.ones_like(zeros),
-            "correct": zeros.index_add(0, item, _is_right(scores, item, is_answer)),
+            "correct": zeros.index_add(0, item, is_right(scores, item, is_answer)),
             "correct_norm": zeros.index_add(
-                0, item, _is_right(scores / batch["option_chars"], item, is_answer)
+                0, item, is_right(scores / batch["option_chars"], item, is_answer)
             ),
         }
         if tokens is not None:
@@ -164,7 +164,7 @@ class EvalMetrics:
         return slice(start, start + len(self.sets[index][1]))
 
 
-def _is_right(scores: Tensor, item: Tensor, is_answer: Tensor) -> Tensor:
+def is_right(scores: Tensor, item: Tensor, is_answer: Tensor) -> Tensor:
     """1 for options that are the answer and their item's first best, else 0, shape (B,)."""
     count = int(item.max()) + 1
     best = scores.new_full((count,), -torch.inf).scatter_reduce(0, item, scores, "amax")[item]  # (B,)

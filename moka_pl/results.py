@@ -138,9 +138,10 @@ class Results:
 
         Returns:
             `loss`, and `accuracy` and `acc_norm` over all tasks; with several sets `<set>/loss` and so on;
-            `accuracy/<task>`, `acc_norm/<task>` and `nll/<task>`; of groups `accuracy/<group>` over all
-            items and `accuracy/<group>_macro` over its tasks. Every share has its `..._stderr`. Of plain text
-            `perplexity`, `word_perplexity` and `byte_perplexity`. What has no items is left out.
+            `accuracy/<task>`, `acc_norm/<task>`, `generated/<task>` and `nll/<task>`; of groups
+            `accuracy/<group>` over all items and `accuracy/<group>_macro` over its tasks. Every share has its
+            `..._stderr`. Of plain text `perplexity`, `word_perplexity` and `byte_perplexity`. What has no
+            items is left out.
         """
         values: dict[str, float] = {}
         losses = []

@@ -1,6 +1,7 @@
 """Lightning callbacks, one a file."""
 
 from moka_pl.callbacks.adapter_checkpoint import AdapterCheckpoint
+from moka_pl.callbacks.evaluation import EvaluationTable
 from moka_pl.callbacks.gates import GateMonitor
 from moka_pl.callbacks.interrupt import GracefulInterrupt
 from moka_pl.callbacks.progress import ProgressBar
@@ -10,6 +11,7 @@ from moka_pl.callbacks.throughput import Throughput
 
 __all__ = [
     "AdapterCheckpoint",
+    "EvaluationTable",
     "GateMonitor",
     "GracefulInterrupt",
     "ProgressBar",

@@ -82,6 +82,7 @@ class MokaDataModule(LightningDataModule):
         self._encoded: dict[str, Encoded | None] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._trained_prompt: str | None = None
+        self._encoded_prompt: str | None = None
         self._digest: tuple[PreTrainedTokenizerBase, str] | None = None
 
     @property
@@ -100,6 +101,11 @@ class MokaDataModule(LightningDataModule):
     def task_groups(self) -> dict[str, list[str]]:
         """Tasks that are reported together, too, by the name of the group."""
         return {}
+
+    @property
+    def prompt_key(self) -> str | None:
+        """What of the prompt decides about the encoded examples."""
+        return self.prompt
 
     @property
     def trained_prompt(self) -> str | None:
@@ -173,6 +179,9 @@ class MokaDataModule(LightningDataModule):
         Args:
             stage: `"fit"`, `"validate"`, `"test"`, `"predict"`, or None for all.
         """
+        if self.prompt_key != self._encoded_prompt:  # another adapter, whose own prompt is another
+            self._encoded.clear()
+            self._encoded_prompt = self.prompt_key
         for split in self._splits(stage):
             if split in self._encoded:
                 continue

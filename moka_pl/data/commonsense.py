@@ -82,7 +82,6 @@ class CommonsenseData(MokaDataModule):
         self._tasks: list[str] | None = None
         self._prompt = prompt
         self._warned: set[str] = set()
-        self._encoded_prompt: str | None = None
         self.share_prefix = share_prefix
         self.generated_tokens = generated_tokens
 
@@ -100,14 +99,6 @@ class CommonsenseData(MokaDataModule):
             rows = self._rows("test")
             self._tasks = [] if rows is None else list(rows.unique("task"))
         return list(self._tasks)
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load the splits of a stage; those encoded with another adapter's prompt are encoded anew."""
-        prompt = self.prompt
-        if prompt != self._encoded_prompt:
-            self._encoded.clear()
-            self._encoded_prompt = prompt
-        super().setup(stage)
 
     def encode(self, split: str) -> Encoded | None:
         """Encode `"train"` (plain rows), `"validation"` or `"test"` (items); see the base class."""

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from moka_pl.data.base import MokaDataModule
 from moka_pl.data.encode import Encoded, SegmentEncoder, adds_bos, encode_rows
@@ -12,6 +12,7 @@ from moka_pl.data.instruction_rows import check_instruction, instruction_feature
 from moka_pl.data.prompts import PromptName, alpaca, chat, require_template
 from moka_pl.data.reading import read_rows
 from moka_pl.data.samples import sample_path
+from moka_pl.data.trained_prompt import settle_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +35,8 @@ class InstructionData(MokaDataModule):
             without validation. Which ones depends on the data alone, not on the seed.
         split: Which split of a hub data set.
         prompt: "chat" renders the tokenizer's chat template and trains every assistant turn; "alpaca" writes
-            the Alpaca prompt and trains the answer.
+            the Alpaca prompt and trains the answer. None takes the prompt that the model's adapter was
+            trained with, else "chat".
         **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size (see
             MokaDataModule).
     """
@@ -47,18 +49,25 @@ class InstructionData(MokaDataModule):
         validation_path: str | Path | list[str | Path] | None = None,
         validation_share: float = 0.05,
         split: str = "train",
-        prompt: PromptName = "chat",
+        prompt: PromptName | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if prompt not in ("chat", "alpaca"):
+        if prompt not in (None, "chat", "alpaca"):
             raise DataError(f"prompt must be 'chat' or 'alpaca', got {prompt!r}.")
         self.path = path
         self.validation_path = validation_path
         self.validation_share = validation_share
         self.split = split
-        self.prompt: PromptName = prompt
+        self._prompt = prompt
+        self._warned: set[str] = set()
         self._hold_out = HoldOut(validation_share)
+
+    @property
+    def prompt(self) -> str:  # type: ignore[override]
+        """Name of the prompt: the chosen one, else that of the model's adapter, else `"chat"`."""
+        known = get_args(PromptName)
+        return settle_prompt(self._prompt, self.trained_prompt, known, "chat", warned=self._warned)
 
     def encode(self, split: str) -> Encoded | None:
         """Encode `"train"`, `"validation"` or `"test"` (the validation data); see the base class."""

@@ -40,6 +40,11 @@ class MixtureData(MokaDataModule):
         return prompts.pop() if len(prompts) == 1 else None
 
     @property
+    def prompt_key(self) -> str | None:
+        """The prompts of all parts."""
+        return " ".join(str(part.prompt) for part in self.parts)
+
+    @property
     def generated_tokens(self) -> int:  # type: ignore[override]
         """Most tokens of an answer that any part generates."""
         return max(part.generated_tokens for part in self.parts)

@@ -57,8 +57,8 @@ def read_text_file(path: Path) -> "Dataset":
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8. Save the file in the UTF-8 "
-            "encoding."
+            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8. Save the file in the "
+            "UTF-8 encoding."
         ) from error
     if not text.strip():
         raise DataError(f"{path} holds no text. Give a file with some.")
