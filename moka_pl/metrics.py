@@ -73,6 +73,7 @@ class EvalMetrics:
         self.plain = Sums(len(self.sets), len(_PLAIN)).to(self.device)
         # All tasks of all sets in one table: the subjects of MMLU alone are 57.
         self.choices = Sums(sum(len(tasks) for _, tasks in self.sets), len(_COUNTS)).to(self.device)
+        self.reset()
 
     def fits(
         self,
@@ -155,8 +156,10 @@ class EvalMetrics:
 
     def reset(self) -> None:
         """Forgets everything added."""
-        self.plain.reset()
-        self.choices.reset()
+        for sums in (self.plain, self.choices):
+            sums.reset()
+            # torchmetrics warns of sums that nothing was added to; sets of plain text have no choices.
+            sums.update(slice(0, 0), sums.total[:0])
 
     def _rows(self, index: int) -> slice:
         """The rows of a set's tasks."""

@@ -107,7 +107,8 @@ def by_item(batches: list[dict], found: list[torch.Tensor]) -> dict[str, tuple[b
         right = is_right(scores.double(), batch["item"], batch["is_answer"])
         for number in range(int(batch["item"].max()) + 1):
             own = batch["item"] == number
-            key = str([ids[ids != 0].tolist() for ids in batch["input_ids"][own]])
+            ends = [int(row.nonzero().max()) + 1 for row in batch["labels"][own] >= 0]
+            key = str([ids[:end].tolist() for ids, end in zip(batch["input_ids"][own], ends, strict=True)])
             items[key] = (bool(right[own].any()), scores[own].tolist())
     return items
 

@@ -7,7 +7,6 @@ from moka_pl.metrics import EvalMetrics
 from moka_pl.results import Counts, macro
 
 INF = math.inf
-pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric Sums was called before")
 
 
 def choices(item, task, answer, chars=None):
