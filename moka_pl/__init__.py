@@ -8,7 +8,7 @@ from moka_pl.version import __version__
 if TYPE_CHECKING:
     from moka_pl.adapters import MokaConfig, inject_adapter, load_adapter, save_adapter
     from moka_pl.backbone import BackboneConfig, load_backbone
-    from moka_pl.data import CommonsenseData, InstructionData, MixtureData
+    from moka_pl.data import CommonsenseData, InstructionData, MixtureData, MmluData, TextData
     from moka_pl.load import load_model
     from moka_pl.module import MokaModule
 
@@ -17,8 +17,10 @@ __all__ = [
     "CommonsenseData",
     "InstructionData",
     "MixtureData",
+    "MmluData",
     "MokaConfig",
     "MokaModule",
+    "TextData",
     "__version__",
     "inject_adapter",
     "load_adapter",
@@ -32,6 +34,8 @@ _HOMES = {
     "CommonsenseData": "data",
     "InstructionData": "data",
     "MixtureData": "data",
+    "MmluData": "data",
+    "TextData": "data",
     "MokaConfig": "adapters",
     "MokaModule": "module",
     "inject_adapter": "adapters",

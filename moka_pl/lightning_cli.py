@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from moka_pl.callbacks import (
     AdapterCheckpoint,
     BatchStatistics,
+    EvaluationTable,
     GateMonitor,
     GracefulInterrupt,
     ProgressBar,
@@ -128,6 +129,8 @@ class MokaCLI(LightningCLI):
         """Resolves ``ckpt_path: last`` to the newest run of the same name, and continues its logs."""
         config = self.config[self.subcommand]
         config.weights_only = True  # nothing is unpickled from a path that the user gives
+        if "verbose" in config:
+            config.verbose = False  # EvaluationTable prints what was found, in a form to be read
         path = config.get("ckpt_path")
         special = path in (None, "best", "last", "hpc") or "://" in path or path.startswith("registry")
         if not special and not Path(path).is_file():
@@ -145,7 +148,7 @@ class MokaCLI(LightningCLI):
         """Adds our callbacks, but none of a kind that the user has chosen or switched off."""
         given = config["callbacks"] or []
         kinds = [type(callback) for callback in (given if isinstance(given, list) else [given])]
-        ours = [Throughput(), BatchStatistics(), RunSummary(), GracefulInterrupt()]
+        ours = [Throughput(), BatchStatistics(), RunSummary(), GracefulInterrupt(), EvaluationTable()]
         if config["enable_progress_bar"] is not False and not any(issubclass(k, LightningBar) for k in kinds):
             ours.insert(0, ProgressBar())
         if config["enable_checkpointing"] is False:

@@ -41,16 +41,31 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **
     """
     targets = labels[:, 1:]  # (B, T-1)
     row, column = (targets != IGNORED).nonzero(as_tuple=True)  # (N,)
-    if hasattr(model.config, "final_logit_softcapping") or hasattr(model.config, "logits_scaling"):
-        # Models that transform their logits after the head.
-        logits = model(input_ids=input_ids, use_cache=False, **inputs).logits[row, column]  # (N, V)
-    else:
-        decoder = model.get_decoder()
-        hidden = decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state  # (B, T, d)
-        head = model.get_output_embeddings()
-        logits = head(hidden[row, column])  # (N, V)
+    logits = logits_at(model, row, column, input_ids=input_ids, **inputs)  # (N, V)
     nll = F.cross_entropy(logits.float(), targets[row, column], reduction="none")  # (N,)
     return TokenScores(nll, row)
+
+
+def logits_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: Tensor) -> Tensor:
+    """Runs a model and computes its logits at some positions only.
+
+    Args:
+        model: A causal language model.
+        row: Rows of the positions, shape (N,).
+        column: Their columns, shape (N,).
+        **inputs: What the model reads.
+
+    Returns:
+        Logits of shape (N, V).
+    """
+    logits: Tensor
+    if hasattr(model.config, "final_logit_softcapping") or hasattr(model.config, "logits_scaling"):
+        # Models that transform their logits after the head.
+        logits = model(**inputs, use_cache=False).logits[row, column]
+    else:
+        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, d)
+        logits = model.get_output_embeddings()(hidden[row, column])
+    return logits
 
 
 def row_sums(scores: TokenScores, rows: int) -> Tensor:

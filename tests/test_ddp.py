@@ -18,7 +18,7 @@ from moka_pl.adapters import MokaConfig, adapter_state
 from moka_pl.adapters.directory import read_adapter_state
 from moka_pl.backbone import BackboneConfig
 from moka_pl.callbacks import AdapterCheckpoint, GateMonitor, GracefulInterrupt, RunSummary, Throughput
-from moka_pl.data import CommonsenseData, InstructionData, MixtureData
+from moka_pl.data import CommonsenseData, InstructionData, MixtureData, MmluData
 from moka_pl.module import MokaModule
 
 GLOBAL_BATCH = 4
@@ -66,6 +66,16 @@ def write_data(folder):
         ("questions", questions),
     ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for subject, part, count in (
+        ("virology", "dev", 1),
+        ("virology", "test", 5),
+        ("astronomy", "dev", 1),
+        ("astronomy", "test", 2),
+    ):
+        rows = [f"{subject} {n}?,{','.join(pick.sample(WORDS, 4))},{n % 4}" for n in range(count)]
+        path = folder / "mmlu" / part / f"{subject}_{part}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(["question,choice0,choice1,choice2,choice3,answer", *rows]) + "\n")
 
 
 def fit(folder, name, devices, packing=False):
@@ -81,6 +91,7 @@ def fit(folder, name, devices, packing=False):
                 max_length=320,
             ),
             CommonsenseData(folder / "questions.jsonl", folder / "questions.jsonl", max_length=128),
+            MmluData(folder / "mmlu", shots=1, scoring="text", max_length=200),
         ],
         batch_size=GLOBAL_BATCH // devices // (2 if packing else 1),
         eval_batch_size=2,
@@ -192,6 +203,16 @@ def test_every_validation_item_counts_once(runs):
     assert first["validations"] == second["validations"]
     for mine, theirs in zip(first["validations"], single["validations"], strict=True):
         assert set(theirs) >= {"val/loss", "val/instruction/loss", "val/accuracy/task0", "val/accuracy/task1"}
+        names = (
+            "acc_norm/task0",
+            "acc_norm",
+            "accuracy/mmlu_virology",
+            "accuracy/mmlu",
+            "accuracy/mmlu_macro",
+        )
+        assert set(theirs) >= {f"val/{name}{end}" for name in names for end in ("", "_stderr")}
+        p = theirs["val/accuracy/mmlu"]  # of 5 + 2 questions
+        assert theirs["val/accuracy/mmlu_stderr"] == pytest.approx((p * (1 - p) / 6) ** 0.5)
         assert mine == pytest.approx(theirs, rel=1e-5)
     # Before the first step both are the frozen base.
     assert single["validations"][0] != single["validations"][-1]

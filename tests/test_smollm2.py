@@ -20,9 +20,11 @@ from moka_pl.callbacks import AdapterCheckpoint
 from moka_pl.commands import generate
 from moka_pl.data import CommonsenseData
 from moka_pl.load import load_model
+from moka_pl.metrics import is_right
 from moka_pl.module import MokaModule
 from moka_pl.packing import unpack
-from moka_pl.scoring import score_tokens
+from moka_pl.prefix_scoring import can_share, score_shared
+from moka_pl.scoring import row_sums, score_tokens
 
 STEPS = 6
 FINGERPRINT = "215deb78a70f87a8"
@@ -170,3 +172,25 @@ def test_the_saved_adapter_loads_and_generates(run: SimpleNamespace, capsys: pyt
     base, adapted = capsys.readouterr().out.removeprefix("[base] ").split("\n\n[adapted] ")
     assert base == "The capital of"
     assert adapted.strip()
+
+
+def test_shared_prompts_give_the_same_answers(dataset_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", dataset_cache)
+    loaded = load_backbone(BackboneConfig(quantization="none", compute_dtype="float32"))
+    assert can_share(loaded.model)
+    for prompt, tasks in (("cloze", None), ("letters", ["science_easy", "boolean"])):
+        data = CommonsenseData(prompt=prompt, tasks=tasks, validation_limit=1, eval_batch_size=8)
+        data.connect(loaded.tokenizer)
+        data.setup("validate")
+        for batch in data.val_dataloader():
+            options = len(batch["input_ids"])
+            with torch.no_grad():
+                whole = -row_sums(score_tokens(loaded.model, batch["input_ids"], batch["labels"]), options)
+                shared = -row_sums(score_shared(loaded.model, batch["shared"]), options)
+            assert whole.abs().max() > 1
+            torch.testing.assert_close(shared, whole, rtol=1e-5, atol=1e-3)
+            for scale in (1, batch["option_chars"]):
+                right = [is_right(s / scale, batch["item"], batch["is_answer"]) for s in (whole, shared)]
+                assert torch.equal(*right)

@@ -2,6 +2,7 @@
 
 from moka_pl.callbacks.adapter_checkpoint import AdapterCheckpoint
 from moka_pl.callbacks.batch_statistics import BatchStatistics
+from moka_pl.callbacks.evaluation import EvaluationTable
 from moka_pl.callbacks.gates import GateMonitor
 from moka_pl.callbacks.interrupt import GracefulInterrupt
 from moka_pl.callbacks.progress import ProgressBar
@@ -12,6 +13,7 @@ from moka_pl.callbacks.throughput import Throughput
 __all__ = [
     "AdapterCheckpoint",
     "BatchStatistics",
+    "EvaluationTable",
     "GateMonitor",
     "GracefulInterrupt",
     "ProgressBar",

@@ -74,7 +74,9 @@ def summary_text(
     lines = [f"{'held-out':<28}{'before':>12}{'after':>12}{'change':>12}"] if after else []
     for name in sorted(after, key=lambda n: (n.count("/"), "loss" not in n, n)):
         old, new = before.get(name), after[name]
-        is_accuracy = "accuracy" in name
+        if name.endswith("_stderr"):
+            continue
+        is_accuracy = "accuracy" in name or "acc_norm" in name
         if old is None:
             change = ""
         elif is_accuracy:

@@ -30,7 +30,8 @@ def generate(
         compare: Print the frozen base model's answer too.
         base: Where the base model lies, if not under the name that the adapter remembers.
         prompt_format: What to put around the prompt: chat (the tokenizer's chat template), alpaca, cloze
-            ("Question: … Answer:") or raw (nothing). Default what the adapter was trained with; where it
+            ("Question: … Answer:"; letters is the same, the options being part of the prompt), llm_adapters
+            (alpaca, the same) or raw (nothing). Default what the adapter was trained with; where it
             remembers none, the chat template if there is one.
 
     Raises:
@@ -91,6 +92,6 @@ def _around(prompt: str, prompt_format: PromptFormat, tokenizer: "PreTrainedToke
     """The text that the model is to continue."""
     if prompt_format == "chat":
         return chat_prompt(prompt, tokenizer)
-    if prompt_format == "alpaca":
+    if prompt_format in ("alpaca", "llm_adapters"):
         return alpaca_prompt(prompt)
-    return cloze_prompt(prompt) if prompt_format == "cloze" else prompt
+    return cloze_prompt(prompt) if prompt_format in ("cloze", "letters") else prompt

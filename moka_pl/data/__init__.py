@@ -1,11 +1,13 @@
-"""Data modules: instructions and chats, multiple-choice questions, and mixtures of them."""
+"""Data modules: instructions and chats, multiple-choice questions, plain text, and mixtures of them."""
 
 from moka_pl.data.base import MokaDataModule
 from moka_pl.data.commonsense import CommonsenseData
 from moka_pl.data.errors import DataError
 from moka_pl.data.instruction import InstructionData
 from moka_pl.data.mixture import MixtureData
+from moka_pl.data.mmlu import MmluData
 from moka_pl.data.report import EncodingReport
+from moka_pl.data.text import TextData
 
 __all__ = [
     "CommonsenseData",
@@ -13,5 +15,7 @@ __all__ = [
     "EncodingReport",
     "InstructionData",
     "MixtureData",
+    "MmluData",
     "MokaDataModule",
+    "TextData",
 ]

@@ -17,6 +17,7 @@ from moka_pl.data.overlap import warn_of_overlap
 from moka_pl.data.pack_sampler import PackSampler
 from moka_pl.data.report import EncodingReport
 from moka_pl.data.sampler import EvalSampler, GlobalBatchSampler, TrainSampler
+from moka_pl.data.shared_prefix import SharePrefix
 from moka_pl.data.token_sampler import TokenSampler
 
 if TYPE_CHECKING:
@@ -58,12 +59,16 @@ class MokaDataModule(LightningDataModule):
         streaming: Whether the training data are read while they are trained on.
         prompt: Name of the prompt that the examples are written in, if there is one for all of them; trained
             adapters keep it, so that `moka_pl generate` can ask in the same words.
+        share_prefix: Whether options of multiple-choice items may share their prompt's computation.
+        generated_tokens: Most tokens of a generated answer, for prompts that are evaluated so.
         report: What became of the examples, by split (`"train"`, `"validation"`, `"test"`), once set up.
     """
 
     name: str = "data"
     streaming: bool = False
     prompt: str | None = None
+    share_prefix: SharePrefix = "auto"
+    generated_tokens: int = 0
 
     def __init__(
         self,
@@ -96,6 +101,8 @@ class MokaDataModule(LightningDataModule):
         self.report: dict[str, EncodingReport] = {}
         self._encoded: dict[str, Encoded | None] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._trained_prompt: str | None = None
+        self._encoded_prompt: str | None = None
         self._digest: tuple[PreTrainedTokenizerBase, str] | None = None
 
     @property
@@ -109,6 +116,24 @@ class MokaDataModule(LightningDataModule):
         # Asked for before the data are loaded, too: only a set known to be missing is left out.
         missing = any(encoded is None for split, encoded in self._encoded.items() if split != "train")
         return [] if missing else [(self.name, self.tasks)]
+
+    @property
+    def task_groups(self) -> dict[str, list[str]]:
+        """Tasks that are reported together, too, by the name of the group."""
+        return {}
+
+    @property
+    def prompt_key(self) -> str | None:
+        """What of the prompt decides about the encoded examples."""
+        return self.prompt
+
+    @property
+    def trained_prompt(self) -> str | None:
+        """Name of the prompt that the model's adapter was trained with, as far as it is known."""
+        if self._trained_prompt is not None:
+            return self._trained_prompt
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return getattr(module, "adapter_prompt", None)
 
     @abstractmethod
     def encode(self, split: str) -> Encoded | None:
@@ -124,16 +149,18 @@ class MokaDataModule(LightningDataModule):
             DataError: The data cannot be used.
         """
 
-    def connect(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def connect(self, tokenizer: "PreTrainedTokenizerBase", trained_prompt: str | None = None) -> None:
         """Use this tokenizer; needed only without a trainer, whose module brings its own.
 
         Args:
             tokenizer: A fast tokenizer.
+            trained_prompt: The prompt that the model's adapter was trained with.
         """
         if tokenizer is not self._tokenizer:
             self._encoded.clear()
             self.report.clear()
         self._tokenizer = tokenizer
+        self._trained_prompt = trained_prompt
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -172,6 +199,9 @@ class MokaDataModule(LightningDataModule):
         Args:
             stage: `"fit"`, `"validate"`, `"test"`, `"predict"`, or None for all.
         """
+        if self.prompt_key != self._encoded_prompt:  # another adapter, whose own prompt is another
+            self._encoded.clear()
+            self._encoded_prompt = self.prompt_key
         for split in self._splits(stage):
             if split in self._encoded:
                 continue
@@ -250,10 +280,11 @@ class MokaDataModule(LightningDataModule):
         encoded = self._get(split)
         rank, world = self._place()
         rows = encoded.rows
-        sampler = EvalSampler(rows["length"][:], self.eval_batch_size, world, rank, slots=rows["slots"][:])
-        return DataLoader(
-            BatchRows(rows, self._pad_id()), sampler=sampler, generator=torch.Generator(), **self._loading()
-        )
+        share = self.share_prefix == "auto" and "shared" in rows.column_names
+        length, slots = ("shared", "shared") if share else ("length", "slots")
+        sampler = EvalSampler(rows[length][:], self.eval_batch_size, world, rank, slots=rows[slots][:])
+        batches = BatchRows(rows, self._pad_id(), self.share_prefix)
+        return DataLoader(batches, sampler=sampler, generator=torch.Generator(), **self._loading())
 
     def _loading(self) -> dict[str, Any]:
         return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}

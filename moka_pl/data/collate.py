@@ -14,12 +14,16 @@ from torch.utils.data import Dataset as TorchDataset
 
 from moka_pl.data.encode import MASKED
 from moka_pl.data.sampler import filler
+from moka_pl.data.shared_prefix import PADDING, SharedRows, SharePrefix, share_prefix
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 MULTIPLE = 8
 """Batches are padded to a multiple of this many tokens; matrix units like it."""
+
+COUNTED = ("words", "bytes")
+"""Columns of plain text that a batch holds the sums of."""
 
 Batch = dict[str, Any]
 
@@ -32,13 +36,18 @@ class BatchRows(TorchDataset[Batch]):
     Args:
         rows: Encoded rows, plain or multiple-choice.
         pad_id: Token id of the padding.
+        share: Whether the prompt of a multiple-choice item is shared by its options.
     """
 
-    def __init__(self, rows: "Dataset", pad_id: int) -> None:
+    def __init__(self, rows: "Dataset", pad_id: int, share: SharePrefix = "auto") -> None:
         self.choices = "option_ids" in rows.column_names
-        columns = ("prompt_ids", "option_ids", "option_chars", "answer", "task")
-        self.rows = rows.select_columns(list(columns) if self.choices else ["input_ids", "labels"])
+        if self.choices:
+            columns = ["prompt_ids", "option_ids", "option_chars", "option_names", "answer", "task"]
+        else:
+            columns = [name for name in ("input_ids", "labels", *COUNTED) if name in rows.column_names]
+        self.rows = rows.select_columns(columns)
         self.pad_id = pad_id
+        self.share = share
 
     def __len__(self) -> int:
         """Number of rows (not of batches)."""
@@ -54,8 +63,14 @@ class BatchRows(TorchDataset[Batch]):
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         if sizes:
             return collate_packs(rows, fillers, sizes, self.pad_id)
-        collate = collate_choices if self.choices else collate_tokens
-        return collate(rows, fillers, self.pad_id)
+        if self.choices:
+            return collate_choices(rows, fillers, self.pad_id, self.share)
+        counted = {
+            name: sum(row[name] for row, is_filler in zip(rows, fillers, strict=True) if not is_filler)
+            for name in COUNTED
+            if name in columns
+        }
+        return collate_tokens(rows, fillers, self.pad_id) | counted
 
 
 def collate_tokens(rows: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_id: int) -> Batch:
@@ -131,19 +146,25 @@ def collate_packs(
     }
 
 
-def collate_choices(items: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_id: int) -> Batch:
+def collate_choices(
+    items: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_id: int, share: SharePrefix = "never"
+) -> Batch:
     """A batch of multiple-choice items: one row per option.
 
     Args:
-        items: With `prompt_ids`, `option_ids`, `option_chars`, `answer` and `task`.
+        items: With `prompt_ids`, `option_ids`, `option_chars`, `answer` and `task`; with `option_names` where
+            answers are generated, too.
         fillers: Which items only fill the batch up; their labels are masked, their `task` is -1, and none of
             their options is the answer.
         pad_id: Token id of the padding.
+        share: "auto" adds the layout with shared prompts if it takes fewer slots.
 
     Returns:
         What `collate_tokens` returns, the labels covering the tokens of the option only, and per row: `item`
         (index of its item inside this batch), `task`, `option_chars` (characters of the option), all (B,)
-        int64, and `is_answer` (B,) bool.
+        int64, and `is_answer` (B,) bool. `shared` (see `shared_tensors`), where that is cheaper. For
+        generating: `questions`, the prompts of the I items padded on the left (`input_ids` and
+        `attention_mask`, (I, T)), and `answer_names`, I texts, empty for fillers.
     """
     rows: list[dict[str, Any]] = []
     row_fillers: list[bool] = []
@@ -160,11 +181,49 @@ def collate_choices(items: Sequence[dict[str, Any]], fillers: Sequence[bool], pa
             task.append(-1 if is_filler else entry["task"])
             chars.append(entry["option_chars"][choice])
             is_answer.append(not is_filler and choice == entry["answer"])
-    return collate_tokens(rows, row_fillers, pad_id) | {
+    batch = collate_tokens(rows, row_fillers, pad_id) | {
         "item": torch.tensor(item, dtype=torch.int64),
         "task": torch.tensor(task, dtype=torch.int64),
         "option_chars": torch.tensor(chars, dtype=torch.int64),
         "is_answer": torch.tensor(is_answer, dtype=torch.bool),
+    }
+    if share == "auto" and not all(fillers):
+        shared = shared_tensors(share_prefix(items, fillers), pad_id)
+        if shared["input_ids"].numel() < batch["input_ids"].numel():
+            batch["shared"] = shared
+    if any(entry.get("option_names") for entry in items):
+        batch["questions"] = _questions([entry["prompt_ids"] for entry in items], pad_id)
+        batch["answer_names"] = [
+            "" if is_filler else entry["option_names"][entry["answer"]]
+            for entry, is_filler in zip(items, fillers, strict=True)
+        ]
+    return batch
+
+
+def shared_tensors(rows: SharedRows, pad_id: int) -> dict[str, Tensor]:
+    """The tensors of rows whose prompts are shared.
+
+    Returns:
+        `input_ids`, `position_ids` (I, S) and, unless plain causal attention does, `segments` (I, S), as in
+        `SharedRows`; `place_row`, `place_column` (P,) and `place`, `target`, `option` (N,). All int64.
+    """
+    names = ("place_row", "place_column", "place", "target", "option")
+    tensors = {name: torch.tensor(getattr(rows, name), dtype=torch.int64) for name in names}
+    tensors["input_ids"] = _pad(rows.ids, pad_id)
+    tensors["position_ids"] = _pad(rows.positions, 0)
+    if rows.branches:
+        tensors["segments"] = _pad(rows.segments, PADDING)
+    return tensors
+
+
+def _questions(prompts: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
+    """Prompts padded on the left, where generation goes on from their ends."""
+    width = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]),
+        "attention_mask": torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        ),
     }
 
 

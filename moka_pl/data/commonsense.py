@@ -1,9 +1,10 @@
 """Multiple-choice questions: trained on the right option, evaluated by comparing all options."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.base import MokaDataModule
+from moka_pl.data.choice_prompts import CHOICE_PROMPTS
 from moka_pl.data.choice_rows import CHOICE_FIELDS, check_choice, choice_features, filled
 from moka_pl.data.choice_sources import ChoicePiece, find_choice_pieces, hub_tasks, refuse_unknown
 from moka_pl.data.choice_tasks import task_name
@@ -12,10 +13,12 @@ from moka_pl.data.encode import ChoiceEncoder, Encoded, SegmentEncoder, adds_bos
 from moka_pl.data.errors import DataError
 from moka_pl.data.holdout import HoldOut
 from moka_pl.data.llm_adapters import name_tasks
-from moka_pl.data.prompts import Segment, cloze, cloze_option
 from moka_pl.data.reading import read_rows
+from moka_pl.data.shared_prefix import SharePrefix
 from moka_pl.data.sources import Sources, as_list
-from moka_pl.prompts import cloze_prompt
+from moka_pl.data.spread import spread
+from moka_pl.data.trained_prompt import settle_prompt
+from moka_pl.prompts import ChoicePromptName
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +33,7 @@ class CommonsenseData(MokaDataModule):
     it is told from the prompt. Hub originals: the columns of BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC
     and OpenBookQA; they give the same items as the LLM-Adapters form (`moka_pl.data.choice_tasks` says how).
     Training rows are question, right option and end-of-sequence token, trained on the last two; evaluation
-    items hold the question and all options.
+    items hold the question and all options, which are compared by their likelihood.
 
     Args:
         path: A file of any form (.json, .jsonl, .csv, .parquet); a folder of one task, or one whose
@@ -50,12 +53,19 @@ class CommonsenseData(MokaDataModule):
             columns (`{question: q, choices: [a, b, c, d], answer: key}`). Then only these columns are read.
         fill_blank: Put WinoGrande's options into the blank of the sentence: the question is then what stands
             before it, and the options go on to its end. False keeps the sentence with its blank.
+        prompt: How questions are asked. "cloze" is "Question: ... Answer:" and the option's text; "letters"
+            lists the options as A., B., ... and the answer is a letter; "llm_adapters" is the instruction of
+            the LLM-Adapters corpora, answered by "the correct answer is answer3", whose `validate` and `test`
+            also generate answers and report how many name the right option (`generated`). None takes the
+            prompt that the model's adapter was trained with, else "cloze".
+        share_prefix: "auto" computes what an item's options have in common once, where that takes fewer
+            slots and the model allows it; "never" scores every option whole. The scores are the same.
+        generated_tokens: Most tokens of a generated answer; 0 generates none.
         **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size, packing,
             max_tokens (see MokaDataModule).
     """
 
     name = "commonsense"
-    prompt = "cloze"
 
     def __init__(
         self,
@@ -66,9 +76,16 @@ class CommonsenseData(MokaDataModule):
         validation_share: float = 0.05,
         columns: dict[str, str | list[str]] | None = None,
         fill_blank: bool = False,
+        prompt: ChoicePromptName | None = None,
+        share_prefix: SharePrefix = "auto",
+        generated_tokens: int = 16,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if prompt is not None and prompt not in CHOICE_PROMPTS:
+            raise DataError(f"prompt must be one of {', '.join(CHOICE_PROMPTS)}, got {prompt!r}.")
+        if generated_tokens < 0:
+            raise DataError(f"generated_tokens must be at least 0, got {generated_tokens}.")
         if validation_limit is not None and validation_limit < 1:
             raise DataError(f"validation_limit must be at least 1, got {validation_limit}.")
         self.path = path
@@ -80,6 +97,15 @@ class CommonsenseData(MokaDataModule):
         self._hold_out = HoldOut(validation_share)
         self._wanted = None if tasks is None else [task_name(task) for task in tasks]
         self._tasks: list[str] | None = None
+        self._prompt = prompt
+        self._warned: set[str] = set()
+        self.share_prefix = share_prefix
+        self.generated_tokens = generated_tokens
+
+    @property
+    def prompt(self) -> str:  # type: ignore[override]
+        """Name of the prompt: the chosen one, else that of the model's adapter, else `"cloze"`."""
+        return settle_prompt(self._prompt, self.trained_prompt, CHOICE_PROMPTS, "cloze", warned=self._warned)
 
     @property
     def tasks(self) -> list[str]:
@@ -102,14 +128,18 @@ class CommonsenseData(MokaDataModule):
         if rows is None:
             return None
         bos = adds_bos(self.tokenizer)
-        label, key = f"{self.name} {split}", "cloze"
+        label, key = f"{self.name} {split}", self.prompt
+        form = CHOICE_PROMPTS[key]
         encoder: SegmentEncoder | ChoiceEncoder
         if split == "train":
-            encoder = SegmentEncoder(self.tokenizer, _segments, self.max_length, bos)
+            encoder = SegmentEncoder(self.tokenizer, form.segments, self.max_length, bos)
         else:
             tasks = tuple(self.tasks)
-            key = f"cloze {tasks}"
-            encoder = ChoiceEncoder(self.tokenizer, _prompt, _options, self.max_length, bos, tasks)
+            generating = form.names is not None and self.generated_tokens > 0
+            key = f"{key} {tasks} {generating}"
+            encoder = ChoiceEncoder(self.tokenizer, form.before, form.options, self.max_length, bos, tasks)
+            if generating:
+                encoder = replace(encoder, names=form.names)
         return encode_rows(rows, encoder, key=key, label=label, num_proc=self.num_proc, digest=self.digest)
 
     def _rows(self, split: str) -> "Dataset | None":
@@ -117,7 +147,7 @@ class CommonsenseData(MokaDataModule):
         rows = self._select(self._all_rows(split), split)
         if rows is None or split != "validation" or self.validation_limit is None:
             return rows
-        return _spread(rows, self.validation_limit)
+        return spread(rows, self.validation_limit)
 
     def _all_rows(self, split: str) -> "Dataset | None":
         train = self._pieces(self.path, "train")
@@ -175,27 +205,3 @@ class CommonsenseData(MokaDataModule):
         source = self.path if split == "train" else self.validation_path or self.path
         refuse_unknown(self._wanted, set(found), f"{source} ({split})")
         return rows.select([index for index, task in enumerate(found) if task in self._wanted])
-
-
-def _spread(rows: "Dataset", limit: int) -> "Dataset":
-    """At most `limit` rows of every task, evenly spread over its rows."""
-    by_task: dict[str, list[int]] = {}
-    for index, task in enumerate(rows["task"][:]):
-        by_task.setdefault(task, []).append(index)
-    chosen: list[int] = []
-    for indices in by_task.values():
-        count = min(limit, len(indices))
-        chosen += [indices[step * len(indices) // count] for step in range(count)]
-    return rows.select(sorted(chosen))
-
-
-def _segments(row: Mapping[str, Any]) -> list[Segment]:
-    return cloze(row["question"], row["choices"][row["answer"]])
-
-
-def _prompt(row: Mapping[str, Any]) -> str:
-    return cloze_prompt(row["question"])
-
-
-def _options(row: Mapping[str, Any]) -> list[str]:
-    return [cloze_option(choice) for choice in row["choices"]]

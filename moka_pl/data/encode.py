@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from moka_pl.data.errors import DataError
 from moka_pl.data.prompts import Segment
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Raise it when the same text gives other columns: caches of older versions are then left alone."""
 
 MASKED = -100
@@ -59,6 +59,8 @@ class SegmentEncoder:
         bos: Put the beginning-of-sequence token first: `adds_bos(tokenizer)` for plain prompts, False for
             chat templates, which write it themselves.
     """
+
+    batched: ClassVar[bool] = False
 
     tokenizer: "PreTrainedTokenizerBase"
     segments: Callable[[Row], list[Segment]]
@@ -110,8 +112,9 @@ class SegmentEncoder:
 class ChoiceEncoder:
     """Encodes one multiple-choice row to a prompt and the continuations to be compared.
 
-    Where prompt and option do not fit into `max_length`, the prompt loses its beginning (the
-    beginning-of-sequence token stays), the same for all options. At least one token stays before an option.
+    Where prompt and option do not fit into `max_length`, the first of the row's shorter prompts that fits is
+    taken; if none does, the last one loses its beginning (the beginning-of-sequence token stays), the same
+    for all options. At least one token stays before an option.
 
     Attributes:
         tokenizer: A fast tokenizer (character offsets are needed).
@@ -120,7 +123,12 @@ class ChoiceEncoder:
         max_length: Most tokens of prompt and option together.
         bos: Put the beginning-of-sequence token first: `adds_bos(tokenizer)`.
         tasks: Names of the tasks; the column `task` holds the index of the row's `task` in it.
+        names: What a generated answer calls each option, for prompts that are evaluated by generating.
+        shorter: Further prompts for a row, each shorter than the one before it: one with one more example of
+            few left out.
     """
+
+    batched: ClassVar[bool] = False
 
     tokenizer: "PreTrainedTokenizerBase"
     prompt: Callable[[Row], str]
@@ -128,6 +136,8 @@ class ChoiceEncoder:
     max_length: int
     bos: bool
     tasks: tuple[str, ...]
+    names: Callable[[Row], list[str]] | None = None
+    shorter: Callable[[Row], Sequence[str]] | None = None
 
     @property
     def features(self) -> "Features":
@@ -136,32 +146,44 @@ class ChoiceEncoder:
 
     def __call__(self, row: Row) -> Columns:
         """Encode `row`; a row with an option that does not fit comes back with the status DROPPED."""
-        prompt = self.prompt(row)
-        prompt_ids, option_ids = self._split(prompt, self.options(row))
+        options = self.options(row)
+        prompt_ids, option_ids = self._split(self.prompt(row), options)
         start = [self.tokenizer.bos_token_id] if self.bos else []
         longest = max(map(len, option_ids))
-        full = len(start) + len(prompt_ids) + longest
         room = self.max_length - longest - len(start)
+        full = len(start) + len(prompt_ids) + longest
+        left_out = 0
+        if len(prompt_ids) > room and self.shorter is not None:
+            for shorter in self.shorter(row):
+                left_out += 1
+                prompt_ids, option_ids = self._split(shorter, options)
+                if len(prompt_ids) <= room:
+                    break
         dropped = min(map(len, option_ids)) == 0 or room < (0 if start else 1)
+        cut = max(0, len(prompt_ids) - room)
         if dropped:
             # Nothing of it is used; empty lists keep the cache small.
-            prompt_ids, option_ids = [], [[] for _ in option_ids]
+            prompt_ids, option_ids, left_out = [], [[] for _ in option_ids], 0
         else:
-            prompt_ids = start + prompt_ids[max(0, len(prompt_ids) - room) :]
+            prompt_ids = start + prompt_ids[cut:]
         length = len(prompt_ids) + max(map(len, option_ids))
         scored = sum(map(len, option_ids))
         return {
             "prompt_ids": prompt_ids,
             "option_ids": option_ids,
-            "option_chars": [len(choice) for choice in row["choices"]],
+            # A space only parts the option from the prompt.
+            "option_chars": [len(option.removeprefix(" ")) for option in options],
+            "option_names": [] if self.names is None else self.names(row),
             "answer": row["answer"],
             "task": self.tasks.index(row["task"]),
+            "shared": len(prompt_ids) + scored - len(option_ids),
+            "left_out": left_out,
             "length": length,
             "slots": length * len(option_ids),
             "full_length": full,
             "tokens": len(prompt_ids) * len(option_ids) + scored,
             "trained": scored,
-            "status": DROPPED if dropped else TRUNCATED if full > length else KEPT,
+            "status": DROPPED if dropped else TRUNCATED if cut else KEPT,
         }
 
     def _split(self, prompt: str, options: Sequence[str]) -> tuple[list[int], list[list[int]]]:
@@ -185,9 +207,36 @@ class ChoiceEncoder:
         return prompt_ids, option_ids
 
 
+class Encoder(Protocol):
+    """What turns checked rows into columns of tokens."""
+
+    @property
+    def batched(self) -> bool:
+        """Whether it takes many rows at once, as columns."""
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """A fast tokenizer."""
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a row."""
+
+    @property
+    def bos(self) -> bool:
+        """Whether a beginning-of-sequence token is put before a row."""
+
+    @property
+    def features(self) -> "Features":
+        """Columns of the encoded rows."""
+
+    def __call__(self, row: Any, /) -> Columns:
+        """Encode a row, or rows."""
+
+
 def encode_rows(
     rows: "Dataset",
-    encoder: SegmentEncoder | ChoiceEncoder,
+    encoder: Encoder,
     *,
     key: str,
     label: str,
@@ -200,7 +249,7 @@ def encode_rows(
 
     Args:
         rows: Checked rows.
-        encoder: What encodes a row.
+        encoder: What encodes a row, or several rows at once to any number of rows.
         key: Names everything else that the result depends on (the prompt, the tasks).
         label: What the rows are called in messages, for example `"commonsense train"`.
         num_proc: Number of processes; None encodes in this one.
@@ -232,6 +281,7 @@ def encode_rows(
     with progress_bars(len(rows) >= QUIET_ROWS):
         encoded = rows.map(
             encoder,
+            batched=encoder.batched,
             remove_columns=rows.column_names,
             features=encoder.features,
             num_proc=num_proc,
@@ -255,6 +305,9 @@ def _count(encoded: "Dataset", max_length: int, label: str) -> Encoded:
         trained=int(columns["trained"][kept].sum()),
         longest=int(columns["full_length"].max(initial=0)),
     )
+    if "left_out" in encoded.column_names:
+        left_out = numpy.asarray(encoded["left_out"][:], dtype=numpy.int64)
+        report = replace(report, shortened=int((left_out > 0).sum()), left_out=int(left_out.sum()))
     if report.kept == 0:
         raise DataError(
             f"All {report.read} examples of {label} were dropped: within max_length={max_length} tokens none "
@@ -302,8 +355,12 @@ def choice_item_features() -> "Features":
             "prompt_ids": List(Value("int32")),
             "option_ids": List(List(Value("int32"))),
             "option_chars": List(Value("int32")),
+            "option_names": List(Value("string")),
             "answer": Value("int32"),
             "task": Value("int32"),
+            # Slots of the item where its prompt stands only once, and how many examples its prompt lost.
+            "shared": Value("int32"),
+            "left_out": Value("int32"),
             **_counts(),
         }
     )

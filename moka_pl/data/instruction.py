@@ -1,7 +1,7 @@
 """Instructions and chats."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,6 +19,7 @@ from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Piece, Sources, as_list, find_pieces
 from moka_pl.data.streamed_rows import StreamedRecords
 from moka_pl.data.streaming import StreamedBatches, StreamLoader
+from moka_pl.data.trained_prompt import settle_prompt
 from moka_pl.data.trees import TreePaths, join_trees
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class InstructionData(MokaDataModule):
         split: Which split of a hub data set to train on; None takes "train", or what the named corpus calls
             it.
         prompt: "chat" renders the tokenizer's chat template and trains every assistant turn; "alpaca" writes
-            the Alpaca prompt and trains the answer. None takes the one that fits the named corpus, and "chat"
-            for all else.
+            the Alpaca prompt and trains the answer. None takes the prompt that the model's adapter was
+            trained with, else the one that fits the named corpus, else "chat".
         columns: Own names of columns, as field: column (`{instruction: question, output: reply}`); then only
             these columns are read.
         tree_paths: Of message trees, "best" takes the chat of the best-ranked replies, "all" one chat for
@@ -106,8 +107,15 @@ class InstructionData(MokaDataModule):
         self.columns = check_columns(columns, INSTRUCTION_FIELDS)
         self.tree_paths = tree_paths
         self.tree_language = tree_language
-        self.prompt: PromptName = prompt or fitting_prompt(path)
+        self._prompt = prompt
+        self._warned: set[str] = set()
         self._hold_out = HoldOut(validation_share)
+
+    @property
+    def prompt(self) -> str:  # type: ignore[override]
+        """Name of the prompt: the chosen one, else the adapter's, else the one that fits the corpus."""
+        known, fitting = get_args(PromptName), fitting_prompt(self.path)
+        return settle_prompt(self._prompt, self.trained_prompt, known, fitting, warned=self._warned)
 
     def prepare_data(self) -> None:
         """Encode what the run needs once; of a stream, look at the first record."""

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from moka_pl.data.base import EvalLoaders, MokaDataModule
+from moka_pl.data.choice_prompts import CHOICE_PROMPTS
 from moka_pl.data.encode import Encoded
 from moka_pl.data.errors import DataError
 from moka_pl.data.weights import check_weights, epoch_counts, repeated
@@ -46,10 +47,28 @@ class MixtureData(MokaDataModule):
             raise DataError("A mixture cannot stream. Set streaming: false, or train on one corpus.")
         self.weights = weights
         self.parts = parts
-        prompts = {part.prompt for part in parts}
-        # Beside instructions, the questions' own form is not the one to ask in.
-        prompts = prompts - {"cloze"} or prompts
-        self.prompt = prompts.pop() if len(prompts) == 1 else None
+
+    @property
+    def prompt(self) -> str | None:  # type: ignore[override]
+        """The parts' prompt, if it is one; beside instructions, the form of questions is not to ask in."""
+        prompts = {part.prompt for part in self.parts if part.prompt is not None}
+        prompts = prompts - CHOICE_PROMPTS.keys() or prompts
+        return prompts.pop() if len(prompts) == 1 else None
+
+    @property
+    def prompt_key(self) -> str | None:
+        """The prompts of all parts."""
+        return " ".join(str(part.prompt) for part in self.parts)
+
+    @property
+    def generated_tokens(self) -> int:  # type: ignore[override]
+        """Most tokens of an answer that any part generates."""
+        return max(part.generated_tokens for part in self.parts)
+
+    @property
+    def task_groups(self) -> dict[str, list[str]]:
+        """The groups of all parts."""
+        return {name: tasks for part in self.parts for name, tasks in part.task_groups.items()}
 
     @property
     def eval_sets(self) -> list[tuple[str, list[str]]]:
@@ -103,7 +122,7 @@ class MixtureData(MokaDataModule):
 
     def _connected(self) -> list[MokaDataModule]:
         for part in self.parts:
-            part.connect(self.tokenizer)
+            part.connect(self.tokenizer, self.trained_prompt)
         return self.parts
 
     def _eval_loader(self, split: str) -> EvalLoaders:

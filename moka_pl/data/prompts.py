@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from moka_pl.data.errors import DataError
-from moka_pl.prompts import alpaca_prompt, cloze_prompt
+from moka_pl.prompts import alpaca_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,19 +54,6 @@ def alpaca(row: Mapping[str, Any]) -> list[Segment]:
         instruction, output, trained = messages[0]["content"], messages[1]["content"], messages[1]["trained"]
     prompt = alpaca_prompt(instruction, context)
     return [Segment(prompt, trained=False), Segment(output, trained=trained, end=True)]
-
-
-def cloze_option(option: str) -> str:
-    """An option as it continues `cloze_prompt`."""
-    return f" {option}"
-
-
-def cloze(question: str, option: str) -> list[Segment]:
-    """Question and right option; the option and the end-of-sequence token are trained."""
-    return [
-        Segment(cloze_prompt(question), trained=False),
-        Segment(cloze_option(option), trained=True, end=True),
-    ]
 
 
 def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[Segment]:

@@ -15,6 +15,8 @@ class EncodingReport:
         tokens: Tokens of the kept examples; for multiple choice over all rows (prompt and option).
         trained: Those of them that are trained or scored.
         longest: Tokens of the longest example read, before any cut.
+        shortened: Questions whose prompt lost solved examples (shots) to `max_length`.
+        left_out: Shots that they lost, together.
     """
 
     read: int
@@ -24,12 +26,15 @@ class EncodingReport:
     tokens: int
     trained: int
     longest: int
+    shortened: int = 0
+    left_out: int = 0
 
     def __str__(self) -> str:
+        lost = f"; {self.left_out:,} shots left out of {self.shortened:,} prompts" if self.shortened else ""
         return (
             f"{self.read:,} examples read, {self.kept:,} kept ({self.truncated:,} of them truncated), "
             f"{self.dropped:,} dropped; {self.tokens:,} tokens, {self.trained:,} of them trained or scored; "
-            f"longest example {self.longest:,} tokens"
+            f"longest example {self.longest:,} tokens{lost}"
         )
 
     def __add__(self, other: "EncodingReport") -> "EncodingReport":
@@ -42,4 +47,6 @@ class EncodingReport:
             tokens=self.tokens + other.tokens,
             trained=self.trained + other.trained,
             longest=max(self.longest, other.longest),
+            shortened=self.shortened + other.shortened,
+            left_out=self.left_out + other.left_out,
         )

@@ -12,16 +12,17 @@ from moka_pl.adapters import adapters_disabled
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.cli import main
 from moka_pl.commands import generate
-from moka_pl.data.prompts import alpaca, cloze
+from moka_pl.data.prompts import alpaca
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.load import load_model
+from moka_pl.prompts import cloze_prompt
 
 PROMPT = "What is the capital of France?"
 
 
 CHAT = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
 ALPACA = alpaca({"instruction": PROMPT, "input": "", "output": "", "messages": []})[0].text
-CLOZE = cloze(PROMPT, "Paris")[0].text
+CLOZE = cloze_prompt(PROMPT)
 
 
 def likeliest(adapter: Path, count: int, disabled: bool = False, text: str = CHAT) -> str:
@@ -74,6 +75,8 @@ def test_on_the_command_line(adapter: Path, capsys: pytest.CaptureFixture[str]) 
     [
         ("alpaca", None, ALPACA),
         ("cloze", None, CLOZE),
+        ("letters", None, CLOZE),
+        ("llm_adapters", None, ALPACA),
         ("chat", None, CHAT),
         ("alpaca", "chat", CHAT),
         ("chat", "alpaca", ALPACA),
@@ -104,7 +107,10 @@ def test_formats_that_cannot_be_had(
     adapter = make_adapter(prompt="one's own")
     with pytest.raises(ConfigError, match=r"a prompt that is unknown here; .* not \"one's own\""):
         generate(adapter, PROMPT)
-    with pytest.raises(ConfigError, match="prompt_format must be one of chat, alpaca, cloze, raw, not 'x'"):
+    with pytest.raises(
+        ConfigError,
+        match="prompt_format must be one of chat, alpaca, cloze, letters, llm_adapters, raw, not 'x'",
+    ):
         generate(adapter, PROMPT, prompt_format="x")
 
     def without_template(*args: object, **options: object) -> object:

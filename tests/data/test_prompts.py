@@ -3,7 +3,7 @@ import pytest
 from moka_pl.data.encode import MASKED, SegmentEncoder
 from moka_pl.data.errors import DataError
 from moka_pl.data.instruction_rows import check_instruction
-from moka_pl.data.prompts import alpaca, chat, cloze
+from moka_pl.data.prompts import alpaca, chat
 
 TURNS = [
     {"role": "system", "content": "You are a teacher."},
@@ -45,11 +45,6 @@ def test_alpaca_takes_a_chat_of_two_messages_only():
     assert output.text == "Two."
     with pytest.raises(DataError, match=r"line 1: the alpaca prompt.*Use `prompt: chat`"):
         alpaca(row(messages=TURNS))
-
-
-def test_cloze():
-    assert joined(cloze("Why?", "So.")) == "Question: Why?\nAnswer: So."
-    assert trained(cloze("Why?", "So.")) == [" So."]
 
 
 def test_chat_trains_every_assistant_turn(tiny_tokenizer):

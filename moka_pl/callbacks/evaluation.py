@@ -1,0 +1,153 @@
+"""The table at the end of an evaluation."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from moka_pl.module import MokaModule
+from moka_pl.results import Counts, Results, Share, flat, macro
+
+
+class EvaluationTable(Callback):
+    """Prints what `validate` or `test` found, and writes it as JSON into the run's log folder.
+
+    A line a task with its items, accuracy, accuracy by length-normalised likelihood (both with standard
+    errors), and the negative log-likelihood of the right option per token; then groups of tasks over all
+    their items, and the mean of the tasks. Plain text has its perplexities. The file is `validate.json` or
+    `test.json`.
+    """
+
+    def __init__(self) -> None:
+        self._log_dir: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Asks for the log folder on every rank: Lightning broadcasts its name."""
+        self._log_dir = trainer.log_dir if trainer.loggers else None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports `validate`."""
+        if trainer.state.fn == "validate":
+            self._report(trainer, pl_module, "validate")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports `test`."""
+        self._report(trainer, pl_module, "test")
+
+    @rank_zero_only
+    def _report(self, trainer: Trainer, pl_module: LightningModule, command: str) -> None:
+        assert isinstance(pl_module, MokaModule)
+        if pl_module.eval_results is None:
+            return
+        print(results_text(pl_module.eval_results))
+        if self._log_dir is None:
+            return
+        file = Path(self._log_dir) / f"{command}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        described = {"command": command, **_about(trainer, pl_module), **results_dict(pl_module.eval_results)}
+        file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        print(f"\nAlso in {file}")
+
+
+def results_text(results: Results) -> str:
+    """Writes the results as a table.
+
+    Args:
+        results: What an evaluation found.
+
+    Returns:
+        Several lines of text.
+    """
+    rows: list[tuple[str, float, Mapping[str, Share], str]] = []
+    for task, counts in results.tasks.items():
+        rows.append((task, counts.items, counts.shares(), _nll(counts)))
+    for group, members in results.members().items():
+        total = sum(members, Counts())
+        rows.append((f"{group}, all items", total.items, total.shares(), _nll(total)))
+        if len(members) > 1:
+            mean = macro(counts.shares() for counts in members)
+            rows.append((f"{group}, mean of {len(members)} tasks", total.items, mean, ""))
+    tasks = results.tasks
+    if len(tasks) > 1 and not any(len(members) == len(tasks) for members in results.members().values()):
+        mean = macro(counts.shares() for counts in tasks.values())
+        items = sum(counts.items for counts in tasks.values())
+        rows.append((f"mean of {len(tasks)} tasks", items, mean, ""))
+    lines = [""]
+    if rows:
+        generated = any("generated" in shares for _, _, shares, _ in rows)
+        names = ["accuracy", "acc_norm", *(["generated"] if generated else [])]
+        titles = {"accuracy": "acc", "acc_norm": "acc_norm", "generated": "generated"}
+        width = max(24, *(len(row[0]) + 2 for row in rows))
+        heads = "".join(f"{titles[name] + ' (%)':>16}" for name in names)
+        lines.append(f"{'task':<{width}}{'items':>7}{heads}{'nll':>9}")
+        for title, items, shares, nll in rows:
+            shown = "".join(f"{_percent(shares.get(name)):>16}" for name in names)
+            lines.append(f"{title:<{width}}{items:>7,.0f}{shown}{nll:>9}")
+    for part in results.sets:
+        if part.tokens and not part.tasks:
+            found = {"loss": part.nll / part.tokens, **part.perplexities()}
+            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
+            lines.append(f"{part.name}: {shown} ({part.tokens:,.0f} tokens)")
+    return "\n".join(lines)
+
+
+def results_dict(results: Results) -> dict[str, Any]:
+    """The results as JSON values: `tasks`, `groups` (over items, and as `macro`), `mean` and `sets`."""
+    tasks = results.tasks
+    groups = {
+        name: _described(sum(members, Counts()))
+        | {"macro": flat(macro(counts.shares() for counts in members)), "tasks": len(members)}
+        for name, members in results.members().items()
+    }
+    sets = {
+        part.name: {"loss": part.nll / part.tokens, "tokens": part.tokens, **part.perplexities()}
+        for part in results.sets
+        if part.tokens
+    }
+    return {
+        "tasks": {task: _described(counts) for task, counts in tasks.items()},
+        "groups": groups,
+        "mean": flat(macro(counts.shares() for counts in tasks.values())),
+        "sets": sets,
+    }
+
+
+def _described(counts: Counts) -> dict[str, float]:
+    nll = {"nll": counts.nll / counts.tokens} if counts.tokens else {}
+    return {"items": counts.items, **flat(counts.shares()), **nll}
+
+
+def _about(trainer: Trainer, pl_module: MokaModule) -> dict[str, Any]:
+    """The model and the data that were evaluated."""
+    assert pl_module.base is not None
+    data = getattr(trainer, "datamodule", None)
+    return {
+        "base": pl_module.base.name,
+        "base_fingerprint": pl_module.base.fingerprint,
+        "quantization": pl_module.backbone.quantization,
+        "adapter": pl_module.adapter_path,
+        "checkpoint": trainer.ckpt_path and str(trainer.ckpt_path),
+        "data": None if data is None else type(data).__name__,
+        "prompt": getattr(data, "prompt", None),
+        # What was read, cut and left out; of a mixture by its parts.
+        "examples": [
+            {"split": split, **asdict(report)}
+            for part in getattr(data, "parts", [data])
+            for split, report in getattr(part, "report", {}).items()
+        ],
+    }
+
+
+def _percent(share: Share | None) -> str:
+    if share is None:
+        return ""
+    error = "" if share.stderr is None else f" ± {100 * share.stderr:.2f}"
+    return f"{100 * share.value:.2f}{error}"
+
+
+def _nll(counts: Counts) -> str:
+    return f"{counts.nll / counts.tokens:.4f}" if counts.tokens else ""

@@ -1,0 +1,221 @@
+"""MMLU: questions of 57 subjects, each after a few solved ones."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moka_pl.data.base import MokaDataModule
+from moka_pl.data.choice_prompts import letters, texts
+from moka_pl.data.choice_rows import choice_features
+from moka_pl.data.encode import ChoiceEncoder, Encoded, adds_bos, encode_rows
+from moka_pl.data.errors import DataError
+from moka_pl.data.mmlu_rows import check_mmlu
+from moka_pl.data.mmlu_subjects import CATEGORIES
+from moka_pl.data.reading import is_local, read_rows
+from moka_pl.data.shared_prefix import SharePrefix
+from moka_pl.data.spread import spread
+from moka_pl.prompts import cloze_prompt, lettered, mmlu_header
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Scoring = Literal["letters", "text"]
+Row = Mapping[str, Any]
+
+
+class MmluData(MokaDataModule):
+    """MMLU, for evaluation only: on its own, or as a part of a mixture beside training data.
+
+    A prompt is "The following are multiple choice questions (with answers) about SUBJECT.", the first `shots`
+    questions of the subject's dev split with their answers, and the question. Reported are every subject (as
+    the task `mmlu_SUBJECT`), the four categories (`mmlu_stem`, ...) and `mmlu`, these over all of their items
+    and, as `..._macro`, as the mean over their subjects.
+
+    Args:
+        path: A folder with `dev/SUBJECT_dev.csv` and `test/SUBJECT_test.csv` (header
+            question,choice0,choice1,choice2,choice3,answer; the answer counted from 0), or a hub data set id
+            whose configuration "all" has the splits dev and test.
+        subjects: Names of the subjects, such as high_school_physics; None takes all that are there.
+        shots: Solved questions before each question. Where a prompt does not fit into max_length, the first
+            ones are left out, one after another; how many is reported.
+        scoring: "letters" lists the options and compares the likelihoods of the letters; "text" does not list
+            them and compares the likelihoods of their texts.
+        validation_limit: Most questions per subject in validation, evenly spread over the subject's test
+            questions; None takes all. Tests always take all.
+        share_prefix: "auto" computes what an item's options have in common once, where that takes fewer
+            slots and the model allows it; "never" scores every option whole. The scores are the same.
+        max_length: Most tokens of a prompt with its longest option.
+        **options: batch_size, num_workers, num_proc, seed, bucket, eval_batch_size (see MokaDataModule).
+    """
+
+    name = "mmlu"
+
+    def __init__(
+        self,
+        path: str | Path = "cais/mmlu",
+        subjects: list[str] | None = None,
+        shots: int = 5,
+        scoring: Scoring = "letters",
+        validation_limit: int | None = None,
+        share_prefix: SharePrefix = "auto",
+        max_length: int = 2048,
+        **options: Any,
+    ) -> None:
+        super().__init__(max_length=max_length, **options)
+        if shots < 0:
+            raise DataError(f"shots must be at least 0, got {shots}.")
+        if scoring not in ("letters", "text"):
+            raise DataError(f"scoring must be 'letters' or 'text', got {scoring!r}.")
+        if validation_limit is not None and validation_limit < 1:
+            raise DataError(f"validation_limit must be at least 1, got {validation_limit}.")
+        if subjects is not None and (not subjects or len(set(subjects)) < len(subjects)):
+            raise DataError(f"subjects must be different names, at least one, got {subjects}.")
+        self.path = path
+        self.shots = shots
+        self.scoring = scoring
+        self.validation_limit = validation_limit
+        self.share_prefix = share_prefix
+        self._subjects = subjects
+        self._read_splits: dict[str, Dataset] = {}
+
+    @property
+    def tasks(self) -> list[str]:
+        """`mmlu_SUBJECT` of every subject: those asked for, else all that are there."""
+        subjects = self._subjects
+        if subjects is not None:
+            return [f"mmlu_{subject}" for subject in subjects]
+        return list(self._rows("test").unique("task"))
+
+    @property
+    def task_groups(self) -> dict[str, list[str]]:
+        """The four categories, and all subjects together."""
+        tasks = self.tasks
+        groups = {
+            f"mmlu_{name}": [f"mmlu_{subject}" for subject in subjects if f"mmlu_{subject}" in tasks]
+            for name, subjects in CATEGORIES.items()
+        }
+        return {name: members for name, members in groups.items() if members} | {"mmlu": tasks}
+
+    def encode(self, split: str) -> Encoded | None:
+        """Encode `"validation"` or `"test"`; there is nothing to train on."""
+        if split == "train":
+            return None
+        rows = self._rows("test")
+        if split == "validation" and self.validation_limit is not None:
+            rows = spread(rows, self.validation_limit)
+        form = FewShot(self.scoring, self._solved() if self.shots else {})
+        tasks = tuple(self.tasks)
+        encoder = ChoiceEncoder(
+            self.tokenizer,
+            form.full,
+            letters if self.scoring == "letters" else texts,
+            self.max_length,
+            adds_bos(self.tokenizer),
+            tasks,
+            shorter=form.shorter if self.shots else None,
+        )
+        digest = sha256(repr(sorted(form.solved.items())).encode()).hexdigest()
+        key = f"mmlu {self.scoring} {tasks} {digest}"
+        label = f"{self.name} {split}"
+        return encode_rows(rows, encoder, key=key, label=label, num_proc=self.num_proc, digest=self.digest)
+
+    def _solved(self) -> dict[str, list[str]]:
+        """The first questions of every task's dev split with their answers."""
+        solved: dict[str, list[str]] = {task: [] for task in self.tasks}
+        for row in self._rows("dev"):
+            found = solved.get(row["task"])
+            if found is not None and len(found) < self.shots:
+                found.append(solve(row, self.scoring))
+        for task, found in solved.items():
+            if len(found) < self.shots:
+                raise DataError(
+                    f"{self.path}: the dev split has {len(found)} questions of {task.removeprefix('mmlu_')}, "
+                    f"fewer than the {self.shots} shots. Lower `shots`."
+                )
+        return solved
+
+    def _rows(self, part: str) -> "Dataset":
+        """The checked questions of `"dev"` or `"test"`, of the wanted subjects only."""
+        if part not in self._read_splits:
+            local = is_local(self.path)
+            self._read_splits[part] = self._read_folder(part) if local else self._read_hub(part)
+        return self._read_splits[part]
+
+    def _read_folder(self, part: str) -> "Dataset":
+        from datasets import concatenate_datasets
+
+        folder = Path(self.path).expanduser()
+        ending = f"_{part}.csv"
+        found = sorted(file.name.removesuffix(ending) for file in (folder / part).glob(f"*{ending}"))
+        if not found:
+            raise DataError(
+                f"{folder} has no files {part}/SUBJECT{ending}. Give a folder with dev/SUBJECT_dev.csv and "
+                "test/SUBJECT_test.csv, or the id of a hub data set."
+            )
+        wanted = found
+        if self._subjects is not None or part == "dev":
+            wanted = [task.removeprefix("mmlu_") for task in self.tasks]
+        self._refuse_unknown(wanted, found, f"{folder / part}")
+        files = [(folder / part / f"{subject}{ending}", subject) for subject in wanted]
+        features = choice_features()
+        return concatenate_datasets(
+            [read_rows(file, check_mmlu, features, context=subject) for file, subject in files]
+        )
+
+    def _read_hub(self, part: str) -> "Dataset":
+        rows = read_rows(self.path, check_mmlu, choice_features(), split=part, options={"name": "all"})
+        if self._subjects is None:
+            return rows
+        found = rows["task"][:]
+        known = sorted({task.removeprefix("mmlu_") for task in found})
+        self._refuse_unknown(self._subjects, known, f"{self.path} ({part})")
+        wanted = set(self.tasks)
+        return rows.select([index for index, task in enumerate(found) if task in wanted])
+
+    def _refuse_unknown(self, wanted: Sequence[str], known: Sequence[str], source: str) -> None:
+        unknown = [subject for subject in wanted if subject not in known]
+        if unknown:
+            raise DataError(
+                f"{source} has no subject {', '.join(unknown)}; it has: {', '.join(known)}. Correct "
+                "`subjects`."
+            )
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """Prompts with solved questions before the one that is asked.
+
+    Attributes:
+        scoring: Whether options are listed, and answered by letter.
+        solved: The solved questions of every task, as text.
+    """
+
+    scoring: Scoring
+    solved: Mapping[str, Sequence[str]]
+
+    def full(self, row: Row) -> str:
+        """The prompt with all solved questions of the row's task."""
+        return self._prompt(row, 0)
+
+    def shorter(self, row: Row) -> list[str]:
+        """The prompts with one more left out each, from the front, down to none."""
+        return [self._prompt(row, start) for start in range(1, len(self.solved[row["task"]]) + 1)]
+
+    def _prompt(self, row: Row, start: int) -> str:
+        header = mmlu_header(row["task"].removeprefix("mmlu_"), listed=self.scoring == "letters")
+        return "\n\n".join([header, *self.solved.get(row["task"], ())[start:], ask(row, self.scoring)])
+
+
+def ask(row: Row, scoring: Scoring) -> str:
+    """One question up to `Answer:`."""
+    if scoring == "letters":
+        return lettered(row["question"], row["choices"])
+    return cloze_prompt(row["question"])
+
+
+def solve(row: Row, scoring: Scoring) -> str:
+    """One question with its answer."""
+    options = letters(row) if scoring == "letters" else texts(row)
+    return ask(row, scoring) + options[row["answer"]]

@@ -1,0 +1,183 @@
+"""What an evaluation found, by task and together, with standard errors."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+SCORES = {"accuracy": "correct", "acc_norm": "correct_norm", "generated": "generated"}
+"""Names of the shares of right items, and the count that each is made of."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of right items.
+
+    Attributes:
+        value: Between 0 and 1.
+        stderr: Its standard error; None for fewer than two items.
+    """
+
+    value: float
+    stderr: float | None
+
+
+@dataclass
+class Counts:
+    """Sums over the multiple-choice items of a task.
+
+    Attributes:
+        items: Items.
+        correct: Items whose right option has the highest log-likelihood.
+        correct_norm: The same per character of the option.
+        asked: Items that were answered by generating.
+        generated: Those of them whose answer named the right option.
+        nll: Summed negative log-likelihood of the right options' tokens, nats.
+        tokens: Number of these tokens.
+    """
+
+    items: float = 0
+    correct: float = 0
+    correct_norm: float = 0
+    asked: float = 0
+    generated: float = 0
+    nll: float = 0
+    tokens: float = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """The counts of both together."""
+        mine, theirs = asdict(self), asdict(other)
+        return Counts(**{name: mine[name] + theirs[name] for name in mine})
+
+    def shares(self) -> dict[str, Share]:
+        """Every score by its name; `generated` only where answers were generated.
+
+        The standard error is that of a mean of ones and zeros, sqrt(p (1 - p) / (n - 1)).
+        """
+        found = {}
+        for name, count in SCORES.items():
+            total = self.asked if name == "generated" else self.items
+            if total:
+                p = getattr(self, count) / total
+                # Rounding may leave a hair less than 0.
+                error = math.sqrt(max(0.0, p * (1 - p)) / (total - 1)) if total > 1 else None
+                found[name] = Share(p, error)
+        return found
+
+
+def macro(parts: Iterable[Mapping[str, Share]]) -> dict[str, Share]:
+    """The plain means over tasks, and their standard errors, the tasks being independent of each other."""
+    parts = list(parts)
+    means = {}
+    for name in SCORES:
+        found = [part[name] for part in parts if name in part]
+        if found:
+            errors = [share.stderr for share in found if share.stderr is not None]
+            error = math.sqrt(sum(e * e for e in errors)) / len(found) if len(errors) == len(found) else None
+            means[name] = Share(sum(share.value for share in found) / len(found), error)
+    return means
+
+
+@dataclass
+class SetCounts:
+    """Sums over one evaluation set.
+
+    Attributes:
+        name: Name of the set.
+        tasks: Counts of its tasks by name; empty for plain text.
+        nll: Summed negative log-likelihood, nats; for multiple choice of the right options' tokens.
+        tokens: Number of these tokens.
+        words: Words of plain text.
+        bytes: UTF-8 bytes of plain text.
+    """
+
+    name: str
+    tasks: dict[str, Counts] = field(default_factory=dict)
+    nll: float = 0
+    tokens: float = 0
+    words: float = 0
+    bytes: float = 0
+
+    def perplexities(self) -> dict[str, float]:
+        """Perplexity by token, word and byte; empty where the set holds no plain text."""
+        if not (self.bytes and self.tokens):
+            return {}
+        counts = {"perplexity": self.tokens, "word_perplexity": self.words, "byte_perplexity": self.bytes}
+        return {name: _exp(self.nll / count) for name, count in counts.items() if count}
+
+
+@dataclass
+class Results:
+    """Everything that one evaluation found, the same on all ranks.
+
+    Args:
+        sets: The counts of every set, in their order.
+        groups: Tasks that are reported together, by the name of the group.
+    """
+
+    sets: list[SetCounts]
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> dict[str, Counts]:
+        """Counts of every task with items; one task in two sets is the same task."""
+        found: dict[str, Counts] = {}
+        for part in self.sets:
+            for task, counts in part.tasks.items():
+                if counts.items:
+                    found[task] = found.get(task, Counts()) + counts
+        return found
+
+    def members(self) -> dict[str, list[Counts]]:
+        """The counts of every group's tasks, of groups with items only."""
+        tasks = self.tasks
+        found = {name: [tasks[t] for t in names if t in tasks] for name, names in self.groups.items()}
+        return {name: counts for name, counts in found.items() if counts}
+
+    def values(self) -> dict[str, float]:
+        """The metrics by name.
+
+        Returns:
+            `loss`, and `accuracy` and `acc_norm` over all tasks; with several sets `<set>/loss` and so on;
+            `accuracy/<task>`, `acc_norm/<task>`, `generated/<task>` and `nll/<task>`; of groups
+            `accuracy/<group>` over all items and `accuracy/<group>_macro` over its tasks. Every share has its
+            `..._stderr`. Of plain text `perplexity`, `word_perplexity` and `byte_perplexity`. What has no
+            items is left out.
+        """
+        values: dict[str, float] = {}
+        losses = []
+        several = len(self.sets) > 1
+        for part in self.sets:
+            before = f"{part.name}/" if several else ""
+            if part.tokens:
+                losses.append(part.nll / part.tokens)
+                values |= {f"{before}loss": losses[-1]} if several else {}
+            values |= {f"{before}{name}": value for name, value in part.perplexities().items()}
+            if several:
+                values |= flat(macro(c.shares() for c in part.tasks.values() if c.items), before=before)
+        tasks = self.tasks
+        for task, counts in tasks.items():
+            values |= flat(counts.shares(), after=f"/{task}")
+            values |= {f"nll/{task}": counts.nll / counts.tokens} if counts.tokens else {}
+        for group, members in self.members().items():
+            values |= flat(sum(members, Counts()).shares(), after=f"/{group}")
+            values |= flat(macro(counts.shares() for counts in members), after=f"/{group}_macro")
+        if losses:
+            values["loss"] = sum(losses) / len(losses)
+        return values | flat(macro(counts.shares() for counts in tasks.values()))
+
+
+def flat(shares: Mapping[str, Share], *, before: str = "", after: str = "") -> dict[str, float]:
+    """Values and standard errors by name, with something put before and after each name."""
+    values = {}
+    for name, share in shares.items():
+        values[f"{before}{name}{after}"] = share.value
+        if share.stderr is not None:
+            values[f"{before}{name}{after}_stderr"] = share.stderr
+    return values
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

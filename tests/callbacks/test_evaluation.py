@@ -1,0 +1,90 @@
+import json
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from moka_pl.callbacks import EvaluationTable
+from moka_pl.callbacks.evaluation import results_dict, results_text
+from moka_pl.data import MixtureData
+from moka_pl.results import Counts, Results, SetCounts
+
+
+@pytest.fixture
+def results():
+    tasks = {
+        "mmlu_astronomy": Counts(10, 3, 4, 0, 0, 20.0, 10),
+        "mmlu_marketing": Counts(20, 10, 5, 0, 0, 15.0, 10),
+        "arc": Counts(5, 5, 0, 5, 2, 1.0, 4),
+        "unseen": Counts(),
+    }
+    text = SetCounts("text", {}, 8.0, 8.0, 4.0, 16.0)
+    groups = {"mmlu_stem": ["mmlu_astronomy"], "mmlu": ["mmlu_astronomy", "mmlu_marketing"]}
+    return Results([SetCounts("questions", tasks, 36.0, 24.0), text], groups)
+
+
+def test_table(results):
+    lines = [line.split() for line in results_text(results).splitlines() if line]
+    assert lines[0] == ["task", "items", "acc", "(%)", "acc_norm", "(%)", "generated", "(%)", "nll"]
+    assert lines[1] == ["mmlu_astronomy", "10", "30.00", "±", "15.28", "40.00", "±", "16.33", "2.0000"]
+    assert lines[3] == [
+        "arc",
+        "5",
+        "100.00",
+        "±",
+        "0.00",
+        "0.00",
+        "±",
+        "0.00",
+        "40.00",
+        "±",
+        "24.49",
+        "0.2500",
+    ]
+    by_name = {" ".join(line[:3]): line for line in lines}
+    assert by_name["mmlu, all items"][3:6] == ["30", "43.33", "±"]
+    assert by_name["mmlu, mean of"][3:7] == ["2", "tasks", "30", "40.00"]
+    assert "mmlu_stem, mean of" not in by_name  # of one task
+    assert by_name["mean of 3"][4:6] == ["35", "60.00"]
+    assert results_text(results).splitlines()[-1] == (
+        "text: loss 1.0000, perplexity 2.7183, word perplexity 7.3891, byte perplexity 1.6487 (8 tokens)"
+    )
+
+
+def test_json(results):
+    found = json.loads(json.dumps(results_dict(results)))
+    assert list(found["tasks"]) == ["mmlu_astronomy", "mmlu_marketing", "arc"]
+    assert found["tasks"]["arc"]["generated"] == 0.4
+    assert found["groups"]["mmlu"]["items"] == 30
+    assert found["groups"]["mmlu"]["macro"]["accuracy"] == 0.4
+    assert found["mean"]["accuracy"] == pytest.approx(0.6)
+    assert found["sets"]["text"]["word_perplexity"] == pytest.approx(7.3891, abs=1e-4)
+
+
+def test_printed_and_written_by_validate_and_test(
+    make_module, make_commonsense, make_data, make_trainer, tmp_path, capsys
+):
+    module, logger = make_module(), CSVLogger(tmp_path)
+    data = MixtureData([make_commonsense(), make_data()], eval_batch_size=3)
+    trainer = make_trainer(EvaluationTable(), logger=logger)
+    trainer.validate(module, data, verbose=False)
+    output = capsys.readouterr().out
+    assert {"odd", "even"} <= {line.split()[0] for line in output.splitlines() if line}
+    written = json.loads((tmp_path / "lightning_logs/version_0/validate.json").read_text())
+    assert written["tasks"]["odd"]["items"] == 6
+    assert written["tasks"]["odd"]["accuracy"] == module.eval_values["val/accuracy/odd"]
+    assert written["base"] == "tiny"
+    assert [(e["split"], e["kept"]) for e in written["examples"]] == [("validation", 9), ("validation", 5)]
+    trainer.test(module, data, verbose=False)
+    assert (tmp_path / "lightning_logs/version_0/test.json").is_file()
+    assert "test.json" in capsys.readouterr().out
+
+
+def test_silent_while_training_and_without_a_log_folder(
+    make_module, make_commonsense, make_trainer, tmp_path, capsys
+):
+    trainer = make_trainer(EvaluationTable(), num_sanity_val_steps=-1, limit_train_batches=1)
+    trainer.fit(make_module(), make_commonsense())
+    assert "acc_norm" not in capsys.readouterr().out
+    make_trainer(EvaluationTable()).validate(make_module(), make_commonsense(), verbose=False)
+    assert "acc_norm" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("validate.json"))
