@@ -7,6 +7,7 @@ from pathlib import Path
 from moka_pl.data.choice_tasks import CHOICE_TASKS, COMMONSENSE_170K, ChoiceTask, task_name
 from moka_pl.data.errors import DataError
 from moka_pl.data.files import files_by_part
+from moka_pl.data.llm_adapters import SCIENCE
 from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Piece, Source
 
@@ -58,7 +59,7 @@ def find_choice_pieces(source: Source, part: str, wanted: list[str] | None) -> l
     if part != "train":
         return []
     if isinstance(source, str) and source in ("commonsense_170k", COMMONSENSE_170K) and not path.exists():
-        return [ChoicePiece(COMMONSENSE_170K, context="science", mixed=True)]
+        return [ChoicePiece(COMMONSENSE_170K, context=SCIENCE, mixed=True)]
     return [_file(source, path)]
 
 

@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from functools import cache
-from hashlib import sha256
-from importlib.resources import files
 from typing import Any
 
 from moka_pl.data.errors import DataError
 from moka_pl.data.streams import Located
 
 LLM_ADAPTERS_FORM = "the LLM-Adapters form (instruction, answer)"
+SCIENCE = "science"
+"""Task of the records of ARC and OpenBookQA in a file that mixes tasks, where nothing tells them apart."""
+
 _LEAD = re.compile(r"^\s*Please [^:]*:\s*")
 _FORMAT = re.compile(r"\s*Answer format:\s*(?P<labels>\S+)\s*$", re.IGNORECASE)
 _TASK_OF_LABEL = {"true": "boolq", "solution1": "piqa", "ending1": "hellaswag", "option1": "winogrande"}
@@ -74,65 +74,41 @@ def name_tasks(located: Iterable[Located]) -> Iterator[Located]:
     records = list(located)
     told = [_tell(record, where) for where, record in records]
     wordings = {wording for wording, _ in told} - {""}
-    known = {task for _, task in told} - {None, "siqa"}  # three options alone make no Social IQa
-    mixed = len(wordings) > 1 or len(known) > 1
+    mixed = len(wordings) > 1
     for (where, record), (_, task) in zip(records, told, strict=True):
         yield where, (record | {"task": task} if mixed and task is not None else record)
 
 
-def tell_task(instruction: str, question: str, options: list[str]) -> str | None:
+def tell_task(instruction: str, options: list[str]) -> str:
     """Which of the eight tasks a prompt of a mixed file is from.
 
     BoolQ, PIQA, HellaSwag and WinoGrande are told by the names of their options. Social IQa, ARC-Easy,
-    ARC-Challenge and OpenBookQA share one wording: the training questions of the last three are known by a
-    hash each, and of what is left, Social IQa's have three options.
+    ARC-Challenge and OpenBookQA share one wording: three options are taken for Social IQa's, and all else is
+    `science`.
 
     Args:
         instruction: The whole prompt.
-        question: The question in it.
         options: Its options.
 
     Returns:
-        Name of the task; None for a question that nothing is known of.
+        Name of the task, or `science`.
     """
-    task = _TASK_OF_LABEL.get(_wording(instruction))
-    if task is not None:
-        return task
-    number = fingerprint(question, options)
-    for name, numbers in _science_questions().items():
-        if number in numbers:
-            return name
-    return "siqa" if len(options) == 3 else None
+    other = "siqa" if len(options) == 3 else SCIENCE
+    return _TASK_OF_LABEL.get(_wording(instruction), other)
 
 
 def _tell(record: dict[str, Any], where: str) -> tuple[str, str | None]:
     """Wording and task of a record; neither for one that names its task or is in another form."""
     if "choices" in record or "instruction" not in record or record.get("task") is not None:
         return "", None
-    question, options, _ = parse_llm_adapters(record, where)
-    return _wording(record["instruction"]), tell_task(record["instruction"], question, options)
+    _, options, _ = parse_llm_adapters(record, where)
+    return _wording(record["instruction"]), tell_task(record["instruction"], options)
 
 
 def _wording(instruction: str) -> str:
     """What the first option is called: `true`, `answer1`, `solution1`, `ending1` or `option1`."""
     ending = _FORMAT.search(instruction)
     return _labels(ending)[0].lower() if ending is not None else ""
-
-
-def fingerprint(question: str, options: list[str]) -> int:
-    """A 32-bit hash of a question and its options, whatever their case and white space."""
-    words = " ".join(" ".join([question, *options]).lower().split())
-    return int.from_bytes(sha256(words.encode()).digest()[:4], "little")
-
-
-@cache
-def _science_questions() -> dict[str, frozenset[int]]:
-    """Hashes of the training questions of ARC and OpenBookQA, by task."""
-    import numpy
-
-    path = files("moka_pl.data") / "science_questions.npz"
-    with path.open("rb") as file, numpy.load(file, allow_pickle=False) as arrays:
-        return {name: frozenset(arrays[name].tolist()) for name in arrays.files}
 
 
 def _labels(ending: re.Match[str]) -> list[str]:
