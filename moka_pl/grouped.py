@@ -4,6 +4,9 @@ Components of one shape lie side by side here, so that they share one matrix pro
 in L and w_c vec(B_c) in R, ``Lᵀ R`` is their part of ΔW in another order of entries. For ∂L/∂ΔW in that
 order, P, the gradients are ``R Pᵀ`` and ``L P``. Identities need no product: their right factors lie on the
 diagonal.
+
+Small layers on a CPU spend as long on calling operations as in them. Components of one shape mostly stand at
+equal distances in the packed factors; L and R are then views of those, and gradients are written in place.
 """
 
 from functools import lru_cache
@@ -17,64 +20,91 @@ from moka_pl.packing import left_sizes, right_sizes, starts
 from moka_pl.shape import Shape, group_equal
 
 
+class _Rows(NamedTuple):
+    """Where the factors of a group lie in a packed vector: ``members`` rows, ``step`` entries apart."""
+
+    at: int
+    members: int
+    size: int
+    step: int
+
+    def of(self, packed: Tensor) -> Tensor:
+        """The factors as rows, (members, size); a view."""
+        return packed.as_strided((self.members, self.size), (self.step, 1), packed.storage_offset() + self.at)
+
+
 class _Group(NamedTuple):
-    """Components of one shape: their number, and where the first one begins among the sorted factors."""
+    """Components of one shape at equal distances."""
 
     shape: Shape
-    members: int
-    left_at: int
-    right_at: int
+    left: _Rows
+    right: _Rows
 
-    def left(self, sorted_left: Tensor) -> Tensor:
-        """The group's rows vec(A_c), (c, m_a n_a); a view."""
-        size = self.shape.m_a * self.shape.n_a
-        return sorted_left[self.left_at : self.left_at + self.members * size].view(self.members, size)
 
-    def right(self, sorted_right: Tensor) -> Tensor:
-        """The group's rows vec(B_c), (c, m_b n_b); a view."""
-        size = self.shape.m_b * self.shape.n_b
-        return sorted_right[self.right_at : self.right_at + self.members * size].view(self.members, size)
+class _Owners(NamedTuple):
+    """The component that each entry of a packed vector belongs to.
+
+    Attributes:
+        size: Entries of every component, where all have equally many; else 0.
+        of: Component of every entry.
+    """
+
+    size: int
+    of: Tensor
+
+    def scale(self, packed: Tensor, weights: Tensor) -> Tensor:
+        """Multiplies each entry by its component's weight."""
+        if self.size:
+            return (packed.view(-1, self.size) * weights[:, None]).view(-1)
+        return packed * weights[self.of]
+
+    def sums(self, packed: Tensor, components: int) -> Tensor:
+        """Sums the entries of each component, (r,)."""
+        if self.size:
+            return packed.view(-1, self.size).sum(1)
+        return packed.new_zeros(components).index_add_(0, self.of, packed)
 
 
 class _Layout(NamedTuple):
-    """Groups, and for sorted entries the place in the packed factors and the component.
-
-    Attributes:
-        groups: The groups in order.
-        left: Places of the sorted left entries.
-        right: Places of the sorted right entries.
-        left_back: Places of the packed left entries among the sorted ones.
-        right_back: The same for right entries.
-        left_owner: Component of every sorted left entry.
-        right_owner: Component of every sorted right entry.
-    """
+    """All groups, and the owners of left and right entries."""
 
     groups: tuple[_Group, ...]
-    left: Tensor
-    right: Tensor
-    left_back: Tensor
-    right_back: Tensor
-    left_owner: Tensor
-    right_owner: Tensor
+    left: _Owners
+    right: _Owners
 
 
 @lru_cache(maxsize=256)
 def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
-    equal = group_equal(shapes)
-    order = [i for members in equal.values() for i in members]
-    parts = []
-    for sizes in (left_sizes(shapes), right_sizes(shapes)):
-        begins = starts(sizes)
-        places = torch.cat([torch.arange(begins[i], begins[i] + sizes[i]) for i in order]).to(device)
-        owners = torch.cat([torch.full((sizes[i],), i) for i in order]).to(device)
-        parts.append((places, places.argsort(), owners))
-    (left, left_back, left_owner), (right, right_back, right_owner) = parts
-    groups, left_at, right_at = [], 0, 0
-    for shape, members in equal.items():
-        groups.append(_Group(shape, len(members), left_at, right_at))
-        left_at += sum(left_sizes(shapes)[i] for i in members)
-        right_at += sum(right_sizes(shapes)[i] for i in members)
-    return _Layout(tuple(groups), left, right, left_back, right_back, left_owner, right_owner)
+    sizes = left_sizes(shapes), right_sizes(shapes)
+    begins = [starts(side) for side in sizes]
+    groups = []
+    for shape, members in group_equal(shapes).items():
+        for run in _even_runs(members, begins):
+            rows = []
+            for size, begin in zip(sizes, begins, strict=True):
+                step = begin[run[1]] - begin[run[0]] if len(run) > 1 else max(size[run[0]], 1)
+                rows.append(_Rows(begin[run[0]], len(run), size[run[0]], step))
+            groups.append(_Group(shape, *rows))
+    owners = []
+    for side in sizes:
+        of = torch.arange(len(shapes)).repeat_interleave(torch.tensor(side)).to(device)
+        owners.append(_Owners(side[0] if len(set(side)) == 1 else 0, of))
+    return _Layout(tuple(groups), *owners)
+
+
+def _even_runs(members: list[int], begins: list[list[int]]) -> list[list[int]]:
+    """Cuts the members into runs whose factors begin at equal distances, on both sides."""
+    runs: list[list[int]] = []
+    for i in members:
+        run = runs[-1] if runs else []
+        fits = len(run) == 1 or (
+            len(run) > 1 and all(b[i] - b[run[-1]] == b[run[1]] - b[run[0]] for b in begins)
+        )
+        if fits:
+            run.append(i)
+        else:
+            runs.append([i])
+    return runs
 
 
 def add_delta_(
@@ -84,8 +114,8 @@ def add_delta_(
 
     Args:
         total: What to add to, shape (m, n), contiguous.
-        left: Packed left factors.
-        right: Packed right factors.
+        left: Packed left factors, contiguous.
+        right: Packed right factors, contiguous.
         weights: w, shape (r,).
         shapes: r shapes.
 
@@ -94,19 +124,17 @@ def add_delta_(
     """
     m, n = total.shape
     layout = _layout(shapes, right.device)
-    lefts = left[layout.left]
-    rights = right[layout.right] * weights[layout.right_owner]
-    for group in layout.groups:
-        shape = group.shape
+    scaled = layout.right.scale(right, weights)
+    for shape, lefts, rights in layout.groups:
         fits = (shape.rows, shape.cols) == (m, n)
         # What does not fit is built beside and then cut.
         block = total if fits else total.new_zeros(shape.rows, shape.cols)
         blocks = block.view(shape.m_a, shape.m_b, shape.n_a, shape.n_b)
         if shape.identity:
-            shared = group.right(rights).sum(0).view(shape.m_b, shape.n_b, 1)
+            shared = rights.of(scaled).sum(0).view(shape.m_b, shape.n_b, 1)
             blocks.diagonal(dim1=0, dim2=2).add_(shared)  # (m_b, n_b, k)
         else:
-            part = group.left(lefts).mT @ group.right(rights)  # (m_a n_a, m_b n_b)
+            part = lefts.of(left).mT @ rights.of(scaled)  # (m_a n_a, m_b n_b)
             part = part.view(shape.m_a, shape.n_a, shape.m_b, shape.n_b)
             blocks.add_(part.transpose(1, 2))  # (m_a, m_b, n_a, n_b)
         if not fits:
@@ -124,8 +152,8 @@ def project(
 
     Args:
         grad: D, shape (m, n).
-        left: Packed left factors.
-        right: Packed right factors.
+        left: Packed left factors, contiguous.
+        right: Packed right factors, contiguous.
         weights: w, shape (r,).
         shapes: r shapes.
 
@@ -135,22 +163,18 @@ def project(
     m, n = grad.shape
     grad = grad.to(right.dtype)
     layout = _layout(shapes, right.device)
-    lefts, rights = left[layout.left], right[layout.right]
-    grad_lefts, grad_rights = torch.empty_like(lefts), torch.empty_like(rights)
-    for group in layout.groups:
-        shape = group.shape
+    grad_left, grad_right = torch.empty_like(left), torch.empty_like(right)
+    for shape, lefts, rights in layout.groups:
         full = grad
         if (shape.rows, shape.cols) != (m, n):
             full = F.pad(full, (0, shape.cols - n, 0, shape.rows - m))  # negative pads cut
         blocks = full.reshape(shape.m_a, shape.m_b, shape.n_a, shape.n_b)
         if shape.identity:
             # Only the diagonal blocks count, and all components of this shape share them.
-            group.right(grad_rights).copy_(blocks.diagonal(dim1=0, dim2=2).sum(-1).flatten())
+            rights.of(grad_right).copy_(blocks.diagonal(dim1=0, dim2=2).sum(-1).flatten())
             continue
         paired = blocks.transpose(1, 2).reshape(shape.m_a * shape.n_a, -1)  # (m_a n_a, m_b n_b)
-        torch.mm(group.right(rights), paired.mT, out=group.left(grad_lefts))
-        torch.mm(group.left(lefts), paired, out=group.right(grad_rights))
-    grad_weights = torch.zeros_like(weights).index_add_(0, layout.right_owner, grad_rights * rights)
-    grad_lefts *= weights[layout.left_owner]
-    grad_rights *= weights[layout.right_owner]
-    return grad_lefts[layout.left_back], grad_rights[layout.right_back], grad_weights
+        torch.mm(rights.of(right), paired.mT, out=lefts.of(grad_left))
+        torch.mm(lefts.of(left), paired, out=rights.of(grad_right))
+    grad_weights = layout.right.sums(grad_right * right, len(shapes))
+    return layout.left.scale(grad_left, weights), layout.right.scale(grad_right, weights), grad_weights

@@ -41,16 +41,19 @@ class PlainUpdates:
     Args:
         shapes: r shapes.
         scaling: s.
-        dense: Returns W, shape (m, n); it is not changed.
+        dense: Returns W, shape (m, n).
+        fresh: Whether ``dense`` makes a new tensor at every call, as dequantising does; ΔW is then added in
+            place.
     """
 
     shapes: tuple[Shape, ...]
     scaling: float
     dense: Callable[[], Tensor]
+    fresh: bool
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
-        total = self.dense().to(dtype, copy=True)  # (m, n)
+        total = self.dense().to(dtype, copy=not self.fresh)  # (m, n)
         weights = self._alpha(gate, right) * self.scaling  # (r,)
         return add_delta_(total, left, right, weights, self.shapes)
 

@@ -74,7 +74,8 @@ def join(
     if way == "fused" and compute in (torch.bfloat16, torch.float32):
         return Joined(_fused(layer, x.device, compute, shapes, scaling), compute, result)
     if way == "dense" and compute == factors and compute.itemsize >= 4:
-        return Joined(PlainUpdates(shapes, scaling, lambda: dense_weight(layer)), compute, result)
+        updates = PlainUpdates(shapes, scaling, lambda: dense_weight(layer), fresh=is_4bit(layer))
+        return Joined(updates, compute, result)
     return None
 
 
