@@ -1,21 +1,10 @@
 """The dense weight of a frozen linear layer, whatever its storage."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from moka_pl.errors import AdapterError
-
-if TYPE_CHECKING:
-    from typing import TypeGuard
-
-    from bitsandbytes.nn import Linear4bit
-
-
-def is_4bit(layer: nn.Module) -> "TypeGuard[Linear4bit]":
-    """Whether the layer is a bitsandbytes 4-bit layer (without importing bitsandbytes for others)."""
-    return any(kind.__name__ == "Linear4bit" for kind in type(layer).__mro__)
+from moka_pl.four_bit import is_4bit
 
 
 def dense_weight(layer: nn.Linear) -> Tensor:
@@ -33,8 +22,6 @@ def dense_weight(layer: nn.Linear) -> Tensor:
     if is_4bit(layer):
         import bitsandbytes as bnb
 
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            layer.state_dict()  # undoes the layout that bitsandbytes packs for inference on some CPUs
         state = layer.weight.quant_state
         if state is None:
             raise AdapterError("a 4-bit layer has not been quantised yet; move the model to its device first")

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moka_pl.adapters.base_weight import dense_weight, is_4bit
+from moka_pl.adapters.base_weight import dense_weight
 from moka_pl.backends import FEW_TOKENS, Backend, can_fuse, resolve_backend
+from moka_pl.four_bit import is_4bit
 from moka_pl.joint import PlainUpdates, Updates
 from moka_pl.shape import Shape
 

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moka_pl.adapters.base_weight import is_4bit, merged_linear
+from moka_pl.adapters.base_weight import merged_linear
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.joining import Joined, few_tokens, join
 from moka_pl.filters import filter_shapes
+from moka_pl.four_bit import is_4bit, keep_weights
 from moka_pl.joint import JointLinear
 from moka_pl.kronecker import delta_weight, kronecker_linear
 from moka_pl.packing import Pairs, left_sizes, right_sizes, unpack
@@ -35,12 +36,14 @@ class MokaLinear(nn.Module):
 
     Raises:
         ConfigError: Where a listed filter does not fit into the layer.
+        BackboneError: Where bitsandbytes misreads the layer's rows on this CPU.
     """
 
     def __init__(
         self, base_layer: nn.Linear, config: MokaConfig, dtype: torch.dtype = torch.float32, name: str = ""
     ) -> None:
         super().__init__()
+        keep_weights(base_layer)
         self.base_layer = base_layer
         self.name = name
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features

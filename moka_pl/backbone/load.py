@@ -16,6 +16,7 @@ from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.random_weights import random_model
 from moka_pl.backbone.shapes import SHAPES
 from moka_pl.errors import BackboneError
+from moka_pl.four_bit import keep_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +52,8 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
         Model and tokenizer; the model is frozen and in evaluation mode.
 
     Raises:
-        BackboneError: If the model is absent, gated or unreadable, with the remedy.
+        BackboneError: If the model is absent, gated, unreadable, or one that bitsandbytes misreads on this
+            CPU, with the remedy.
     """
     device = torch.device(device)
     dtype = compute_dtype(config, device)
@@ -67,6 +69,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
             )
     else:
         model = _pretrained(config, dtype, device)
+    keep_weights(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     return Backbone(model.eval(), tokenizer)

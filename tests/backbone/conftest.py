@@ -23,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def dense(make_llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
     """The model that ``model_folder`` and ``gguf_file`` hold, in float32."""
     # One more token than the byte tokenizer knows: a GGUF file needs a merge.
-    return make_llama(vocab_size=261, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    return make_llama(vocab_size=261, hidden_size=64, intermediate_size=192, num_hidden_layers=1)
 
 
 @pytest.fixture

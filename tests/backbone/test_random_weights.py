@@ -136,7 +136,7 @@ def write_config(folder: Path, **sizes: object) -> str:
         "model_type": "llama",
         "vocab_size": 300,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 192,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -201,7 +201,7 @@ def test_an_unknown_shape_lists_the_known_ones(name: str) -> None:
 def test_a_folder_below_home_is_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_config(tmp_path / "mine")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load_backbone(BackboneConfig("~/mine", weights="random")).model.config.intermediate_size == 96
+    assert load_backbone(BackboneConfig("~/mine", weights="random")).model.config.intermediate_size == 192
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer(tmp_path: Path) -> None:
