@@ -1,5 +1,6 @@
 """Whether two evaluations of the same multiple-choice questions agree, item for item."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -191,14 +192,15 @@ def _difference(ours: Item, theirs: Item) -> str:
         return "acc"
     if ours.right_norm() != theirs.right_norm():
         return "acc_norm"
-    # Not "greater": a NaN on either side is a difference.
     return "" if _distance(ours, theirs) <= TOLERANCE else "log-likelihood"
 
 
 def _distance(ours: Item, theirs: Item) -> float:
     if len(ours.log_likelihoods) != len(theirs.log_likelihoods):
-        return float("inf")
-    return max(abs(a - b) for a, b in zip(ours.log_likelihoods, theirs.log_likelihoods, strict=True))
+        return math.inf
+    gaps = [abs(a - b) for a, b in zip(ours.log_likelihoods, theirs.log_likelihoods, strict=True)]
+    # `max` may pass over a NaN.
+    return math.inf if any(map(math.isnan, gaps)) else max(gaps)
 
 
 def _first_best(scores: Sequence[float]) -> int:

@@ -58,7 +58,7 @@ def compare_all(args: argparse.Namespace) -> Iterator[Agreement]:
     with tempfile.TemporaryDirectory(prefix="moka_pl-agreement-") as scratch:
         if args.data is not None:
             folder = copy_questions(args.data, args.tasks, chosen, Path(scratch, "cloze"))
-            theirs = harness_items(module, select_tasks(args.tasks, folder), args.batch_size)
+            theirs = harness_items(module, select_tasks(args.tasks, folder), args.max_length, args.batch_size)
             for task in args.tasks:
                 data = CommonsenseData(
                     folder / task / "test.json",
@@ -72,7 +72,7 @@ def compare_all(args: argparse.Namespace) -> Iterator[Agreement]:
         if args.mmlu is not None:
             folder = copy_mmlu_questions(args.mmlu, args.subjects, chosen, Path(scratch, "mmlu"))
             names = [f"mmlu_{subject}" for subject in args.subjects]
-            theirs = harness_items(module, select_tasks(names, folder), args.batch_size)
+            theirs = harness_items(module, select_tasks(names, folder), args.max_length, args.batch_size)
             for subject, name in zip(args.subjects, names, strict=True):
                 ours = own_mmlu_items(module, folder, subject, args.max_length, args.batch_size)
                 yield compare(name, ours, theirs[name])

@@ -1,6 +1,7 @@
 """Our own scores of MMLU's questions, five worked examples before each."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def own_mmlu_items(
             f"the comparison needs every question whole, but some of {subject} are longer than max_length "
             f"({max_length} tokens; the longest has {encoded.report.longest}). Raise max_length."
         )
-    return score_rows(module, encoded.rows, 0, batch_size)
+    items = score_rows(module, encoded.rows, 0, batch_size)
+    # What is scored is a letter, whatever stands beside it in the question.
+    return [replace(item, chars=[1] * len(item.chars)) for item in items]
 
 
 def _asked(row: Mapping[str, Any]) -> str:

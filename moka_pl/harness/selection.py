@@ -3,6 +3,7 @@
 import difflib
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ class Selection:
     Attributes:
         names: Names of tasks and groups, patterns replaced by what they match.
         tasks: The loaded tasks and groups, as lm_eval's ``simple_evaluate`` takes them.
-        manager: lm_eval's manager, which knows where they come from.
+        manager: A manager of lm_eval's, which its functions ask for.
     """
 
     def __init__(self, names: list[str], tasks: list[Any], manager: "TaskManager") -> None:
@@ -55,20 +56,28 @@ def select_tasks(
     # The files are read into memory when tasks are loaded; nothing asks for them later.
     with tempfile.TemporaryDirectory(prefix="moka_pl-tasks-") as folder, quiet():
         write_task_files(local, Path(folder))
-        manager = TaskManager(include_path=folder, include_defaults=False)
-        if not all(manager.match_tasks([name]) for name in wanted):
-            # Looking through the thousands of task files that come with lm_eval takes seconds.
-            manager = TaskManager(include_path=folder)
-        names = list(dict.fromkeys(found for name in wanted for found in _match(name, manager, local)))
-        return Selection(names, _load(names, manager, local), manager)
+        ours = TaskManager(include_path=folder, include_defaults=False)
+        found = [pair for name in wanted for pair in _match(name, ours, local)]
+        managers = dict(found)
+        return Selection(list(managers), _load(managers), ours)
 
 
-def _match(name: str, manager: "TaskManager", local: dict[str, Any]) -> list[str]:
-    found = manager.match_tasks([name])
-    if found:
-        return found if any(mark in name for mark in "*?[") else [name]
+@cache
+def _own_tasks() -> "TaskManager":
+    """The manager of the tasks that come with lm_eval; looking through their thousands takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _match(name: str, ours: "TaskManager", local: dict[str, Any]) -> list[tuple[str, "TaskManager"]]:
+    """The tasks that a name or pattern means, each with the manager that loads it."""
+    if found := ours.match_tasks([name]):
+        return [(task, ours) for task in found]
+    if found := _own_tasks().match_tasks([name]):
+        return [(task, _own_tasks()) for task in found]
     near = difflib.get_close_matches(name, local, _NEAR, 0.5) or difflib.get_close_matches(
-        name, manager.all_tasks, _NEAR
+        name, _own_tasks().all_tasks, _NEAR
     )
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     raise ConfigError(f"there is no task named {name!r}{hint}{_listing(local)}")
@@ -82,10 +91,10 @@ def _listing(local: dict[str, Any]) -> str:
     return f" (the local data has {', '.join(names[:_LISTED])}{more})"
 
 
-def _load(names: list[str], manager: "TaskManager", local: dict[str, Any]) -> list[Any]:
+def _load(managers: "dict[str, TaskManager]") -> list[Any]:
     loaded: list[Any] = []
     chosen_by: dict[str, str] = {}
-    for name in names:
+    for name, manager in managers.items():
         try:
             found = manager.load([name])
         except MokaError:

@@ -72,19 +72,29 @@ def score_rows(module: MokaModule, rows: "Dataset", pad_id: int, batch_size: int
     return [_own(row, scores[index]) for index, row in enumerate(rows)]
 
 
-def harness_items(module: MokaModule, selection: Selection, batch_size: int = 8) -> dict[str, list[Item]]:
+def harness_items(
+    module: MokaModule, selection: Selection, max_length: int, batch_size: int = 8
+) -> dict[str, list[Item]]:
     """The harness' scores of the selected tasks' questions, on the same model.
 
     Args:
         module: A module whose model is built.
         selection: Multiple-choice tasks.
+        max_length: Most tokens of a question and an option.
         batch_size: Sequences computed at once.
 
     Returns:
         The questions by task, in the order of the data.
     """
     model = module.causal_lm.eval()
-    results = run_harness(model, module.tokenizer, selection, batch_size=batch_size, log_samples=True)
+    results = run_harness(
+        model,
+        module.tokenizer,
+        selection,
+        batch_size=batch_size,
+        max_length=max_length,
+        log_samples=True,
+    )
     return {
         task: [_theirs(sample, module.tokenizer) for sample in sorted(samples, key=lambda s: s["doc_id"])]
         for task, samples in results["samples"].items()
