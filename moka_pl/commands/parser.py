@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.commands.evaluate import evaluate
 from moka_pl.commands.generate import generate
 from moka_pl.commands.inspect import inspect
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 #: Commands that are plain functions.
-FUNCTIONS: dict[str, Callable[..., None]] = {"inspect": inspect, "generate": generate}
+FUNCTIONS: dict[str, Callable[..., None]] = {"inspect": inspect, "generate": generate, "evaluate": evaluate}
 
 
 def function_parser(name: str) -> "ArgumentParser":

@@ -1,0 +1,88 @@
+"""What an evaluation leaves: a JSON file in lm_eval's form, with what was evaluated, and a table."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moka_pl.adapters.directory import WEIGHTS_NAME
+from moka_pl.errors import ConfigError
+from moka_pl.version import __version__
+
+_LIBRARIES = ("lm_eval", "torch", "transformers", "bitsandbytes", "datasets")
+
+
+def results_path(output: Path | None, folder: Path) -> Path:
+    """Where the results go; checked before anything is computed.
+
+    Args:
+        output: A file, or a folder that exists already; None takes ``folder``.
+        folder: The folder to write to without ``output``.
+
+    Returns:
+        ``output``, or ``results_<time>.json`` in the folder (UTC).
+
+    Raises:
+        ConfigError: If nothing can be written there.
+    """
+    path = output.expanduser() if output is not None else folder
+    if output is None or path.is_dir():
+        path = path / f"results_{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write results to {path}: {error.strerror or error}. Give another file by --output"
+        ) from error
+    return path
+
+
+def write_results(results: Mapping[str, Any], path: Path) -> None:
+    """Writes the results; a file that was there is replaced only once the new one is whole.
+
+    Args:
+        results: Results of lm_eval, and what was added to them.
+        path: The file.
+
+    Raises:
+        ConfigError: If the disk is full or read-only.
+    """
+    from lm_eval.utils import handle_non_serializable
+
+    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write results to {path}: {error.strerror or error}") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that the numbers depend on."""
+    found = {"moka_pl": __version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def weights_fingerprint(adapter: Path) -> str:
+    """A hash of an adapter's weights (16 hexadecimal digits): results stay tied to the very weights."""
+    return sha256((adapter / WEIGHTS_NAME).read_bytes()).hexdigest()[:16]
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results as a table to read; tasks stand under their groups."""
+    from lm_eval.utils import make_table
+
+    return str(make_table(results)).strip()
