@@ -101,6 +101,14 @@ def train(args: argparse.Namespace, backend: str, seed: int) -> dict[str, Any]:
     }
 
 
+def finished_runs(file: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a file holds already, if it is of the same device and options."""
+    if file is None or not file.is_file():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return list(found["runs"]) if {key: found[key] for key in about} == about else []
+
+
 def distance(one: list[float], other: list[float]) -> float:
     """Mean absolute difference of two curves after averaging over windows of steps."""
     starts = range(0, min(len(one), len(other)), _WINDOW)
@@ -125,13 +133,26 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
     parser.add_argument("--batch_size", type=int, default=8, help="examples")
     parser.add_argument("--max_length", type=int, default=256, help="tokens")
-    parser.add_argument("--json", type=Path, help="file for curves, versions and device")
+    parser.add_argument(
+        "--json", type=Path, help="file for curves, versions and device; runs that it holds are not repeated"
+    )
     args = parser.parse_args()
-    runs = []
+    about = {
+        "device": torch.cuda.get_device_name() if args.device == "gpu" else "cpu",
+        "torch": torch.__version__,
+        "options": {
+            key: value for key, value in vars(args).items() if key not in ("json", "backends", "seeds")
+        },
+    }
+    runs = finished_runs(args.json, about)
     for backend in args.backends:
         for seed in args.seeds:
-            run = train(args, backend, seed)
-            runs.append(run)
+            run = next((r for r in runs if (r["backend"], r["seed"]) == (backend, seed)), None)
+            if run is None:
+                run = train(args, backend, seed)
+                runs.append(run)
+                if args.json:
+                    args.json.write_text(json.dumps(about | {"runs": runs}) + "\n", encoding="utf-8")
             last = statistics.fmean(run["losses"][-_LAST:])
             print(
                 f"{backend}, seed {seed}: last steps {last:.4f}, held out {run['held_out']:.4f}", flush=True
@@ -147,11 +168,6 @@ def main() -> None:
             found = distance(curves[first, seed]["losses"], curves[backend, seed]["losses"])
             held = abs(curves[first, seed]["held_out"] - curves[backend, seed]["held_out"])
             print(f"{backend} against {first}, seed {seed}: curve {found:.4f}, held out {held:.4f}")
-    if args.json:
-        device = torch.cuda.get_device_name() if args.device == "gpu" else "cpu"
-        options = {key: value for key, value in vars(args).items() if key != "json"}
-        data = {"device": device, "torch": torch.__version__, "options": options, "runs": runs}
-        args.json.write_text(json.dumps(data) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,7 @@ def main() -> None:
     parser.add_argument("--quantization", help="nf4 or none; default nf4 on a GPU, none on a CPU")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--batch-size", type=int, default=16, help="examples of a padded batch")
-    parser.add_argument(
-        "--rows", type=int, help="rows of a packed batch; default: a quarter of the batch size"
-    )
+    parser.add_argument("--rows", type=int, help="rows of a packed batch; default: the batch size")
     parser.add_argument(
         "--max-length", type=int, default=512, help="tokens of an example and of a packed row"
     )

@@ -59,11 +59,11 @@ def data_of_kind(
         batch_size: Examples of a batch.
         max_length: Most tokens of an example and of a packed row.
         rows: Rows of a packed batch, and in rows of ``max_length`` the tokens of a batch by tokens; None
-            takes a quarter of the batch size.
+            takes the batch size, so that all kinds need the memory of as many full rows.
     """
     from moka_pl.data import InstructionData
 
-    rows = rows or max(1, batch_size // 4)
+    rows = rows or batch_size
     options: dict[str, Any] = KINDS[kind] | {"batch_size": rows if kind == "packed" else batch_size}
     if kind == "by tokens":
         options["max_tokens"] = rows * max_length
@@ -124,6 +124,10 @@ class _Step:
         from moka_pl.scoring import score_tokens
 
         moved = {key: x.to(self.device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+        # A model of another tokenizer has other numbers for the words; for the time they take any do.
+        vocabulary = self.model.config.vocab_size
+        for name in ("input_ids", "labels"):
+            moved[name] = moved[name].where(moved[name] < vocabulary, moved[name] % vocabulary)
         synchronise(self.device)
         begun, used = time.perf_counter(), time.process_time()
         inputs = self.packed.inputs(moved) if "position_ids" in moved else {}
