@@ -28,7 +28,15 @@ class Kill(Callback):
 
 
 @pytest.fixture(autouse=True)
-def same_handlers():
+def foreground():
+    """As in a shell's foreground, also where the tests run in its background, which ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def same_handlers(foreground):
     """The test's process is left with the signal handlers it had."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
