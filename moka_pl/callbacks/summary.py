@@ -72,10 +72,8 @@ def summary_text(
     """
     after = pl_module.eval_values
     lines = [f"{'held-out':<28}{'before':>12}{'after':>12}{'change':>12}"] if after else []
-    for name in sorted(after, key=lambda n: (n.count("/"), "loss" not in n, n)):
+    for name in sorted(filter(_is_short, after), key=lambda n: (n.count("/"), "loss" not in n, n)):
         old, new = before.get(name), after[name]
-        if name.endswith("_stderr"):
-            continue
         is_accuracy = "accuracy" in name or "acc_norm" in name
         if old is None:
             change = ""
@@ -115,6 +113,13 @@ def summary_text(
         lines.append(f"  {program} generate {quote(str(adapter))} 'Why does bread rise?'")
     rule = "-" * 64
     return "\n".join(["", rule, *lines, rule])
+
+
+def _is_short(name: str) -> bool:
+    """Whether a metric belongs into a short table: the whole, losses of sets and accuracies of tasks."""
+    _, *parts = name.split("/")
+    chosen = len(parts) == 1 or parts[-1] == "loss" or parts[0] == "accuracy"
+    return chosen and not name.endswith("_stderr")
 
 
 def base_size(pl_module: MokaModule) -> int:

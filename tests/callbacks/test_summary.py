@@ -49,6 +49,11 @@ def test_table(make_module, mixture, make_trainer, tmp_path, capsys):
     assert table["accuracy"] == [*(f"{100 * value:.1f}%" for value in accuracy), f"{points:+.1f} pt"]
     assert set(table) >= {"instruction/loss", "commonsense/loss", "accuracy/odd", "accuracy/even"}
     assert list(table)[:2] == ["held-out", "loss"]
+    # Short: what is finer stands in TensorBoard.
+    assert "val/nll/odd" in after
+    assert "val/acc_norm/odd" in after
+    assert "val/accuracy/odd_stderr" in after
+    assert not [name for name in table if "nll" in name or "stderr" in name or name.startswith("acc_norm/")]
 
     assert table["trainable parameters"][0].startswith("1,356 (")
     assert re.fullmatch(r"[\d,]+ tokens/s over 1 process\(es\)", table["training speed"][0])
