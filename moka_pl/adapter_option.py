@@ -1,7 +1,8 @@
 """The command line's option ``model.adapter`` where it names a class.
 
 Without a class its options are those of ``MokaConfig``, listed by ``--help``. A named class takes the
-place of ``MokaConfig`` before anything is parsed, so that its own options are checked and only then is PEFT imported.
+place of ``MokaConfig`` before anything is parsed, so that its own options are checked; only then is PEFT
+imported.
 """
 
 import warnings
@@ -79,9 +80,9 @@ def adapter_class(class_path: str) -> type:
         try:
             kind = kind or getattr(import_module(home), name, None)
         except ImportError as error:
-            if home.split(".")[0] == "peft":
-                raise ConfigError(f"adapter {class_path} needs PEFT: pip install 'moka_pl[peft]'") from error
-            raise ConfigError(f"adapter {class_path}: {error}") from error
+            raise ConfigError(
+                f"adapter {class_path}: {error}. PEFT's classes need pip install 'moka_pl[peft]'"
+            ) from error
     bases: tuple[type, ...] = (MokaConfig, FullFineTuning)
     if isinstance(kind, type) and not issubclass(kind, bases):
         try:

@@ -56,8 +56,8 @@ class FullMethod:
         ]
         if quantised:
             raise AdapterError(
-                f"full fine-tuning cannot train 4-bit weights ({quantised[0]} and {len(quantised) - 1} others)"
-                "; use quantization: none, or an adapter"
+                f"full fine-tuning cannot train 4-bit weights ({quantised[0]} and {len(quantised) - 1} "
+                "others); use quantization: none, or an adapter"
             )
         model.requires_grad_(False)
         for name in names:
