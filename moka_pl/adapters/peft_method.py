@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moka_pl.adapters.injection import replace_module
 from moka_pl.adapters.peft_layers import peft_layers
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.four_bit import is_4bit
@@ -62,9 +63,10 @@ class PeftMethod:
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
             self._try(model)
-        except AdapterError:
-            raise
         except Exception as error:  # PEFT and bitsandbytes raise all kinds
+            for name, layer in peft_layers(model).items():  # the model is left as it was
+                replace_module(model, name, layer.get_base_layer())
+            model.__dict__.pop("peft_config", None)
             raise AdapterError(self._refusal(error, four_bit)) from error
         finally:
             if four_bit and not marked:
@@ -89,13 +91,9 @@ class PeftMethod:
             layer.train(training)
 
     def _refusal(self, error: Exception, four_bit: bool) -> str:
-        reason = " ".join(str(error).split())[:300]
-        message = f"PEFT cannot put {self.title} into this model: {type(error).__name__}: {reason}"
-        return (
-            f"{message}. On 4-bit layers it may not work at all: use quantization: none"
-            if (four_bit)
-            else message
-        )
+        reason = " ".join(str(error).split())[:300].rstrip(". ")
+        remedy = " On 4-bit layers it may not work at all: use quantization: none" if four_bit else ""
+        return f"PEFT cannot put {self.title} into this model: {type(error).__name__}: {reason}.{remedy}"
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """What PEFT itself would save, under its own names."""

@@ -118,9 +118,15 @@ def test_4bit_layers_are_pefts_own():
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
 
 
-def test_lokr_on_4bit_layers_is_refused():
-    with pytest.raises(AdapterError, match=r"PEFT cannot put LoKr .* use quantization: none"):
-        inject_adapter(base("nf4"), METHODS["lokr"]())
+@pytest.mark.parametrize("name", ["lokr", "loha"])
+def test_what_fails_on_4bit_layers_is_refused_and_the_model_stays_plain(name):
+    model = base("nf4")
+    expected, names = logits(model), [n for n, _ in model.named_modules()]
+    with pytest.raises(AdapterError, match=r"PEFT cannot put Lo(Kr|Ha) .* use quantization: none"):
+        inject_adapter(model, METHODS[name]())
+    assert [n for n, _ in model.named_modules()] == names
+    assert torch.equal(logits(model), expected)
+    inject_adapter(model, METHODS["lora"]())
 
 
 def test_full_fine_tuning(tmp_path):
