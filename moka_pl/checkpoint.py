@@ -49,8 +49,16 @@ def check_same_factors(written: Mapping[str, Any], own: Mapping[str, Any]) -> No
     Raises:
         AdapterError: If an option differs that shapes the factors.
     """
-    for option in ("filters", "components", "gating"):
-        if option in written and written[option] != own[option]:
+    kinds = [options.get("peft_type", "MOKA") for options in (written or own, own)]
+    if kinds[0] != kinds[1]:
+        raise AdapterError(
+            f"the checkpoint does not fit this model: its method is {kinds[0]}, here it is {kinds[1]}. "
+            f"{_REMEDY}"
+        )
+    # Of another method's options any may change what the same tensors mean.
+    options = ("filters", "components", "gating") if kinds[1] == "MOKA" else sorted(own)
+    for option in options:
+        if "dropout" not in option and option in written and written[option] != own[option]:
             raise AdapterError(
                 f"the checkpoint does not fit this model: its adapter.{option} is {written[option]!r}, "
                 f"here it is {own[option]!r}. {_REMEDY}"

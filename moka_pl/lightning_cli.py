@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from moka_pl.adapter_option import module_class, named_class
 from moka_pl.callbacks import (
     AdapterCheckpoint,
     BatchStatistics,
@@ -26,7 +27,6 @@ from moka_pl.callbacks import (
 from moka_pl.commands.parser import FUNCTIONS, function_parser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.module import MokaModule
 from moka_pl.resume import find_last
 
 _LOGGER = {
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         MokaCLI(
-            MokaModule,
+            module_class(named_class(sys.argv[1:] if arguments is None else arguments)),
             MokaDataModule,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

@@ -1,6 +1,7 @@
-"""The LightningModule: a frozen base with MoKA adapters, trained on completions."""
+"""The LightningModule: a frozen base with adapters, trained on completions."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, load_adapter_state, read_adapter
+from moka_pl.adapters import (
+    BaseModel,
+    MokaConfig,
+    inject_adapter,
+    load_adapter_state,
+    method_of,
+    read_adapter,
+)
 from moka_pl.adapters.directory import check_base, read_adapter_state
 from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
 from moka_pl.checkpoint import (
@@ -39,6 +47,11 @@ Batch = dict[str, Any]
 # Not None: the command line's help would then list none of their options.
 _BACKBONE, _ADAPTER = BackboneConfig(), MokaConfig()
 
+if TYPE_CHECKING:
+    Adapter = Any
+else:
+    Adapter = MokaConfig  # what the command line lists the options of; lightning_cli.py sees to other classes
+
 
 class MokaModule(LightningModule):
     """Fine-tunes a frozen causal language model with a mixture of Kronecker adapters.
@@ -48,7 +61,9 @@ class MokaModule(LightningModule):
 
     Args:
         backbone: The base model.
-        adapter: The adapters' configuration.
+        adapter: The adapters' configuration. Other methods by ``class_path`` and ``init_args``:
+            ``moka_pl.adapters.MokaUngated``, ``MokaS``, ``KronA`` or ``FullFineTuning``, or one of PEFT's
+            such as ``peft.LoraConfig``.
         adapter_path: An adapter directory to start from; its own configuration then replaces ``adapter``.
         optimizer: Builds the optimizer from the trainable parameters.
         lr_scheduler: Builds the learning-rate scheduler, stepped after every optimizer step.
@@ -59,7 +74,7 @@ class MokaModule(LightningModule):
     def __init__(
         self,
         backbone: BackboneConfig = _BACKBONE,
-        adapter: MokaConfig = _ADAPTER,
+        adapter: Adapter = _ADAPTER,
         adapter_path: str | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupDecay(o),
@@ -67,7 +82,8 @@ class MokaModule(LightningModule):
     ) -> None:
         super().__init__()
         self.backbone = replace(backbone)
-        self.adapter = replace(adapter)
+        self.adapter: Any = deepcopy(adapter)
+        method_of(adapter)  # what is no configuration shows before any loading
         self.adapter_path = adapter_path
         self.adapter_prompt: str | None = None  # what the adapter's training data were written in
         if adapter_path is not None:
@@ -133,7 +149,8 @@ class MokaModule(LightningModule):
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
         rank_zero_info(
             f"{self.backbone.name} on {self.device} in {options['compute_dtype']}, "
-            f"linear weights {self.backbone.quantization}; MoKA in {len(self.adapted)} layers, "
+            f"linear weights {self.backbone.quantization}; {method_of(self.adapter).title} "
+            f"in {len(self.adapted)} layers, "
             f"{count:,} trainable parameters"
         )
 
@@ -347,7 +364,7 @@ class MokaModule(LightningModule):
         checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
         checkpoint["moka_base"] = {"name": self.base.name, "fingerprint": self.base.fingerprint}
         checkpoint["moka_rng"] = rng_state(self.device)
-        checkpoint["moka_adapter"] = self.adapter.to_dict()
+        checkpoint["moka_adapter"] = method_of(self.adapter).options()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint's tensors are exactly this model's trainable ones.
@@ -357,7 +374,7 @@ class MokaModule(LightningModule):
         """
         assert self.base is not None
         # Before the sizes: factors of other shapes may fill vectors of the same length.
-        check_same_factors(checkpoint.get("moka_adapter", {}), self.adapter.to_dict())
+        check_same_factors(checkpoint.get("moka_adapter", {}), method_of(self.adapter).options())
         check_trainable_state(self, checkpoint["state_dict"])
         written = checkpoint.get("moka_base", {})
         if written.get("fingerprint") not in (None, self.base.fingerprint):

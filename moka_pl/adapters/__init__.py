@@ -1,4 +1,4 @@
-"""MoKA adapters: their configuration, layer, injection into a model, and form on disk."""
+"""MoKA adapters and their rivals: configuration, layers, injection into a model, and form on disk."""
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.directory import (
@@ -10,22 +10,30 @@ from moka_pl.adapters.directory import (
     read_adapter,
     save_adapter,
 )
-from moka_pl.adapters.injection import (
+from moka_pl.adapters.full import FullFineTuning
+from moka_pl.adapters.injection import find_targets, moka_layers
+from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.method import AdapterMethod
+from moka_pl.adapters.methods import (
     adapters_disabled,
-    find_targets,
     inject_adapter,
     merge,
-    moka_layers,
+    method_of,
     unload,
     unmerge,
 )
-from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.presets import KronA, MokaS, MokaUngated
 
 __all__ = [
     "AdapterInfo",
+    "AdapterMethod",
     "BaseModel",
+    "FullFineTuning",
+    "KronA",
     "MokaConfig",
     "MokaLinear",
+    "MokaS",
+    "MokaUngated",
     "adapter_state",
     "adapters_disabled",
     "find_targets",
@@ -33,6 +41,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_state",
     "merge",
+    "method_of",
     "moka_layers",
     "read_adapter",
     "save_adapter",

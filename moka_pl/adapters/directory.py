@@ -11,14 +11,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
-from moka_pl.adapters.injection import inject_adapter, moka_layers, unload
+from moka_pl.adapters.full import is_trained
+from moka_pl.adapters.method import AdapterMethod
+from moka_pl.adapters.methods import config_from, inject_adapter, method_in, method_of, unload
 from moka_pl.adapters.model_card import model_card
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.version import __version__
@@ -48,26 +50,23 @@ class BaseModel:
 
 @dataclass
 class AdapterInfo:
-    """The contents of ``adapter_config.json``."""
+    """The contents of ``adapter_config.json``; ``config`` is a ``MokaConfig`` or that of another method."""
 
-    config: MokaConfig
+    config: Any
     base: BaseModel
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors by name: factors and gate logits of every adapted layer, nothing frozen."""
-    return {
-        f"{name}.{key}": tensor
-        for name, layer in moka_layers(model).items()
-        for key, tensor in layer.tensors().items()
-    }
+    """The adapter's tensors by name: what was trained in every adapted layer, nothing frozen."""
+    method = method_in(model)
+    return {} if method is None else method.state(model)
 
 
 def save_adapter(
     path: str | Path,
     model: nn.Module,
-    config: MokaConfig,
+    config: Any,
     base: BaseModel,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -78,7 +77,7 @@ def save_adapter(
     Args:
         path: The directory to write.
         model: A model with injected adapters.
-        config: The adapters' configuration.
+        config: The adapters' configuration, of any method.
         base: The base model.
         extra: Further JSON values to keep (metrics, prompt, step).
 
@@ -95,17 +94,18 @@ def save_adapter(
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     if not state:
         raise AdapterError("the model has no adapters to save")
+    method = method_of(config)
     described = {
+        **method.options(),
         "format_version": FORMAT_VERSION,
-        "peft_type": "MOKA",
+        "peft_type": method.kind,
         "moka_pl_version": __version__,
         "base_model_name_or_path": base.name,
         "revision": base.revision,
         "base_fingerprint": base.fingerprint,
         "base_options": base.options,
         "trainable_parameters": sum(tensor.numel() for tensor in state.values()),
-        **config.to_dict(),
-        "effective_scaling": config.effective_scaling,
+        **_told(config, method),
         "extra": dict(extra or {}),
     }
     try:
@@ -121,7 +121,7 @@ def save_adapter(
             # Not save_file: it hides OSErrors and makes a file that only its owner may read.
             (new / WEIGHTS_NAME).write_bytes(save(state, metadata={"format": "pt"}))
             (new / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-            (new / CARD_NAME).write_text(model_card(described), encoding="utf-8")
+            (new / CARD_NAME).write_text(model_card(described, method), encoding="utf-8")
             for file in new.iterdir():
                 _sync(file)
             if path.exists():
@@ -157,9 +157,13 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{file} is damaged: {error}. Copy the adapter again") from error
-    if not isinstance(stored, dict) or stored.get("peft_type") != "MOKA":
+    ours = isinstance(stored, dict) and (stored.get("peft_type") == "MOKA" or "method" in stored)
+    if not ours or not isinstance(stored.get("peft_type"), str):
         found = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
-        raise AdapterError(f"{file} describes no MoKA adapter (peft_type is {found!r}, expected 'MOKA')")
+        raise AdapterError(
+            f"{file} describes no MoKA adapter (peft_type is {found!r}, expected 'MOKA', or another method's "
+            "in a folder that moka_pl wrote)"
+        )
     version = stored.get("format_version")
     if not isinstance(version, int):
         raise AdapterError(f"{file} has no format_version; copy the adapter again")
@@ -168,16 +172,18 @@ def read_adapter(path: str | Path) -> AdapterInfo:
             f"{path} has adapter format {version}; this moka_pl {__version__} reads up to {FORMAT_VERSION}. "
             "Upgrade moka_pl"
         )
-    options = {f.name: stored[f.name] for f in fields(MokaConfig) if f.name in stored}
     try:
-        config = MokaConfig(**options)
+        config = config_from(stored)
         base = BaseModel(
             name=stored["base_model_name_or_path"],
             revision=stored.get("revision"),
             fingerprint=stored.get("base_fingerprint", ""),
             options=stored.get("base_options", {}),
         )
-    except (ConfigError, KeyError, TypeError) as error:
+        method_of(config)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{file} is damaged: {error}. Copy the adapter again") from error
     return AdapterInfo(config, base, stored.get("extra", {}))
 
@@ -226,12 +232,9 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
                 f"{source} does not fit this model: {name} is {tuple(state[name].shape)}, "
                 f"the model expects {tuple(tensor.shape)}. It is for another base model or other filters"
             )
-    for name, tensor in own.items():
-        tensor.copy_(state[name])  # own holds detached views of the parameters
-    for layer in moka_layers(model).values():
-        if layer.merged:  # what was folded in is out of date
-            layer.unmerge()
-            layer.merge()
+    method = method_in(model)
+    if method is not None:
+        method.load_state(model, dict(state))
 
 
 def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = None) -> AdapterInfo:
@@ -256,7 +259,8 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
     try:
         load_adapter_state(model, state, path)
     except AdapterError:
-        unload(model)
+        if not is_trained(model):
+            unload(model)
         raise
     return info
 
@@ -272,6 +276,13 @@ def check_base(info: AdapterInfo, fingerprint: str | None, path: str | Path) -> 
             f"{path} was trained on another base model: {info.base.name!r} with fingerprint "
             f"{info.base.fingerprint}, this one has {fingerprint}. Load that base instead"
         )
+
+
+def _told(config: Any, method: AdapterMethod) -> dict[str, Any]:
+    """What only people read, and, of other methods than MoKA, what marks a folder as written here."""
+    if isinstance(config, MokaConfig):
+        return {"effective_scaling": config.effective_scaling}
+    return {"method": method.title}
 
 
 def _replaceable(path: Path) -> bool:

@@ -1,9 +1,7 @@
-"""Puts adapters into a model, finds them again, and takes them out."""
+"""Puts MoKA adapters into a model, and finds them again."""
 
 import difflib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -71,7 +69,7 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[str]:
     return found
 
 
-def inject_adapter(model: nn.Module, config: MokaConfig, dtype: torch.dtype = torch.float32) -> list[str]:
+def inject_moka(model: nn.Module, config: MokaConfig, dtype: torch.dtype = torch.float32) -> list[str]:
     """Freezes the model and wraps its target layers into :class:`MokaLinear`, in place.
 
     Args:
@@ -97,7 +95,7 @@ def inject_adapter(model: nn.Module, config: MokaConfig, dtype: torch.dtype = to
             raise type(error)(f"{name}: {error}") from None
     model.requires_grad_(False)  # the new factors and gates are not in it yet
     for name, adapted in wrapped.items():
-        _replace(model, name, adapted)
+        replace_module(model, name, adapted)
     return names
 
 
@@ -106,53 +104,13 @@ def moka_layers(model: nn.Module) -> dict[str, MokaLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MokaLinear)}
 
 
-def merge(model: nn.Module) -> None:
-    """Folds every layer's update into a dense copy of its weight (undone by :func:`unmerge`)."""
-    for layer in moka_layers(model).values():
-        layer.merge()
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undoes :func:`merge`, bit for bit."""
-    for layer in moka_layers(model).values():
-        layer.unmerge()
-
-
-def unload(model: nn.Module, merge: bool = False) -> None:
-    """Takes the adapters out, in place.
-
-    Args:
-        model: A model with adapters.
-        merge: Leave dense layers ``W + ΔW`` instead of the frozen base.
-    """
-    for name, layer in moka_layers(model).items():
-        if merge:
-            layer.merge()
-        kept = layer.merged_layer if merge else layer.base_layer
-        assert kept is not None
-        _replace(model, name, kept)
-
-
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block the model computes as its frozen base."""
-    layers = moka_layers(model).values()
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
-
-
 def _output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one with this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

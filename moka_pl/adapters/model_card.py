@@ -4,41 +4,41 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from moka_pl.adapters.method import AdapterMethod
 
-def model_card(described: Mapping[str, Any]) -> str:
+
+def model_card(described: Mapping[str, Any], method: AdapterMethod) -> str:
     """Writes a model card from the contents of ``adapter_config.json``.
 
     Args:
         described: The dictionary that is stored as ``adapter_config.json``.
+        method: The method of the adapter.
 
     Returns:
         Markdown with the YAML header that model hubs read.
     """
-    targets = described["target_modules"]
+    moka = method.kind == "MOKA"
     options = described["base_options"]
     header = [
         "---",
         f"base_model: {json.dumps(described['base_model_name_or_path'])}",
         "library_name: moka_pl",
-        "tags: [moka, kronecker, adapter]",
+        "tags: [moka, kronecker, adapter]" if moka else f"tags: [{method.kind.lower()}, adapter]",
         "---",
     ]
     rows = {
-        "components": described["components"],
-        "filters": described["filters"],
-        "gating": described["gating"],
-        "scaling": described["effective_scaling"],
-        "target modules": targets if isinstance(targets, str) else ", ".join(targets),
+        **method.facts(),
         "trainable parameters": f"{described['trainable_parameters']:,}",
         "quantization of the base": options.get("quantization", "none"),
     }
     extra = described["extra"]
     metrics = extra.get("metrics", {})
+    base = described["base_model_name_or_path"]
+    what = f"A gated mixture of Kronecker adapters for `{base}`: `y = W x + s Σ α_i (A_i ⊗ B_i) x`."
     body = [
-        "# MoKA adapter",
+        "# MoKA adapter" if moka else f"# {method.title}",
         "",
-        f"A gated mixture of Kronecker adapters for `{described['base_model_name_or_path']}`: "
-        "`y = W x + s Σ α_i (A_i ⊗ B_i) x`.",
+        what if moka else f"Trained weights of {method.title} for `{base}`.",
         "",
         "| option | value |",
         "|---|---|",

@@ -111,7 +111,7 @@ def _check(
 
 def _load(adapter: Path | None, base: str | None, quantization: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Model, tokenizer, and what the results say about them."""
-    from moka_pl.adapters import read_adapter
+    from moka_pl.adapters import method_of, read_adapter
     from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
     from moka_pl.harness.results import versions, weights_fingerprint
     from moka_pl.load import load_model
@@ -132,7 +132,7 @@ def _load(adapter: Path | None, base: str | None, quantization: Any) -> tuple[An
         adapted = {
             "path": str(adapter.expanduser().absolute()),
             "fingerprint": weights_fingerprint(adapter),
-            "config": info.config.to_dict(),
+            "config": method_of(info.config).options(),
             "step": info.extra.get("step"),
             "prompt": info.extra.get("prompt"),
         }

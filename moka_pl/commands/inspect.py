@@ -11,20 +11,15 @@ def inspect(adapter: Path) -> None:
         adapter: An adapter directory.
     """
     from moka_pl.adapters.directory import read_adapter, read_adapter_state
+    from moka_pl.adapters.methods import method_of
 
     info = read_adapter(adapter)
     state = read_adapter_state(adapter)
-    config = info.config
-    targets = config.target_modules
     step, found_at = info.extra.get("step"), info.extra.get("metrics_step")
     facts = {
         "base model": f"{info.base.name} (fingerprint {info.base.fingerprint})",
         "quantization": info.base.options.get("quantization", "none"),
-        "components": config.components,
-        "filters": config.filters,
-        "gating": config.gating,
-        "scaling": config.effective_scaling,
-        "target modules": targets if isinstance(targets, str) else ", ".join(targets),
+        **method_of(info.config).facts(),
         "parameters": f"{sum(t.numel() for t in state.values()):,}",
         **{name: f"{value:.4f}" for name, value in sorted(info.extra.get("metrics", {}).items())},
     }
@@ -35,7 +30,7 @@ def inspect(adapter: Path) -> None:
     gates = {name.removesuffix(".moka_gate"): t for name, t in state.items() if name.endswith(".moka_gate")}
     if not gates:
         return
-    print(f"\n{'gates by layer':<44}{'entropy':>8}  α_1 … α_{config.components}")
+    print(f"\n{'gates by layer':<44}{'entropy':>8}  α_1 … α_{info.config.components}")
     for name, logits in gates.items():
         alpha = logits.float().softmax(0).tolist()
         entropy = -sum(a * math.log(a) for a in alpha if a > 0)
