@@ -75,7 +75,7 @@ class SharedBase:
                 module._modules.update(children)
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
-        if model.is_gradient_checkpointing:
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             model.gradient_checkpointing_disable()
         if model.config._attn_implementation != loaded.attention:
             model.set_attn_implementation(loaded.attention)
