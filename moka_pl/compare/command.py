@@ -10,11 +10,12 @@ from moka_pl.compare.suite import Suite, find_suite, read_suite
 from moka_pl.errors import MokaError
 
 DESCRIPTION = """\
-Trains every rival of a suite with every learning rate on the same batches, picks each one's rate on data held
-out of the training data, tests the picked rate with all seeds, and compares the rivals on the same test items.
+Trains every rival of a suite with every learning rate on the same batches, picks each one's rate on data that
+are held out of the training data, tests the picked rate with all seeds, and compares the rivals on the same
+test items.
 
-What has ended is not done again, whether the command was interrupted or the suite has changed; runs that failed
-are tried again. Data files are known by their names: after a change of their content use another --out.
+What has ended is not done again, whether the command was interrupted or the suite has changed; runs that
+failed are tried again. Data files are known by their names: after a change of their content use another --out.
 """
 
 #: The status that a shell reports of a program that Ctrl-C has ended.

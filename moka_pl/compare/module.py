@@ -1,4 +1,4 @@
-"""The module that runs are trained with: it takes a base that is there, and keeps what single items scored."""
+"""The module that runs are trained with: it takes a base that is there, and keeps every item's scores."""
 
 import hashlib
 from typing import Any

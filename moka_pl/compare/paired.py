@@ -182,7 +182,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def _columns(items: Items) -> Floats:
-    """What is summed over items: accuracies by seed, negative log-likelihoods by seed, tokens; (n, 2S + 1)."""
+    """What is summed over items: accuracies and log-likelihoods by seed, and tokens; (n, 2S + 1)."""
     none = numpy.zeros_like(items.nll)
     correct = none if items.correct is None else items.correct
     return numpy.concatenate([(correct * items.task_weights).T, items.nll.T, items.tokens[:, None]], axis=1)

@@ -52,7 +52,8 @@ def test_a_real_difference_is_found_and_none_is_not():
     found = compare(rivals, "good", "bad")
     good, bad = rivals["good"].items, rivals["bad"].items
     means = [
-        numpy.mean([items.correct[:, good.task == task].mean() for task in good.tasks]) for items in (good, bad)
+        numpy.mean([items.correct[:, good.task == task].mean() for task in good.tasks])
+        for items in (good, bad)
     ]
     assert found.acc_norm.value == pytest.approx(means[0] - means[1])
     assert 0 < found.acc_norm.low < found.acc_norm.value < found.acc_norm.high
@@ -97,7 +98,7 @@ def test_other_items_are_not_paired():
 
 
 def test_the_error_of_the_loss_is_that_of_a_ratio():
-    items = Items((0,), numpy.array(["t"] * 3), None, numpy.array([[1.0, 2.0, 6.0]]), numpy.array([1.0, 1.0, 1.0]))
+    items = Items((0,), numpy.array(["t"] * 3), None, numpy.array([[1.0, 2.0, 6.0]]), numpy.ones(3))
     share = items.nll_per_token()
     assert share.value == pytest.approx(3.0)
     assert share.stderr == pytest.approx(numpy.std([1, 2, 6], ddof=1) / math.sqrt(3))

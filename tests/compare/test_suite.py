@@ -9,7 +9,10 @@ from moka_pl.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "suites"
 SUITES = sorted(FOLDER.glob("*.yaml"))
-SMALL = "data: {class_path: moka_pl.data.CommonsenseData}\nlearning_rates: [1.0e-2]\nrivals: [{name: a}, {name: b}]\n"
+SMALL = """data: {class_path: moka_pl.data.CommonsenseData}
+learning_rates: [1.0e-2]
+rivals: [{name: a}, {name: b}]
+"""
 
 
 def written(tmp_path, text):
@@ -117,8 +120,8 @@ def test_runs_are_told_apart_by_their_settings_not_their_names(tmp_path):
     run = run_of(one, a, 0.01, 0)
     assert run.key == run_of(one, b, 0.01, 0).key  # the same adapter under another name
     others = [run_of(one, a, 0.02, 0), run_of(one, a, 0.01, 1)]
-    for change in ("backbone.name=x", "training.trainer.max_steps=1", "data.init_args.path=p"):
-        others.append(run_of(read_suite(written(tmp_path, SMALL), [change]), a, 0.01, 0))
+    changes = ("backbone.name=x", "training.trainer.max_steps=1", "data.init_args.path=p")
+    others += [run_of(read_suite(written(tmp_path, SMALL), [change]), a, 0.01, 0) for change in changes]
     assert len({run.key, *(other.key for other in others)}) == 6
     tested = read_suite(written(tmp_path, SMALL), ["test={class_path: x}"])
     assert run_of(tested, a, 0.01, 0).key == run.key  # other tests need no other training
