@@ -15,7 +15,7 @@ are held out of the training data, tests the picked rate with all seeds, and com
 test items.
 
 What has ended is not done again, whether the command was interrupted or the suite has changed; runs that
-failed are tried again. Data files are known by their names: after a change of their content use another --out.
+failed are tried again. Data files are known by their names: if their content changes, use another --out.
 """
 
 #: The status that a shell reports of a program that Ctrl-C has ended.
