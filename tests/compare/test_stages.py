@@ -46,7 +46,8 @@ class Fake:
             return outcome
         loss = abs((run.rate or 1.0) - 0.2)
         trained = {"parameters": 10 * len(run.rival), "validation_loss": loss, "batches": f"of {run.seed}"}
-        trained |= {"seconds": 1.0, "losses": [[1, 3.0], [2, 2.0]], "device": "this"}
+        losses = [] if run.rate is None else [[1, 3.0], [2, 2.0]]
+        trained |= {"seconds": 1.0, "losses": losses, "device": "this"}
         outcome.setdefault("trained", trained)
         if test:
             right = [1, 1, 0, 1] if run.rival == "good" else [1, 0, 0, run.seed]
