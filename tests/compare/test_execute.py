@@ -53,7 +53,7 @@ def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     alone = Executor(apart)
     assert "tested" not in alone(runs[1], False)
     again = Executor(apart)(runs[1], True)
-    assert again["trained"]["losses"] == trained[1]["losses"]
+    assert again["trained"]["losses"] == store.read(runs[1])["trained"]["losses"]
     assert again["tested"]["items"] == whole[1]["tested"]["items"]
     assert (apart.path(runs[1]) / WEIGHTS).is_file()
     # The base without training scores otherwise.
