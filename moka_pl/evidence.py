@@ -5,7 +5,6 @@ Every run is a command of the package's own command line; its `test.json` holds 
 
 import json
 import math
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moka_pl.errors import ConfigError
+from moka_pl.events import scalar_events
+from moka_pl.results import Share, over_seeds
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,7 @@ def _run(command: list[str], log: Path) -> None:
 
 def held_out_losses(run: Path) -> list[float]:
     """The logged `val/loss` of a training, from before the first step to its end."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run))
-    events.Reload()
-    return [event.value for event in events.Scalars("val/loss")]
+    return [value for _, value in scalar_events(run, "val/loss")]
 
 
 @dataclass(frozen=True)
@@ -156,18 +153,9 @@ def changes(results: Mapping[str, Any], score: str, where: str = "tasks") -> lis
 
         before, before_error = of(results["before"])
         after = [of(part) for part in results["after"]]
-        values = [value for value, _ in after]
-        seeds = statistics.variance(values) / len(values) if len(values) > 1 else 0.0
-        items = statistics.fmean(error for _, error in after)
-        found.append(
-            Change(
-                name or "mean of the tasks",
-                before,
-                before_error,
-                statistics.fmean(values),
-                math.sqrt(items**2 + seeds),
-            )
-        )
+        mean = over_seeds([Share(value, error) for value, error in after])
+        name = name or "mean of the tasks"
+        found.append(Change(name, before, before_error, mean.value, mean.stderr or 0.0))
     return found
 
 

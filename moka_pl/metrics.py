@@ -1,7 +1,7 @@
 """Validation metrics over all ranks: token-weighted loss, and right answers to multiple-choice items."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -40,6 +40,21 @@ class Sums(Metric):
         return self.total
 
 
+@dataclass(frozen=True)
+class ItemTable:
+    """What the multiple-choice items of a batch scored.
+
+    Attributes:
+        set: Number of the evaluation set.
+        task: Number of every item's task in the set, shape (I,).
+        counts: The fields of :class:`Counts` of every item, shape (I, 7).
+    """
+
+    set: int
+    task: Tensor
+    counts: Tensor
+
+
 class EvalMetrics:
     """Gathers loss and right answers of one or more validation sets.
 
@@ -59,6 +74,9 @@ class EvalMetrics:
         eval_sets: (name, tasks) of every set in dataloader order; no tasks for plain text.
         device: Where the sums are kept.
         groups: Tasks that are reported together, by the name of the group.
+
+    Attributes:
+        items: A list keeps what this rank's single items score, too; None (the default) keeps sums only.
     """
 
     def __init__(
@@ -73,6 +91,7 @@ class EvalMetrics:
         self.plain = Sums(len(self.sets), len(_PLAIN)).to(self.device)
         # All tasks of all sets in one table: the subjects of MMLU alone are 57.
         self.choices = Sums(sum(len(tasks) for _, tasks in self.sets), len(_COUNTS)).to(self.device)
+        self.items: list[ItemTable] | None = None
         self.reset()
 
     def fits(
@@ -141,6 +160,8 @@ class EvalMetrics:
         table = torch.stack([columns.get(name, zeros) for name in _COUNTS], dim=1)  # (I, 7)
         task_of = torch.full_like(zeros, -1).long().scatter(0, item, task)  # (I,)
         own = task_of >= 0
+        if self.items is not None:
+            self.items.append(ItemTable(index, task_of[own], table[own]))
         rows = self._rows(index)
         sums = table.new_zeros(rows.stop - rows.start, len(_COUNTS))
         self.choices.update(rows, sums.index_add(0, task_of[own], table[own]))

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moka_pl.backbone.load import Backbone
+
 Batch = dict[str, Any]
 
 # Not None: the command line's help would then list none of their options.
@@ -123,7 +125,7 @@ class MokaModule(LightningModule):
         """
         if self.model is not None:
             return
-        loaded = load_backbone(self.backbone, self.device)
+        loaded = self.load_base()
         model = loaded.model
         self.tokenizer = loaded.tokenizer
         options = self.backbone.options()
@@ -153,6 +155,10 @@ class MokaModule(LightningModule):
             f"in {len(self.adapted)} layers, "
             f"{count:,} trainable parameters"
         )
+
+    def load_base(self) -> "Backbone":
+        """Loads the frozen base onto this rank's device; subclasses may have one already."""
+        return load_backbone(self.backbone, self.device)
 
     @property
     def causal_lm(self) -> "PreTrainedModel":

@@ -1,6 +1,7 @@
 """What an evaluation found, by task and together, with standard errors."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -75,6 +76,17 @@ def macro(parts: Iterable[Mapping[str, Share]]) -> dict[str, Share]:
             error = math.sqrt(sum(e * e for e in errors)) / len(found) if len(errors) == len(found) else None
             means[name] = Share(sum(share.value for share in found) / len(found), error)
     return means
+
+
+def over_seeds(shares: Sequence[Share]) -> Share:
+    """The mean of the same share over several seeds, with the scatter of items and of seeds in its error.
+
+    The items are the same for all seeds, so their error does not shrink with the number of seeds.
+    """
+    values = [share.value for share in shares]
+    seeds = statistics.variance(values) / len(values) if len(values) > 1 else 0.0
+    items = statistics.fmean(share.stderr or 0.0 for share in shares)
+    return Share(statistics.fmean(values), math.sqrt(items**2 + seeds))
 
 
 @dataclass

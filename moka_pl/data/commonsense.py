@@ -11,7 +11,7 @@ from moka_pl.data.choice_tasks import task_name
 from moka_pl.data.columns import check_columns
 from moka_pl.data.encode import ChoiceEncoder, Encoded, SegmentEncoder, adds_bos, encode_rows
 from moka_pl.data.errors import DataError
-from moka_pl.data.holdout import HoldOut
+from moka_pl.data.holdout import HoldOut, ThreeParts
 from moka_pl.data.llm_adapters import name_tasks
 from moka_pl.data.reading import read_rows
 from moka_pl.data.shared_prefix import SharePrefix
@@ -61,6 +61,8 @@ class CommonsenseData(MokaDataModule):
         share_prefix: "auto" computes what an item's options have in common once, where that takes fewer
             slots and the model allows it; "never" scores every option whole. The scores are the same.
         generated_tokens: Most tokens of a generated answer; 0 generates none.
+        separate_test: Validate on `validation_share` of the training data in any case; evaluation data then
+            serve tests only, and where there are none, as large a share again is held out for them.
         **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size, packing,
             max_tokens (see MokaDataModule).
     """
@@ -79,9 +81,12 @@ class CommonsenseData(MokaDataModule):
         prompt: ChoicePromptName | None = None,
         share_prefix: SharePrefix = "auto",
         generated_tokens: int = 16,
+        separate_test: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if separate_test and not validation_share > 0:
+            raise DataError("separate_test validates on a share: set validation_share above 0.")
         if prompt is not None and prompt not in CHOICE_PROMPTS:
             raise DataError(f"prompt must be one of {', '.join(CHOICE_PROMPTS)}, got {prompt!r}.")
         if generated_tokens < 0:
@@ -95,6 +100,8 @@ class CommonsenseData(MokaDataModule):
         self.columns = check_columns(columns, CHOICE_FIELDS)
         self.fill_blank = fill_blank
         self._hold_out = HoldOut(validation_share)
+        self.separate_test = separate_test
+        self._three_parts = ThreeParts(validation_share) if separate_test else None
         self._wanted = None if tasks is None else [task_name(task) for task in tasks]
         self._tasks: list[str] | None = None
         self._prompt = prompt
@@ -151,6 +158,12 @@ class CommonsenseData(MokaDataModule):
 
     def _all_rows(self, split: str) -> "Dataset | None":
         train = self._pieces(self.path, "train")
+        if self._three_parts is not None:
+            source = self.path if self.validation_path is None else self.validation_path
+            tests = self._pieces(source, "test")
+            if not tests and self.validation_path is not None:
+                tests = self._pieces(source, "train")
+            return self._three_parts(split, self._read(train), self._read(tests) if tests else None)
         if self.validation_path is not None:
             if split == "train":
                 return self._read(train)

@@ -67,3 +67,29 @@ class HoldOut:
         if self._last is None or self._last[0] != rows._fingerprint:
             self._last = (rows._fingerprint, hold_out(rows, self.share))
         return self._last[1]
+
+
+class ThreeParts:
+    """Training, validation and test rows that have nothing in common.
+
+    Args:
+        share: Share of the rows for validation, and, where there are no test rows of their own, the same
+            share for the test.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._test, self._validation = HoldOut(share), HoldOut(share)
+
+    def __call__(self, split: str, train: "Dataset", own: "Dataset | None") -> "Dataset":
+        """The rows of a split.
+
+        Args:
+            split: `"train"`, `"validation"` or `"test"`.
+            train: Rows to train on, of which a share is held out.
+            own: Test rows of their own.
+        """
+        if own is None:
+            train, own = self._test(train)
+        if split == "test":
+            return own
+        return self._validation(train)[0 if split == "train" else 1]

@@ -11,7 +11,7 @@ from moka_pl.data.columns import check_columns
 from moka_pl.data.corpora import find_corpus
 from moka_pl.data.encode import Encoded, SegmentEncoder, adds_bos, encode_rows
 from moka_pl.data.errors import DataError
-from moka_pl.data.holdout import HoldOut
+from moka_pl.data.holdout import HoldOut, ThreeParts
 from moka_pl.data.instruction_rows import INSTRUCTION_FIELDS, check_instruction, instruction_features
 from moka_pl.data.prompts import PromptName, alpaca, chat, require_template
 from moka_pl.data.reading import read_rows
@@ -69,6 +69,8 @@ class InstructionData(MokaDataModule):
             data again when they end, and holds nothing out: give a validation_path, whose data are read
             whole.
         stream_buffer: Examples per device (and worker) that are shuffled, and sorted by length, together.
+        separate_test: Validate on `validation_share` of the training data in any case; evaluation data then
+            serve tests only, and where there are none, as large a share again is held out for them.
         **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size, packing,
             max_tokens (see MokaDataModule).
     """
@@ -87,9 +89,12 @@ class InstructionData(MokaDataModule):
         tree_language: str | None = "en",
         streaming: bool = False,
         stream_buffer: int = 10_000,
+        separate_test: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if separate_test and not validation_share > 0:
+            raise DataError("separate_test validates on a share: set validation_share above 0.")
         if prompt not in (None, "chat", "alpaca"):
             raise DataError(f"prompt must be 'chat' or 'alpaca', got {prompt!r}.")
         if tree_paths not in ("best", "all"):
@@ -98,6 +103,8 @@ class InstructionData(MokaDataModule):
             raise DataError(
                 f"stream_buffer must be at least batch_size ({self.batch_size}), got {stream_buffer}."
             )
+        if separate_test and streaming:
+            raise DataError("separate_test holds training data out, which streaming: true cannot.")
         self.streaming = streaming
         self.stream_buffer = stream_buffer
         self.path = path
@@ -110,6 +117,8 @@ class InstructionData(MokaDataModule):
         self._prompt = prompt
         self._warned: set[str] = set()
         self._hold_out = HoldOut(validation_share)
+        self.separate_test = separate_test
+        self._three_parts = ThreeParts(validation_share) if separate_test else None
 
     @property
     def prompt(self) -> str:  # type: ignore[override]
@@ -194,6 +203,8 @@ class InstructionData(MokaDataModule):
     def _rows(self, split: str) -> "Dataset | None":
         """The checked rows of a split."""
         train, own = self._pieces("train"), self._validation_pieces()
+        if self._three_parts is not None:
+            return self._three_parts(split, self._read(train), self._read(own) if own else None)
         if own:
             return self._read(train if split == "train" else own)
         if self.streaming:

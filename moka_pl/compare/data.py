@@ -1,0 +1,46 @@
+"""Data that are read and tokenised once for all runs."""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningDataModule
+
+from moka_pl.data import MokaDataModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class PreparedData(LightningDataModule):
+    """Loaders of a data module that is set up already, in an order that a seed decides.
+
+    Args:
+        data: The data module.
+        tokenizer: The base model's.
+        stage: ``fit`` for training and validation data, ``test`` for test data.
+    """
+
+    def __init__(self, data: MokaDataModule, tokenizer: "PreTrainedTokenizerBase", stage: str) -> None:
+        super().__init__()
+        data.connect(tokenizer)
+        data.setup(stage)
+        self.data = data
+        self.packing = data.packing
+        self.eval_sets = data.eval_sets
+        self.task_groups = data.task_groups
+
+    def order(self, seed: int) -> "PreparedData":
+        """Sets the seed of the training order."""
+        self.data.seed = seed
+        return self
+
+    def train_dataloader(self) -> Any:
+        """Shuffled batches; a new loader, which knows of no earlier run."""
+        return self.data.train_dataloader()
+
+    def val_dataloader(self) -> Any:
+        """Every validation example once."""
+        return self.data.val_dataloader()
+
+    def test_dataloader(self) -> Any:
+        """Every test example once."""
+        return self.data.test_dataloader()

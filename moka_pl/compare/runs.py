@@ -1,0 +1,84 @@
+"""Single trainings of a suite, told apart by a hash of everything that decides about them."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from moka_pl.compare.suite import FROZEN, Rival, Settings, Suite, merged
+
+#: Part of every hash: raised when the same settings come to mean another training.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one rival.
+
+    Attributes:
+        rival: Name of the rival.
+        rate: Learning rate; None for the frozen base.
+        seed: Seed of the data's order and the adapters' start.
+        settings: ``backbone``, ``adapter``, ``data``, ``training`` of the run.
+        test: The data module whose test data are reported.
+    """
+
+    rival: str
+    rate: float | None
+    seed: int
+    settings: Settings
+    test: Settings
+
+    @property
+    def key(self) -> str:
+        """Hash of what is trained, 12 hexadecimal digits; names are no part of it."""
+        return _hash([_FORMAT, self.settings, self.rate, self.seed])
+
+    @property
+    def test_key(self) -> str:
+        """Hash of what is tested."""
+        return _hash([_FORMAT, self.test])
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder: words to read, and the key that identifies it."""
+        words = re.sub(r"[^a-z0-9]+", "-", self.rival.lower()).strip("-")
+        rate = "" if self.rate is None else f"_lr{self.rate:g}"
+        return f"{words}{rate}_seed{self.seed}_{self.key}"
+
+    def __str__(self) -> str:
+        if self.rate is None:
+            return self.rival
+        return f"{self.rival}, lr {self.rate:g}, seed {self.seed}"
+
+
+def run_of(suite: Suite, rival: Rival, rate: float, seed: int) -> Run:
+    """The training of a rival with a rate and a seed."""
+    settings: dict[str, Any] = {
+        "backbone": merged(suite.backbone, rival.backbone),
+        "adapter": rival.adapter,
+        "data": suite.data,
+        "training": suite.training,
+    }
+    return Run(rival.name, rate, seed, settings, suite.test or suite.data)
+
+
+def frozen_run(suite: Suite) -> Run:
+    """The test of the base without training."""
+    settings = {"backbone": suite.backbone, "adapter": {}, "data": suite.data, "training": {}}
+    if suite.rivals:  # an adapter that has learnt nothing changes nothing: any that fits the base will do
+        settings["adapter"] = _untrained(suite)
+    return Run(FROZEN, None, suite.seeds[0], settings, suite.test or suite.data)
+
+
+def _untrained(suite: Suite) -> Settings:
+    """Our own adapter on the layers of the suite's first rival of our own kind."""
+    for rival in suite.rivals:
+        if "class_path" not in rival.adapter and "target_modules" in rival.adapter:
+            return {"components": 1, "target_modules": rival.adapter["target_modules"]}
+    return {"components": 1}
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Compares adapters in the same training loop; ``--help`` says how.
+
+python scripts/compare.py --suite tiny                                  # a minute on two CPU cores
+python scripts/compare.py --suite commonsense-smollm2 --data FOLDER     # a GPU is advised
+"""
+
+from pathlib import Path
+
+from moka_pl.compare.command import main
+
+if __name__ == "__main__":
+    main(Path(__file__).parent / "suites")

@@ -1,0 +1,128 @@
+from pathlib import Path
+
+import pytest
+
+from moka_pl.compare.build import build_data, build_module
+from moka_pl.compare.runs import run_of
+from moka_pl.compare.suite import find_suite, merged, read_suite
+from moka_pl.errors import ConfigError
+
+FOLDER = Path(__file__).parents[2] / "scripts" / "suites"
+SUITES = sorted(FOLDER.glob("*.yaml"))
+SMALL = """data: {class_path: moka_pl.data.CommonsenseData}
+learning_rates: [1.0e-2]
+rivals: [{name: a}, {name: b}]
+"""
+
+
+def written(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_there_are_some():
+    names = {file.stem for file in SUITES}
+    assert {"commonsense-smollm2", "components", "gates", "one-layer", "tiny"} <= names
+
+
+@pytest.mark.parametrize("file", SUITES, ids=lambda file: file.stem)
+def test_every_suite_builds_what_it_compares(file):
+    import peft
+
+    suite = read_suite(file)
+    assert suite.name == file.stem
+    data = build_data(suite.data)
+    assert data.separate_test  # the rate is not picked on the test
+    for rival in suite.rivals:
+        kind = rival.adapter.get("class_path")
+        if kind is not None:
+            getattr(peft, kind.removeprefix("peft."))(**rival.adapter["init_args"])
+            continue
+        module = build_module(run_of(suite, rival, rival.learning_rates[0], 0))
+        assert module.adapter.components == rival.adapter["components"]
+        assert module.backbone.name == suite.backbone["name"]
+
+
+def test_the_budgets_of_components_are_alike():
+    from moka_pl.filters import count_parameters
+
+    suite = read_suite(FOLDER / "components.yaml")
+    layers = [(576, 576), (192, 576)]
+    wanted = count_parameters(layers, "diverse", 20, gated=False)
+    rivals = [rival for rival in suite.rivals if "budget" in rival.name]
+    assert len(rivals) == 4
+    for rival in rivals:
+        count = count_parameters(layers, rival.adapter["filters"], rival.adapter["components"], gated=False)
+        assert count == pytest.approx(wanted, rel=0.05)
+
+
+def test_the_budgets_of_one_layer_are_those_of_lora():
+    from moka_pl.filters import count_parameters
+
+    for r in (1, 2, 4, 8, 16):
+        assert count_parameters([(576, 576)], "diverse", r, gated=False) == 2 * 576 * r
+
+
+def test_a_suite_of_ones_own_with_options_over_it(tmp_path):
+    file = written(tmp_path, SMALL)
+    assert find_suite(str(file), FOLDER) == file
+    assert find_suite("tiny", FOLDER) == FOLDER / "tiny.yaml"
+    suite = read_suite(file, ["training.trainer.max_steps=3", "seeds=[4]", "reference=a"], ["b"])
+    assert suite.training == {"trainer": {"max_steps": 3}}
+    assert suite.seeds == (4,)
+    assert [rival.name for rival in suite.rivals] == ["b"]
+    assert suite.reference is None
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (SMALL + "sweeds: [0]\n", "sweeds"),
+        (SMALL.replace("1.0e-2", "1e-2"), "1e-2"),
+        (SMALL.replace("name: b", "name: a"), "'a'"),
+        (SMALL + "seeds: [0, 0]\n", "twice"),
+        (SMALL + "pick: test\n", "'test'"),
+        (SMALL + "reference: c\n", "'c'"),
+        ("rivals: [{name: a}]\n", "class_path"),
+        ("[", "YAML"),
+    ],
+)
+def test_wrong_suites_are_refused(tmp_path, text, named):
+    file = written(tmp_path, text)
+    with pytest.raises(ConfigError, match=named) as error:
+        read_suite(file)
+    assert str(file) in str(error.value)
+
+
+def test_unknown_suites_rivals_and_options_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tiny"):
+        find_suite("none", FOLDER)
+    file = written(tmp_path, SMALL)
+    with pytest.raises(ConfigError, match="no rival 'c'"):
+        read_suite(file, (), ["c"])
+    with pytest.raises(ConfigError, match="key=value"):
+        read_suite(file, ["seeds"])
+
+
+def test_merged_shares_nothing():
+    below, above = {"a": {"b": [1], "c": 2}}, {"a": {"c": [3]}}
+    both = merged(below, above)
+    assert both == {"a": {"b": [1], "c": [3]}}
+    both["a"]["b"].append(2)
+    both["a"]["c"].append(2)
+    assert (below["a"]["b"], above["a"]["c"]) == ([1], [3])
+
+
+def test_runs_are_told_apart_by_their_settings_not_their_names(tmp_path):
+    one = read_suite(written(tmp_path, SMALL))
+    a, b = one.rivals
+    run = run_of(one, a, 0.01, 0)
+    assert run.key == run_of(one, b, 0.01, 0).key  # the same adapter under another name
+    others = [run_of(one, a, 0.02, 0), run_of(one, a, 0.01, 1)]
+    changes = ("backbone.name=x", "training.trainer.max_steps=1", "data.init_args.path=p")
+    others += [run_of(read_suite(written(tmp_path, SMALL), [change]), a, 0.01, 0) for change in changes]
+    assert len({run.key, *(other.key for other in others)}) == 6
+    tested = read_suite(written(tmp_path, SMALL), ["test={class_path: x}"])
+    assert run_of(tested, a, 0.01, 0).key == run.key  # other tests need no other training
+    assert run_of(tested, a, 0.01, 0).test_key != run.test_key

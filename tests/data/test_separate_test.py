@@ -1,0 +1,41 @@
+import json
+
+import pytest
+
+from moka_pl.data import CommonsenseData, DataError, InstructionData
+from moka_pl.data.holdout import ThreeParts
+
+
+def rows(data, split):
+    return {json.dumps({k: v for k, v in row.items() if k != "where"}) for row in data._rows(split)}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("kind", ["make_data", "make_commonsense"])
+def test_training_validation_and_test_have_nothing_in_common(kind, own, request, corpus):
+    make = request.getfixturevalue(kind)
+    options = {"validation_path": make().validation_path if own else None, "separate_test": True}
+    if kind == "make_commonsense" and own:
+        options["validation_path"] = "sample"
+    data = make(**options, validation_share=0.2)
+    from moka_pl.backbone.byte_tokenizer import byte_tokenizer
+
+    data.connect(byte_tokenizer())
+    train, validation, test = (rows(data, split) for split in ("train", "validation", "test"))
+    assert train
+    assert validation
+    assert test
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+    if own:
+        assert test == rows(make(validation_path=options["validation_path"]), "test")
+
+
+def test_it_needs_a_share():
+    for kind in (CommonsenseData, InstructionData):
+        with pytest.raises(DataError, match="validation_share"):
+            kind(separate_test=True, validation_share=0)
+    with pytest.raises(DataError, match="streaming"):
+        InstructionData(separate_test=True, streaming=True)
+    assert callable(ThreeParts(0.1))
