@@ -9,6 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from moka_pl.adapter_option import module_class
 from moka_pl.compare.module import ComparedModule
 from moka_pl.compare.runs import Run, run_of
 from moka_pl.compare.suite import Settings, Suite, merged
@@ -44,7 +45,8 @@ def build_module(run: Run) -> ComparedModule:
     for option in ("lr_scheduler", "gradient_checkpointing"):
         if option in training:
             model[option] = training[option]
-    built = _instantiate(_module_parser(), {"model": model}, f"rival {run.rival}").model
+    parser = _module_parser(run.settings["adapter"].get("class_path"))
+    built = _instantiate(parser, {"model": model}, f"rival {run.rival}").model
     assert isinstance(built, ComparedModule)
     return built
 
@@ -97,9 +99,9 @@ def check_suite(suite: Suite) -> None:
 
 
 @cache
-def _module_parser() -> ArgumentParser:
+def _module_parser(class_path: str | None) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ComparedModule, "model")
+    parser.add_class_arguments(module_class(class_path, ComparedModule), "model")
     return parser
 
 
