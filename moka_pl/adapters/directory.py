@@ -23,7 +23,7 @@ from moka_pl.adapters.model_card import model_card
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
@@ -96,7 +96,7 @@ def save_adapter(
     if not state:
         raise AdapterError("the model has no adapters to save")
     described = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _format_of(config),
         "peft_type": "MOKA",
         "moka_pl_version": __version__,
         "base_model_name_or_path": base.name,
@@ -272,6 +272,14 @@ def check_base(info: AdapterInfo, fingerprint: str | None, path: str | Path) -> 
             f"{path} was trained on another base model: {info.base.name!r} with fingerprint "
             f"{info.base.fingerprint}, this one has {fingerprint}. Load that base instead"
         )
+
+
+def _format_of(config: MokaConfig) -> int:
+    """The oldest format that can say this: 2 has identities and layers of their own in ``filters``."""
+    filters = config.filters
+    if isinstance(filters, dict):
+        return 2
+    return 1 if isinstance(filters, str) or all(len(sizes) != 3 for sizes in filters) else 2
 
 
 def _replaceable(path: Path) -> bool:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from moka_pl.adapters.base_weight import merged_linear
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.joining import Joined, few_tokens, join
-from moka_pl.filters import filter_shapes
 from moka_pl.four_bit import is_4bit, keep_weights
 from moka_pl.joint import JointLinear
 from moka_pl.kronecker import delta_weight, kronecker_linear
@@ -47,7 +46,7 @@ class MokaLinear(nn.Module):
         self.base_layer = base_layer
         self.name = name
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.shapes = filter_shapes(config.filters, config.components, self.out_features, self.in_features)
+        self.shapes = config.shapes_of(name, self.out_features, self.in_features)
         self.scaling = config.effective_scaling
         self.backend = config.backend
         self.dropout = nn.Dropout(config.dropout)

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from moka_pl.filters import describe_filters
+
 
 def model_card(described: Mapping[str, Any]) -> str:
     """Writes a model card from the contents of ``adapter_config.json``.
@@ -25,7 +27,7 @@ def model_card(described: Mapping[str, Any]) -> str:
     ]
     rows = {
         "components": described["components"],
-        "filters": described["filters"],
+        "filters": describe_filters(described["filters"]),
         "gating": described["gating"],
         "scaling": described["effective_scaling"],
         "target modules": targets if isinstance(targets, str) else ", ".join(targets),

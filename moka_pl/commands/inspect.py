@@ -11,6 +11,7 @@ def inspect(adapter: Path) -> None:
         adapter: An adapter directory.
     """
     from moka_pl.adapters.directory import read_adapter, read_adapter_state
+    from moka_pl.filters import describe_filters
 
     info = read_adapter(adapter)
     state = read_adapter_state(adapter)
@@ -21,7 +22,7 @@ def inspect(adapter: Path) -> None:
         "base model": f"{info.base.name} (fingerprint {info.base.fingerprint})",
         "quantization": info.base.options.get("quantization", "none"),
         "components": config.components,
-        "filters": config.filters,
+        "filters": describe_filters(config.filters),
         "gating": config.gating,
         "scaling": config.effective_scaling,
         "target modules": targets if isinstance(targets, str) else ", ".join(targets),
