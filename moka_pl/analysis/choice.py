@@ -34,16 +34,19 @@ def candidate_shapes(
         identities: Also block-diagonal ones, ``I_k ⊗ B``.
 
     Returns:
-        The shapes, without those of an ordinary matrix (a factor of one entry).
+        The shapes, without those that are ordinary matrices (a factor of one entry) and with outer products
+        in one order only (``m×1 ⊗ 1×n`` and ``1×n ⊗ m×1`` are the same matrices).
 
     Raises:
         ConfigError: If none is that small.
     """
     limit = int(8 * math.sqrt(m * n)) if largest is None else largest
     pairs = [Shape(a, p, m // a, n // p) for a in divisors(m) for p in divisors(n)]
-    shapes = [s for s in pairs if min(s.m_a * s.n_a, s.m_b * s.n_b) > 1]
+    shapes = [s for s in pairs if min(s.m_a * s.n_a, s.m_b * s.n_b) > 1 and s[:4] != (1, n, m, 1)]
     if identities:
-        shapes += [Shape(k, k, m // k, n // k, identity=True) for k in divisors(math.gcd(m, n)) if k > 1]
+        shapes += [
+            Shape(k, k, m // k, n // k, identity=True) for k in divisors(math.gcd(m, n)) if 1 < k < max(m, n)
+        ]
     found = tuple(s for s in shapes if s.num_parameters <= limit)
     if not found:
         raise ConfigError(f"no Kronecker shape of a layer of {m} × {n} has as few as {limit} parameters")
@@ -70,9 +73,9 @@ def choose_shapes(
     """Chooses the shapes of one layer's components within a budget, by matching pursuit on its gradient.
 
     Each component in turn takes the shape with the most captured energy of what the earlier ones leave, over
-    ``max(parameters of the shape, fair share)``, where the fair share is the budget that is left divided by
-    the components that are left. So larger shapes have to earn their parameters, and smaller ones gain
-    nothing by being small (what they save goes to later components).
+    ``parameters of the shape + fair share``, where the fair share is the budget that is left divided by the
+    components that are left. Energy per parameter alone would fill the r places with tiny shapes and leave
+    most of the budget: the fair share is the price of a place. What a small shape saves goes to later ones.
 
     Args:
         gradient: ∂L/∂W, shape (m, n).
@@ -98,7 +101,7 @@ def choose_shapes(
     fair = parameters / components
 
     def order(shape: Shape) -> float:
-        return -shares[shape] / max(shape.num_parameters, fair)
+        return -shares[shape] / (shape.num_parameters + fair)
 
     short = sorted(offered, key=order)[:SHORTLIST]
     smallest = min(offered, key=lambda shape: shape.num_parameters)
@@ -113,7 +116,7 @@ def choose_shapes(
             if shape.num_parameters > allowed:
                 continue
             (pair,), energies = nearest_products(residual, shape)
-            worth = float(energies[0]) / max(shape.num_parameters, fair)
+            worth = float(energies[0]) / (shape.num_parameters + fair)
             if best is None or worth > best[0] * (1 + 1e-6):
                 best = worth, shape, product_matrix(pair, shape, residual)
         assert best is not None
