@@ -41,13 +41,12 @@ def main() -> None:
     cli = build(["fit", "--config", str(args.config), *rest])
     module, data = cli.model, cli.datamodule
     loaded = load_backbone(module.backbone, args.device)
-    cli.trainer.strategy.connect(module)  # the data ask the trainer's module for its tokenizer
-    data.trainer = cli.trainer
+    data.connect(loaded.tokenizer)
     data.prepare_data()
     data.setup("fit")
     batches = list(islice(data.train_dataloader(), args.batches))
 
-    def loss(batch):  # noqa: ANN001, ANN202
+    def loss(batch):
         ids, labels = (batch[key].to(args.device) for key in ("input_ids", "labels"))
         return score_tokens(loaded.model, ids, labels).nll.sum()
 

@@ -62,10 +62,8 @@ def main() -> None:
         kinds = {name.rpartition(".")[2] for name in layers}
         for kind in sorted(kinds):
             own = [spec for name, spec in layers.items() if name.endswith(kind)]
-            print(
-                f"| **{kind}, mean** | {mean(s.rank for s in own):.0f} | {mean(s.stable_rank for s in own):.2f} "
-                f"| {mean(s.entropy_rank for s in own):.2f} | {mean(s.norm for s in own):.3g} |"
-            )
+            means = [mean(values) for values in zip(*(spec[1:] for spec in own), strict=True)]
+            print(f"| **{kind}, mean** | " + " | ".join(f"{value:.3g}" for value in means) + " |")
     if args.json:
         told = {
             adapter: {

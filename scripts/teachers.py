@@ -137,12 +137,28 @@ def draw(curves: dict[tuple[str, str], tuple[list[int], torch.Tensor]], rate: fl
     figure.savefig(file)
 
 
+def write(
+    args: argparse.Namespace, began: float, rows: list[dict[str, Any]], choices: list[dict[str, Any]]
+) -> dict[str, str]:
+    """Writes all numbers, if asked to; returns the versions that it tells with them."""
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "device": "cpu"}
+    if args.json:
+        told = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+        seconds = round(time.perf_counter() - began, 1)
+        report = {"options": told, "versions": versions, "seconds": seconds, "gates": rows, "choice": choices}
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return versions
+
+
 def main() -> None:
     """Trains, prints tables, writes JSON and a figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=20, help="seeds of teacher and student")
+    parser.add_argument(
+        "--teachers", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), help="teachers to train on"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1e-2, 5e-2], help="learning rates")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--tokens", type=int, default=64, help="random inputs a step")
@@ -170,7 +186,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     at = args.rates.index(shown) * args.seeds
-    for name in TEACHERS:
+    for name in args.teachers:
         for start in STARTS:
             found, runs = run_offered(name, start, args)
             curves[name, start] = runs.steps, runs.gates[:, at : at + args.seeds]
@@ -185,13 +201,14 @@ def main() -> None:
                 )
     if args.figure:
         draw(curves, shown, args.figure)
+    write(args, began, rows, [])  # the choices below take as long again
     print(
         "\n| teacher | first chosen is right | all parts chosen | parameters "
         "| error: diverse | auto | auto, gradient start |"
     )
     print("|---|---|---|---|---|---|---|", flush=True)
     choices = []
-    for name in TEACHERS:
+    for name in args.teachers:
         found = choose(name, args)
         choices.append(found)
         errors = [f"{v:.1e}" if v is not None else "" for v in found["error"].values()]
@@ -201,13 +218,8 @@ def main() -> None:
             f"| {found['parameters']:.0f} of {found['budget']} | {' | '.join(errors)} |",
             flush=True,
         )
-    seconds = time.perf_counter() - began
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "device": "cpu"}
-    if args.json:
-        told = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-        report = {"options": told, "versions": versions, "seconds": seconds, "gates": rows, "choice": choices}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{seconds:.0f} s, {versions}")
+    versions = write(args, began, rows, choices)
+    print(f"\n{time.perf_counter() - began:.0f} s, {versions}")
 
 
 if __name__ == "__main__":
