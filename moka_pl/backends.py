@@ -42,11 +42,11 @@ def resolve_backend(
     """
     if backend == "auto":
         # However few the tokens: a step of structured products takes many times as many launches.
-        if x.is_cuda and can_fuse(x, factors, m, n) and not _mixed(shapes):
+        if x.is_cuda and can_fuse(x, factors, m, n) and not mixed_kinds(shapes):
             return "fused"
         return pick_backend(x.numel() // n, shapes, m, n)
     if backend == "fused":
-        if can_fuse(x, factors, m, n) and not _mixed(shapes):
+        if can_fuse(x, factors, m, n) and not mixed_kinds(shapes):
             return "fused"
         _warn_unfused()
         return "dense"
@@ -85,7 +85,7 @@ def pick_backend(tokens: int, shapes: Sequence[Shape], m: int, n: int) -> Litera
     return "dense" if dense <= structured else "structured"
 
 
-def _mixed(shapes: Sequence[Shape]) -> bool:
+def mixed_kinds(shapes: Sequence[Shape]) -> bool:
     """Whether only some left factors are identities: the kernels build layers of one kind."""
     return len({shape.identity for shape in shapes}) > 1
 

@@ -10,6 +10,7 @@ does the adapter directory of a run that uses it.
 
 import argparse
 import json
+import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args, rest = parser.parse_known_args()
+    sys.argv[1:] = []  # Lightning warns of a command line beside arguments
 
     from moka_pl.adapters import find_targets
     from moka_pl.analysis import choose_filters

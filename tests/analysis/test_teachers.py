@@ -77,9 +77,10 @@ def test_a_start_along_the_gradient_keeps_delta_zero(one_thread) -> None:
     students.start_along(first_gradients(targets, [0, 1], 512))
     assert not students.delta().any()
     assert not torch.equal(before, students.left[0])
-    found = train(students, targets, [1e-2] * 2, 40, 32)
-    assert (found.error < 0.05).all()
-    assert found_parts(found.energy, [0]).all()
+    found = train(students, targets, [1e-2] * 2, 30, 32)
+    usual = train(Students(SHAPES, SIDE, [0, 1]), targets, [1e-2] * 2, 30, 32)
+    assert (found.error < usual.error).all()
+    assert (usual.error < 1).all()
 
 
 def test_parts_are_found_only_if_all_are_on_top() -> None:
