@@ -28,6 +28,7 @@ from moka_pl.analysis.teachers import (
     Students,
     first_gradients,
     found_parts,
+    of_right_shapes,
     teacher,
     train,
 )
@@ -47,6 +48,7 @@ def run_offered(name: str, start: str, args: argparse.Namespace) -> tuple[list[d
         students.start_along(first_gradients(targets, seeds, args.first_tokens))
     runs = train(students, targets, rates, args.steps, args.tokens)
     gates = runs.gates[-1]  # (S, r)
+    fitting = of_right_shapes(right, OFFERED)
     shares = runs.energy / runs.energy.sum(1, keepdim=True)
     rows = []
     for i, rate in enumerate(args.rates):
@@ -59,9 +61,9 @@ def run_offered(name: str, start: str, args: argparse.Namespace) -> tuple[list[d
                 "found_by_gates": int(found_parts(gates[own], right).sum()),
                 "found_by_energy": int(found_parts(runs.energy[own], right).sum()),
                 "seeds": args.seeds,
-                "gates_on_right": float(gates[own][:, right].sum(1).mean()),
-                "uniform": len(right) / len(OFFERED),
-                "energy_on_right": float(shares[own][:, right].sum(1).mean()),
+                "gates_on_right": float(gates[own][:, fitting].sum(1).mean()),
+                "uniform": len(fitting) / len(OFFERED),
+                "energy_on_right": float(shares[own][:, fitting].sum(1).mean()),
                 "error": float(runs.error[own].mean()),
                 "error_std": float(runs.error[own].std()),
             }

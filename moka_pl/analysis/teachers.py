@@ -197,12 +197,20 @@ def train(
     return Runs(torch.stack(gates), kept, energy, error)
 
 
-def found_parts(scores: Tensor, right: Sequence[int]) -> Tensor:
-    """Whether the components with the largest scores are exactly the right ones, (S,).
+def of_right_shapes(right: Sequence[int], shapes: Sequence[Shape]) -> list[int]:
+    """Numbers of all components with a shape of the right ones: equal shapes can stand for each other."""
+    wanted = {shapes[i] for i in right}
+    return [i for i, shape in enumerate(shapes) if shape in wanted]
+
+
+def found_parts(scores: Tensor, right: Sequence[int], shapes: Sequence[Shape] = OFFERED) -> Tensor:
+    """Whether the components with the largest scores have exactly the right shapes, (S,).
 
     Args:
         scores: Scores of the components, (S, r).
         right: Numbers of the right components.
+        shapes: Shapes of all components; equal ones can stand for each other.
     """
-    top = scores.topk(len(right), 1).indices.sort(1).values  # (S, number of right ones)
-    return (top == torch.tensor(sorted(right))).all(1)
+    kinds = torch.tensor([list(shapes).index(shape) for shape in shapes])  # (r,)
+    top = kinds[scores.topk(len(right), 1).indices].sort(1).values  # (S, number of right ones)
+    return (top == kinds[list(right)].sort().values).all(1)

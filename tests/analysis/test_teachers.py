@@ -13,6 +13,7 @@ from moka_pl.analysis.teachers import (
     Students,
     first_gradients,
     found_parts,
+    of_right_shapes,
     teacher,
     train,
 )
@@ -85,4 +86,7 @@ def test_a_start_along_the_gradient_keeps_delta_zero(one_thread) -> None:
 
 def test_parts_are_found_only_if_all_are_on_top() -> None:
     scores = torch.tensor([[0.5, 0.1, 0.4], [0.5, 0.4, 0.1]])
-    assert found_parts(scores, [2, 0]).tolist() == [True, False]
+    assert found_parts(scores, [2, 0], SHAPES).tolist() == [True, False]
+    twins = [SHAPES[0], SHAPES[2], SHAPES[2]]  # the second can stand for the third
+    assert found_parts(scores, [2, 0], twins).tolist() == [True, True]
+    assert of_right_shapes([2], twins) == [1, 2]
