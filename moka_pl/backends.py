@@ -42,11 +42,11 @@ def resolve_backend(
     """
     if backend == "auto":
         # However few the tokens: a step of structured products takes many times as many launches.
-        if x.is_cuda and can_fuse(x, factors, m, n):
+        if x.is_cuda and can_fuse(x, factors, m, n) and not mixed_kinds(shapes):
             return "fused"
         return pick_backend(x.numel() // n, shapes, m, n)
     if backend == "fused":
-        if can_fuse(x, factors, m, n):
+        if can_fuse(x, factors, m, n) and not mixed_kinds(shapes):
             return "fused"
         _warn_unfused()
         return "dense"
@@ -85,6 +85,11 @@ def pick_backend(tokens: int, shapes: Sequence[Shape], m: int, n: int) -> Litera
     return "dense" if dense <= structured else "structured"
 
 
+def mixed_kinds(shapes: Sequence[Shape]) -> bool:
+    """Whether only some left factors are identities: the kernels build layers of one kind."""
+    return len({shape.identity for shape in shapes}) > 1
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
@@ -93,6 +98,7 @@ def _has_triton() -> bool:
 @cache
 def _warn_unfused() -> None:
     warnings.warn(
-        "backend fused needs a CUDA device, Triton and float32 factors; the dense way is used instead",
+        "backend fused needs a CUDA device, Triton and float32 factors, and left factors that are "
+        "all identities or none; the dense way is used instead",
         stacklevel=3,
     )

@@ -7,7 +7,7 @@ Source: MoKA, arXiv 2508.03527, sections on filters and MoKA_s.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 from moka_pl.errors import ConfigError
@@ -30,7 +30,8 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
     Args:
         filters: ``"diverse"`` (five aspect ratios in turn), ``"square"`` (one shape for all), ``"prime"``
             (MoKA_s: identity left factor, right factors with different prime sides), or a list with one
-            entry for all components or one each, ``[m_a, n_a]`` or ``[m_a, n_a, m_b, n_b]``.
+            entry for all components or one each: ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or
+            ``[k, m_b, n_b]`` for an identity of size k on the left.
         components: r, the number of components.
         m: Output features.
         n: Input features.
@@ -54,7 +55,7 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
             return _prime_shapes(m, n, components)
         raise ConfigError(
             f"unknown filters {filters!r}; choose one of {', '.join(NAMED_FILTERS)}, "
-            "or give a list of [m_a, n_a] or [m_a, n_a, m_b, n_b]"
+            "or give a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
         )
     return _explicit_shapes(filters, components, m, n)
 
@@ -67,6 +68,18 @@ def count_parameters(
         shape.num_parameters for m, n in layers for shape in filter_shapes(filters, components, m, n)
     )
     return factors + (components * len(layers) if gated else 0)
+
+
+def listed(shape: Shape) -> list[int]:
+    """A shape as it is written in a list of filters."""
+    return [shape.m_a, shape.m_b, shape.n_b] if shape.identity else list(shape[:4])
+
+
+def describe_filters(filters: "Filters | Mapping[str, Filters]") -> str:
+    """Filters in a few words, for people."""
+    if isinstance(filters, Mapping):
+        return f"listed layer by layer ({len(filters)} layers)"
+    return filters if isinstance(filters, str) else str([list(sizes) for sizes in filters])
 
 
 @cache
@@ -174,17 +187,19 @@ def _explicit_shapes(filters: Sequence[Sequence[int]], components: int, m: int, 
     for sizes in filters:
         if (
             not isinstance(sizes, (list, tuple))
-            or len(sizes) not in (2, 4)
+            or len(sizes) not in (2, 3, 4)
             or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sizes)
         ):
             raise ConfigError(
-                f"filter {sizes!r} is not [m_a, n_a] or [m_a, n_a, m_b, n_b] in positive whole numbers"
+                f"filter {sizes!r} is not [m_a, n_a], [m_a, n_a, m_b, n_b] or [k, m_b, n_b] "
+                "in positive whole numbers"
             )
-        m_a, n_a = sizes[:2]
-        m_b, n_b = sizes[2:] if len(sizes) == 4 else (math.ceil(m / m_a), math.ceil(n / n_a))
+        identity = len(sizes) == 3
+        m_a, n_a = (sizes[0], sizes[0]) if identity else sizes[:2]
+        m_b, n_b = sizes[-2:] if len(sizes) > 2 else (math.ceil(m / m_a), math.ceil(n / n_a))
         if max(m_a, m_b) > m or max(n_a, n_b) > n:
             raise ConfigError(
                 f"filter {list(sizes)!r} has a factor larger than the layer ({m} outputs, {n} inputs)"
             )
-        shapes.append(Shape(m_a, n_a, m_b, n_b))
+        shapes.append(Shape(m_a, n_a, m_b, n_b, identity))
     return tuple(shapes * components if len(shapes) == 1 else shapes)

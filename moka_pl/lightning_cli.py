@@ -41,8 +41,17 @@ def run(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ConfigError: For what Lightning finds wrong with the trainer's options.
     """
+    _make(MokaCLI, arguments)
+
+
+def build(arguments: Sequence[str]) -> "MokaCLI":
+    """Parses the arguments and makes model, data and trainer (its attributes) without running anything."""
+    return _make(_Built, arguments)
+
+
+def _make(kind: "type[MokaCLI]", arguments: Sequence[str] | None) -> "MokaCLI":
     try:
-        MokaCLI(
+        return kind(
             module_class(named_class(sys.argv[1:] if arguments is None else arguments)),
             MokaDataModule,
             subclass_mode_data=True,
@@ -155,6 +164,13 @@ class MokaCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
         self.trainer_defaults["callbacks"] = [c for c in ours if type(c) not in kinds]
         return super()._instantiate_trainer(config, callbacks)
+
+
+class _Built(MokaCLI):
+    """Stops where a command would begin."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def _data_seed(seed: bool | int) -> int:

@@ -118,6 +118,7 @@ def test_two_listed_numbers_are_completed_and_four_are_taken() -> None:
 
 def test_one_listed_shape_serves_all_components() -> None:
     assert filter_shapes([[2, 5, 6, 7]], 3, 10, 30) == (Shape(2, 5, 6, 7),) * 3
+    assert filter_shapes([[3, 4, 9]], 2, 10, 30) == (Shape(3, 3, 4, 9, identity=True),) * 2
 
 
 def test_counts_of_identity_and_listed_shapes() -> None:
@@ -132,7 +133,8 @@ def test_counts_of_identity_and_listed_shapes() -> None:
         ("diverse", 0, "at least 1, not 0"),
         ([], 2, "0 shapes for 2 components"),
         ([[1, 1], [2, 2]], 3, "2 shapes for 3 components"),
-        ([[1, 2, 3]], 2, r"\[1, 2, 3\] is not"),
+        ([[1, 2, 3, 4, 5]], 2, r"\[1, 2, 3, 4, 5\] is not"),
+        ([[2, 17, 2]], 2, "larger"),
         ([[2.0, 4]], 2, r"\[2\.0, 4\] is not"),
         ([[2, -4]], 2, r"\[2, -4\] is not"),
         ([[2, 0]], 2, r"\[2, 0\] is not"),

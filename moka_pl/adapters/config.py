@@ -1,12 +1,15 @@
 """The configuration of a MoKA adapter."""
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from moka_pl.backends import BACKENDS
 from moka_pl.errors import ConfigError
 from moka_pl.filters import filter_shapes
+from moka_pl.shape import Shape
 
 
 @dataclass
@@ -18,7 +21,10 @@ class MokaConfig:
             linearly; the paper uses 10.
         filters: Shapes of the factors: ``diverse`` (five aspect ratios in turn), ``square`` (one shape),
             ``prime`` (MoKA_s: identity left factors, about 20% fewer parameters), or a list of
-            ``[m_a, n_a]`` or ``[m_a, n_a, m_b, n_b]``, one for all components or one each.
+            ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]`` or, with an identity of size k on the left,
+            ``[k, m_b, n_b]``: one for all components or one each. A mapping gives every layer, by its full
+            name, a list of its own; so does the path of a ``.json`` file of such a mapping, which
+            ``scripts/choose_filters.py`` writes.
         gating: ``softmax`` trains one logit a component, α = softmax(g), starting uniform; ``none`` fixes
             α_i = 1/r (the paper's ungated ablation).
         scaling: Factor s on the update. The default, ``null``, is ``components``: it undoes the gates'
@@ -34,7 +40,7 @@ class MokaConfig:
     """
 
     components: int = 10
-    filters: str | list[list[int]] = "diverse"
+    filters: str | list[list[int]] | dict[str, list[list[int]]] = "diverse"
     gating: Literal["softmax", "none"] = "softmax"
     scaling: float | None = None
     dropout: float = 0.0
@@ -50,8 +56,17 @@ class MokaConfig:
         """
         # The shapes of some layer tell an unknown name or a malformed list; whether a listed filter fits
         # into the real layers is checked when the model is there.
-        size = 64 if isinstance(self.filters, str) else 1 << 30
-        filter_shapes(self.filters, self.components, size, size)
+        if isinstance(self.filters, str) and self.filters.endswith(".json"):
+            self.filters = _read_filters(Path(self.filters))
+        if isinstance(self.filters, dict):
+            for name, filters in self.filters.items():
+                try:
+                    filter_shapes(filters, self.components, 1 << 30, 1 << 30)
+                except ConfigError as error:
+                    raise ConfigError(f"filters of layer {name}: {error}") from None
+        else:
+            size = 64 if isinstance(self.filters, str) else 1 << 30
+            filter_shapes(self.filters, self.components, size, size)
         if self.gating not in ("softmax", "none"):
             raise ConfigError(f"unknown gating {self.gating!r}; choose softmax or none")
         if not 0 <= self.dropout < 1:
@@ -68,6 +83,43 @@ class MokaConfig:
         """The factor s that is applied: ``scaling``, or ``components`` where that is ``null``."""
         return float(self.components if self.scaling is None else self.scaling)
 
+    def shapes_of(self, name: str, m: int, n: int) -> tuple[Shape, ...]:
+        """Shapes of the r components of one layer.
+
+        Args:
+            name: The layer's full name.
+            m: Its output features.
+            n: Its input features.
+
+        Raises:
+            ConfigError: Where the filters do not fit into the layer, or are listed by layer without this one.
+        """
+        filters = self.filters
+        if isinstance(filters, dict):
+            if name not in filters:
+                raise ConfigError(
+                    f"filters lists {len(filters)} layers (first {next(iter(filters), 'none')}), but not "
+                    f"{name or 'this one'}; list every layer that target_modules adapts"
+                )
+            filters = filters[name]
+        return filter_shapes(filters, self.components, m, n)
+
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values."""
         return asdict(self)
+
+
+def _read_filters(file: Path) -> dict[str, list[list[int]]]:
+    """Reads a mapping of layers to filters."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the filters file {file}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"the filters file {file} is not JSON: {error}") from error
+    if not isinstance(stored, dict) or not stored or not all(isinstance(v, list) for v in stored.values()):
+        raise ConfigError(
+            f"the filters file {file} is not a mapping of layer names to lists of filters; "
+            "scripts/choose_filters.py writes one"
+        )
+    return stored

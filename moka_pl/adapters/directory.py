@@ -25,7 +25,7 @@ from moka_pl.adapters.model_card import model_card
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
@@ -97,7 +97,7 @@ def save_adapter(
     method = method_of(config)
     described = {
         **method.options(),
-        "format_version": FORMAT_VERSION,
+        "format_version": _format_of(config),
         "peft_type": method.kind,
         "moka_pl_version": __version__,
         "base_model_name_or_path": base.name,
@@ -283,6 +283,16 @@ def _told(config: Any, method: AdapterMethod) -> dict[str, Any]:
     if isinstance(config, MokaConfig):
         return {"effective_scaling": config.effective_scaling}
     return {"method": method.title}
+
+
+def _format_of(config: Any) -> int:
+    """The oldest format that can say this: 2 has identities and layers of their own in ``filters``."""
+    if not isinstance(config, MokaConfig):
+        return 1
+    filters = config.filters
+    if isinstance(filters, dict):
+        return 2
+    return 1 if isinstance(filters, str) or all(len(sizes) != 3 for sizes in filters) else 2
 
 
 def _replaceable(path: Path) -> bool:

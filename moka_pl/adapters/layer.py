@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moka_pl.adapters.base_weight import merged_linear
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.joining import Joined, few_tokens, join
-from moka_pl.filters import filter_shapes
+from moka_pl.backends import mixed_kinds
 from moka_pl.four_bit import is_4bit, keep_weights
 from moka_pl.joint import JointLinear
 from moka_pl.kronecker import delta_weight, kronecker_linear
@@ -47,7 +47,7 @@ class MokaLinear(nn.Module):
         self.base_layer = base_layer
         self.name = name
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.shapes = filter_shapes(config.filters, config.components, self.out_features, self.in_features)
+        self.shapes = config.shapes_of(name, self.out_features, self.in_features)
         self.scaling = config.effective_scaling
         self.backend = config.backend
         self.dropout = nn.Dropout(config.dropout)
@@ -119,7 +119,8 @@ class MokaLinear(nn.Module):
         dropping = self.training and self.dropout.p > 0  # then the update's input is not the frozen layer's
         joined = None
         if not dropping:
-            if few_tokens(x, self.moka_B.dtype, self.out_features, self.backend):
+            few = few_tokens(x, self.moka_B.dtype, self.out_features, self.backend)
+            if few and not mixed_kinds(self.shapes):
                 return self._few(x)
             joined = join(self.base_layer, x, self.moka_B.dtype, self.shapes, self.scaling, self.backend)
         return self._separate(x) if joined is None else self._joint(x, joined)

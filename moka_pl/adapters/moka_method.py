@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.injection import inject_moka, moka_layers
+from moka_pl.filters import describe_filters
 
 
 class MokaMethod:
@@ -54,7 +55,7 @@ class MokaMethod:
         targets = self.config.target_modules
         return {
             "components": self.config.components,
-            "filters": self.config.filters,
+            "filters": describe_filters(self.config.filters),
             "gating": self.config.gating,
             "scaling": self.config.effective_scaling,
             "target modules": targets if isinstance(targets, str) else ", ".join(targets),

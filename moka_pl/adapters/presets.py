@@ -17,7 +17,7 @@ class MokaUngated(MokaConfig):
 class MokaS(MokaConfig):
     """MoKA_s: identity left factors and a prime size in every component, about 20% fewer parameters."""
 
-    filters: str | list[list[int]] = "prime"
+    filters: str | list[list[int]] | dict[str, list[list[int]]] = "prime"
 
 
 @dataclass
@@ -25,6 +25,6 @@ class KronA(MokaConfig):
     """KronA: a single Kronecker product, no gate, scaling 1."""
 
     components: int = 1
-    filters: str | list[list[int]] = "square"
+    filters: str | list[list[int]] | dict[str, list[list[int]]] = "square"
     gating: Literal["softmax", "none"] = "none"
     scaling: float | None = 1.0
