@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Work = Callable[["PreTrainedModel"], Values]
+RowWork = Callable[["PreTrainedModel", Row], Values]
 
 
 class Bench:
@@ -68,21 +69,21 @@ class Bench:
         free_memory()
         return values, problem
 
-    def compare(self, measure: str, rows: Sequence[Row], key: str, work: Work) -> Iterator[Record]:
+    def compare(self, measure: str, rows: Sequence[Row], key: str, work: RowWork) -> Iterator[Record]:
         """Does the same work with one row after another.
 
         Args:
             measure: What the records are of.
             rows: What to put in; ratios are to the row ``frozen base``, if it comes before.
             key: The value that the ratios are of.
-            work: What to do with the model.
+            work: What to do with the model and the row in it.
 
         Yields:
             A record a row.
         """
         base = None
         for row in rows:
-            values, error = self.measure(row, work)
+            values, error = self.measure(row, lambda model, row=row: work(model, row))  # type: ignore[misc]
             if row.name == FROZEN:
                 base = values.get(key)
             if base is not None and values:

@@ -40,7 +40,7 @@ def measure_decode(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterato
     Returns:
         A record a row.
     """
-    return bench.compare("decode", rows, "token_ms", lambda model: time_decode(model, preset.new_tokens))
+    return bench.compare("decode", rows, "token_ms", lambda model, _: time_decode(model, preset.new_tokens))
 
 
 def time_decode(model: "PreTrainedModel", new_tokens: int) -> Values:

@@ -1,7 +1,7 @@
 """The rows of the benchmark: what is put into the frozen model, and how it is taken out again."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import ConfigError
@@ -29,11 +29,13 @@ class Row:
         name: The row's name.
         put: Changes the frozen model in place, and returns what undoes it.
         spoils: Whether the model cannot be used again even then.
+        captured: Whether its training step is replayed as a CUDA graph.
     """
 
     name: str
     put: Put
     spoils: bool = False
+    captured: bool = False
 
 
 def frozen(name: str = FROZEN) -> Row:
@@ -67,6 +69,7 @@ def lokr(name: str, rank: int, modules: list[str]) -> Row:
 def step_rows(device: str) -> list[Row]:
     """The rows of the table; the frozen base comes again at the end, to show how the machine drifted."""
     backends = ["structured", "dense", *(["fused"] if device == "cuda" else [])]
+    captured = [captured_row(moka("MoKA r10")), captured_row(lora("LoRA r8 q,v", 8, QV))]
     return [
         frozen(),
         moka("MoKA r10"),
@@ -79,8 +82,14 @@ def step_rows(device: str) -> list[Row]:
         lora("LoRA r32 q,k,v,up,down", 32, FIVE),
         lora("DoRA r64 q,v", 64, QV, use_dora=True),
         lokr("LoKr r64 q,v", 64, QV),
+        *(captured if device == "cuda" else []),
         frozen(f"{FROZEN} (again)"),
     ]
+
+
+def captured_row(row: Row) -> Row:
+    """The same with its step replayed as a CUDA graph."""
+    return replace(row, name=f"{row.name}, CUDA graph", captured=True)
 
 
 def choose(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:

@@ -25,7 +25,8 @@ def measure_steps(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterator
         A record a row.
     """
 
-    def work(model: "PreTrainedModel") -> Values:
-        return time_steps(model, preset.batch, preset.length, preset.warmup, preset.steps, preset.seconds)
+    def work(model: "PreTrainedModel", row: Row) -> Values:
+        size = preset.batch, preset.length, preset.warmup, preset.steps, preset.seconds
+        return time_steps(model, *size, captured=row.captured)
 
     return bench.compare("steps", rows, "step_ms", work)

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from moka_pl.benchmark.memory import peak_gib, reset_peak
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    Loss = Callable[[], Tensor]
 
 #: A row that exceeds its time is still given as many measured steps.
 _FEWEST = 2
@@ -54,7 +56,13 @@ def synchronise(device: "torch.device") -> None:
 
 
 def time_steps(
-    model: "PreTrainedModel", batch: int, length: int, warmup: int, steps: int, seconds: float
+    model: "PreTrainedModel",
+    batch: int,
+    length: int,
+    warmup: int,
+    steps: int,
+    seconds: float,
+    captured: bool = False,
 ) -> Values:
     """Measures forward and backward of a batch.
 
@@ -68,26 +76,29 @@ def time_steps(
         warmup: Steps before the measured ones.
         steps: Measured steps.
         seconds: Longest time for the measured steps.
+        captured: Replay a CUDA graph of the step.
 
     Returns:
-        ``step_ms`` (median) with ``step_q1_ms`` and ``step_q3_ms``, ``forward_ms`` (median),
+        ``step_ms`` (median) with ``step_q1_ms`` and ``step_q3_ms``, ``forward_ms`` (median; not where a graph
+        holds both passes),
         ``tokens_per_s``, ``peak_gib``, ``trainable`` and ``steps``, the number that was measured.
     """
     model.train()
     device = model.get_input_embeddings().weight.device
     data = random_batch(model.config.vocab_size, batch, length, device)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    loss = _captured_loss(model, data) if captured else _plain_loss(model, data)
     hook = None
     if not trainable:
         hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())
     try:
         for _ in range(warmup):
-            _step(model, data, trainable)
+            _step(loss, device, trainable)
         reset_peak(device)
         times: list[tuple[float, float]] = []
         begun = time.perf_counter()
         while len(times) < steps:
-            times.append(_step(model, data, trainable))
+            times.append(_step(loss, device, trainable))
             if len(times) >= _FEWEST and time.perf_counter() - begun > seconds:
                 break
         peak = peak_gib(device)
@@ -95,11 +106,11 @@ def time_steps(
         if hook is not None:
             hook.remove()
     first, median, third = quartiles([step for _, step in times])
-    return {
+    passes: Values = {} if captured else {"forward_ms": statistics.median(forward for forward, _ in times)}
+    return passes | {
         "step_ms": median,
         "step_q1_ms": first,
         "step_q3_ms": third,
-        "forward_ms": statistics.median(forward for forward, _ in times),
         "tokens_per_s": 1e3 * batch * length / median,
         "peak_gib": peak,
         "trainable": sum(p.numel() for p in trainable),
@@ -107,13 +118,35 @@ def time_steps(
     }
 
 
-def _step(model: "PreTrainedModel", data: Batch, trainable: list["Tensor"]) -> tuple[float, float]:
+def _plain_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
+    from moka_pl.scoring import score_tokens
+
+    return lambda: score_tokens(model, data.ids, data.labels).nll.mean()
+
+
+def _captured_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
+    import torch
+
+    from moka_pl.capture import FixedBatch, StepCapture
+    from moka_pl.errors import ConfigError
+
+    capture = StepCapture(model)
+    everywhere = torch.arange(data.ids.numel(), device=data.ids.device)
+    batch = FixedBatch(data.ids, everywhere, data.labels[:, 1:].flatten(), data.ids.numel())
+
+    def loss() -> "Tensor":
+        found = capture(batch) / batch.tokens
+        if capture.obstacle is not None:
+            raise ConfigError(f"the step cannot be recorded: {capture.obstacle}")
+        return found
+
+    return loss
+
+
+def _step(loss: "Loss", device: "torch.device", trainable: list["Tensor"]) -> tuple[float, float]:
     """One step; returns the milliseconds of forward, and of forward and backward."""
     import torch
 
-    from moka_pl.scoring import score_tokens
-
-    device = data.ids.device
     cuda = device.type == "cuda"
     # The border between forward and backward is marked by events: to wait there would hold up the backward
     # pass of small models, whose time is that of launching kernels.
@@ -125,15 +158,15 @@ def _step(model: "PreTrainedModel", data: Batch, trainable: list["Tensor"]) -> t
     begun = time.perf_counter()
     if cuda:
         marks[0].record()
-    loss = score_tokens(model, data.ids, data.labels).nll.mean()
+    value = loss()
     if cuda:
         marks[1].record()
     between = time.perf_counter()
-    torch.autograd.backward(loss)
+    torch.autograd.backward(value)
     synchronise(device)
     ended = time.perf_counter()
     forward = marks[0].elapsed_time(marks[1]) if cuda else 1e3 * (between - begun)
-    del loss
+    del value
     for parameter in trainable:
         parameter.grad = None
     if trainable:

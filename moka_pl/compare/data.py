@@ -44,3 +44,8 @@ class PreparedData(LightningDataModule):
     def test_dataloader(self) -> Any:
         """Every test example once."""
         return self.data.test_dataloader()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lets the module see a batch while it is on the CPU."""
+        self.data.trainer = self.trainer
+        return self.data.on_before_batch_transfer(batch, dataloader_idx)

@@ -40,11 +40,11 @@ class ComparedModule(MokaModule):
         """Digest of the batches trained on."""
         return self._digest.hexdigest()[:16]
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def prepare_batch(self, batch: Batch) -> Batch:
         """Notes a training batch, while it is still on the CPU."""
         if self.trainer.training:
             self._digest.update(batch["input_ids"].cpu().numpy().tobytes())
-        return batch
+        return super().prepare_batch(batch)
 
     def _start_metrics(self) -> None:
         super()._start_metrics()

@@ -230,6 +230,12 @@ class MokaDataModule(LightningDataModule):
             **self._loading(),
         )
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lets the module prepare a batch while it is on the CPU."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        prepare = getattr(module, "prepare_batch", None)
+        return batch if prepare is None else prepare(batch)
+
     @property
     def row_length(self) -> int:
         """Most tokens of a training row, without padding."""

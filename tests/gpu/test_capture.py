@@ -1,0 +1,196 @@
+"""Training steps replayed as CUDA graphs."""
+
+import warnings
+from copy import deepcopy
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
+from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.capture import StepCapture, fix_size
+from moka_pl.data import CommonsenseData
+from moka_pl.module import MokaModule
+from moka_pl.scoring import score_tokens
+
+pytestmark = pytest.mark.gpu
+
+
+def _adapters() -> dict[str, Any]:
+    peft = pytest.importorskip("peft")
+    lora = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    return {
+        "MoKA": MokaConfig(),
+        "MoKA structured": MokaConfig(backend="structured"),
+        "MoKA_s": MokaConfig(filters="prime"),
+        "ungated": MokaConfig(gating="none"),
+        "LoRA": peft.LoraConfig(**lora),
+        "DoRA": peft.LoraConfig(**lora, use_dora=True),
+    }
+
+
+def _model(adapter: Any, quantization: str = "nf4", dtype: str = "bfloat16"):
+    torch.manual_seed(0)
+    config = BackboneConfig("smollm2-135m", weights="random", quantization=quantization, compute_dtype=dtype)
+    model = load_backbone(config, "cuda").model
+    model.is_loaded_in_4bit = quantization == "nf4"
+    inject_adapter(model, deepcopy(adapter))
+    model.train()
+    generator = torch.Generator("cuda").manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and quantization == "nf4":
+                parameter += 0.02 * torch.randn(parameter.shape, device="cuda", generator=generator)
+    return model
+
+
+def _batch(seed: int, rows: int = 4, length: int = 40) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(49152, (rows, length), generator=generator)
+    labels = ids.clone()
+    labels[:, : length // 2] = -100
+    labels[0, -5:] = -100
+    return {"input_ids": ids.cuda(), "labels": labels.cuda()}
+
+
+@pytest.mark.parametrize("name", ["MoKA", "MoKA structured", "MoKA_s", "ungated", "LoRA", "DoRA"])
+def test_a_replayed_step_has_the_loss_and_gradients_of_a_launched_one(name: str) -> None:
+    model = _model(_adapters()[name], dtype="float32")
+    params = [p for p in model.parameters() if p.requires_grad]
+    capture = StepCapture(model)
+    for seed in range(5):
+        batch = _batch(seed, length=(40, 64, 33)[seed % 3])  # one size after padding
+        loss = capture(fix_size(batch))
+        found = torch.autograd.grad(3 * loss, params)
+        expected_loss = score_tokens(model, batch["input_ids"], batch["labels"]).nll.sum()
+        expected = torch.autograd.grad(3 * expected_loss, params)
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-4)
+        error = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm()
+        assert error < 2e-3 * torch.stack([b.norm() for b in expected]).norm()
+        with torch.no_grad():  # the graph reads the parameters anew
+            torch._foreach_add_(params, [1e-3 * torch.randn_like(p) for p in params])
+    assert capture.graphs == 1
+    assert capture.obstacle is None
+
+
+def test_sizes_share_their_memory_and_gradients() -> None:
+    model = _model(MokaConfig())
+    params = [p for p in model.parameters() if p.requires_grad]
+    capture = StepCapture(model)
+    for length in (40, 40, 90, 90, 40, 90, 40):
+        batch = _batch(length, length=length)
+        found = torch.autograd.grad(capture(fix_size(batch)), params)
+        expected = torch.autograd.grad(
+            score_tokens(model, batch["input_ids"], batch["labels"]).nll.sum(), params
+        )
+        error = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm()
+        assert error < 5e-2 * torch.stack([b.norm() for b in expected]).norm()
+    assert capture.graphs == 2
+
+
+def test_every_replay_drops_out_anew() -> None:
+    model = _model(MokaConfig(dropout=0.5))
+    capture = StepCapture(model)
+    batch = fix_size(_batch(0))
+    losses = [capture(batch).item() for _ in range(6)]
+    assert capture.graphs == 1
+    assert len(set(losses[2:])) == 4
+
+
+def test_a_replay_is_lost_with_the_next() -> None:
+    model = _model(MokaConfig())
+    capture = StepCapture(model)
+    batch = fix_size(_batch(0))
+    capture(batch)
+    first = capture(batch)
+    capture(batch)
+    with pytest.raises(RuntimeError, match="before this one's backward"):
+        first.backward()
+
+
+def test_full_training_of_the_base_is_recorded() -> None:
+    model = _model(FullFineTuning(), quantization="none")
+    params = [p for p in model.parameters() if p.requires_grad]
+    capture = StepCapture(model)
+    batch = _batch(0)
+    for _ in range(3):
+        found = torch.autograd.grad(capture(fix_size(batch)), params)
+    expected = torch.autograd.grad(score_tokens(model, batch["input_ids"], batch["labels"]).nll.sum(), params)
+    error = torch.stack([(a.float() - b.float()).norm() for a, b in zip(found, expected, strict=True)]).norm()
+    assert capture.graphs == 1
+    assert error < 5e-2 * torch.stack([b.float().norm() for b in expected]).norm()
+
+
+def test_checkpointing_and_a_failure_go_on_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(MokaConfig())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert "checkpointing" in StepCapture(model).obstacle
+    model.gradient_checkpointing_disable()
+    capture = StepCapture(model)
+    batch = fix_size(_batch(0))
+    expected = capture(batch).item()
+    compute = StepCapture._compute
+
+    def looking(self: StepCapture, *tensors: torch.Tensor) -> torch.Tensor:
+        loss = compute(self, *tensors)
+        if torch.cuda.is_current_stream_capturing():
+            loss.item()
+        return loss
+
+    monkeypatch.setattr(StepCapture, "_compute", looking)
+    with pytest.warns(UserWarning, match="cannot be recorded"):
+        assert capture(batch).item() == pytest.approx(expected, rel=1e-3)
+    assert capture.graphs == 0
+    assert capture(batch).item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fit_with_graphs_follows_fit_without(accumulate: int) -> None:
+    curves = []
+    for graphs in (False, True):
+        pl.seed_everything(0, verbose=False)
+        module = MokaModule(
+            BackboneConfig("smollm2-135m", weights="random", compute_dtype="float32"),
+            MokaConfig(components=4),
+            optimizer=lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.0),
+            cuda_graphs=graphs,
+        )
+        keep = _Losses()
+        trainer = pl.Trainer(
+            accelerator="gpu",
+            devices=1,
+            max_steps=24,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulate,
+            callbacks=[keep],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            val_check_interval=8,
+            limit_val_batches=2,
+            check_val_every_n_epoch=None,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            trainer.fit(module, datamodule=CommonsenseData("sample", batch_size=8, prompt="cloze"))
+        curves.append(keep.losses)
+        assert keep.graphs >= graphs
+    without, replayed = (torch.tensor(curve) for curve in curves)
+    assert len(without) == 24
+    assert without[-4:].mean() < without[:4].mean()
+    torch.testing.assert_close(replayed, without, rtol=2e-3, atol=0)
+
+
+class _Losses(pl.Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.graphs = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: MokaModule, *args: Any) -> None:
+        if trainer.global_step > len(self.losses):
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+        if module._capture is not None:
+            self.graphs = max(self.graphs, module._capture.graphs)
