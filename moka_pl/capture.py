@@ -135,26 +135,29 @@ class StepCapture:
         return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
 
     def _record(self, batch: FixedBatch) -> None:
-        device = batch.ids.device
         inputs = (batch.ids.clone(), batch.positions.clone(), batch.targets.clone())
-        random = torch.cuda.get_rng_state(device)
+        stream = torch.cuda.current_stream(batch.ids.device)
+        generator = torch.cuda.default_generators[stream.device_index]
+        random = generator.clone_state()
         try:
             with _causal(self.model):
                 self._warm_up(inputs)
+                generator.set_state(random.get_state())  # warming up may have drawn from it
                 graph = torch.cuda.CUDAGraph()
                 # Other threads, such as one that pins memory, may go on meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     self._forward_backward(inputs)
         except RuntimeError as error:
-            torch.cuda.synchronize(device)
-            self.obstacle = str(error).strip().partition("\n")[0]
+            # A recording that fails leaves its stream current, and the generator in a state of recording.
+            torch.cuda.set_stream(stream)
+            torch.cuda.synchronize(batch.ids.device)
+            generator.graphsafe_set_state(random)
+            self.obstacle = _cause(error)
             warnings.warn(
-                f"the training step cannot be recorded, and is launched kernel by kernel: {error}",
+                f"the training step is launched kernel by kernel, as it cannot be recorded: {self.obstacle}",
                 stacklevel=2,
             )
             return
-        finally:
-            torch.cuda.set_rng_state(random, device)
         self._pool = graph.pool()
         self._graphs[batch.size] = _Recorded(graph, inputs)
 
@@ -175,6 +178,13 @@ class StepCapture:
             self._loss, self._grads = torch.empty_like(loss), [torch.empty_like(p) for p in self._params]
         self._loss.copy_(loss.detach())
         torch._foreach_copy_(self._grads, grads)
+
+
+def _cause(error: BaseException) -> str:
+    """The first of several errors, of which the last only says that recording has failed."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
 
 
 class _Recorded(NamedTuple):

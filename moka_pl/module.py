@@ -212,7 +212,7 @@ class MokaModule(LightningModule):
         self._window = self._window.to(self.device)
         if self.cuda_graphs:
             self._capture = StepCapture(self.causal_lm)
-            if self._capture.obstacle is not None:
+            if self._capture.obstacle is not None and self.device.type == "cuda":
                 rank_zero_info(f"no CUDA graphs: {self._capture.obstacle}")
 
     def on_train_end(self) -> None:

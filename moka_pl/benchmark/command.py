@@ -18,7 +18,8 @@ from moka_pl.benchmark.steps import measure_steps
 from moka_pl.benchmark.table import markdown, milliseconds
 from moka_pl.errors import ConfigError, MokaError
 
-MEASURES = ("steps", "growth", "fit", "decode")
+GROWTH = ("components", "tokens", "sizes")
+MEASURES = ("steps", *GROWTH, "fit", "decode")
 _CHECKPOINTING = {"off": [False], "on": [True], "both": [False, True]}
 
 _DESCRIPTION = """\
@@ -89,12 +90,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
         ConfigError: For an unknown preset or row, a number out of range, or figures of nothing.
     """
     preset = find_preset(args.preset)
-    measures = MEASURES if args.measure == "all" else (args.measure,)
+    measures = {"all": MEASURES, "growth": GROWTH}.get(args.measure, (args.measure,))
     if args.steps is not None:
         if args.steps < 1:
             raise ConfigError(f"--steps must be at least 1, not {args.steps}")
         preset = replace(preset, steps=args.steps, fit_steps=args.steps)
-    if args.figures and "growth" not in measures:
+    if args.figures and not set(GROWTH) & set(measures):
         raise ConfigError("--figures draws growth; add --measure growth, or all")
     known = row_names(preset.device, measures, args.liger)
     for name in args.rows:
@@ -115,7 +116,7 @@ def row_names(device: str, measures: Sequence[str], with_liger: bool) -> list[st
     names: list[str] = []
     if "steps" in measures:
         names += [row.name for row in [*rows.step_rows(device), *(_liger_rows() if with_liger else [])]]
-    if "growth" in measures:
+    if set(GROWTH) & set(measures):
         names += growth.growth_rows(device)
     if "fit" in measures:
         names.append(fit.ROW)
@@ -173,11 +174,12 @@ def records(plan: Plan) -> Iterator[Record]:
             listed = rows.step_rows(preset.device)
             listed += _liger_rows() if plan.liger and liger.installed() else []
             yield from measure_steps(bench, preset, rows.choose(listed, names))
-        if "growth" in plan.measures:
+        if "components" in plan.measures:
             yield from growth.grow_components(bench, preset, names)
+        if "tokens" in plan.measures:
             yield from growth.grow_tokens(bench, preset, names)
         bench.close()
-        if "growth" in plan.measures:
+        if "sizes" in plan.measures:
             yield from growth.grow_sizes(preset, checkpointing, names)
         if "fit" in plan.measures:
             yield from fit.measure_fit(preset, checkpointing, names)
@@ -229,10 +231,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--measure",
-        choices=(*MEASURES, "all"),
+        choices=(*MEASURES, "growth", "all"),
         default="steps",
-        help="steps: a training step of every row (default); growth: over components, tokens and shapes; "
-        "fit: a whole Lightning fit beside a bare loop; decode: generation",
+        help="steps: a training step of every row (default); components, tokens, sizes: over the number of "
+        "components, the tokens of a batch, shapes of models; growth: these three; fit: a whole Lightning "
+        "fit beside a bare loop; decode: generation",
     )
     parser.add_argument(
         "--checkpointing", choices=_CHECKPOINTING, default="off", help="gradient checkpointing (default off)"

@@ -55,9 +55,12 @@ def _batch(seed: int, rows: int = 4, length: int = 40) -> dict[str, torch.Tensor
     return {"input_ids": ids.cuda(), "labels": labels.cuda()}
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-3), ("bfloat16", 5e-2)])
 @pytest.mark.parametrize("name", ["MoKA", "MoKA structured", "MoKA_s", "ungated", "LoRA", "DoRA"])
-def test_a_replayed_step_has_the_loss_and_gradients_of_a_launched_one(name: str) -> None:
-    model = _model(_adapters()[name], dtype="float32")
+def test_a_replayed_step_has_the_loss_and_gradients_of_a_launched_one(
+    name: str, dtype: str, bound: float
+) -> None:
+    model = _model(_adapters()[name], dtype=dtype)
     params = [p for p in model.parameters() if p.requires_grad]
     capture = StepCapture(model)
     for seed in range(5):
@@ -66,9 +69,9 @@ def test_a_replayed_step_has_the_loss_and_gradients_of_a_launched_one(name: str)
         found = torch.autograd.grad(3 * loss, params)
         expected_loss = score_tokens(model, batch["input_ids"], batch["labels"]).nll.sum()
         expected = torch.autograd.grad(3 * expected_loss, params)
-        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-4)
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=bound / 10)
         error = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm()
-        assert error < 2e-3 * torch.stack([b.norm() for b in expected]).norm()
+        assert error < bound * torch.stack([b.norm() for b in expected]).norm()
         with torch.no_grad():  # the graph reads the parameters anew
             torch._foreach_add_(params, [1e-3 * torch.randn_like(p) for p in params])
     assert capture.graphs == 1
