@@ -30,6 +30,8 @@ _FEWEST_LABELS = 64
 _MOST_GRAPHS = 32
 _WARMUP = 2
 
+Inputs = tuple[Tensor, Tensor, Tensor]
+
 
 class FixedBatch(NamedTuple):
     """A batch in one of few sizes.
@@ -140,13 +142,13 @@ class StepCapture:
         generator = torch.cuda.default_generators[stream.device_index]
         random = generator.clone_state()
         try:
-            with _causal(self.model):
-                self._warm_up(inputs)
+            with _causal(self.model), _fresh_leaves(self.model) as leaves:
+                self._warm_up(inputs, leaves)
                 generator.set_state(random.get_state())  # warming up may have drawn from it
                 graph = torch.cuda.CUDAGraph()
                 # Other threads, such as one that pins memory, may go on meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    self._forward_backward(inputs)
+                    self._forward_backward(inputs, leaves)
         except RuntimeError as error:
             # A recording that fails leaves its stream current, and the generator in a state of recording.
             torch.cuda.set_stream(stream)
@@ -161,19 +163,19 @@ class StepCapture:
         self._pool = graph.pool()
         self._graphs[batch.size] = _Recorded(graph, inputs)
 
-    def _warm_up(self, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _warm_up(self, inputs: Inputs, leaves: list[nn.Parameter]) -> None:
         """Compiles and loads everything, on a stream of its own as recording does."""
         stream = torch.cuda.Stream(inputs[0].device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
         with torch.cuda.stream(stream):
             for _ in range(_WARMUP):
-                self._forward_backward(inputs)
+                self._forward_backward(inputs, leaves)
         torch.cuda.current_stream(inputs[0].device).wait_stream(stream)
 
-    def _forward_backward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _forward_backward(self, inputs: Inputs, leaves: list[nn.Parameter]) -> None:
         """Leaves loss and gradients in the tensors that all sizes share."""
         loss = self._compute(*inputs)
-        grads = torch.autograd.grad(loss, self._params)
+        grads = torch.autograd.grad(loss, leaves)
         if self._loss is None:
             self._loss, self._grads = torch.empty_like(loss), [torch.empty_like(p) for p in self._params]
         self._loss.copy_(loss.detach())
@@ -189,7 +191,7 @@ def _cause(error: BaseException) -> str:
 
 class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, Tensor, Tensor]
+    inputs: Inputs
 
 
 class _Replayed(torch.autograd.Function):
@@ -236,6 +238,29 @@ def _causal(model: "PreTrainedModel") -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def _fresh_leaves(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """With other parameters over the trainable ones' memory, in the order of ``model.parameters()``.
+
+    Where a loss of before is still held, autograd would have a recorded gradient wait for the stream of then,
+    which recording forbids.
+    """
+    fresh = {id(p): nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    for module, name, parameter in places:
+        module._parameters[name] = fresh[id(parameter)]
+    try:
+        yield list(fresh.values())
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
 
 
 def causal_attention(

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moka_pl.adapters import MokaConfig
+from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.capture import CAUSAL, StepCapture, _causal, capture_obstacle, fix_size
+from moka_pl.capture import CAUSAL, StepCapture, _causal, _fresh_leaves, capture_obstacle, fix_size
 from moka_pl.scoring import score_tokens
 
 Labels = list[list[bool]]
@@ -69,6 +69,34 @@ def test_padding_changes_no_loss(model, attention: str) -> None:
             found = capture(fixed)
         assert model.config._attn_implementation == before
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_gradients_of_fresh_leaves_are_those_of_the_parameters_that_come_back() -> None:
+    torch.manual_seed(0)
+    model = load_backbone(BackboneConfig("tiny", weights="random", quantization="none"), "cpu").model
+    inject_adapter(model, MokaConfig(components=2))
+    params = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        torch._foreach_add_(params, [0.1 * torch.randn_like(p) for p in params])
+    before = dict(model.named_parameters())
+    capture, fixed = StepCapture(model), fix_size(_batch([[True] * 20]))
+    expected = torch.autograd.grad(capture(fixed), params)
+    with _fresh_leaves(model) as leaves:
+        assert not {id(p) for p in params} & {id(p) for p in model.parameters()}
+        capture._forward_backward(fixed[:3], leaves)
+    assert all(p is before[name] for name, p in model.named_parameters())
+    loss, found = capture.result()
+    assert loss.item() == capture(fixed).item()
+    assert len(found) == len(params)
+    for one, other in zip(found, expected, strict=True):
+        assert one.abs().sum() > 0
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    # A parameter under two names stays one.
+    tied = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    tied["b"].weight = tied["a"].weight
+    with _fresh_leaves(tied) as leaves:
+        assert tied["a"].weight is tied["b"].weight is leaves[0]
+        assert len(leaves) == 3
 
 
 def test_a_cpu_goes_without_graphs(model) -> None:
