@@ -68,6 +68,7 @@ def train(args: argparse.Namespace, backend: str, seed: int) -> dict[str, Any]:
         BackboneConfig(args.model, weights=weights, compute_dtype=args.dtype),
         MokaConfig(backend="dense" if backend == "rounded" else backend),
         optimizer=lambda p: torch.optim.AdamW(p, lr=args.lr, weight_decay=0.0),
+        cuda_graphs=args.cuda_graphs,
     )
     data = InstructionData(
         "sample",
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
     parser.add_argument("--batch_size", type=int, default=8, help="examples")
     parser.add_argument("--max_length", type=int, default=256, help="tokens")
+    parser.add_argument("--cuda_graphs", action="store_true", help="replay the steps as CUDA graphs")
     parser.add_argument(
         "--json", type=Path, help="file for curves, versions and device; runs that it holds are not repeated"
     )
