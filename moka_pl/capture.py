@@ -26,7 +26,10 @@ CAUSAL = "moka_causal"
 WIDTH = 32
 """Recorded batches are padded to a multiple of this many tokens a row."""
 
-_FEWEST_LABELS = 64
+PATIENCE = 3
+"""Times that a size is computed as usual before it is recorded, which takes as long as some of these steps."""
+
+_FEWEST_LABELS = 256
 _MOST_GRAPHS = 32
 _WARMUP = 2
 
@@ -77,7 +80,7 @@ def fix_size(batch: Mapping[str, Any]) -> FixedBatch:
 class StepCapture:
     """Computes the summed loss of batches, with its gradients, by replaying CUDA graphs.
 
-    A size is recorded when it comes for the second time; until then, and where recording fails, the batch is
+    A size is recorded when it has come a few times; until then, and where recording fails, the batch is
     computed as usual. Memory: the activations of the largest size once more, as recorded ones are kept apart.
 
     Args:
@@ -126,7 +129,7 @@ class StepCapture:
         return self._loss, self._grads
 
     def _worth_recording(self, size: tuple[int, int, int]) -> bool:
-        if self.obstacle is not None or self._seen[size] < 2 or len(self._graphs) >= _MOST_GRAPHS:
+        if self.obstacle is not None or self._seen[size] <= PATIENCE or len(self._graphs) >= _MOST_GRAPHS:
             return False
         return not torch.is_autocast_enabled("cuda") and torch.is_grad_enabled()
 

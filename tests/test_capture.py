@@ -43,7 +43,7 @@ def test_a_fixed_batch_names_every_labelled_token_once(labelled: Labels) -> None
     rows, width, size = fixed.size
     assert (rows, width % 32, size & (size - 1)) == (len(labelled), 0, 0)
     assert width - 32 < len(labelled[0]) <= width
-    assert size < 2 * max(fixed.tokens, 33)
+    assert size < 2 * max(fixed.tokens, 129)
     kept = batch["labels"][:, 1:] != -100
     assert fixed.tokens == kept.sum()
     positions = fixed.positions[: fixed.tokens]

@@ -10,7 +10,7 @@ import torch
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.capture import StepCapture, fix_size
+from moka_pl.capture import PATIENCE, StepCapture, fix_size
 from moka_pl.data import CommonsenseData
 from moka_pl.module import MokaModule
 from moka_pl.scoring import score_tokens
@@ -63,7 +63,7 @@ def test_a_replayed_step_has_the_loss_and_gradients_of_a_launched_one(
     model = _model(_adapters()[name], dtype=dtype)
     params = [p for p in model.parameters() if p.requires_grad]
     capture = StepCapture(model)
-    for seed in range(5):
+    for seed in range(PATIENCE + 3):
         batch = _batch(seed, length=(40, 64, 33)[seed % 3])  # one size after padding
         loss = capture(fix_size(batch))
         found = torch.autograd.grad(3 * loss, params)
@@ -82,7 +82,7 @@ def test_sizes_share_their_memory_and_gradients() -> None:
     model = _model(MokaConfig())
     params = [p for p in model.parameters() if p.requires_grad]
     capture = StepCapture(model)
-    for length in (40, 40, 90, 90, 40, 90, 40):
+    for length in [40, 90] * (PATIENCE + 1) + [40, 40, 90]:
         batch = _batch(length, length=length)
         found = torch.autograd.grad(capture(fix_size(batch)), params)
         expected = torch.autograd.grad(
@@ -97,16 +97,17 @@ def test_every_replay_drops_out_anew() -> None:
     model = _model(MokaConfig(dropout=0.5))
     capture = StepCapture(model)
     batch = fix_size(_batch(0))
-    losses = [capture(batch).item() for _ in range(6)]
+    losses = [capture(batch).item() for _ in range(PATIENCE + 4)]
     assert capture.graphs == 1
-    assert len(set(losses[2:])) == 4
+    assert len(set(losses[PATIENCE:])) == 4
 
 
 def test_a_replay_is_lost_with_the_next() -> None:
     model = _model(MokaConfig())
     capture = StepCapture(model)
     batch = fix_size(_batch(0))
-    capture(batch)
+    for _ in range(PATIENCE):
+        capture(batch)
     first = capture(batch)
     capture(batch)
     with pytest.raises(RuntimeError, match="before this one's backward"):
@@ -118,7 +119,7 @@ def test_full_training_of_the_base_is_recorded() -> None:
     params = [p for p in model.parameters() if p.requires_grad]
     capture = StepCapture(model)
     batch = _batch(0)
-    for _ in range(3):
+    for _ in range(PATIENCE + 2):
         found = torch.autograd.grad(capture(fix_size(batch)), params)
     expected = torch.autograd.grad(score_tokens(model, batch["input_ids"], batch["labels"]).nll.sum(), params)
     error = torch.stack([(a.float() - b.float()).norm() for a, b in zip(found, expected, strict=True)]).norm()
@@ -133,7 +134,8 @@ def test_checkpointing_and_a_failure_go_on_without_graphs(monkeypatch: pytest.Mo
     model.gradient_checkpointing_disable()
     capture = StepCapture(model)
     batch = fix_size(_batch(0))
-    expected = capture(batch).item()
+    for _ in range(PATIENCE):
+        expected = capture(batch).item()
     compute = StepCapture._compute
 
     def looking(self: StepCapture, *tensors: torch.Tensor) -> torch.Tensor:
