@@ -27,7 +27,7 @@ WIDTH = 32
 """Recorded batches are padded to a multiple of this many tokens a row."""
 
 PATIENCE = 3
-"""Times that a size is computed as usual before it is recorded, which takes as long as some of these steps."""
+"""Times that a size is computed as usual before it is recorded, which takes as long as some such steps."""
 
 _FEWEST_LABELS = 256
 _MOST_GRAPHS = 32
