@@ -70,8 +70,11 @@ def summary_text(
     Returns:
         Several lines of text.
     """
-    after = pl_module.eval_values
-    lines = [f"{'held-out':<28}{'before':>12}{'after':>12}{'change':>12}"] if after else []
+    step, steps = pl_module.eval_step, trainer.global_step
+    # Training may have ended between two validations, or before the first.
+    after = pl_module.eval_values if step else {}
+    title = "after" if step == steps else f"step {step}"
+    lines = [f"{'held-out':<28}{'before':>12}{title:>12}{'change':>12}"] if after else []
     for name in sorted(filter(_is_short, after), key=lambda n: (n.count("/"), "loss" not in n, n)):
         old, new = before.get(name), after[name]
         is_accuracy = "accuracy" in name or "acc_norm" in name
@@ -83,6 +86,8 @@ def summary_text(
             change = f"{100 * (new / old - 1):+.1f}%" if old else ""
         shown = ["" if v is None else f"{100 * v:.1f}%" if is_accuracy else f"{v:.4f}" for v in (old, new)]
         lines.append(f"{name.removeprefix('val/'):<28}{shown[0]:>12}{shown[1]:>12}{change:>12}")
+    if before and step != steps:
+        lines.append(f"not validated after the last of {steps} steps; --trainer.val_check_interval sets when")
     trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
     share = trainable / (trainable + base_size(pl_module))
     facts = {"trainable parameters": f"{trainable:,} ({100 * share:.2f}% of the base and adapter)"}

@@ -77,6 +77,19 @@ def test_partial_look_at_the_base_is_not_compared(make_module, make_data, make_t
     assert len(table["loss"]) == 1
 
 
+@pytest.mark.parametrize(("steps", "title"), [(1, None), (3, "step 2"), (4, "after")])
+def test_an_old_validation_is_not_shown_as_the_end(
+    steps, title, make_module, make_data, make_trainer, capsys
+):
+    options = {"max_steps": steps, "max_epochs": -1, "num_sanity_val_steps": -1}
+    make_trainer(RunSummary(), **options, val_check_interval=2, check_val_every_n_epoch=None).fit(
+        make_module(lr=3e-2), make_data()
+    )
+    printed = capsys.readouterr().out
+    assert rows(printed).get("held-out") == (None if title is None else ["before", title, "change"])
+    assert (f"not validated after the last of {steps} steps" in printed) == (title != "after")
+
+
 def test_base_is_remembered_over_a_resume(make_module, make_data, make_trainer, tmp_path, capsys):
     first = RunSummary()
     trainer = make_trainer(first, num_sanity_val_steps=-1)
