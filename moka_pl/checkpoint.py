@@ -65,6 +65,24 @@ def check_same_factors(written: Mapping[str, Any], own: Mapping[str, Any]) -> No
             )
 
 
+def check_same_ratios(written: Mapping[str, float], own: Mapping[str, float]) -> None:
+    """Refuses to go on with other learning-rate ratios: the stored optimizer brings its own.
+
+    Args:
+        written: The ratios of the run that wrote the checkpoint, by part.
+        own: This run's.
+
+    Raises:
+        AdapterError: If one differs.
+    """
+    for part, ratio in own.items():
+        if written[part] != ratio:
+            raise AdapterError(
+                f"the checkpoint was trained with learning_rate_ratios.{part} {written[part]:g}, here it is "
+                f"{ratio:g}. {_REMEDY}"
+            )
+
+
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The states of the random generators of torch, the device and Python, in plain types."""
     return {

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moka_pl.gating import Gating, gates_of, logits_gradient
 from moka_pl.grouped import add_delta_, project
 from moka_pl.shape import Shape
 
@@ -22,7 +23,7 @@ from moka_pl.shape import Shape
 class Updates(Protocol):
     """How W + ΔW is built, and how a gradient of ΔW becomes gradients of its parts.
 
-    ``gate`` holds the logits g, (r,), with ``α = softmax(g)``, or is None for α_i = 1/r.
+    ``gate`` holds the logits g, (r,), which make α (see :mod:`moka_pl.gating`), or is None for α_i = 1/r.
     """
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -44,12 +45,14 @@ class PlainUpdates:
         dense: Returns W, shape (m, n).
         fresh: Whether ``dense`` makes a new tensor at every call, as dequantising does; ΔW is then added in
             place.
+        gating: How gate logits make α.
     """
 
     shapes: tuple[Shape, ...]
     scaling: float
     dense: Callable[[], Tensor]
     fresh: bool
+    gating: Gating = "softmax"
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
@@ -65,13 +68,11 @@ class PlainUpdates:
         grad_left, grad_right, found = project(grad, left, right, alpha * self.scaling, self.shapes)
         if gate is None:
             return grad_left, grad_right, None
-        found = found * self.scaling  # ∂L/∂α
-        # dα_i/dg_j = α_i (δ_ij - α_j)
-        return grad_left, grad_right, alpha * (found - (alpha * found).sum())
+        return grad_left, grad_right, logits_gradient(alpha, found * self.scaling, self.gating)
 
     def _alpha(self, gate: Tensor | None, right: Tensor) -> Tensor:
         r = len(self.shapes)
-        return right.new_full((r,), 1 / r) if gate is None else gate.softmax(0)
+        return right.new_full((r,), 1 / r) if gate is None else gates_of(gate, self.gating)
 
 
 class JointLinear(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_ba
 from moka_pl.capture import StepCapture, fix_size
 from moka_pl.checkpoint import (
     check_same_factors,
+    check_same_ratios,
     check_trainable_state,
     rng_state,
     set_rng_state,
@@ -32,6 +33,7 @@ from moka_pl.checkpoint import (
 )
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.generation import generate_texts, named_option
+from moka_pl.learning_rates import LearningRateRatios, check_scheduler, logged_rates, make_optimizer
 from moka_pl.metrics import EvalMetrics
 from moka_pl.packed_attention import PackedAttention
 from moka_pl.prefix_scoring import can_share, fits_window, score_shared
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 Batch = dict[str, Any]
 
 # Not None: the command line's help would then list none of their options.
-_BACKBONE, _ADAPTER = BackboneConfig(), MokaConfig()
+_BACKBONE, _ADAPTER, _RATIOS = BackboneConfig(), MokaConfig(), LearningRateRatios()
 
 if TYPE_CHECKING:
     Adapter = Any
@@ -70,6 +72,8 @@ class MokaModule(LightningModule):
         adapter_path: An adapter directory to start from; its own configuration then replaces ``adapter``.
         optimizer: Builds the optimizer from the trainable parameters.
         lr_scheduler: Builds the learning-rate scheduler, stepped after every optimizer step.
+        learning_rate_ratios: Multiples of the optimizer's learning rate for the left factors, the right
+            factors and the gates.
         gradient_checkpointing: Compute activations again in the backward pass: about a third more time for a
             fraction of the memory.
         cuda_graphs: Record forward and backward pass as CUDA graphs, one for every size of a batch, and
@@ -87,6 +91,7 @@ class MokaModule(LightningModule):
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupDecay(o),
         gradient_checkpointing: bool = False,
         cuda_graphs: bool = False,
+        learning_rate_ratios: LearningRateRatios = _RATIOS,
     ) -> None:
         super().__init__()
         self.backbone = replace(backbone)
@@ -97,6 +102,8 @@ class MokaModule(LightningModule):
         if adapter_path is not None:
             stored = read_adapter(adapter_path)  # a damaged folder shows before any loading
             self.adapter, self.adapter_prompt = stored.config, stored.extra.get("prompt")
+        learning_rate_ratios.check_fits(self.adapter)
+        self.learning_rate_ratios = replace(learning_rate_ratios)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
@@ -180,9 +187,17 @@ class MokaModule(LightningModule):
         return self.model
 
     def configure_optimizers(self) -> "OptimizerLRScheduler":
-        """Builds optimizer and scheduler over the trainable parameters."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        """Builds optimizer and scheduler over the trainable parameters.
+
+        Raises:
+            ConfigError: If optimizer or scheduler cannot have ``learning_rate_ratios``.
+        """
+        trainable = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.optimizer, trainable, self.learning_rate_ratios)
+        rates = [group["lr"] for group in optimizer.param_groups]
         scheduler = self.lr_scheduler(optimizer)
+        if not self.learning_rate_ratios.alike:
+            check_scheduler(scheduler, optimizer, rates)
         if isinstance(scheduler, WarmupDecay) and scheduler.total_steps is None:
             self._schedule = scheduler
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
@@ -290,7 +305,8 @@ class MokaModule(LightningModule):
         self._window.zero_()
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        for name, rate in logged_rates(optimizer, self.learning_rate_ratios).items():
+            self.log(name, rate)
 
     # Evaluation
 
@@ -403,17 +419,24 @@ class MokaModule(LightningModule):
         checkpoint["moka_base"] = {"name": self.base.name, "fingerprint": self.base.fingerprint}
         checkpoint["moka_rng"] = rng_state(self.device)
         checkpoint["moka_adapter"] = method_of(self.adapter).options()
+        checkpoint["moka_learning_rate_ratios"] = asdict(self.learning_rate_ratios)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint's tensors are exactly this model's trainable ones.
 
         Raises:
-            AdapterError: On a missing or unexpected tensor, another shape or another base model.
+            AdapterError: On a missing or unexpected tensor, another shape or another base model, or if
+                training would go on with other learning-rate ratios.
         """
         assert self.base is not None
         # Before the sizes: factors of other shapes may fill vectors of the same length.
         check_same_factors(checkpoint.get("moka_adapter", {}), method_of(self.adapter).options())
         check_trainable_state(self, checkpoint["state_dict"])
+        if self.trainer.state.fn == "fit":
+            check_same_ratios(
+                checkpoint.get("moka_learning_rate_ratios", asdict(_RATIOS)),
+                asdict(self.learning_rate_ratios),
+            )
         written = checkpoint.get("moka_base", {})
         if written.get("fingerprint") not in (None, self.base.fingerprint):
             raise AdapterError(

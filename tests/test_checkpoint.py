@@ -45,3 +45,9 @@ def test_other_factors_of_the_same_sizes_are_refused() -> None:
     written = MokaConfig(filters="diverse", components=4).to_dict()
     with pytest.raises(AdapterError, match=r"adapter.filters is 'diverse', here it is 'square'"):
         check_same_factors(written, own)
+
+
+def test_gates_of_another_kind_are_refused_though_their_logits_fit() -> None:
+    own, written = MokaConfig(gating="sigmoid").to_dict(), MokaConfig(gating="softmax").to_dict()
+    with pytest.raises(AdapterError, match=r"adapter.gating is 'softmax', here it is 'sigmoid'"):
+        check_same_factors(written, own)

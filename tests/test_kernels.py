@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moka_pl.filters import filter_shapes
+from moka_pl.gating import Gating, gates_of
 from moka_pl.kronecker import delta_weight, kronecker_linear, project_gradient
 from moka_pl.packing import Pairs, pack
 from moka_pl.rounding import round_by_thresholds
@@ -116,22 +117,24 @@ def test_a_4bit_weight_is_read_as_bitsandbytes_reads_it(case: str, nested: bool)
     assert torch.equal(found, bnb.functional.dequantize_4bit(packed, state))  # bit for bit
 
 
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("case", ["squares of 8", "gathered"])
-def test_gates_are_taken_through_their_softmax(case: str) -> None:
+def test_gates_are_taken_from_their_logits(case: str, gating: Gating) -> None:
     torch.manual_seed(0)
     shapes, m, n = CASES[case]
     plan = kernels.make_plan(tuple(shapes), m, n, DEVICE)
     factors: Pairs = [(torch.randn(s.m_a, s.n_a), torch.randn(s.m_b, s.n_b)) for s in shapes]
     logits, grad = torch.randn(len(shapes)), torch.randn(m, n)
-    gates = kernels.Gates(logits, 1.7, softmax=True)
+    gates = kernels.layer_gates(plan, logits, 1.7, gating)
     exact = logits.double().requires_grad_()
-    delta = delta_weight(exact.softmax(0) * 1.7, _double(factors), shapes, m, n)
+    delta = delta_weight(gates_of(exact, gating) * 1.7, _double(factors), shapes, m, n)
     found = kernels.fused_delta(plan, *pack(factors), gates, torch.float32)
     torch.testing.assert_close(found.double(), delta.detach(), atol=1e-4, rtol=1e-5)
     (expected,) = torch.autograd.grad(delta, exact, grad.double())
     _, right, found = kernels.fused_projection(plan, grad, *pack(factors), gates)
     torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-4)
-    _, pairs = project_gradient(grad.double(), exact.detach().softmax(0) * 1.7, _double(factors), shapes)
+    weights = gates_of(exact.detach(), gating) * 1.7
+    _, pairs = project_gradient(grad.double(), weights, _double(factors), shapes)
     torch.testing.assert_close(right.double(), pack(pairs)[1], atol=1e-3, rtol=1e-4)
 
 

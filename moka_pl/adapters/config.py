@@ -9,6 +9,7 @@ from typing import Any, Literal
 from moka_pl.backends import BACKENDS
 from moka_pl.errors import ConfigError
 from moka_pl.filters import filter_shapes
+from moka_pl.gating import GATINGS, Gating
 from moka_pl.shape import Shape
 
 
@@ -25,8 +26,9 @@ class MokaConfig:
             ``[k, m_b, n_b]``: one for all components or one each. A mapping gives every layer, by its full
             name, a list of its own; so does the path of a ``.json`` file of such a mapping, which
             ``scripts/choose_filters.py`` writes.
-        gating: ``softmax`` trains one logit a component, α = softmax(g), starting uniform; ``none`` fixes
-            α_i = 1/r (the paper's ungated ablation).
+        gating: ``softmax`` trains one logit a component, α = softmax(g): the gates share a sum of 1.
+            ``sigmoid`` trains independent gates, α_i = (2/r) · sigmoid(g_i), each from 0 to 2/r. Both start
+            at α_i = 1/r; ``none`` fixes that (the paper's ungated ablation).
         scaling: Factor s on the update. The default, ``null``, is ``components``: it undoes the gates'
             division by r, so that a usual adapter learning rate (1e-3 to 4e-3) works. ``1.0`` is the paper's
             letter and needs about ten times that.
@@ -41,7 +43,7 @@ class MokaConfig:
 
     components: int = 10
     filters: str | list[list[int]] | dict[str, list[list[int]]] = "diverse"
-    gating: Literal["softmax", "none"] = "softmax"
+    gating: Gating = "softmax"
     scaling: float | None = None
     dropout: float = 0.0
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
@@ -67,8 +69,8 @@ class MokaConfig:
         else:
             size = 64 if isinstance(self.filters, str) else 1 << 30
             filter_shapes(self.filters, self.components, size, size)
-        if self.gating not in ("softmax", "none"):
-            raise ConfigError(f"unknown gating {self.gating!r}; choose softmax or none")
+        if self.gating not in GATINGS:
+            raise ConfigError(f"unknown gating {self.gating!r}; choose {', '.join(GATINGS)}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.scaling is not None and not 0 < self.scaling < math.inf:

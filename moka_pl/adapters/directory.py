@@ -25,7 +25,7 @@ from moka_pl.adapters.model_card import model_card
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.version import __version__
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
@@ -286,9 +286,14 @@ def _told(config: Any, method: AdapterMethod) -> dict[str, Any]:
 
 
 def _format_of(config: Any) -> int:
-    """The oldest format that can say this: 2 has identities and layers of their own in ``filters``."""
+    """The oldest format that can say this.
+
+    2 has identities and layers of their own in ``filters``, 3 sigmoid gates.
+    """
     if not isinstance(config, MokaConfig):
         return 1
+    if config.gating == "sigmoid":
+        return 3
     filters = config.filters
     if isinstance(filters, dict):
         return 2

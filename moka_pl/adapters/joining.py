@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moka_pl.adapters.base_weight import dense_weight
 from moka_pl.backends import FEW_TOKENS, Backend, can_fuse, resolve_backend
 from moka_pl.four_bit import is_4bit
+from moka_pl.gating import Gating
 from moka_pl.joint import PlainUpdates, Updates
 from moka_pl.shape import Shape
 
@@ -36,6 +37,7 @@ def join(
     shapes: tuple[Shape, ...],
     scaling: float,
     backend: Backend,
+    gating: Gating = "softmax",
 ) -> Joined | None:
     """Decides whether ``layer(x)`` and the update are computed as ``(W + ΔW) x``.
 
@@ -50,6 +52,7 @@ def join(
         shapes: r shapes.
         scaling: s.
         backend: The backend asked for.
+        gating: How gate logits make α.
 
     Returns:
         How to join them, or None.
@@ -73,9 +76,9 @@ def join(
     m, n = layer.out_features, layer.in_features
     way = resolve_backend(backend, x, factors, shapes, m, n)
     if way == "fused" and compute in (torch.bfloat16, torch.float32):
-        return Joined(_fused(layer, x.device, compute, shapes, scaling), compute, result)
+        return Joined(_fused(layer, x.device, compute, shapes, scaling, gating), compute, result)
     if way == "dense" and compute == factors and compute.itemsize >= 4:
-        updates = PlainUpdates(shapes, scaling, lambda: dense_weight(layer), fresh=is_4bit(layer))
+        updates = PlainUpdates(shapes, scaling, lambda: dense_weight(layer), is_4bit(layer), gating)
         return Joined(updates, compute, result)
     return None
 
@@ -114,6 +117,7 @@ def _fused(
     compute: torch.dtype,
     shapes: tuple[Shape, ...],
     scaling: float,
+    gating: Gating,
 ) -> Updates:
     from moka_pl.kernels import make_plan, weight_source
     from moka_pl.kernels.updates import FusedUpdates
@@ -126,4 +130,4 @@ def _fused(
     plan = make_plan(shapes, layer.out_features, layer.in_features, device)
     if state is not None and not plan.side and not plan.even and layer.weight.numel() > _LARGE:
         source = None
-    return FusedUpdates(plan, scaling, source, lambda: dense_weight(layer))
+    return FusedUpdates(plan, scaling, source, lambda: dense_weight(layer), gating)

@@ -10,13 +10,17 @@ from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.joining import Joined, few_tokens, join
 from moka_pl.backends import mixed_kinds
 from moka_pl.four_bit import is_4bit, keep_weights
+from moka_pl.gating import gates_of
 from moka_pl.joint import JointLinear
 from moka_pl.kronecker import delta_weight, kronecker_linear
 from moka_pl.packing import Pairs, left_sizes, right_sizes, unpack
 
 
 class MokaLinear(nn.Module):
-    """``y = W x + s · Σ_i α_i (A_i ⊗ B_i) x`` with W frozen and α = softmax(g).
+    """``y = W x + s · Σ_i α_i (A_i ⊗ B_i) x`` with W frozen.
+
+    Of the gate logits g, α is ``softmax(g)``, or with ``gating: sigmoid`` ``α_i = (2/r) sigmoid(g_i)``;
+    without gates α_i = 1/r.
 
     The left factors start Kaiming-uniform and the right ones at zero, so that ΔW = 0 exactly; the gate
     logits start at zero, so that α is uniform. Where the left factors are identities (MoKA_s) only the right
@@ -49,6 +53,7 @@ class MokaLinear(nn.Module):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.shapes = config.shapes_of(name, self.out_features, self.in_features)
         self.scaling = config.effective_scaling
+        self.gating = config.gating
         self.backend = config.backend
         self.dropout = nn.Dropout(config.dropout)
         self.enabled = True
@@ -61,7 +66,7 @@ class MokaLinear(nn.Module):
             self.moka_A = nn.Parameter(torch.empty(left, dtype=dtype, device=device))
         self.moka_B = nn.Parameter(torch.empty(right, dtype=dtype, device=device))
         self.moka_gate: nn.Parameter | None = None
-        if config.gating == "softmax":
+        if config.gating != "none":
             self.moka_gate = nn.Parameter(torch.empty(config.components, dtype=dtype, device=device))
         self.reset_parameters()
         self.train(base_layer.training)  # a layer put into an evaluating model must not drop out
@@ -86,10 +91,10 @@ class MokaLinear(nn.Module):
         return len(self.shapes)
 
     def gates(self) -> Tensor:
-        """Returns α, shape (r,): softmax of the gate logits, or 1/r without gating."""
+        """Returns α, shape (r,)."""
         if self.moka_gate is None:
             return self.moka_B.new_full((self.components,), 1 / self.components)
-        return self.moka_gate.softmax(0)
+        return gates_of(self.moka_gate, self.gating)
 
     def factors(self) -> Pairs:
         """Returns the r pairs (A_i or None for an identity, B_i), views of the trained vectors."""
@@ -122,7 +127,8 @@ class MokaLinear(nn.Module):
             few = few_tokens(x, self.moka_B.dtype, self.out_features, self.backend)
             if few and not mixed_kinds(self.shapes):
                 return self._few(x)
-            joined = join(self.base_layer, x, self.moka_B.dtype, self.shapes, self.scaling, self.backend)
+            dtype = self.moka_B.dtype
+            joined = join(self.base_layer, x, dtype, self.shapes, self.scaling, self.backend, self.gating)
         return self._separate(x) if joined is None else self._joint(x, joined)
 
     def _joint(self, x: Tensor, joined: Joined) -> Tensor:
@@ -151,7 +157,7 @@ class MokaLinear(nn.Module):
             x.reshape(-1, self.in_features).contiguous(),
             self._left(),
             self.moka_B,
-            layer_gates(plan, self.moka_gate, self.scaling),
+            layer_gates(plan, self.moka_gate, self.scaling, self.gating),
         )
         return result
 
@@ -189,8 +195,7 @@ class MokaLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, components and gating for printing."""
-        gating = "none" if self.moka_gate is None else "softmax"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"components={self.components}, gating={gating}, scaling={self.scaling:g}"
+            f"components={self.components}, gating={self.gating}, scaling={self.scaling:g}"
         )

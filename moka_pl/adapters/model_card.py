@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moka_pl.adapters.method import AdapterMethod
+from moka_pl.gating import GATINGS
 
 
 def model_card(described: Mapping[str, Any], method: AdapterMethod) -> str:
@@ -34,7 +35,10 @@ def model_card(described: Mapping[str, Any], method: AdapterMethod) -> str:
     extra = described["extra"]
     metrics = extra.get("metrics", {})
     base = described["base_model_name_or_path"]
-    what = f"A gated mixture of Kronecker adapters for `{base}`: `y = W x + s Σ α_i (A_i ⊗ B_i) x`."
+    gates = GATINGS[described["gating"]] if moka else ""
+    what = (
+        f"A gated mixture of Kronecker adapters for `{base}`: `y = W x + s Σ α_i (A_i ⊗ B_i) x`, `{gates}`."
+    )
     body = [
         "# MoKA adapter" if moka else f"# {method.title}",
         "",

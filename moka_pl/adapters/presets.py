@@ -1,16 +1,16 @@
 """Known settings of MoKA by their names; every option can still be changed."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from moka_pl.adapters.config import MokaConfig
+from moka_pl.gating import Gating
 
 
 @dataclass
 class MokaUngated(MokaConfig):
     """MoKA without gates: every component has the weight 1/r (the paper's ablation)."""
 
-    gating: Literal["softmax", "none"] = "none"
+    gating: Gating = "none"
 
 
 @dataclass
@@ -26,5 +26,5 @@ class KronA(MokaConfig):
 
     components: int = 1
     filters: str | list[list[int]] | dict[str, list[list[int]]] = "square"
-    gating: Literal["softmax", "none"] = "none"
+    gating: Gating = "none"
     scaling: float | None = 1.0

@@ -1,6 +1,5 @@
 """Shows the gates α_i of every layer in TensorBoard, and warns when they collapse."""
 
-import math
 from collections import Counter
 
 import torch
@@ -14,13 +13,16 @@ from moka_pl.callbacks.adapter_checkpoint import is_trial
 from moka_pl.callbacks.heatmap import gate_heatmap
 from moka_pl.callbacks.tensorboard import log_scalars
 from moka_pl.callbacks.throughput import log_interval
+from moka_pl.gating import Gating, gates_of, normalised_entropy
 from moka_pl.module import MokaModule
 
 #: Share of the run after which gates that are still uniform are worth a warning.
 _LATE = 0.5
 #: Normalised entropy above which gates count as uniform: every α_i within about 0.7% of 1/r.
 _UNIFORM = 1 - 1e-5
-#: α_i above which a layer counts as collapsed to one component.
+#: Distance of Σ α from its start at 1 below which the gates count as uniform.
+_STILL = 0.007
+#: Share of the largest gate above which a layer counts as collapsed to one component.
 _SINGLE = 0.99
 
 
@@ -28,9 +30,11 @@ class GateMonitor(Callback):
     """Logs α_i of every layer and component, their entropy, and a heat map of layers × components.
 
     Tags:
-        ``gate/<layer>/alpha_<i>``: α_i from 0 to 1.
-        ``gate_entropy/<layer>`` and ``gate_entropy/mean``: −Σ α_i ln α_i / ln r, 1 for uniform gates, 0 for
-        a single component.
+        ``gate/<layer>/alpha_<i>``: α_i, from 0 to 1, or to 2/r with ``gating: sigmoid``.
+        ``gate_entropy/<layer>`` and ``gate_entropy/mean``: −Σ p_i ln p_i / ln r with p = α / Σ α, 1 for
+        uniform gates, 0 for a single component.
+        ``gate_sum/<layer>`` and ``gate_sum/mean``: Σ α, from 0 to 2, 1 at the start; with ``gating:
+        sigmoid`` only, as it is always 1 with ``softmax``.
         ``gate_heatmap``: image of all gates, one row a layer, at every validation.
 
     Args:
@@ -85,21 +89,23 @@ class GateMonitor(Callback):
         gates = gate_matrix(pl_module)
         if gates is None:
             return
-        values = gate_scalars(gates, self._labels)
+        values = gate_scalars(gates, self._labels, _gating(pl_module))
         for logger in trainer.loggers:
             log_scalars(logger, values, trainer.global_step)
 
     def _warn(self, trainer: Trainer, gates: Tensor) -> None:
-        entropy = normalised_entropy(gates)
+        # Sigmoid gates that have all gone up or down together have learnt, too.
+        uniform = (normalised_entropy(gates) > _UNIFORM) & ((gates.sum(1) - 1).abs() < _STILL)
         total = trainer.estimated_stepping_batches
         late = trainer.global_step >= _LATE * total and not is_trial(trainer)
-        if late and gates.shape[1] > 1 and bool((entropy > _UNIFORM).all()):
+        if late and gates.shape[1] > 1 and bool(uniform.all()):
             self._warn_once(
                 "uniform",
                 f"after {trainer.global_step} of {total} steps all gates are still uniform: the gates do not "
-                "learn. Raise the learning rate, or save their parameters with gating: none",
+                "learn. Raise the learning rate or learning_rate_ratios.gate, or save their parameters with "
+                "gating: none",
             )
-        single = gates.amax(1) > _SINGLE
+        single = gates.amax(1) > _SINGLE * gates.sum(1)
         if gates.shape[1] > 1 and bool(single.any()):
             self._warn_once(
                 "single",
@@ -135,24 +141,26 @@ def gate_matrix(pl_module: LightningModule) -> Tensor | None:
     if not logits:
         return None
     with torch.no_grad():
-        return torch.stack(list(logits)).float().softmax(1).cpu()  # (layers, r)
+        return gates_of(torch.stack(list(logits)).float(), _gating(pl_module)).cpu()  # (layers, r)
 
 
-def normalised_entropy(gates: Tensor) -> Tensor:
-    """−Σ α_i ln α_i / ln r of every row, shape (layers,); 1 for a single component, which has no choice."""
-    if gates.shape[1] == 1:
-        return torch.ones(len(gates))
-    return -torch.xlogy(gates, gates).sum(1) / math.log(gates.shape[1])
-
-
-def gate_scalars(gates: Tensor, labels: list[str]) -> dict[str, float]:
+def gate_scalars(gates: Tensor, labels: list[str], gating: Gating) -> dict[str, float]:
     """The scalars of one step by tag."""
-    entropy = normalised_entropy(gates)
-    values = {"gate_entropy/mean": float(entropy.mean())}
-    for label, row, h in zip(labels, gates.tolist(), entropy.tolist(), strict=True):
-        values[f"gate_entropy/{label}"] = h
+    found = {"gate_entropy": normalised_entropy(gates)}  # (layers,)
+    if gating == "sigmoid":
+        found["gate_sum"] = gates.sum(1)  # (layers,)
+    values = {}
+    for tag, column in found.items():
+        values[f"{tag}/mean"] = float(column.mean())
+        values |= {f"{tag}/{label}": value for label, value in zip(labels, column.tolist(), strict=True)}
+    for label, row in zip(labels, gates.tolist(), strict=True):
         values |= {f"gate/{label}/alpha_{i}": alpha for i, alpha in enumerate(row)}
     return values
+
+
+def _gating(pl_module: LightningModule) -> Gating:
+    """The layers' gating; all have the same."""
+    return next(iter(moka_layers(_model(pl_module)).values())).gating
 
 
 def _model(pl_module: LightningModule) -> torch.nn.Module:

@@ -1,6 +1,5 @@
 """``moka-pl inspect``: what an adapter is and where its gates stand."""
 
-import math
 from pathlib import Path
 
 
@@ -12,6 +11,7 @@ def inspect(adapter: Path) -> None:
     """
     from moka_pl.adapters.directory import read_adapter, read_adapter_state
     from moka_pl.adapters.methods import method_of
+    from moka_pl.gating import gates_of, normalised_entropy
 
     info = read_adapter(adapter)
     state = read_adapter_state(adapter)
@@ -32,7 +32,6 @@ def inspect(adapter: Path) -> None:
         return
     print(f"\n{'gates by layer':<44}{'entropy':>8}  α_1 … α_{info.config.components}")
     for name, logits in gates.items():
-        alpha = logits.float().softmax(0).tolist()
-        entropy = -sum(a * math.log(a) for a in alpha if a > 0)
-        entropy = entropy / math.log(len(alpha)) if len(alpha) > 1 else 1.0
-        print(f"{name:<44}{entropy:>8.4f}  {' '.join(f'{a:.3f}' for a in alpha)}")
+        alpha = gates_of(logits.float(), info.config.gating)  # (r,)
+        entropy = float(normalised_entropy(alpha[None]))
+        print(f"{name:<44}{entropy:>8.4f}  {' '.join(f'{a:.3f}' for a in alpha.tolist())}")

@@ -45,6 +45,8 @@ def build_module(run: Run) -> ComparedModule:
     for option in ("lr_scheduler", "gradient_checkpointing"):
         if option in training:
             model[option] = training[option]
+    if "learning_rate_ratios" in run.settings:
+        model["learning_rate_ratios"] = run.settings["learning_rate_ratios"]
     parser = _module_parser(run.settings["adapter"].get("class_path"))
     built = _instantiate(parser, {"model": model}, f"rival {run.rival}").model
     assert isinstance(built, ComparedModule)

@@ -20,7 +20,8 @@ class Run:
         rival: Name of the rival.
         rate: Learning rate; None for the frozen base.
         seed: Seed of the data's order and the adapters' start.
-        settings: ``backbone``, ``adapter``, ``data``, ``training`` of the run.
+        settings: ``backbone``, ``adapter``, ``data``, ``training`` of the run, and ``learning_rate_ratios``
+            where it has some.
         test: The data module whose test data are reported.
     """
 
@@ -61,6 +62,8 @@ def run_of(suite: Suite, rival: Rival, rate: float, seed: int) -> Run:
         "data": suite.data,
         "training": suite.training,
     }
+    if rival.learning_rate_ratios:  # not in the hashes of runs without
+        settings["learning_rate_ratios"] = rival.learning_rate_ratios
     return Run(rival.name, rate, seed, settings, suite.test or suite.data)
 
 

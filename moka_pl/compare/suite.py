@@ -18,7 +18,7 @@ FROZEN = "frozen base"
 _PICKS = ("first", "all")
 _KEYS = {"name", "about", "backbone", "data", "test", "training", "learning_rates", "seeds", "pick", "frozen"}
 _KEYS |= {"reference", "rivals"}
-_RIVAL_KEYS = {"name", "adapter", "learning_rates", "backbone"}
+_RIVAL_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "backbone"}
 _TRAINING_KEYS = {"trainer", "optimizer", "lr_scheduler", "gradient_checkpointing"}
 
 
@@ -31,12 +31,14 @@ class Rival:
         adapter: What the module's option ``adapter`` takes.
         learning_rates: Rates that are tried.
         backbone: Options of the base for this rival only, over the suite's.
+        learning_rate_ratios: The module's option of that name; empty for one rate.
     """
 
     name: str
     adapter: Settings
     learning_rates: tuple[float, ...]
     backbone: Settings = field(default_factory=dict)
+    learning_rate_ratios: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,11 @@ def _rival(written: object, rates: object, index: int) -> Rival:
             "(YAML reads 4e-3 as text: write 4.0e-3)"
         )
     return Rival(
-        str(written["name"]), _mapping(written, "adapter"), tuple(rates), _mapping(written, "backbone")
+        str(written["name"]),
+        _mapping(written, "adapter"),
+        tuple(rates),
+        _mapping(written, "backbone"),
+        _mapping(written, "learning_rate_ratios"),
     )
 
 

@@ -77,7 +77,7 @@ def _put_square(  # type: ignore[no-untyped-def]
 def _squares_kernel(  # type: ignore[no-untyped-def]
     out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset, n,
     COMPONENTS: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
-    R: tl.constexpr, PADDED: tl.constexpr, SOFTMAX: tl.constexpr,
+    R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr,
     SIDE: tl.constexpr, BLOCKS: tl.constexpr, REPEATS: tl.constexpr, PERIOD: tl.constexpr,
     READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +93,7 @@ def _squares_kernel(  # type: ignore[no-untyped-def]
     if not FULL:
         corner = tl.where(inside, corner, 0)
     down, across = tl.arange(0, SIDE), tl.arange(0, SIDE)
-    highest, sum_ = softmax_parts(values, R, PADDED, SOFTMAX)
+    highest, sum_ = softmax_parts(values, R, PADDED, GATING)
     total_0 = tl.zeros((SIDE, BLOCKS, SIDE), tl.float32)
     total_1 = total_0
     total_2 = total_0
@@ -102,7 +102,7 @@ def _squares_kernel(  # type: ignore[no-untyped-def]
         n_a = COMPONENTS[6 * c + 1]
         m_b = COMPONENTS[6 * c + 2]
         n_b = COMPONENTS[6 * c + 3]
-        scale = weight(values, c, scaling, highest, sum_, SOFTMAX)
+        scale = weight(values, c, scaling, highest, sum_, GATING)
         if ALIGNED[c]:
             begin = tl.multiple_of(COMPONENTS[6 * c + 5] + (top % m_b) * n_b + corner % n_b, 4)
             line = tl.multiple_of(down * n_b, 4)
@@ -141,7 +141,7 @@ def _squares_kernel(  # type: ignore[no-untyped-def]
 def _cells_kernel(  # type: ignore[no-untyped-def]
     out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset,
     cells, rows, columns, m, n,
-    R: tl.constexpr, PADDED: tl.constexpr, SOFTMAX: tl.constexpr, IDENTITY: tl.constexpr,
+    R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr, IDENTITY: tl.constexpr,
     WHOLE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +161,7 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
         run = place
     total = tl.zeros((BM, BN), tl.float32)
     if touched != 0:
-        highest, sum_ = softmax_parts(values, R, PADDED, SOFTMAX)
+        highest, sum_ = softmax_parts(values, R, PADDED, GATING)
         for c in tl.static_range(R):
             row_left = tl.load(rows + (2 * c) * m + i, mask=in_rows, other=-1)
             row_right = tl.load(rows + (2 * c + 1) * m + i, mask=in_rows, other=0)
@@ -170,7 +170,7 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
             met = inside
             if not WHOLE:
                 met = (row_left >= 0)[:, None] & (column_left >= 0)[None, :]
-            scale = weight(values, c, scaling, highest, sum_, SOFTMAX)
+            scale = weight(values, c, scaling, highest, sum_, GATING)
             if IDENTITY:
                 met = met & (row_left[:, None] == column_left[None, :])
             else:
@@ -241,10 +241,10 @@ def _build(
                 nested = True
     read = source is not None
     dither = read and dtype is torch.bfloat16
-    values, scaling, softmax = gates
+    values, scaling, gating = gates
     pointers = (left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset)
     outside = (right, left, values, data, absmax)
-    key = (dtype, softmax, data.dtype, blocksize, nested)
+    key = (dtype, gating, data.dtype, blocksize, nested)
     frozen = (read, blocksize, nested, dither)
     r = len(plan.shapes)
     # Without fused multiply-adds: the two roundings of the dequantisation are bitsandbytes' own.
@@ -252,7 +252,7 @@ def _build(
         grid = (plan.m // plan.side // plan.repeats, -(-plan.n // (plan.side * BLOCKS)), 1)
         launch(
             _squares_kernel, plan.compiled, ("squares", read, *key), grid, outside,
-            (out, *pointers, plan.n, plan.components, plan.aligned, plan.full, r, plan.padded, softmax,
+            (out, *pointers, plan.n, plan.components, plan.aligned, plan.full, r, plan.padded, gating,
              plan.side, BLOCKS, plan.repeats, plan.period, *frozen),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -261,7 +261,7 @@ def _build(
         even = plan.even and blocksize % TILE[1] == 0
         launch(
             _cells_kernel, plan.compiled, ("cells", read, *key), (len(plan.cells), 1, 1), outside,
-            (out, *pointers, plan.cells, plan.rows, plan.columns, plan.m, plan.n, r, plan.padded, softmax,
+            (out, *pointers, plan.cells, plan.rows, plan.columns, plan.m, plan.n, r, plan.padded, gating,
              plan.shapes[0].identity, plan.whole, even, *TILE, *frozen),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

@@ -22,7 +22,7 @@ _OUT = 256
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows_kernel(  # type: ignore[no-untyped-def]
     parts, x, left, right, values, scaling, work, m, n,
-    R: tl.constexpr, PADDED: tl.constexpr, SOFTMAX: tl.constexpr,
+    R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr,
     ROWS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     item = work + tl.program_id(0) * 9
@@ -30,7 +30,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     n_a, m_b, n_b = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
     identity, left_at, right_at = tl.load(item + 6), tl.load(item + 7), tl.load(item + 8)
     token = tl.program_id(1)
-    highest, sum_ = softmax_parts(values, R, PADDED, SOFTMAX)
+    highest, sum_ = softmax_parts(values, R, PADDED, GATING)
     b = first + tl.arange(0, ROWS)
     total = tl.zeros((ROWS,), tl.float32)
     begin = tl.where(identity != 0, a, 0)
@@ -49,7 +49,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         inside = (b < m_b)[:, None] & (q < n_b)[None, :]
         factor = tl.load(right + right_at + b[:, None] * n_b + q[None, :], mask=inside, other=0.0)
         total += tl.sum(factor * hidden[None, :], 1)
-    total *= weight(values, component, scaling, highest, sum_, SOFTMAX)
+    total *= weight(values, component, scaling, highest, sum_, GATING)
     row = a * m_b + b
     tl.store(parts + (token * R + component) * m + row, total, mask=(b < m_b) & (row < m))
 
@@ -83,14 +83,14 @@ def add_few_tokens_(plan: Plan, out: Tensor, x: Tensor, left: Tensor, right: Ten
     Returns:
         ``out``; sums run in float32 and are rounded once.
     """
-    values, scaling, softmax = gates
+    values, scaling, gating = gates
     tokens, r = len(x), len(plan.shapes)
     parts = torch.empty(tokens, r, plan.m, dtype=torch.float32, device=x.device)
     launch(
-        _rows_kernel, plan.compiled, ("rows", x.dtype, softmax), (len(plan.few), tokens, 1),
+        _rows_kernel, plan.compiled, ("rows", x.dtype, gating), (len(plan.few), tokens, 1),
         (x, left, right, values),
         (parts, x, left, right, values, scaling, plan.few, plan.m, plan.n,
-         r, plan.padded, softmax, FEW_ROWS, _P, _Q),
+         r, plan.padded, gating, FEW_ROWS, _P, _Q),
         num_warps=4,
     )  # fmt: skip
     launch(

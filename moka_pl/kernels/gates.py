@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moka_pl.gating import Gating
 from moka_pl.kernels.plan import Plan
 
 
@@ -15,25 +16,30 @@ class Gates(NamedTuple):
     Attributes:
         values: Gate logits g, or the weights themselves, (r,), float32.
         scaling: s.
-        softmax: Whether ``w = s softmax(g)``; otherwise ``w = s values``.
+        gating: ``softmax`` for ``w = s softmax(g)``, ``sigmoid`` for ``w_i = s sigmoid(g_i)``, ``none`` for
+            ``w = s values``.
     """
 
     values: Tensor
     scaling: float = 1.0
-    softmax: bool = False
+    gating: Gating = "none"
 
 
-def layer_gates(plan: Plan, logits: Tensor | None, scaling: float) -> Gates:
-    """The weights of a layer's components: ``s softmax(g)``, or s/r where it has no gates."""
-    return Gates(plan.uniform, scaling) if logits is None else Gates(logits, scaling, softmax=True)
+def layer_gates(plan: Plan, logits: Tensor | None, scaling: float, gating: Gating = "softmax") -> Gates:
+    """The weights s α of a layer's components; s/r where it has no gates."""
+    if logits is None:
+        return Gates(plan.uniform, scaling)
+    if gating == "sigmoid":  # α_i = (2/r) sigmoid(g_i)
+        return Gates(logits, scaling * 2 / len(plan.shapes), gating)
+    return Gates(logits, scaling, gating)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def softmax_parts(values, R: tl.constexpr, PADDED: tl.constexpr, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest logit and the sum of exponentials; without gates 0 and 1."""
+def softmax_parts(values, R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest logit and the sum of exponentials; 0 and 1 where there is no softmax."""
     top = 0.0
     total = 1.0
-    if SOFTMAX:
+    if GATING == "softmax":
         i = tl.arange(0, PADDED)
         logits = tl.load(values + i, mask=i < R, other=-float("inf"))
         top = tl.max(logits, 0)
@@ -42,9 +48,11 @@ def softmax_parts(values, R: tl.constexpr, PADDED: tl.constexpr, SOFTMAX: tl.con
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def weight(values, c, scaling, top, total, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+def weight(values, c, scaling, top, total, GATING: tl.constexpr):  # type: ignore[no-untyped-def]
     """The weight of component c."""
     value = tl.load(values + c)
-    if SOFTMAX:
+    if GATING == "softmax":
         value = tl.exp(value - top) / total
+    elif GATING == "sigmoid":
+        value = 1 / (1 + tl.exp(-value))
     return value * scaling

@@ -109,10 +109,10 @@ def _project_kernel(  # type: ignore[no-untyped-def]
 def _finish_kernel(  # type: ignore[no-untyped-def]
     grad_left, grad_right, grad_values, parts, values, scaling, chunks, dots, programs,
     left_size, right_size, begin_right, begin_weights,
-    R: tl.constexpr, PADDED: tl.constexpr, SOFTMAX: tl.constexpr, CHUNK: tl.constexpr, MEMBERS: tl.constexpr,
+    R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr, CHUNK: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    highest, sum_ = softmax_parts(values, R, PADDED, SOFTMAX)
+    highest, sum_ = softmax_parts(values, R, PADDED, GATING)
     if program == programs:  # the last one: the weights' gradients, all components at once
         c = tl.arange(0, PADDED)
         real = c < R
@@ -122,11 +122,14 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
             part = start + tl.arange(0, CHUNK)
             place = begin_weights + first[:, None] + part[None, :] * MEMBERS
             sums += tl.load(parts + place, mask=real[:, None] & (part[None, :] < count[:, None]), other=0.0)
-        grad = tl.sum(sums, 1) * scaling  # (PADDED,), ∂L/∂α
-        if SOFTMAX:
+        grad = tl.sum(sums, 1) * scaling  # (PADDED,)
+        if GATING == "softmax":
             # dα_i/dg_j = α_i (δ_ij - α_j)
             alpha = tl.exp(tl.load(values + c, mask=real, other=-float("inf")) - highest) / sum_
             grad = alpha * (grad - tl.sum(alpha * tl.where(real, grad, 0.0), 0))
+        elif GATING == "sigmoid":
+            value = 1 / (1 + tl.exp(-tl.load(values + c, mask=real, other=0.0)))
+            grad *= value * (1 - value)
         tl.store(grad_values + c, grad, mask=real)
     else:
         chunk = chunks + program * 5
@@ -139,7 +142,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         for _ in range(number):
             total += tl.load(parts + begin + k, mask=k < size, other=0.0)
             begin += stride
-        total *= weight(values, component, scaling, highest, sum_, SOFTMAX)
+        total *= weight(values, component, scaling, highest, sum_, GATING)
         tl.store(grad_left + at + k, total, mask=(k < size) & (k * 0 + side == 0))
         tl.store(grad_right + at + k, total, mask=(k < size) & (k * 0 + side == 1))
 
@@ -159,7 +162,7 @@ def fused_projection(
     Returns:
         Gradients of ``left``, ``right`` and ``gates.values``.
     """
-    values, scaling, softmax = gates
+    values, scaling, gating = gates
     tiles, splits = len(plan.tiles), plan.splits
     sizes = left.numel(), right.numel()
     # Sums over parts: left entries of every tile, right entries of every split, weights of every program.
@@ -178,9 +181,9 @@ def fused_projection(
     )  # fmt: skip
     chunks = len(plan.chunks)
     launch(
-        _finish_kernel, plan.compiled, ("finish", softmax), (chunks + 1, 1, 1), (values,),
+        _finish_kernel, plan.compiled, ("finish", gating), (chunks + 1, 1, 1), (values,),
         (*grads, parts, values, scaling, plan.chunks, plan.dots, chunks, *sizes, *begins,
-         len(plan.shapes), plan.padded, softmax, CHUNK, MEMBERS),
+         len(plan.shapes), plan.padded, gating, CHUNK, MEMBERS),
         num_warps=4,
     )  # fmt: skip
     return grads

@@ -24,7 +24,7 @@ def configs(draw: st.DrawFn) -> MokaConfig:
     return MokaConfig(
         components=components,
         filters=draw(st.sampled_from(["diverse", "square", "prime"]) | listed),
-        gating=draw(st.sampled_from(["softmax", "none"])),
+        gating=draw(st.sampled_from(["softmax", "sigmoid", "none"])),
         scaling=draw(st.none() | st.floats(0, 1e9, exclude_min=True)),
         dropout=draw(st.floats(0, 1, exclude_max=True)),
         target_modules=draw(names),
@@ -53,7 +53,7 @@ def test_scaling_defaults_to_components_and_follows_them() -> None:
         ({"filters": [[2, 2]] * 3, "components": 2}, "3 shapes for 2 components"),
         ({"filters": [[2, 2.5]]}, r"\[2, 2\.5\]"),
         ({"filters": [64]}, "64 is not"),
-        ({"gating": "sigmoid"}, r"'sigmoid'.*softmax or none"),
+        ({"gating": "tanh"}, r"'tanh'.*softmax, sigmoid, none"),
         ({"dropout": 1.0}, r"dropout.*below 1, not 1\.0"),
         ({"dropout": -0.1}, r"dropout.*not -0\.1"),
         ({"dropout": float("nan")}, "dropout.*not nan"),

@@ -38,6 +38,7 @@ VARIANTS = {
     "diverse": {"filters": "diverse"},
     "prime": {"filters": "prime"},
     "listed, ungated": {"filters": [[4, 8], [2, 3, 8, 9]], "gating": "none", "components": 2},
+    "sigmoid": {"gating": "sigmoid"},
     "everything": {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
 }
 
@@ -361,7 +362,7 @@ DAMAGES = {
         f"adapter format {FORMAT_VERSION + 1}.*Upgrade moka_pl",
     ),
     "no base": (lambda a: change_config(a, base_model_name_or_path=None), "base_model_name_or_path"),
-    "unknown option": (lambda a: change_config(a, gating="sigmoid"), "damaged: unknown gating 'sigmoid'"),
+    "unknown option": (lambda a: change_config(a, gating="tanh"), "damaged: unknown gating 'tanh'"),
     "option of another type": (lambda a: change_config(a, dropout="much"), "adapter_config.json is damaged"),
     "weights missing": (missing(WEIGHTS_NAME), "no adapter_model.safetensors"),
     "weights empty": (keep(WEIGHTS_NAME, 0), "adapter_model.safetensors is truncated or damaged"),
@@ -489,3 +490,23 @@ def test_the_model_card_tells_the_base_and_has_no_placeholder(name: str, tmp_pat
     assert body.index("| acc | 0.5000 |") < body.index("| val_loss | 1.2346 |")
     for placeholder in ("{", "}", "TODO", "None", "null", "[More"):
         assert placeholder not in card
+
+
+@pytest.mark.parametrize(
+    ("gating", "version", "equation"),
+    [
+        ("softmax", 1, "α = softmax(g)"),
+        ("sigmoid", 3, "α_i = (2/r) sigmoid(g_i)"),
+        ("none", 1, "α_i = 1/r"),
+    ],
+)
+def test_gates_are_told_and_only_sigmoid_ones_need_a_newer_format(
+    gating: str, version: int, equation: str, tmp_path: Path, tiny_llama
+) -> None:
+    inject_adapter(tiny_llama, config(gating=gating))
+    path = save_adapter(tmp_path / "adapter", tiny_llama, config(gating=gating), BASE)
+    stored = json.loads((path / CONFIG_NAME).read_text())
+    assert (stored["format_version"], stored["gating"]) == (version, gating)
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert f"`{equation}`" in card
+    assert f"| gating | {gating} |" in card

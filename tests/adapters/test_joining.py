@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moka_pl.adapters import MokaConfig, MokaLinear
 from moka_pl.adapters.base_weight import dense_weight
 from moka_pl.adapters.joining import join
+from moka_pl.gating import gates_of
 from moka_pl.joint import PlainUpdates
 from moka_pl.kronecker import delta_weight
 from moka_pl.packing import unpack
@@ -16,6 +17,7 @@ M, N, TOKENS = 24, 64, 40  # bitsandbytes misreads rows of 32 on some CPUs
 
 OPTIONS = {
     "gated": {"components": 3, "scaling": 1.7},
+    "sigmoid": {"components": 3, "gating": "sigmoid", "scaling": 1.7},
     "ungated": {"components": 3, "gating": "none", "scaling": 1.7},
     "prime": {"components": 2, "filters": "prime"},
 }
@@ -46,7 +48,8 @@ def tokens(count: int = TOKENS, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def joined(layer: MokaLinear, x: Tensor):
-    return join(layer.base_layer, x, layer.moka_B.dtype, layer.shapes, layer.scaling, layer.backend)
+    kind = layer.moka_B.dtype
+    return join(layer.base_layer, x, kind, layer.shapes, layer.scaling, layer.backend, layer.gating)
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
@@ -63,7 +66,8 @@ def test_one_product_gives_the_outputs_and_gradients_of_float64(backend, options
 
     exact = {name: p.detach().double().requires_grad_() for name, p in wanted.items()}
     r = layer.components
-    alpha = exact["moka_gate"].softmax(0) if "moka_gate" in exact else torch.full((r,), 1 / r).double()
+    gated = "moka_gate" in exact
+    alpha = gates_of(exact["moka_gate"], layer.gating) if gated else torch.full((r,), 1 / r).double()
     factors = unpack(exact.get("moka_A"), exact["moka_B"], layer.shapes)
     delta = delta_weight(alpha * layer.scaling, factors, layer.shapes, M, N)
     base = layer.base_layer

@@ -68,6 +68,7 @@ VARIANTS = {
     "prime": {"filters": "prime"},
     "padding and cutting": {"filters": [[3, 5, 4, 7], [7, 7, 7, 8], [9, 2]]},
     "ungated": {"gating": "none"},
+    "sigmoid": {"gating": "sigmoid"},
     "structured": {"backend": "structured"},
     "dense": {"backend": "dense"},
 }

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moka_pl.adapters import moka_layers
 from moka_pl.callbacks import GateMonitor
-from moka_pl.callbacks.gates import gate_matrix, layer_labels, normalised_entropy
+from moka_pl.callbacks.gates import gate_matrix, layer_labels
 
 LAYERS = [f"layer{i:02d}.{kind}_proj" for i in range(2) for kind in "qv"]
 
@@ -82,6 +82,30 @@ def test_interval_of_the_trainer_and_the_end(train, events):
     assert [event.step for event in found.Scalars("train/loss")]  # Lightning's own scalars share the axis
 
 
+def test_sigmoid_gates_have_a_sum_of_their_own(make_module, make_data, make_trainer, tmp_path):
+    logits = [[0.5, -1, 2], [0, 0, 0], [3, 3, 3], [-1, -2, -3.0]]
+    logger = TensorBoardLogger(tmp_path, name="run")
+    trainer = make_trainer(SetGates(logits), GateMonitor(), logger=logger, limit_train_batches=1)
+    trainer.fit(make_module(lr=0.0, adapter={"gating": "sigmoid"}), make_data())
+    found = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0})
+    found.Reload()
+
+    def last(tag):
+        return found.Scalars(tag)[-1].value
+
+    assert found.Scalars("gate_sum/mean")[0].value == pytest.approx(1)
+    sums = []
+    for layer, row in zip(LAYERS, logits, strict=True):
+        alpha = [2 / 3 / (1 + math.exp(-g)) for g in row]
+        sums.append(sum(alpha))
+        shares = [a / sums[-1] for a in alpha]
+        assert [last(f"gate/{layer}/alpha_{i}") for i in range(3)] == pytest.approx(alpha, rel=1e-5)
+        assert last(f"gate_sum/{layer}") == pytest.approx(sums[-1], rel=1e-5)
+        entropy = -sum(p * math.log(p) for p in shares) / math.log(3)
+        assert last(f"gate_entropy/{layer}") == pytest.approx(entropy, rel=1e-5)
+    assert last("gate_sum/mean") == pytest.approx(sum(sums) / 4, rel=1e-5)
+
+
 def test_heat_map(train, events):
     found = events(train, GateMonitor(), max_epochs=2)
     images = found.Images("gate_heatmap")
@@ -109,7 +133,25 @@ def test_heat_map_can_be_left_out(train, events):
 )
 @pytest.mark.filterwarnings("error:.*gate.*:UserWarning")
 def test_warnings(make_module, make_data, make_trainer, logits, message):
-    module = make_module(lr=0.0)
+    _check_warning(make_module(lr=0.0), make_data, make_trainer, logits, message)
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ([[1e-4, 0, 0]] * 4, "all gates are still uniform"),
+        ([[-0.5] * 3] * 4, None),  # all down together: they have learnt
+        ([[0.1, 0, 0], [0, -9.0, -9.0], [0, 0.2, 0], [-9.0, -9.0, 0]], "in 2 of 4 layers one .*layer00.v_p"),
+        ([[9.0, 0, -1]] * 4, None),  # others are open, too
+    ],
+)
+@pytest.mark.filterwarnings("error:.*gate.*:UserWarning")
+def test_warnings_of_sigmoid_gates(make_module, make_data, make_trainer, logits, message):
+    module = make_module(lr=0.0, adapter={"gating": "sigmoid"})
+    _check_warning(module, make_data, make_trainer, logits, message)
+
+
+def _check_warning(module, make_data, make_trainer, logits, message):
     trainer = make_trainer(SetGates(logits), GateMonitor(), max_epochs=2)
     if message is None:
         trainer.fit(module, make_data())
@@ -166,9 +208,3 @@ def test_labels():
         *experts,  # one label for both would mix their curves
         "model.projection",
     ]
-
-
-def test_entropy():
-    gates = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]])
-    assert normalised_entropy(gates).tolist() == pytest.approx([1, 0, 0.5])
-    assert normalised_entropy(torch.ones(2, 1)).tolist() == [1, 1]

@@ -59,6 +59,20 @@ def test_it_prints_the_gates(adapter: Path, capsys: pytest.CaptureFixture[str]) 
         assert float(entropy) == pytest.approx(expected_entropy, abs=6e-5)
 
 
+def test_it_prints_sigmoid_gates(make_adapter: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_adapter(gating="sigmoid")
+    inspect(path)
+    output = capsys.readouterr().out
+    assert facts(output)["gating"] == "sigmoid"
+    state = read_adapter_state(path)
+    for row in output.partition("\n\n")[2].splitlines()[1:]:
+        name, entropy, *alpha = row.split()
+        expected = 2 / 3 * torch.sigmoid(state[f"{name}.moka_gate"])
+        assert [float(a) for a in alpha] == pytest.approx(expected.tolist(), abs=6e-4)
+        shares = expected / expected.sum()
+        assert float(entropy) == pytest.approx(float(-(shares * shares.log()).sum() / math.log(3)), abs=6e-5)
+
+
 def test_a_single_component_has_full_entropy(make_adapter: Callable, capsys: pytest.CaptureFixture) -> None:
     inspect(make_adapter(components=1))
     assert capsys.readouterr().out.splitlines()[-1].split()[1:] == ["1.0000", "1.000"]

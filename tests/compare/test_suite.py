@@ -6,6 +6,7 @@ from moka_pl.compare.build import build_data, build_module, check_suite
 from moka_pl.compare.runs import run_of
 from moka_pl.compare.suite import find_suite, merged, read_suite
 from moka_pl.errors import ConfigError
+from moka_pl.learning_rates import LearningRateRatios
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "suites"
 SUITES = sorted(FOLDER.glob("*.yaml"))
@@ -125,3 +126,30 @@ def test_runs_are_told_apart_by_their_settings_not_their_names(tmp_path):
     tested = read_suite(written(tmp_path, SMALL), ["test={class_path: x}"])
     assert run_of(tested, a, 0.01, 0).key == run.key  # other tests need no other training
     assert run_of(tested, a, 0.01, 0).test_key != run.test_key
+
+
+def test_a_rival_may_have_rates_for_its_parts(tmp_path):
+    text = SMALL.replace("{name: a}", "{name: a, learning_rate_ratios: {right: 4}}")
+    a, b = read_suite(written(tmp_path, text)).rivals
+    suite = read_suite(written(tmp_path, text))
+    with_ratios, without = (run_of(suite, rival, 0.01, 0) for rival in (a, b))
+    assert build_module(with_ratios).learning_rate_ratios == LearningRateRatios(right=4)
+    assert build_module(without).learning_rate_ratios == LearningRateRatios()
+    assert with_ratios.key != without.key
+    assert "learning_rate_ratios" not in without.settings  # its hash is what it was before there were any
+
+
+@pytest.mark.parametrize(
+    ("ratios", "named"),
+    [("{right: -1}", r"rival a: .*right.*-1"), ("{rihgt: 2}", "rihgt"), ("4", "must be a mapping")],
+)
+def test_wrong_ratios_of_a_rival_are_refused_before_any_run(tmp_path, ratios, named):
+    text = SMALL.replace("{name: a}", f"{{name: a, learning_rate_ratios: {ratios}}}")
+    with pytest.raises(ConfigError, match=named):
+        check_suite(read_suite(written(tmp_path, text)))
+
+
+def test_ratios_of_a_rival_of_another_kind_are_refused_before_any_run(tmp_path):
+    rival = "{name: a, learning_rate_ratios: {right: 2}, adapter: {class_path: peft.LoraConfig}}"
+    with pytest.raises(ConfigError, match=r"rival a: .*not for LoraConfig"):
+        check_suite(read_suite(written(tmp_path, SMALL.replace("{name: a}", rival))))

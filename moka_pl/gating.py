@@ -1,0 +1,64 @@
+"""The gates α of a layer's components: from their logits g, their gradient back to those, their entropy."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Gating = Literal["softmax", "sigmoid", "none"]
+
+#: What α is with each kind of gating; all start at α_i = 1/r, the trained ones from g = 0.
+GATINGS: dict[str, str] = {
+    "softmax": "α = softmax(g)",
+    "sigmoid": "α_i = (2/r) sigmoid(g_i)",
+    "none": "α_i = 1/r",
+}
+
+
+def gates_of(logits: Tensor, gating: Gating) -> Tensor:
+    """Computes α from gate logits; differentiable.
+
+    Softmax gates share one sum of 1; sigmoid gates are independent, each from 0 to 2/r.
+
+    Args:
+        logits: g, shape (..., r).
+        gating: ``softmax`` or ``sigmoid``.
+
+    Returns:
+        α, shape (..., r).
+    """
+    if gating == "sigmoid":
+        return logits.sigmoid() * (2 / logits.shape[-1])
+    return logits.softmax(-1)
+
+
+def logits_gradient(gates: Tensor, grad: Tensor, gating: Gating) -> Tensor:
+    """Pulls a gradient with respect to α back to the logits.
+
+    Args:
+        gates: α, shape (r,).
+        grad: ∂L/∂α, shape (r,).
+        gating: ``softmax`` or ``sigmoid``.
+
+    Returns:
+        ∂L/∂g, shape (r,).
+    """
+    if gating == "sigmoid":
+        return gates * (1 - gates * (len(gates) / 2)) * grad  # dα_i/dg_i = α_i (1 - r α_i / 2)
+    return gates * (grad - (gates * grad).sum())  # dα_i/dg_j = α_i (δ_ij - α_j)
+
+
+def normalised_entropy(gates: Tensor) -> Tensor:
+    """−Σ p_i ln p_i / ln r of every row, with each gate's share p = α / Σ α.
+
+    Args:
+        gates: α, shape (layers, r).
+
+    Returns:
+        Entropies from 0 to 1, shape (layers,); 1 for a single component, which has no choice.
+    """
+    if gates.shape[1] == 1:
+        return torch.ones(len(gates))
+    shares = gates / gates.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+    return -torch.xlogy(shares, shares).sum(1) / math.log(gates.shape[1])

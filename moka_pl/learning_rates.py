@@ -1,0 +1,130 @@
+"""Learning rates of the parts of a MoKA adapter: left factors, right factors, gates."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from moka_pl.adapters import MokaConfig
+from moka_pl.errors import ConfigError
+
+_PARTS = {"moka_A": "left", "moka_B": "right", "moka_gate": "gate"}
+
+
+@dataclass
+class LearningRateRatios:
+    """Multiples of the optimizer's learning rate for the parts of a MoKA adapter.
+
+    They hold at every step of a schedule. What an adapter does not have (gates with ``gating: none``, left
+    factors of MoKA_s) needs no rate.
+
+    A temperature τ of the gates, softmax(g / τ) or sigmoid(g / τ), is no option of its own: to Adam it is
+    the same as ``gate: 1/τ``, as its steps do not grow with the gradients. (With weight decay, clipping or a
+    large ``eps`` the two differ.)
+
+    Args:
+        left: For the left factors A_i, which start random. 0 leaves a part where it starts.
+        right: For the right factors B_i, which start at zero. Above 1 it is for Kronecker products what
+            LoRA+ is for LoRA.
+        gate: For the gate logits g. With Adam, 1/τ acts as a temperature τ: gates of g / τ.
+    """
+
+    left: float = 1.0
+    right: float = 1.0
+    gate: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuses ratios that cannot work.
+
+        Raises:
+            ConfigError: Naming the part and its ratio.
+        """
+        for part, ratio in asdict(self).items():
+            if not 0 <= ratio < math.inf:
+                raise ConfigError(f"learning_rate_ratios.{part} must be 0 or more and finite, not {ratio}")
+
+    @property
+    def alike(self) -> bool:
+        """Whether all parts have the optimizer's rate."""
+        return self == LearningRateRatios()
+
+    def check_fits(self, adapter: Any) -> None:
+        """Refuses an adapter that has no such parts.
+
+        Raises:
+            ConfigError: If there are ratios other than 1 and the adapter is not MoKA.
+        """
+        if not self.alike and not isinstance(adapter, MokaConfig):
+            raise ConfigError(
+                f"learning_rate_ratios are for the factors and gates of MoKA, not for "
+                f"{type(adapter).__name__}; leave them out"
+            )
+
+
+def make_optimizer(
+    build: Callable[[Any], Optimizer],
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    ratios: LearningRateRatios,
+) -> Optimizer:
+    """Builds an optimizer, with a group for every part unless all have one rate.
+
+    Args:
+        build: Makes it of parameters or groups of them.
+        parameters: Trainable parameters by their names in the model.
+        ratios: Multiples of its learning rate.
+
+    Raises:
+        ConfigError: If the optimizer takes no groups or has no learning rate to multiply.
+    """
+    if ratios.alike:
+        return build([parameter for _, parameter in parameters])
+    found: dict[str, list[nn.Parameter]] = {part: [] for part in asdict(ratios)}
+    for name, parameter in parameters:
+        found[_PARTS[name.rpartition(".")[2]]].append(parameter)
+    groups = [{"params": members, "name": part} for part, members in found.items() if members]
+    try:
+        optimizer = build(groups)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the optimizer refuses the groups that learning_rate_ratios need: {error}"
+        ) from error
+    for group in optimizer.param_groups:
+        if group["lr"] is None:
+            raise ConfigError(
+                "learning_rate_ratios multiply the optimizer's learning rate, and "
+                f"{type(optimizer).__name__} has none here; give it an lr, or leave them out"
+            )
+        group["lr"] = group["lr"] * getattr(ratios, group["name"])  # not in place: groups may share a tensor
+    return optimizer
+
+
+def check_scheduler(scheduler: object, optimizer: Optimizer, rates: list[Any]) -> None:
+    """Refuses a scheduler that puts rates of its own in the place of the optimizer's.
+
+    Args:
+        scheduler: The scheduler.
+        optimizer: Its optimizer.
+        rates: The optimizer's rates before there was a scheduler.
+
+    Raises:
+        ConfigError: If the ratios would be lost.
+    """
+    begun = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    if any(float(a) != float(b) for a, b in zip(begun, rates, strict=True)):
+        raise ConfigError(
+            f"{type(scheduler).__name__} sets learning rates of its own, and learning_rate_ratios would be "
+            "lost; choose a scheduler that starts from the optimizer's, such as WarmupDecay"
+        )
+
+
+def logged_rates(optimizer: Optimizer, ratios: LearningRateRatios) -> dict[str, float]:
+    """The present rates by tag: ``train/lr`` before the ratios, and with ratios ``train/lr_<part>``."""
+    groups = optimizer.param_groups
+    if ratios.alike:
+        return {"train/lr": groups[0]["lr"]}
+    factors = [getattr(ratios, group["name"]) for group in groups]
+    plain = [group["lr"] / factor for group, factor in zip(groups, factors, strict=True) if factor > 0]
+    return {"train/lr": (plain or [0.0])[0]} | {f"train/lr_{group['name']}": group["lr"] for group in groups}
