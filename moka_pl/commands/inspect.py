@@ -25,8 +25,9 @@ def inspect(adapter: Path) -> None:
     }
     if found_at is not None and found_at != step:
         facts["these metrics are of step"] = f"{found_at} (the weights are of step {step})"
+    width = max(30, *(len(name) + 2 for name in facts))
     for name, value in facts.items():
-        print(f"{name:<30}{value}")
+        print(f"{name:<{width}}{value}")
     gates = {name.removesuffix(".moka_gate"): t for name, t in state.items() if name.endswith(".moka_gate")}
     if not gates:
         return
