@@ -117,9 +117,11 @@ class PeftMethod:
         return {name: value for name, value in found.items() if name not in _PASSING}
 
     def facts(self) -> dict[str, Any]:
-        """The method and the options that are not the method's defaults."""
+        """The method, its size, and the options that are not the method's defaults."""
         defaults = json.loads(json.dumps(type(self.config)().to_dict(), default=_plain))
-        told = {n: v for n, v in self.options().items() if v != defaults.get(n) and n != "peft_type"}
+        told = {
+            n: v for n, v in self.options().items() if (v != defaults.get(n) and n != "peft_type") or n == "r"
+        }
         targets = told.pop("target_modules", None)
         if targets is not None:
             told["target modules"] = targets if isinstance(targets, str) else ", ".join(targets)

@@ -168,3 +168,9 @@ def test_what_is_no_configuration_is_refused():
         method_of({"r": 8})
     with pytest.raises(ConfigError, match="'pissa' changes"):
         method_of(peft.LoraConfig(**LORA, init_lora_weights="pissa"))
+
+
+@pytest.mark.parametrize("rank", [8, 5])
+def test_the_rank_is_told_whether_it_is_the_default_or_not(rank):
+    facts = method_of(peft.LoraConfig(r=rank, lora_alpha=3, target_modules=["q_proj"])).facts()
+    assert facts == {"method": "LoRA", "r": rank, "lora_alpha": 3, "target modules": "q_proj"}
