@@ -2,9 +2,11 @@
 
 import json
 import logging
+import random
 from collections import Counter
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -58,8 +60,15 @@ def listed(module) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize(
     "data", [{}, {"packing": True, "batch_size": 1, "num_workers": 1}], ids=["padded", "packed"]
 )
-def test_a_run_that_chooses_is_the_run_with_what_it_chose(fit, data, caplog) -> None:
+def test_a_run_that_chooses_is_the_run_with_what_it_chose(fit, data, caplog, monkeypatch) -> None:
     caplog.set_level(logging.INFO, "lightning.pytorch")
+    read = first_gradient.first_batches
+
+    def drawing(*args):
+        torch.rand(1), random.random(), numpy.random.rand()
+        return read(*args)
+
+    monkeypatch.setattr(first_gradient, "first_batches", drawing)
     module, losses, batches, state = fit(AUTO, data=data)
     filters = module.adapter.filters
     assert filters == listed(module)
