@@ -97,6 +97,8 @@ def choose_shapes(
             f"{parameters} parameters are too few for {components} components of a layer of {m} × {n}; "
             f"the smallest shape takes {least}: raise the budget or lower components"
         )
+    # A larger one would leave too little for the others.
+    offered = tuple(s for s in offered if s.num_parameters <= parameters - (components - 1) * least)
     shares = {shape: captured_share(gradient, shape) for shape in offered}
     fair = parameters / components
 
