@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.errors import AdapterError
+from moka_pl.filters import describe_filters
 
 _REMEDY = "Resume with the configuration of the run that wrote it"
 
@@ -16,6 +17,12 @@ def trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
     """Keeps those entries of a state dict that belong to parameters that require a gradient."""
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     return {name: tensor for name, tensor in state.items() if name in trainable}
+
+
+def frozen_names(model: nn.Module) -> list[str]:
+    """Names of all buffers, and of the parameters that require no gradient."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return frozen + [name for name, _ in model.named_buffers()]
 
 
 def check_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -59,9 +66,10 @@ def check_same_factors(written: Mapping[str, Any], own: Mapping[str, Any]) -> No
     options = ("filters", "components", "gating") if kinds[1] == "MOKA" else sorted(own)
     for option in options:
         if "dropout" not in option and option in written and written[option] != own[option]:
+            its, mine = (_short(options[option]) for options in (written, own))
             raise AdapterError(
-                f"the checkpoint does not fit this model: its adapter.{option} is {written[option]!r}, "
-                f"here it is {own[option]!r}. {_REMEDY}"
+                f"the checkpoint does not fit this model: its adapter.{option} is {its}, here it is {mine}. "
+                f"{_REMEDY}"
             )
 
 
@@ -81,6 +89,11 @@ def check_same_ratios(written: Mapping[str, float], own: Mapping[str, float]) ->
                 f"the checkpoint was trained with learning_rate_ratios.{part} {written[part]:g}, here it is "
                 f"{ratio:g}. {_REMEDY}"
             )
+
+
+def _short(value: Any) -> str:
+    """A value to print; filters of hundreds of layers are described."""
+    return describe_filters(value) if isinstance(value, dict) else repr(value)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

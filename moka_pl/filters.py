@@ -21,6 +21,9 @@ PRIME_BUDGET = 0.8
 
 NAMED_FILTERS = ("diverse", "square", "prime")
 
+#: Filters that a run chooses itself when it begins, from its data (``moka_pl/first_gradient.py``).
+AUTO = "auto"
+
 Filters = str | Sequence[Sequence[int]]
 
 
@@ -53,8 +56,14 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
             return (_aspect_shape(m, n, 1.0),) * components
         if filters == "prime":
             return _prime_shapes(m, n, components)
+        if filters == AUTO:
+            raise ConfigError(
+                "filters: auto are chosen when a training run begins; without a trainer choose them with "
+                "scripts/choose_filters.py and give the file that it writes (or a mapping of layers to lists "
+                "of shapes) as filters"
+            )
         raise ConfigError(
-            f"unknown filters {filters!r}; choose one of {', '.join(NAMED_FILTERS)}, "
+            f"unknown filters {filters!r}; choose one of {', '.join((*NAMED_FILTERS, AUTO))}, "
             "or give a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
         )
     return _explicit_shapes(filters, components, m, n)

@@ -153,6 +153,10 @@ class MokaCLI(LightningCLI):
             # The folder's config.yaml stays what it is: the run from its beginning.
             self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
 
+    def before_fit(self) -> None:
+        """Tells the module whether a checkpoint follows; Lightning (2.6) says so only when it is built."""
+        self.model.resumes = self.config[self.subcommand].get("ckpt_path") is not None
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Adds our callbacks, but none of a kind that the user has chosen or switched off."""
         given = config["callbacks"] or []

@@ -1,6 +1,6 @@
 """The LightningModule: a frozen base with adapters, trained on completions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -15,10 +15,10 @@ from torch import Tensor
 from moka_pl.adapters import (
     BaseModel,
     MokaConfig,
-    inject_adapter,
     load_adapter_state,
     method_of,
     read_adapter,
+    unload,
 )
 from moka_pl.adapters.directory import check_base, read_adapter_state
 from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
@@ -27,11 +27,13 @@ from moka_pl.checkpoint import (
     check_same_factors,
     check_same_ratios,
     check_trainable_state,
+    frozen_names,
     rng_state,
     set_rng_state,
     trainable_state,
 )
 from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.first_gradient import OpenChoices
 from moka_pl.generation import generate_texts, named_option
 from moka_pl.learning_rates import LearningRateRatios, check_scheduler, logged_rates, make_optimizer
 from moka_pl.metrics import EvalMetrics
@@ -80,7 +82,13 @@ class MokaModule(LightningModule):
             replay them: several times faster for models of up to about a billion parameters on a GPU, at the
             price of the memory of a batch's activations. Packed batches, gradient checkpointing and CPUs go
             without.
+
+    Attributes:
+        resumes: Whether the coming fit goes on from a checkpoint, so that ``filters: auto`` need not choose.
+            (Without a word of it the choice is made, and gives way to the checkpoint's.)
     """
+
+    resumes: bool = False
 
     def __init__(
         self,
@@ -104,6 +112,7 @@ class MokaModule(LightningModule):
             self.adapter, self.adapter_prompt = stored.config, stored.extra.get("prompt")
         learning_rate_ratios.check_fits(self.adapter)
         self.learning_rate_ratios = replace(learning_rate_ratios)
+        self._open = OpenChoices(self.adapter if adapter_path is None else None)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
@@ -134,11 +143,17 @@ class MokaModule(LightningModule):
     def configure_model(self) -> None:
         """Loads the base onto this rank's device and injects the adapters (once).
 
+        What the configuration leaves to the first batches' gradient, a fit that begins chooses here.
+
         Raises:
             BackboneError: If the base cannot be had.
             AdapterError: If the adapters do not fit it.
+            ConfigError: If there are no batches to take a gradient of.
         """
         if self.model is not None:
+            if self._open.ready(self._trainer, self.resumes):
+                unload(self.model)
+                self._inject(self.model)
             return
         loaded = self.load_base()
         model = loaded.model
@@ -148,21 +163,17 @@ class MokaModule(LightningModule):
         self.base = BaseModel(self.backbone.name, self.backbone.revision, fingerprint(model), options)
         if self.adapter_path is not None:
             check_base(read_adapter(self.adapter_path), self.base.fingerprint, self.adapter_path)
-        self.adapted = inject_adapter(model, self.adapter)
-        if self.adapter_path is not None:
-            load_adapter_state(model, read_adapter_state(self.adapter_path), self.adapter_path)
         if self.gradient_checkpointing:
             # Non-reentrant: gradients reach the adapters although the embeddings need none, and DDP sees
             # every parameter once.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._inject(model)
+        if self.adapter_path is not None:
+            load_adapter_state(model, read_adapter_state(self.adapter_path), self.adapter_path)
         # Lightning keeps the mode it finds; a loaded model is in eval mode, which switches off
         # checkpointing and dropout.
         model.train()
         self.model = model
-        # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        everything = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
-        self._ddp_params_and_buffers_to_ignore = [name for name in everything if name not in trainable]
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
         rank_zero_info(
             f"{self.backbone.name} on {self.device} in {options['compute_dtype']}, "
@@ -170,6 +181,25 @@ class MokaModule(LightningModule):
             f"in {len(self.adapted)} layers, "
             f"{count:,} trainable parameters"
         )
+
+    def _inject(self, model: "PreTrainedModel") -> None:
+        """Puts the adapters into a plain model."""
+        self.adapter, self.adapted = self._open.inject(
+            model, self.adapter, self._trainer, self.device, self.resumes
+        )
+        # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
+        self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in frozen_names(model)]
+
+    def take_over(self, options: Mapping[str, Any]) -> None:
+        """Takes the filters that ``filters: auto`` chose in the run whose adapters are to be loaded.
+
+        Args:
+            options: That run's adapter options, as it stored them.
+        """
+        before, self.adapter = self.adapter, self._open.taken_over(self.adapter, options)
+        if self.model is not None and self.adapter is not before:
+            unload(self.model)
+            self._inject(self.model)
 
     def load_base(self) -> "Backbone":
         """Loads the frozen base onto this rank's device; subclasses may have one already."""
@@ -429,6 +459,7 @@ class MokaModule(LightningModule):
                 training would go on with other learning-rate ratios.
         """
         assert self.base is not None
+        self.take_over(checkpoint.get("moka_adapter", {}))
         # Before the sizes: factors of other shapes may fill vectors of the same length.
         check_same_factors(checkpoint.get("moka_adapter", {}), method_of(self.adapter).options())
         check_trainable_state(self, checkpoint["state_dict"])

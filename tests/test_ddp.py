@@ -78,8 +78,11 @@ def write_data(folder):
         path.write_text("\n".join(["question,choice0,choice1,choice2,choice3,answer", *rows]) + "\n")
 
 
-def fit(folder, name, devices, packing=False):
-    """Two epochs: four global batches of 4 examples and one of 3 in three steps, or one epoch of packs."""
+def fit(folder, name, devices, packing=False, adapter=None):
+    """Two epochs: four global batches of 4 examples and one of 3 in three steps, or one epoch of packs.
+
+    Returns the adapter's configuration.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(5)
     data = MixtureData(
@@ -100,7 +103,7 @@ def fit(folder, name, devices, packing=False):
     )
     module = MokaModule(
         BackboneConfig(name="tiny", weights="random"),
-        MokaConfig(components=3),
+        adapter or MokaConfig(components=3),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
         gradient_checkpointing=True,
     )
@@ -133,10 +136,12 @@ def fit(folder, name, devices, packing=False):
         "steps": steps.steps,
         "validations": steps.validations,
         "world": trainer.world_size,
+        "filters": module.adapter.filters,
         "ignored": len(module._ddp_params_and_buffers_to_ignore),
         "sums": {key: float(value.double().sum()) for key, value in adapter_state(module.causal_lm).items()},
     }
     (folder / f"{name}-rank{trainer.global_rank}.json").write_text(json.dumps(record))
+    return module.adapter
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +188,17 @@ def test_packed_steps_are_those_of_the_joint_batch(folder):
         assert mine == pytest.approx(theirs, rel=1e-4)
     assert first["steps"] == second["steps"]
     assert first["sums"] == second["sums"] == pytest.approx(single["sums"], rel=1e-3, abs=1e-4)
+
+
+def test_the_first_rank_chooses_filters_for_all(folder):
+    first, second, explicit = (
+        json.loads((folder / f"{name}.json").read_text())
+        for name in ("auto-rank0", "auto-rank1", "explicit-rank0")
+    )
+    assert isinstance(first["filters"], dict)
+    assert first["filters"] == second["filters"]
+    assert first["sums"] == second["sums"] == explicit["sums"]
+    assert first["steps"] == second["steps"] == explicit["steps"]
 
 
 def test_final_adapter_is_the_same(runs, folder):
@@ -243,6 +259,8 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     fit(place, "two", 2)
     fit(place, "packed-two", 2, packing=True)
+    chosen = fit(place, "auto", 2, packing=True, adapter=MokaConfig(components=3, filters="auto"))
+    fit(place, "explicit", 2, packing=True, adapter=chosen)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         torch.distributed.destroy_process_group()
         fit(place, "one", 1)

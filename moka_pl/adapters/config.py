@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from moka_pl.backends import BACKENDS
 from moka_pl.errors import ConfigError
-from moka_pl.filters import filter_shapes
+from moka_pl.filters import AUTO, filter_shapes
 from moka_pl.gating import GATINGS, Gating
 from moka_pl.shape import Shape
 
@@ -21,7 +21,9 @@ class MokaConfig:
         components: Number r of Kronecker components in a layer (not a rank). More components add parameters
             linearly; the paper uses 10.
         filters: Shapes of the factors: ``diverse`` (five aspect ratios in turn), ``square`` (one shape),
-            ``prime`` (MoKA_s: identity left factors, about 20% fewer parameters), or a list of
+            ``prime`` (MoKA_s: identity left factors, about 20% fewer parameters), ``auto`` (chosen layer by
+            layer when a training run begins, from the gradient of its first 4 optimizer steps' batches, the
+            first rank's share of them; the choice is what the run then has and saves), or a list of
             ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]`` or, with an identity of size k on the left,
             ``[k, m_b, n_b]``: one for all components or one each. A mapping gives every layer, by its full
             name, a list of its own; so does the path of a ``.json`` file of such a mapping, which
@@ -39,6 +41,14 @@ class MokaConfig:
         backend: How the update is computed: ``structured`` (never forms an m × n matrix), ``dense`` (forms
             one for a moment, cheaper for many tokens), ``fused`` (the same with Triton kernels, on a GPU) or
             ``auto``.
+        budget: For ``filters: auto``, entries of all factors of all adapted layers together; ``null`` is what
+            ``diverse`` takes with as many components.
+        start: How factors start, ΔW being 0 in either case. ``zero``: left ones random (Kaiming-uniform),
+            right ones at zero. ``gradient``: left ones along the same batches' gradient (among components of
+            one shape the first takes the best Kronecker product's, the second the next one's, ...), as large
+            as random ones. Only a training run that begins does that: a resumed one, or one from
+            ``adapter_path``, goes on from what was saved. Identities stay what they are; ``prime``, which has
+            no other left factors, refuses it.
     """
 
     components: int = 10
@@ -49,6 +59,8 @@ class MokaConfig:
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
     exclude_modules: list[str] | str | None = None
     backend: Literal["auto", "structured", "dense", "fused"] = "auto"
+    budget: int | None = None
+    start: Literal["zero", "gradient"] = "zero"
 
     def __post_init__(self) -> None:
         """Refuses values that cannot work, before anything is loaded.
@@ -68,7 +80,8 @@ class MokaConfig:
                     raise ConfigError(f"filters of layer {name}: {error}") from None
         else:
             size = 64 if isinstance(self.filters, str) else 1 << 30
-            filter_shapes(self.filters, self.components, size, size)
+            known = "diverse" if self.filters == AUTO else self.filters
+            filter_shapes(known, self.components, size, size)
         if self.gating not in GATINGS:
             raise ConfigError(f"unknown gating {self.gating!r}; choose {', '.join(GATINGS)}")
         if not 0 <= self.dropout < 1:
@@ -79,6 +92,22 @@ class MokaConfig:
             raise ConfigError(f"unknown backend {self.backend!r}; choose one of {', '.join(BACKENDS)}")
         if not self.target_modules:
             raise ConfigError("target_modules is empty; name at least one layer, or use all-linear")
+        self._check_beginning()
+
+    def _check_beginning(self) -> None:
+        if self.budget is not None and self.filters != AUTO:
+            raise ConfigError(
+                f"budget ({self.budget}) goes with filters: auto only; other filters have their size"
+            )
+        if self.budget is not None and self.budget < 1:
+            raise ConfigError(f"budget must be at least 1, not {self.budget}")
+        if self.start not in ("zero", "gradient"):
+            raise ConfigError(f"unknown start {self.start!r}; choose zero or gradient")
+        if self.start == "gradient" and self.filters == "prime":
+            raise ConfigError(
+                "start: gradient sets left factors, and those of filters: prime are identities; "
+                "set start: zero"
+            )
 
     @property
     def effective_scaling(self) -> float:

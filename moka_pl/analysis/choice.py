@@ -6,7 +6,7 @@ for any shape without training (:mod:`moka_pl.analysis.nearest`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from moka_pl.analysis.gradients import MEMORY, linear_layers, weight_gradients
 from moka_pl.analysis.nearest import captured_share, nearest_products, product_matrix
 from moka_pl.errors import ConfigError
-from moka_pl.filters import count_parameters, divisors, listed
-from moka_pl.shape import Shape
+from moka_pl.filters import count_parameters, divisors, filter_shapes, listed
+from moka_pl.shape import Shape, group_equal
 
 #: Shapes of a layer that are fitted again to what earlier components leave; the others are ranked once.
 SHORTLIST = 24
@@ -97,6 +97,8 @@ def choose_shapes(
             f"{parameters} parameters are too few for {components} components of a layer of {m} × {n}; "
             f"the smallest shape takes {least}: raise the budget or lower components"
         )
+    # A larger one would leave too little for the others.
+    offered = tuple(s for s in offered if s.num_parameters <= parameters - (components - 1) * least)
     shares = {shape: captured_share(gradient, shape) for shape in offered}
     fair = parameters / components
 
@@ -106,17 +108,22 @@ def choose_shapes(
     short = sorted(offered, key=order)[:SHORTLIST]
     smallest = min(offered, key=lambda shape: shape.num_parameters)
     short += [] if smallest in short else [smallest]  # what the last components may still afford
+    whole = float(gradient.square().sum())
+    known = {shape: shares[shape] * whole for shape in short}  # energies when last computed
     chosen: list[Shape] = []
     residual = gradient
     for left in range(components, 0, -1):
         allowed = parameters - (left - 1) * least
         fair = parameters / left
         best: tuple[float, Shape, Tensor] | None = None
-        for shape in short:
-            if shape.num_parameters > allowed:
-                continue
+        affordable = [shape for shape in short if shape.num_parameters <= allowed]
+        for shape in sorted(affordable, key=lambda s: -known[s] / (s.num_parameters + fair)):
+            # What a residual has for a shape hardly ever grows: no later one of this order can be better.
+            if best is not None and known[shape] / (shape.num_parameters + fair) < best[0]:
+                break
             (pair,), energies = nearest_products(residual, shape)
-            worth = float(energies[0]) / (shape.num_parameters + fair)
+            known[shape] = float(energies[0])
+            worth = known[shape] / (shape.num_parameters + fair)
             if best is None or worth > best[0] * (1 + 1e-6):
                 best = worth, shape, product_matrix(pair, shape, residual)
         assert best is not None
@@ -126,12 +133,54 @@ def choose_shapes(
     return chosen
 
 
+def layer_budgets(
+    layers: Mapping[str, nn.Linear], components: int, parameters: int | None = None
+) -> dict[str, int]:
+    """Shares a budget of factors' entries among layers as ``diverse`` would.
+
+    Args:
+        layers: The layers to adapt.
+        components: r of every layer.
+        parameters: Budget of all layers; None is what ``diverse`` takes.
+    """
+    usual = {
+        name: count_parameters([(layer.out_features, layer.in_features)], "diverse", components, gated=False)
+        for name, layer in layers.items()
+    }
+    scale = 1.0 if parameters is None else parameters / sum(usual.values())
+    return {name: int(scale * entries) for name, entries in usual.items()}
+
+
+def choose_within(
+    gradient: Tensor, components: int, parameters: int, identities: bool = False
+) -> list[Shape]:
+    """:func:`choose_shapes` among all shapes that a layer's budget suggests.
+
+    Those are the even ones of up to a component's share, and for layers that divide badly ``diverse``'s own.
+
+    Args:
+        gradient: ∂L/∂W, shape (m, n).
+        components: r.
+        parameters: Budget of the layer.
+        identities: Offer block-diagonal components, too.
+
+    Raises:
+        ConfigError: If the budget is too small.
+    """
+    m, n = gradient.shape
+    largest = max(int(8 * math.sqrt(m * n)), parameters // components)
+    with torch.no_grad():
+        even = candidate_shapes(m, n, largest, identities)
+        usual = filter_shapes("diverse", components, m, n)
+        return choose_shapes(gradient, components, parameters, (*even, *usual))
+
+
 def initial_left_factors(gradient: Tensor, shapes: Sequence[Shape]) -> list[Tensor | None]:
     """Left factors along the gradient: A_i from the nearest products, with the usual start's size.
 
     With the right factors at zero, ΔW = 0 still, and the first step of each B_i goes along
-    ``R(−∂L/∂W)ᵀ vec(A_i)``, which this A_i makes as large as a unit vector can. Components of one shape get
-    different singular vectors, and each shape sees what the earlier ones leave.
+    ``R(−∂L/∂W)ᵀ vec(A_i)``, which this A_i makes as large as a unit vector can. (The sign of A_i is that of
+    its B_i, and does not matter.) Components of one shape get the first, second, … singular vectors of R.
 
     Args:
         gradient: ∂L/∂W, shape (m, n).
@@ -139,16 +188,19 @@ def initial_left_factors(gradient: Tensor, shapes: Sequence[Shape]) -> list[Tens
 
     Returns:
         A_i, (m_a, n_a), or None for an identity; with the norm √(m_a / 3) that Kaiming-uniform entries have
-        on average. Where the gradient has nothing left for a component, None stands, too: keep its random
+        on average. Where the gradient has nothing (left) for a component, None stands, too: keep its random
         start.
     """
-    found: list[Tensor | None] = []
-    residual = gradient
-    for shape in shapes:
-        (pair,), energies = nearest_products(residual, shape)
-        residual = residual - product_matrix(pair, shape, residual)
-        usable = pair[0] is not None and bool(energies[0] > 1e-12 * gradient.square().sum())
-        found.append(pair[0] * math.sqrt(shape.m_a / 3) if usable and pair[0] is not None else None)
+    found: list[Tensor | None] = [None] * len(shapes)
+    whole = gradient.square().sum()
+    for shape, numbers in group_equal(shapes).items():
+        if shape.identity:
+            continue
+        pairs, energies = nearest_products(gradient, shape, len(numbers))
+        usable = (energies > 1e-12 * whole).tolist()
+        for number, (left, _), is_usable in zip(numbers, pairs, usable, strict=False):
+            if is_usable and left is not None:
+                found[number] = left * math.sqrt(shape.m_a / 3)
     return found
 
 
@@ -184,16 +236,7 @@ def choose_filters(
     Raises:
         ConfigError: If the budget is too small.
     """
-    layers = linear_layers(model, names)
-    usual = {
-        name: count_parameters([(layer.out_features, layer.in_features)], "diverse", components, gated=False)
-        for name, layer in layers.items()
-    }
-    scale = 1.0 if parameters is None else parameters / sum(usual.values())
+    budgets = layer_budgets(linear_layers(model, names), components, parameters)
     for name, gradient in weight_gradients(model, names, batches, loss, memory):
-        m, n = gradient.shape
-        largest = max(int(8 * math.sqrt(m * n)), int(scale * usual[name] / components))
-        offered = candidate_shapes(m, n, largest, identities)
-        with torch.no_grad():
-            chosen = choose_shapes(gradient, components, int(scale * usual[name]), offered)
-            yield name, [listed(shape) for shape in chosen], captured_share(gradient, chosen[0])
+        chosen = choose_within(gradient, components, budgets[name], identities)
+        yield name, [listed(shape) for shape in chosen], captured_share(gradient, chosen[0])

@@ -25,8 +25,13 @@ def weight_gradients(
     serve as well as dense ones. The layers of a pass share its forward and backward passes; their gradients
     are dropped before the next pass.
 
+    The cost: a pass is a forward and backward over all batches on the model's device. It holds ``memory``
+    bytes of gradients, the inputs of the pass's layers for one batch, and the activations of a training step.
+    Of LLaMA2-7B, q and v make 4 GiB of gradients: two passes at the default; all linear layers make 24 GiB.
+
     Args:
-        model: The model; it is put into evaluation mode meanwhile (no dropout, no checkpointing).
+        model: The model; it is put into evaluation mode meanwhile (no dropout), or, if it checkpoints its
+            activations, into training mode, in which alone it does.
         names: Full names of linear layers.
         batches: Batches, gone through once a pass.
         loss: Maps a batch to the scalar L.
@@ -38,7 +43,8 @@ def weight_gradients(
     """
     layers = linear_layers(model, names)
     training = model.training
-    model.eval()
+    # All of its modules, which transformers switches on and off one by one.
+    model.train(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
     try:
         for group in _groups(layers, memory):
             sums: dict[str, Tensor] = {}
@@ -58,27 +64,32 @@ def _of_batch(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the gradients of one batch; a layer that was called several times comes several times."""
     calls: list[tuple[str, Tensor, Tensor]] = []
+    recording = True
 
     def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:  # nothing before this layer needs a gradient: it begins here
                 output = output.detach().requires_grad_()
-            calls.append((name, inputs[0].detach(), output))
+            if recording:
+                calls.append((name, inputs[0].detach(), output))
             return output
 
         return hook
 
     handles = [layer.register_forward_hook(catch(name)) for name, layer in layers.items()]
+    found: tuple[Tensor | None, ...] = ()
     try:
         with torch.enable_grad():
             value = loss(batch)
+        recording = False  # checkpointed layers are called again; the hooks must then do the same to outputs
+        if calls and value.requires_grad:
+            # Not backward(): the model's own parameters shall get no gradient.
+            found = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    if not calls or not value.requires_grad:
+    if not found:
         return
-    # Not backward(): the model's own parameters shall get no gradient.
-    found = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
     for (name, x, _), gradient in zip(calls, found, strict=True):
         if gradient is not None:
             dtype = torch.promote_types(gradient.dtype, torch.float32)

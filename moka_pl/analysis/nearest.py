@@ -32,6 +32,8 @@ from moka_pl.shape import Shape
 _EXACT = 256
 #: Further directions and rounds of the iteration.
 _EXTRA, _ROUNDS = 6, 3
+#: Size of the Krylov space that a single leading pair is looked for in.
+_KRYLOV = 10
 
 
 def rearrange(matrix: Tensor, shape: Shape) -> Tensor:
@@ -146,14 +148,64 @@ def _nearest_blocks(matrix: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count`` leading singular triplets (U, σ, V), exact for small or float64 matrices."""
+    """The ``count`` leading singular triplets (U, σ, V), exact for float64."""
     short = min(matrix.shape)
     count = min(count, short)
-    if short <= _EXACT or matrix.dtype == torch.float64 or count + _EXTRA >= short:
+    if matrix.dtype == torch.float64:
         u, sizes, vt = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :count], sizes[:count], vt[:count].mT
+    if count == 1:
+        return _leading_pair(matrix)
+    if short <= _EXACT or count + _EXTRA >= short:
+        return _of_gram(matrix, count)
     devices = [matrix.device] if matrix.is_cuda else []
     with torch.random.fork_rng(devices):  # the same pairs every time, whatever was drawn before
         torch.manual_seed(0)
         u, sizes, v = torch.svd_lowrank(matrix, q=count + _EXTRA, niter=_ROUNDS)
     return u[:, :count], sizes[:count], v[:, :count]
+
+
+def _leading_pair(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplet, by Lanczos' iteration from the longest row: few operations, all small.
+
+    σ is never too large, and within a few per cent of the largest where that hardly stands out (noise).
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        v, sizes, u = _leading_pair(matrix.mT)
+        return u, sizes, v
+    basis = _unit(matrix[matrix.square().sum(1).argmax()])[:, None]  # (columns, 1)
+    images: list[Tensor] = []
+    for step in range(min(_KRYLOV, *matrix.shape)):
+        images.append(matrix @ basis[:, step])  # (rows,)
+        following = matrix.mT @ images[-1]  # (columns,)
+        for _ in range(2):  # once leaves rounding errors of what it takes away
+            following = following - basis @ (basis.mT @ following)
+        basis = torch.cat([basis, _unit(following)[:, None]], 1)
+    image = torch.stack(images, 1)  # (rows, steps)
+    _, vectors = torch.linalg.eigh((image.mT @ image).cpu())
+    inner = vectors[:, -1:].to(image)  # (steps, 1)
+    left = image @ inner  # (rows, 1)
+    return (
+        left / left.norm().clamp(min=torch.finfo(left.dtype).tiny),
+        left.norm()[None],
+        basis[:, :-1] @ inner,
+    )
+
+
+def _unit(vector: Tensor) -> Tensor:
+    size: Tensor = vector.norm()
+    return vector / size.clamp(min=torch.finfo(vector.dtype).tiny)
+
+
+def _of_gram(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triplets from the eigenvectors of the shorter side's products, in float64."""
+    if matrix.shape[0] > matrix.shape[1]:
+        v, sizes, u = _of_gram(matrix.mT, count)
+        return u, sizes, v
+    wide = matrix.double()
+    _, vectors = torch.linalg.eigh(wide @ wide.mT)  # ascending
+    u = vectors[:, -count:].flip(1)  # (rows, count)
+    v = wide.mT @ u  # (columns, count)
+    sizes = v.norm(dim=0)
+    v = v / sizes.clamp(min=torch.finfo(matrix.dtype).tiny)
+    return u.to(matrix.dtype), sizes.to(matrix.dtype), v.to(matrix.dtype)

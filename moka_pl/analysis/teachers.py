@@ -40,11 +40,15 @@ TEACHERS: dict[str, tuple[int, ...]] = {
 }
 
 
+#: Teachers that no few products hold: of rank 16, and without structure.
+HARDER: dict[str, tuple[Shape, ...]] = {"low rank (16)": (OFFERED[8],) * 16, "unstructured": ()}
+
+
 def teacher(parts: Sequence[Shape], side: int, seed: int) -> Tensor:
     """Draws ΔW* as a sum of random products, each of energy m / number of parts (outputs of variance 1).
 
     Args:
-        parts: Shapes of the products; they cover the layer exactly.
+        parts: Shapes of the products; they cover the layer exactly. Without any, all entries are random.
         side: m = n.
         seed: Seed of the factors.
 
@@ -53,6 +57,8 @@ def teacher(parts: Sequence[Shape], side: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(side, side)
+    if not parts:
+        total = torch.randn(side, side, generator=generator) / math.sqrt(side)
     for shape in parts:
         size = shape.m_a, shape.n_a
         left = torch.eye(shape.m_a) if shape.identity else torch.randn(size, generator=generator)
@@ -138,11 +144,23 @@ class Students:
         return torch.stack(norms, 1) * weights.square()
 
 
-def first_gradients(targets: Tensor, seeds: Sequence[int], tokens: int) -> Tensor:
+def correlation(side: int, decay: float = 1.0) -> Tensor:
+    """A matrix M, (n, n), for inputs ``M x`` of energy n whose k-th direction has a size as 1 / k^decay."""
+    generator = torch.Generator().manual_seed(30_000)
+    directions: Tensor = torch.linalg.qr(torch.randn(side, side, generator=generator)).Q
+    sizes = torch.arange(1, side + 1) ** -decay  # (n,)
+    sizes = sizes * math.sqrt(side) / sizes.square().sum().sqrt()
+    return directions @ torch.diag(sizes)
+
+
+def first_gradients(
+    targets: Tensor, seeds: Sequence[int], tokens: int, mixing: Tensor | None = None
+) -> Tensor:
     """∂L/∂W at ΔW = 0 of each run on inputs of its own, (S, m, n): ``−2 ΔW* Σ_t x_t x_tᵀ / (m T)``."""
     found = []
     for target, seed in zip(targets, seeds, strict=True):
         x = torch.randn(tokens, target.shape[1], generator=torch.Generator().manual_seed(20_000 + seed))
+        x = x if mixing is None else x @ mixing.mT  # (T, n)
         found.append(-2 * target @ (x.mT @ x) / (len(target) * tokens))
     return torch.stack(found)
 
@@ -154,6 +172,7 @@ def train(
     steps: int,
     tokens: int,
     points: int = 25,
+    mixing: Tensor | None = None,
 ) -> Runs:
     """Trains every run with Adam at its own learning rate, with a cosine to zero.
 
@@ -164,6 +183,7 @@ def train(
         steps: Optimizer steps.
         tokens: Random inputs a step; all runs see the same.
         points: Points of time at which gates are kept.
+        mixing: Inputs are M x with this M; None is the identity. The error is then that of the outputs.
 
     Returns:
         What became of them.
@@ -180,6 +200,7 @@ def train(
         if step == steps:
             break
         x = torch.randn(students.side, tokens, generator=generator)
+        x = x if mixing is None else mixing @ x  # (n, T)
         missing = (students.delta() - targets) @ x  # (S, m, T)
         loss = missing.square().mean((1, 2)).sum()  # a sum: each run has gradients of its own
         found = torch.autograd.grad(loss, parameters)
@@ -193,7 +214,10 @@ def train(
                 p -= each * first / size
     with torch.no_grad():
         energy = students.energies()
-        error = (students.delta() - targets).square().sum((1, 2)) / targets.square().sum((1, 2))
+        missing, whole = students.delta() - targets, targets
+        if mixing is not None:
+            missing, whole = missing @ mixing, whole @ mixing
+        error = missing.square().sum((1, 2)) / whole.square().sum((1, 2))
     return Runs(torch.stack(gates), kept, energy, error)
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from moka_pl.adapters import method_of
 from moka_pl.benchmark.bench import first_line
 from moka_pl.benchmark.machine import device_name
 from moka_pl.callbacks import GateMonitor
@@ -84,6 +86,8 @@ class Executor:
             outcome["trained"] = self._train(run, module, trainer, tokenizer, folder)
             self.store.write(run, outcome)
         elif test:
+            if run.rate is not None:
+                module.take_over(weights_options(folder / WEIGHTS))
             module.configure_model()
             if run.rate is not None:
                 load_weights(module, folder / WEIGHTS)
@@ -138,12 +142,21 @@ class Executor:
 
 
 def save_weights(module: ComparedModule, file: Path) -> None:
-    """Writes the trainable tensors."""
+    """Writes the trainable tensors, and the adapter's options, which the run may have chosen itself."""
     tensors = {n: p.detach().cpu().contiguous() for n, p in module.named_parameters() if p.requires_grad}
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.part")
-    save_file(tensors, part)
+    save_file(tensors, part, {"adapter": json.dumps(method_of(module.adapter).options())})
     part.replace(file)
+
+
+def weights_options(file: Path) -> dict[str, Any]:
+    """The adapter's options that were written with the weights; none in files of older versions."""
+    if not file.is_file():
+        return {}
+    with safe_open(file, "pt") as stored:
+        options: dict[str, Any] = json.loads((stored.metadata() or {}).get("adapter", "{}"))
+    return options
 
 
 def load_weights(module: ComparedModule, file: Path) -> None:

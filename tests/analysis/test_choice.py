@@ -21,6 +21,7 @@ from moka_pl.analysis.choice import (
     candidate_shapes,
     choose_filters,
     choose_shapes,
+    choose_within,
     initial_left_factors,
     rank_shapes,
 )
@@ -78,6 +79,15 @@ def test_noise_spends_most_of_the_budget() -> None:
     assert sum(shape.num_parameters for shape in chosen) > 0.8 * 6 * 60
 
 
+@pytest.mark.parametrize(("m", "n"), [(67, 131), (64, 64), (192, 576)])
+def test_the_budget_of_diverse_is_always_enough(m: int, n: int) -> None:
+    usual = filter_shapes("diverse", 4, m, n)
+    budget = sum(shape.num_parameters for shape in usual)
+    chosen = choose_within(draw(m, n).float(), 4, budget)
+    assert len(chosen) == 4
+    assert sum(shape.num_parameters for shape in chosen) <= budget
+
+
 def test_candidates_are_limited_and_need_no_identities() -> None:
     assert not any(shape.identity for shape in candidate_shapes(12, 8, identities=False))
     assert all(shape.num_parameters <= 24 for shape in candidate_shapes(12, 8, 24))
@@ -93,8 +103,12 @@ def test_left_factors_take_the_directions_of_the_gradient() -> None:
     a, b = draw(4, 3), draw(3, 4, seed=1)
     noise = 1e-3 * draw(12, 12, seed=2)
     identity = Shape(3, 3, 4, 4, identity=True)
-    first, none, second = initial_left_factors(torch.kron(a, b) + noise, [shape, identity, shape])
+    other = Shape(2, 6, 6, 2)
+    first, none, lone, second = initial_left_factors(
+        torch.kron(a, b) + noise, [shape, identity, other, shape]
+    )
     assert none is None
+    assert lone.shape == (2, 6)
     assert float(first.norm()) == pytest.approx((4 / 3) ** 0.5)
     cosine = (first * a).sum() / first.norm() / a.norm()
     assert float(cosine.abs()) == pytest.approx(1, abs=1e-3)

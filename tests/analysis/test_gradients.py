@@ -50,6 +50,23 @@ def test_a_model_that_trains_gets_no_gradients(tiny_llama) -> None:
     assert all(p.grad is None for p in tiny_llama.parameters())
 
 
+def test_checkpointed_activations_give_the_same(tiny_llama) -> None:
+    model = tiny_llama.requires_grad_(False)
+    names = find_targets(model, MokaConfig())
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss = lambda ids: score_tokens(model, ids, ids).nll.sum()  # noqa: E731
+    expected = dict(weight_gradients(model, names, batches_of(2), loss))
+    assert len(calls) == 2
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = dict(weight_gradients(model, names, batches_of(2), loss))
+    assert len(calls) == 6  # computed again in the backward pass
+    assert not model.training
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+        assert not model.get_submodule(name)._forward_hooks
+
+
 def test_four_bit_layers_and_layers_that_play_no_part() -> None:
     loaded = load_backbone(BackboneConfig(name="tiny", weights="random", quantization="nf4"), "cpu")
     names = find_targets(loaded.model, MokaConfig())

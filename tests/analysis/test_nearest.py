@@ -93,6 +93,20 @@ def test_several_products_leave_the_smaller_singular_values(shape: Shape, count:
     assert all(energy(a) == pytest.approx(1) for a, _ in pairs)
 
 
+@pytest.mark.parametrize("noise", [0.1, 1.0])
+@pytest.mark.parametrize("shape", [Shape(4, 6, 12, 8), Shape(48, 1, 1, 48), Shape(2, 2, 24, 24)], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_single_precision_finds_nearly_the_same(shape: Shape, count: int, noise: float) -> None:
+    matrix = draw(48, 4) @ draw(4, 48, seed=1) / 2 + noise * draw(48, 48, seed=2)
+    expected, energies = nearest_products(matrix, shape, count)
+    found, near = nearest_products(matrix.float(), shape, count)
+    torch.testing.assert_close(near.double(), energies, rtol=0.02, atol=0)
+    assert float(near[0]) <= float(energies[0]) * (1 + 1e-5)
+    exact = sum(product_matrix(pair, shape, matrix) for pair in expected)
+    own = sum(product_matrix(pair, shape, matrix.float()) for pair in found).double()
+    assert energy(matrix - own) <= energy(matrix - exact) * 1.02
+
+
 @settings(max_examples=60, deadline=None)
 @given(shape=blocks, m=st.integers(1, 20), n=st.integers(1, 20), seed=st.integers(0, 99))
 def test_blocks_solve_the_least_squares_problem(shape: Shape, m: int, n: int, seed: int) -> None:

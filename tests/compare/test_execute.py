@@ -7,10 +7,10 @@ from torch import nn
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig
 from moka_pl.compare.base import SharedBase
-from moka_pl.compare.execute import WEIGHTS, Executor
+from moka_pl.compare.execute import WEIGHTS, Executor, weights_options
 from moka_pl.compare.runs import frozen_run, run_of
 from moka_pl.compare.store import Store
-from moka_pl.compare.suite import read_suite
+from moka_pl.compare.suite import Rival, read_suite
 
 TINY = Path(__file__).parents[2] / "scripts" / "suites" / "tiny.yaml"
 
@@ -60,6 +60,24 @@ def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     frozen = execute(frozen_run(suite), True)
     assert frozen["trained"]["parameters"] == 0
     assert frozen["tested"]["items"]["nll"] != items["nll"]
+
+
+def test_runs_choose_their_filters_and_are_tested_with_them_later(suite, tmp_path):
+    execute = Executor(Store(tmp_path))
+    moka = suite.rivals[0]
+    adapter = {"components": 2, "filters": "auto", "start": "gradient"}
+    runs = [run_of(suite, Rival("auto", adapter, moka.learning_rates), 0.01, 0), run_of(suite, moka, 0.01, 0)]
+    whole, usual = (execute(run, True) for run in runs)
+    assert whole.get("error") is None
+    assert execute.base.loads == 1
+    assert whole["trained"]["batches"] == usual["trained"]["batches"]
+    filters = weights_options(execute.store.path(runs[0]) / WEIGHTS)["filters"]
+    assert len(filters) == 4
+    apart = Store(tmp_path / "apart")
+    assert "tested" not in Executor(apart)(runs[0], False)
+    again = Executor(apart)(runs[0], True)
+    assert again["trained"]["losses"] == execute.store.read(runs[0])["trained"]["losses"]
+    assert again["tested"]["items"] == whole["tested"]["items"]
 
 
 def test_a_run_that_fails_leaves_a_clean_base(suite, tmp_path):
