@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moka_pl.adapter_option import module_class
+from moka_pl.backbone import BackboneConfig
 from moka_pl.compare.module import ComparedModule
 from moka_pl.compare.runs import Run, run_of
 from moka_pl.compare.suite import Settings, Suite, merged
@@ -42,7 +43,7 @@ def build_module(run: Run) -> ComparedModule:
         "adapter": run.settings["adapter"],
         "optimizer": optimizer,
     }
-    for option in ("lr_scheduler", "gradient_checkpointing"):
+    for option in ("lr_scheduler", "gradient_checkpointing", "learning_rate_ratios"):
         if option in training:
             model[option] = training[option]
     parser = _module_parser(run.settings["adapter"].get("class_path"))
@@ -60,6 +61,19 @@ def build_data(settings: Settings) -> MokaDataModule:
     built = _instantiate(_data_parser(), {"data": settings}, "data").data
     assert isinstance(built, MokaDataModule)
     return built
+
+
+def backbone_of(settings: Settings) -> BackboneConfig:
+    """The options of a base model.
+
+    Raises:
+        ConfigError: If an option is unknown or has a wrong value.
+    """
+    backbone = _instantiate(
+        _module_parser(None), {"model": {"backbone": settings}}, "backbone"
+    ).model.backbone
+    assert isinstance(backbone, BackboneConfig)
+    return backbone
 
 
 def build_trainer(run: Run, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:

@@ -4,12 +4,13 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from moka_pl.compare.suite import FROZEN, Rival, Settings, Suite, merged
 
 #: Part of every hash: raised when the same settings come to mean another training.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Run:
     settings: Settings
     test: Settings
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of what is trained, 12 hexadecimal digits; names are no part of it."""
         return _hash([_FORMAT, self.settings, self.rate, self.seed])
 
-    @property
+    @cached_property
     def test_key(self) -> str:
         """Hash of what is tested."""
         return _hash([_FORMAT, self.test])
@@ -59,7 +60,7 @@ def run_of(suite: Suite, rival: Rival, rate: float, seed: int) -> Run:
         "backbone": merged(suite.backbone, rival.backbone),
         "adapter": rival.adapter,
         "data": suite.data,
-        "training": suite.training,
+        "training": merged(suite.training, rival.training),
     }
     return Run(rival.name, rate, seed, settings, suite.test or suite.data)
 

@@ -7,10 +7,10 @@ from torch import nn
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig
 from moka_pl.compare.base import SharedBase
-from moka_pl.compare.execute import WEIGHTS, Executor
+from moka_pl.compare.execute import ADAPTER, Executor
 from moka_pl.compare.runs import frozen_run, run_of
 from moka_pl.compare.store import Store
-from moka_pl.compare.suite import read_suite
+from moka_pl.compare.suite_file import read_suite
 
 TINY = Path(__file__).parents[2] / "scripts" / "suites" / "tiny.yaml"
 
@@ -36,12 +36,12 @@ def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     trained = [outcome["trained"] for outcome in whole]
     assert trained[0]["batches"] == trained[1]["batches"]
     assert trained[0]["parameters"] > trained[1]["parameters"] > 0
-    assert [step for step, _ in trained[0]["losses"]] == [0, 1]
+    assert [step for step, _ in trained[0]["losses"]] == [1, 2]
     other = execute(run_of(suite, moka, 0.01, 1), False)
     assert other["trained"]["batches"] != trained[0]["batches"]
     # Every item is there, and they add up to the scores.
     tested = whole[0]["tested"]
-    items = tested["items"]
+    items = store.read_items(runs[0])
     assert len(items["task"]) == 20
     for task, scores in tested["tasks"].items():
         own = [i for i, name in enumerate(items["task"]) if name == task]
@@ -54,12 +54,12 @@ def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     assert "tested" not in alone(runs[1], False)
     again = Executor(apart)(runs[1], True)
     assert again["trained"]["losses"] == store.read(runs[1])["trained"]["losses"]
-    assert again["tested"]["items"] == whole[1]["tested"]["items"]
-    assert (apart.path(runs[1]) / WEIGHTS).is_file()
+    assert apart.read_items(runs[1]) == store.read_items(runs[1])
+    assert (apart.path(runs[1]) / ADAPTER).is_dir()
     # The base without training scores otherwise.
-    frozen = execute(frozen_run(suite), True)
-    assert frozen["trained"]["parameters"] == 0
-    assert frozen["tested"]["items"]["nll"] != items["nll"]
+    frozen = frozen_run(suite)
+    assert execute(frozen, True)["trained"]["parameters"] == 0
+    assert store.read_items(frozen)["nll"] != items["nll"]
 
 
 def test_a_run_that_fails_leaves_a_clean_base(suite, tmp_path):

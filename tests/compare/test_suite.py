@@ -4,7 +4,8 @@ import pytest
 
 from moka_pl.compare.build import build_data, build_module, check_suite
 from moka_pl.compare.runs import run_of
-from moka_pl.compare.suite import find_suite, merged, read_suite
+from moka_pl.compare.suite import merged
+from moka_pl.compare.suite_file import find_suite, keep_rivals, read_suite
 from moka_pl.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "suites"
@@ -67,7 +68,8 @@ def test_a_suite_of_ones_own_with_options_over_it(tmp_path):
     file = written(tmp_path, SMALL)
     assert find_suite(str(file), FOLDER) == file
     assert find_suite("tiny", FOLDER) == FOLDER / "tiny.yaml"
-    suite = read_suite(file, ["training.trainer.max_steps=3", "seeds=[4]", "reference=a"], ["b"])
+    suite = read_suite(file, ["training.trainer.max_steps=3", "seeds=[4]", "reference=a"])
+    (suite,) = keep_rivals([suite], ["b"])
     assert suite.training == {"trainer": {"max_steps": 3}}
     assert suite.seeds == (4,)
     assert [rival.name for rival in suite.rivals] == ["b"]
@@ -99,7 +101,7 @@ def test_unknown_suites_rivals_and_options_are_refused(tmp_path):
         find_suite("none", FOLDER)
     file = written(tmp_path, SMALL)
     with pytest.raises(ConfigError, match="no rival 'c'"):
-        read_suite(file, (), ["c"])
+        keep_rivals([read_suite(file)], ["c"])
     with pytest.raises(ConfigError, match="key=value"):
         read_suite(file, ["seeds"])
 
