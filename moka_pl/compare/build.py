@@ -30,8 +30,12 @@ _TRAINER: Settings = {
 _OPTIMIZER: Settings = {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.0}}
 
 
-def build_module(run: Run) -> ComparedModule:
+def build_module(run: Run, adapter: Path | None = None) -> ComparedModule:
     """The module of a run, with its learning rate.
+
+    Args:
+        run: The run.
+        adapter: The adapter directory that an earlier training of it left, to start from.
 
     Raises:
         ConfigError: If an option is unknown or has a wrong value.
@@ -46,6 +50,8 @@ def build_module(run: Run) -> ComparedModule:
     for option in ("lr_scheduler", "gradient_checkpointing", "learning_rate_ratios"):
         if option in training:
             model[option] = training[option]
+    if adapter is not None:
+        model["adapter_path"] = str(adapter)
     parser = _module_parser(run.settings["adapter"].get("class_path"))
     built = _instantiate(parser, {"model": model}, f"rival {run.rival}").model
     assert isinstance(built, ComparedModule)

@@ -67,7 +67,10 @@ def _entry(suite: Suite, rival: Rival, store: Store) -> Entry:
     runs = [] if rate is None else [run_of(suite, rival, rate, seed) for seed in suite.seeds]
     known = _Known(runs, store)
     untested = [run for run in runs if run.seed not in known.outcomes and str(run) not in known.errors]
-    missing += [f"{run}{': test' if known.is_trained(run) else ''}" for run in untested]
+    if missing:  # what is picked of some rates may not be what is picked of all
+        missing.append(f"{rival.name}: the picked learning rate with {len(suite.seeds)} seeds, and its tests")
+    else:
+        missing += [f"{run}{': test' if known.is_trained(run) else ''}" for run in untested]
     edge = len(rival.learning_rates) > 1 and rate in {min(rival.learning_rates), max(rival.learning_rates)}
     errors = known.errors | others.errors
     return Entry(rival.name, rate, edge, tried, known.outcomes, known.items, errors, tuple(missing))

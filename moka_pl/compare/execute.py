@@ -8,12 +8,11 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
 
-from moka_pl.adapters import read_adapter, save_adapter
+from moka_pl.adapters import save_adapter
 from moka_pl.benchmark.bench import first_line
 from moka_pl.benchmark.machine import device_name, versions
 from moka_pl.benchmark.memory import free_memory
@@ -29,7 +28,7 @@ from moka_pl.compare.spectra import spectra_summary
 from moka_pl.compare.store import Outcome, Store, tested_with
 from moka_pl.compare.suite import Settings
 from moka_pl.compare.warning import warn
-from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.errors import ConfigError
 
 #: Folder of the trained adapter in the run's folder.
 ADAPTER = "adapter"
@@ -72,9 +71,14 @@ class Executor:
 
     def _execute(self, run: Run, test: bool, outcome: Outcome) -> None:
         folder = self.store.path(run)
-        module = build_module(run)
+        if run.rate is not None and not (folder / ADAPTER).is_dir():
+            outcome.pop(
+                "trained", None
+            )  # its adapter was left behind somewhere: what is to be tested is lost
+        trained = "trained" in outcome
+        module = build_module(run, folder / ADAPTER if trained and run.rate is not None else None)
         module.shared = self.base
-        if "trained" not in outcome:
+        if not trained:
             shutil.rmtree(folder, ignore_errors=True)  # curves of an attempt that did not end
         series = Series()
         gated = run.rate is not None and "class_path" not in run.settings["adapter"]
@@ -82,12 +86,10 @@ class Executor:
         trainer = build_trainer(run, folder, monitors)
         # First of all, so that no random number is drawn between the seed and the adapters' start.
         tokenizer = self.base.get(module.backbone, trainer.strategy.root_device).tokenizer
-        if "trained" not in outcome:
+        if not trained:
             outcome["trained"] = self._train(run, module, trainer, series, tokenizer)
             self.store.write(run, outcome)
         elif test:
-            if run.rate is not None:
-                start_from(module, folder / ADAPTER)
             module.configure_model()
         if test and not tested_with(outcome, run):
             start = time.monotonic()
@@ -137,19 +139,6 @@ class Executor:
         if key not in self._data:
             self._data[key] = PreparedData(build_data(settings), tokenizer, stage)
         return self._data[key]
-
-
-def start_from(module: ComparedModule, folder: Path) -> None:
-    """Lets a module that is not built yet begin with a saved adapter.
-
-    Raises:
-        AdapterError: If the adapter is missing or damaged.
-    """
-    try:
-        module.adapter = read_adapter(folder).config
-    except AdapterError as error:
-        raise AdapterError(f"{error}; delete {folder.parent}, and the run is trained again") from error
-    module.adapter_path = str(folder)
 
 
 def _spectra(module: ComparedModule) -> dict[str, Any] | None:

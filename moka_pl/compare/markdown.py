@@ -54,6 +54,8 @@ def _cells(row: Row, tasks: Sequence[str], several: bool, seeds: int) -> list[st
         return [entry.name, shown, *[""] * (len(tasks) + several + 3)]
     rate = "" if entry.rate is None else f"{entry.rate:g}{' *' if entry.edge else ''}"
     notes = ["some runs failed"] if entry.errors else []
+    if len(entry.trials) > 1 and entry.missing and any(trial.loss is None for trial in entry.trials):
+        notes.append("not all rates tried")
     if entry.rate is not None and len(entry.outcomes) < seeds:
         notes.append(f"{len(entry.outcomes)} of {seeds} seeds")
     name = f"{entry.name} ({', '.join(notes)})" if notes else entry.name

@@ -24,6 +24,7 @@ def draw_spectra(report: "Report", file: Path) -> None:
                 axis.plot(spectrum["index"], sizes, label=name, linewidth=1.3, **style_of(index))
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.set_ylim(1e-4, 1.5)
         axis.set_xlabel("i")
         axis.set_title(f"{kind}: σ_i / σ_1 of ΔW, mean over layers and seeds", fontsize=9)
         axis.grid(alpha=0.3)
