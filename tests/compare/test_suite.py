@@ -69,7 +69,7 @@ def test_the_variants_that_are_to_beat_moka_have_its_size():
     for rival in read_suite(FOLDER / "beat-smollm2.yaml").rivals:
         filters = rival.adapter.get("filters", "diverse")
         if "class_path" not in rival.adapter and filters != "auto":
-            assert count_parameters(layers, filters, 10, gated=False) == pytest.approx(wanted, rel=0.05)
+            assert count_parameters(layers, filters, 10, gated=False) == pytest.approx(wanted, rel=0.06)
 
 
 def test_suites_that_extend_another_share_its_runs():
