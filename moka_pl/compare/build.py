@@ -47,9 +47,11 @@ def build_module(run: Run, adapter: Path | None = None) -> ComparedModule:
         "adapter": run.settings["adapter"],
         "optimizer": optimizer,
     }
-    for option in ("lr_scheduler", "gradient_checkpointing", "learning_rate_ratios"):
+    for option in ("lr_scheduler", "gradient_checkpointing"):
         if option in training:
             model[option] = training[option]
+    if "learning_rate_ratios" in run.settings:
+        model["learning_rate_ratios"] = run.settings["learning_rate_ratios"]
     if adapter is not None:
         model["adapter_path"] = str(adapter)
     parser = _module_parser(run.settings["adapter"].get("class_path"))

@@ -21,7 +21,8 @@ class Run:
         rival: Name of the rival.
         rate: Learning rate; None for the frozen base.
         seed: Seed of the data's order and the adapters' start.
-        settings: ``backbone``, ``adapter``, ``data``, ``training`` of the run.
+        settings: ``backbone``, ``adapter``, ``data``, ``training`` of the run, and ``learning_rate_ratios``
+            where it has some.
         test: The data module whose test data are reported.
     """
 
@@ -60,8 +61,10 @@ def run_of(suite: Suite, rival: Rival, rate: float, seed: int) -> Run:
         "backbone": merged(suite.backbone, rival.backbone),
         "adapter": rival.adapter,
         "data": suite.data,
-        "training": merged(suite.training, rival.training),
+        "training": suite.training,
     }
+    if rival.learning_rate_ratios:  # not in the hashes of runs without
+        settings["learning_rate_ratios"] = rival.learning_rate_ratios
     return Run(rival.name, rate, seed, settings, suite.test or suite.data)
 
 

@@ -21,14 +21,14 @@ class Rival:
         adapter: What the module's option ``adapter`` takes.
         learning_rates: Rates that are tried.
         backbone: Options of the base for this rival only, over the suite's.
-        training: Options of the training for this rival only, over the suite's.
+        learning_rate_ratios: The module's option of that name; empty for one rate.
     """
 
     name: str
     adapter: Settings
     learning_rates: tuple[float, ...]
     backbone: Settings = field(default_factory=dict)
-    training: Settings = field(default_factory=dict)
+    learning_rate_ratios: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Suite:
             the learning rate.
         test: Data module whose test data are reported; None takes that of ``data``.
         training: ``trainer`` (options of Lightning's trainer), ``optimizer`` and ``lr_scheduler``
-            (``class_path``, ``init_args``), ``gradient_checkpointing``, ``learning_rate_ratios``.
+            (``class_path``, ``init_args``), ``gradient_checkpointing``.
         seeds: Seeds of the order of the data and the start of the adapters.
         pick: The rate is picked by the validation loss of the ``first`` seed, or by its mean over ``all``.
         frozen: Test the base without training, too.

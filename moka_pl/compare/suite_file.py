@@ -14,8 +14,8 @@ _PICKS = ("first", "all")
 _OWN_KEYS = {"name", "about", "reference", "rivals"}
 _KEYS = {"extends", "corpus", "backbone", "data", "test", "training", "learning_rates", "seeds", "pick"}
 _KEYS |= {"frozen"} | _OWN_KEYS
-_RIVAL_KEYS = {"name", "adapter", "learning_rates", "backbone", "learning_rate_ratios"}
-_TRAINING_KEYS = {"trainer", "optimizer", "lr_scheduler", "gradient_checkpointing", "learning_rate_ratios"}
+_RIVAL_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "backbone"}
+_TRAINING_KEYS = {"trainer", "optimizer", "lr_scheduler", "gradient_checkpointing"}
 
 
 def find_suite(name: str, folder: Path) -> Path:
@@ -171,10 +171,13 @@ def _rival(written: object, rates: object, index: int) -> Rival:
             f"learning_rates of {written['name']} must be a list of numbers above 0, not {rates!r} "
             "(YAML reads 4e-3 as text: write 4.0e-3)"
         )
-    key = "learning_rate_ratios"
-    training = {key: _mapping(written, key)} if key in written else {}
-    adapter, backbone = _mapping(written, "adapter"), _mapping(written, "backbone")
-    return Rival(str(written["name"]), adapter, tuple(rates), backbone, training)
+    return Rival(
+        str(written["name"]),
+        _mapping(written, "adapter"),
+        tuple(rates),
+        _mapping(written, "backbone"),
+        _mapping(written, "learning_rate_ratios"),
+    )
 
 
 def _put(written: Settings, change: str) -> None:

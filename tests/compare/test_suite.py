@@ -96,9 +96,7 @@ rivals: [b, {name: c, learning_rate_ratios: {right: 4.0}}]
     assert (suite.name, suite.about, suite.reference, suite.seeds) == ("mine", "", None, (4,))
     assert suite.data == {"class_path": "moka_pl.data.CommonsenseData", "init_args": {"batch_size": 3}}
     assert [(rival.name, rival.learning_rates) for rival in suite.rivals] == [("b", (0.01,)), ("c", (0.5,))]
-    assert run_of(suite, suite.rivals[1], 0.5, 4).settings["training"] == {
-        "learning_rate_ratios": {"right": 4.0}
-    }
+    assert run_of(suite, suite.rivals[1], 0.5, 4).settings["learning_rate_ratios"] == {"right": 4.0}
     whole = read_suite(written(tmp_path, "extends: base\nseeds: [5]\n"))
     assert ([rival.name for rival in whole.rivals], whole.reference) == (["a", "b"], "a")
 
