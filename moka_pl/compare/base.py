@@ -76,6 +76,7 @@ class SharedBase:
             if module._modules != children:
                 module._modules.clear()
                 module._modules.update(children)
+        vars(model).pop("peft_config", None)  # of PEFT's methods, which warn of it when they find it
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):

@@ -1,7 +1,9 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter
@@ -37,6 +39,16 @@ def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     assert trained[0]["batches"] == trained[1]["batches"]
     assert trained[0]["parameters"] > trained[1]["parameters"] > 0
     assert [step for step, _ in trained[0]["losses"]] == [1, 2]
+    gates, spectra = trained[0]["gates"], trained[0]["spectra"]
+    assert gates["steps"] == [0, 1, 2]
+    assert gates["entropy"][0] == 1 > gates["entropy"][-1]
+    assert [round(values[0], 4) for values in gates["shapes"].values()] == [1] * len(gates["shapes"])
+    assert trained[1]["gates"] is None  # not gated
+    assert len(spectra["layers"]) == len(spectra["stable_rank"]) == 4
+    pairs = zip(spectra["stable_rank"], spectra["entropy_rank"], strict=True)
+    assert all(1 <= stable <= entropy for stable, entropy in pairs)
+    assert spectra["kinds"].keys() == {"q_proj", "v_proj"}
+    assert all(kind["size"][0] == 1 and kind["index"][0] == 1 for kind in spectra["kinds"].values())
     other = execute(run_of(suite, moka, 0.01, 1), False)
     assert other["trained"]["batches"] != trained[0]["batches"]
     # Every item is there, and they add up to the scores.
@@ -62,6 +74,16 @@ def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     assert store.read_items(frozen)["nll"] != items["nll"]
 
 
+def test_a_run_whose_adapter_is_gone_is_trained_again_for_its_test(suite, tmp_path):
+    store = Store(tmp_path)
+    run = run_of(suite, suite.rivals[0], 0.01, 0)
+    first = Executor(store)(run, False)
+    shutil.rmtree(store.path(run) / ADAPTER)
+    second = Executor(store)(run, True)
+    assert second["trained"]["losses"] == first["trained"]["losses"]
+    assert second["tested"]["key"] == run.test_key
+
+
 def test_a_run_that_fails_leaves_a_clean_base(suite, tmp_path):
     execute = Executor(Store(tmp_path))
     broken = run_of(suite, suite.rivals[0], 0.01, 0)
@@ -78,15 +100,17 @@ def base():
     return SharedBase(), BackboneConfig("tiny", weights="random", quantization="none")
 
 
-def test_adapters_are_taken_out_again(base):
+@pytest.mark.parametrize("adapter", [MokaConfig(components=2), LoraConfig(target_modules=["q_proj"])])
+def test_adapters_are_taken_out_again(base, adapter):
     shared, config = base
     model = shared.get(config, "cpu").model
-    before = dict(model.named_modules())
-    inject_adapter(model, MokaConfig(components=2))
+    before, attributes = dict(model.named_modules()), set(vars(model))
+    inject_adapter(model, adapter)
     assert dict(model.named_modules()) != before
     model.train()
     assert shared.restore()
     assert dict(model.named_modules()) == before
+    assert set(vars(model)) == attributes
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
     assert shared.get(config, "cpu").model is model
