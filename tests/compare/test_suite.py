@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parents[2] / "scripts" / "suites"
 #: Suites with options that this package does not have yet.
 AHEAD = {"beat-smollm2", "gates"}
 SUITES = sorted(file for file in FOLDER.glob("*.yaml") if file.stem not in AHEAD)
+_OPTIONS = ("max_steps=3", "limit_test_batches=2")
 SMALL = """data: {class_path: moka_pl.data.CommonsenseData}
 learning_rates: [1.0e-2]
 rivals: [{name: a}, {name: b}]
@@ -196,6 +197,9 @@ def test_runs_are_told_apart_by_their_settings_not_their_names(tmp_path):
     changes = ("backbone.name=x", "training.trainer.max_steps=1", "data.init_args.path=p")
     others += [run_of(read_suite(written(tmp_path, SMALL), [change]), a, 0.01, 0) for change in changes]
     assert len({run.key, *(other.key for other in others)}) == 6
+    # The frozen base heeds what concerns its test only.
+    more = [frozen_run(read_suite(written(tmp_path, SMALL), [f"training.trainer.{x}"])) for x in _OPTIONS]
+    assert [frozen.settings["training"] for frozen in more] == [{}, {"trainer": {"limit_test_batches": 2}}]
     tested = read_suite(written(tmp_path, SMALL), ["test={class_path: x}"])
     assert run_of(tested, a, 0.01, 0).key == run.key  # other tests need no other training
     assert run_of(tested, a, 0.01, 0).test_key != run.test_key
