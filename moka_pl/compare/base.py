@@ -1,7 +1,7 @@
 """One frozen base that adapters are put into and taken out of again."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from moka_pl.benchmark.memory import free_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Checksums = dict[str, tuple[float, float]]
+Checksums = list[int]
+
+#: Whole numbers by their size in bytes.
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
@@ -73,6 +76,7 @@ class SharedBase:
             if module._modules != children:
                 module._modules.clear()
                 module._modules.update(children)
+        vars(model).pop("peft_config", None)  # of PEFT's methods, which warn of it when they find it
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -93,13 +97,13 @@ class SharedBase:
 
 @torch.no_grad()
 def checksums(model: "PreTrainedModel") -> Checksums:
-    """Two sums of every parameter, of which training changes at least one."""
-    return {name: _sums(parameter) for name, parameter in model.named_parameters()}
+    """A sum of the bits of every parameter, which any training changes, shape (parameters,).
+
+    Whole numbers, added where the parameters are: their order does not matter, and one copy brings them all.
+    """
+    return torch.stack([_sum(parameter) for parameter in model.parameters()]).tolist()
 
 
-def _sums(tensor: Tensor) -> tuple[float, float]:
-    # On the CPU always: sums on a GPU could differ in their last bits, as their order may.
-    values: Any = tensor.detach().cpu()
-    values = values.float() if values.is_floating_point() else values.int()
-    flat = values.reshape(-1)
-    return flat.sum(dtype=torch.float64).item(), flat.abs().sum(dtype=torch.float64).item()
+def _sum(tensor: Tensor) -> Tensor:
+    whole = _WHOLE[tensor.element_size()]
+    return tensor.detach().contiguous().view(whole).sum(dtype=torch.int64)

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moka_pl.adapter_option import module_class
+from moka_pl.backbone import BackboneConfig
 from moka_pl.compare.module import ComparedModule
 from moka_pl.compare.runs import Run, run_of
 from moka_pl.compare.suite import Settings, Suite, merged
@@ -29,8 +30,12 @@ _TRAINER: Settings = {
 _OPTIMIZER: Settings = {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.0}}
 
 
-def build_module(run: Run) -> ComparedModule:
+def build_module(run: Run, adapter: Path | None = None) -> ComparedModule:
     """The module of a run, with its learning rate.
+
+    Args:
+        run: The run.
+        adapter: The adapter directory that an earlier training of it left, to start from.
 
     Raises:
         ConfigError: If an option is unknown or has a wrong value.
@@ -42,11 +47,13 @@ def build_module(run: Run) -> ComparedModule:
         "adapter": run.settings["adapter"],
         "optimizer": optimizer,
     }
-    for option in ("lr_scheduler", "gradient_checkpointing"):
+    for option in ("lr_scheduler", "gradient_checkpointing", "cuda_graphs"):
         if option in training:
             model[option] = training[option]
     if "learning_rate_ratios" in run.settings:
         model["learning_rate_ratios"] = run.settings["learning_rate_ratios"]
+    if adapter is not None:
+        model["adapter_path"] = str(adapter)
     parser = _module_parser(run.settings["adapter"].get("class_path"))
     built = _instantiate(parser, {"model": model}, f"rival {run.rival}").model
     assert isinstance(built, ComparedModule)
@@ -62,6 +69,19 @@ def build_data(settings: Settings) -> MokaDataModule:
     built = _instantiate(_data_parser(), {"data": settings}, "data").data
     assert isinstance(built, MokaDataModule)
     return built
+
+
+def backbone_of(settings: Settings) -> BackboneConfig:
+    """The options of a base model.
+
+    Raises:
+        ConfigError: If an option is unknown or has a wrong value.
+    """
+    backbone = _instantiate(
+        _module_parser(None), {"model": {"backbone": settings}}, "backbone"
+    ).model.backbone
+    assert isinstance(backbone, BackboneConfig)
+    return backbone
 
 
 def build_trainer(run: Run, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:

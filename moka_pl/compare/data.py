@@ -1,9 +1,13 @@
 """Data that are read and tokenised once for all runs."""
 
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
 
+from moka_pl.compare.build import backbone_of, build_data
+from moka_pl.compare.suite import Suite, merged
 from moka_pl.data import MokaDataModule
 
 if TYPE_CHECKING:
@@ -49,3 +53,26 @@ class PreparedData(LightningDataModule):
         """Lets the module see a batch while it is on the CPU."""
         self.data.trainer = self.trainer
         return self.data.on_before_batch_transfer(batch, dataloader_idx)
+
+
+def prepare_data(suites: Sequence[Suite]) -> None:
+    """Reads and tokenises the data of all suites, so that every process finds them in the cache.
+
+    Args:
+        suites: The suites; data that they have in common are prepared once.
+
+    Raises:
+        MokaError: If data or tokenizers cannot be had.
+    """
+    from moka_pl.backbone import load_tokenizer
+
+    seen = set()
+    for suite in suites:
+        backbones = [merged(suite.backbone, rival.backbone) for rival in suite.rivals] or [suite.backbone]
+        for backbone in backbones:
+            for settings, stage in ((suite.data, "fit"), (suite.test or suite.data, "test")):
+                key = json.dumps([settings, stage, backbone.get("name")], sort_keys=True)
+                if key not in seen:
+                    seen.add(key)
+                    tokenizer = load_tokenizer(backbone_of(backbone))
+                    PreparedData(build_data(settings), tokenizer, stage)

@@ -8,30 +8,30 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from moka_pl.adapters import method_of
+from moka_pl.adapters import save_adapter
 from moka_pl.benchmark.bench import first_line
-from moka_pl.benchmark.machine import device_name
+from moka_pl.benchmark.machine import device_name, versions
+from moka_pl.benchmark.memory import free_memory
 from moka_pl.callbacks import GateMonitor
 from moka_pl.callbacks.evaluation import results_dict
-from moka_pl.checkpoint import check_trainable_state
 from moka_pl.compare.base import SharedBase
 from moka_pl.compare.build import build_data, build_module, build_trainer
 from moka_pl.compare.data import PreparedData
 from moka_pl.compare.module import ComparedModule
 from moka_pl.compare.runs import Run
-from moka_pl.compare.store import Outcome, Store
+from moka_pl.compare.series import Series
+from moka_pl.compare.spectra import spectra_summary
+from moka_pl.compare.store import Outcome, Store, tested_with
 from moka_pl.compare.suite import Settings
+from moka_pl.compare.warning import warn
 from moka_pl.errors import ConfigError
-from moka_pl.events import scalar_events
 
-WEIGHTS = "weights.safetensors"
+#: Folder of the trained adapter in the run's folder.
+ADAPTER = "adapter"
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero")
 
 
@@ -66,48 +66,45 @@ class Executor:
             self.store.write(run, outcome)
         finally:
             self.base.restore()
+            free_memory()  # of the trainer, which others that use the same GPU may need
         return outcome
 
     def _execute(self, run: Run, test: bool, outcome: Outcome) -> None:
         folder = self.store.path(run)
-        module = build_module(run)
+        if run.rate is not None and not (folder / ADAPTER).is_dir():
+            outcome.pop(
+                "trained", None
+            )  # its adapter was left behind somewhere: what is to be tested is lost
+        trained = "trained" in outcome
+        module = build_module(run, folder / ADAPTER if trained and run.rate is not None else None)
         module.shared = self.base
-        if "trained" not in outcome:
+        if not trained:
             shutil.rmtree(folder, ignore_errors=True)  # curves of an attempt that did not end
-        gates = (
-            []
-            if run.rate is None or "class_path" in run.settings["adapter"]
-            else [GateMonitor(heatmap=False)]
-        )
-        trainer = build_trainer(run, folder, gates)
+        series = Series()
+        gated = run.rate is not None and "class_path" not in run.settings["adapter"]
+        monitors = [series, GateMonitor(heatmap=False)] if gated else [series]
+        trainer = build_trainer(run, folder, monitors)
         # First of all, so that no random number is drawn between the seed and the adapters' start.
         tokenizer = self.base.get(module.backbone, trainer.strategy.root_device).tokenizer
-        if "trained" not in outcome:
-            outcome["trained"] = self._train(run, module, trainer, tokenizer, folder)
+        if not trained:
+            outcome["trained"] = self._train(run, module, trainer, series, tokenizer)
             self.store.write(run, outcome)
         elif test:
-            if run.rate is not None:
-                module.take_over(weights_options(folder / WEIGHTS))
             module.configure_model()
-            if run.rate is not None:
-                load_weights(module, folder / WEIGHTS)
-        if test and not self.store.is_tested(run):
+        if test and not tested_with(outcome, run):
             start = time.monotonic()
             data = self._prepared(run.test, run, tokenizer, "test")
             trainer.test(module, datamodule=data, verbose=False)
             assert module.eval_results is not None
-            outcome["tested"] = {
-                "key": run.test_key,
-                "seconds": time.monotonic() - start,
-                **results_dict(module.eval_results),
-                "items": module.items,
-            }
-            self.store.write(run, outcome)
+            found = results_dict(module.eval_results)
+            outcome["tested"] = {"key": run.test_key, "seconds": time.monotonic() - start, **found}
+            self.store.write(run, outcome, module.items)
 
     def _train(
-        self, run: Run, module: ComparedModule, trainer: Trainer, tokenizer: Any, folder: Path
+        self, run: Run, module: ComparedModule, trainer: Trainer, series: Series, tokenizer: Any
     ) -> dict[str, Any]:
-        about = {"device": device_name(trainer.strategy.root_device.type)}
+        device = device_name(trainer.strategy.root_device.type)
+        about = {"device": device, "versions": versions(), "date": time.strftime("%Y-%m-%d")}
         if run.rate is None:
             module.configure_model()
             return about | {"parameters": 0, "seconds": 0.0}
@@ -121,16 +118,19 @@ class Executor:
         values = module.eval_values
         if "val/loss" not in values:
             raise ConfigError("there are no validation data to pick the learning rate with")
-        save_weights(module, folder / WEIGHTS)
+        assert module.base is not None
+        folder = self.store.path(run)
+        save_adapter(folder / ADAPTER, module.causal_lm, module.adapter, module.base)
         return about | {
             "parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
             "steps": steps,
-            "seconds": time.monotonic() - start,
             "batches": module.batches,
             "validation_loss": _number(values["val/loss"]),
             "validation_acc_norm": values.get("val/acc_norm"),
-            "losses": _finite(scalar_events(folder, "train/loss")),
-            "validation_losses": _finite(scalar_events(folder, "val/loss")),
+            "losses": [(step, _number(loss)) for step, loss in series.loss_values()],
+            "gates": series.gates(module.causal_lm),
+            "spectra": _spectra(module),
+            "seconds": time.monotonic() - start,
         }
 
     def _prepared(self, settings: Settings, run: Run, tokenizer: Any, stage: str) -> PreparedData:
@@ -141,40 +141,13 @@ class Executor:
         return self._data[key]
 
 
-def save_weights(module: ComparedModule, file: Path) -> None:
-    """Writes the trainable tensors, and the adapter's options, which the run may have chosen itself."""
-    tensors = {n: p.detach().cpu().contiguous() for n, p in module.named_parameters() if p.requires_grad}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    save_file(tensors, part, {"adapter": json.dumps(method_of(module.adapter).options())})
-    part.replace(file)
-
-
-def weights_options(file: Path) -> dict[str, Any]:
-    """The adapter's options that were written with the weights; none in files of older versions."""
-    if not file.is_file():
-        return {}
-    with safe_open(file, "pt") as stored:
-        options: dict[str, Any] = json.loads((stored.metadata() or {}).get("adapter", "{}"))
-    return options
-
-
-def load_weights(module: ComparedModule, file: Path) -> None:
-    """Reads them back into a module that is built.
-
-    Raises:
-        ConfigError: If the file is missing.
-        AdapterError: If it holds other tensors than the module's trainable ones.
-    """
-    if not file.is_file():
-        raise ConfigError(f"{file} is missing: delete its folder, and the run is trained again")
-    tensors = load_file(file)
-    check_trainable_state(module, tensors)
-    module.load_state_dict(tensors, strict=False)
-
-
-def _finite(pairs: list[tuple[int, float]]) -> list[tuple[int, float | None]]:
-    return [(step, _number(value)) for step, value in pairs]
+def _spectra(module: ComparedModule) -> dict[str, Any] | None:
+    try:
+        return spectra_summary(module.causal_lm)
+    # A training is worth more than what is told about it; some methods have no update to look at.
+    except Exception as error:
+        warn(f"no spectra: {first_line(error)}")
+        return None
 
 
 def _number(value: float) -> float | None:

@@ -1,9 +1,12 @@
 """Pictures of a comparison: scores over trainable parameters, and loss curves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.compare.drawing import finish, new_figure, style_of, title_of
+from moka_pl.compare.gate_figures import draw_gates
+from moka_pl.compare.rank_figures import draw_spectra
 from moka_pl.results import Share
 
 if TYPE_CHECKING:
@@ -15,39 +18,38 @@ def write_figures(report: "Report", folder: Path) -> list[Path]:
 
     Args:
         report: The comparison.
-        folder: Where `scores.png` and `losses.png` go.
+        folder: Where `scores.png`, `losses.png`, `gates.png` and `spectra.png` go.
 
     Returns:
         The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    drawings: list[tuple[str, bool, Callable[[Report, Path], None]]] = [
+        (
+            "scores.png",
+            any(row.entry.rate is not None and row.parameters for row in report.rows),
+            draw_scores,
+        ),
+        ("losses.png", any(row.curve for row in report.rows), draw_losses),
+        ("gates.png", any(row.gates is not None for row in report.rows), draw_gates),
+        ("spectra.png", any(row.ranks is not None for row in report.rows), draw_spectra),
+    ]
     written = []
-    if any(row.entry.rate is not None and row.parameters for row in report.rows):
-        _draw_scores(report, folder / "scores.png")
-        written.append(folder / "scores.png")
-    if any(row.curve for row in report.rows):
-        _draw_losses(report, folder / "losses.png")
-        written.append(folder / "losses.png")
+    for name, wanted, draw in drawings:
+        if wanted:
+            draw(report, folder / name)
+            written.append(folder / name)
     return written
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: no global state, no display.
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _draw_scores(report: "Report", file: Path) -> None:
+def draw_scores(report: "Report", file: Path) -> None:
+    """Accuracy and likelihood over trainable parameters, with standard errors."""
     panels: list[tuple[str, Callable[[Row], Share | None], float]] = [
         ("acc_norm, mean of the tasks, %", lambda row: row.mean, 100.0),
         ("NLL of the right answer, nats per token", lambda row: row.nll, 1.0),
     ]
     panels = [panel for panel in panels if any(panel[1](row) is not None for row in report.rows)]
-    figure = _figure(5.5 * len(panels), 5.2)
+    figure = new_figure(5.5 * len(panels), 5.2)
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, score, factor) in zip(axes, panels, strict=True):
         for index, row in enumerate(report.rows):
@@ -64,33 +66,18 @@ def _draw_scores(report: "Report", file: Path) -> None:
         axis.set_xlabel("trainable parameters")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-    _legend(figure, axes[0])
-    figure.suptitle(_title(report), fontsize=11)
-    figure.savefig(file)
+    finish(figure, axes[0], title_of(report), file)
 
 
-def _draw_losses(report: "Report", file: Path) -> None:
-    figure = _figure(8, 5)
+def draw_losses(report: "Report", file: Path) -> None:
+    """Training losses over steps."""
+    figure = new_figure(8, 5)
     axis = figure.subplots()
     for index, row in enumerate(report.rows):
         if row.curve:
-            dashes = ["-", "--", ":"][index // 10 % 3]
             label = f"{row.entry.name}, lr {row.entry.rate:g}"
-            axis.plot(*zip(*row.curve, strict=True), color=f"C{index % 10}", linestyle=dashes, label=label)
+            axis.plot(*zip(*row.curve, strict=True), label=label, **style_of(index))
     axis.set_xlabel("optimizer step")
     axis.set_title("training loss, nats per token, mean over seeds", fontsize=10)
     axis.grid(alpha=0.3)
-    _legend(figure, axis)
-    figure.suptitle(_title(report), fontsize=11)
-    figure.savefig(file)
-
-
-def _legend(figure: Any, axis: Any) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-
-
-def _title(report: "Report") -> str:
-    seeds: Sequence[int] = report.suite.seeds
-    count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    return f"{report.suite.name}, {count}, {'; '.join(report.devices)}"
+    finish(figure, axis, title_of(report), file)

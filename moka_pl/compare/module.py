@@ -25,6 +25,7 @@ class ComparedModule(MokaModule):
 
     shared: SharedBase | None = None
     items: dict[str, list[Any]] | None = None
+    _digest: Any = None
 
     def load_base(self) -> Backbone:
         """The shared base."""
@@ -38,11 +39,12 @@ class ComparedModule(MokaModule):
     @property
     def batches(self) -> str:
         """Digest of the batches trained on."""
-        return self._digest.hexdigest()[:16]
+        assert self._digest is not None
+        return str(self._digest.hexdigest())[:16]
 
     def prepare_batch(self, batch: Batch) -> Batch:
         """Notes a training batch, while it is still on the CPU."""
-        if self.trainer.training:
+        if self.trainer.training and self._digest is not None:  # not those that a start is chosen by
             self._digest.update(batch["input_ids"].cpu().numpy().tobytes())
         return super().prepare_batch(batch)
 

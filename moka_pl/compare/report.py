@@ -1,4 +1,4 @@
-"""What a comparison found: table, paired differences, JSON and figures."""
+"""What a comparison found: its rows, the paired differences, and the files that tell them."""
 
 import json
 from collections.abc import Sequence
@@ -7,10 +7,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from moka_pl.benchmark.machine import versions
+from moka_pl.compare.entries import Entry
+from moka_pl.compare.gates import Gates, mean_gates
 from moka_pl.compare.items import Items, stack_items
 from moka_pl.compare.paired import Comparison, compare, resample
-from moka_pl.compare.stages import Entry
+from moka_pl.compare.ranks import Ranks, mean_ranks
 from moka_pl.compare.store import write_atomically
 from moka_pl.compare.suite import Suite
 from moka_pl.results import Share, over_seeds
@@ -31,7 +32,10 @@ class Row:
         tasks: acc_norm by task, over all seeds.
         mean: acc_norm of the plain mean over tasks; None for plain text.
         nll: Negative log-likelihood per token of the right answers; None if nothing worked.
+        validation: Validation loss of every seed; None for one that diverged.
         curve: Mean training loss over the seeds, by step.
+        gates: The gates' course; None without trained gates.
+        ranks: Effective ranks of the trained updates; None where they are not known.
     """
 
     entry: Entry
@@ -39,7 +43,10 @@ class Row:
     tasks: dict[str, Share]
     mean: Share | None
     nll: Share | None
+    validation: list[float | None]
     curve: Curve
+    gates: Gates | None
+    ranks: Ranks | None
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,30 @@ class Report:
     @property
     def devices(self) -> list[str]:
         """What the runs ran on."""
-        outcomes = [outcome for row in self.rows for outcome in row.entry.outcomes.values()]
-        return sorted({outcome["trained"]["device"] for outcome in outcomes})
+        return sorted({outcome["trained"]["device"] for outcome in self._outcomes()})
+
+    @property
+    def versions(self) -> dict[str, list[str]]:
+        """Versions that the runs ran with, by package; usually one of each."""
+        found: dict[str, set[str]] = {}
+        for outcome in self._outcomes():
+            for package, version in outcome["trained"].get("versions", {}).items():
+                found.setdefault(package, set()).add(version)
+        return {package: sorted(versions) for package, versions in found.items()}
+
+    @property
+    def dates(self) -> list[str]:
+        """Days of the runs."""
+        days = {outcome["trained"].get("date") for outcome in self._outcomes()}
+        return sorted(day for day in days if day)
+
+    @property
+    def missing(self) -> list[str]:
+        """Runs and tests that are still to be done."""
+        return [run for row in self.rows for run in row.entry.missing]
+
+    def _outcomes(self) -> list[dict[str, Any]]:
+        return [outcome for row in self.rows for outcome in row.entry.outcomes.values()]
 
 
 def make_report(suite: Suite, entries: Sequence[Entry]) -> Report:
@@ -64,7 +93,7 @@ def make_report(suite: Suite, entries: Sequence[Entry]) -> Report:
         suite: The suite; its ``reference`` says which pairs are compared.
         entries: What became of its rivals.
     """
-    items = {entry.name: _items(entry) for entry in entries if entry.outcomes}
+    items = {entry.name: stack_items(dict(sorted(entry.items.items()))) for entry in entries if entry.items}
     rows = [_row(entry, items.get(entry.name)) for entry in entries]
     trained = {e.name: items[e.name] for e in entries if e.name in items and e.rate is not None}
     samples = resample(trained)
@@ -87,29 +116,24 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         The files.
     """
     from moka_pl.compare.figures import write_figures
+    from moka_pl.compare.markdown import markdown
 
     files = [folder / "report.md", folder / "report.json"]
     write_atomically(files[0], markdown(report))
-    write_atomically(files[1], json.dumps(as_json(report), indent=1) + "\n")
+    write_atomically(files[1], lines_of(as_json(report)))
     return files + write_figures(report, folder)
 
 
-def markdown(report: Report) -> str:
-    """The table and the differences, as text."""
-    suite = report.suite
-    tasks = list(dict.fromkeys(task for row in report.rows for task in row.tasks))
-    several = len(tasks) > 1
-    heads = ["", "trainable", "learning rate", *tasks, *(["mean"] if several else []), "NLL"]
-    lines = [f"# {suite.name}", "", *([suite.about, ""] if suite.about else [])]
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    lines += [f"| {' | '.join(_cells(row, tasks, several))} |" for row in report.rows]
-    lines += ["", *_notes(report)]
-    if report.pairs:
-        lines += ["", "## Differences on the same items", "", *_pair_lines(report.pairs)]
-    failed = [(run, error) for row in report.rows for run, error in row.entry.errors.items()]
-    if failed:
-        lines += ["", "## Failed runs", "", *(f"- {run}: {error}" for run, error in failed)]
-    return "\n".join(lines) + "\n"
+def lines_of(value: dict[str, Any]) -> str:
+    """JSON with a line for each element of the lists at its top: small, and still fit for comparing."""
+    parts = []
+    for key, part in value.items():
+        if isinstance(part, list):
+            lines = ",\n  ".join(json.dumps(element) for element in part)
+            parts.append(f" {json.dumps(key)}: [\n  {lines}\n ]" if part else f" {json.dumps(key)}: []")
+        else:
+            parts.append(f" {json.dumps(key)}: {json.dumps(part)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -117,7 +141,9 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "suite": asdict(report.suite),
         "devices": report.devices,
-        "versions": versions(),
+        "versions": report.versions,
+        "dates": report.dates,
+        "missing": report.missing,
         "rows": [
             {
                 "name": row.entry.name,
@@ -126,11 +152,14 @@ def as_json(report: Report) -> dict[str, Any]:
                 "at_edge": row.entry.edge,
                 "trials": [asdict(trial) for trial in row.entry.trials],
                 "seeds": sorted(row.entry.outcomes),
+                "validation_loss": row.validation,
                 "acc_norm": {task: asdict(share) for task, share in row.tasks.items()},
                 "mean": None if row.mean is None else asdict(row.mean),
                 "nll": None if row.nll is None else asdict(row.nll),
-                "seconds": [o["trained"]["seconds"] for o in row.entry.outcomes.values()],
+                "seconds": [round(o["trained"]["seconds"], 1) for o in row.entry.outcomes.values()],
                 "training_loss": row.curve,
+                "gates": None if row.gates is None else asdict(row.gates),
+                "ranks": None if row.ranks is None else asdict(row.ranks),
                 "errors": row.entry.errors,
             }
             for row in report.rows
@@ -139,20 +168,25 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _items(entry: Entry) -> Items:
-    return stack_items({seed: outcome["tested"]["items"] for seed, outcome in sorted(entry.outcomes.items())})
-
-
 def _row(entry: Entry, items: Items | None) -> Row:
     outcomes = [outcome for _, outcome in sorted(entry.outcomes.items())]
     if not outcomes or items is None:
-        return Row(entry, None, {}, None, None, [])
+        return Row(entry, None, {}, None, None, [], [], None, None)
     tested = [outcome["tested"] for outcome in outcomes]
+    trained = [outcome["trained"] for outcome in outcomes]
     tasks = {task: over_seeds([_share(t["tasks"][task]) for t in tested]) for task in tested[0]["tasks"]}
     mean = over_seeds([_share(t["mean"]) for t in tested]) if tasks else None
-    curve = _mean_curve([outcome["trained"].get("losses", []) for outcome in outcomes])
-    parameters = outcomes[0]["trained"]["parameters"]
-    return Row(entry, parameters, tasks, mean, items.nll_per_token(), curve)
+    return Row(
+        entry,
+        trained[0]["parameters"],
+        tasks,
+        mean,
+        items.nll_per_token(),
+        [t["validation_loss"] for t in trained if "validation_loss" in t],
+        _mean_curve([t.get("losses", []) for t in trained]),
+        mean_gates([t["gates"] for t in trained if t.get("gates")]),
+        mean_ranks([t["spectra"] for t in trained if t.get("spectra")]),
+    )
 
 
 def _share(scores: dict[str, float]) -> Share:
@@ -167,72 +201,3 @@ def _mean_curve(curves: Sequence[Sequence[tuple[int, float | None]]]) -> Curve:
     size = -(-len(points) // _POINTS) or 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(s for s, _ in g) / len(g), round(sum(v for _, v in g) / len(g), 5)) for g in groups]
-
-
-def _cells(row: Row, tasks: Sequence[str], several: bool) -> list[str]:
-    entry = row.entry
-    if row.parameters is None:
-        why = next(iter(entry.errors.values()), "not run yet")
-        shown = f"failed: {why}" if entry.errors else why
-        return [entry.name, shown.replace("|", "\\|"), *[""] * (len(tasks) + several + 2)]
-    rate = "" if entry.rate is None else f"{entry.rate:g}{' *' if entry.edge else ''}"
-    name = entry.name if not entry.errors else f"{entry.name} (some runs failed)"
-    shares = [row.tasks.get(task) for task in tasks] + ([row.mean] if several else [])
-    return [name, f"{row.parameters:,}", rate, *(_percent(share) for share in shares), _plain(row.nll)]
-
-
-def _notes(report: Report) -> list[str]:
-    suite = report.suite
-    seeds = ", ".join(str(seed) for seed in suite.seeds)
-    by = f"seed {suite.seeds[0]}" if suite.pick == "first" else "all seeds"
-    notes = [
-        f"acc_norm in % and negative log-likelihood per token of the right answers (NLL), ± standard error; "
-        f"means over the seeds {seeds}. Learning rates were picked by the validation loss of {by}, on data "
-        "held out of the training data; all rivals of a seed had the same batches."
-    ]
-    if any(row.entry.edge for row in report.rows):
-        notes.append("\\* lowest or highest of the rates that were tried: a better one may lie beyond.")
-    found = versions()
-    shown = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "peft") if name in found)
-    notes.append(f"Device: {'; '.join(report.devices) or 'none'}. {shown}.")
-    return [line for note in notes for line in (note, "")][:-1]
-
-
-def _pair_lines(pairs: Sequence[Comparison]) -> list[str]:
-    answered = any(pair.acc_norm is not None for pair in pairs)
-    heads = ["NLL", "95% interval", "p"]
-    if answered:
-        heads = ["acc_norm", "95% interval", "p", "items won : lost", "sign test p", *heads]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for pair in pairs:
-        cells = [f"{pair.one} − {pair.other}"]
-        if pair.acc_norm is not None and pair.sign_p is not None:
-            d = pair.acc_norm
-            cells += [f"{100 * d.value:+.2f}", f"{100 * d.low:+.2f} to {100 * d.high:+.2f}", _p(d.p)]
-            cells += [f"{pair.wins} : {pair.losses}", _p(pair.sign_p)]
-        elif answered:
-            cells += [""] * 5
-        d = pair.nll
-        cells += [f"{d.value:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", _p(d.p)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Paired bootstrap over items (within tasks) and seeds, and an exact sign test on the items that one "
-        "of both has right more often over the seeds. The p-values are for single pairs; with "
-        f"{len(pairs)} of them, one below {0.05 / len(pairs):.2g} is significant at 5% for all together.",
-    ]
-    return lines
-
-
-def _percent(share: Share | None) -> str:
-    if share is None:
-        return ""
-    return f"{100 * share.value:.1f} ± {100 * (share.stderr or 0):.1f}"
-
-
-def _plain(share: Share | None) -> str:
-    return "" if share is None else f"{share.value:.3f} ± {share.stderr or 0:.3f}"
-
-
-def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "<0.001"

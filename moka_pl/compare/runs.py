@@ -4,12 +4,15 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from moka_pl.compare.suite import FROZEN, Rival, Settings, Suite, merged
 
 #: Part of every hash: raised when the same settings come to mean another training.
-_FORMAT = 1
+_FORMAT = 2
+#: Options of the trainer that a test without training heeds, too.
+_EVALUATION = ("accelerator", "precision", "limit_test_batches")
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class Run:
     settings: Settings
     test: Settings
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of what is trained, 12 hexadecimal digits; names are no part of it."""
         return _hash([_FORMAT, self.settings, self.rate, self.seed])
 
-    @property
+    @cached_property
     def test_key(self) -> str:
         """Hash of what is tested."""
         return _hash([_FORMAT, self.test])
@@ -69,7 +72,10 @@ def run_of(suite: Suite, rival: Rival, rate: float, seed: int) -> Run:
 
 def frozen_run(suite: Suite) -> Run:
     """The test of the base without training."""
-    settings = {"backbone": suite.backbone, "adapter": {}, "data": suite.data, "training": {}}
+    trainer = suite.training.get("trainer", {})
+    kept = {option: trainer[option] for option in _EVALUATION if option in trainer}
+    training = {"trainer": kept} if kept else {}
+    settings = {"backbone": suite.backbone, "adapter": {}, "data": suite.data, "training": training}
     if suite.rivals:  # an adapter that has learnt nothing changes nothing: any that fits the base will do
         settings["adapter"] = _untrained(suite)
     return Run(FROZEN, None, suite.seeds[0], settings, suite.test or suite.data)

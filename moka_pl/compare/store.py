@@ -7,17 +7,18 @@ from typing import Any
 from moka_pl.compare.runs import Run
 
 Outcome = dict[str, Any]
-_FILE = "result.json"
+Items = dict[str, list[Any]]
+_FILE, _ITEMS = "result.json", "items.json"
 
 
 class Store:
-    """The runs of a suite's folder.
+    """The runs of all suites of a folder; a run that two suites have in common is there once.
 
     An outcome holds ``error`` (of a run that failed), or ``trained`` (``validation_loss``, ``parameters``,
-    ``losses``, …) and, once it is tested, ``tested`` (``key`` of the test data, ``tasks``, ``items``, …).
+    ``losses``, …) and, once it is tested, ``tested`` (``key`` of the test data, ``tasks``, …).
 
     Args:
-        folder: The suite's folder.
+        folder: The folder of the suites.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,24 +31,34 @@ class Store:
 
     def read(self, run: Run) -> Outcome:
         """What is known of a run; empty if nothing is, or the file is damaged."""
-        try:
-            outcome = json.loads((self.path(run) / _FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return outcome if isinstance(outcome, dict) else {}
+        return _read(self.path(run) / _FILE)
 
-    def write(self, run: Run, outcome: Outcome) -> None:
-        """Puts an outcome in place at once."""
+    def read_items(self, run: Run) -> Items:
+        """What every test item of a run scored, in columns; empty if it is not tested."""
+        return _read(self.path(run) / _ITEMS)
+
+    def write(self, run: Run, outcome: Outcome, items: Items | None = None) -> None:
+        """Puts an outcome in place at once.
+
+        Args:
+            run: The run.
+            outcome: All that is known of it.
+            items: What its test items scored, where it has just been tested.
+        """
+        folder = self.path(run)
+        if items is not None:  # first: a run counts as tested once its outcome says so
+            write_atomically(folder / _ITEMS, json.dumps(items) + "\n")
         about = {"rival": run.rival, "rate": run.rate, "seed": run.seed, "settings": run.settings}
-        write_atomically(self.path(run) / _FILE, json.dumps(about | outcome) + "\n")
-
-    def is_trained(self, run: Run) -> bool:
-        """Whether the run's training has ended well."""
-        return "trained" in self.read(run)
+        write_atomically(folder / _FILE, json.dumps(about | outcome) + "\n")
 
     def is_tested(self, run: Run) -> bool:
         """Whether the run is tested on the data that are asked for."""
-        return bool(self.read(run).get("tested", {}).get("key") == run.test_key)
+        return tested_with(self.read(run), run)
+
+
+def tested_with(outcome: Outcome, run: Run) -> bool:
+    """Whether an outcome is that of a run tested on the run's test data."""
+    return bool(outcome.get("tested", {}).get("key") == run.test_key)
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -56,3 +67,11 @@ def write_atomically(file: Path, text: str) -> None:
     part = file.with_name(f".{file.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

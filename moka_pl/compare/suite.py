@@ -1,25 +1,15 @@
-"""What is compared: rivals × learning rates × seeds, read from YAML."""
+"""What is compared: rivals × learning rates × seeds."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, cast
-
-import yaml
-
-from moka_pl.errors import ConfigError
 
 Settings = dict[str, Any]
 Pick = Literal["first", "all"]
 
 #: The row without training, in tables and as the start of every rival.
 FROZEN = "frozen base"
-_PICKS = ("first", "all")
-_KEYS = {"name", "about", "backbone", "data", "test", "training", "learning_rates", "seeds", "pick", "frozen"}
-_KEYS |= {"reference", "rivals"}
-_RIVAL_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "backbone"}
-_TRAINING_KEYS = {"trainer", "optimizer", "lr_scheduler", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,7 @@ class Suite:
             the learning rate.
         test: Data module whose test data are reported; None takes that of ``data``.
         training: ``trainer`` (options of Lightning's trainer), ``optimizer`` and ``lr_scheduler``
-            (``class_path``, ``init_args``), ``gradient_checkpointing``.
+            (``class_path``, ``init_args``), ``gradient_checkpointing``, ``cuda_graphs``.
         seeds: Seeds of the order of the data and the start of the adapters.
         pick: The rate is picked by the validation loss of the ``first`` seed, or by its mean over ``all``.
         frozen: Test the base without training, too.
@@ -78,161 +68,25 @@ class Suite:
         """The seeds that the learning rate is picked with."""
         return self.seeds[:1] if self.pick == "first" else self.seeds
 
-
-def find_suite(name: str, folder: Path) -> Path:
-    """The file of a suite.
-
-    Args:
-        name: A path, or the name of a file in the folder without its ending.
-        folder: Where the named suites are.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    for file in (Path(name), folder / f"{name}.yaml"):
-        if file.is_file():
-            return file
-    known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "none"
-    raise ConfigError(f"--suite {name}: neither a file nor one of the known suites ({known})")
-
-
-def read_suite(file: Path, changes: Sequence[str] = (), rivals: Sequence[str] | None = None) -> Suite:
-    """Reads a suite.
-
-    Args:
-        file: A YAML file.
-        changes: ``key.key=value`` with the value in YAML, put over what the file says.
-        rivals: Names of the rivals to keep; None keeps all.
-
-    Raises:
-        ConfigError: Naming the file, the key and what it may be.
-    """
-    try:
-        written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(written, dict):
-        raise ConfigError(f"{file} is no suite: it must be a mapping with data and rivals")
-    for change in changes:
-        _put(written, change)
-    try:
-        suite = _suite(written, file.stem)
-        return suite if rivals is None else _only(suite, rivals)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Suite":
+        """A suite of what `dataclasses.asdict` made of it, and JSON perhaps kept."""
+        rivals = (Rival(**{**r, "learning_rates": tuple(r["learning_rates"])}) for r in stored["rivals"])
+        return cls(**{**stored, "seeds": tuple(stored["seeds"]), "rivals": tuple(rivals)})
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Settings:
-    """Nested mappings laid over each other; the result shares nothing with them."""
+    """Nested mappings laid over each other; the result shares nothing with them.
+
+    A mapping of another ``class_path`` takes the other's place: the options of one class are not another's.
+    """
     result = copy.deepcopy(dict(below))
     for key, value in above.items():
         old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, Mapping)
+        both = isinstance(old, dict) and isinstance(value, Mapping) and not _other_class(old, value)
         result[key] = merged(cast(Settings, old), value) if both else copy.deepcopy(value)
     return result
 
 
-def _suite(written: Settings, stem: str) -> Suite:
-    _refuse(written, _KEYS, "")
-    data, rivals = written.get("data"), written.get("rivals")
-    if not isinstance(data, dict) or "class_path" not in data:
-        raise ConfigError("data must name a data module by class_path, with its options as init_args")
-    if not isinstance(rivals, list) or not rivals:
-        raise ConfigError("rivals must be a list with at least one rival")
-    training = _mapping(written, "training")
-    _refuse(training, _TRAINING_KEYS, "training.")
-    seeds = written.get("seeds", [0, 1, 2])
-    if not isinstance(seeds, list) or not seeds or not all(_whole(s) for s in seeds):
-        raise ConfigError(f"seeds must be a list of whole numbers from 0, not {seeds!r}")
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds holds a number twice: {seeds!r}")
-    pick = written.get("pick", "first")
-    if pick not in _PICKS:
-        raise ConfigError(f"pick is {pick!r}; choose one of {', '.join(_PICKS)}")
-    read = tuple(_rival(rival, written.get("learning_rates"), i) for i, rival in enumerate(rivals))
-    names = [rival.name for rival in read]
-    twice = {name for name in names if names.count(name) > 1} | ({FROZEN} & set(names))
-    if twice:
-        raise ConfigError(f"the name {min(twice)!r} of a rival is taken; every row needs its own")
-    reference = written.get("reference")
-    if reference is not None and reference not in names:
-        raise ConfigError(f"reference is {reference!r}, which is none of the rivals: {', '.join(names)}")
-    test = written.get("test")
-    if test is not None and (not isinstance(test, dict) or "class_path" not in test):
-        raise ConfigError("test must name a data module by class_path, with its options as init_args")
-    return Suite(
-        str(written.get("name", stem)),
-        str(written.get("about", "")),
-        _mapping(written, "backbone"),
-        data,
-        test,
-        training,
-        tuple(seeds),
-        cast(Pick, pick),
-        bool(written.get("frozen", True)),
-        reference,
-        read,
-    )
-
-
-def _rival(written: object, rates: object, index: int) -> Rival:
-    where = f"rivals[{index}]"
-    if not isinstance(written, dict) or not written.get("name"):
-        raise ConfigError(f"{where} must be a mapping with a name and an adapter")
-    _refuse(written, _RIVAL_KEYS, f"{where}.")
-    rates = written.get("learning_rates", rates)
-    if not isinstance(rates, list) or not rates or not all(isinstance(r, float) and r > 0 for r in rates):
-        raise ConfigError(
-            f"learning_rates of {written['name']} must be a list of numbers above 0, not {rates!r} "
-            "(YAML reads 4e-3 as text: write 4.0e-3)"
-        )
-    return Rival(
-        str(written["name"]),
-        _mapping(written, "adapter"),
-        tuple(rates),
-        _mapping(written, "backbone"),
-        _mapping(written, "learning_rate_ratios"),
-    )
-
-
-def _only(suite: Suite, names: Sequence[str]) -> Suite:
-    unknown = set(names) - {rival.name for rival in suite.rivals}
-    if unknown:
-        known = ", ".join(rival.name for rival in suite.rivals)
-        raise ConfigError(f"there is no rival {min(unknown)!r}; the rivals are {known}")
-    kept = tuple(rival for rival in suite.rivals if rival.name in names)
-    reference = suite.reference if suite.reference in names else None
-    return Suite(**{**vars(suite), "rivals": kept, "reference": reference})
-
-
-def _put(written: Settings, change: str) -> None:
-    key, equals, value = change.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {change}: write it as key.key=value")
-    *path, last = key.split(".")
-    place: Any = written
-    for part in path:
-        place = place.setdefault(part, {})
-        if not isinstance(place, dict):
-            raise ConfigError(f"--set {change}: {part} holds no options that could be set")
-    try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {change}: the value is not YAML") from error
-
-
-def _mapping(written: Settings, key: str) -> Settings:
-    value = written.get(key) or {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{key} must be a mapping, not {value!r}")
-    return value
-
-
-def _refuse(written: Settings, known: set[str], where: str) -> None:
-    unknown = sorted(str(key) for key in written.keys() - known)
-    if unknown:
-        raise ConfigError(f"unknown key {where}{unknown[0]}; the keys are {', '.join(sorted(known))}")
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
+    return "class_path" in above and below.get("class_path") != above["class_path"]

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from moka_pl.compare import stages, tasks
+from moka_pl.compare import drive
 from moka_pl.compare.command import main
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "suites"
@@ -31,7 +31,7 @@ def test_wrong_options_end_with_one_line(capsys, tmp_path):
 
 
 def test_the_plan_lists_runs_without_running(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "_executor", lambda store: pytest.fail("something ran"))
+    monkeypatch.setattr(drive, "_executor", lambda store: pytest.fail("something ran"))
     run("--suite", "tiny", "--plan", "--out", tmp_path, "--seeds", 3, "--rivals", "MoKA")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "to do  frozen base"
@@ -43,7 +43,7 @@ def test_an_interrupted_suite_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "do_all", stop)
+    monkeypatch.setattr(drive, "_here", stop)
     with pytest.raises(SystemExit) as end:
         run("--suite", "tiny", "--out", tmp_path)
     assert end.value.code == 130

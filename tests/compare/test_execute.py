@@ -1,16 +1,19 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
-from moka_pl.adapters import MokaConfig, inject_adapter
+from moka_pl.adapters import MokaConfig, inject_adapter, read_adapter
 from moka_pl.backbone import BackboneConfig
 from moka_pl.compare.base import SharedBase
-from moka_pl.compare.execute import WEIGHTS, Executor, weights_options
+from moka_pl.compare.execute import ADAPTER, Executor
 from moka_pl.compare.runs import frozen_run, run_of
 from moka_pl.compare.store import Store
-from moka_pl.compare.suite import Rival, read_suite
+from moka_pl.compare.suite import Rival
+from moka_pl.compare.suite_file import read_suite
 
 TINY = Path(__file__).parents[2] / "scripts" / "suites" / "tiny.yaml"
 
@@ -36,12 +39,22 @@ def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     trained = [outcome["trained"] for outcome in whole]
     assert trained[0]["batches"] == trained[1]["batches"]
     assert trained[0]["parameters"] > trained[1]["parameters"] > 0
-    assert [step for step, _ in trained[0]["losses"]] == [0, 1]
+    assert [step for step, _ in trained[0]["losses"]] == [1, 2]
+    gates, spectra = trained[0]["gates"], trained[0]["spectra"]
+    assert gates["steps"] == [0, 1, 2]
+    assert gates["entropy"][0] == 1 > gates["entropy"][-1]
+    assert [round(values[0], 4) for values in gates["shapes"].values()] == [1] * len(gates["shapes"])
+    assert trained[1]["gates"] is None  # not gated
+    assert len(spectra["layers"]) == len(spectra["stable_rank"]) == 4
+    pairs = zip(spectra["stable_rank"], spectra["entropy_rank"], strict=True)
+    assert all(1 <= stable <= entropy for stable, entropy in pairs)
+    assert spectra["kinds"].keys() == {"q_proj", "v_proj"}
+    assert all(kind["size"][0] == 1 and kind["index"][0] == 1 for kind in spectra["kinds"].values())
     other = execute(run_of(suite, moka, 0.01, 1), False)
     assert other["trained"]["batches"] != trained[0]["batches"]
     # Every item is there, and they add up to the scores.
     tested = whole[0]["tested"]
-    items = tested["items"]
+    items = store.read_items(runs[0])
     assert len(items["task"]) == 20
     for task, scores in tested["tasks"].items():
         own = [i for i, name in enumerate(items["task"]) if name == task]
@@ -54,12 +67,22 @@ def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     assert "tested" not in alone(runs[1], False)
     again = Executor(apart)(runs[1], True)
     assert again["trained"]["losses"] == store.read(runs[1])["trained"]["losses"]
-    assert again["tested"]["items"] == whole[1]["tested"]["items"]
-    assert (apart.path(runs[1]) / WEIGHTS).is_file()
+    assert apart.read_items(runs[1]) == store.read_items(runs[1])
+    assert (apart.path(runs[1]) / ADAPTER).is_dir()
     # The base without training scores otherwise.
-    frozen = execute(frozen_run(suite), True)
-    assert frozen["trained"]["parameters"] == 0
-    assert frozen["tested"]["items"]["nll"] != items["nll"]
+    frozen = frozen_run(suite)
+    assert execute(frozen, True)["trained"]["parameters"] == 0
+    assert store.read_items(frozen)["nll"] != items["nll"]
+
+
+def test_a_run_whose_adapter_is_gone_is_trained_again_for_its_test(suite, tmp_path):
+    store = Store(tmp_path)
+    run = run_of(suite, suite.rivals[0], 0.01, 0)
+    first = Executor(store)(run, False)
+    shutil.rmtree(store.path(run) / ADAPTER)
+    second = Executor(store)(run, True)
+    assert second["trained"]["losses"] == first["trained"]["losses"]
+    assert second["tested"]["key"] == run.test_key
 
 
 def test_runs_choose_their_filters_and_are_tested_with_them_later(suite, tmp_path):
@@ -71,13 +94,13 @@ def test_runs_choose_their_filters_and_are_tested_with_them_later(suite, tmp_pat
     assert whole.get("error") is None
     assert execute.base.loads == 1
     assert whole["trained"]["batches"] == usual["trained"]["batches"]
-    filters = weights_options(execute.store.path(runs[0]) / WEIGHTS)["filters"]
+    filters = read_adapter(execute.store.path(runs[0]) / ADAPTER).config.filters
     assert len(filters) == 4
     apart = Store(tmp_path / "apart")
     assert "tested" not in Executor(apart)(runs[0], False)
     again = Executor(apart)(runs[0], True)
     assert again["trained"]["losses"] == execute.store.read(runs[0])["trained"]["losses"]
-    assert again["tested"]["items"] == whole["tested"]["items"]
+    assert apart.read_items(runs[0]) == execute.store.read_items(runs[0])
 
 
 def test_a_run_that_fails_leaves_a_clean_base(suite, tmp_path):
@@ -96,15 +119,17 @@ def base():
     return SharedBase(), BackboneConfig("tiny", weights="random", quantization="none")
 
 
-def test_adapters_are_taken_out_again(base):
+@pytest.mark.parametrize("adapter", [MokaConfig(components=2), LoraConfig(target_modules=["q_proj"])])
+def test_adapters_are_taken_out_again(base, adapter):
     shared, config = base
     model = shared.get(config, "cpu").model
-    before = dict(model.named_modules())
-    inject_adapter(model, MokaConfig(components=2))
+    before, attributes = dict(model.named_modules()), set(vars(model))
+    inject_adapter(model, adapter)
     assert dict(model.named_modules()) != before
     model.train()
     assert shared.restore()
     assert dict(model.named_modules()) == before
+    assert set(vars(model)) == attributes
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
     assert shared.get(config, "cpu").model is model

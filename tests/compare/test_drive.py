@@ -2,12 +2,14 @@ import json
 
 import pytest
 
-from moka_pl.compare import tasks
-from moka_pl.compare.report import as_json, make_report, markdown, write_report
+from moka_pl.compare import drive
+from moka_pl.compare.drive import run_suites
+from moka_pl.compare.entries import collect
+from moka_pl.compare.markdown import markdown
+from moka_pl.compare.report import as_json, make_report, write_report
 from moka_pl.compare.runs import frozen_run, run_of
-from moka_pl.compare.stages import run_suite
 from moka_pl.compare.store import Store
-from moka_pl.compare.suite import read_suite
+from moka_pl.compare.suite_file import read_suite
 
 SUITE = """
 data: {class_path: moka_pl.data.CommonsenseData}
@@ -21,8 +23,8 @@ rivals:
 
 @pytest.fixture
 def read(tmp_path):
-    def read(text=SUITE, changes=()):
-        file = tmp_path / "mine.yaml"
+    def read(text=SUITE, changes=(), name="mine"):
+        file = tmp_path / f"{name}.yaml"
         file.write_text(text, encoding="utf-8")
         return read_suite(file, changes)
 
@@ -47,16 +49,16 @@ class Fake:
         loss = abs((run.rate or 1.0) - 0.2)
         trained = {"parameters": 10 * len(run.rival), "validation_loss": loss, "batches": f"of {run.seed}"}
         losses = [] if run.rate is None else [[1, 3.0], [2, 2.0]]
-        trained |= {"seconds": 1.0, "losses": losses, "device": "this"}
+        trained |= {"seconds": 1.0, "losses": losses, "device": "this", "versions": {"torch": "2"}}
         outcome.setdefault("trained", trained)
         if test:
             right = [1, 1, 0, 1] if run.rival == "good" else [1, 0, 0, run.seed]
             score = {"acc_norm": sum(right) / 4, "acc_norm_stderr": 0.1}
             columns = {"task": ["t"] * 4, "correct": right, "correct_norm": right, "tokens": [1] * 4}
             items = columns | {"nll": [1.0, 2.0, 3.0, 4.0 + loss]}
-            found = {"tasks": {"t": score}, "mean": score, "items": items, "seconds": 0.5}
+            found = {"tasks": {"t": score}, "mean": score, "seconds": 0.5}
             outcome["tested"] = {"key": run.test_key, **found}
-        self.store.write(run, outcome)
+        self.store.write(run, outcome, items if test else None)
         return outcome
 
 
@@ -68,8 +70,13 @@ def store(tmp_path):
 @pytest.fixture
 def fake(store, monkeypatch):
     runs = Fake(store)
-    monkeypatch.setattr(tasks, "_executor", lambda store: runs)
+    monkeypatch.setattr(drive, "_executor", lambda store: runs)
     return runs
+
+
+def run_suite(suite, store):
+    run_suites([suite], store)
+    return collect(suite, store)
 
 
 def test_rates_are_picked_with_one_seed_and_only_the_picked_one_is_tested(read, store, fake, capsys):
@@ -138,7 +145,7 @@ def test_a_failed_run_is_in_the_table_and_is_tried_again(read, store, fake):
 def test_a_run_that_diverged_is_not_picked(read, store, fake):
     suite = read()
     run = run_of(suite, suite.rivals[0], 0.2, 0)
-    store.write(run, {"trained": {"validation_loss": None}})
+    store.write(run, {"trained": {"validation_loss": None, "seconds": 1.0}})
     assert run_suite(suite, store)[1].rate == 0.1
 
 
@@ -146,9 +153,9 @@ def test_a_damaged_result_is_no_result(read, store):
     suite = read()
     run = frozen_run(suite)
     store.write(run, {"trained": {}})
-    assert store.is_trained(run)
+    assert store.read(run)
     (store.path(run) / "result.json").write_text('{"trained": {', encoding="utf-8")
-    assert not store.is_trained(run)
+    assert not store.read(run)
     assert [file.name for file in store.path(run).iterdir()] == ["result.json"]  # nothing half written
 
 
@@ -172,7 +179,7 @@ def test_the_report_is_written_with_figures(read, store, fake, tmp_path):
     found = json.loads((tmp_path / "report" / "report.json").read_text())
     assert found == json.loads(json.dumps(as_json(report)))
     assert found["devices"] == ["this"]
-    assert "torch" in found["versions"]
+    assert found["versions"] == {"torch": ["2"]}
     (pair,) = found["differences"]
     assert (pair["one"], pair["other"], pair["seeds"]) == ("bad", "good", [0, 1])
     assert pair["acc_norm"]["value"] == pytest.approx(0.375 - 0.75)
