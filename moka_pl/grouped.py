@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moka_pl.owners import Owners
 from moka_pl.packing import left_sizes, right_sizes, starts
 from moka_pl.shape import Shape, group_equal
 
@@ -41,36 +42,12 @@ class _Group(NamedTuple):
     right: _Rows
 
 
-class _Owners(NamedTuple):
-    """The component that each entry of a packed vector belongs to.
-
-    Attributes:
-        size: Entries of every component, where all have equally many; else 0.
-        of: Component of every entry.
-    """
-
-    size: int
-    of: Tensor
-
-    def scale(self, packed: Tensor, weights: Tensor) -> Tensor:
-        """Multiplies each entry by its component's weight."""
-        if self.size:
-            return (packed.view(-1, self.size) * weights[:, None]).view(-1)
-        return packed * weights[self.of]
-
-    def sums(self, packed: Tensor, components: int) -> Tensor:
-        """Sums the entries of each component, (r,)."""
-        if self.size:
-            return packed.view(-1, self.size).sum(1)
-        return packed.new_zeros(components).index_add_(0, self.of, packed)
-
-
 class _Layout(NamedTuple):
     """All groups, and the owners of left and right entries."""
 
     groups: tuple[_Group, ...]
-    left: _Owners
-    right: _Owners
+    left: Owners
+    right: Owners
 
 
 @lru_cache(maxsize=256)
@@ -85,10 +62,7 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
                 step = begin[run[1]] - begin[run[0]] if len(run) > 1 else max(size[run[0]], 1)
                 rows.append(_Rows(begin[run[0]], len(run), size[run[0]], step))
             groups.append(_Group(shape, *rows))
-    owners = []
-    for side in sizes:
-        of = torch.arange(len(shapes)).repeat_interleave(torch.tensor(side)).to(device)
-        owners.append(_Owners(side[0] if len(set(side)) == 1 else 0, of))
+    owners = [Owners.of_sizes(side, device) for side in sizes]
     return _Layout(tuple(groups), *owners)
 
 
@@ -137,6 +111,7 @@ def add_delta_(
             part = lefts.of(left).mT @ rights.of(scaled)  # (m_a n_a, m_b n_b)
             part = part.view(shape.m_a, shape.n_a, shape.m_b, shape.n_b)
             blocks.add_(part.transpose(1, 2))  # (m_a, m_b, n_a, n_b)
+            del part  # the next group's then takes its memory, which the caches hold
         if not fits:
             total[: shape.rows, : shape.cols] += block[:m, :n]
     return total
@@ -176,5 +151,6 @@ def project(
         paired = blocks.transpose(1, 2).reshape(shape.m_a * shape.n_a, -1)  # (m_a n_a, m_b n_b)
         torch.mm(rights.of(right), paired.mT, out=lefts.of(grad_left))
         torch.mm(lefts.of(left), paired, out=rights.of(grad_right))
+        del paired  # as above
     grad_weights = layout.right.sums(grad_right * right, len(shapes))
     return layout.left.scale(grad_left, weights), layout.right.scale(grad_right, weights), grad_weights

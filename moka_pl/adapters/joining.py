@@ -9,7 +9,7 @@ from moka_pl.adapters.base_weight import dense_weight
 from moka_pl.backends import FEW_TOKENS, Backend, can_fuse, resolve_backend
 from moka_pl.four_bit import is_4bit
 from moka_pl.gating import Gating
-from moka_pl.joint import PlainUpdates, Updates
+from moka_pl.joint import PlainUpdates, StructuredUpdates, Updates
 from moka_pl.shape import Shape
 
 #: Bytes of a 4-bit weight from which on bitsandbytes' own kernel reads uneven layers faster, launch included.
@@ -41,9 +41,8 @@ def join(
 ) -> Joined | None:
     """Decides whether ``layer(x)`` and the update are computed as ``(W + ΔW) x``.
 
-    They are not where the update takes few tokens (structured products are cheaper then), where somebody
-    listens to the frozen layer, trains it or keeps its weight elsewhere, or where W + ΔW would be rounded to
-    half precision without the kernels' care for small updates.
+    They are not where somebody listens to the frozen layer, trains it or keeps its weight elsewhere, or where
+    W + ΔW would be rounded to half precision without the kernels' care for small updates.
 
     Args:
         layer: The frozen layer.
@@ -77,8 +76,9 @@ def join(
     way = resolve_backend(backend, x, factors, shapes, m, n)
     if way == "fused" and compute in (torch.bfloat16, torch.float32):
         return Joined(_fused(layer, x.device, compute, shapes, scaling, gating), compute, result)
-    if way == "dense" and compute == factors and compute.itemsize >= 4:
-        updates = PlainUpdates(shapes, scaling, lambda: dense_weight(layer), is_4bit(layer), gating)
+    if way != "fused" and compute == factors and compute.itemsize >= 4:
+        updates_of = PlainUpdates if way == "dense" else StructuredUpdates
+        updates = updates_of(shapes, scaling, lambda: dense_weight(layer), is_4bit(layer), gating)
         return Joined(updates, compute, result)
     return None
 

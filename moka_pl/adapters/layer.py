@@ -12,7 +12,7 @@ from moka_pl.backends import mixed_kinds
 from moka_pl.four_bit import is_4bit, keep_weights
 from moka_pl.gating import gates_of
 from moka_pl.joint import JointLinear
-from moka_pl.kronecker import delta_weight, kronecker_linear
+from moka_pl.kronecker import delta_weight, packed_linear
 from moka_pl.packing import Pairs, left_sizes, right_sizes, unpack
 
 
@@ -170,10 +170,11 @@ class MokaLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        update = kronecker_linear(
+        update = packed_linear(
             self.dropout(x),
             self.gates() * self.scaling,
-            self.factors(),
+            self._left(),
+            self.moka_B,
             self.shapes,
             self.out_features,
             self.backend,

@@ -68,7 +68,7 @@ PRESETS = {
         Preset("llama2-7b-h100", "llama2-7b", "cuda", batch=8, length=512),
         Preset("llama2-7b-odd-h100", "llama2-7b-odd", "cuda", batch=8, length=512),
         Preset("llama3-8b-h100", "llama3-8b", "cuda", batch=8, length=512),
-        # A single short example, for which building ΔW costs most.
+        # A single short example, for which the update itself weighs most.
         Preset(
             "smollm2-cpu-short", "smollm2-135m", "cpu", batch=1, length=64, warmup=2, steps=12, seconds=8.0
         ),

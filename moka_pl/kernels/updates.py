@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moka_pl.gating import Gating
+from moka_pl.joint import DenseUpdates
 from moka_pl.kernels.delta import fused_weight
 from moka_pl.kernels.gates import layer_gates
 from moka_pl.kernels.plan import Plan
@@ -15,7 +16,7 @@ from moka_pl.kernels.source import WeightSource
 
 
 @dataclass(frozen=True, eq=False)
-class FusedUpdates:
+class FusedUpdates(DenseUpdates):
     """By one launch for the weight and two for the gradient.
 
     Args:

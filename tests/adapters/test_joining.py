@@ -9,7 +9,7 @@ from moka_pl.adapters import MokaConfig, MokaLinear
 from moka_pl.adapters.base_weight import dense_weight
 from moka_pl.adapters.joining import join
 from moka_pl.gating import gates_of
-from moka_pl.joint import PlainUpdates
+from moka_pl.joint import PlainUpdates, StructuredUpdates
 from moka_pl.kronecker import delta_weight
 from moka_pl.packing import unpack
 
@@ -53,7 +53,7 @@ def joined(layer: MokaLinear, x: Tensor):
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
-@pytest.mark.parametrize("backend", ["dense", "fused"])
+@pytest.mark.parametrize("backend", ["structured", "dense", "fused"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_one_product_gives_the_outputs_and_gradients_of_float64(backend, options, four_bit) -> None:
     layer = adapted(backend, four_bit, **options)
@@ -79,7 +79,7 @@ def test_one_product_gives_the_outputs_and_gradients_of_float64(backend, options
         assert error < 1e-4, name
 
 
-@pytest.mark.parametrize("backend", ["dense", "fused"])
+@pytest.mark.parametrize("backend", ["structured", "dense", "fused"])
 def test_one_product_saves_only_input_gates_and_factors(backend: str) -> None:
     layer = adapted(backend, components=3)
     x = tokens().requires_grad_()
@@ -90,10 +90,30 @@ def test_one_product_saves_only_input_gates_and_factors(backend: str) -> None:
     assert {t.data_ptr() for t in saved} == held
 
 
-def test_auto_joins_for_many_tokens_and_not_for_a_few() -> None:
+def test_auto_builds_the_update_for_many_tokens_and_not_for_a_few() -> None:
     layer = MokaLinear(nn.Linear(576, 576).requires_grad_(False), MokaConfig())
-    assert isinstance(joined(layer, torch.randn(2, 256, 576)).updates, PlainUpdates)
-    assert joined(layer, torch.randn(2, 1, 576)) is None
+    assert type(joined(layer, torch.randn(2, 256, 576)).updates) is PlainUpdates
+    assert type(joined(layer, torch.randn(2, 32, 576)).updates) is StructuredUpdates
+
+
+@pytest.mark.parametrize("backend", ["structured", "dense"])
+def test_an_input_that_needs_no_gradient_gets_none_and_the_factors_theirs(backend) -> None:
+    layer = adapted(backend, components=3)
+    x = tokens()
+    layer(x).square().sum().backward()
+    found = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    layer.zero_grad()
+    layer(x.requires_grad_()).square().sum().backward()
+    assert x.grad.abs().max() > 0
+    expected = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, expected)
+
+
+def test_structured_products_leave_the_frozen_weight_as_it_is() -> None:
+    layer = adapted("structured", components=3)
+    before = layer.base_layer.weight.clone()
+    layer(tokens().requires_grad_()).sum().backward()
+    assert torch.equal(layer.base_layer.weight, before)
 
 
 def test_half_precision_is_joined_only_by_the_kernels() -> None:
