@@ -4,7 +4,7 @@
 python scripts/compare.py --suite tiny                                  # a minute on two CPU cores
 python scripts/compare.py --suite commonsense-smollm2 --data FOLDER     # a GPU is advised
 python scripts/compare.py --suite commonsense-smollm2 gates --data FOLDER --devices 2 --jobs 16 --minutes 60
-python scripts/compare.py --report --results scripts/results/compare    # reports again, of the runs that there are
+python scripts/compare.py --report --results scripts/results/compare    # reports again, of what there is
 """
 
 from pathlib import Path
