@@ -3,6 +3,8 @@
 
 python scripts/compare.py --suite tiny                                  # a minute on two CPU cores
 python scripts/compare.py --suite commonsense-smollm2 --data FOLDER     # a GPU is advised
+python scripts/compare.py --suite commonsense-smollm2 gates --data FOLDER --devices 2 --jobs 16 --minutes 60
+python scripts/compare.py --report --results scripts/results/compare    # reports again, of what there is
 """
 
 from pathlib import Path

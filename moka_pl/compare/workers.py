@@ -100,7 +100,7 @@ class Workers:
             if message == _READY:
                 worker.ready = True
                 continue
-            outcome = message if message is not None else {"error": self._death(worker)}
+            outcome = message if message is not None else self._after_death(worker)
             if worker.task is not None:
                 ended.append(Ended(worker.task, outcome, time.monotonic() - worker.begun))
             worker.task = None
@@ -137,6 +137,16 @@ class Workers:
         worker.process.join()
         worker.pipe.close()
         self._workers[worker.number] = self._start(worker.number)
+
+    def _after_death(self, worker: _Worker) -> Outcome:
+        """The outcome of what a dead worker was doing, which it could not store itself."""
+        what = self._death(worker)
+        assert worker.task is not None
+        store = Store(self._folder)
+        known = store.read(worker.task.run)
+        outcome = {key: known[key] for key in ("trained", "tested") if key in known} | {"error": what}
+        store.write(worker.task.run, outcome)
+        return outcome
 
     def _death(self, worker: _Worker) -> str:
         worker.process.join(5)

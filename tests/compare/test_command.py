@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from moka_pl.compare import drive
+from moka_pl.compare import command, drive
 from moka_pl.compare.command import main
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "suites"
@@ -49,3 +49,23 @@ def test_an_interrupted_suite_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     assert end.value.code == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert "not run yet" in (tmp_path / "tiny" / "report.md").read_text()
+
+
+def test_reports_are_written_again_from_the_folder_alone(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(drive, "_here", lambda *arguments: None)
+    with pytest.raises(SystemExit) as end:  # nothing has a result
+        run("--suite", "tiny", "--out", tmp_path / "out", "--rivals", "MoKA", "--data", "sample")
+    assert end.value.code == 1
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    run("--report", "--out", tmp_path / "elsewhere", "--results", tmp_path / "results")
+    text = (tmp_path / "results" / "tiny" / "report.md").read_text()
+    assert "| KronA | not run yet |" in text  # all rivals, also those that were left out
+    assert "- MoKA, lr 0.01, seed 0" in text
+    assert "no suite" in refused(capsys, "--report", "--out", tmp_path / "nowhere")
+
+
+def test_gpus_that_are_not_there_are_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert "has 2 GPUs" in refused(capsys, "--suite=tiny", "--devices=3", "--out", tmp_path)
+    assert "0,2" in refused(capsys, "--suite=tiny", "--devices=a", "--out", tmp_path)
+    assert [command._devices(text) for text in ("2", "1,", "0,1")] == [[0, 1], [1], [0, 1]]

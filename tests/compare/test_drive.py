@@ -3,9 +3,11 @@ import json
 import pytest
 
 from moka_pl.compare import drive
+from moka_pl.compare.across import write_across
 from moka_pl.compare.drive import run_suites
 from moka_pl.compare.entries import collect
 from moka_pl.compare.markdown import markdown
+from moka_pl.compare.progress import Clock
 from moka_pl.compare.report import as_json, make_report, write_report
 from moka_pl.compare.runs import frozen_run, run_of
 from moka_pl.compare.store import Store
@@ -36,6 +38,7 @@ class Fake:
 
     def __init__(self, store):
         self.store, self.calls, self.stop, self.fails = store, [], None, set()
+        self.extra = {}
 
     def __call__(self, run, test):
         self.calls.append((run.rival, run.rate, run.seed, test))
@@ -49,7 +52,12 @@ class Fake:
         loss = abs((run.rate or 1.0) - 0.2)
         trained = {"parameters": 10 * len(run.rival), "validation_loss": loss, "batches": f"of {run.seed}"}
         losses = [] if run.rate is None else [[1, 3.0], [2, 2.0]]
-        trained |= {"seconds": 1.0, "losses": losses, "device": "this", "versions": {"torch": "2"}}
+        trained |= {
+            "seconds": 1.0,
+            "losses": losses,
+            "device": "this",
+            "versions": {"torch": "2"},
+        } | self.extra
         outcome.setdefault("trained", trained)
         if test:
             right = [1, 1, 0, 1] if run.rival == "good" else [1, 0, 0, run.seed]
@@ -187,3 +195,32 @@ def test_the_report_is_written_with_figures(read, store, fake, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| bad | 30 | 0.1 | 37.5 ± 16.0 |" in text
     assert "| bad − good | -37.50 |" in text
+
+
+def test_time_that_is_up_leaves_an_honest_report(read, store, fake):
+    suite = read()
+    # A second at least; these runs tell that they take 1.0, and tests 0.5.
+    run_suites([suite], store, clock=Clock(minutes=0))
+    report = make_report(suite, collect(suite, store))
+    assert 0 < len(fake.calls) < 8
+    assert "- bad, lr 0.1, seed 1" in markdown(report).partition("## Not done yet")[2].splitlines()
+
+
+def test_ranks_are_set_side_by_side(read, store, fake, tmp_path):
+    spectra = {
+        "layers": ["l.0.q", "l.0.v"],
+        "stable_rank": [2.0, 4.0],
+        "entropy_rank": [3.0, 5.0],
+        "norm": [1.0, 1.0],
+        "kinds": {"q": {"index": [1.0, 2.0], "size": [1.0, 0.5]}},
+    }
+    fake.extra = {"spectra": spectra}
+    suites = [read(name=name) for name in ("rank-one", "rank-two", "other")]
+    run_suites(suites, store)
+    reports = [make_report(suite, collect(suite, store)) for suite in suites]
+    assert write_across(reports[:1], tmp_path) == []
+    names = {file.name for file in write_across(reports, tmp_path / "across")}
+    assert names == {"ranks.md", "ranks.json", "ranks.png"}
+    text = (tmp_path / "across" / "ranks.md").read_text()
+    assert "| | rank-one | rank-two |" in text
+    assert "| good | 3.00, 4.00, 1.00 | 3.00, 4.00, 1.00 |" in text
