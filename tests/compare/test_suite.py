@@ -12,9 +12,7 @@ from moka_pl.errors import ConfigError
 from moka_pl.learning_rates import LearningRateRatios
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "suites"
-#: Suites with options that this package does not have yet.
-AHEAD = {"beat-smollm2", "gates"}
-SUITES = sorted(file for file in FOLDER.glob("*.yaml") if file.stem not in AHEAD)
+SUITES = sorted(FOLDER.glob("*.yaml"))
 _OPTIONS = ("max_steps=3", "limit_test_batches=2")
 SMALL = """data: {class_path: moka_pl.data.CommonsenseData}
 learning_rates: [1.0e-2]
