@@ -52,16 +52,19 @@ def draw_scores(report: "Report", file: Path) -> None:
     figure = new_figure(5.5 * len(panels), 5.2)
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, score, factor) in zip(axes, panels, strict=True):
+        base = None
         for index, row in enumerate(report.rows):
             share = score(row)
             if share is None:
                 continue
             value, error = factor * share.value, factor * (share.stderr or 0.0)
-            if not row.parameters:  # the frozen base: a level to compare with
-                axis.axhline(value, color="0.5", linestyle=":", label=row.entry.name)
+            if not row.parameters:
+                base = value
                 continue
             style = {"color": f"C{index % 10}", "marker": "os^Dv"[index // 10 % 5], "capsize": 3}
             axis.errorbar(row.parameters, value, error, linestyle="none", label=row.entry.name, **style)
+        if base is not None:
+            title = f"{title} (frozen base: {base:.4g})"  # as a line it would press the others together
         axis.set_xscale("log")
         axis.set_xlabel("trainable parameters")
         axis.set_title(title, fontsize=10)

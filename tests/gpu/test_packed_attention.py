@@ -64,7 +64,7 @@ def _error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 def _widen(model: nn.Module) -> None:
     """Lets a model compute in float32 with the same weights."""
-    model.float()
+    nn.Module.float(model)  # transformers' own refuses where there are 4-bit weights
     for module in model.modules():
         if is_4bit(module):
             module.compute_dtype = torch.float32
