@@ -56,7 +56,7 @@ def answers(monkeypatch):
         seen.extend((prompt, max_new_tokens) for prompt in prompts)
         return ["the correct answer is answer1, not answer2"] * len(prompts)
 
-    monkeypatch.setattr("moka_pl.module.generate_texts", generate)
+    monkeypatch.setattr("moka_pl.evaluated_module.generate_texts", generate)
     return seen
 
 

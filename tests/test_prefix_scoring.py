@@ -177,7 +177,7 @@ def test_sliding_windows(tiny_llama):
 def test_module_falls_back_to_whole_rows(make_module, make_commonsense, make_trainer, monkeypatch):
     calls = []
     original = score_shared
-    monkeypatch.setattr("moka_pl.module.score_shared", lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setattr("moka_pl.evaluated_module.score_shared", lambda *a: calls.append(1) or original(*a))
 
     def validated(**options):
         calls.clear()
@@ -186,7 +186,7 @@ def test_module_falls_back_to_whole_rows(make_module, make_commonsense, make_tra
 
     shared, values = validated(eval_batch_size=4)
     never, whole = validated(eval_batch_size=4, share_prefix="never")
-    monkeypatch.setattr("moka_pl.module.can_share", lambda model: False)
+    monkeypatch.setattr("moka_pl.evaluated_module.can_share", lambda model: False)
     fallback, same = validated(eval_batch_size=4)
     assert (shared, never, fallback) == (3, 0, 0)
     assert values == pytest.approx(whole, rel=1e-5)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from moka_pl.backbone.load import Backbone
 from moka_pl.compare.base import SharedBase
+from moka_pl.evaluated_module import Batch
 from moka_pl.metrics import ItemTable
-from moka_pl.module import Batch, MokaModule
+from moka_pl.module import MokaModule
 from moka_pl.results import Counts
 from moka_pl.scoring import TokenScores, row_sums
 
