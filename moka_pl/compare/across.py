@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from moka_pl.compare.report import Report, lines_of
+from moka_pl.compare.report import Report
 from moka_pl.compare.store import write_atomically
+from moka_pl.compare.written_report import lines_of
 
 #: Suites whose names begin so are set side by side.
 PREFIX = "rank-"

@@ -92,8 +92,9 @@ def _report(suites: Sequence[Suite], args: argparse.Namespace) -> bool:
     from moka_pl.compare.across import write_across
     from moka_pl.compare.entries import collect
     from moka_pl.compare.markdown import markdown
-    from moka_pl.compare.report import make_report, write_report
+    from moka_pl.compare.report import make_report
     from moka_pl.compare.store import Store
+    from moka_pl.compare.written_report import write_report
 
     store, target = Store(args.out), args.results or args.out
     reports, files = [], []

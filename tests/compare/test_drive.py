@@ -8,10 +8,11 @@ from moka_pl.compare.drive import run_suites
 from moka_pl.compare.entries import collect
 from moka_pl.compare.markdown import markdown
 from moka_pl.compare.progress import Clock
-from moka_pl.compare.report import as_json, make_report, write_report
+from moka_pl.compare.report import make_report
 from moka_pl.compare.runs import frozen_run, run_of
 from moka_pl.compare.store import Store
 from moka_pl.compare.suite_file import read_suite
+from moka_pl.compare.written_report import as_json, write_report
 
 SUITE = """
 data: {class_path: moka_pl.data.CommonsenseData}
