@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100
+#: Tokens whose logits an evaluation computes at a time.
+_PART = 4096
 
 
 class TokenScores(NamedTuple):
@@ -41,9 +43,18 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **
     """
     targets = labels[:, 1:]  # (B, T-1)
     row, column = (targets != IGNORED).nonzero(as_tuple=True)  # (N,)
-    logits = logits_at(model, row, column, input_ids=input_ids, **inputs)  # (N, V)
-    nll = F.cross_entropy(logits.float(), targets[row, column], reduction="none")  # (N,)
-    return TokenScores(nll, row)
+    wanted = targets[row, column]  # (N,)
+    if torch.is_grad_enabled() or _transforms_logits(model):
+        logits = logits_at(model, row, column, input_ids=input_ids, **inputs)  # (N, V)
+        return TokenScores(F.cross_entropy(logits.float(), wanted, reduction="none"), row)
+    # Without gradients no logits need be kept: those of a whole evaluation batch can take gigabytes.
+    hidden, head = (
+        _hidden_at(model, row, column, input_ids=input_ids, **inputs),
+        model.get_output_embeddings(),
+    )
+    parts = zip(torch.split(hidden, _PART), torch.split(wanted, _PART), strict=True)
+    nll = [F.cross_entropy(head(part).float(), ids, reduction="none") for part, ids in parts]
+    return TokenScores(torch.cat(nll), row)
 
 
 def logits_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: Tensor) -> Tensor:
@@ -59,13 +70,22 @@ def logits_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: T
         Logits of shape (N, V).
     """
     logits: Tensor
-    if hasattr(model.config, "final_logit_softcapping") or hasattr(model.config, "logits_scaling"):
-        # Models that transform their logits after the head.
+    if _transforms_logits(model):
         logits = model(**inputs, use_cache=False).logits[row, column]
     else:
-        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, d)
-        logits = model.get_output_embeddings()(hidden[row, column])
+        logits = model.get_output_embeddings()(_hidden_at(model, row, column, **inputs))
     return logits
+
+
+def _transforms_logits(model: "PreTrainedModel") -> bool:
+    """Whether the model changes its logits after the head."""
+    return hasattr(model.config, "final_logit_softcapping") or hasattr(model.config, "logits_scaling")
+
+
+def _hidden_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: Tensor) -> Tensor:
+    """The last hidden states at some positions, (N, d)."""
+    hidden: Tensor = model.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, d)
+    return hidden[row, column]
 
 
 def row_sums(scores: TokenScores, rows: int) -> Tensor:

@@ -55,6 +55,25 @@ def check(model, batch):
     torch.testing.assert_close(scores.nll, torch.tensor(values), rtol=1e-4, atol=1e-5)
 
 
+def test_an_evaluation_computes_few_logits_at_a_time(adapted, batch, monkeypatch):
+    monkeypatch.setattr("moka_pl.scoring._PART", 5)
+    sizes = []
+    adapted.get_output_embeddings().register_forward_hook(lambda _, args, out: sizes.append(len(out)))
+    expected = score_tokens(adapted, *batch)
+    assert sizes == [len(expected.nll)]
+    with torch.no_grad():
+        found = score_tokens(adapted, *batch)
+    assert sizes[1:] == [5, 5, 5]
+    torch.testing.assert_close(found.nll, expected.nll.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.row, expected.row)
+
+
+def test_no_labelled_token_is_no_error(adapted, batch):
+    ids, labels = batch
+    with torch.no_grad():
+        assert score_tokens(adapted, ids, torch.full_like(labels, -100)).nll.shape == (0,)
+
+
 def test_equals_the_models_cross_entropy(adapted, batch):
     check(adapted, batch)
     ids, labels = batch
