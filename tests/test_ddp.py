@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moka_pl import capture
 from moka_pl.adapters import MokaConfig, adapter_state
 from moka_pl.adapters.directory import read_adapter_state
 from moka_pl.backbone import BackboneConfig
@@ -78,11 +79,31 @@ def write_data(folder):
         path.write_text("\n".join(["question,choice0,choice1,choice2,choice3,answer", *rows]) + "\n")
 
 
-def fit(folder, name, devices, packing=False, adapter=None):
+class Replay:
+    """Stands in for a CUDA graph on a CPU: computes the step that was recorded again."""
+
+    def __init__(self, capture, inputs):
+        self.capture, self.inputs = capture, inputs
+
+    def replay(self):
+        with capture._fresh_leaves(self.capture.model) as leaves:
+            self.capture._forward_backward(self.inputs, leaves)
+
+
+def record_anew(self, batch):
+    inputs = (batch.ids.clone(), batch.positions.clone(), batch.targets.clone())
+    self._graphs[batch.size] = capture._Recorded(Replay(self, inputs), inputs)
+
+
+def fit(folder, name, devices, packing=False, adapter=None, graphs=False):
     """Two epochs: four global batches of 4 examples and one of 3 in three steps, or one epoch of packs.
 
     Returns the adapter's configuration.
     """
+    if graphs:
+        capture.StepCapture._record = record_anew
+        capture.capture_obstacle = lambda model: None
+        capture.PATIENCE = 0
     torch.set_num_threads(1)
     torch.manual_seed(5)
     data = MixtureData(
@@ -105,7 +126,8 @@ def fit(folder, name, devices, packing=False, adapter=None):
         BackboneConfig(name="tiny", weights="random"),
         adapter or MokaConfig(components=3),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
-        gradient_checkpointing=True,
+        gradient_checkpointing=not graphs,
+        cuda_graphs=graphs,
     )
     steps = Steps()
     trainer = Trainer(
@@ -180,6 +202,14 @@ def test_losses_of_every_step_are_those_of_the_joint_batch(runs):
     assert first["steps"] == second["steps"]
 
 
+def test_replayed_steps_are_those_of_the_joint_batch(runs, folder):
+    first, second = (json.loads((folder / f"graphs-two-rank{rank}.json").read_text()) for rank in range(2))
+    for mine, theirs in zip(first["steps"], runs[2]["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert first["steps"] == second["steps"]
+    assert first["sums"] == second["sums"] == pytest.approx(runs[2]["sums"], rel=1e-3, abs=1e-4)
+
+
 def test_packed_steps_are_those_of_the_joint_batch(folder):
     names = ("packed-two-rank0", "packed-two-rank1", "packed-one-rank0")
     first, second, single = (json.loads((folder / f"{name}.json").read_text()) for name in names)
@@ -251,7 +281,7 @@ def test_frozen_tensors_are_left_to_the_ranks(runs):
 
 def test_one_table(folder):
     output = (folder / "output.txt").read_text()
-    assert output.count("held-out") == 2  # one for each run that validates
+    assert output.count("held-out") == 3  # one for each run that validates
     assert "over 2 process(es)" in output
 
 
@@ -261,6 +291,7 @@ if __name__ == "__main__":
     fit(place, "packed-two", 2, packing=True)
     chosen = fit(place, "auto", 2, packing=True, adapter=MokaConfig(components=3, filters="auto"))
     fit(place, "explicit", 2, packing=True, adapter=chosen)
+    fit(place, "graphs-two", 2, graphs=True)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         torch.distributed.destroy_process_group()
         fit(place, "one", 1)
