@@ -131,7 +131,11 @@ class StepCapture:
     def _worth_recording(self, size: tuple[int, int, int]) -> bool:
         if self.obstacle is not None or self._seen[size] <= PATIENCE or len(self._graphs) >= _MOST_GRAPHS:
             return False
-        return not torch.is_autocast_enabled("cuda") and torch.is_grad_enabled()
+        if torch.is_autocast_enabled("cuda"):
+            self.obstacle = "autocast keeps copies of weights from step to step"
+            warnings.warn(f"no CUDA graphs: {self.obstacle}; leave the trainer at 32-true", stacklevel=2)
+            return False
+        return torch.is_grad_enabled()
 
     def _compute(self, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         width = ids.shape[1]

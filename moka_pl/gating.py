@@ -53,12 +53,13 @@ def normalised_entropy(gates: Tensor) -> Tensor:
     """−Σ p_i ln p_i / ln r of every row, with each gate's share p = α / Σ α.
 
     Args:
-        gates: α, shape (layers, r).
+        gates: α, shape (..., r).
 
     Returns:
-        Entropies from 0 to 1, shape (layers,); 1 for a single component, which has no choice.
+        Entropies from 0 to 1, shape (...); 1 for a single component, which has no choice.
     """
-    if gates.shape[1] == 1:
-        return torch.ones(len(gates))
-    shares = gates / gates.sum(1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
-    return -torch.xlogy(shares, shares).sum(1) / math.log(gates.shape[1])
+    r = gates.shape[-1]
+    if r == 1:
+        return torch.ones_like(gates[..., 0])
+    shares = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+    return -torch.xlogy(shares, shares).sum(-1) / math.log(r)

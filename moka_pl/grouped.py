@@ -9,7 +9,7 @@ Small layers on a CPU spend as long on calling operations as in them. Components
 equal distances in the packed factors; L and R are then views of those, and gradients are written in place.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,8 @@ class _Layout(NamedTuple):
     right: Owners
 
 
-@lru_cache(maxsize=256)
+@cache
+@torch.inference_mode(False)  # what an evaluation builds first serves training, too
 def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
     sizes = left_sizes(shapes), right_sizes(shapes)
     begins = [starts(side) for side in sizes]

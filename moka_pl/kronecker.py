@@ -66,6 +66,7 @@ def _delta(left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ..
     return add_delta_(right.new_zeros(m, n), left, right, weights, shapes)
 
 
+@torch.no_grad()
 def project_gradient(
     grad: Tensor,
     weights: Tensor,

@@ -18,8 +18,8 @@ _PARTS = {"moka_A": "left", "moka_B": "right", "moka_gate": "gate"}
 class LearningRateRatios:
     """Multiples of the optimizer's learning rate for the parts of a MoKA adapter.
 
-    They hold at every step of a schedule. What an adapter does not have (gates with ``gating: none``, left
-    factors of MoKA_s) needs no rate.
+    They hold at every step of a schedule that scales the optimizer's rate. What an adapter does not have
+    (gates with ``gating: none``, left factors of MoKA_s) needs no rate.
 
     A temperature τ of the gates, softmax(g / τ) or sigmoid(g / τ), is no option of its own: to Adam it is
     the same as ``gate: 1/τ``, as its steps do not grow with the gradients. (With weight decay, clipping or a
@@ -112,6 +112,11 @@ def check_scheduler(scheduler: object, optimizer: Optimizer, rates: list[Any]) -
     Raises:
         ConfigError: If the ratios would be lost.
     """
+    if floor := getattr(scheduler, "eta_min", 0):
+        raise ConfigError(
+            f"{type(scheduler).__name__} with eta_min {floor} ends all parts at one learning rate, and "
+            "learning_rate_ratios would be lost; set eta_min to 0"
+        )
     begun = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     if any(float(a) != float(b) for a, b in zip(begun, rates, strict=True)):
         raise ConfigError(

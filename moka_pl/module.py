@@ -237,7 +237,15 @@ class MokaModule(EvaluatedModule):
             )
 
     def on_train_start(self) -> None:
-        """Begins with no counted tokens, and in a resumed run with the stored random generators."""
+        """Begins with no counted tokens, and in a resumed run with the stored random generators.
+
+        Raises:
+            ConfigError: If filters or start were left to a checkpoint that did not come.
+        """
+        if self._open.left:
+            raise ConfigError(
+                "filters: auto or start: gradient was left to a checkpoint, but none was loaded"
+            )
         self._set_schedule()
         if self._rng is not None:
             set_rng_state(self._rng, self.device, self.global_rank)

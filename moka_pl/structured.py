@@ -8,7 +8,7 @@ Components of one shape share these products: the step that comes first yields a
 side, and the second adds them up. Factors are gathered into the order of rows and columns that this takes.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -83,7 +83,8 @@ def mixes_first(shape: Shape) -> bool:
     return left <= right
 
 
-@lru_cache(maxsize=256)
+@cache
+@torch.inference_mode(False)  # what an evaluation builds first serves training, too
 def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
     left_starts, right_starts = starts(left_sizes(shapes)), starts(right_sizes(shapes))
     groups, lefts, rights = [], [], []

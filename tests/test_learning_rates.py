@@ -173,6 +173,19 @@ def test_a_scheduler_with_rates_of_its_own_is_refused(make_module, scheduler) ->
     assert module.configure_optimizers()["lr_scheduler"]["scheduler"]  # without ratios it is no matter
 
 
+def test_a_schedule_with_a_floor_is_refused(make_module) -> None:
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR
+    module = make_module(
+        learning_rate_ratios=RATIOS, optimizer=sgd, lr_scheduler=lambda o: scheduler(o, 10, eta_min=1e-5)
+    )
+    module.configure_model()
+    with pytest.raises(ConfigError, match="eta_min 1e-05 ends all parts at one learning rate"):
+        module.configure_optimizers()
+    module = make_module(learning_rate_ratios=RATIOS, optimizer=sgd, lr_scheduler=lambda o: scheduler(o, 10))
+    module.configure_model()
+    assert module.configure_optimizers()["lr_scheduler"]["scheduler"]
+
+
 def test_optimizers_without_groups_or_rates_are_refused() -> None:
     layer = MokaLinear(nn.Linear(6, 6).requires_grad_(False), MokaConfig(components=2))
     parameters = list(trainable(layer).items())

@@ -66,6 +66,11 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
         suites = keep_rivals(suites, args.rivals)
     for suite in suites:
         check_suite(suite)
+        if args.jobs > 1 and suite.data.get("init_args", {}).get("num_workers"):
+            raise MokaError(
+                f"{suite.name}: processes of --jobs cannot have processes of their own to load data: set "
+                "data.init_args.num_workers to 0"
+            )
     store = Store(args.out)
     if args.plan:
         _plan(suites, store)

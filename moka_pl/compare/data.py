@@ -71,7 +71,9 @@ def prepare_data(suites: Sequence[Suite]) -> None:
         backbones = [merged(suite.backbone, rival.backbone) for rival in suite.rivals] or [suite.backbone]
         for backbone in backbones:
             for settings, stage in ((suite.data, "fit"), (suite.test or suite.data, "test")):
-                key = json.dumps([settings, stage, backbone.get("name")], sort_keys=True)
+                key = json.dumps(
+                    [settings, stage, backbone.get("name"), backbone.get("revision")], sort_keys=True
+                )
                 if key not in seen:
                     seen.add(key)
                     tokenizer = load_tokenizer(backbone_of(backbone))

@@ -84,6 +84,7 @@ class Executor:
         gated = run.rate is not None and "class_path" not in run.settings["adapter"]
         monitors = [series, GateMonitor(heatmap=False)] if gated else [series]
         trainer = build_trainer(run, folder, monitors)
+        module.place = trainer.strategy.root_device
         # First of all, so that no random number is drawn between the seed and the adapters' start.
         tokenizer = self.base.get(module.backbone, trainer.strategy.root_device).tokenizer
         if not trained:
@@ -134,8 +135,8 @@ class Executor:
         }
 
     def _prepared(self, settings: Settings, run: Run, tokenizer: Any, stage: str) -> PreparedData:
-        name = run.settings["backbone"].get("name")
-        key = json.dumps([settings, name, stage], sort_keys=True)
+        base = [run.settings["backbone"].get(option) for option in ("name", "revision")]
+        key = json.dumps([settings, base, stage], sort_keys=True)
         if key not in self._data:
             self._data[key] = PreparedData(build_data(settings), tokenizer, stage)
         return self._data[key]

@@ -79,13 +79,17 @@ def _notes(report: Report) -> list[str]:
     ]
     other = matched_order([row.entry for row in report.rows])
     same = "All rivals of a seed had the same batches."
-    notes.append(f"Not on the batches of the others: {', '.join(other)}." if other else same)
+    if other:
+        notes.append(f"Not on the batches of the others: {', '.join(other)}.")
+    elif any(row.entry.rate is not None and row.parameters for row in report.rows):
+        notes.append(same)
     if any(row.entry.edge for row in report.rows):
         notes.append("\\* lowest or highest of the rates that were tried: a better one may lie beyond.")
     found = report.versions
     shown = ", ".join(f"{name} {' and '.join(found[name])}" for name in _SHOWN_VERSIONS if name in found)
-    where = f"Device: {'; '.join(report.devices) or 'none'}. {shown}."
-    notes.append(f"{where} {' and '.join(report.dates)}.".strip() if report.dates else where)
+    if report.devices:
+        where = f"Device: {'; '.join(report.devices)}. {shown}."
+        notes.append(f"{where} {' and '.join(report.dates)}." if report.dates else where)
     return [line for note in notes for line in (note, "")][:-1]
 
 

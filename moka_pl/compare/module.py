@@ -20,17 +20,21 @@ class ComparedModule(MokaModule):
 
     Attributes:
         shared: Where the base comes from; None loads one.
+        place: Where the base lies; None where the module does, which without a trainer is the CPU.
         batches: Digest of all training batches in their order, so that runs can be seen to have had the same.
         items: What every item of the last evaluation scored, in the order of the evaluation.
     """
 
     shared: SharedBase | None = None
+    place: torch.device | None = None
     items: dict[str, list[Any]] | None = None
     _digest: Any = None
 
     def load_base(self) -> Backbone:
         """The shared base."""
-        return super().load_base() if self.shared is None else self.shared.get(self.backbone, self.device)
+        if self.shared is None:
+            return super().load_base()
+        return self.shared.get(self.backbone, self.place or self.device)
 
     def on_train_start(self) -> None:
         """Begins with no counted batches, too."""

@@ -37,7 +37,10 @@ class Run:
     @cached_property
     def key(self) -> str:
         """Hash of what is trained, 12 hexadecimal digits; names are no part of it."""
-        return _hash([_FORMAT, self.settings, self.rate, self.seed])
+        settings = dict(self.settings)
+        if self.rate is None:  # an adapter that has learnt nothing decides about nothing
+            settings["adapter"] = {}
+        return _hash([_FORMAT, settings, self.rate, self.seed])
 
     @cached_property
     def test_key(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from moka_pl.adapters import moka_layers
 from moka_pl.callbacks.gates import gate_matrix
 from moka_pl.callbacks.throughput import log_interval
+from moka_pl.gating import normalised_entropy
 
 
 class Series(Callback):
@@ -67,7 +68,7 @@ class Series(Callback):
         for place, (name, layer) in enumerate(moka_layers(model).items()):
             for i, label in enumerate(layer.shapes):
                 columns.setdefault(f"{name.rpartition('.')[2]} {label}", []).append(history[:, place, i])
-        entropy = _entropy(history)  # (steps, layers)
+        entropy = normalised_entropy(history)  # (steps, layers)
         r = history.shape[2]
         return {
             "steps": [step for step, _ in self._gates],
@@ -80,14 +81,6 @@ class Series(Callback):
         gates = gate_matrix(pl_module)
         if gates is not None:
             self._gates.append((trainer.global_step, gates))
-
-
-def _entropy(gates: Tensor) -> Tensor:
-    """Entropy of the gates' shares of their sum, over that of equal ones; (..., r) to (...)."""
-    if gates.shape[-1] == 1:
-        return torch.ones_like(gates[..., 0])
-    shares = gates / gates.sum(-1, keepdim=True)
-    return -torch.xlogy(shares, shares).sum(-1) / math.log(gates.shape[-1])
 
 
 def _rounded(values: Tensor) -> list[float | None]:

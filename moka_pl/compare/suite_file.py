@@ -135,6 +135,9 @@ def _suite(written: Settings, stem: str) -> Suite:
     if pick not in _PICKS:
         raise ConfigError(f"pick is {pick!r}; choose one of {', '.join(_PICKS)}")
     read = tuple(_rival(rival, written.get("learning_rates"), i) for i, rival in enumerate(rivals))
+    name = str(written.get("name", stem))
+    if name in ("runs", "logs"):
+        raise ConfigError(f"the suite cannot be called {name!r}, as the folder of all suites' {name}")
     names = [rival.name for rival in read]
     twice = {name for name in names if names.count(name) > 1} | ({FROZEN} & set(names))
     if twice:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -58,7 +58,13 @@ class Workers:
         self._folder, self._jobs, self._devices = folder, jobs, devices
         # Spawned: a forked process cannot use a GPU that its parent has used.
         self._context = multiprocessing.get_context("spawn")
-        self._workers = {number: self._start(number) for number in range(jobs)}
+        self._workers: dict[int, _Worker] = {}
+        try:
+            for number in range(jobs):
+                self._workers[number] = self._start(number)
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def idle(self) -> list[int]:
@@ -74,7 +80,8 @@ class Workers:
         """Hands a task to an idle worker."""
         worker = self._workers[number]
         worker.task, worker.begun = task, time.monotonic()
-        worker.pipe.send(task)
+        with suppress(OSError):  # it has died; to wait for it tells
+            worker.pipe.send(task)
 
     def wait(self, seconds: float | None = None) -> list[Ended]:
         """Waits until a worker has become idle.

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,7 +90,8 @@ class Plan:
     compiled: dict[Any, Any] = field(default_factory=dict)
 
 
-@lru_cache(maxsize=256)
+@cache
+@torch.inference_mode(False)  # what an evaluation builds first serves training, too
 def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> Plan:
     """Makes the plan of an m × n layer for a device."""
     left_at, right_at = starts(left_sizes(shapes)), starts(right_sizes(shapes))

@@ -4,6 +4,8 @@ import pytest
 
 from moka_pl.compare import command, drive
 from moka_pl.compare.command import main
+from moka_pl.compare.runs import frozen_run
+from moka_pl.compare.suite_file import keep_rivals, read_suite
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "suites"
 
@@ -69,3 +71,15 @@ def test_gpus_that_are_not_there_are_refused(capsys, tmp_path, monkeypatch):
     assert "has 2 GPUs" in refused(capsys, "--suite=tiny", "--devices=3", "--out", tmp_path)
     assert "0,2" in refused(capsys, "--suite=tiny", "--devices=a", "--out", tmp_path)
     assert [command._devices(text) for text in ("2", "1,", "0,1")] == [[0, 1], [1], [0, 1]]
+
+
+def test_processes_that_load_data_are_refused_beside_jobs(tmp_path, capsys):
+    options = ["--suite=tiny", f"--out={tmp_path}", "--jobs=2", "--set=data.init_args.num_workers=1"]
+    assert "set data.init_args.num_workers to 0" in refused(capsys, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_frozen_base_is_the_same_whichever_rivals_are_kept():
+    whole = read_suite(FOLDER / "one-layer.yaml")
+    (part,) = keep_rivals([whole], ["LoRA r1"])
+    assert frozen_run(part).key == frozen_run(whole).key

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moka_pl.compare.workers import worker_environment
+from moka_pl.compare.workers import Workers, _Worker, worker_environment
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -22,6 +23,15 @@ def test_workers_are_spread_over_gpus(monkeypatch):
     alone = worker_environment(0, 3, None)
     assert "CUDA_VISIBLE_DEVICES" not in alone
     assert alone["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_task_for_a_worker_that_has_died_is_left_to_the_wait():
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    workers = object.__new__(Workers)
+    workers._workers = {0: _Worker(0, None, ours, ready=True)}
+    workers.give(0, "task")
+    assert workers.busy == ["task"]
 
 
 class Command:
