@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moka_pl.attention import attention_obstacle, sdpa
 from moka_pl.scoring import IGNORED, logits_at
 
 if TYPE_CHECKING:
@@ -219,18 +220,11 @@ class _Replayed(torch.autograd.Function):
 
 def capture_obstacle(model: "PreTrainedModel") -> str | None:
     """Why a model's training step cannot be recorded, if it cannot."""
-    config = model.config.get_text_config()
     if model.get_input_embeddings().weight.device.type != "cuda":
         return "CUDA graphs need a GPU"
     if getattr(model, "is_gradient_checkpointing", False):
         return "with gradient checkpointing the random generators are read while recording"
-    if model.config._attn_implementation not in ("sdpa", CAUSAL):
-        return f"attention is {model.config._attn_implementation}"
-    if getattr(config, "sliding_window", None) is not None:
-        return "the model's attention has a sliding window"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"{type(model).__name__} needs an attention of its own"
-    return None
+    return attention_obstacle(model, CAUSAL)
 
 
 @contextmanager
@@ -271,29 +265,13 @@ def _fresh_leaves(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def causal_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Causal SDPA; every position sees all before it.
+    """SDPA (see :func:`moka_pl.attention.sdpa`) in which every position sees all before it.
 
-    Args:
-        module: The attention layer.
-        query: Queries, shape (B, H, T, d).
-        key: Keys, shape (B, K, T, d); H is a multiple of K.
-        value: Values, shape (B, K, T, d).
-        attention_mask: None.
-        **kwargs: For SDPA.
-
-    Returns:
-        The attended values, shape (B, T, H, d), and None for the weights.
+    Raises:
+        RuntimeError: If there is a mask nevertheless.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if attention_mask is not None:
         raise RuntimeError("a model that builds its own mask cannot be recorded")
-    out, _ = sdpa_attention_forward(module, query, key, value, None, **kwargs)
-    return out, None
+    return sdpa(module, query, key, value, None, **kwargs)

@@ -4,11 +4,9 @@ The training itself is left as it is: batches come from a loader of their own, r
 and the result is an explicit configuration, with which the run goes on as if it had been given.
 """
 
-import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +24,7 @@ from moka_pl.analysis.gradients import linear_layers, weight_gradients
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.filters import AUTO, listed
 from moka_pl.packed_attention import PackedAttention
+from moka_pl.quiet import quiet
 from moka_pl.scoring import score_tokens
 
 if TYPE_CHECKING:
@@ -200,7 +199,8 @@ def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
     source = trainer.fit_loop._data_source
     batches: list[Any] = []
     if source.is_defined():
-        with torch.device("cpu"), _quiet():
+        # Quiet: the line on an epoch's batches comes when the training makes its own loader.
+        with torch.device("cpu"), quiet("lightning.pytorch.utilities.rank_zero"):
             batches = list(islice(source.dataloader(), count))
     if not batches or not all(isinstance(b, dict) and {"input_ids", "labels"} <= b.keys() for b in batches):
         raise ConfigError(
@@ -208,18 +208,6 @@ def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
             "moka_pl's data modules make them; this run has none"
         )
     return batches
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the line on an epoch's batches, which comes when the training makes its own loader."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _told(chosen: Filters, left: Any, batches: int, seconds: float) -> str:

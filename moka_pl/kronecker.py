@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from moka_pl.backends import Backend, resolve_backend
 from moka_pl.grouped import add_delta_, project
-from moka_pl.packing import Pairs, pack, unpack
+from moka_pl.packing import pack
 from moka_pl.shape import Shape
 from moka_pl.structured import add_update_, pull_back, turned
 
@@ -64,28 +64,6 @@ def delta_weight(
 def _delta(left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...], m: int, n: int) -> Tensor:
     """ΔW, (m, n), in the factors' dtype."""
     return add_delta_(right.new_zeros(m, n), left, right, weights, shapes)
-
-
-@torch.no_grad()
-def project_gradient(
-    grad: Tensor,
-    weights: Tensor,
-    factors: Sequence[tuple[Tensor | None, Tensor]],
-    shapes: Sequence[Shape],
-) -> tuple[Tensor, Pairs]:
-    """Pulls a gradient with respect to ΔW back to weights and factors (see :func:`moka_pl.grouped.project`).
-
-    Args:
-        grad: ∂L/∂ΔW, shape (m, n).
-        weights: Weights w, shape (r,).
-        factors: r pairs (A_i or None, B_i).
-        shapes: r shapes.
-
-    Returns:
-        Gradients for w and for every factor pair.
-    """
-    grad_left, grad_right, grad_weights = project(grad, *pack(factors), weights, tuple(shapes))
-    return grad_weights, unpack(grad_left, grad_right, tuple(shapes))
 
 
 class _KroneckerSum(torch.autograd.Function):

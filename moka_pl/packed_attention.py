@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moka_pl.attention import attention_obstacle, sdpa
 from moka_pl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,12 +110,10 @@ def _obstacle(model: "PreTrainedModel") -> str | None:
     config = model.config.get_text_config()
     weight = model.get_input_embeddings().weight
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if model.config._attn_implementation not in ("sdpa", VARLEN):
-        return f"attention is {model.config._attn_implementation}"
-    if not model._supports_flash_attn or getattr(config, "attn_logit_softcapping", None) is not None:
+    if (obstacle := attention_obstacle(model, VARLEN)) is not None:
+        return obstacle
+    if not model._supports_flash_attn:
         return f"{type(model).__name__} needs an attention of its own"
-    if getattr(config, "sliding_window", None) is not None:
-        return "the model's attention has a sliding window"
     if getattr(config, "attention_dropout", 0.0):
         return "the model's attention has dropout"
     if weight.device.type != "cuda":
@@ -170,12 +169,7 @@ def varlen_attention(
     """
     starts, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if starts is None or longest is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return out, None
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     batch, heads, length, size = query.shape
     dtype = value.dtype if value.dtype in _HALF else torch.bfloat16
     queries, keys, values = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))

@@ -46,15 +46,17 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **
     wanted = targets[row, column]  # (N,)
     if torch.is_grad_enabled() or _transforms_logits(model):
         logits = logits_at(model, row, column, input_ids=input_ids, **inputs)  # (N, V)
-        return TokenScores(F.cross_entropy(logits.float(), wanted, reduction="none"), row)
+        return TokenScores(_nll(logits, wanted), row)
     # Without gradients no logits need be kept: those of a whole evaluation batch can take gigabytes.
-    hidden, head = (
-        _hidden_at(model, row, column, input_ids=input_ids, **inputs),
-        model.get_output_embeddings(),
-    )
+    hidden = _hidden_at(model, row, column, input_ids=input_ids, **inputs)  # (N, d)
+    head = model.get_output_embeddings()
     parts = zip(torch.split(hidden, _PART), torch.split(wanted, _PART), strict=True)
-    nll = [F.cross_entropy(head(part).float(), ids, reduction="none") for part, ids in parts]
-    return TokenScores(torch.cat(nll), row)
+    return TokenScores(torch.cat([_nll(head(part), ids) for part, ids in parts]), row)
+
+
+def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
+    """-log p of the wanted tokens, (N,), float32."""
+    return F.cross_entropy(logits.float(), wanted, reduction="none")
 
 
 def logits_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: Tensor) -> Tensor:

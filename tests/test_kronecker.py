@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from moka_pl.backends import BACKENDS, pick_backend
 from moka_pl.errors import ConfigError
 from moka_pl.filters import filter_shapes
+from moka_pl.grouped import project
 from moka_pl.kronecker import (
     delta_weight,
     kronecker_linear,
     packed_linear,
-    project_gradient,
 )
-from moka_pl.packing import pack
+from moka_pl.packing import pack, unpack
 from moka_pl.shape import Shape
 
 WAYS = ("structured", "dense")
@@ -122,7 +122,7 @@ def test_gradcheck(case: Case, backend: str) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("case", SOME_CASES.values(), ids=SOME_CASES)
-def test_project_gradient_pulls_any_matrix_back(case: Case, transposed: bool) -> None:
+def test_projecting_pulls_any_matrix_back(case: Case, transposed: bool) -> None:
     _, weights, factors = tensors(case)
     generator = torch.Generator().manual_seed(9)
     d = torch.randn(case.n, case.m, generator=generator, dtype=torch.float64).mT
@@ -130,7 +130,8 @@ def test_project_gradient_pulls_any_matrix_back(case: Case, transposed: bool) ->
     expected = torch.autograd.grad((delta * d).sum(), leaves(weights, weights, factors)[1:])
     with torch.no_grad():
         grad = d if transposed else d.contiguous()
-        grad_weights, pairs = project_gradient(grad, weights, factors, case.shapes)
+        left, right, grad_weights = project(grad, *pack(factors), weights, tuple(case.shapes))
+    pairs = unpack(left, right, tuple(case.shapes))
     found = [grad_weights, *(g for pair in pairs for g in pair if g is not None)]
     torch.testing.assert_close(found, list(expected))
 

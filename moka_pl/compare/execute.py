@@ -1,7 +1,6 @@
 """Trains and tests single runs in this process, with one base and one set of tokenised data."""
 
 import json
-import logging
 import math
 import shutil
 import time
@@ -29,6 +28,7 @@ from moka_pl.compare.store import Outcome, Store, tested_with
 from moka_pl.compare.suite import Settings
 from moka_pl.compare.warning import warn
 from moka_pl.errors import ConfigError
+from moka_pl.quiet import quiet
 
 #: Folder of the trained adapter in the run's folder.
 ADAPTER = "adapter"
@@ -72,9 +72,8 @@ class Executor:
     def _execute(self, run: Run, test: bool, outcome: Outcome) -> None:
         folder = self.store.path(run)
         if run.rate is not None and not (folder / ADAPTER).is_dir():
-            outcome.pop(
-                "trained", None
-            )  # its adapter was left behind somewhere: what is to be tested is lost
+            # Its adapter was left behind somewhere: what is to be tested is lost.
+            outcome.pop("trained", None)
         trained = "trained" in outcome
         module = build_module(run, folder / ADAPTER if trained and run.rate is not None else None)
         module.shared = self.base
@@ -159,14 +158,6 @@ def _number(value: float) -> float | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's notes on the machine and on every trainer."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with quiet(*_LOGGERS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)
+        yield

@@ -37,9 +37,8 @@ class Run:
     @cached_property
     def key(self) -> str:
         """Hash of what is trained, 12 hexadecimal digits; names are no part of it."""
-        settings = dict(self.settings)
-        if self.rate is None:  # an adapter that has learnt nothing decides about nothing
-            settings["adapter"] = {}
+        # The frozen base's adapter has learnt nothing, and decides about nothing.
+        settings = self.settings if self.rate is not None else self.settings | {"adapter": {}}
         return _hash([_FORMAT, settings, self.rate, self.seed])
 
     @cached_property
@@ -78,9 +77,9 @@ def frozen_run(suite: Suite) -> Run:
     trainer = suite.training.get("trainer", {})
     kept = {option: trainer[option] for option in _EVALUATION if option in trainer}
     training = {"trainer": kept} if kept else {}
-    settings = {"backbone": suite.backbone, "adapter": {}, "data": suite.data, "training": training}
-    if suite.rivals:  # an adapter that has learnt nothing changes nothing: any that fits the base will do
-        settings["adapter"] = _untrained(suite)
+    # An adapter that has learnt nothing changes nothing: any that fits the base will do.
+    adapter = _untrained(suite)
+    settings = {"backbone": suite.backbone, "adapter": adapter, "data": suite.data, "training": training}
     return Run(FROZEN, None, suite.seeds[0], settings, suite.test or suite.data)
 
 

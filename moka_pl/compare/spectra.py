@@ -38,11 +38,6 @@ def spectra_summary(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def mean_rank(summary: dict[str, Any], which: str) -> float | None:
-    """The mean over layers of ``stable_rank`` or ``entropy_rank``; None without layers."""
-    return fmean(summary[which]) if summary.get(which) else None
-
-
 def _mean_spectrum(spectra: Sequence[Spectrum]) -> dict[str, list[float]]:
     length = min(len(spectrum.sizes) for spectrum in spectra)
     index = sorted({round(math.exp(math.log(length) * i / (POINTS - 1))) for i in range(POINTS)})

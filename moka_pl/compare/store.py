@@ -51,10 +51,6 @@ class Store:
         about = {"rival": run.rival, "rate": run.rate, "seed": run.seed, "settings": run.settings}
         write_atomically(folder / _FILE, json.dumps(about | outcome) + "\n")
 
-    def is_tested(self, run: Run) -> bool:
-        """Whether the run is tested on the data that are asked for."""
-        return tested_with(self.read(run), run)
-
 
 def tested_with(outcome: Outcome, run: Run) -> bool:
     """Whether an outcome is that of a run tested on the run's test data."""

@@ -139,7 +139,7 @@ def _suite(written: Settings, stem: str) -> Suite:
     if name in ("runs", "logs"):
         raise ConfigError(f"the suite cannot be called {name!r}, as the folder of all suites' {name}")
     names = [rival.name for rival in read]
-    twice = {name for name in names if names.count(name) > 1} | ({FROZEN} & set(names))
+    twice = {n for n in names if names.count(n) > 1} | ({FROZEN} & set(names))
     if twice:
         raise ConfigError(f"the name {min(twice)!r} of a rival is taken; every row needs its own")
     reference = written.get("reference")
@@ -149,7 +149,7 @@ def _suite(written: Settings, stem: str) -> Suite:
     if test is not None and (not isinstance(test, dict) or "class_path" not in test):
         raise ConfigError("test must name a data module by class_path, with its options as init_args")
     return Suite(
-        str(written.get("name", stem)),
+        name,
         str(written.get("about", "")),
         _mapping(written, "backbone"),
         data,

@@ -2,10 +2,10 @@
 
 import importlib.util
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from moka_pl.errors import ConfigError
+from moka_pl.quiet import quiet
 
 
 def require_lm_eval() -> None:
@@ -20,13 +20,6 @@ def require_lm_eval() -> None:
         )
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Runs the body without lm_eval's warnings (that a task is local, that a model is built already)."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def quiet_lm_eval() -> AbstractContextManager[None]:
+    """Without lm_eval's warnings (that a task is local, that a model is built already)."""
+    return quiet("lm_eval", below=logging.ERROR)

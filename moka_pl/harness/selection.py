@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.harness.library import quiet
+from moka_pl.harness.library import quiet_lm_eval
 from moka_pl.harness.task_files import local_tasks, write_task_files
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def select_tasks(
     from lm_eval.tasks import TaskManager
 
     # The files are read into memory when tasks are loaded; nothing asks for them later.
-    with tempfile.TemporaryDirectory(prefix="moka_pl-tasks-") as folder, quiet():
+    with tempfile.TemporaryDirectory(prefix="moka_pl-tasks-") as folder, quiet_lm_eval():
         write_task_files(local, Path(folder))
         ours = TaskManager(include_path=folder, include_defaults=False)
         found = [pair for name in wanted for pair in _match(name, ours, local)]
