@@ -39,6 +39,7 @@ def run_suites(
         _here(work, store)
     elif work.plan.left().tasks:
         _elsewhere(work, suites, store, jobs, devices)
+    work.close()
     for suite in suites:
         for name in matched_order(collect(suite, store)):
             warn(f"{suite.name}: the runs of {name} were not on the same batches as those of other rivals")
@@ -64,6 +65,10 @@ class _Work:
         self._times.add(task, outcome, self.plan.outcome(task.run))
         self.plan.end(task, outcome)
         self._progress.add(task, outcome, seconds)
+
+    def close(self) -> None:
+        """Tells how long everything took."""
+        self._progress.close()
 
 
 def _here(work: _Work, store: Store) -> None:

@@ -89,6 +89,7 @@ class Progress:
         self, left: Callable[[], Left], outcome: Callable[[Task], Outcome], times: Times, jobs: int
     ) -> None:
         self._left, self._outcome, self._times, self._jobs = left, outcome, times, jobs
+        self._begin = time.monotonic()
         self.done = 0
 
     def add(self, task: Task, outcome: Outcome, seconds: float) -> None:
@@ -108,6 +109,12 @@ class Progress:
             total = sum(self._times.expected(task, self._outcome(task)) for task in left.tasks + left.later)
             line += f"; about {duration(total / min(self._jobs, count))} left"
         print(line, flush=True)
+
+    def close(self) -> None:
+        """Prints how long everything took."""
+        if self.done:
+            took = duration(time.monotonic() - self._begin)
+            print(f"{self.done} runs in {took}, {self._jobs} at a time", flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -102,7 +102,8 @@ def test_rates_are_picked_with_one_seed_and_only_the_picked_one_is_tested(read, 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("[1/8] frozen base")
     assert "left" in lines[1]
-    assert lines[-1].startswith("[8/8] bad, lr 0.1, seed 1")
+    assert lines[-2].startswith("[8/8] bad, lr 0.1, seed 1")
+    assert lines[-1] == "8 runs in 0 s, 1 at a time"
 
 
 def test_all_seeds_pick_where_that_is_asked_for(read, store, fake):
