@@ -1,0 +1,105 @@
+"""Training steps replayed as CUDA graphs on two GPUs; run with ``pytest -m gpu``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from moka_pl.adapters import MokaConfig, adapter_state
+from moka_pl.backbone import BackboneConfig
+from moka_pl.data import CommonsenseData
+from moka_pl.module import MokaModule
+
+pytestmark = pytest.mark.gpu
+
+STEPS = 20
+
+
+class _Keep(pl.Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.graphs = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: MokaModule, *args: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+        if module._capture is not None:
+            self.graphs = max(self.graphs, module._capture.graphs)
+
+
+def fit(folder: Path, devices: int, graphs: bool) -> None:
+    """Trains on global batches of eight examples and writes down a rank's losses."""
+    pl.seed_everything(0, verbose=False)
+    module = MokaModule(
+        BackboneConfig("smollm2-135m", weights="random", compute_dtype="float32"),
+        MokaConfig(components=4),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.0),
+        cuda_graphs=graphs,
+    )
+    keep = _Keep()
+    trainer = pl.Trainer(
+        accelerator="gpu",
+        devices=devices,
+        max_steps=STEPS,
+        max_epochs=-1,
+        callbacks=[keep],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, datamodule=CommonsenseData("sample", batch_size=8 // devices, prompt="cloze"))
+    sums = {key: float(value.double().sum()) for key, value in adapter_state(module.causal_lm).items()}
+    record = {"losses": keep.losses, "graphs": keep.graphs, "world": trainer.world_size, "sums": sums}
+    name = f"{devices}-{'graphs' if graphs else 'launched'}-rank{trainer.global_rank}.json"
+    (folder / name).write_text(json.dumps(record), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    folder = tmp_path_factory.mktemp("ddp")
+    # Lightning leaves its seed, and its launcher a rank, in the environment of later tests.
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    for devices, graphs in ((2, 0), (2, 1), (1, 0)):
+        command = [sys.executable, __file__, str(folder), str(devices), str(graphs)]
+        ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")}
+
+
+def test_every_rank_replays_its_steps(runs):
+    assert sorted(runs) == [
+        "1-launched-rank0",
+        "2-graphs-rank0",
+        "2-graphs-rank1",
+        "2-launched-rank0",
+        "2-launched-rank1",
+    ]
+    for rank in range(2):
+        assert runs[f"2-graphs-rank{rank}"]["graphs"] > 0
+        assert runs[f"2-graphs-rank{rank}"]["world"] == 2
+
+
+def test_losses_are_those_of_launched_steps_and_of_one_gpu(runs):
+    names = ("2-graphs-rank0", "2-launched-rank0", "1-launched-rank0")
+    replayed, launched, single = (torch.tensor(runs[name]["losses"]) for name in names)
+    assert len(launched) == STEPS
+    assert launched[-4:].mean() < launched[:4].mean()
+    torch.testing.assert_close(replayed, launched, rtol=2e-3, atol=0)
+    torch.testing.assert_close(launched, single, rtol=2e-3, atol=0)
+
+
+def test_both_ranks_end_with_the_same_adapter(runs):
+    assert runs["2-graphs-rank0"]["sums"] == runs["2-graphs-rank1"]["sums"]
+
+
+if __name__ == "__main__":
+    fit(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
