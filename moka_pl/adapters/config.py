@@ -36,7 +36,8 @@ class MokaConfig:
             letter and needs about ten times that.
         dropout: Probability of zeroing an input feature of the adapter in training, 0 to below 1.
         target_modules: Layers to adapt: a list of name suffixes, one regular expression over whole names, or
-            ``all-linear`` for every linear layer but the output head.
+            ``all-linear`` for every linear layer but the output head. The default is the paper's; with few
+            parameters, few components on every layer learn more than many on two of each block.
         exclude_modules: Layers to leave out: a list of suffixes or one regular expression.
         backend: How the update is computed: ``structured`` (never forms an m × n matrix), ``dense`` (forms
             one for a moment, cheaper for many tokens), ``fused`` (the same with Triton kernels, on a GPU) or

@@ -56,7 +56,7 @@ def moka(name: str, **options: Any) -> Row:
     return Row(name, put)
 
 
-def lora(name: str, rank: int, modules: list[str], **options: Any) -> Row:
+def lora(name: str, rank: int, modules: list[str] | str, **options: Any) -> Row:
     """PEFT's LoRA, or a variant of it that ``options`` choose."""
     return _peft(name, "LoraConfig", r=rank, lora_alpha=2 * rank, target_modules=modules, **options)
 
@@ -77,7 +77,9 @@ def step_rows(device: str) -> list[Row]:
         moka("MoKA r1", components=1),
         moka("MoKA r20", components=20),
         moka("MoKA_s r10", filters="prime"),
+        moka("MoKA r2 all linear", components=2, target_modules="all-linear"),
         lora("LoRA r8 q,v", 8, QV),
+        lora("LoRA r2 all linear", 2, "all-linear"),
         lora("LoRA r64 q,v", 64, QV),
         lora("LoRA r32 q,k,v,up,down", 32, FIVE),
         lora("DoRA r64 q,v", 64, QV, use_dora=True),
