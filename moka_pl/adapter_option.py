@@ -15,6 +15,7 @@ from jsonargparse import set_parsing_settings
 
 from moka_pl.adapters import FullFineTuning, MokaConfig
 from moka_pl.errors import ConfigError
+from moka_pl.four_bit import import_bitsandbytes
 from moka_pl.module import MokaModule
 
 
@@ -77,8 +78,12 @@ def adapter_class(class_path: str) -> type:
     module, _, name = class_path.rpartition(".")
     kind = None
     for home in [module] if module else ["moka_pl.adapters", "peft"]:
+        if kind is not None:
+            break
         try:
-            kind = kind or getattr(import_module(home), name, None)
+            if not home.startswith("moka_pl"):
+                import_bitsandbytes()  # which PEFT imports
+            kind = getattr(import_module(home), name, None)
         except ImportError as error:
             raise ConfigError(
                 f"adapter {class_path}: {error}. PEFT's classes need pip install 'moka_pl[peft]'"

@@ -1,16 +1,28 @@
 """bitsandbytes' 4-bit layers: which they are, and that they compute with the weights they hold."""
 
+import logging
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from moka_pl.errors import BackboneError
+from moka_pl.quiet import quiet
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
     from bitsandbytes.nn import Linear4bit
+
+
+def import_bitsandbytes() -> None:
+    """Imports bitsandbytes, ahead of the libraries that would.
+
+    On some CPUs it asks for a package that would fetch a kernel for evaluations from the hub.
+    """
+    with quiet("bitsandbytes.backends.cpu.ops", below=logging.ERROR):
+        import_module("bitsandbytes")
 
 
 def is_4bit(layer: nn.Module) -> "TypeGuard[Linear4bit]":

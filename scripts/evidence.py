@@ -5,8 +5,8 @@
     python scripts/evidence.py instruction --data FILE --mmlu FOLDER --out DIR
 
 `commonsense` trains the paper's form (ten components on q and v) on the train files of a folder of tasks and
-tests on its test files. `instruction` trains on a file of instructions and tests on MMLU, five shots. Runs that
-have ended are not run again. Prints Markdown and writes DIR/<study>.json. A GPU is advised.
+tests on its test files. `instruction` trains on a file of instructions and tests on MMLU, five shots. Runs
+that have ended are not run again. Prints Markdown and writes DIR/<study>.json. A GPU is advised.
 """
 
 import argparse

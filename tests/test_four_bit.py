@@ -1,5 +1,7 @@
 """That 4-bit layers keep their weights, and that rows which bitsandbytes misreads are refused."""
 
+import logging
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -77,3 +79,12 @@ def test_other_layers_are_left_alone() -> None:
     assert not is_4bit(layer)
     keep_weights(layer)
     assert not hasattr(layer, "support_avx512bf16_for_cpu")
+
+
+def test_its_hint_at_another_package_is_kept_back(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    hints = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.setattr(four_bit, "import_module", lambda name: hints.warning("%s: install kernels", name))
+    four_bit.import_bitsandbytes()
+    assert not caplog.records
+    hints.warning("something else, later")
+    assert [record.getMessage() for record in caplog.records] == ["something else, later"]

@@ -16,7 +16,7 @@ from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.random_weights import random_model
 from moka_pl.backbone.shapes import SHAPES
 from moka_pl.errors import BackboneError
-from moka_pl.four_bit import keep_weights
+from moka_pl.four_bit import import_bitsandbytes, keep_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,6 +57,8 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     """
     device = torch.device(device)
     dtype = compute_dtype(config, device)
+    if config.quantization != "none":
+        import_bitsandbytes()
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
     if config.weights == "random":
         with loading(config.name):
