@@ -107,6 +107,9 @@ class Workers:
             if message == _READY:
                 worker.ready = True
                 continue
+            if message is None and worker.ready and worker.task is None:
+                self._replace(worker)  # somebody ended it while it had nothing to do
+                continue
             outcome = message if message is not None else self._after_death(worker)
             if worker.task is not None:
                 ended.append(Ended(worker.task, outcome, time.monotonic() - worker.begun))

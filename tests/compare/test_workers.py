@@ -34,6 +34,21 @@ def test_a_task_for_a_worker_that_has_died_is_left_to_the_wait():
     assert workers.busy == ["task"]
 
 
+def test_a_worker_that_dies_with_nothing_to_do_is_replaced(tmp_path):
+    workers = Workers(tmp_path, 1)
+    try:
+        while not workers.idle:
+            assert workers.wait(60) == []
+        dead = workers._workers[0].process
+        dead.kill()
+        dead.join()
+        while workers._workers[0].process is dead or not workers.idle:
+            assert workers.wait(60) == []
+        assert workers._workers[0].process.is_alive()
+    finally:
+        workers.stop()
+
+
 class Command:
     """The tiny suite in two processes; its lines can be waited for."""
 
