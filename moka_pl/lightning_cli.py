@@ -27,6 +27,7 @@ from moka_pl.callbacks import (
 from moka_pl.commands.parser import FUNCTIONS, function_parser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
+from moka_pl.folders import make_folder
 from moka_pl.resume import find_last
 
 _LOGGER = {
@@ -140,6 +141,12 @@ class MokaCLI(LightningCLI):
         config.weights_only = True  # nothing is unpickled from a path that the user gives
         if "verbose" in config:
             config.verbose = False  # EvaluationTable prints what was found, in a form to be read
+        logger = config.trainer.logger
+        if logger is False:
+            # Lightning would write config.yaml into the current folder.
+            self.save_config_callback = None
+        elif (folder := _save_dir(logger)) and not config.trainer.get("fast_dev_run"):
+            make_folder(folder, "--trainer.logger.init_args.save_dir")
         path = config.get("ckpt_path")
         special = path in (None, "best", "last", "hpc") or "://" in path or path.startswith("registry")
         if not special and not Path(path).is_file():
@@ -175,6 +182,13 @@ class _Built(MokaCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+def _save_dir(logger: object) -> Path | None:
+    """The folder of a logger's configuration, where it has one."""
+    options = getattr(logger, "init_args", None)
+    folder = getattr(options, "save_dir", None)
+    return None if folder is None or "://" in str(folder) else Path(folder)
 
 
 def _data_seed(seed: bool | int) -> int:

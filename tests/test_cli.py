@@ -212,6 +212,10 @@ def test_wrong_keys_in_a_file(refused, config, key, value, message):
         (["--ckpt_path", "none.ckpt"], "--ckpt_path none.ckpt: no such file"),
         (["--data.init_args.path", "absent.jsonl"], "absent.jsonl does not exist"),
         (["--trainer.accelerator", "mps"], "MPS"),
+        (
+            ["--trainer.logger.init_args.save_dir", "config.yaml/x"],
+            "config.yaml/x: nothing can be written there",
+        ),
     ],
 )
 def test_refused_in_one_line(refused, arguments, message):
@@ -336,6 +340,11 @@ def test_fit_then_everything_else(cli, capsys):
     output = capsys.readouterr().out
     assert "tiny" in output
     assert "model.layers.1.self_attn.v_proj" in output
+
+
+def test_without_a_logger_the_users_config_here_stays(cli, config):
+    cli("validate", "--trainer.logger", "false")
+    assert Path("config.yaml").read_text() == yaml.safe_dump(config)
 
 
 def test_saved_config_repeats_the_run(cli, tmp_path):

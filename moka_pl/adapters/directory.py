@@ -150,7 +150,9 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     path = Path(path)
     file = path / CONFIG_NAME
     if not path.is_dir():
-        raise AdapterError(f"{path} is not an adapter directory: no such folder")
+        beside = sorted(file.parent.name for file in path.parent.glob(f"*/{CONFIG_NAME}"))
+        instead = f"; beside it there is {', '.join(beside)}" if beside else ""
+        raise AdapterError(f"{path} is not an adapter directory: no such folder{instead}")
     if not file.is_file():
         raise AdapterError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}")
     try:

@@ -32,6 +32,10 @@ class Throughput(Callback):
         """Mean over the training steps of this process, tokens/s, with loading and without validation."""
         return self.total_tokens / self.train_seconds if self.train_seconds else 0.0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock: a run that is resumed within an epoch starts none."""
+        self._begun = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         self._begun = time.perf_counter()

@@ -1,5 +1,6 @@
 """``moka-pl inspect``: what an adapter is and where its gates stand."""
 
+import re
 from pathlib import Path
 
 
@@ -32,7 +33,12 @@ def inspect(adapter: Path) -> None:
     if not gates:
         return
     print(f"\n{'gates by layer':<44}{'entropy':>8}  α_1 … α_{info.config.components}")
-    for name, logits in gates.items():
+    for name, logits in sorted(gates.items(), key=lambda gate: _by_number(gate[0])):
         alpha = gates_of(logits.float(), info.config.gating)  # (r,)
         entropy = float(normalised_entropy(alpha[None]))
         print(f"{name:<44}{entropy:>8.4f}  {' '.join(f'{a:.3f}' for a in alpha.tolist())}")
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Orders layers as the model does, 2 before 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

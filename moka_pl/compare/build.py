@@ -1,11 +1,14 @@
 """Builds modules, data modules and trainers from a suite's settings, by the rules of the command line."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -16,6 +19,7 @@ from moka_pl.compare.runs import Run, run_of
 from moka_pl.compare.suite import Settings, Suite, merged
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
+from moka_pl.quiet import quiet
 
 _TRAINER: Settings = {
     "accelerator": "auto",
@@ -27,6 +31,7 @@ _TRAINER: Settings = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero")
 _OPTIMIZER: Settings = {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.0}}
 
 
@@ -92,12 +97,17 @@ def build_trainer(run: Run, folder: Path, callbacks: Sequence[Callback] = ()) ->
         folder: Folder of the run.
         callbacks: What else the trainer calls.
     """
-    options = _TRAINER | run.settings["training"].get("trainer", {})
     logger = TensorBoardLogger(folder.parent, name=folder.name, version="", default_hp_metric=False)
-    try:
-        return Trainer(**options, logger=logger, callbacks=list(callbacks))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"training.trainer: {error}") from error
+    options = run.settings["training"].get("trainer", {})
+    return _make_trainer(options | {"logger": logger, "callbacks": list(callbacks)})
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Runs the body without Lightning's notes on the machine and on every trainer."""
+    with quiet(*_LOGGERS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        yield
 
 
 def check_suite(suite: Suite) -> None:
@@ -110,6 +120,8 @@ def check_suite(suite: Suite) -> None:
         run = run_of(suite, rival, rival.learning_rates[0], suite.seeds[0])
         optimizer = build_module(run).optimizer
         assert callable(optimizer)
+    with quiet_lightning():
+        _make_trainer(suite.training.get("trainer", {}) | {"logger": False})
     for settings in (suite.data, suite.test):
         if settings is not None:
             build_data(settings)
@@ -118,6 +130,13 @@ def check_suite(suite: Suite) -> None:
             "the learning rate would be picked on the test data: set data.init_args.separate_test: true, or "
             "name other data by test"
         )
+
+
+def _make_trainer(options: Settings) -> Trainer:
+    try:
+        return Trainer(**(_TRAINER | options))
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"training.trainer does not fit Lightning's trainer: {error}") from error
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any
 from moka_pl.compare.suite import Suite
 from moka_pl.compare.suite_file import find_suite, keep_rivals, read_suite
 from moka_pl.errors import MokaError
+from moka_pl.folders import make_folder
 
 DESCRIPTION = """\
 Trains every rival of a suite with every learning rate on the same batches, picks each one's rate on data that
@@ -43,7 +44,11 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
     try:
         if args.jobs < 1:
             raise MokaError(f"--jobs must be at least 1, not {args.jobs}")
+        if args.minutes is not None and args.minutes <= 0:
+            raise MokaError(f"--minutes must be above 0, not {args.minutes:g}")
         if args.report:
+            if args.results is not None:
+                make_folder(args.results, "--results")
             _report(_stored(args), args)
         elif not args.suite:
             raise MokaError("name a suite by --suite")
@@ -56,7 +61,9 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
 
 def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     from moka_pl.compare.build import check_suite
+    from moka_pl.compare.data import prepare_data
     from moka_pl.compare.drive import run_suites
+    from moka_pl.compare.plan import Plan
     from moka_pl.compare.progress import Clock
     from moka_pl.compare.store import Store, write_atomically
 
@@ -76,6 +83,13 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
         _plan(suites, store)
         return
     devices = _devices(args.devices)
+    make_folder(args.out, "--out")
+    if args.results is not None:
+        make_folder(args.results, "--results")
+    if Plan(suites, store).left().tasks:
+        prepare_data(suites)  # tokenised once for all processes; what is wrong with them shows now
+    else:
+        print(f"everything is done; the results are in {args.out}", file=sys.stderr)
     for suite in whole:  # later reports are of all rivals
         write_atomically(args.out / suite.name / _SUITE, json.dumps(asdict(suite), indent=1) + "\n")
     _let_sigterm_interrupt()
@@ -116,6 +130,9 @@ def _plan(suites: Sequence[Suite], store: Any) -> None:
     from moka_pl.compare.plan import Plan
 
     left = Plan(suites, store).left()
+    if not left.tasks:
+        print("everything is done")
+        return
     for task in left.tasks:
         print(f"to do  {task.run}{': train and test' if task.test and task.run.rate is not None else ''}")
     print(f"then {len(left.later)} runs with the picked learning rates and their tests")
@@ -131,7 +148,7 @@ def _read(folder: Path, args: argparse.Namespace) -> list[Suite]:
             file = find_suite(name, folder)
         except MokaError as error:
             raise MokaError(f"--suite {error}") from None
-        suites.append(read_suite(file, changes, args.data))
+        suites.append(read_suite(file, changes, args.data, folder))
     names = [suite.name for suite in suites]
     if len(set(names)) < len(names):
         raise MokaError(f"--suite names a suite twice: {', '.join(names)}")

@@ -38,8 +38,10 @@ def run_suites(
     if work.plan.left().tasks and jobs == 1 and devices is None:
         _here(work, store)
     elif work.plan.left().tasks:
-        _elsewhere(work, suites, store, jobs, devices)
+        _elsewhere(work, store, jobs, devices)
     work.close()
+    if count := len((left := work.plan.left()).tasks) + len(left.later):
+        warn(f"the time is up with {count} runs left; the same command goes on")
     for suite in suites:
         for name in matched_order(collect(suite, store)):
             warn(f"{suite.name}: the runs of {name} were not on the same batches as those of other rivals")
@@ -85,13 +87,10 @@ def _here(work: _Work, store: Store) -> None:
         work.end(task, outcome, time.monotonic() - start)
 
 
-def _elsewhere(
-    work: _Work, suites: Sequence[Suite], store: Store, jobs: int, devices: Sequence[int] | None
-) -> None:
+def _elsewhere(work: _Work, store: Store, jobs: int, devices: Sequence[int] | None) -> None:
     left = work.plan.left()
     workers = Workers(store.folder.parent, min(jobs, len(left.tasks) + len(left.later)), devices)
     try:
-        _prepare(suites)  # while the processes start
         while True:
             for number in workers.idle:
                 if (task := work.next()) is not None:
@@ -106,12 +105,6 @@ def _elsewhere(
                 return
     finally:
         workers.stop()
-
-
-def _prepare(suites: Sequence[Suite]) -> None:
-    from moka_pl.compare.data import prepare_data
-
-    prepare_data(suites)
 
 
 def _executor(store: Store) -> Callable[[Run, bool], Outcome]:

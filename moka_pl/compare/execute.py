@@ -4,9 +4,6 @@ import json
 import math
 import shutil
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
@@ -18,7 +15,7 @@ from moka_pl.benchmark.memory import free_memory
 from moka_pl.callbacks import GateMonitor
 from moka_pl.callbacks.evaluation import results_dict
 from moka_pl.compare.base import SharedBase
-from moka_pl.compare.build import build_data, build_module, build_trainer
+from moka_pl.compare.build import build_data, build_module, build_trainer, quiet_lightning
 from moka_pl.compare.data import PreparedData
 from moka_pl.compare.module import ComparedModule
 from moka_pl.compare.runs import Run
@@ -28,11 +25,9 @@ from moka_pl.compare.store import Outcome, Store, tested_with
 from moka_pl.compare.suite import Settings
 from moka_pl.compare.warning import warn
 from moka_pl.errors import ConfigError
-from moka_pl.quiet import quiet
 
 #: Folder of the trained adapter in the run's folder.
 ADAPTER = "adapter"
-_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero")
 
 
 class Executor:
@@ -59,7 +54,7 @@ class Executor:
         """
         outcome = {key: part for key, part in self.store.read(run).items() if key in ("trained", "tested")}
         try:
-            with _quiet():
+            with quiet_lightning():
                 self._execute(run, test, outcome)
         except Exception as error:
             outcome["error"] = first_line(error)
@@ -153,11 +148,3 @@ def _spectra(module: ComparedModule) -> dict[str, Any] | None:
 def _number(value: float) -> float | None:
     """None for what JSON has no number for: a run that has diverged."""
     return value if math.isfinite(value) else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's notes on the machine and on every trainer."""
-    with quiet(*_LOGGERS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        yield

@@ -69,12 +69,13 @@ def _cells(row: Row, tasks: Sequence[str], several: bool, seeds: int) -> list[st
 def _notes(report: Report) -> list[str]:
     suite = report.suite
     seeds = ", ".join(str(seed) for seed in suite.seeds)
+    which = f"means over the seeds {seeds}" if len(suite.seeds) > 1 else f"seed {seeds}"
     by = f"seed {suite.seeds[0]}" if suite.pick == "first" else "all seeds"
     answered = any(row.tasks for row in report.rows)
     scores = "acc_norm in % and negative log-likelihood per token of the right answers (NLL)"
     notes = [
-        f"{scores if answered else 'Negative log-likelihood per token (NLL)'}, ± standard error; means over "
-        f"the seeds {seeds}. Learning rates were picked by the validation loss of {by}, on data held out of "
+        f"{scores if answered else 'Negative log-likelihood per token (NLL)'}, ± standard error; "
+        f"{which}. Learning rates were picked by the validation loss of {by}, on data held out of "
         "the training data."
     ]
     other = matched_order([row.entry for row in report.rows])
@@ -121,7 +122,12 @@ def _gate_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def _gate(value: float | None, spread: float) -> str:
-    return "undefined" if value is None else f"{value:.3f} ± {spread:.3f}"
+    return "undefined" if value is None else _spread(value, spread, 3)
+
+
+def _spread(value: float, spread: float, digits: int) -> str:
+    """A mean over seeds with its standard deviation, which a single seed has not."""
+    return f"{value:.{digits}f} ± {spread:.{digits}f}" if spread else f"{value:.{digits}f}"
 
 
 def _rank_lines(rows: Sequence[Row]) -> list[str]:
@@ -130,7 +136,7 @@ def _rank_lines(rows: Sequence[Row]) -> list[str]:
     cells = []
     for row in rows:
         assert row.ranks is not None
-        means = [f"{mean:.2f} ± {spread:.2f}" for mean, spread in (row.ranks.stable, row.ranks.entropy)]
+        means = [_spread(*found, 2) for found in (row.ranks.stable, row.ranks.entropy)]
         own = [row.ranks.kinds.get(kind) for kind in kinds]
         each = [f"{pair[0]:.1f}, {pair[1]:.1f}" if pair else "" for pair in own]
         cells.append([row.entry.name, *means, f"{row.ranks.norm[0]:.3f}", *each])

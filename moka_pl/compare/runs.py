@@ -11,6 +11,8 @@ from moka_pl.compare.suite import FROZEN, Rival, Settings, Suite, merged
 
 #: Part of every hash: raised when the same settings come to mean another training.
 _FORMAT = 2
+#: An adapter that has learnt nothing changes nothing; this one fits any base.
+_UNTRAINED: Settings = {"components": 1, "target_modules": "all-linear"}
 #: Options of the trainer that a test without training heeds, too.
 _EVALUATION = ("accelerator", "precision", "limit_test_batches")
 
@@ -77,18 +79,8 @@ def frozen_run(suite: Suite) -> Run:
     trainer = suite.training.get("trainer", {})
     kept = {option: trainer[option] for option in _EVALUATION if option in trainer}
     training = {"trainer": kept} if kept else {}
-    # An adapter that has learnt nothing changes nothing: any that fits the base will do.
-    adapter = _untrained(suite)
-    settings = {"backbone": suite.backbone, "adapter": adapter, "data": suite.data, "training": training}
+    settings = {"backbone": suite.backbone, "adapter": _UNTRAINED, "data": suite.data, "training": training}
     return Run(FROZEN, None, suite.seeds[0], settings, suite.test or suite.data)
-
-
-def _untrained(suite: Suite) -> Settings:
-    """Our own adapter on the layers of the suite's first rival of our own kind."""
-    for rival in suite.rivals:
-        if "class_path" not in rival.adapter and "target_modules" in rival.adapter:
-            return {"components": 1, "target_modules": rival.adapter["target_modules"]}
-    return {"components": 1}
 
 
 def _hash(value: object) -> str:

@@ -18,38 +18,42 @@ _RIVAL_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "bac
 _TRAINING_KEYS = {"trainer", "optimizer", "lr_scheduler", "gradient_checkpointing", "cuda_graphs"}
 
 
-def find_suite(name: str, folder: Path) -> Path:
+def find_suite(name: str, *folders: Path) -> Path:
     """The file of a suite.
 
     Args:
-        name: A path, or the name of a file in the folder without its ending.
-        folder: Where the named suites are.
+        name: A path, or the name of a file in one of the folders without its ending.
+        *folders: Where the named suites are.
 
     Raises:
         ConfigError: If there is none.
     """
-    for file in (Path(name), folder / f"{name}.yaml"):
+    for file in (Path(name), *(folder / f"{name}.yaml" for folder in folders)):
         if file.is_file():
             return file
-    known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "none"
+    known = ", ".join(sorted(file.stem for file in folders[-1].glob("*.yaml"))) or "none"
     raise ConfigError(f"{name}: neither a file nor one of the known suites ({known})")
 
 
-def read_suite(file: Path, changes: Sequence[str] = (), data: str | None = None) -> Suite:
+def read_suite(
+    file: Path, changes: Sequence[str] = (), data: str | None = None, known: Path | None = None
+) -> Suite:
     """Reads a suite.
 
-    A suite that ``extends`` another one, of the same folder or a path, takes all settings of that one that
-    it does not change. Its rivals are its own, or by their names those of the other.
+    A suite that ``extends`` another one, a path, or the name of one beside it or among the known ones, takes
+    all settings of that one that it does not change. Its rivals are its own, or by their names those of the
+    other.
 
     Args:
         file: A YAML file.
         changes: ``key.key=value`` with the value in YAML, put over what the file says.
         data: Where the data are: a path, or a folder that holds the suite's ``corpus`` under that name.
+        known: Folder of the suites that are known by name.
 
     Raises:
         ConfigError: Naming the file, the key and what it may be.
     """
-    written = _load(file)
+    written = _load(file, known or file.parent)
     for change in changes:
         _put(written, change)
     if data is not None:
@@ -79,7 +83,7 @@ def keep_rivals(suites: Sequence[Suite], names: Sequence[str]) -> list[Suite]:
     return [suite for suite in kept if suite.rivals]
 
 
-def _load(file: Path, extending: tuple[Path, ...] = ()) -> Settings:
+def _load(file: Path, known: Path, extending: tuple[Path, ...] = ()) -> Settings:
     """A file's mapping, laid over that of the file that it extends."""
     try:
         written = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -92,12 +96,12 @@ def _load(file: Path, extending: tuple[Path, ...] = ()) -> Settings:
         return written
     name = str(written.pop("extends"))
     try:
-        other = find_suite(name, file.parent)
+        other = find_suite(name, file.parent, known)
     except ConfigError as error:
         raise ConfigError(f"{file}: extends {error}") from None
     if other.resolve() in extending:
         raise ConfigError(f"{file} extends {name}, which extends it again")
-    below = _load(other, (*extending, file.resolve()))
+    below = _load(other, known, (*extending, file.resolve()))
     if "rivals" in written:
         written["rivals"] = _borrowed(written["rivals"], below, file)
         below = {key: value for key, value in below.items() if key not in _OWN_KEYS}
@@ -138,6 +142,8 @@ def _suite(written: Settings, stem: str) -> Suite:
     name = str(written.get("name", stem))
     if name in ("runs", "logs"):
         raise ConfigError(f"the suite cannot be called {name!r}, as the folder of all suites' {name}")
+    if name != Path(name).name:
+        raise ConfigError(f"name is {name!r}, but its reports' folder is called so: leave out slashes")
     names = [rival.name for rival in read]
     twice = {n for n in names if names.count(n) > 1} | ({FROZEN} & set(names))
     if twice:
@@ -166,13 +172,14 @@ def _suite(written: Settings, stem: str) -> Suite:
 def _rival(written: object, rates: object, index: int) -> Rival:
     where = f"rivals[{index}]"
     if not isinstance(written, dict) or not written.get("name"):
-        raise ConfigError(f"{where} must be a mapping with a name and an adapter")
+        raise ConfigError(f"{where} must be a mapping with a name; adapter, if it is not MoKA as it comes")
     _refuse(written, _RIVAL_KEYS, "", f"{where}.")
     rates = written.get("learning_rates", rates)
     if not isinstance(rates, list) or not rates or not all(isinstance(r, float) and r > 0 for r in rates):
+        text = isinstance(rates, list) and any(isinstance(rate, str) for rate in rates)
+        hint = "YAML reads 4e-3 as text: write 4.0e-3" if text else "such as [4.0e-3, 8.0e-3]"
         raise ConfigError(
-            f"learning_rates of {written['name']} must be a list of numbers above 0, not {rates!r} "
-            "(YAML reads 4e-3 as text: write 4.0e-3)"
+            f"learning_rates of {written['name']} must be a list of numbers above 0, not {rates!r} ({hint})"
         )
     return Rival(
         str(written["name"]),

@@ -408,6 +408,12 @@ def test_what_is_no_folder_is_told(place: str, tmp_path: Path) -> None:
         read_adapter(tmp_path / place)
 
 
+def test_what_is_beside_a_missing_adapter_is_told(adapter: Path) -> None:
+    message = f"best is not an adapter directory: no such folder; beside it there is {adapter.name}$"
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(adapter.parent / "best")
+
+
 def test_an_adapter_of_another_base_is_refused(adapter: Path, make_llama) -> None:
     with pytest.raises(AdapterError, match=r"another base model: 'someone/tiny-llama'.*abc123.*def456"):
         load_adapter(model := make_llama(), adapter, "def456")

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -38,6 +39,30 @@ def test_counts_real_tokens_only(make_module, make_data, make_trainer, tmp_path,
     memory = [event.value for event in found.Scalars("speed/peak_memory_gib")]
     assert 0.1 < memory[0] <= memory[-1] < 32
     assert "tok/s" not in found.Tags()["scalars"]  # for the progress bar only
+
+
+class Save(Callback):
+    """Saves a checkpoint in the middle of an epoch."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_batch_end(self, trainer, *arguments):
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(self.file)
+
+
+def test_a_run_resumed_within_an_epoch_starts_the_clock(
+    make_module, make_data, make_trainer, tmp_path, monkeypatch
+):
+    make_trainer(Save(tmp_path / "middle.ckpt")).fit(make_module(), make_data(bucket=False))
+    ticks = itertools.count(20_000)  # a machine that has been up for hours
+    monkeypatch.setattr("moka_pl.callbacks.throughput.time.perf_counter", lambda: next(ticks) / 2)
+    speed = Throughput()
+    trainer = make_trainer(speed)
+    trainer.fit(make_module(), make_data(bucket=False), ckpt_path=tmp_path / "middle.ckpt")
+    assert trainer.global_step == 7
+    assert speed.train_seconds == pytest.approx(4 * 0.5)
 
 
 def test_nothing_trained():

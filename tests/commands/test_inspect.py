@@ -13,6 +13,7 @@ import torch
 from moka_pl.adapters.directory import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_state
 from moka_pl.cli import main
 from moka_pl.commands import inspect
+from moka_pl.commands.inspect import _by_number
 from moka_pl.commands.parser import FUNCTIONS
 
 
@@ -43,6 +44,11 @@ def test_it_says_of_which_step_the_metrics_are(
 ) -> None:
     inspect(make_adapter(more={"metrics_step": found_at}))
     assert facts(capsys.readouterr().out).get("these metrics are of step") == shown
+
+
+def test_layers_are_in_the_order_of_the_model() -> None:
+    names = [f"model.layers.{n}.self_attn.{kind}" for n in (0, 1, 2, 10, 11) for kind in ("k_proj", "q_proj")]
+    assert sorted(sorted(names), key=_by_number) == names != sorted(names)
 
 
 def test_it_prints_the_gates(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

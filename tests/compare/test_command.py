@@ -30,11 +30,39 @@ def test_wrong_options_end_with_one_line(capsys, tmp_path):
     error = refused(capsys, "--suite=tiny", "--set=data.init_args.separate_test=false")
     assert "picked on the test data" in error
     assert "--jobs" in refused(capsys, "--suite=tiny", "--jobs=0")
+    assert "--minutes must be above 0" in refused(capsys, "--suite=tiny", "--minutes=0")
+    for wrong in ("max_stepss=3", "max_steps=three"):
+        error = refused(capsys, "--suite=tiny", f"--out={tmp_path}", f"--set=training.trainer.{wrong}")
+        assert "training.trainer" in error
+        assert len(error.splitlines()) == 1
+
+
+def test_data_that_are_not_there_are_refused_before_anything_is_written(capsys, tmp_path):
+    out, nowhere = tmp_path / "out", tmp_path / "nowhere"
+    (out / "tiny").mkdir(parents=True)
+    (out / "tiny" / "suite.json").write_text("what was")
+    error = refused(capsys, "--suite=tiny", f"--out={out}", f"--data={nowhere}")
+    assert f"{nowhere} does not exist" in error
+    assert len(error.splitlines()) == 1
+    assert [file.name for file in out.rglob("*")] == ["tiny", "suite.json"]
+    assert (out / "tiny" / "suite.json").read_text() == "what was"
+
+
+def test_folders_that_cannot_be_written_to_are_refused_at_once(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(drive, "_here", lambda *arguments: pytest.fail("something ran"))
+    file = tmp_path / "file"
+    file.touch()
+    for option in ("--out", "--results"):
+        where = ["--suite=tiny", f"--out={tmp_path / 'out'}", f"{option}={file / 'x'}"]
+        error = refused(capsys, *where)
+        assert f"{option} {file / 'x'}: nothing can be written there" in error
+    assert "--results" in refused(capsys, "--report", f"--out={tmp_path}", f"--results={file}")
 
 
 def test_the_plan_lists_runs_without_running(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(drive, "_executor", lambda store: pytest.fail("something ran"))
     run("--suite", "tiny", "--plan", "--out", tmp_path, "--seeds", 3, "--rivals", "MoKA")
+    assert not list(tmp_path.iterdir())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "to do  frozen base"
     assert lines[1:3] == ["to do  MoKA, lr 0.01, seed 3", "to do  MoKA, lr 0.03, seed 3"]

@@ -155,6 +155,9 @@ def test_a_suite_of_ones_own_with_options_over_it(tmp_path):
         (SMALL + "seeds: [0, 0]\n", "twice"),
         (SMALL + "pick: test\n", "'test'"),
         (SMALL + "reference: c\n", "'c'"),
+        (SMALL + "name: a/b\n", "slashes"),
+        (SMALL.replace("[1.0e-2]", "1.0e-2"), r"such as \[4.0e-3"),
+        (SMALL.replace("{name: a}", "a: {}"), r"rivals\[0\] must be a mapping with a name"),
         ("rivals: [{name: a}]\n", "class_path"),
         ("[", "YAML"),
     ],
@@ -174,6 +177,15 @@ def test_unknown_suites_rivals_and_options_are_refused(tmp_path):
         keep_rivals([read_suite(file)], ["c"])
     with pytest.raises(ConfigError, match="key=value"):
         read_suite(file, ["seeds"])
+
+
+def test_a_suite_from_elsewhere_extends_a_known_one(tmp_path):
+    file = written(tmp_path, "extends: tiny\nrivals: [MoKA]\nreference: MoKA\n")
+    suite = read_suite(file, known=FOLDER)
+    assert [rival.name for rival in suite.rivals] == ["MoKA"]
+    assert suite.backbone == read_suite(FOLDER / "tiny.yaml").backbone
+    with pytest.raises(ConfigError, match=r"extends none: .*components, .*tiny"):
+        read_suite(written(tmp_path, "extends: none\n"), known=FOLDER)
 
 
 def test_merged_shares_nothing():
