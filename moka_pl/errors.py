@@ -1,5 +1,8 @@
 """Errors that a user can mend; the command line prints them without a traceback."""
 
+#: The status that a shell reports of a program that Ctrl-C has ended.
+INTERRUPTED = 130
+
 
 class MokaError(ValueError):
     """Base of all errors about what the user gave; the message names the value and the remedy."""

@@ -342,6 +342,17 @@ def test_fit_then_everything_else(cli, capsys):
     assert "model.layers.1.self_attn.v_proj" in output
 
 
+def test_ctrl_c_outside_of_training_ends_in_one_line(cli, capsys, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moka_pl.lightning_cli.run", stop)
+    with pytest.raises(SystemExit) as end:
+        cli("fit")
+    assert end.value.code == 130
+    assert capsys.readouterr().err.split() == ["interrupted"]
+
+
 def test_without_a_logger_the_users_config_here_stays(cli, config):
     cli("validate", "--trainer.logger", "false")
     assert Path("config.yaml").read_text() == yaml.safe_dump(config)

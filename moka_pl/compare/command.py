@@ -12,7 +12,7 @@ from typing import Any
 
 from moka_pl.compare.suite import Suite
 from moka_pl.compare.suite_file import find_suite, keep_rivals, read_suite
-from moka_pl.errors import MokaError
+from moka_pl.errors import INTERRUPTED, MokaError
 from moka_pl.folders import make_folder
 
 DESCRIPTION = """\
@@ -25,8 +25,6 @@ changed; runs that failed are tried again, and suites under the same --out share
 their names: if their content changes, use another --out.
 """
 
-#: The status that a shell reports of a program that Ctrl-C has ended.
-_INTERRUPTED = 130
 #: Seconds that the reports of the suites may take, and those that every suite adds.
 _REPORTS = (10.0, 6.0)
 _SUITE = "suite.json"
@@ -57,6 +55,9 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
     except MokaError as error:
         print(f"compare: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before anything was done, or a second one while the report is written
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _run(suites: list[Suite], args: argparse.Namespace) -> None:
@@ -100,7 +101,7 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
             f"\ninterrupted; what was done is kept in {args.out}: the same command goes on", file=sys.stderr
         )
         _report(suites, args)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     if not _report(suites, args):
         sys.exit(1)
     print(f"curves: tensorboard --logdir {store.folder}")

@@ -121,9 +121,9 @@ class Workers:
     def stop(self) -> None:
         """Ends all processes at once; what they were doing is lost."""
         for worker in self._workers.values():
-            if worker.task is None:
+            if worker.ready and worker.task is None:
                 worker.pipe.close()  # then it ends by itself
-            else:
+            else:  # busy, or still importing
                 worker.process.kill()
         end = time.monotonic() + _PATIENCE
         for worker in self._workers.values():

@@ -62,7 +62,7 @@ def test_all_measures_are_made_in_turn(preset, monkeypatch) -> None:
     assert made == ["steps", "grow_components", "grow_tokens", "grow_sizes", "fit", "decode"]
 
 
-def test_results_are_written_row_by_row(preset, tmp_path, monkeypatch) -> None:
+def test_results_are_written_row_by_row(preset, tmp_path, monkeypatch, capsys) -> None:
     from moka_pl.benchmark.records import Record
 
     file = tmp_path / "results.json"
@@ -72,8 +72,10 @@ def test_results_are_written_row_by_row(preset, tmp_path, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "records", cut_off)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         command.main(["--preset", preset.name, "--json", str(file)])
+    assert end.value.code == 130
+    assert f"what was measured is in {file}" in capsys.readouterr().err
     assert [record.row for record in load_results(file).records] == ["frozen base"]
 
 

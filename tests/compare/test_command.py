@@ -81,6 +81,17 @@ def test_an_interrupted_suite_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     assert "not run yet" in (tmp_path / "tiny" / "report.md").read_text()
 
 
+def test_ctrl_c_before_the_first_run_ends_in_one_line(capsys, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moka_pl.compare.data.prepare_data", stop)
+    with pytest.raises(SystemExit) as end:
+        run("--suite", "tiny", "--out", tmp_path)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.split() == ["interrupted"]
+
+
 def test_reports_are_written_again_from_the_folder_alone(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(drive, "_here", lambda *arguments: None)
     with pytest.raises(SystemExit) as end:  # nothing has a result
