@@ -15,16 +15,18 @@ _PANELS = 5
 
 def draw_gates(report: "Report", file: Path) -> None:
     """The entropy of all gated rivals, and the gates by shape of the first ones."""
-    gated = [(row.entry.name, row.gates) for row in report.rows if row.gates is not None]
+    # Numbered among all rows: a rival has the same colour in all figures.
+    gated = [(i, row.entry.name, row.gates) for i, row in enumerate(report.rows) if row.gates is not None]
     shown = gated[:_PANELS]
     columns = min(3, 1 + len(shown))
     rows = -(-(1 + len(shown)) // columns)
     figure = new_figure(5 * columns, 3.9 * rows + 0.4)
     axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
-    for index, (name, gates) in enumerate(gated):
+    for index, name, gates in gated:
         axes[0].plot(gates.steps, _drawable(gates.entropy), label=name, **style_of(index))
+    axes[0].ticklabel_format(axis="y", useOffset=False)
     axes[0].set_title("entropy of the gates, mean over layers, 1 if uniform", fontsize=9)
-    for axis, (name, gates) in zip(axes[1:], shown, strict=False):
+    for axis, (_, name, gates) in zip(axes[1:], shown, strict=False):
         _draw_shapes(axis, gates)
         axis.set_title(f"{name}: r α by shape, mean over layers", fontsize=9)
     for axis in axes[1 + len(shown) :]:

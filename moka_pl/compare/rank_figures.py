@@ -9,15 +9,23 @@ from moka_pl.compare.drawing import finish, new_figure, style_of, title_of
 if TYPE_CHECKING:
     from moka_pl.compare.report import Report
 
+#: Panels beside each other.
+_COLUMNS = 4
+
 
 def draw_spectra(report: "Report", file: Path) -> None:
     """Singular values of ΔW relative to the largest one, a panel a kind of layer."""
-    ranked = [(row.entry.name, row.ranks) for row in report.rows if row.ranks is not None]
-    kinds = list(dict.fromkeys(kind for _, ranks in ranked for kind in ranks.spectra))[:3] or [""]
-    figure = new_figure(5.5 * len(kinds), 4.8)
-    axes: Any = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for axis, kind in zip(axes, kinds, strict=True):
-        for index, (name, ranks) in enumerate(ranked):
+    # Numbered among all rows: a rival has the same colour in all figures.
+    ranked = [(i, row.entry.name, row.ranks) for i, row in enumerate(report.rows) if row.ranks is not None]
+    kinds = list(dict.fromkeys(kind for _, _, ranks in ranked for kind in ranks.spectra)) or [""]
+    columns = min(len(kinds), _COLUMNS)
+    rows = -(-len(kinds) // columns)
+    figure = new_figure(5.5 * columns, 4.2 * rows + 0.6)
+    axes: Any = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(kinds) :]:
+        axis.set_visible(False)
+    for axis, kind in zip(axes, kinds, strict=False):
+        for index, name, ranks in ranked:
             spectrum = ranks.spectra.get(kind)
             if spectrum:
                 sizes = [max(size, 1e-6) for size in spectrum["size"]]
