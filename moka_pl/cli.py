@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from moka_pl.commands.parser import FUNCTIONS, run_function
-from moka_pl.errors import INTERRUPTED, MokaError
+from moka_pl.errors import MokaError, end_interrupted
 
 _STDOUT = 1
 #: The status that a shell reports of programs that, unlike Python, are ended by writing to a closed pipe.
@@ -53,8 +53,7 @@ def _run(args: Sequence[str] | None) -> None:
         print(f"moka_pl: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # outside of training, which sees to its own
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        end_interrupted()
 
 
 def _flush() -> None:

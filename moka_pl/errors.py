@@ -1,5 +1,8 @@
 """Errors that a user can mend; the command line prints them without a traceback."""
 
+import sys
+from typing import NoReturn
+
 #: The status that a shell reports of a program that Ctrl-C has ended.
 INTERRUPTED = 130
 
@@ -18,3 +21,13 @@ class BackboneError(MokaError):
 
 class AdapterError(MokaError):
     """An adapter cannot be injected, read or written."""
+
+
+def end_interrupted(kept: str = "") -> NoReturn:
+    """Ends the process after Ctrl-C in one line.
+
+    Args:
+        kept: What is kept, and where.
+    """
+    print(f"\ninterrupted{'; ' if kept else ''}{kept}", file=sys.stderr)
+    sys.exit(INTERRUPTED)

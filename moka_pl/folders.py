@@ -1,6 +1,6 @@
 """Folders that are written to later."""
 
-import os
+import tempfile
 from pathlib import Path
 
 from moka_pl.errors import ConfigError
@@ -14,12 +14,19 @@ def make_folder(folder: Path, option: str) -> None:
         option: Name of the option that it comes from.
 
     Raises:
-        ConfigError: If it cannot be made or written to.
+        ConfigError: If nothing can be written there.
     """
+    if (obstacle := writing_obstacle(folder)) is not None:
+        raise ConfigError(
+            f"{option} {folder}: nothing can be written there ({obstacle}); name another folder"
+        )
+
+
+def writing_obstacle(folder: Path) -> str | None:
+    """Makes a folder and says why no file can be written there; None if one can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(folder, os.W_OK) else "not allowed"
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-    if reason:
-        raise ConfigError(f"{option} {folder}: nothing can be written there ({reason}); name another folder")
+        return error.strerror or str(error)
+    return None

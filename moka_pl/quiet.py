@@ -1,8 +1,11 @@
 """Other libraries' talk, silenced for a time."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero")
 
 
 @contextmanager
@@ -22,3 +25,11 @@ def quiet(*names: str, below: int = logging.WARNING) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Runs the body without Lightning's notes on the machine and on every trainer."""
+    with quiet(*_LIGHTNING), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        yield

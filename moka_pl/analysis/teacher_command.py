@@ -5,6 +5,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -36,15 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shown = args.rates[len(args.rates) // 2] if args.shown is None else args.shown
     if shown not in args.rates:
         parser.error(f"--shown {shown} is none of --rates")
-    study = TeacherStudy(
-        rates=tuple(args.rates),
-        seeds=args.seeds,
-        steps=args.steps,
-        tokens=args.tokens,
-        first_tokens=args.first_tokens,
-        components=args.components,
-        trained=args.trained,
-    )
+    own = {field.name: getattr(args, field.name) for field in fields(TeacherStudy)}
+    study = TeacherStudy(**own | {"rates": tuple(args.rates)})
     began = time.perf_counter()
     rows: list[Found] = []
     choices: list[Found] = []
@@ -97,7 +91,7 @@ def _choices_table(teachers: Sequence[str], study: TeacherStudy, figure: Path | 
     choices: list[Found] = []
     for correlated in (False, True):
         for name in (*teachers, *HARDER):
-            found = run_chosen(name, correlated, study) | {"options": list(study.rates)}
+            found = run_chosen(name, correlated, study)
             choices.append(found)
             print(
                 f"| {name} | {found['inputs']} | {found['first_is_right']}/{found['seeds']} "
@@ -134,19 +128,30 @@ def _parser() -> argparse.ArgumentParser:
         choices=["gates", "choices"],
         help="what to measure: what gates find, or what the first gradient chooses and what that is worth",
     )
-    parser.add_argument("--seeds", type=int, default=20, help="seeds of teacher and student")
+    parser.add_argument("--seeds", type=int, default=TeacherStudy.seeds, help="seeds of teacher and student")
     parser.add_argument(
         "--teachers", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), help="teachers to train on"
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1e-2, 5e-2], help="learning rates")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
-    parser.add_argument("--tokens", type=int, default=64, help="random inputs a step")
-    parser.add_argument("--first-tokens", type=int, default=512, help="random inputs of the first gradient")
+    parser.add_argument("--steps", type=int, default=TeacherStudy.steps, help="optimizer steps")
+    parser.add_argument("--tokens", type=int, default=TeacherStudy.tokens, help="random inputs a step")
     parser.add_argument(
-        "--components", type=int, default=10, help="components of the chosen and diverse students"
+        "--first-tokens",
+        type=int,
+        default=TeacherStudy.first_tokens,
+        help="random inputs of the first gradient",
     )
     parser.add_argument(
-        "--trained", type=int, default=20, help="seeds whose chosen and diverse students are trained"
+        "--components",
+        type=int,
+        default=TeacherStudy.components,
+        help="components of the chosen and diverse students",
+    )
+    parser.add_argument(
+        "--trained",
+        type=int,
+        default=TeacherStudy.trained,
+        help="seeds whose chosen and diverse students are trained",
     )
     parser.add_argument("--json", type=Path, help="file to write all numbers to")
     parser.add_argument("--figure", type=Path, help="PNG to draw the gates into")

@@ -151,6 +151,7 @@ def run_chosen(name: str, correlated: bool, study: TeacherStudy) -> Found:
         "budget": budget,
         "parameters": sum(s.num_parameters for shapes in chosen for s in shapes) / len(chosen),
         "trained": study.trained,
+        "options": list(study.rates),
         "best_rate": {kind: study.rates[at] for kind, at in best.items()},
         "error": {kind: _geometric_mean(errors[kind], at) for kind, at in best.items()},
         "wins": {

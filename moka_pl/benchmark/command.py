@@ -16,7 +16,7 @@ from moka_pl.benchmark.presets import PRESETS, Preset, find_preset
 from moka_pl.benchmark.records import Record, Results
 from moka_pl.benchmark.steps import measure_steps
 from moka_pl.benchmark.table import markdown, milliseconds
-from moka_pl.errors import INTERRUPTED, ConfigError, MokaError
+from moka_pl.errors import ConfigError, MokaError, end_interrupted
 
 GROWTH = ("components", "tokens", "sizes")
 MEASURES = ("steps", *GROWTH, "fit", "decode")
@@ -82,9 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MokaError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        kept = f"; what was measured is in {args.json}" if args.json and args.json.is_file() else ""
-        print(f"\ninterrupted{kept}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        end_interrupted(f"what was measured is in {args.json}" if args.json and args.json.is_file() else "")
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

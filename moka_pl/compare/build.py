@@ -1,8 +1,6 @@
 """Builds modules, data modules and trainers from a suite's settings, by the rules of the command line."""
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from moka_pl.compare.runs import Run, run_of
 from moka_pl.compare.suite import Settings, Suite, merged
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.quiet import quiet
+from moka_pl.quiet import quiet_lightning
 
 _TRAINER: Settings = {
     "accelerator": "auto",
@@ -31,7 +29,6 @@ _TRAINER: Settings = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero")
 _OPTIMIZER: Settings = {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.0}}
 
 
@@ -100,14 +97,6 @@ def build_trainer(run: Run, folder: Path, callbacks: Sequence[Callback] = ()) ->
     logger = TensorBoardLogger(folder.parent, name=folder.name, version="", default_hp_metric=False)
     options = run.settings["training"].get("trainer", {})
     return _make_trainer(options | {"logger": logger, "callbacks": list(callbacks)})
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Runs the body without Lightning's notes on the machine and on every trainer."""
-    with quiet(*_LOGGERS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        yield
 
 
 def check_suite(suite: Suite) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from moka_pl.compare.suite import Suite
 from moka_pl.compare.suite_file import find_suite, keep_rivals, read_suite
-from moka_pl.errors import INTERRUPTED, MokaError
+from moka_pl.errors import INTERRUPTED, MokaError, end_interrupted
 from moka_pl.folders import make_folder
 
 DESCRIPTION = """\
@@ -56,15 +56,13 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
         print(f"compare: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before anything was done, or a second one while the report is written
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        end_interrupted()
 
 
 def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     from moka_pl.compare.build import check_suite
     from moka_pl.compare.data import prepare_data
     from moka_pl.compare.drive import run_suites
-    from moka_pl.compare.plan import Plan
     from moka_pl.compare.progress import Clock
     from moka_pl.compare.store import Store, write_atomically
 
@@ -87,15 +85,15 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     make_folder(args.out, "--out")
     if args.results is not None:
         make_folder(args.results, "--results")
-    if Plan(suites, store).left().tasks:
-        prepare_data(suites)  # tokenised once for all processes; what is wrong with them shows now
-    else:
-        print(f"everything is done; the results are in {args.out}", file=sys.stderr)
-    for suite in whole:  # later reports are of all rivals
-        write_atomically(args.out / suite.name / _SUITE, json.dumps(asdict(suite), indent=1) + "\n")
     _let_sigterm_interrupt()
+
+    def begin() -> None:
+        prepare_data(suites)  # tokenised once for all processes; what is wrong with them shows here
+        for suite in whole:  # later reports are of all rivals
+            write_atomically(args.out / suite.name / _SUITE, json.dumps(asdict(suite), indent=1) + "\n")
+
     try:
-        run_suites(suites, store, args.jobs, devices, clock)
+        run_suites(suites, store, args.jobs, devices, clock, begin)
     except KeyboardInterrupt:
         print(
             f"\ninterrupted; what was done is kept in {args.out}: the same command goes on", file=sys.stderr

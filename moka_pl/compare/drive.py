@@ -20,6 +20,7 @@ def run_suites(
     jobs: int = 1,
     devices: Sequence[int] | None = None,
     clock: Clock | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> None:
     """Does what is left of some suites, as far as the time reaches.
 
@@ -29,16 +30,20 @@ def run_suites(
         jobs: Runs at a time, each in a process of its own.
         devices: Numbers of the GPUs that the processes are spread over; None leaves the choice to each.
         clock: Tells how much time is left.
+        begin: Called once if anything is left to do, before the first run and while processes start.
 
     Raises:
         KeyboardInterrupt: On Ctrl-C; what was done by then is kept.
         ConfigError: If processes cannot work at all.
     """
     work = _Work(Plan(suites, store), clock or Clock(), jobs)
-    if work.plan.left().tasks and jobs == 1 and devices is None:
+    if not work.plan.left().tasks:
+        print("everything is done")
+    elif jobs == 1 and devices is None:
+        begin()
         _here(work, store)
-    elif work.plan.left().tasks:
-        _elsewhere(work, store, jobs, devices)
+    else:
+        _elsewhere(work, store, jobs, devices, begin)
     work.close()
     if count := len((left := work.plan.left()).tasks) + len(left.later):
         warn(f"the time is up with {count} runs left; the same command goes on")
@@ -87,10 +92,13 @@ def _here(work: _Work, store: Store) -> None:
         work.end(task, outcome, time.monotonic() - start)
 
 
-def _elsewhere(work: _Work, store: Store, jobs: int, devices: Sequence[int] | None) -> None:
+def _elsewhere(
+    work: _Work, store: Store, jobs: int, devices: Sequence[int] | None, begin: Callable[[], None]
+) -> None:
     left = work.plan.left()
     workers = Workers(store.folder.parent, min(jobs, len(left.tasks) + len(left.later)), devices)
     try:
+        begin()
         while True:
             for number in workers.idle:
                 if (task := work.next()) is not None:

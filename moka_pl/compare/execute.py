@@ -15,7 +15,7 @@ from moka_pl.benchmark.memory import free_memory
 from moka_pl.callbacks import GateMonitor
 from moka_pl.callbacks.evaluation import results_dict
 from moka_pl.compare.base import SharedBase
-from moka_pl.compare.build import build_data, build_module, build_trainer, quiet_lightning
+from moka_pl.compare.build import build_data, build_module, build_trainer
 from moka_pl.compare.data import PreparedData
 from moka_pl.compare.module import ComparedModule
 from moka_pl.compare.runs import Run
@@ -25,6 +25,7 @@ from moka_pl.compare.store import Outcome, Store, tested_with
 from moka_pl.compare.suite import Settings
 from moka_pl.compare.warning import warn
 from moka_pl.errors import ConfigError
+from moka_pl.quiet import quiet_lightning
 
 #: Folder of the trained adapter in the run's folder.
 ADAPTER = "adapter"

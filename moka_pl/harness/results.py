@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -12,6 +11,7 @@ from typing import Any
 
 from moka_pl.adapters.directory import WEIGHTS_NAME
 from moka_pl.errors import ConfigError
+from moka_pl.folders import writing_obstacle
 from moka_pl.version import __version__
 
 _LIBRARIES = ("lm_eval", "torch", "transformers", "bitsandbytes", "datasets")
@@ -33,13 +33,8 @@ def results_path(output: Path | None, folder: Path) -> Path:
     path = output.expanduser() if output is not None else folder
     if output is None or path.is_dir():
         path = path / f"results_{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write results to {path}: {error.strerror or error}. Give another file by --output"
-        ) from error
+    if (obstacle := writing_obstacle(path.parent)) is not None:
+        raise ConfigError(f"cannot write results to {path}: {obstacle}. Give another file by --output")
     return path
 
 

@@ -85,7 +85,7 @@ def test_ctrl_c_before_the_first_run_ends_in_one_line(capsys, tmp_path, monkeypa
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moka_pl.compare.data.prepare_data", stop)
+    monkeypatch.setattr("moka_pl.compare.build.check_suite", stop)
     with pytest.raises(SystemExit) as end:
         run("--suite", "tiny", "--out", tmp_path)
     assert end.value.code == 130

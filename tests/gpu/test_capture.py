@@ -4,15 +4,13 @@ import warnings
 from copy import deepcopy
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from graph_fit import fit
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.capture import PATIENCE, StepCapture, fix_size
-from moka_pl.data import CommonsenseData
-from moka_pl.module import MokaModule
 from moka_pl.scoring import score_tokens
 
 pytestmark = pytest.mark.gpu
@@ -155,47 +153,19 @@ def test_checkpointing_and_a_failure_go_on_without_graphs(monkeypatch: pytest.Mo
 def test_fit_with_graphs_follows_fit_without(accumulate: int) -> None:
     curves = []
     for graphs in (False, True):
-        pl.seed_everything(0, verbose=False)
-        module = MokaModule(
-            BackboneConfig("smollm2-135m", weights="random", compute_dtype="float32"),
-            MokaConfig(components=4),
-            optimizer=lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.0),
-            cuda_graphs=graphs,
-        )
-        keep = _Losses()
-        trainer = pl.Trainer(
-            accelerator="gpu",
-            devices=1,
-            max_steps=24,
-            max_epochs=-1,
-            accumulate_grad_batches=accumulate,
-            callbacks=[keep],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            val_check_interval=8,
-            limit_val_batches=2,
-            check_val_every_n_epoch=None,
-        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(module, datamodule=CommonsenseData("sample", batch_size=8, prompt="cloze"))
+            _, _, keep = fit(
+                graphs,
+                max_steps=24,
+                accumulate_grad_batches=accumulate,
+                val_check_interval=8,
+                limit_val_batches=2,
+                check_val_every_n_epoch=None,
+            )
         curves.append(keep.losses)
         assert keep.graphs >= graphs
     without, replayed = (torch.tensor(curve) for curve in curves)
     assert len(without) == 24
     assert without[-4:].mean() < without[:4].mean()
     torch.testing.assert_close(replayed, without, rtol=2e-3, atol=0)
-
-
-class _Losses(pl.Callback):
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.graphs = 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: MokaModule, *args: Any) -> None:
-        if trainer.global_step > len(self.losses):
-            self.losses.append(float(trainer.callback_metrics["train/loss"]))
-        if module._capture is not None:
-            self.graphs = max(self.graphs, module._capture.graphs)

@@ -7,54 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from graph_fit import fit
 
-from moka_pl.adapters import MokaConfig, adapter_state
-from moka_pl.backbone import BackboneConfig
-from moka_pl.data import CommonsenseData
-from moka_pl.module import MokaModule
+from moka_pl.adapters import adapter_state
 
 pytestmark = pytest.mark.gpu
 
 STEPS = 20
 
 
-class _Keep(pl.Callback):
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.graphs = 0
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: MokaModule, *args: Any) -> None:
-        self.losses.append(float(trainer.callback_metrics["train/loss"]))
-        if module._capture is not None:
-            self.graphs = max(self.graphs, module._capture.graphs)
-
-
-def fit(folder: Path, devices: int, graphs: bool) -> None:
-    """Trains on global batches of eight examples and writes down a rank's losses."""
-    pl.seed_everything(0, verbose=False)
-    module = MokaModule(
-        BackboneConfig("smollm2-135m", weights="random", compute_dtype="float32"),
-        MokaConfig(components=4),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.0),
-        cuda_graphs=graphs,
-    )
-    keep = _Keep()
-    trainer = pl.Trainer(
-        accelerator="gpu",
-        devices=devices,
-        max_steps=STEPS,
-        max_epochs=-1,
-        callbacks=[keep],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, datamodule=CommonsenseData("sample", batch_size=8 // devices, prompt="cloze"))
+def run(folder: Path, devices: int, graphs: bool) -> None:
+    """Trains, and writes down a rank's losses."""
+    module, trainer, keep = fit(graphs, devices, max_steps=STEPS, limit_val_batches=0)
     sums = {key: float(value.double().sum()) for key, value in adapter_state(module.causal_lm).items()}
     record = {"losses": keep.losses, "graphs": keep.graphs, "world": trainer.world_size, "sums": sums}
     name = f"{devices}-{'graphs' if graphs else 'launched'}-rank{trainer.global_rank}.json"
@@ -102,4 +68,4 @@ def test_both_ranks_end_with_the_same_adapter(runs):
 
 
 if __name__ == "__main__":
-    fit(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")
+    run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "1")

@@ -90,11 +90,15 @@ def test_packed_logits_are_those_of_single_examples(name: str) -> None:
             assert not torch.equal(changed, found)
         _widen(model)
         exact = [model(torch.tensor([row["input_ids"]], device="cuda")).logits[0] for row in rows]
-    # No farther from float32 than bfloat16 is anyway. What rounding does to an example differs by a factor of
-    # three from one order of summation to another, so that the largest error of all of them is the measure.
-    noise = max(_error(value, reference) for value, reference in zip(alone, exact, strict=True))
-    errors = [_error(found[row, start:end], exact[n]) for n, (row, start, end) in enumerate(_spans())]
-    assert max(errors) < 3 * noise + 1e-3
+    # No farther from float32 than bfloat16 is anyway.
+    noise = [_error(value, reference) for value, reference in zip(alone, exact, strict=True)]
+    bounds = [1.5 * error + 1e-3 for error in noise]
+    if name == "smollm2-135m-instruct":
+        # Trained weights make a few large values, whose rounding moves an example by up to a factor of four
+        # from one order of summation to another: the largest error of all examples is the measure.
+        bounds = len(noise) * [3 * max(noise) + 1e-3]
+    for reference, bound, (row, start, end) in zip(exact, bounds, _spans(), strict=True):
+        assert _error(found[row, start:end], reference) < bound
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
