@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from moka_pl.adapters import MokaConfig, inject_adapter, load_adapter, save_adapter
     from moka_pl.backbone import BackboneConfig, load_backbone
     from moka_pl.data import CommonsenseData, InstructionData, MixtureData, MmluData, TextData
-    from moka_pl.load import load_model
-    from moka_pl.module import MokaModule
+    from moka_pl.inference import load_model
+    from moka_pl.training.module import MokaModule
 
 __all__ = [
     "BackboneConfig",
@@ -37,11 +37,11 @@ _HOMES = {
     "MmluData": "data",
     "TextData": "data",
     "MokaConfig": "adapters",
-    "MokaModule": "module",
+    "MokaModule": "training.module",
     "inject_adapter": "adapters",
     "load_adapter": "adapters",
     "load_backbone": "backbone",
-    "load_model": "load",
+    "load_model": "inference",
     "save_adapter": "adapters",
 }
 

@@ -25,8 +25,8 @@ import lightning.pytorch as pl
 import torch
 
 from moka_pl import BackboneConfig, InstructionData, MokaConfig, MokaModule
-from moka_pl.joint import PlainUpdates
-from moka_pl.rounding import round_by_thresholds
+from moka_pl.ops.merged_forward import PlainUpdates
+from moka_pl.ops.triton.reference import round_by_thresholds
 
 #: Steps at a run's end whose mean loss is compared; and steps that make one point of a curve.
 _LAST, _WINDOW = 50, 20

@@ -5,7 +5,7 @@ python scripts/benchmark.py                              # SmolLM2's shape, two 
 python scripts/benchmark.py --preset llama2-7b-h100      # LLaMA2-7B's shape on a GPU, 8 x 512 tokens
 """
 
-from moka_pl.benchmark.command import main
+from moka_pl.studies.benchmark.command import main
 
 if __name__ == "__main__":
     main()

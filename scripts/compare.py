@@ -9,7 +9,7 @@ python scripts/compare.py --report --results scripts/results/compare    # report
 
 from pathlib import Path
 
-from moka_pl.compare.command import main
+from moka_pl.studies.compare.command import main
 
 if __name__ == "__main__":
     main(Path(__file__).parent / "suites")

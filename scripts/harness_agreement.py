@@ -5,7 +5,7 @@ python scripts/harness_agreement.py --data FOLDER --items 500      # arc_easy/te
 python scripts/harness_agreement.py --mmlu FOLDER --items 100      # dev/ and test/ with MMLU's CSV files
 """
 
-from moka_pl.harness.agreement_command import main
+from moka_pl.studies.agreement.command import main
 
 if __name__ == "__main__":
     main()

@@ -17,8 +17,15 @@ import json
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.benchmark.batching import KINDS, data_of_kind, limit_examples, measure_epoch, summed, table
-from moka_pl.packed_attention import PackedAttention
+from moka_pl.lm.packed_attention import PackedAttention
+from moka_pl.studies.benchmark.batching import (
+    KINDS,
+    data_of_kind,
+    limit_examples,
+    measure_epoch,
+    summed,
+    table,
+)
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ import torch
 
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.data import CommonsenseData, MmluData, MokaDataModule
-from moka_pl.metrics import is_right
-from moka_pl.prefix_scoring import score_shared
-from moka_pl.scoring import TokenScores, row_sums, score_tokens
+from moka_pl.evaluation.metrics import is_right
+from moka_pl.evaluation.shared_prompt import score_shared
+from moka_pl.lm.scoring import TokenScores, row_sums, score_tokens
 
 
 def main() -> None:

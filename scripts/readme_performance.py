@@ -6,7 +6,7 @@ python scripts/readme_performance.py llama2-7b.json            # --check changes
                                                                # where the README says something else
 """
 
-from moka_pl.benchmark.readme import main
+from moka_pl.studies.benchmark.readme import main
 
 if __name__ == "__main__":
     main()

@@ -15,8 +15,8 @@ from statistics import mean
 
 import torch
 
-from moka_pl.analysis.spectrum import Spectrum, model_spectra
-from moka_pl.load import load_model
+from moka_pl.inference import load_model
+from moka_pl.studies.spectra import Spectrum, model_spectra
 
 
 def draw(spectra: dict[str, dict[str, Spectrum]], file: Path) -> None:

@@ -4,7 +4,7 @@
 python scripts/teachers.py --json teachers.json --figure teachers.png
 """
 
-from moka_pl.analysis.teacher_command import main
+from moka_pl.studies.teachers.command import main
 
 if __name__ == "__main__":
     main()

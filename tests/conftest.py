@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moka_pl.adapters import MokaConfig, adapter_state, moka_layers
 from moka_pl.backbone import BackboneConfig
 from moka_pl.data import CommonsenseData, InstructionData
-from moka_pl.module import MokaModule
+from moka_pl.training.module import MokaModule
 
 VOCABULARY = 96
 
@@ -285,21 +285,22 @@ def build_cli(monkeypatch):
 
     No model, tokenizer or data are loaded.
     """
-    from moka_pl import cli, lightning_cli
+    from moka_pl.cli import lightning as lightning_cli
+    from moka_pl.cli.main import main
 
     def never(*args: object) -> None:
         pytest.fail("something was loaded")
 
     built = []
     monkeypatch.setattr(lightning_cli.MokaCLI, "_run_subcommand", lambda self, name: built.append(self))
-    monkeypatch.setattr("moka_pl.module.load_backbone", never)
-    monkeypatch.setattr("moka_pl.module.load_tokenizer", never)
+    monkeypatch.setattr("moka_pl.training.module.load_backbone", never)
+    monkeypatch.setattr("moka_pl.training.module.load_tokenizer", never)
     monkeypatch.setattr("sys.argv", ["moka_pl"])
     for name in ("TOKENIZERS_PARALLELISM", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         monkeypatch.setenv(name, "0")  # a run sets them; they shall not outlive the test
 
     def build(*arguments: object) -> lightning_cli.MokaCLI:
-        cli.main([str(argument) for argument in arguments])
+        main([str(argument) for argument in arguments])
         return built.pop()
 
     return build

@@ -19,8 +19,8 @@ def imported(code: str) -> set[str]:
 
 def test_importing_the_package_or_the_command_line_is_light() -> None:
     code = (
-        "import moka_pl, moka_pl.cli, moka_pl.commands, moka_pl.errors, moka_pl.version\n"
-        "moka_pl.commands.parser.function_parser('generate')"
+        "import moka_pl, moka_pl.cli.main, moka_pl.errors, moka_pl.version\n"
+        "moka_pl.cli.functions.function_parser('generate')"
     )
     assert imported(code) == set()
 
@@ -33,7 +33,7 @@ def test_every_public_name_is_there(name: str) -> None:
 
 def test_public_names_are_those_of_their_modules() -> None:
     from moka_pl.backbone import BackboneConfig
-    from moka_pl.load import load_model
+    from moka_pl.inference import load_model
 
     assert moka_pl.BackboneConfig is BackboneConfig
     assert moka_pl.load_model is load_model

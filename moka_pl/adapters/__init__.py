@@ -10,11 +10,11 @@ from moka_pl.adapters.directory import (
     read_adapter,
     save_adapter,
 )
-from moka_pl.adapters.full import FullFineTuning
 from moka_pl.adapters.injection import find_targets, moka_layers
 from moka_pl.adapters.layer import MokaLinear
-from moka_pl.adapters.method import AdapterMethod
-from moka_pl.adapters.methods import (
+from moka_pl.adapters.methods.base import AdapterMethod
+from moka_pl.adapters.methods.full import FullFineTuning
+from moka_pl.adapters.methods.registry import (
     adapters_disabled,
     inject_adapter,
     merge,

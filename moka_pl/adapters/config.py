@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moka_pl.backends import BACKENDS
+from moka_pl.adapters.filters import AUTO, filter_shapes
 from moka_pl.errors import ConfigError
-from moka_pl.filters import AUTO, filter_shapes
-from moka_pl.gating import GATINGS, Gating
-from moka_pl.shape import Shape
+from moka_pl.ops.dispatch import BACKENDS
+from moka_pl.ops.gating import GATINGS, Gating
+from moka_pl.ops.layout import Shape
 
 
 @dataclass

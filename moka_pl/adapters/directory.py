@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
-from moka_pl.adapters.full import is_trained
-from moka_pl.adapters.method import AdapterMethod
-from moka_pl.adapters.methods import config_from, inject_adapter, method_in, method_of, unload
+from moka_pl.adapters.methods.base import AdapterMethod
+from moka_pl.adapters.methods.full import is_trained
+from moka_pl.adapters.methods.registry import config_from, inject_adapter, method_in, method_of, unload
 from moka_pl.adapters.model_card import model_card
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.version import __version__

@@ -5,15 +5,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moka_pl.adapters.base_weight import merged_linear
 from moka_pl.adapters.config import MokaConfig
-from moka_pl.adapters.joining import Joined, few_tokens, join
-from moka_pl.backends import mixed_kinds
-from moka_pl.four_bit import is_4bit, keep_weights
-from moka_pl.gating import gates_of
-from moka_pl.joint import JointLinear
-from moka_pl.kronecker import delta_weight, packed_linear
-from moka_pl.packing import Pairs, left_sizes, right_sizes, unpack
+from moka_pl.adapters.forward import Joined, few_tokens, join
+from moka_pl.backbone.base_weight import merged_linear
+from moka_pl.backbone.quantization import is_4bit, keep_weights
+from moka_pl.ops.dispatch import mixed_kinds
+from moka_pl.ops.gating import gates_of
+from moka_pl.ops.kronecker import delta_weight, packed_linear
+from moka_pl.ops.merged_forward import JointLinear
+from moka_pl.ops.packing import Pairs, left_sizes, right_sizes, unpack
 
 
 class MokaLinear(nn.Module):
@@ -147,7 +147,7 @@ class MokaLinear(nn.Module):
 
     def _few(self, x: Tensor) -> Tensor:
         """``W x + bias + ΔW x``, (..., m), for a few tokens on a GPU."""
-        from moka_pl.kernels import add_few_tokens_, layer_gates, make_plan
+        from moka_pl.ops.triton import add_few_tokens_, layer_gates, make_plan
 
         result: Tensor = self.base_layer(x).contiguous()  # (..., m)
         plan = make_plan(self.shapes, self.out_features, self.in_features, x.device)

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moka_pl.adapters.method import AdapterMethod
-from moka_pl.gating import GATINGS
+from moka_pl.adapters.methods.base import AdapterMethod
+from moka_pl.ops.gating import GATINGS
 
 
 def model_card(described: Mapping[str, Any], method: AdapterMethod) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moka_pl.adapters.config import MokaConfig
-from moka_pl.gating import Gating
+from moka_pl.ops.gating import Gating
 
 
 @dataclass

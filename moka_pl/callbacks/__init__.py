@@ -1,7 +1,7 @@
 """Lightning callbacks, one a file."""
 
-from moka_pl.callbacks.adapter_checkpoint import AdapterCheckpoint
 from moka_pl.callbacks.batch_statistics import BatchStatistics
+from moka_pl.callbacks.checkpoints import AdapterCheckpoint
 from moka_pl.callbacks.evaluation import EvaluationTable
 from moka_pl.callbacks.gates import GateMonitor
 from moka_pl.callbacks.interrupt import GracefulInterrupt

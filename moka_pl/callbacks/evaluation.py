@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from moka_pl.module import MokaModule
-from moka_pl.results import Counts, Results, Share, flat, macro
+from moka_pl.evaluation.results import Counts, Results, Share, flat, macro
+from moka_pl.training.module import MokaModule
 
 
 class EvaluationTable(Callback):

@@ -9,12 +9,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moka_pl.adapters import moka_layers
-from moka_pl.callbacks.adapter_checkpoint import is_trial
+from moka_pl.callbacks.checkpoints import is_trial
 from moka_pl.callbacks.heatmap import gate_heatmap
 from moka_pl.callbacks.tensorboard import log_scalars
 from moka_pl.callbacks.throughput import log_interval
-from moka_pl.gating import Gating, gates_of, normalised_entropy
-from moka_pl.module import MokaModule
+from moka_pl.ops.gating import Gating, gates_of, normalised_entropy
+from moka_pl.training.module import MokaModule
 
 #: Share of the run after which gates that are still uniform are worth a warning.
 _LATE = 0.5

@@ -5,8 +5,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from moka_pl.callbacks.adapter_checkpoint import is_trial
-from moka_pl.resume import VERSION_KEY
+from moka_pl.callbacks.checkpoints import is_trial
+from moka_pl.training.resume import VERSION_KEY
 
 
 class RunCheckpoint(ModelCheckpoint):

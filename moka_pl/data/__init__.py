@@ -2,12 +2,12 @@
 
 from moka_pl.data.base import MokaDataModule
 from moka_pl.data.commonsense import CommonsenseData
-from moka_pl.data.errors import DataError
+from moka_pl.data.encoding.report import EncodingReport
 from moka_pl.data.instruction import InstructionData
 from moka_pl.data.mixture import MixtureData
 from moka_pl.data.mmlu import MmluData
-from moka_pl.data.report import EncodingReport
 from moka_pl.data.text import TextData
+from moka_pl.errors_part import DataError
 
 __all__ = [
     "CommonsenseData",

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moka_pl.data.choice_tasks import CHOICE_TASKS, COMMONSENSE_170K, ChoiceTask, task_name
-from moka_pl.data.errors import DataError
 from moka_pl.data.files import files_by_part
-from moka_pl.data.llm_adapters import SCIENCE
+from moka_pl.data.formats.llm_adapters import SCIENCE
 from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Piece, Source
+from moka_pl.errors_part import DataError
 
 HUB = "hub"
 """The path that means all eight tasks on the hub."""

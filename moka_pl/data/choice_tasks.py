@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from moka_pl.data.corpora import PARQUET
+from moka_pl.data.catalog import PARQUET
 
 _DEV = {"train": "train", "validation": "validation", "test": "validation"}
 """Splits of tasks whose test labels are not public: what others call their test set is the validation set."""

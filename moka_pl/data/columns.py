@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moka_pl.data.errors import DataError
+from moka_pl.errors_part import DataError
 
 ColumnNames = Mapping[str, str | list[str]]
 """Field of a form to the column that holds it; several columns make a list."""

@@ -4,21 +4,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.base import MokaDataModule
-from moka_pl.data.choice_prompts import CHOICE_PROMPTS
-from moka_pl.data.choice_rows import CHOICE_FIELDS, check_choice, choice_features, filled
+from moka_pl.data.batching.shared_prefix import SharePrefix
 from moka_pl.data.choice_sources import ChoicePiece, find_choice_pieces, hub_tasks, refuse_unknown
 from moka_pl.data.choice_tasks import task_name
 from moka_pl.data.columns import check_columns
-from moka_pl.data.encode import ChoiceEncoder, Encoded, SegmentEncoder, adds_bos, encode_rows
-from moka_pl.data.errors import DataError
-from moka_pl.data.holdout import HoldOut, ThreeParts
-from moka_pl.data.llm_adapters import name_tasks
+from moka_pl.data.encoding.examples import ChoiceEncoder, Encoded, SegmentEncoder, adds_bos, encode_rows
+from moka_pl.data.formats.choice import CHOICE_FIELDS, check_choice, choice_features, filled
+from moka_pl.data.formats.llm_adapters import name_tasks
 from moka_pl.data.reading import read_rows
-from moka_pl.data.shared_prefix import SharePrefix
 from moka_pl.data.sources import Sources, as_list
+from moka_pl.data.splits import HoldOut, ThreeParts
 from moka_pl.data.spread import spread
-from moka_pl.data.trained_prompt import settle_prompt
-from moka_pl.prompts import ChoicePromptName
+from moka_pl.errors_part import DataError
+from moka_pl.prompts.choice import CHOICE_PROMPTS
+from moka_pl.prompts.templates import ChoicePromptName
+from moka_pl.prompts.trained_prompt import settle_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset

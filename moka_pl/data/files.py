@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from moka_pl.data.errors import DataError
+from moka_pl.errors_part import DataError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 """Kinds of files that are taken from a folder; a text file there is more often a note than data."""

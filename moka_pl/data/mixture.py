@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from moka_pl.data.base import EvalLoaders, MokaDataModule
-from moka_pl.data.choice_prompts import CHOICE_PROMPTS
-from moka_pl.data.encode import Encoded
-from moka_pl.data.errors import DataError
+from moka_pl.data.encoding.examples import Encoded
 from moka_pl.data.weights import check_weights, epoch_counts, repeated
+from moka_pl.errors_part import DataError
+from moka_pl.prompts.choice import CHOICE_PROMPTS
 
 
 class MixtureData(MokaDataModule):

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.data.catalog import CORPORA
 from moka_pl.data.choice_tasks import CHOICE_TASKS
 from moka_pl.data.columns import Columns, rename
-from moka_pl.data.corpora import CORPORA
-from moka_pl.data.errors import DataError
 from moka_pl.data.quiet import progress_bars
-from moka_pl.data.streams import SUFFIXES, Located, stream
+from moka_pl.data.readers import SUFFIXES, Located, stream
+from moka_pl.errors_part import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moka_pl.data.corpora import find_corpus
-from moka_pl.data.errors import DataError
+from moka_pl.data.catalog import find_corpus
 from moka_pl.data.files import files_by_part
+from moka_pl.errors_part import DataError
 
 Source = str | Path
 Sources = Source | list[Source]

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.base import MokaDataModule
-from moka_pl.data.encode import Encoded, encode_rows
-from moka_pl.data.errors import DataError
-from moka_pl.data.holdout import HoldOut
+from moka_pl.data.encoding.examples import Encoded, encode_rows
+from moka_pl.data.encoding.windows import WindowEncoder
+from moka_pl.data.formats.text import check_text, read_text_file, text_features
 from moka_pl.data.reading import read_rows
-from moka_pl.data.text_rows import check_text, read_text_file, text_features
-from moka_pl.data.windows import WindowEncoder
+from moka_pl.data.splits import HoldOut
+from moka_pl.errors_part import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

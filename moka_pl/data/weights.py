@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy
 from numpy.typing import NDArray
 
-from moka_pl.data.errors import DataError
+from moka_pl.errors_part import DataError
 
 
 def check_weights(weights: Sequence[float] | None, parts: int) -> None:

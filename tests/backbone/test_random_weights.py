@@ -10,8 +10,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from moka_pl.adapters.base_weight import dense_weight
 from moka_pl.backbone import BackboneConfig, load_backbone, random_weights
+from moka_pl.backbone.base_weight import dense_weight
 from moka_pl.backbone.shapes import SHAPES, shape_config
 from moka_pl.errors import BackboneError
 

@@ -6,7 +6,7 @@ from lightning.pytorch.loggers import CSVLogger
 from moka_pl.callbacks import EvaluationTable
 from moka_pl.callbacks.evaluation import results_dict, results_text
 from moka_pl.data import MixtureData
-from moka_pl.results import Counts, Results, SetCounts
+from moka_pl.evaluation.results import Counts, Results, SetCounts
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from lightning.pytorch import Callback
 
 from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
 from moka_pl.callbacks.interrupt import between_steps
-from moka_pl.schedule import WarmupDecay
+from moka_pl.training.schedule import WarmupDecay
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:Checkpoint directory")
 ON = {"max_epochs": 2}

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from moka_pl.data import CommonsenseData, DataError
-from moka_pl.data.encode import MASKED
+from moka_pl.data.encoding.examples import MASKED
 
 
 def record(n, task="t"):

@@ -1,8 +1,8 @@
 import pytest
 
 from moka_pl.data import DataError, InstructionData
-from moka_pl.data.encode import MASKED, SegmentEncoder
-from moka_pl.data.holdout import hold_out
+from moka_pl.data.encoding.examples import MASKED, SegmentEncoder
+from moka_pl.data.splits import hold_out
 
 
 def alpaca_records(count):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from moka_pl.data import CommonsenseData, DataError, InstructionData, MixtureData, MokaDataModule
-from moka_pl.data.encode import MASKED
-from moka_pl.data.sampler import EvalSampler, TrainSampler
+from moka_pl.data.batching.samplers import EvalSampler, TrainSampler
+from moka_pl.data.encoding.examples import MASKED
 from moka_pl.data.weights import epoch_counts, repeated
 
 YAML = """

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from moka_pl.data import CommonsenseData, DataError, InstructionData
-from moka_pl.data.holdout import ThreeParts
+from moka_pl.data.splits import ThreeParts
 
 
 def rows(data, split):

@@ -3,8 +3,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moka_pl.data import DataError, TextData
-from moka_pl.data.encode import MASKED
-from moka_pl.data.windows import WindowEncoder
+from moka_pl.data.encoding.examples import MASKED
+from moka_pl.data.encoding.windows import WindowEncoder
 
 TEXT = "One two.\n\nThree four five.\nSix seven eight nine ten.\n"
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from graph_fit import fit
+from shared.graph_fit import fit
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.capture import PATIENCE, StepCapture, fix_size
-from moka_pl.scoring import score_tokens
+from moka_pl.lm.cuda_graphs import PATIENCE, StepCapture, fix_size
+from moka_pl.lm.scoring import score_tokens
 
 pytestmark = pytest.mark.gpu
 

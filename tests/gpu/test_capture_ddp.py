@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_fit import fit
+from shared.graph_fit import fit
 
 from moka_pl.adapters import adapter_state
 

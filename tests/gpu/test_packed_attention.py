@@ -6,10 +6,10 @@ from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.data.collate import collate_packs, collate_tokens
-from moka_pl.four_bit import is_4bit
-from moka_pl.packed_attention import VARLEN, PackedAttention
-from moka_pl.scoring import score_tokens
+from moka_pl.backbone.quantization import is_4bit
+from moka_pl.data.batching.collate import collate_packs, collate_tokens
+from moka_pl.lm.packed_attention import VARLEN, PackedAttention
+from moka_pl.lm.scoring import score_tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -147,7 +147,7 @@ def test_float32_has_a_block_mask() -> None:
 def test_kernel_agrees_with_float64(heads: tuple[int, int], size: int) -> None:
     from torch.nn import functional as F
 
-    from moka_pl.packed_attention import varlen_attention
+    from moka_pl.lm.packed_attention import varlen_attention
 
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(2, count, 96, size) for count in (heads[0], heads[1], heads[1])]
@@ -178,7 +178,7 @@ def test_fit_packs_on_a_4bit_model(tmp_path) -> None:
     import lightning.pytorch as pl
 
     from moka_pl.data import InstructionData
-    from moka_pl.module import MokaModule
+    from moka_pl.training.module import MokaModule
 
     module = MokaModule(
         BackboneConfig(name="tiny", weights="random", compute_dtype="bfloat16"),

@@ -5,9 +5,9 @@ import torch
 
 from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.data.collate import collate_choices
-from moka_pl.prefix_scoring import can_share, score_shared
-from moka_pl.scoring import row_sums, score_tokens
+from moka_pl.data.batching.collate import collate_choices
+from moka_pl.evaluation.shared_prompt import can_share, score_shared
+from moka_pl.lm.scoring import row_sums, score_tokens
 
 pytestmark = pytest.mark.gpu
 

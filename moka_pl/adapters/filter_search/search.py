@@ -1,0 +1,242 @@
+"""Filters chosen from a gradient: the shapes whose Kronecker products capture most of it.
+
+At ΔW = 0 a step along ``−∂L/∂W`` lowers the loss fastest. A component can take the part of that step that a
+Kronecker product of its shape can hold; how much that is, the rearrangement of Van Loan and Pitsianis tells
+for any shape without training (:mod:`moka_pl.adapters.filter_search.nearest`).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moka_pl.adapters.filter_search.gradients import MEMORY, linear_layers, weight_gradients
+from moka_pl.adapters.filter_search.nearest import captured_share, nearest_products, product_matrix
+from moka_pl.adapters.filters import count_parameters, divisors, filter_shapes, listed
+from moka_pl.errors import ConfigError
+from moka_pl.ops.layout import Shape, group_equal
+
+#: Shapes of a layer that are fitted again to what earlier components leave; the others are ranked once.
+SHORTLIST = 24
+
+
+def candidate_shapes(
+    m: int, n: int, largest: int | None = None, identities: bool = True
+) -> tuple[Shape, ...]:
+    """All shapes that divide an m × n layer evenly and have at most ``largest`` parameters.
+
+    Args:
+        m: Output features.
+        n: Input features.
+        largest: Most parameters of one shape; default four times the cheapest dense pair, 8·√(mn).
+        identities: Also block-diagonal ones, ``I_k ⊗ B``.
+
+    Returns:
+        The shapes, without those that are ordinary matrices (a factor of one entry) and with outer products
+        in one order only (``m×1 ⊗ 1×n`` and ``1×n ⊗ m×1`` are the same matrices).
+
+    Raises:
+        ConfigError: If none is that small.
+    """
+    limit = int(8 * math.sqrt(m * n)) if largest is None else largest
+    pairs = [Shape(a, p, m // a, n // p) for a in divisors(m) for p in divisors(n)]
+    shapes = [s for s in pairs if min(s.m_a * s.n_a, s.m_b * s.n_b) > 1 and s[:4] != (1, n, m, 1)]
+    if identities:
+        shapes += [
+            Shape(k, k, m // k, n // k, identity=True) for k in divisors(math.gcd(m, n)) if 1 < k < max(m, n)
+        ]
+    found = tuple(s for s in shapes if s.num_parameters <= limit)
+    if not found:
+        raise ConfigError(f"no Kronecker shape of a layer of {m} × {n} has as few as {limit} parameters")
+    return found
+
+
+def rank_shapes(gradient: Tensor, shapes: Sequence[Shape]) -> list[tuple[Shape, float]]:
+    """Ranks shapes by the share of a gradient's energy that one product captures, per parameter.
+
+    Args:
+        gradient: ∂L/∂W, shape (m, n).
+        shapes: Candidates.
+
+    Returns:
+        Shapes with their captured share (of the whole energy, from 0 to 1), the best per parameter first.
+    """
+    shares = [(shape, captured_share(gradient, shape)) for shape in shapes]
+    return sorted(shares, key=lambda found: -found[1] / found[0].num_parameters)
+
+
+def choose_shapes(
+    gradient: Tensor, components: int, parameters: int, shapes: Sequence[Shape] | None = None
+) -> list[Shape]:
+    """Chooses the shapes of one layer's components within a budget, by matching pursuit on its gradient.
+
+    Each component in turn takes the shape with the most captured energy of what the earlier ones leave, over
+    ``parameters of the shape + fair share``, where the fair share is the budget that is left divided by the
+    components that are left. Energy per parameter alone would fill the r places with tiny shapes and leave
+    most of the budget: the fair share is the price of a place. What a small shape saves goes to later ones.
+
+    Args:
+        gradient: ∂L/∂W, shape (m, n).
+        components: r.
+        parameters: Budget of the factors' entries of this layer.
+        shapes: Candidates; default :func:`candidate_shapes`.
+
+    Returns:
+        r shapes, in the order in which they were chosen.
+
+    Raises:
+        ConfigError: If the budget is too small for r components of the smallest candidate.
+    """
+    m, n = gradient.shape
+    offered = candidate_shapes(m, n) if shapes is None else tuple(dict.fromkeys(shapes))
+    least = min(shape.num_parameters for shape in offered)
+    if components * least > parameters:
+        raise ConfigError(
+            f"{parameters} parameters are too few for {components} components of a layer of {m} × {n}; "
+            f"the smallest shape takes {least}: raise the budget or lower components"
+        )
+    # A larger one would leave too little for the others.
+    offered = tuple(s for s in offered if s.num_parameters <= parameters - (components - 1) * least)
+    shares = {shape: captured_share(gradient, shape) for shape in offered}
+    fair = parameters / components
+
+    def order(shape: Shape) -> float:
+        return -shares[shape] / (shape.num_parameters + fair)
+
+    short = sorted(offered, key=order)[:SHORTLIST]
+    smallest = min(offered, key=lambda shape: shape.num_parameters)
+    short += [] if smallest in short else [smallest]  # what the last components may still afford
+    whole = float(gradient.square().sum())
+    known = {shape: shares[shape] * whole for shape in short}  # energies when last computed
+    chosen: list[Shape] = []
+    residual = gradient
+    for left in range(components, 0, -1):
+        allowed = parameters - (left - 1) * least
+        fair = parameters / left
+        best: tuple[float, Shape, Tensor] | None = None
+        affordable = [shape for shape in short if shape.num_parameters <= allowed]
+        for shape in sorted(affordable, key=lambda s: -known[s] / (s.num_parameters + fair)):
+            # What a residual has for a shape hardly ever grows: no later one of this order can be better.
+            if best is not None and known[shape] / (shape.num_parameters + fair) < best[0]:
+                break
+            (pair,), energies = nearest_products(residual, shape)
+            known[shape] = float(energies[0])
+            worth = known[shape] / (shape.num_parameters + fair)
+            if best is None or worth > best[0] * (1 + 1e-6):
+                best = worth, shape, product_matrix(pair, shape, residual)
+        assert best is not None
+        residual = residual - best[2]
+        parameters -= best[1].num_parameters
+        chosen.append(best[1])
+    return chosen
+
+
+def layer_budgets(
+    layers: Mapping[str, nn.Linear], components: int, parameters: int | None = None
+) -> dict[str, int]:
+    """Shares a budget of factors' entries among layers as ``diverse`` would.
+
+    Args:
+        layers: The layers to adapt.
+        components: r of every layer.
+        parameters: Budget of all layers; None is what ``diverse`` takes.
+    """
+    usual = {
+        name: count_parameters([(layer.out_features, layer.in_features)], "diverse", components, gated=False)
+        for name, layer in layers.items()
+    }
+    scale = 1.0 if parameters is None else parameters / sum(usual.values())
+    return {name: int(scale * entries) for name, entries in usual.items()}
+
+
+def choose_within(
+    gradient: Tensor, components: int, parameters: int, identities: bool = False
+) -> list[Shape]:
+    """:func:`choose_shapes` among all shapes that a layer's budget suggests.
+
+    Those are the even ones of up to a component's share, and for layers that divide badly ``diverse``'s own.
+
+    Args:
+        gradient: ∂L/∂W, shape (m, n).
+        components: r.
+        parameters: Budget of the layer.
+        identities: Offer block-diagonal components, too.
+
+    Raises:
+        ConfigError: If the budget is too small.
+    """
+    m, n = gradient.shape
+    largest = max(int(8 * math.sqrt(m * n)), parameters // components)
+    with torch.no_grad():
+        even = candidate_shapes(m, n, largest, identities)
+        usual = filter_shapes("diverse", components, m, n)
+        return choose_shapes(gradient, components, parameters, (*even, *usual))
+
+
+def initial_left_factors(gradient: Tensor, shapes: Sequence[Shape]) -> list[Tensor | None]:
+    """Left factors along the gradient: A_i from the nearest products, with the usual start's size.
+
+    With the right factors at zero, ΔW = 0 still, and the first step of each B_i goes along
+    ``R(−∂L/∂W)ᵀ vec(A_i)``, which this A_i makes as large as a unit vector can. (The sign of A_i is that of
+    its B_i, and does not matter.) Components of one shape get the first, second, … singular vectors of R.
+
+    Args:
+        gradient: ∂L/∂W, shape (m, n).
+        shapes: r shapes.
+
+    Returns:
+        A_i, (m_a, n_a), or None for an identity; with the norm √(m_a / 3) that Kaiming-uniform entries have
+        on average. Where the gradient has nothing (left) for a component, None stands, too: keep its random
+        start.
+    """
+    found: list[Tensor | None] = [None] * len(shapes)
+    whole = gradient.square().sum()
+    for shape, numbers in group_equal(shapes).items():
+        if shape.identity:
+            continue
+        pairs, energies = nearest_products(gradient, shape, len(numbers))
+        usable = (energies > 1e-12 * whole).tolist()
+        for number, (left, _), is_usable in zip(numbers, pairs, usable, strict=False):
+            if is_usable and left is not None:
+                found[number] = left * math.sqrt(shape.m_a / 3)
+    return found
+
+
+def choose_filters(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Any],
+    loss: Callable[[Any], Tensor],
+    components: int = 10,
+    parameters: int | None = None,
+    identities: bool = False,
+    memory: int = MEMORY,
+) -> Iterator[tuple[str, list[list[int]], float]]:
+    """Chooses the filters of every layer from the gradient of a few batches.
+
+    Layers share the budget as ``diverse`` would share it; within a layer :func:`choose_shapes` decides.
+
+    Args:
+        model: The frozen model, without adapters.
+        names: Layers to adapt, as :func:`moka_pl.adapters.find_targets` gives them.
+        batches: A few batches.
+        loss: Maps a batch to the scalar loss.
+        components: r of every layer.
+        parameters: Budget of all factors' entries; default what ``diverse`` takes.
+        identities: Offer block-diagonal components, too. (Layers that mix both kinds cannot use the fused
+            kernels.)
+        memory: Bytes of gradients to hold at once.
+
+    Yields:
+        Name, filters as a configuration lists them, and the share of the gradient's energy that one product
+        of the first shape captures.
+
+    Raises:
+        ConfigError: If the budget is too small.
+    """
+    budgets = layer_budgets(linear_layers(model, names), components, parameters)
+    for name, gradient in weight_gradients(model, names, batches, loss, memory):
+        chosen = choose_within(gradient, components, budgets[name], identities)
+        yield name, [listed(shape) for shape in chosen], captured_share(gradient, chosen[0])

@@ -1,0 +1,214 @@
+"""Filters: which factor shapes the components of a layer take, and how many parameters that is.
+
+For a layer with m output and n input features, a component is ``A ⊗ B`` with A of m_a × n_a and B of
+m_b × n_b entries. Both factors should hold about √(mn) entries: that is the cheapest way to cover m × n.
+
+Source: MoKA, arXiv 2508.03527, sections on filters and MoKA_s.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from moka_pl.errors import ConfigError
+from moka_pl.ops.layout import Shape
+
+#: m_a / n_a of the diverse filters, relative to the layer's own m / n; ten components use each one twice.
+ASPECT_RATIOS = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)
+
+#: MoKA_s aims at this share of the diverse filters' entries (the paper's 4.2 M against 5.2 M).
+PRIME_BUDGET = 0.8
+
+NAMED_FILTERS = ("diverse", "square", "prime")
+
+#: Filters that a run chooses itself when it begins, from its data (``moka_pl/first_gradient.py``).
+AUTO = "auto"
+
+Filters = str | Sequence[Sequence[int]]
+
+
+def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Shape, ...]:
+    """Returns the factor shapes of all components for an m × n layer.
+
+    Args:
+        filters: ``"diverse"`` (five aspect ratios in turn), ``"square"`` (one shape for all), ``"prime"``
+            (MoKA_s: identity left factor, right factors with different prime sides), or a list with one
+            entry for all components or one each: ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or
+            ``[k, m_b, n_b]`` for an identity of size k on the left.
+        components: r, the number of components.
+        m: Output features.
+        n: Input features.
+
+    Returns:
+        r shapes.
+
+    Raises:
+        ConfigError: For an unknown name, a wrong count or sizes that are not positive whole numbers.
+    """
+    if components < 1:
+        raise ConfigError(f"components must be at least 1, not {components}")
+    if isinstance(filters, str):
+        if filters == "diverse":
+            return tuple(
+                _aspect_shape(m, n, ASPECT_RATIOS[i % len(ASPECT_RATIOS)]) for i in range(components)
+            )
+        if filters == "square":
+            return (_aspect_shape(m, n, 1.0),) * components
+        if filters == "prime":
+            return _prime_shapes(m, n, components)
+        if filters == AUTO:
+            raise ConfigError(
+                "filters: auto are chosen when a training run begins; without a trainer choose them with "
+                "scripts/choose_filters.py and give the file that it writes (or a mapping of layers to lists "
+                "of shapes) as filters"
+            )
+        raise ConfigError(
+            f"unknown filters {filters!r}; choose one of {', '.join((*NAMED_FILTERS, AUTO))}, "
+            "or give a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
+        )
+    return _explicit_shapes(filters, components, m, n)
+
+
+def count_parameters(
+    layers: Sequence[tuple[int, int]], filters: Filters, components: int, gated: bool = True
+) -> int:
+    """Counts trainable entries over layers of sizes (m, n): all factors, and r gates a layer if gated."""
+    factors = sum(
+        shape.num_parameters for m, n in layers for shape in filter_shapes(filters, components, m, n)
+    )
+    return factors + (components * len(layers) if gated else 0)
+
+
+def listed(shape: Shape) -> list[int]:
+    """A shape as it is written in a list of filters."""
+    return [shape.m_a, shape.m_b, shape.n_b] if shape.identity else list(shape[:4])
+
+
+def describe_filters(filters: "Filters | Mapping[str, Filters]") -> str:
+    """Filters in a few words, for people."""
+    if isinstance(filters, Mapping):
+        return f"listed layer by layer ({len(filters)} layers)"
+    return filters if isinstance(filters, str) else str([list(sizes) for sizes in filters])
+
+
+@cache
+def divisors(number: int) -> tuple[int, ...]:
+    """All divisors of a positive whole number, ascending."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return tuple(sorted({*low, *(number // d for d in low)}))
+
+
+@cache
+def _aspect_shape(m: int, n: int, ratio: float) -> Shape:
+    """The shape with A near √m·√ratio × √n/√ratio, from divisors where near ones exist.
+
+    Both factors then have √(mn) entries, and B has the inverse aspect ratio.
+    """
+    target_m, target_n = math.sqrt(m * ratio), math.sqrt(n / ratio)
+    best: tuple[float, Shape] | None = None
+    for m_a, m_b in _sides(m, target_m):
+        for n_a, n_b in _sides(n, target_n):
+            off = math.log(m_a / target_m) ** 2 + math.log(n_a / target_n) ** 2
+            uneven = math.log(m_a * n_a / math.sqrt(m * n)) ** 2
+            cost = off + uneven
+            if best is None or cost < best[0] - 1e-9:
+                best = (cost, Shape(m_a, n_a, m_b, n_b))
+    assert best is not None
+    return best[1]
+
+
+def _sides(size: int, target: float) -> list[tuple[int, int]]:
+    """Sides of A and B that give ``size``, A's within a factor of two of ``target``; else some that cover it.
+
+    Where no divisor is near, B's side is a multiple of 8 if one is near that wastes no entry: rows of B can
+    then be read in wide words.
+    """
+    close = [(d, size // d) for d in divisors(size) if target / 2 <= d <= target * 2]
+    if close:
+        return close
+    right = size / target
+    wide = [(math.ceil(size / b), b) for b in range(8, math.ceil(1.5 * right), 8) if b >= right / 1.5]
+    wide = [(a, b) for a, b in wide if size > a * (b - 1)]
+    if wide:
+        return [min(wide, key=lambda sides: abs(math.log(sides[1] / right)))]
+    left = min(max(1, round(target)), size)
+    return [(left, math.ceil(size / left))]
+
+
+def _prime_shapes(m: int, n: int, components: int) -> tuple[Shape, ...]:
+    """MoKA_s: I_k ⊗ B_i, the longer side of B_i a different prime in every component.
+
+    Different primes keep the block borders of different components from ever lining up. The primes are
+    consecutive and then spread upwards, as large as the budget of ``PRIME_BUDGET`` times the entries of the
+    diverse filters allows.
+    """
+    budget = PRIME_BUDGET * 2 * math.sqrt(m * n) * components
+    primes = _primes_up_to(max(m, n, 40 * components))
+    chosen = list(range(components))  # indices into primes
+    if _entries(m, n, chosen, primes) <= budget:
+        while (
+            chosen[-1] + 1 < len(primes)
+            and primes[chosen[-1] + 1] <= max(m, n)
+            and _entries(m, n, [i + 1 for i in chosen], primes) <= budget
+        ):
+            chosen = [i + 1 for i in chosen]
+        for position in reversed(range(components)):
+            raised = [*chosen]
+            raised[position] += 1
+            free = raised[position] not in chosen and raised[position] < len(primes)
+            if free and primes[raised[position]] <= max(m, n) and _entries(m, n, raised, primes) <= budget:
+                chosen = raised
+    return tuple(_prime_shape(m, n, primes[i]) for i in chosen)
+
+
+def _entries(m: int, n: int, chosen: Sequence[int], primes: Sequence[int]) -> int:
+    return sum(_prime_shape(m, n, primes[i]).num_parameters for i in chosen)
+
+
+def _prime_shape(m: int, n: int, prime: int) -> Shape:
+    """I_k ⊗ B with the prime on the longer side of the layer and k blocks that cover it."""
+    blocks = math.ceil(max(m, n) / prime)
+    other = math.ceil(min(m, n) / blocks)
+    if m == n:
+        m_b = n_b = prime
+    else:
+        m_b, n_b = (prime, other) if m > n else (other, prime)
+    return Shape(blocks, blocks, m_b, n_b, identity=True)
+
+
+@cache
+def _primes_up_to(limit: int) -> tuple[int, ...]:
+    sieve = bytearray([1]) * (limit + 1)
+    sieve[:2] = b"\0\0"
+    for i in range(2, math.isqrt(limit) + 1):
+        if sieve[i]:
+            sieve[i * i :: i] = bytes(len(range(i * i, limit + 1, i)))
+    return tuple(i for i, prime in enumerate(sieve) if prime)
+
+
+def _explicit_shapes(filters: Sequence[Sequence[int]], components: int, m: int, n: int) -> tuple[Shape, ...]:
+    if len(filters) not in (1, components):
+        raise ConfigError(
+            f"filters lists {len(filters)} shapes for {components} components; "
+            "list one for all of them or exactly one each"
+        )
+    shapes = []
+    for sizes in filters:
+        if (
+            not isinstance(sizes, (list, tuple))
+            or len(sizes) not in (2, 3, 4)
+            or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sizes)
+        ):
+            raise ConfigError(
+                f"filter {sizes!r} is not [m_a, n_a], [m_a, n_a, m_b, n_b] or [k, m_b, n_b] "
+                "in positive whole numbers"
+            )
+        identity = len(sizes) == 3
+        m_a, n_a = (sizes[0], sizes[0]) if identity else sizes[:2]
+        m_b, n_b = sizes[-2:] if len(sizes) > 2 else (math.ceil(m / m_a), math.ceil(n / n_a))
+        if max(m_a, m_b) > m or max(n_a, n_b) > n:
+            raise ConfigError(
+                f"filter {list(sizes)!r} has a factor larger than the layer ({m} outputs, {n} inputs)"
+            )
+        shapes.append(Shape(m_a, n_a, m_b, n_b, identity))
+    return tuple(shapes * components if len(shapes) == 1 else shapes)

@@ -1,0 +1,133 @@
+"""Whether a frozen layer and its update can be computed as one product, and how."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moka_pl.backbone.base_weight import dense_weight
+from moka_pl.backbone.quantization import is_4bit
+from moka_pl.ops.dispatch import FEW_TOKENS, Backend, can_fuse, resolve_backend
+from moka_pl.ops.gating import Gating
+from moka_pl.ops.layout import Shape
+from moka_pl.ops.merged_forward import PlainUpdates, StructuredUpdates, Updates
+
+#: Bytes of a 4-bit weight from which on bitsandbytes' own kernel reads uneven layers faster, launch included.
+_LARGE = 2**20
+
+
+class Joined(NamedTuple):
+    """How to compute a layer and its update as one product.
+
+    Attributes:
+        updates: Builds W + ΔW.
+        compute: Dtype of the product.
+        result: Dtype of the layer's output.
+    """
+
+    updates: Updates
+    compute: torch.dtype
+    result: torch.dtype
+
+
+def join(
+    layer: nn.Linear,
+    x: Tensor,
+    factors: torch.dtype,
+    shapes: tuple[Shape, ...],
+    scaling: float,
+    backend: Backend,
+    gating: Gating = "softmax",
+) -> Joined | None:
+    """Decides whether ``layer(x)`` and the update are computed as ``(W + ΔW) x``.
+
+    They are not where somebody listens to the frozen layer, trains it or keeps its weight elsewhere, or where
+    W + ΔW would be rounded to half precision without the kernels' care for small updates.
+
+    Args:
+        layer: The frozen layer.
+        x: Its input, which is also the update's.
+        factors: Dtype of the factors.
+        shapes: r shapes.
+        scaling: s.
+        backend: The backend asked for.
+        gating: How gate logits make α.
+
+    Returns:
+        How to join them, or None.
+    """
+    if _must_run_itself(layer, x.device):
+        return None
+    compute: torch.dtype
+    if is_4bit(layer):
+        if not layer.compute_type_is_set:  # what its own first call would do
+            layer.set_compute_type(x)
+            layer.compute_type_is_set = True
+        compute, result = layer.compute_dtype or x.dtype, x.dtype
+    elif type(layer) is nn.Linear:
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        compute = result = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        if compute != layer.weight.dtype and not autocast:
+            return None
+    else:
+        return None
+    m, n = layer.out_features, layer.in_features
+    way = resolve_backend(backend, x, factors, shapes, m, n)
+    if way == "fused" and compute in (torch.bfloat16, torch.float32):
+        return Joined(_fused(layer, x.device, compute, shapes, scaling, gating), compute, result)
+    if way != "fused" and compute == factors and compute.itemsize >= 4:
+        updates_of = PlainUpdates if way == "dense" else StructuredUpdates
+        updates = updates_of(shapes, scaling, lambda: dense_weight(layer), is_4bit(layer), gating)
+        return Joined(updates, compute, result)
+    return None
+
+
+def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:
+    """Whether passing the frozen layer by would leave something undone."""
+    listeners = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+    return trained or any(listeners) or layer.weight.device != device
+
+
+def few_tokens(x: Tensor, factors: torch.dtype, m: int, backend: Backend) -> bool:
+    """Whether the kernels for few tokens serve this call: on a GPU, without gradients, as in generating.
+
+    Args:
+        x: Input, shape (..., n).
+        factors: Dtype of the factors.
+        m: Output features.
+        backend: The backend asked for.
+    """
+    n = x.shape[-1]
+    if torch.is_grad_enabled() or not 0 < x.numel() // n < FEW_TOKENS:
+        return False
+    asked = backend == "fused" or (backend == "auto" and x.is_cuda)
+    return asked and can_fuse(x, factors, m, n)
+
+
+def _fused(
+    layer: nn.Linear,
+    device: torch.device,
+    compute: torch.dtype,
+    shapes: tuple[Shape, ...],
+    scaling: float,
+    gating: Gating,
+) -> Updates:
+    from moka_pl.ops.triton import make_plan, weight_source
+    from moka_pl.ops.triton.updates import FusedUpdates
+
+    state = layer.weight.quant_state if is_4bit(layer) else None
+    source = None
+    # W in another half precision would be rounded twice, as its own dequantisation does.
+    if state is None or state.dtype in (compute, torch.float32):
+        source = weight_source(layer.weight.data, state)
+    plan = make_plan(shapes, layer.out_features, layer.in_features, device)
+    if state is not None and not plan.side and not plan.even and layer.weight.numel() > _LARGE:
+        source = None
+    return FusedUpdates(plan, scaling, source, lambda: dense_weight(layer), gating)

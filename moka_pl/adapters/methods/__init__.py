@@ -1,0 +1,1 @@
+"""Adapter methods, one a file: MoKA, PEFT's and full fine-tuning."""

@@ -1,0 +1,104 @@
+"""Training the base itself: the ceiling that adapters are measured by."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moka_pl.adapters.injection import matches
+from moka_pl.backbone.quantization import is_4bit
+from moka_pl.errors import AdapterError
+
+#: Where a model remembers which of its parameters were trained.
+_MARK = "_moka_fully_trained"
+
+
+@dataclass
+class FullFineTuning:
+    """Trains the weights of an unquantised base (``quantization: none``) instead of adapters.
+
+    The trained weights are kept in float32; for half-precision products choose ``trainer.precision:
+    bf16-mixed``. Checkpoints and adapter directories hold them all.
+
+    Args:
+        target_modules: Modules to train: ``all`` (everything, embeddings and norms included), a list of name
+            suffixes, or one regular expression over whole names.
+    """
+
+    target_modules: list[str] | str = "all"
+
+
+class FullMethod:
+    """Full fine-tuning; see :class:`moka_pl.adapters.methods.base.AdapterMethod`.
+
+    Args:
+        config: What to train.
+    """
+
+    kind = "FULL"
+    title = "full fine-tuning"
+
+    def __init__(self, config: FullFineTuning) -> None:
+        self.config = config
+
+    def inject(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
+        """Makes the target modules trainable."""
+        targets = self.config.target_modules
+        every = dict(model.named_modules())
+        names = [""] if targets == "all" else [name for name in every if name and matches(name, targets)]
+        if not names:
+            raise AdapterError(f"target_modules {targets!r} matches no module of this model")
+        if is_trained(model):
+            raise AdapterError("the model has been fine-tuned already; load it anew")
+        quantised = [
+            name for name, module in every.items() if is_4bit(module) and any(_within(name, n) for n in names)
+        ]
+        if quantised:
+            raise AdapterError(
+                f"full fine-tuning cannot train 4-bit weights ({quantised[0]} and {len(quantised) - 1} "
+                "others); use quantization: none, or an adapter"
+            )
+        model.requires_grad_(False)
+        for name in names:
+            for parameter in every[name].parameters():
+                parameter.data = parameter.data.to(dtype)
+                parameter.requires_grad_(True)
+        if targets == "all":
+            model.to(dtype)  # the model's dtype is that of what it computes
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        setattr(model, _MARK, trained)
+        return names if targets != "all" else [name for name, m in every.items() if isinstance(m, nn.Linear)]
+
+    @staticmethod
+    def state(model: nn.Module) -> dict[str, Tensor]:
+        """All trained parameters by name."""
+        parameters = dict(model.named_parameters())
+        return {name: parameters[name].detach() for name in getattr(model, _MARK, [])}
+
+    @classmethod
+    def load_state(cls, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Copies the weights."""
+        for name, tensor in cls.state(model).items():
+            tensor.copy_(state[name])
+
+    def options(self) -> dict[str, Any]:
+        """The configuration's fields."""
+        return {"peft_type": self.kind, **asdict(self.config)}
+
+    def facts(self) -> dict[str, Any]:
+        """What is trained."""
+        targets = self.config.target_modules
+        return {
+            "method": self.title,
+            "target modules": targets if isinstance(targets, str) else ", ".join(targets),
+        }
+
+
+def is_trained(model: nn.Module) -> bool:
+    """Whether the base's own weights are trained: there is then no frozen base to go back to."""
+    return bool(getattr(model, _MARK, None))
+
+
+def _within(name: str, outer: str) -> bool:
+    return not outer or name == outer or name.startswith(f"{outer}.")

@@ -1,0 +1,104 @@
+"""Keeps the best and the last adapter of a run as adapter directories."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from moka_pl.adapters import save_adapter
+from moka_pl.training.module import MokaModule
+
+
+class AdapterCheckpoint(Callback):
+    """Writes ``adapters/best`` and ``adapters/last`` below the run's log folder.
+
+    ``last`` is written after every validation and at the end, ``best`` whenever the monitored metric has
+    improved. Both are small, hold no frozen weight, and replace an older one only once they are whole.
+    Beside the metrics they keep the step of the validation that found them, ``metrics_step``.
+
+    Args:
+        monitor: Metric that decides on the best adapter.
+        mode: Whether lower or higher is better.
+        dirpath: Folder for both; ``null`` is ``adapters`` in the run's log folder.
+    """
+
+    def __init__(
+        self, monitor: str = "val/loss", mode: Literal["min", "max"] = "min", dirpath: str | None = None
+    ) -> None:
+        self.monitor = monitor
+        self.mode = mode
+        self.dirpath = dirpath
+        self.best_score: float | None = None
+        self.best_path: Path | None = None
+        self.last_path: Path | None = None
+        self._folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settles the folder (on every rank: the log folder's name is broadcast)."""
+        log_dir = trainer.log_dir
+        self._folder = (
+            Path(self.dirpath) if self.dirpath else Path(log_dir or trainer.default_root_dir) / "adapters"
+        )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last adapter, and the best one if this is better."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or is_trial(trainer):
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        score = None if value is None else float(value)
+        self.last_path = self._save(trainer, pl_module, "last")
+        if score is None or not math.isfinite(score):
+            return
+        if self.best_score is None or (
+            score < self.best_score if self.mode == "min" else score > self.best_score
+        ):
+            self.best_score = score
+            self.best_path = self._save(trainer, pl_module, "best")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last adapter: there may have been steps since the last validation."""
+        if not is_trial(trainer):
+            self.last_path = self._save(trainer, pl_module, "last")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves the last adapter of a run that was interrupted."""
+        interrupted = isinstance(exception, KeyboardInterrupt) and not is_trial(trainer)
+        if interrupted and trainer.global_step > 0:
+            self.last_path = self._save(trainer, pl_module, "last")
+            rank_zero_info(f"Adapter at step {trainer.global_step}: {self.last_path}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score and where its adapter lies."""
+        return {
+            "best_score": self.best_score,
+            "best_path": None if self.best_path is None else str(self.best_path),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on comparing with the best score of the resumed run."""
+        self.best_score = state_dict["best_score"]
+        self.best_path = None if state_dict["best_path"] is None else Path(state_dict["best_path"])
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> Path:
+        assert isinstance(pl_module, MokaModule)
+        assert self._folder is not None
+        path = self._folder / name
+        if trainer.is_global_zero:
+            assert pl_module.base is not None
+            extra = {
+                "step": trainer.global_step,
+                "epoch": trainer.current_epoch,
+                "metrics": pl_module.eval_values,
+                # Less than "step" where steps have followed the last validation.
+                "metrics_step": pl_module.eval_step,
+                "prompt": getattr(getattr(trainer, "datamodule", None), "prompt", None),
+            }
+            save_adapter(path, pl_module.causal_lm, pl_module.adapter, pl_module.base, extra)
+        return path
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Whether the trainer runs a few batches for trial only (``fast_dev_run``)."""
+    return bool(getattr(trainer, "fast_dev_run", False))

@@ -1,0 +1,1 @@
+"""The command line: Lightning's commands and one file for each command beside them."""

@@ -1,0 +1,140 @@
+"""``moka-pl evaluate``: the lm-evaluation-harness on a base model with its adapter."""
+
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from moka_pl.errors import ConfigError
+
+
+def evaluate(
+    adapter: Path | None = None,
+    tasks: str = "",
+    base: str | None = None,
+    data: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    output: Path | None = None,
+    quantization: Literal["nf4", "fp4", "none"] | None = None,
+    apply_chat_template: bool = False,
+    log_samples: bool = False,
+) -> None:
+    """Run EleutherAI's lm-evaluation-harness on a base model, with an adapter or without.
+
+    Args:
+        adapter: An adapter directory. Without one, base is evaluated as it is.
+        tasks: Names of tasks or groups, separated by commas, such as arc_easy,piqa; patterns such as mmlu_*
+            name several.
+        base: Where the base model lies, if not under the name that the adapter remembers; without an adapter,
+            the model to evaluate.
+        data: A folder of local data, so that no hub is asked: sub-folders with a test.json each (their names
+            are the tasks'), or MMLU's test/ and dev/ with CSV files (tasks mmlu_<subject>, group mmlu). Tasks
+            that are not there are lm_eval's own.
+        limit: Most questions per task, the first ones. Default all.
+        num_fewshot: Worked examples before every question. Default each task's own number: 5 for local MMLU,
+            0 for other local tasks.
+        batch_size: Sequences computed at once.
+        output: The JSON file to write, or a folder that exists. Default a file results_<time>.json in the
+            adapter directory; without an adapter in lightning_logs/evaluate/<base>.
+        quantization: How linear weights of the base are stored: nf4, fp4 or none. Default what the adapter
+            was trained on, and nf4 without an adapter. Only without an adapter can it be chosen.
+        apply_chat_template: Put the tokenizer's chat template around the prompts.
+        log_samples: Keep every question with the model's scores in the JSON file, too.
+
+    Raises:
+        ConfigError: If an option has a value that cannot work, a task is unknown, or lm_eval is missing.
+        DataError: If local data cannot be used.
+        AdapterError: If the adapter cannot be read or is of another base model.
+        BackboneError: If the base model cannot be had.
+    """
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    _check(adapter, base, limit, num_fewshot, batch_size, quantization)
+    from moka_pl.evaluation.lm_eval.library import require_lm_eval
+
+    require_lm_eval()
+    from moka_pl.adapters import read_adapter
+    from moka_pl.evaluation.lm_eval.results import results_path, table, write_results
+    from moka_pl.evaluation.lm_eval.run import run_harness
+    from moka_pl.evaluation.lm_eval.tasks import select_tasks
+
+    if adapter is not None:
+        read_adapter(adapter)  # a damaged folder shows before any loading
+        home = adapter
+    else:
+        home = Path("lightning_logs/evaluate") / re.sub(r"[^\w.-]+", "_", str(base)).strip("_.")
+    path = results_path(output, home)
+    selection = select_tasks(names, data, num_fewshot)
+    model, tokenizer, about = _load(adapter, base, quantization)
+    if apply_chat_template and not tokenizer.chat_template:
+        raise ConfigError("apply_chat_template is set, but the base model's tokenizer has no chat template")
+    results = run_harness(
+        model,
+        tokenizer,
+        selection,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        apply_chat_template=apply_chat_template,
+        log_samples=log_samples,
+    )
+    results["config"]["model"] = about["base"]["name"]
+    source = None if data is None else str(data.expanduser().absolute())
+    results["moka_pl"] = about | {"tasks": selection.names, "data": source}
+    write_results(results, path)
+    print(table(results))
+    print(f"written to {path}", file=sys.stderr)
+
+
+def _check(
+    adapter: Path | None,
+    base: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int,
+    quantization: str | None,
+) -> None:
+    if adapter is None and not base:
+        raise ConfigError("nothing to evaluate; give --adapter DIR, or --base NAME for a base model alone")
+    if adapter is not None and quantization is not None:
+        raise ConfigError("quantization is the adapter's own; it can be chosen only without --adapter")
+    for name, value, least in (
+        ("limit", limit, 1),
+        ("num_fewshot", num_fewshot, 0),
+        ("batch_size", batch_size, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, not {value}")
+
+
+def _load(adapter: Path | None, base: str | None, quantization: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer, and what the results say about them."""
+    from moka_pl.adapters import method_of, read_adapter
+    from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+    from moka_pl.evaluation.lm_eval.results import versions, weights_fingerprint
+    from moka_pl.inference import load_model
+
+    if adapter is None:
+        import torch
+
+        config = BackboneConfig(str(base), quantization=quantization or "nf4")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = load_backbone(config, device)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        described: dict[str, Any] = {"name": base, "revision": None, "options": config.options()}
+        adapted = None
+    else:
+        info = read_adapter(adapter)
+        model, tokenizer = load_model(adapter, base=base)
+        described = asdict(info.base) | ({"name": base, "revision": None} if base else {})
+        adapted = {
+            "path": str(adapter.expanduser().absolute()),
+            "fingerprint": weights_fingerprint(adapter),
+            "config": method_of(info.config).options(),
+            "step": info.extra.get("step"),
+            "prompt": info.extra.get("prompt"),
+        }
+    described |= {"fingerprint": fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
+    return model, tokenizer, {"versions": versions(), "base": described, "adapter": adapted}

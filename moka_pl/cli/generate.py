@@ -1,0 +1,97 @@
+"""``moka-pl generate``: an answer from a base model with its adapter."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from moka_pl.errors import ConfigError
+from moka_pl.prompts.templates import PromptFormat, alpaca_prompt, chat_prompt, cloze_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def generate(
+    adapter: Path,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    compare: bool = False,
+    base: str | None = None,
+    prompt_format: PromptFormat | None = None,
+) -> None:
+    """Answer a prompt with a trained adapter.
+
+    Args:
+        adapter: An adapter directory.
+        prompt: What the user says; prompt_format is put around it.
+        max_new_tokens: Most tokens to generate.
+        temperature: Sampling temperature; 0 always takes the likeliest token.
+        compare: Print the frozen base model's answer too.
+        base: Where the base model lies, if not under the name that the adapter remembers.
+        prompt_format: What to put around the prompt: chat (the tokenizer's chat template), alpaca, cloze
+            ("Question: … Answer:"; letters is the same, the options being part of the prompt), llm_adapters
+            (alpaca, the same) or raw (nothing). Default what the adapter was trained with; where it
+            remembers none, the chat template if there is one.
+
+    Raises:
+        ConfigError: If an option has a value that cannot work.
+        AdapterError: If the adapter cannot be read or is of another base model.
+        BackboneError: If the base model cannot be had.
+    """
+    if not prompt:
+        raise ConfigError("prompt is empty; say something")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature must be at least 0 and finite, not {temperature}")
+    _check_format(prompt_format, "prompt_format")
+    import torch
+
+    from moka_pl.adapters import adapters_disabled, read_adapter
+    from moka_pl.inference import load_model
+
+    if prompt_format is None:
+        prompt_format = read_adapter(adapter).extra.get("prompt")
+        _check_format(
+            prompt_format, f"{adapter} was trained with a prompt that is unknown here; prompt_format"
+        )
+    model, tokenizer = load_model(adapter, base=base)
+    chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
+    text = _around(prompt, chosen, tokenizer)
+    # A chat template writes the special tokens itself.
+    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=chosen != "chat").to(model.device)
+    sampling = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
+
+    def answer() -> str:
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=tokens["input_ids"],
+                attention_mask=tokens["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                **sampling,
+            )
+        return str(tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    if compare:
+        with adapters_disabled(model):
+            print(f"[base] {answer()}\n")
+        print(f"[adapted] {answer()}")
+    else:
+        print(answer())
+
+
+def _check_format(value: Any, name: str) -> None:
+    known = get_args(PromptFormat)
+    if value is not None and value not in known:
+        raise ConfigError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+
+
+def _around(prompt: str, prompt_format: PromptFormat, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text that the model is to continue."""
+    if prompt_format == "chat":
+        return chat_prompt(prompt, tokenizer)
+    if prompt_format in ("alpaca", "llm_adapters"):
+        return alpaca_prompt(prompt)
+    return cloze_prompt(prompt) if prompt_format in ("cloze", "letters") else prompt

@@ -1,0 +1,73 @@
+"""A DataLoader that a checkpoint in the middle of an epoch can resume."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from moka_pl.data.batching.samplers import GlobalBatchSampler
+from moka_pl.errors_part import DataError
+
+
+class ResumableDataLoader(DataLoader[Any]):
+    """Counts the batches it served and can start after as many.
+
+    Lightning saves `state_dict()` with the fit loop and restores it before the first `iter()` of a resumed
+    run. That `iter()` comes before Lightning tells the sampler the epoch, so nothing is drawn from the
+    sampler (and no worker is started) before the first batch is asked for.
+
+    Args:
+        *args: As for `DataLoader`.
+        epoch_batches: Batches that make an epoch where that is fewer than all (`limit_train_batches`).
+        **kwargs: As for `DataLoader`.
+    """
+
+    def __init__(self, *args: Any, epoch_batches: int | None = None, **kwargs: Any) -> None:
+        # Its own generator: the seeds of the workers then take nothing from the global one, which a resumed
+        # run would otherwise find in another state than the uninterrupted run.
+        if kwargs.get("generator") is None:
+            kwargs["generator"] = torch.Generator()
+        super().__init__(*args, **kwargs)
+        self.epoch_batches = epoch_batches
+        self._served = 0
+        self._start = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches served in the current epoch."""
+        return {"served": self._served}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next iteration start after the batches that were served; a finished epoch starts anew.
+
+        Raises:
+            DataError: The state counts more batches than an epoch has: data, batch size or number of devices
+                are not those of the saved run.
+        """
+        served = int(state_dict["served"])
+        total = len(self)
+        if served > total:
+            raise DataError(
+                f"The checkpoint was saved after {served} batches of an epoch, but an epoch of this run has "
+                f"{total}. Resume with the data, batch size, packing and number of devices of the saved run."
+            )
+        finished = served >= (total if self.epoch_batches is None else min(total, self.epoch_batches))
+        self._start = 0 if finished else served
+        self._served = self._start
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        start, self._start = self._start, 0
+        return self._batches(start)
+
+    def _batches(self, start: int) -> Iterator[Any]:
+        self._served = start
+        if isinstance(self.sampler, GlobalBatchSampler):
+            self.sampler.skip = start
+            batches: Iterator[Any] = super().__iter__()
+        else:
+            # Lightning put in a sampler of its own: the batches have to be loaded to be left out.
+            batches = islice(super().__iter__(), start, None)
+        for batch in batches:
+            self._served += 1
+            yield batch

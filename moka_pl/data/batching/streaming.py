@@ -1,0 +1,276 @@
+"""Batches of a stream: shuffled and bucketed block by block, shared out to ranks and workers, resumable.
+
+The unit is a block: the next `buffer` examples per rank. All ranks read the same blocks and encode their own
+share of each, so that every rank has equally many batches without asking the others, and no example is on two
+of them. Files (shards) are shared out to the workers of a rank. The order inside a block depends on seed,
+pass, worker and block alone; a state is therefore the position of a block in the stream and the number of its
+batches that were served, and a resumed run fills the block again.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import numpy
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from moka_pl.data.batching.collate import Batch, collate_tokens
+from moka_pl.data.batching.streamed_rows import StreamedRecords
+from moka_pl.data.encoding.examples import DROPPED, MASKED, TRUNCATED, Columns, SegmentEncoder
+from moka_pl.data.encoding.report import EncodingReport
+from moka_pl.errors_part import DataError
+
+State = dict[str, Any]
+NOTHING = EncodingReport(read=0, kept=0, truncated=0, dropped=0, tokens=0, trained=0, longest=0)
+
+
+class Served(NamedTuple):
+    """What a worker hands over.
+
+    Attributes:
+        kind: "batch"; "turn" only keeps the workers in step after a resume; "done" says, again and again,
+            that the worker's share of the pass is read; "error" brings a message.
+        worker: Number of the worker.
+        batch: The batch, for "batch".
+        state: Where the worker stands after it.
+        message: What is wrong, for "error".
+    """
+
+    kind: Literal["batch", "turn", "done", "error"]
+    worker: int
+    batch: Batch | None = None
+    state: State | None = None
+    message: str = ""
+
+
+@dataclass
+class StreamedBatches(IterableDataset[Served]):
+    """Batches of one rank over one pass of a stream.
+
+    Attributes:
+        records: The corpus.
+        encoder: What encodes a row.
+        batch_size: Examples per rank and batch.
+        buffer: Examples per rank that make a block.
+        rank: This rank, from 0.
+        world: Number of ranks.
+        seed: Seed of the shuffling.
+        bucket: Sort the examples of a block by length before they are cut into batches.
+        pad_id: Token id of the padding.
+        epoch: Number of the pass, from 0.
+        start: States of the workers to go on from, by number.
+        turn: The worker that comes first.
+    """
+
+    records: StreamedRecords
+    encoder: SegmentEncoder
+    batch_size: int
+    buffer: int
+    rank: int = 0
+    world: int = 1
+    seed: int = 0
+    bucket: bool = True
+    pad_id: int = 0
+    epoch: int = 0
+    start: dict[int, State] = field(default_factory=dict)
+    turn: int = 0
+
+    def __iter__(self) -> Iterator[Served]:
+        info = get_worker_info()
+        worker = 0 if info is None else info.id
+        if worker < self.turn:
+            yield Served("turn", worker)
+        try:
+            yield from self._serve(worker)
+        except DataError as error:
+            # As an exception it would come out of a worker process with a traceback for a message.
+            yield Served("error", worker, message=str(error))
+        while True:
+            yield Served("done", worker)
+
+    def _serve(self, worker: int) -> Iterator[Served]:
+        state = self.start.get(worker) or {"rows": None, "block": 0, "read": 0, "served": 0, "report": {}}
+        rows = self.records.open(self.epoch)
+        if state["rows"] is not None:
+            rows.load_state_dict(state["rows"])
+        items = iter(rows)
+        skip, block, read, report = state["served"], state["block"], state["read"], _report(state["report"])
+        position = state["rows"]
+        while raw := list(islice(items, self.buffer * self.world)):
+            checked = [self.records.check(item, read + number) for number, item in enumerate(raw, start=1)]
+            batches, counts = self._batches(checked, worker, block)
+            if block == 0 and counts.kept == 0:
+                raise DataError(
+                    f"All {counts.read} examples of the first buffer were dropped: within max_length="
+                    f"{self.encoder.max_length} tokens none has a token to learn (the longest has "
+                    f"{counts.longest} tokens). Raise max_length."
+                )
+            # The block's counts come with its first batch, so that they are counted once.
+            for number, batch in enumerate(batches[skip:], start=skip + 1):
+                after = {"rows": position, "block": block, "read": read, "served": number}
+                yield Served(
+                    "batch", worker, batch, {**after, "report": asdict(report), "counts": asdict(counts)}
+                )
+            skip, block, read, report = 0, block + 1, read + len(raw), report + counts
+            position = rows.state_dict()
+
+    def _batches(
+        self, rows: list[dict[str, Any]], worker: int, block: int
+    ) -> tuple[list[Batch], EncodingReport]:
+        """This rank's batches of a block, equally many on all ranks."""
+        random = numpy.random.default_rng([self.seed, self.epoch, worker, block])
+        order = random.permutation(len(rows))
+        encoded = [self.encoder(rows[index]) for index in order[self.rank :: self.world]]
+        kept = [row for row in encoded if row["status"] != DROPPED]
+        if self.bucket:
+            kept.sort(key=lambda row: row["length"])
+        # Only the number of examples is known to all ranks, not how many of them were dropped.
+        size = len(kept) if self.world == 1 else math.ceil(len(rows) / self.world)
+        count = math.ceil(size / self.batch_size)
+        shares = numpy.array_split(numpy.arange(len(kept)), count) if count else []
+        batches = [self._collate([kept[index] for index in share]) for share in shares]
+        return [batches[index] for index in random.permutation(count)], _count(encoded)
+
+    def _collate(self, rows: list[Columns]) -> Batch:
+        if not rows:  # all of this rank's share was dropped, but the other ranks wait for its part of a step
+            rows = [{"input_ids": [self.pad_id], "labels": [MASKED]}]
+            return collate_tokens(rows, [True], self.pad_id)
+        return collate_tokens(rows, [False] * len(rows), self.pad_id)
+
+
+class StreamLoader(DataLoader[Any]):
+    """Loads a stream, pass after pass, and can be saved and resumed after any batch.
+
+    Lightning reads one batch ahead of loaders without a length, which would put their state one batch ahead
+    as well; so this one has the length of the whole run.
+
+    Args:
+        dataset: The batches of this rank.
+        num_workers: Worker processes; more than the corpus has files (shards) are idle.
+        length: Batches after which the run ends; None makes an iteration one pass.
+        label: What the examples are called in messages.
+        pin_memory: As for `DataLoader`.
+
+    Attributes:
+        report: What became of the examples of this rank in the current pass, block by block.
+    """
+
+    def __init__(
+        self,
+        dataset: StreamedBatches,
+        num_workers: int = 0,
+        length: int | None = None,
+        label: str = "stream",
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(
+            dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
+        )
+        # Every worker has its own shards here, which Lightning cannot know.
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+        self.stream = dataset
+        self.length = length
+        self.label = label
+        self._epoch = 0
+        self._turn = 0
+        self._workers: dict[int, State] = {}
+
+    def __len__(self) -> int:
+        """Batches of the whole run.
+
+        Raises:
+            TypeError: There is no trainer that would say.
+        """
+        if self.length is None:
+            raise TypeError("a stream has no length")
+        return self.length
+
+    @property
+    def report(self) -> EncodingReport:
+        """Counts over the blocks that were begun in this pass, of all workers of this rank."""
+        total = NOTHING
+        for state in self._workers.values():
+            total = total + _report(state["report"]) + _report(state["counts"])
+        return total
+
+    def state_dict(self) -> State:
+        """The pass, and where every worker stands in it."""
+        return {
+            "epoch": self._epoch,
+            "turn": self._turn,
+            "workers": dict(self._workers),
+            "num_workers": self.num_workers,
+        }
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            DataError: It was saved with another number of workers.
+        """
+        if state_dict["num_workers"] != self.num_workers:
+            raise DataError(
+                f"The checkpoint was saved with num_workers={state_dict['num_workers']}, this run has "
+                f"{self.num_workers}. A stream can only be resumed with the same number."
+            )
+        self._epoch, self._turn = state_dict["epoch"], state_dict["turn"]
+        self._workers = {int(worker): state for worker, state in state_dict["workers"].items()}
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        passed = self._epoch
+        while self.length is not None or self._epoch == passed:
+            served = bool(self._workers)
+            for batch in self._pass():
+                served = True
+                yield batch
+            if not served:
+                raise DataError(f"{self.label} holds no records.")
+            rank_zero_info(f"{self.label}, pass {self._epoch + 1}, first rank: {self.report}")
+            self._epoch, self._turn, self._workers = self._epoch + 1, 0, {}
+
+    def _pass(self) -> Iterator[Batch]:
+        self.stream.epoch, self.stream.start, self.stream.turn = self._epoch, self._workers, self._turn
+        workers = max(1, self.num_workers)
+        done: set[int] = set()
+        for item in super().__iter__():
+            if item.kind == "error":
+                raise DataError(item.message)
+            if item.kind == "done":
+                done.add(item.worker)
+                if len(done) == workers:
+                    return
+            if item.kind == "batch":
+                self._workers = {**self._workers, item.worker: item.state}
+                self._turn = (item.worker + 1) % workers
+                yield item.batch
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _report(counts: dict[str, int]) -> EncodingReport:
+    return EncodingReport(**counts) if counts else NOTHING
+
+
+def _count(encoded: list[Columns]) -> EncodingReport:
+    kept = [row for row in encoded if row["status"] != DROPPED]
+    return EncodingReport(
+        read=len(encoded),
+        kept=len(kept),
+        truncated=sum(row["status"] == TRUNCATED for row in kept),
+        dropped=len(encoded) - len(kept),
+        tokens=sum(row["tokens"] for row in kept),
+        trained=sum(row["trained"] for row in kept),
+        longest=max((row["full_length"] for row in encoded), default=0),
+    )

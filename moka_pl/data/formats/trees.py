@@ -1,0 +1,122 @@
+"""Message trees (OASST1): flat messages that name their parents, put together to chats."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any, Literal
+
+from moka_pl.data.readers import Located
+from moka_pl.errors_part import DataError
+
+TreePaths = Literal["best", "all"]
+"""Which chats a tree gives: the one of the best-ranked replies, or one for every last reply."""
+
+FIELDS = ("message_id", "parent_id", "role", "text")
+"""Columns that a flat message is told by."""
+
+_ROLES = {"prompter": "user", "assistant": "assistant", "system": "system"}
+
+
+def is_tree_message(record: Mapping[str, Any]) -> bool:
+    """Whether a record is one message of a tree."""
+    return all(field in record for field in FIELDS)
+
+
+def join_trees(
+    located: Iterable[Located], paths: TreePaths = "best", language: str | None = "en"
+) -> Iterator[Located]:
+    """Turn the flat messages of a source into chats; other records pass as they are.
+
+    A chat ends at a reply of the assistant; what users wrote after the last one is left out, and so are
+    deleted messages and all that follows them.
+
+    Args:
+        located: All records of a source with their positions. What the first one is, all must be.
+        paths: "best" follows the best-ranked (else the first) reply from message to message; "all" gives one
+            chat for every last reply of a tree.
+        language: Keep the trees whose first message is in this language (column `lang`); None keeps all.
+
+    Yields:
+        A position (that of the tree's first message) and a record `{"messages": [...]}`.
+
+    Raises:
+        DataError: A message has no text, an unknown role or a parent that does not exist, or no tree is in
+            the language.
+    """
+    records = iter(located)
+    first = next(records, None)
+    if first is None:
+        return
+    if not is_tree_message(first[1]):
+        yield from chain([first], records)
+        return
+    messages: dict[str, Located] = {}
+    children: dict[str | None, list[str]] = defaultdict(list)
+    for where, record in chain([first], records):
+        _check(record, where)
+        messages[record["message_id"]] = where, record
+        children[record["parent_id"] or None].append(record["message_id"])
+    for parent, replies in children.items():
+        if parent is not None and parent not in messages:
+            where = messages[replies[0]][0]
+            raise DataError(f"{where}: field 'parent_id' names {parent!r}, but there is no such message.")
+    languages: set[str] = set()
+    found = False
+    for root in children[None]:
+        where, record = messages[root]
+        languages.add(str(record.get("lang")))
+        if language is not None and record.get("lang") not in (None, language):
+            continue
+        found = True
+        for path in _paths(root, messages, children, paths):
+            yield where, {"messages": [_message(messages[name][1]) for name in path]}
+    if not found:
+        raise DataError(
+            f"{first[0]} and the following messages: no tree in the language {language!r}; there are "
+            f"{', '.join(sorted(languages))}. Change `tree_language`."
+        )
+
+
+def _check(record: Mapping[str, Any], where: str) -> None:
+    for field in FIELDS:
+        if field not in record:
+            found = ", ".join(map(str, record)) or "nothing"
+            raise DataError(f"{where}: field {field!r} of a message tree is missing; found: {found}.")
+    for field in ("message_id", "text"):
+        if not isinstance(record[field], str):
+            raise DataError(f"{where}: field {field!r} must be text, found {record[field]!r}.")
+    if record["role"] not in _ROLES:
+        raise DataError(
+            f"{where}: field 'role' is {record['role']!r}; known roles of message trees are "
+            f"{', '.join(_ROLES)}."
+        )
+
+
+def _paths(
+    root: str, messages: Mapping[str, Located], children: Mapping[str | None, list[str]], paths: TreePaths
+) -> list[list[str]]:
+    """Chats of one tree as lists of message ids, each ending at an assistant's reply."""
+    complete: dict[tuple[str, ...], None] = {}  # a set in order
+    open_paths = [[root]] if not messages[root][1].get("deleted") else []
+    while open_paths:
+        path = open_paths.pop()
+        replies = [name for name in children.get(path[-1], []) if not messages[name][1].get("deleted")]
+        replies.sort(key=lambda name: _rank(messages[name][1]))
+        if replies:
+            # The last one is taken next, so that chats come in the order of their replies.
+            open_paths += [[*path, name] for name in (replies[:1] if paths == "best" else replies[::-1])]
+            continue
+        while path and messages[path[-1]][1]["role"] != "assistant":
+            path.pop()
+        if path:
+            complete[tuple(path)] = None
+    return [list(path) for path in complete]
+
+
+def _rank(record: Mapping[str, Any]) -> float:
+    rank = record.get("rank")
+    return float("inf") if rank is None or rank == "" else float(rank)
+
+
+def _message(record: Mapping[str, Any]) -> dict[str, str]:
+    return {"role": _ROLES[record["role"]], "content": record["text"]}

@@ -1,0 +1,116 @@
+"""From the names that a user gives to lm_eval's tasks, with their data read."""
+
+import difflib
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moka_pl.errors import ConfigError, MokaError
+from moka_pl.evaluation.lm_eval.library import quiet_lm_eval
+from moka_pl.evaluation.lm_eval.local_data import local_tasks, write_task_files
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+_NEAR, _LISTED = 5, 30
+
+
+class Selection:
+    """Tasks that are ready to run.
+
+    Attributes:
+        names: Names of tasks and groups, patterns replaced by what they match.
+        tasks: The loaded tasks and groups, as lm_eval's ``simple_evaluate`` takes them.
+        manager: A manager of lm_eval's, which its functions ask for.
+    """
+
+    def __init__(self, names: list[str], tasks: list[Any], manager: "TaskManager") -> None:
+        self.names = names
+        self.tasks = tasks
+        self.manager = manager
+
+
+def select_tasks(
+    wanted: Sequence[str], data: Path | None = None, num_fewshot: int | None = None
+) -> Selection:
+    """Finds tasks by name, those of local data first, then lm_eval's own, and reads their data.
+
+    Args:
+        wanted: Names of tasks or groups, or patterns such as ``mmlu_*``.
+        data: A folder of local data, see :mod:`moka_pl.evaluation.lm_eval.local_data`. Its tasks take the
+            place of tasks of lm_eval of the same name.
+        num_fewshot: Worked examples before every question; None takes each task's own number.
+
+    Raises:
+        ConfigError: A name is unknown or names a task twice, or the data of one of lm_eval's own tasks cannot
+            be loaded.
+        DataError: Local data cannot be used.
+    """
+    local = {} if data is None else local_tasks(data, num_fewshot)
+    if not wanted:
+        raise ConfigError(f"no tasks are given; set tasks to names separated by commas{_listing(local)}")
+    from lm_eval.tasks import TaskManager
+
+    # The files are read into memory when tasks are loaded; nothing asks for them later.
+    with tempfile.TemporaryDirectory(prefix="moka_pl-tasks-") as folder, quiet_lm_eval():
+        write_task_files(local, Path(folder))
+        ours = TaskManager(include_path=folder, include_defaults=False)
+        found = [pair for name in wanted for pair in _match(name, ours, local)]
+        managers = dict(found)
+        return Selection(list(managers), _load(managers), ours)
+
+
+@cache
+def _own_tasks() -> "TaskManager":
+    """The manager of the tasks that come with lm_eval; looking through their thousands takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _match(name: str, ours: "TaskManager", local: dict[str, Any]) -> list[tuple[str, "TaskManager"]]:
+    """The tasks that a name or pattern means, each with the manager that loads it."""
+    if found := ours.match_tasks([name]):
+        return [(task, ours) for task in found]
+    if found := _own_tasks().match_tasks([name]):
+        return [(task, _own_tasks()) for task in found]
+    near = difflib.get_close_matches(name, local, _NEAR, 0.5) or difflib.get_close_matches(
+        name, _own_tasks().all_tasks, _NEAR
+    )
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    raise ConfigError(f"there is no task named {name!r}{hint}{_listing(local)}")
+
+
+def _listing(local: dict[str, Any]) -> str:
+    if not local:
+        return ""
+    names = list(local)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f" (the local data has {', '.join(names[:_LISTED])}{more})"
+
+
+def _load(managers: "dict[str, TaskManager]") -> list[Any]:
+    loaded: list[Any] = []
+    chosen_by: dict[str, str] = {}
+    for name, manager in managers.items():
+        try:
+            found = manager.load([name])
+        except MokaError:
+            raise
+        except (
+            Exception
+        ) as error:  # the hub's client, `datasets` and tasks of others raise whatever they like
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ConfigError(
+                f"the task {name} of lm_eval cannot be loaded: {reason}. Connect to the network, or give "
+                "local data by --data"
+            ) from error
+        for task in found["tasks"]:
+            if task in chosen_by:
+                raise ConfigError(f"the task {task} is asked for twice: by {chosen_by[task]} and by {name}")
+            chosen_by[task] = name
+        groups = found.get("groups", {})
+        loaded += [groups[name]] if name in groups else found["tasks"].values()
+    return loaded

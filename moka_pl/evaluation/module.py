@@ -1,0 +1,150 @@
+"""The part of the module that evaluates: validation, test and prediction."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from moka_pl.backbone import BackboneConfig
+from moka_pl.evaluation.metrics import EvalMetrics
+from moka_pl.evaluation.results import Results
+from moka_pl.evaluation.shared_prompt import can_share, fits_window, score_shared
+from moka_pl.generation import generate_texts, named_option
+from moka_pl.lm.scoring import TokenScores, row_sums, score_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Batch = dict[str, Any]
+
+
+class EvaluatedModule(LightningModule):
+    """A causal language model that is evaluated on labelled tokens and on multiple choice.
+
+    Attributes:
+        backbone: The base model.
+        tokenizer: Its tokenizer.
+        eval_values: Values of the last evaluation, by the name under which they were logged.
+        eval_step: The optimizer step that they belong to.
+        eval_results: The last evaluation in full.
+    """
+
+    backbone: BackboneConfig
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval_values: dict[str, float] = {}
+        self.eval_step: int | None = None
+        self.eval_results: Results | None = None
+        self._shares: bool | None = None  # whether options can share their prompt; None until it is tried
+        self._metrics: EvalMetrics | None = None
+
+    @property
+    @abstractmethod
+    def causal_lm(self) -> "PreTrainedModel":
+        """The model with its adapters."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins the metrics anew."""
+        self._start_metrics()
+
+    def on_test_epoch_start(self) -> None:
+        """Begins the metrics anew."""
+        self._start_metrics()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to the metrics."""
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Adds a batch to the metrics."""
+        self._evaluate(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics as ``val/…``."""
+        self._end_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics as ``test/…``."""
+        self._end_metrics("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Returns ``log_likelihood`` of every row's completion, and what the batch tells of the rows.
+
+        For multiple choice that is ``item``, ``task``, ``is_answer`` and ``option_chars``.
+        """
+        scores = self._score(batch)
+        names = ("item", "task", "is_answer", "option_chars")
+        known = {key: batch[key] for key in batch if key in names}
+        return known | {"log_likelihood": -row_sums(scores, len(batch["input_ids"]))}
+
+    def _start_metrics(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        sets: Sequence[tuple[str, Sequence[str]]] = getattr(data, "eval_sets", None) or [("data", [])]
+        groups: dict[str, list[str]] = getattr(data, "task_groups", {})
+        # The next evaluation may be of other data, or on another device.
+        if self._metrics is None or not self._metrics.fits(sets, self.device, groups):
+            self._metrics = EvalMetrics(sets, self.device, groups)
+        self._metrics.reset()
+
+    def _evaluate(self, batch: Batch, index: int) -> None:
+        assert self._metrics is not None
+        scores = self._score(batch)
+        if "item" not in batch:
+            tokens = scores.nll.new_tensor(scores.nll.numel())
+            counts = {name: batch[name] for name in ("words", "bytes") if name in batch}
+            self._metrics.update_loss(index, scores.nll.sum(), tokens, **counts)
+            return
+        answers = batch["is_answer"][scores.row]  # (N,)
+        self._metrics.update_loss(index, (scores.nll * answers).sum(), answers.sum().float())
+        options = len(batch["input_ids"])
+        log_likelihood = -row_sums(scores, options)  # (B,)
+        tokens = torch.bincount(scores.row, minlength=options)  # (B,)
+        self._metrics.update_choices(index, log_likelihood, batch, tokens, self._generate(batch))
+
+    def _score(self, batch: Batch) -> TokenScores:
+        """Scores the labelled tokens; of options that share a prompt, where the model can, in one row."""
+        shared = batch.get("shared")
+        longest = batch["input_ids"].shape[1]
+        if shared is not None and self._can_share() and fits_window(self.causal_lm, longest):
+            return score_shared(self.causal_lm, shared)
+        return score_tokens(self.causal_lm, batch["input_ids"], batch["labels"])
+
+    def _can_share(self) -> bool:
+        if self._shares is None:
+            self._shares = can_share(self.causal_lm)
+            if not self._shares:
+                rank_zero_info(
+                    f"{self.backbone.name} takes no mask of any pattern: every option is scored whole"
+                )
+        return self._shares
+
+    def _generate(self, batch: Batch) -> Tensor | None:
+        """Whether each item's generated answer is right, shape (I,); None where nothing is generated."""
+        # While training goes on, the likelihoods have to do.
+        if "questions" not in batch or self.trainer.state.fn == "fit":
+            return None
+        data = getattr(self.trainer, "datamodule", None)
+        limit = getattr(data, "generated_tokens", 0)
+        if limit < 1:
+            return None
+        found = generate_texts(self.causal_lm, self.tokenizer, **batch["questions"], max_new_tokens=limit)
+        right = [
+            named_option(t) == name.lower() for t, name in zip(found, batch["answer_names"], strict=True)
+        ]
+        return torch.tensor(right, device=self.device)
+
+    def _end_metrics(self, prefix: str) -> None:
+        assert self._metrics is not None
+        self.eval_results = self._metrics.compute()
+        self.eval_values = {f"{prefix}/{name}": value for name, value in self.eval_results.values().items()}
+        self.eval_step = self.trainer.global_step
+        shown = {f"{prefix}/loss", f"{prefix}/accuracy"}
+        for name, value in self.eval_values.items():
+            # The values are the same on all ranks already.
+            self.log(name, value, prog_bar=name in shown, sync_dist=False)

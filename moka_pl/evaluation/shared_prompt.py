@@ -1,0 +1,100 @@
+"""Scores options whose common prompt is computed once, where the model can do that."""
+
+import inspect
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moka_pl.data.batching.collate import shared_tensors
+from moka_pl.data.batching.shared_prefix import share_prefix
+from moka_pl.lm.packed_attention import VARLEN
+from moka_pl.lm.scoring import IGNORED, TokenScores, logits_at, row_sums, score_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTIONS = ("sdpa", "eager", VARLEN)
+"""The implementations of attention that take a mask of any pattern."""
+
+
+def score_shared(model: "PreTrainedModel", shared: dict[str, Tensor]) -> TokenScores:
+    """Scores the tokens of options that stand behind their prompt in one row.
+
+    Every option sees the prompt and itself, and its positions go on from the prompt's end, so that each token
+    gets the score that it has in a row of its own.
+
+    Args:
+        model: A causal language model for which `can_share` is true.
+        shared: Tensors of `moka_pl.data.batching.collate.shared_tensors`.
+
+    Returns:
+        The scores of the N tokens; `row` is the option's number in the batch.
+    """
+    inputs = {"input_ids": shared["input_ids"]}
+    if "segments" in shared:
+        inputs["position_ids"] = shared["position_ids"]
+        inputs["attention_mask"] = block_mask(model, shared["segments"])
+    logits = logits_at(model, shared["place_row"], shared["place_column"], **inputs).float()  # (P, V)
+    # The first tokens of all options have one place in common, so that the normaliser is computed once.
+    place, target = shared["place"], shared["target"]
+    nll = logits.logsumexp(-1)[place] - logits[place, target]  # (N,)
+    return TokenScores(nll, shared["option"])
+
+
+def block_mask(model: "PreTrainedModel", segments: Tensor) -> Tensor:
+    """Which token sees which: those before it that belong to the prompt or to its own option.
+
+    Args:
+        model: Its kind of attention decides the form.
+        segments: 0 for the prompt, k for option k, -1 for padding, shape (I, S).
+
+    Returns:
+        Shape (I, 1, S, S): True where a token is seen, or for eager attention 0 there and the lowest number
+        elsewhere.
+    """
+    size = segments.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
+    keys, queries = segments[:, None, :], segments[:, :, None]
+    seen = (causal & ((keys == 0) | (keys == queries)))[:, None]  # (I, 1, S, S)
+    if model.config._attn_implementation != "eager":
+        return seen
+    zero = torch.zeros((), dtype=model.dtype, device=segments.device)
+    return zero.masked_fill(~seen, torch.finfo(model.dtype).min)
+
+
+@torch.no_grad()
+def can_share(model: "PreTrainedModel") -> bool:
+    """Whether options of one row get the scores that they have in rows of their own.
+
+    A model must take position ids and a mask of any pattern; those that read positions off the order of the
+    tokens, or carry a state along them, cannot. As that is hard to tell from a configuration, a few tokens
+    are scored both ways.
+
+    Args:
+        model: A causal language model.
+    """
+    if getattr(model.config, "_attn_implementation", None) not in ATTENTIONS:
+        return False
+    taken = inspect.signature(model.get_decoder().forward).parameters
+    if not {"position_ids", "attention_mask"} <= taken.keys():
+        return False
+    prompt, options = [9, 4, 21, 12, 6, 30], [[7, 11, 13], [17, 5, 29], [3, 19, 2]]
+    rows = share_prefix([{"prompt_ids": prompt, "option_ids": options}], [False])
+    shared = {name: tensor.to(model.device) for name, tensor in shared_tensors(rows, 0).items()}
+    ids = torch.tensor([prompt + option for option in options], device=model.device)  # (3, 9)
+    labels = ids.clone()
+    labels[:, : len(prompt)] = IGNORED
+    try:
+        alone = row_sums(score_tokens(model, ids, labels), len(options))
+        together = row_sums(score_shared(model, shared), len(options))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.5
+    return bool((alone - together).abs().max() < tolerance)
+
+
+def fits_window(model: "PreTrainedModel", longest: int) -> bool:
+    """Whether rows of `longest` tokens lie within the model's sliding window, which a mask would replace."""
+    window = getattr(model.config, "sliding_window", None)
+    return window is None or longest <= window

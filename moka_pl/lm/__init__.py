@@ -1,0 +1,1 @@
+"""What is true of any causal language model: attention, scoring, recorded steps."""

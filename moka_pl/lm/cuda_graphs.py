@@ -1,0 +1,277 @@
+"""Forward and backward pass of a training step as CUDA graphs.
+
+A small model is bound by the launches of its thousands of kernels. Recorded once for every size of a batch,
+they are launched together. Loss and gradients are computed by the same kernels as without.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from moka_pl.lm.attention import attention_obstacle, sdpa
+from moka_pl.lm.scoring import IGNORED, logits_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CAUSAL = "moka_causal"
+"""Name of the attention implementation that is registered with transformers."""
+
+WIDTH = 32
+"""Recorded batches are padded to a multiple of this many tokens a row."""
+
+PATIENCE = 3
+"""Times that a size is computed as usual before it is recorded, which takes as long as some such steps."""
+
+_FEWEST_LABELS = 256
+_MOST_GRAPHS = 32
+_WARMUP = 2
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+class FixedBatch(NamedTuple):
+    """A batch in one of few sizes.
+
+    Attributes:
+        ids: Token ids, padded on the right to a multiple of `WIDTH`, shape (B, T).
+        positions: Flat positions b·T + t that predict a token, filled up with zeros to a power of two, (N,).
+        targets: The predicted tokens; `IGNORED` where filled up, (N,).
+        tokens: Number of predicted tokens.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    tokens: int
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """B, T and N."""
+        rows, width = self.ids.shape
+        return rows, width, len(self.positions)
+
+
+def fix_size(batch: Mapping[str, Any]) -> FixedBatch:
+    """Pads a batch to one of few sizes.
+
+    Padding stands on the right, where causal attention never looks; what stands there predicts nothing.
+
+    Args:
+        batch: `input_ids` (B, T) and `labels` (B, T), best on the CPU: a GPU would have to be waited for.
+    """
+    ids: Tensor = batch["input_ids"]
+    length = ids.shape[1]
+    width = -(-length // WIDTH) * WIDTH
+    row, column = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)  # (N,)
+    found = len(row)
+    size = max(_FEWEST_LABELS, 1 << max(0, found - 1).bit_length())
+    positions = F.pad(row * width + column, (0, size - found))  # (N',)
+    targets = F.pad(batch["labels"][row, column + 1], (0, size - found), value=IGNORED)  # (N',)
+    return FixedBatch(F.pad(ids, (0, width - length)), positions, targets, found)
+
+
+class StepCapture:
+    """Computes the summed loss of batches, with its gradients, by replaying CUDA graphs.
+
+    A size is recorded when it has come a few times; until then, and where recording fails, the batch is
+    computed as usual. Memory: the activations of the largest size once more, as recorded ones are kept apart.
+
+    Args:
+        model: A causal language model with its adapters, in training mode on a CUDA device.
+
+    Attributes:
+        obstacle: Why nothing is recorded; None where it is.
+        graphs: Number of recorded sizes.
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self.model = model
+        self.obstacle = capture_obstacle(model)
+        self._params = [p for p in model.parameters() if p.requires_grad]
+        self._graphs: dict[tuple[int, int, int], _Recorded] = {}
+        self._seen: Counter[tuple[int, int, int]] = Counter()
+        self._pool: Any = None
+        self._loss: Tensor | None = None
+        self._grads: list[Tensor] = []
+        self.turn = 0
+
+    @property
+    def graphs(self) -> int:
+        """Number of recorded sizes."""
+        return len(self._graphs)
+
+    def __call__(self, batch: FixedBatch) -> Tensor:
+        """The summed negative log-likelihood of the batch's predicted tokens, differentiable once."""
+        size = batch.size
+        self._seen[size] += 1
+        if size not in self._graphs and self._worth_recording(size):
+            self._record(batch)
+        recorded = self._graphs.get(size)
+        if recorded is None:
+            return self._compute(batch.ids, batch.positions, batch.targets)
+        for kept, new in zip(recorded.inputs, (batch.ids, batch.positions, batch.targets), strict=True):
+            kept.copy_(new, non_blocking=True)
+        recorded.graph.replay()
+        self.turn += 1
+        loss: Tensor = _Replayed.apply(self, *self._params)  # type: ignore[no-untyped-call]
+        return loss
+
+    def result(self) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradients of the last replay; the next one overwrites them."""
+        assert self._loss is not None
+        return self._loss, self._grads
+
+    def _worth_recording(self, size: tuple[int, int, int]) -> bool:
+        if self.obstacle is not None or self._seen[size] <= PATIENCE or len(self._graphs) >= _MOST_GRAPHS:
+            return False
+        if torch.is_autocast_enabled("cuda"):
+            self.obstacle = "autocast keeps copies of weights from step to step"
+            warnings.warn(f"no CUDA graphs: {self.obstacle}; leave the trainer at 32-true", stacklevel=2)
+            return False
+        return torch.is_grad_enabled()
+
+    def _compute(self, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        width = ids.shape[1]
+        column = positions % width  # (N,)
+        logits = logits_at(self.model, positions // width, column, input_ids=ids)  # (N, V)
+        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+
+    def _record(self, batch: FixedBatch) -> None:
+        inputs = (batch.ids.clone(), batch.positions.clone(), batch.targets.clone())
+        stream = torch.cuda.current_stream(batch.ids.device)
+        generator = torch.cuda.default_generators[stream.device_index]
+        random = generator.clone_state()
+        try:
+            with _causal(self.model), _fresh_leaves(self.model) as leaves:
+                self._warm_up(inputs, leaves)
+                generator.set_state(random.get_state())  # warming up may have drawn from it
+                graph = torch.cuda.CUDAGraph()
+                # Other threads, such as one that pins memory, may go on meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    self._forward_backward(inputs, leaves)
+        except RuntimeError as error:
+            # A recording that fails leaves its stream current, and the generator in a state of recording.
+            torch.cuda.set_stream(stream)
+            torch.cuda.synchronize(batch.ids.device)
+            generator.graphsafe_set_state(random)
+            self.obstacle = _cause(error)
+            warnings.warn(
+                f"the training step is launched kernel by kernel, as it cannot be recorded: {self.obstacle}",
+                stacklevel=2,
+            )
+            return
+        self._pool = graph.pool()
+        self._graphs[batch.size] = _Recorded(graph, inputs)
+
+    def _warm_up(self, inputs: Inputs, leaves: list[nn.Parameter]) -> None:
+        """Compiles and loads everything, on a stream of its own as recording does."""
+        stream = torch.cuda.Stream(inputs[0].device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMUP):
+                self._forward_backward(inputs, leaves)
+        torch.cuda.current_stream(inputs[0].device).wait_stream(stream)
+
+    def _forward_backward(self, inputs: Inputs, leaves: list[nn.Parameter]) -> None:
+        """Leaves loss and gradients in the tensors that all sizes share."""
+        loss = self._compute(*inputs)
+        grads = torch.autograd.grad(loss, leaves)
+        if self._loss is None:
+            self._loss, self._grads = torch.empty_like(loss), [torch.empty_like(p) for p in self._params]
+        self._loss.copy_(loss.detach())
+        torch._foreach_copy_(self._grads, grads)
+
+
+def _cause(error: BaseException) -> str:
+    """The first of several errors, of which the last only says that recording has failed."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
+
+
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+
+
+class _Replayed(torch.autograd.Function):
+    """Hands the gradients of a replay to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, capture: StepCapture, *parameters: Tensor) -> Tensor:
+        ctx.capture, ctx.turn = capture, capture.turn
+        return capture.result()[0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.turn != ctx.capture.turn:
+            raise RuntimeError("another batch was computed before this one's backward pass")
+        return None, *torch._foreach_mul(ctx.capture.result()[1], grad)
+
+
+def capture_obstacle(model: "PreTrainedModel") -> str | None:
+    """Why a model's training step cannot be recorded, if it cannot."""
+    if model.get_input_embeddings().weight.device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    if getattr(model, "is_gradient_checkpointing", False):
+        return "with gradient checkpointing the random generators are read while recording"
+    return attention_obstacle(model, CAUSAL)
+
+
+@contextmanager
+def _causal(model: "PreTrainedModel") -> Iterator[None]:
+    """With SDPA that takes no mask: transformers would build one while recording, as it cannot look at it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(CAUSAL, causal_attention)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(CAUSAL)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _fresh_leaves(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """With other parameters over the trainable ones' memory, in the order of ``model.parameters()``.
+
+    Where a loss of before is still held, autograd would have a recorded gradient wait for the stream of then,
+    which recording forbids.
+    """
+    fresh = {id(p): nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    for module, name, parameter in places:
+        module._parameters[name] = fresh[id(parameter)]
+    try:
+        yield list(fresh.values())
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+def causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """SDPA (see :func:`moka_pl.lm.attention.sdpa`) in which every position sees all before it.
+
+    Raises:
+        RuntimeError: If there is a mask nevertheless.
+    """
+    if attention_mask is not None:
+        raise RuntimeError("a model that builds its own mask cannot be recorded")
+    return sdpa(module, query, key, value, None, **kwargs)

@@ -1,0 +1,1 @@
+"""The mathematics of mixtures of Kronecker products, on plain tensors."""

@@ -1,0 +1,157 @@
+"""ΔW and the pull-back of its gradient by a few large operations of PyTorch.
+
+Components of one shape lie side by side here, so that they share one matrix product: with the rows vec(A_c)
+in L and w_c vec(B_c) in R, ``Lᵀ R`` is their part of ΔW in another order of entries. For ∂L/∂ΔW in that
+order, P, the gradients are ``R Pᵀ`` and ``L P``. Identities need no product: their right factors lie on the
+diagonal.
+
+Small layers on a CPU spend as long on calling operations as in them. Components of one shape mostly stand at
+equal distances in the packed factors; L and R are then views of those, and gradients are written in place.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moka_pl.ops.layout import Shape, group_equal
+from moka_pl.ops.owners import Owners
+from moka_pl.ops.packing import left_sizes, right_sizes, starts
+
+
+class _Rows(NamedTuple):
+    """Where the factors of a group lie in a packed vector: ``members`` rows, ``step`` entries apart."""
+
+    at: int
+    members: int
+    size: int
+    step: int
+
+    def of(self, packed: Tensor) -> Tensor:
+        """The factors as rows, (members, size); a view."""
+        return packed.as_strided((self.members, self.size), (self.step, 1), packed.storage_offset() + self.at)
+
+
+class _Group(NamedTuple):
+    """Components of one shape at equal distances."""
+
+    shape: Shape
+    left: _Rows
+    right: _Rows
+
+
+class _Layout(NamedTuple):
+    """All groups, and the owners of left and right entries."""
+
+    groups: tuple[_Group, ...]
+    left: Owners
+    right: Owners
+
+
+@cache
+@torch.inference_mode(False)  # what an evaluation builds first serves training, too
+def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
+    sizes = left_sizes(shapes), right_sizes(shapes)
+    begins = [starts(side) for side in sizes]
+    groups = []
+    for shape, members in group_equal(shapes).items():
+        for run in _even_runs(members, begins):
+            rows = []
+            for size, begin in zip(sizes, begins, strict=True):
+                step = begin[run[1]] - begin[run[0]] if len(run) > 1 else max(size[run[0]], 1)
+                rows.append(_Rows(begin[run[0]], len(run), size[run[0]], step))
+            groups.append(_Group(shape, *rows))
+    owners = [Owners.of_sizes(side, device) for side in sizes]
+    return _Layout(tuple(groups), *owners)
+
+
+def _even_runs(members: list[int], begins: list[list[int]]) -> list[list[int]]:
+    """Cuts the members into runs whose factors begin at equal distances, on both sides."""
+    runs: list[list[int]] = []
+    for i in members:
+        run = runs[-1] if runs else []
+        fits = len(run) == 1 or (
+            len(run) > 1 and all(b[i] - b[run[-1]] == b[run[1]] - b[run[0]] for b in begins)
+        )
+        if fits:
+            run.append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def add_delta_(
+    total: Tensor, left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
+) -> Tensor:
+    """Adds ``Σ_i w_i (A_i ⊗ B_i)``, cut or zero-filled to m × n, in place; differentiable.
+
+    Args:
+        total: What to add to, shape (m, n), contiguous.
+        left: Packed left factors, contiguous.
+        right: Packed right factors, contiguous.
+        weights: w, shape (r,).
+        shapes: r shapes.
+
+    Returns:
+        ``total``.
+    """
+    m, n = total.shape
+    layout = _layout(shapes, right.device)
+    scaled = layout.right.scale(right, weights)
+    for shape, lefts, rights in layout.groups:
+        fits = (shape.rows, shape.cols) == (m, n)
+        # What does not fit is built beside and then cut.
+        block = total if fits else total.new_zeros(shape.rows, shape.cols)
+        blocks = block.view(shape.m_a, shape.m_b, shape.n_a, shape.n_b)
+        if shape.identity:
+            shared = rights.of(scaled).sum(0).view(shape.m_b, shape.n_b, 1)
+            blocks.diagonal(dim1=0, dim2=2).add_(shared)  # (m_b, n_b, k)
+        else:
+            part = lefts.of(left).mT @ rights.of(scaled)  # (m_a n_a, m_b n_b)
+            part = part.view(shape.m_a, shape.n_a, shape.m_b, shape.n_b)
+            blocks.add_(part.transpose(1, 2))  # (m_a, m_b, n_a, n_b)
+            del part  # the next group's then takes its memory, which the caches hold
+        if not fits:
+            total[: shape.rows, : shape.cols] += block[:m, :n]
+    return total
+
+
+def project(
+    grad: Tensor, left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pulls D = ∂L/∂ΔW back to the packed factors and the weights.
+
+    For D as a tensor D[a, b, p, q] of sizes (m_a, m_b, n_a, n_b): ``dA[a,p] = w Σ_bq D[a,b,p,q] B[b,q]``,
+    ``dB[b,q] = w Σ_ap D[a,b,p,q] A[a,p]``, ``dw = <dB / w, B>``.
+
+    Args:
+        grad: D, shape (m, n).
+        left: Packed left factors, contiguous.
+        right: Packed right factors, contiguous.
+        weights: w, shape (r,).
+        shapes: r shapes.
+
+    Returns:
+        Gradients of ``left``, ``right`` and ``weights``, in their dtypes.
+    """
+    m, n = grad.shape
+    grad = grad.to(right.dtype)
+    layout = _layout(shapes, right.device)
+    grad_left, grad_right = torch.empty_like(left), torch.empty_like(right)
+    for shape, lefts, rights in layout.groups:
+        full = grad
+        if (shape.rows, shape.cols) != (m, n):
+            full = F.pad(full, (0, shape.cols - n, 0, shape.rows - m))  # negative pads cut
+        blocks = full.reshape(shape.m_a, shape.m_b, shape.n_a, shape.n_b)
+        if shape.identity:
+            # Only the diagonal blocks count, and all components of this shape share them.
+            rights.of(grad_right).copy_(blocks.diagonal(dim1=0, dim2=2).sum(-1).flatten())
+            continue
+        paired = blocks.transpose(1, 2).reshape(shape.m_a * shape.n_a, -1)  # (m_a n_a, m_b n_b)
+        torch.mm(rights.of(right), paired.mT, out=lefts.of(grad_left))
+        torch.mm(lefts.of(left), paired, out=rights.of(grad_right))
+        del paired  # as above
+    grad_weights = layout.right.sums(grad_right * right, len(shapes))
+    return layout.left.scale(grad_left, weights), layout.right.scale(grad_right, weights), grad_weights

@@ -1,0 +1,188 @@
+"""Pure tensor functions of a weighted sum of Kronecker products.
+
+Notation:
+    x       input, shape (..., n)
+    A_i     left factor, shape (m_a, n_a); ``None`` stands for an identity matrix (MoKA_s)
+    B_i     right factor, shape (m_b, n_b)
+    w       weights of the components, shape (r,); the caller folds gates and scaling into them
+    ΔW      Σ_i w_i (A_i ⊗ B_i), cut or zero-filled to m × n
+    T       number of tokens, the product of the leading dimensions of x
+
+With row-major reshapes, ``(A ⊗ B) x = flatten(A X Bᵀ)`` where X is x as an n_a × n_b matrix. Where
+n_a·n_b > n the input is zero-padded, where it is smaller the input's tail is dropped; where m_a·m_b > m the
+output is cut, where it is smaller its tail is zero. Both are what cutting or zero-filling the matrix
+``A ⊗ B`` to m × n gives.
+
+Three ways lead to the same product:
+    structured  two small products per shape of component; never forms an m × n matrix
+    dense       forms ΔW for the time of one product; its cost hardly grows with r
+    fused       the same with Triton kernels that build ΔW and project its gradient in one to two launches
+
+Source: MoKA, arXiv 2508.03527; the identity is Van Loan, "The ubiquitous Kronecker product" (2000).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moka_pl.ops.dense import add_delta_, project
+from moka_pl.ops.dispatch import Backend, resolve_backend
+from moka_pl.ops.layout import Shape
+from moka_pl.ops.packing import pack
+from moka_pl.ops.structured import add_update_, pull_back, turned
+
+
+def delta_weight(
+    weights: Tensor,
+    factors: Sequence[tuple[Tensor | None, Tensor]],
+    shapes: Sequence[Shape],
+    m: int,
+    n: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, cut or zero-filled to m × n.
+
+    Args:
+        weights: Weights w, shape (r,).
+        factors: r pairs (A_i or None, B_i).
+        shapes: r shapes.
+        m: Rows of the layer (output features).
+        n: Columns of the layer (input features).
+        dtype: Result dtype; the sum itself runs in the factors' dtype.
+
+    Returns:
+        ΔW, shape (m, n).
+    """
+    left, right = pack(factors)
+    total = _delta(left, right, weights, tuple(shapes), m, n)
+    return total.to(dtype or total.dtype)  # (m, n)
+
+
+def _delta(left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...], m: int, n: int) -> Tensor:
+    """ΔW, (m, n), in the factors' dtype."""
+    return add_delta_(right.new_zeros(m, n), left, right, weights, shapes)
+
+
+class _KroneckerSum(torch.autograd.Function):
+    """``Σ_i w_i (A_i ⊗ B_i) x`` that saves its input, the weights and the factors, and nothing else.
+
+    Structured products and their sum run in the factors' dtype and are rounded once: in half precision every
+    intermediate would add an error of its own, several times that of one matrix product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        left: Tensor,
+        right: Tensor,
+        shapes: tuple[Shape, ...],
+        m: int,
+        dense: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weights, left, right)
+        ctx.shapes, ctx.dense = shapes, dense
+        # Every product here has the dtype it should have; autocast would build ΔW in half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            if dense:
+                return x @ _delta(left, right, weights, shapes, m, x.shape[1]).to(x.dtype).mT  # (T, m)
+            wide = torch.promote_types(x.dtype, right.dtype)
+            out = torch.zeros(m, x.shape[0], dtype=wide, device=x.device)
+            add_update_(out, turned(x, wide), left.to(wide), right.to(wide), weights.to(wide), shapes)
+            return turned(out, x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, left, right = ctx.saved_tensors
+        shapes, m, n = ctx.shapes, grad.shape[1], x.shape[1]
+        grad_x = None
+        if ctx.dense:
+            if ctx.needs_input_grad[0]:
+                grad_x = grad @ _delta(left, right, weights, shapes, m, n).to(x.dtype)  # (T, n)
+            found = project(grad.mT @ x, left, right, weights, shapes)
+        else:
+            wide = torch.promote_types(x.dtype, right.dtype)
+            total = (
+                torch.zeros(n, x.shape[0], dtype=wide, device=x.device) if ctx.needs_input_grad[0] else None
+            )
+            found = pull_back(
+                turned(grad, wide),
+                turned(x, wide),
+                left.to(wide),
+                right.to(wide),
+                weights.to(wide),
+                shapes,
+                total,
+            )
+            grad_x = None if total is None else turned(total, x.dtype)
+        grad_left, grad_right, grad_weights = found
+        return (
+            grad_x,
+            grad_weights.to(weights.dtype),
+            grad_left.to(left.dtype),
+            grad_right.to(right.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def kronecker_linear(
+    x: Tensor,
+    weights: Tensor,
+    factors: Sequence[tuple[Tensor | None, Tensor]],
+    shapes: Sequence[Shape],
+    out_features: int,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Computes ``Σ_i w_i (A_i ⊗ B_i) x``, differentiable in x, w and all factors.
+
+    Args:
+        x: Input, shape (..., n), in the compute dtype (the result and the products have it too).
+        weights: Weights w, shape (r,): gates times scaling.
+        factors: r pairs (A_i or None for an identity, B_i), usually float32.
+        shapes: r shapes.
+        out_features: m.
+        backend: ``"structured"``, ``"dense"``, ``"fused"`` (falls back to dense, with a warning, where Triton
+            cannot run), or ``"auto"`` for the cheapest at this size on this device.
+
+    Returns:
+        The product, shape (..., m).
+
+    Raises:
+        ConfigError: For an unknown backend.
+    """
+    return packed_linear(x, weights, *pack(factors), tuple(shapes), out_features, backend)
+
+
+def packed_linear(
+    x: Tensor,
+    weights: Tensor,
+    left: Tensor,
+    right: Tensor,
+    shapes: tuple[Shape, ...],
+    out_features: int,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Computes the same as :func:`kronecker_linear` from packed factors (see :mod:`moka_pl.ops.packing`)."""
+    tokens = x.shape[:-1]
+    flat = x.reshape(-1, x.shape[-1])  # (T, n)
+    # Mixed dtypes are not for the kernels.
+    dtype = right.dtype if weights.dtype == left.dtype == right.dtype else torch.float64
+    way = resolve_backend(backend, flat, dtype, shapes, out_features, flat.shape[1])
+    if way == "fused":
+        from moka_pl.ops.triton import FusedSum, make_plan
+
+        plan = make_plan(shapes, out_features, flat.shape[1], x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            fused: Tensor = FusedSum.apply(flat, weights, left, right, plan)  # type: ignore[no-untyped-call]
+        return fused.reshape(*tokens, out_features)
+    out: Tensor = _KroneckerSum.apply(  # type: ignore[no-untyped-call]
+        flat, weights, left, right, shapes, out_features, way == "dense"
+    )  # (T, m)
+    return out.reshape(*tokens, out_features)

@@ -1,0 +1,177 @@
+"""A frozen layer and its update as one operation: ``y = (W + ΔW) x + bias``.
+
+Beside the frozen layer the update costs one matrix product forward and two backward. Joined to it, it costs
+building ``W + ΔW`` instead of W (which a 4-bit layer builds anyway) and the one product that gives the
+gradient of ΔW: ``∂L/∂ΔW = Gᵀ X``, which is then pulled back to factors and gates. Neither W + ΔW nor ΔW is
+kept.
+
+For few tokens products with the small factors are cheaper than building ΔW. Joined to the frozen layer, they
+share its transposed input and add to its result in place.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from moka_pl.ops.dense import add_delta_, project
+from moka_pl.ops.gating import Gating, gates_of, logits_gradient
+from moka_pl.ops.layout import Shape
+from moka_pl.ops.structured import add_update_, pull_back, turned
+
+
+class Updates(Protocol):
+    """How the product is computed, and its gradients.
+
+    ``gate`` holds the logits g, (r,), which make α (see :mod:`moka_pl.ops.gating`), or is None for α_i = 1/r.
+    """
+
+    def product(
+        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
+    ) -> Tensor:
+        """Returns ``(W + ΔW) x + bias``, shape (T, m), for x of shape (T, n)."""
+
+    def pull_back(
+        self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """Returns the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``."""
+
+
+class DenseUpdates(ABC):
+    """By building W + ΔW, and pulling a gradient of ΔW back to its parts."""
+
+    def product(
+        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
+    ) -> Tensor:
+        """Returns ``(W + ΔW) x + bias``, shape (T, m), for x of shape (T, n)."""
+        return F.linear(x, self.weight(left, right, gate, x.dtype), bias)
+
+    def pull_back(
+        self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """Returns the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``."""
+        grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
+        return grad_x, *self.project(grad.mT @ x, left, right, gate)
+
+    @abstractmethod
+    def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
+
+    @abstractmethod
+    def project(
+        self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlainUpdates(DenseUpdates):
+    """By PyTorch's own operations, for W of full precision.
+
+    Args:
+        shapes: r shapes.
+        scaling: s.
+        dense: Returns W, shape (m, n).
+        fresh: Whether ``dense`` makes a new tensor at every call, as dequantising does; ΔW is then added in
+            place.
+        gating: How gate logits make α.
+    """
+
+    shapes: tuple[Shape, ...]
+    scaling: float
+    dense: Callable[[], Tensor]
+    fresh: bool
+    gating: Gating = "softmax"
+
+    def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
+        total = self.dense().to(dtype, copy=not self.fresh)  # (m, n)
+        weights = self._alpha(gate, right) * self.scaling  # (r,)
+        return add_delta_(total, left, right, weights, self.shapes)
+
+    def project(
+        self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
+        alpha = self._alpha(gate, right)  # (r,)
+        grad_left, grad_right, found = project(grad, left, right, alpha * self.scaling, self.shapes)
+        return grad_left, grad_right, self._logits(gate, alpha, found)
+
+    def _alpha(self, gate: Tensor | None, right: Tensor) -> Tensor:
+        r = len(self.shapes)
+        return right.new_full((r,), 1 / r) if gate is None else gates_of(gate, self.gating)
+
+    def _logits(self, gate: Tensor | None, alpha: Tensor, found: Tensor) -> Tensor | None:
+        """The gradient of the logits for that of the weights s α."""
+        if gate is None:
+            return None
+        return logits_gradient(alpha, found * self.scaling, self.gating)
+
+
+class StructuredUpdates(PlainUpdates):
+    """The same without building ΔW, by products with the small factors."""
+
+    def product(
+        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
+    ) -> Tensor:
+        """Returns ``(W + ΔW) x + bias``, shape (T, m), for x of shape (T, n)."""
+        x = turned(x, x.dtype)  # (n, T)
+        weight = self.dense().to(x.dtype)  # (m, n)
+        out = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)  # (m, T)
+        weights = self._alpha(gate, right) * self.scaling  # (r,)
+        return turned(add_update_(out, x, left, right, weights, self.shapes), x.dtype)  # (T, m)
+
+    def pull_back(
+        self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """Returns the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``."""
+        grad, x = turned(grad, x.dtype), turned(x, x.dtype)  # (m, T), (n, T)
+        grad_x = self.dense().to(x.dtype).mT @ grad if needs_x else None  # (n, T)
+        alpha = self._alpha(gate, right)  # (r,)
+        parts = left, right, alpha * self.scaling
+        grad_left, grad_right, found = pull_back(grad, x, *parts, self.shapes, grad_x)
+        grad_x = None if grad_x is None else turned(grad_x, x.dtype)  # (T, n)
+        return grad_x, grad_left, grad_right, self._logits(gate, alpha, found)
+
+
+class JointLinear(torch.autograd.Function):
+    """``y = (W + s Σ_i α_i (A_i ⊗ B_i)) x + bias``; saves x, gate logits and factors, no m × n matrix."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor | None,
+        left: Tensor,
+        right: Tensor,
+        bias: Tensor | None,
+        updates: Updates,
+    ) -> Tensor:
+        """Maps x of shape (T, n) to (T, m).
+
+        Args:
+            ctx: Autograd's context.
+            x: Input in the compute dtype.
+            gate: Gate logits g, (r,), or None for α_i = 1/r.
+            left: Packed left factors.
+            right: Packed right factors.
+            bias: The frozen layer's bias, (m,), in the compute dtype.
+            updates: How the product is computed.
+        """
+        ctx.save_for_backward(x, gate, left, right)
+        ctx.updates = updates
+        return updates.product(x, bias, left, right, gate)  # (T, m)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, gate logits and packed factors."""
+        x, gate, left, right = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[0]
+        grad_x, grad_left, grad_right, grad_gate = ctx.updates.pull_back(grad, x, left, right, gate, needs_x)
+        return grad_x, grad_gate, grad_left, grad_right, None, None

@@ -1,0 +1,28 @@
+"""Triton kernels: ΔW built, or added to a frozen weight, in one launch; its gradient projected in two.
+
+They work on a layer's factors as two flat vectors (see :mod:`moka_pl.ops.packing`) and serve any mixture of
+shapes, whether they divide the layer or not. Sums run in float32 and in a fixed order: results do not change
+from run to run.
+"""
+
+from moka_pl.ops.triton.autograd import FusedSum
+from moka_pl.ops.triton.base_weight import WeightSource, weight_source
+from moka_pl.ops.triton.decode import add_few_tokens_
+from moka_pl.ops.triton.delta import fused_delta, fused_weight
+from moka_pl.ops.triton.gates import Gates, layer_gates
+from moka_pl.ops.triton.plan import Plan, make_plan
+from moka_pl.ops.triton.projection import fused_projection
+
+__all__ = [
+    "FusedSum",
+    "Gates",
+    "Plan",
+    "WeightSource",
+    "add_few_tokens_",
+    "fused_delta",
+    "fused_projection",
+    "fused_weight",
+    "layer_gates",
+    "make_plan",
+    "weight_source",
+]

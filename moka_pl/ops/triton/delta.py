@@ -1,0 +1,268 @@
+"""ΔW = Σ_i w_i (A_i ⊗ B_i) in one launch: alone, or added to a frozen weight on the way."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moka_pl.ops.triton.base_weight import WeightSource
+from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
+from moka_pl.ops.triton.launch import launch
+from moka_pl.ops.triton.plan import BLOCKS, TILE, Plan
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _frozen(  # type: ignore[no-untyped-def]
+    data, absmax, code, outer_code, outer_absmax, offset, place, run,
+    DTYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    # W at flat places, all inside; those that start at the same entry of `run` share one scale.
+    if BLOCKSIZE > 0:
+        number = (tl.load(data + place // 2).to(tl.int32) >> (4 - 4 * (place % 2))) & 15
+        block = run // BLOCKSIZE
+        if NESTED:
+            largest = tl.load(outer_code + tl.load(absmax + block).to(tl.int32))
+            largest = largest * tl.load(outer_absmax + block // 256) + tl.load(offset)
+        else:
+            largest = tl.load(absmax + block)
+        value = tl.load(code + number) * largest
+    else:
+        value = tl.load(data + place).to(tl.float32)
+    return value.to(DTYPE).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _round(total, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr):  # type: ignore[no-untyped-def]
+    # Rounding to nearest would lose every update smaller than half a step of W's own value. With a threshold
+    # that differs from entry to entry (and is always the same for one entry) the mean over entries is kept,
+    # and a W that is exact in DTYPE stays exactly itself where the update is zero.
+    rounded = total.to(DTYPE)
+    if DITHER:
+        row = i.to(tl.uint32) * 0x9E3779B1
+        row = (row ^ (row >> 15)) * 0x85EBCA77
+        column = j.to(tl.uint32) * 0xC2B2AE3D
+        column = (column ^ (column >> 13)) * 0x27D4EB2F
+        threshold = ((row ^ column) * 0x9E3779B1) >> 16
+        high = (total.to(tl.uint32, bitcast=True) + threshold) >> 16
+        # A NaN must not overflow into a number.
+        rounded = tl.where(total == total, high.to(tl.uint16).to(DTYPE, bitcast=True), rounded)
+    return rounded
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _put_square(  # type: ignore[no-untyped-def]
+    out, total, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
+    SIDE: tl.constexpr, FULL: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr, DITHER: tl.constexpr,
+):  # fmt: skip
+    i = (top + tl.arange(0, SIDE))[:, None, None]
+    across = tl.arange(0, SIDE)[None, None, :]
+    begin = tl.multiple_of(corner, SIDE)[None, :, None]
+    j = begin + across
+    run = i * n + begin
+    place = run + across
+    if READ:
+        total += _frozen(
+            data, absmax, code, outer_code, outer_absmax, offset, place, run,
+            out.dtype.element_ty, BLOCKSIZE, NESTED,
+        )  # fmt: skip
+    rounded = _round(total, i, j, out.dtype.element_ty, DITHER)
+    if FULL:
+        tl.store(out + place, rounded)
+    else:
+        tl.store(out + place, rounded, mask=inside[None, :, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _squares_kernel(  # type: ignore[no-untyped-def]
+    out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset, n,
+    COMPONENTS: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+    R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr,
+    SIDE: tl.constexpr, BLOCKS: tl.constexpr, REPEATS: tl.constexpr, PERIOD: tl.constexpr,
+    READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
+):  # fmt: skip
+    # Where SIDE divides m_b and n_b, a SIDE x SIDE square of the result meets one entry of the left factor,
+    # and the entries of the right factor that it needs lie side by side. PERIOD is a multiple of every m_b:
+    # squares that many rows apart need the same right entries, which are read once for all REPEATS.
+    # FULL: this holds for all components, and squares fill the layer. Otherwise those beyond its right end
+    # are built at its left one and not stored.
+    stripes = PERIOD // SIDE
+    top = tl.program_id(0) % stripes * SIDE + tl.program_id(0) // stripes * (REPEATS * PERIOD)
+    corner = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)) * SIDE  # first column of each square
+    inside = corner < n
+    if not FULL:
+        corner = tl.where(inside, corner, 0)
+    down, across = tl.arange(0, SIDE), tl.arange(0, SIDE)
+    highest, sum_ = softmax_parts(values, R, PADDED, GATING)
+    total_0 = tl.zeros((SIDE, BLOCKS, SIDE), tl.float32)
+    total_1 = total_0
+    total_2 = total_0
+    total_3 = total_0
+    for c in tl.static_range(R):
+        n_a = COMPONENTS[6 * c + 1]
+        m_b = COMPONENTS[6 * c + 2]
+        n_b = COMPONENTS[6 * c + 3]
+        scale = weight(values, c, scaling, highest, sum_, GATING)
+        if ALIGNED[c]:
+            begin = tl.multiple_of(COMPONENTS[6 * c + 5] + (top % m_b) * n_b + corner % n_b, 4)
+            line = tl.multiple_of(down * n_b, 4)
+            value = tl.load(right + (begin[None, :, None] + line[:, None, None] + across[None, None, :]))
+            value = value * scale
+            entry = left + COMPONENTS[6 * c + 4] + (top // m_b) * n_a + corner // n_b  # (BLOCKS,)
+            step = PERIOD // m_b * n_a
+            total_0 += tl.load(entry)[None, :, None] * value
+            if REPEATS > 1:
+                total_1 += tl.load(entry + step)[None, :, None] * value
+            if REPEATS > 2:
+                total_2 += tl.load(entry + 2 * step)[None, :, None] * value
+                total_3 += tl.load(entry + 3 * step)[None, :, None] * value
+        else:
+            row = (top + down)[:, None, None]
+            column = corner[None, :, None] + across[None, None, :]
+            value = tl.load(right + (COMPONENTS[6 * c + 5] + row % m_b * n_b + column % n_b))
+            entry = left + (COMPONENTS[6 * c + 4] + row // m_b * n_a + column // n_b)
+            total_0 += tl.load(entry) * (value * scale)
+    _put_square(out, total_0, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
+                SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+    if REPEATS > 1:
+        top += PERIOD
+        _put_square(out, total_1, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax,
+                    offset, SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+    if REPEATS > 2:
+        top += PERIOD
+        _put_square(out, total_2, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax,
+                    offset, SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        top += PERIOD
+        _put_square(out, total_3, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax,
+                    offset, SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cells_kernel(  # type: ignore[no-untyped-def]
+    out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset,
+    cells, rows, columns, m, n,
+    R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr, IDENTITY: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
+):  # fmt: skip
+    # Any shapes, by tables of where each row and column lies in the packed factors; -1 beyond their end.
+    # WHOLE: no component ends early. EVEN: tiles fill the layer, and BN divides the runs that share a scale.
+    cell = cells + tl.program_id(0) * 3
+    i = tl.load(cell) + tl.arange(0, BM)
+    j = tl.load(cell + 1) + tl.arange(0, BN)
+    touched = tl.load(cell + 2)
+    in_rows, in_columns = i < m, j < n
+    inside = in_rows[:, None] & in_columns[None, :]
+    if EVEN:
+        run = tl.multiple_of(i * n + tl.load(cell + 1), 16)[:, None]
+        place = run + tl.arange(0, BN)[None, :]
+    else:
+        place = tl.where(inside, i[:, None] * n + j[None, :], 0)
+        run = place
+    total = tl.zeros((BM, BN), tl.float32)
+    if touched != 0:
+        highest, sum_ = softmax_parts(values, R, PADDED, GATING)
+        for c in tl.static_range(R):
+            row_left = tl.load(rows + (2 * c) * m + i, mask=in_rows, other=-1)
+            row_right = tl.load(rows + (2 * c + 1) * m + i, mask=in_rows, other=0)
+            column_left = tl.load(columns + (2 * c) * n + j, mask=in_columns, other=-1)
+            column_right = tl.load(columns + (2 * c + 1) * n + j, mask=in_columns, other=0)
+            met = inside
+            if not WHOLE:
+                met = (row_left >= 0)[:, None] & (column_left >= 0)[None, :]
+            scale = weight(values, c, scaling, highest, sum_, GATING)
+            if IDENTITY:
+                met = met & (row_left[:, None] == column_left[None, :])
+            else:
+                scale = scale * tl.load(
+                    left + (row_left[:, None] + column_left[None, :]), mask=met, other=0.0
+                )
+            value = tl.load(right + (row_right[:, None] + column_right[None, :]), mask=met, other=0.0)
+            total += scale * value
+    if READ:
+        total += _frozen(
+            data, absmax, code, outer_code, outer_absmax, offset, place, run,
+            out.dtype.element_ty, BLOCKSIZE, NESTED,
+        )  # fmt: skip
+    rounded = _round(total, i[:, None], j[None, :], out.dtype.element_ty, DITHER)
+    if EVEN:
+        tl.store(out + place, rounded)
+    else:
+        tl.store(out + place, rounded, mask=inside)
+
+
+def fused_delta(plan: Plan, left: Tensor, right: Tensor, gates: Gates, dtype: torch.dtype) -> Tensor:
+    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, shape (m, n), rounded once to ``dtype``.
+
+    Args:
+        plan: The layer's plan.
+        left: Packed left factors, float32.
+        right: Packed right factors, float32.
+        gates: The weights w.
+        dtype: Result dtype; the sum runs in float32.
+    """
+    return _build(plan, left, right, gates, None, dtype)
+
+
+def fused_weight(
+    plan: Plan, left: Tensor, right: Tensor, gates: Gates, source: WeightSource, dtype: torch.dtype
+) -> Tensor:
+    """Builds ``W + ΔW``, shape (m, n), from a frozen weight in one launch.
+
+    Each entry of W is what its own dequantisation rounds it to in ``dtype``. In bfloat16 the sum is rounded
+    with a threshold that differs from entry to entry, so that small updates are kept on average; where ΔW is
+    zero the result is W bit for bit.
+
+    Args:
+        plan: The layer's plan.
+        left: Packed left factors, float32.
+        right: Packed right factors, float32.
+        gates: The weights w.
+        source: The frozen weight.
+        dtype: bfloat16 or float32.
+    """
+    return _build(plan, left, right, gates, source, dtype)
+
+
+def _build(
+    plan: Plan, left: Tensor, right: Tensor, gates: Gates, source: WeightSource | None, dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(plan.m, plan.n, dtype=dtype, device=right.device)
+    # Pointers that a variant does not read are filled with any tensor.
+    data = absmax = code = outer_code = outer_absmax = offset = right
+    blocksize, nested = 0, False
+    if source is not None:
+        data = source.data
+        if source.code is not None:
+            assert source.absmax is not None
+            absmax, code, blocksize = source.absmax, source.code, source.blocksize
+            if source.nested is not None:
+                outer_code, outer_absmax, offset = source.nested
+                nested = True
+    read = source is not None
+    dither = read and dtype is torch.bfloat16
+    values, scaling, gating = gates
+    pointers = (left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset)
+    outside = (right, left, values, data, absmax)
+    key = (dtype, gating, data.dtype, blocksize, nested)
+    frozen = (read, blocksize, nested, dither)
+    r = len(plan.shapes)
+    # Without fused multiply-adds: the two roundings of the dequantisation are bitsandbytes' own.
+    if plan.side:
+        grid = (plan.m // plan.side // plan.repeats, -(-plan.n // (plan.side * BLOCKS)), 1)
+        launch(
+            _squares_kernel, plan.compiled, ("squares", read, *key), grid, outside,
+            (out, *pointers, plan.n, plan.components, plan.aligned, plan.full, r, plan.padded, gating,
+             plan.side, BLOCKS, plan.repeats, plan.period, *frozen),
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    else:
+        assert plan.cells is not None
+        even = plan.even and blocksize % TILE[1] == 0
+        launch(
+            _cells_kernel, plan.compiled, ("cells", read, *key), (len(plan.cells), 1, 1), outside,
+            (out, *pointers, plan.cells, plan.rows, plan.columns, plan.m, plan.n, r, plan.padded, gating,
+             plan.shapes[0].identity, plan.whole, even, *TILE, *frozen),
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,251 @@
+"""What the kernels know of a layer's components; made once for every layer size."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moka_pl.ops.layout import Shape, group_equal
+from moka_pl.ops.packing import left_sizes, right_sizes, starts
+
+#: Sides of the squares that ΔW is built from, and squares that one program builds side by side.
+SIDES = (16, 8)
+BLOCKS = 8
+#: Rows and columns of a tile of ΔW where squares do not fit.
+TILE = (16, 64)
+#: Right entries and pairs of left indices that one program of the projection takes at once. With 64 pairs
+#: Triton 3.6 took Hopper's asynchronous products, which were faster by a fifth and gave wrong sums.
+ENTRIES = 256
+PAIRS = 32
+#: Components of one shape that share a program of the projection.
+MEMBERS = 8
+#: Rows of one block row that a program for few tokens computes.
+FEW_ROWS = 32
+#: Entries that one program of the projection's last step adds up.
+CHUNK = 256
+#: Programs that keep a large GPU busy.
+_PROGRAMS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Sizes, offsets and work lists of one layer's kernels.
+
+    Attributes:
+        shapes: r shapes.
+        m: Rows of the layer.
+        n: Columns of the layer.
+        components: m_a, n_a, m_b, n_b and where A and B begin in the packed factors, for every component.
+        side: Side of the squares that ΔW is built from; 0 where it is built from tiles.
+        aligned: For every component whether such a square meets one entry of its left factor.
+        full: Whether all are aligned and squares fill the layer side by side.
+        period: Rows after which the right factors' rows of all components begin again.
+        repeats: Periods that one program builds.
+        padded: r, rounded up to a power of two.
+        uniform: 1/r for every component, the weights without gates.
+        rows: For every component and row of ΔW its place in A and in B (-1 beyond), (2 r, m); None if side.
+        columns: The same for columns, (2 r, n).
+        cells: First row and column of every tile of ΔW, and whether a component touches it, (cells, 3).
+        tiles: Work list of the projection, one stretch of right entries of one group of components a row.
+        splits: Shares that the pairs of a component are split into.
+        exact: Whether all components divide the layer, the tiles and wide loads.
+        chunks: Work list of the projection's last step.
+        dots: For every component the first of its parts of ∂L/∂w and their number, (2, r).
+        most: Most tiles of a group.
+        few: Work list for few tokens: component, block row, first row in it, n_a, m_b, n_b, identity, places
+            in A and B.
+        ends: Rows of every component, (r,).
+        whole: Whether every component covers the layer exactly.
+        even: Whether tiles fill the layer.
+        compiled: Kernels compiled for this plan.
+    """
+
+    shapes: tuple[Shape, ...]
+    m: int
+    n: int
+    components: tuple[int, ...]
+    side: int
+    aligned: tuple[bool, ...]
+    full: bool
+    period: int
+    repeats: int
+    padded: int
+    uniform: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    cells: Tensor | None
+    tiles: Tensor
+    splits: int
+    exact: bool
+    chunks: Tensor
+    dots: Tensor
+    most: int
+    few: Tensor
+    ends: Tensor
+    whole: bool
+    even: bool
+    compiled: dict[Any, Any] = field(default_factory=dict)
+
+
+@cache
+@torch.inference_mode(False)  # what an evaluation builds first serves training, too
+def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> Plan:
+    """Makes the plan of an m × n layer for a device."""
+    left_at, right_at = starts(left_sizes(shapes)), starts(right_sizes(shapes))
+    whole = all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
+    side = _side(shapes, m, n)
+    aligned = tuple(side > 0 and s.m_b % side == s.n_b % side == 0 for s in shapes)
+    full = whole and all(aligned) and n % (side * BLOCKS) == 0
+    rows = columns = cells = None
+    if not side:
+        rows, columns = (table.to(device) for table in _places(shapes, m, n, left_at, right_at))
+        cells = _cells(shapes, m, n).to(device)
+
+    groups = _groups(shapes)
+    number = sum(-(-shape.m_b * shape.n_b // ENTRIES) for shape, _ in groups)
+    pairs = max(min(s.m_a, s.n_a) if s.identity else s.m_a * s.n_a for s in shapes)
+    wanted = min(_PROGRAMS // number, -(-pairs // PAIRS), 64)
+    splits = 1 << max(wanted, 1).bit_length() - 1
+    tiles, chunks, dots, most = _work(groups, left_at, right_at, splits, n)
+    exact = whole and all(
+        s.m_b * s.n_b % ENTRIES == 0 and s.m_a * s.n_a % (splits * PAIRS) == 0 and s.n_b % 8 == 0
+        for s in shapes
+    )
+
+    few = [
+        [c, a, b, s.n_a, s.m_b, s.n_b, int(s.identity), left_at[c], right_at[c]]
+        for c, s in enumerate(shapes)
+        for a in range(min(s.m_a, s.n_a) if s.identity else s.m_a)
+        for b in range(0, s.m_b, FEW_ROWS)
+    ]
+
+    period = math.lcm(*(s.m_b for s in shapes))
+    repeats = next((k for k in (4, 2) if full and m % (k * period) == 0), 1)
+    if repeats == 1:
+        period = m
+
+    components = tuple(
+        value
+        for s, left, right in zip(shapes, left_at, right_at, strict=True)
+        for value in (s.m_a, s.n_a, s.m_b, s.n_b, left, right)
+    )
+    return Plan(
+        shapes=shapes,
+        m=m,
+        n=n,
+        components=components,
+        side=side,
+        aligned=aligned,
+        full=full,
+        period=period,
+        repeats=repeats,
+        padded=1 << (len(shapes) - 1).bit_length(),
+        uniform=torch.full((len(shapes),), 1 / len(shapes), device=device),
+        rows=rows,
+        columns=columns,
+        cells=cells,
+        tiles=tiles.to(device),
+        splits=splits,
+        exact=exact,
+        chunks=chunks.to(device),
+        dots=dots.to(device),
+        most=most,
+        few=_table(few).to(device),
+        ends=_table([s.rows for s in shapes]).to(device),
+        whole=whole,
+        even=m % TILE[0] == 0 and n % TILE[1] == 0,
+    )
+
+
+def _side(shapes: tuple[Shape, ...], m: int, n: int) -> int:
+    """The side of squares that meet one entry of the left factor of most components; 0 for half or fewer.
+
+    Squares may stand out of the layer on the right, but components must cover it.
+    """
+    best, most = 0, len(shapes) // 2
+    if all(s.rows >= m and s.cols >= n and not s.identity for s in shapes):
+        for side in SIDES:
+            met = sum(s.m_b % side == s.n_b % side == 0 for s in shapes)
+            if m % side == n % side == 0 and met > most:
+                best, most = side, met
+    return best
+
+
+def _places(
+    shapes: tuple[Shape, ...], m: int, n: int, left_at: list[int], right_at: list[int]
+) -> tuple[Tensor, Tensor]:
+    rows, columns = [], []
+    i, j = torch.arange(m), torch.arange(n)
+    for s, left, right in zip(shapes, left_at, right_at, strict=True):
+        a, p = i // s.m_b, j // s.n_b
+        # With an identity only the numbers of block row and column are compared.
+        row_left = a if s.identity else left + a * s.n_a
+        rows += [row_left.where(a < s.m_a, -1), right + i % s.m_b * s.n_b]
+        columns += [p.where(p < s.n_a, -1), j % s.n_b]
+    return torch.stack(rows).int(), torch.stack(columns).int()
+
+
+def _cells(shapes: tuple[Shape, ...], m: int, n: int) -> Tensor:
+    """All tiles, and whether a component has an entry there: for MoKA_s in a band around the diagonal."""
+    down, across = TILE
+    touched = torch.zeros(-(-m // down), -(-n // across), dtype=torch.bool)
+    for s in shapes:
+        blocks = [(k, k) for k in range(min(s.m_a, s.n_a))] if s.identity else []
+        size = (s.m_b, s.n_b) if s.identity else (s.rows, s.cols)
+        for a, p in blocks or [(0, 0)]:
+            top, start = a * size[0], p * size[1]
+            bottom, end = min(top + size[0], m), min(start + size[1], n)
+            if top < bottom and start < end:
+                touched[top // down : -(-bottom // down), start // across : -(-end // across)] = True
+    corners = torch.ones_like(touched).nonzero() * torch.tensor(TILE)
+    return torch.cat([corners, touched.flatten()[:, None]], 1).int().contiguous()
+
+
+def _groups(shapes: tuple[Shape, ...]) -> list[tuple[Shape, list[int]]]:
+    """Components of one shape, at most ``MEMBERS`` in a group."""
+    return [
+        (shape, found[k : k + MEMBERS])
+        for shape, found in group_equal(shapes).items()
+        for k in range(0, len(found), MEMBERS)
+    ]
+
+
+def _work(
+    groups: list[tuple[Shape, list[int]]], left_at: list[int], right_at: list[int], splits: int, n: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Rows for the projection and for its last step.
+
+    A tile: m_a, n_a, m_b, n_b, identity, first entry, number in its group, whether 8 entries always lie side
+    by side in a row of D, then ``MEMBERS`` places in A and as many in B, -1 for none. A chunk: side (0 left,
+    1 right), component, first place, entries, parts to add up.
+    """
+    tiles: list[list[int]] = []
+    chunks: list[list[int]] = []
+    dots = [[0] * len(left_at), [0] * len(left_at)]
+    most = 0
+    for shape, members in groups:
+        entries = shape.m_b * shape.n_b
+        wide = int(n % 8 == shape.n_b % 8 == 0)
+        stretches = range(0, entries, ENTRIES)
+        fill = [-1] * (MEMBERS - len(members))
+        places = [left_at[i] for i in members] + fill + [right_at[i] for i in members] + fill
+        first = len(tiles)
+        for number, start in enumerate(stretches):
+            tiles.append([*shape[:4], int(shape.identity), start, number, wide, *places])
+        most = max(most, len(stretches))
+        for place, i in enumerate(members):
+            left = 0 if shape.identity else shape.m_a * shape.n_a
+            for side, at, size, parts in (
+                (0, left_at[i], left, len(stretches)),
+                (1, right_at[i], entries, splits),
+            ):
+                chunks += [[side, i, at + k, min(CHUNK, size - k), parts] for k in range(0, size, CHUNK)]
+            dots[0][i], dots[1][i] = first * splits * MEMBERS + place, len(stretches) * splits
+    return _table(tiles), _table(chunks), _table(dots), most
+
+
+def _table(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)

@@ -1,0 +1,141 @@
+"""Prompts: what the model reads for a record, and which parts of it are learned."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from moka_pl.errors_part import DataError
+from moka_pl.prompts.templates import alpaca_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PromptName = Literal["chat", "alpaca"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of the text of an example.
+
+    Attributes:
+        text: The piece.
+        trained: Whether its tokens enter the loss.
+        end: Whether the tokenizer's end-of-sequence token follows it, trained as the piece is. Only the last
+            segment of an example may have one.
+    """
+
+    text: str
+    trained: bool
+    end: bool = False
+
+
+def alpaca(row: Mapping[str, Any]) -> list[Segment]:
+    """The Alpaca prompt, then the answer and the end-of-sequence token, both trained.
+
+    Args:
+        row: A checked instruction row. A chat of one question and one answer is taken as instruction and
+            output.
+
+    Returns:
+        Prompt and completion.
+
+    Raises:
+        DataError: The row is a longer chat, or has a system message.
+    """
+    instruction, context, output, trained = row["instruction"], row["input"], row["output"], True
+    if row["messages"]:
+        messages = row["messages"]
+        if [message["role"] for message in messages] != ["user", "assistant"]:
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"{row['where']}: the alpaca prompt holds one instruction and one output, but this chat has "
+                f"the messages {roles}. Use `prompt: chat`."
+            )
+        instruction, output, trained = messages[0]["content"], messages[1]["content"], messages[1]["trained"]
+    prompt = alpaca_prompt(instruction, context)
+    return [Segment(prompt, trained=False), Segment(output, trained=trained, end=True)]
+
+
+def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[Segment]:
+    """The tokenizer's chat template; every assistant turn with its end-of-turn token is trained.
+
+    The span of a turn is what the rendering of the messages up to and including it adds to the rendering of
+    the messages before it (with the generation prompt), without the white space after the end-of-turn token.
+
+    Args:
+        row: A checked instruction row. An Alpaca row becomes a user turn (instruction, blank line, input) and
+            an assistant turn.
+        tokenizer: It must have a chat template.
+
+    Returns:
+        Segments whose texts join to the full rendering.
+
+    Raises:
+        DataError: The tokenizer has no template, the template refuses the messages, or it renders the
+            beginning of a chat in another way than the whole, so that no span can be told.
+    """
+    require_template(tokenizer)
+    messages = row["messages"] or _as_messages(row)
+    where = row["where"]
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    full = _render(tokenizer, turns, where, prompt=False)
+    segments: list[Segment] = []
+    done = 0
+    for index, message in enumerate(messages):
+        if not message["trained"]:
+            continue
+        before = _render(tokenizer, turns[:index], where, prompt=True)
+        after = _render(tokenizer, turns[: index + 1], where, prompt=False)
+        if not (full.startswith(after) and after.startswith(before) and len(before) >= done):
+            raise DataError(
+                f"{where}: the tokenizer's chat template renders message {index + 1} of {len(turns)} "
+                "differently when more messages follow, so it cannot be told which tokens are the answer. "
+                "Keep one assistant message per chat, mark the others with loss_weight 0, or use `prompt: "
+                "alpaca`."
+            )
+        end = len(before) + len(after[len(before) :].rstrip())
+        segments += [
+            Segment(full[done : len(before)], trained=False),
+            Segment(full[len(before) : end], trained=True),
+        ]
+        done = end
+    segments.append(Segment(full[done:], trained=False))
+    return [segment for segment in segments if segment.text]
+
+
+def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer without a chat template.
+
+    Raises:
+        DataError: It has none.
+    """
+    if not tokenizer.chat_template:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise DataError(
+            f"The tokenizer ({name}) has no chat template, so `prompt: chat` cannot be rendered. Use "
+            "`prompt: alpaca`, or the tokenizer of the model's chat variant."
+        )
+
+
+def _as_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+    return [
+        {"role": "user", "content": question, "trained": False},
+        {"role": "assistant", "content": row["output"], "trained": True},
+    ]
+
+
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], where: str, *, prompt: bool
+) -> str:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
+    except (TemplateError, ValueError, IndexError, TypeError) as error:
+        roles = ", ".join(turn["role"] for turn in turns) or "no message"
+        raise DataError(
+            f"{where}: the tokenizer's chat template refuses these messages ({roles}): {error}. Change the "
+            "order of the roles, or use `prompt: alpaca`."
+        ) from error
+    return str(text)

@@ -1,0 +1,1 @@
+"""Research on adapters: comparisons, benchmarks, synthetic teachers. Nothing outside imports it."""

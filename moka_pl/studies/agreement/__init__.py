@@ -1,0 +1,1 @@
+"""How far the package's scores and the lm-evaluation-harness agree."""

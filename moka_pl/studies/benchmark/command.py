@@ -1,0 +1,253 @@
+"""The benchmark's command line."""
+
+import argparse
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+from moka_pl.errors import ConfigError, MokaError, end_interrupted
+from moka_pl.studies.benchmark import cases as rows
+from moka_pl.studies.benchmark import decode, fit, growth, liger
+from moka_pl.studies.benchmark.bench import Bench
+from moka_pl.studies.benchmark.figures import write_figures
+from moka_pl.studies.benchmark.presets import PRESETS, Preset, find_preset
+from moka_pl.studies.benchmark.records import Record, Results
+from moka_pl.studies.benchmark.steps_part import measure_steps
+from moka_pl.studies.benchmark.tables import markdown, milliseconds
+
+GROWTH = ("components", "tokens", "sizes")
+MEASURES = ("steps", *GROWTH, "fit", "decode")
+_CHECKPOINTING = {"off": [False], "on": [True], "both": [False, True]}
+
+_DESCRIPTION = """\
+Times MoKA beside the frozen base and PEFT's adapters. Models have random NF4 weights; nothing is downloaded.
+
+    python scripts/benchmark.py                              # SmolLM2's shape, two minutes on two CPU cores
+    python scripts/benchmark.py --preset llama2-7b-h100      # LLaMA2-7B's shape on a GPU, 8 x 512 tokens
+
+All rows of a table run in one process on one model; the frozen base runs first and again last, to show how
+far the machine drifted. A step is forward and backward; times are medians. A row that fails is reported, and
+the others go on.
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run of the benchmark does.
+
+    Attributes:
+        preset: Model, batch and device.
+        measures: Some of ``MEASURES``.
+        checkpointing: Without and with, in this order.
+        names: Only these rows; all for none.
+        liger: Whether to add rows with Liger.
+        command: The command that says the same.
+    """
+
+    preset: Preset
+    measures: tuple[str, ...]
+    checkpointing: tuple[bool, ...]
+    names: tuple[str, ...]
+    liger: bool
+    command: str
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Ends with one line: the page of usage would hide it."""
+        print(f"benchmark: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints Markdown tables, and writes what was asked for.
+
+    Args:
+        arguments: Arguments, default those of the process.
+    """
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        plan = make_plan(args)
+        if args.json and not args.json.parent.is_dir():
+            raise ConfigError(f"--json {args.json}: there is no folder {args.json.parent}")
+        results = run(plan, args.json)
+        print(markdown(results))
+        if args.figures:
+            for file in write_figures(results, args.figures):
+                print(f"written: {file}", file=sys.stderr)
+    except MokaError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        end_interrupted(f"what was measured is in {args.json}" if args.json and args.json.is_file() else "")
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Turns parsed arguments into a plan.
+
+    Raises:
+        ConfigError: For an unknown preset or row, a number out of range, or figures of nothing.
+    """
+    preset = find_preset(args.preset)
+    measures = {"all": MEASURES, "growth": GROWTH}.get(args.measure, (args.measure,))
+    if args.steps is not None:
+        if args.steps < 1:
+            raise ConfigError(f"--steps must be at least 1, not {args.steps}")
+        preset = replace(preset, steps=args.steps, fit_steps=args.steps)
+    if args.figures and not set(GROWTH) & set(measures):
+        raise ConfigError("--figures draws growth; add --measure growth, or all")
+    known = row_names(preset.device, measures, args.liger)
+    for name in args.rows:
+        if name not in known:
+            raise ConfigError(f"no row is called {name!r}; choose some of {', '.join(known)}")
+    return Plan(
+        preset,
+        measures,
+        tuple(_CHECKPOINTING[args.checkpointing]),
+        tuple(args.rows),
+        args.liger,
+        _command(args),
+    )
+
+
+def row_names(device: str, measures: Sequence[str], with_liger: bool) -> list[str]:
+    """Names of all rows of these measures."""
+    names: list[str] = []
+    if "steps" in measures:
+        names += [row.name for row in [*rows.step_rows(device), *(_liger_rows() if with_liger else [])]]
+    if set(GROWTH) & set(measures):
+        names += growth.growth_rows(device)
+    if "fit" in measures:
+        names.append(fit.ROW)
+    if "decode" in measures:
+        names += [row.name for row in decode.decode_rows()]
+    return list(dict.fromkeys(names))
+
+
+def run(plan: Plan, file: Path | None = None) -> Results:
+    """Measures everything of a plan.
+
+    Args:
+        plan: What to do.
+        file: Where to write the results, again after every row: a run that is cut off leaves what it has.
+
+    Returns:
+        The results.
+    """
+    import torch
+
+    from moka_pl.backbone import BackboneConfig, compute_dtype
+    from moka_pl.studies.common import device_name, versions
+
+    preset = plan.preset
+    dtype = compute_dtype(BackboneConfig(), torch.device(preset.device))
+    results = Results(
+        preset=asdict(preset),
+        command=plan.command,
+        device=device_name(preset.device),
+        dtype=str(dtype).removeprefix("torch."),
+        versions=versions(),
+    )
+    if plan.liger and not liger.installed():
+        results.notes.append(liger.MISSING)
+        print(f"Note: {liger.MISSING}", file=sys.stderr)
+    with warnings.catch_warnings():
+        # What PEFT and Lightning use that transformers and torch will rename one day.
+        warnings.simplefilter("ignore", FutureWarning)
+        for record in records(plan):
+            results.records.append(record)
+            print(progress(record), file=sys.stderr, flush=True)
+            if file is not None:
+                results.save(file)
+    if file is not None:
+        results.save(file)
+    return results
+
+
+def records(plan: Plan) -> Iterator[Record]:
+    """Measures row by row."""
+    preset, names = plan.preset, plan.names
+    for checkpointing in plan.checkpointing:
+        bench = Bench(preset.shape, preset.device, checkpointing)
+        if "steps" in plan.measures:
+            listed = rows.step_rows(preset.device)
+            listed += _liger_rows() if plan.liger and liger.installed() else []
+            yield from measure_steps(bench, preset, rows.choose(listed, names))
+        if "components" in plan.measures:
+            yield from growth.grow_components(bench, preset, names)
+        if "tokens" in plan.measures:
+            yield from growth.grow_tokens(bench, preset, names)
+        bench.close()
+        if "sizes" in plan.measures:
+            yield from growth.grow_sizes(preset, checkpointing, names)
+        if "fit" in plan.measures:
+            yield from fit.measure_fit(preset, checkpointing, names)
+    if "decode" in plan.measures:
+        bench = Bench(preset.shape, preset.device)
+        yield from decode.measure_decode(bench, preset, rows.choose(decode.decode_rows(), names))
+        bench.close()
+
+
+def progress(record: Record) -> str:
+    """One line about a record, for those who wait."""
+    setting = "".join(f", {name} {value}" for name, value in record.setting.items())
+    kind = ", checkpointing" if record.checkpointing else ""
+    what = f"{record.measure}: {record.row}{setting}{kind}"
+    if record.error is not None:
+        return f"{what}: failed: {record.error}"
+    key = next(key for key in ("step_ms", "fit_ms", "token_ms") if key in record.values)
+    return f"{what}: {milliseconds(record.values[key])} ms, {record.values['peak_gib']:.2f} GiB"
+
+
+def _liger_rows() -> list[rows.Row]:
+    return [liger.with_liger(rows.frozen()), liger.with_liger(rows.moka("MoKA r10"))]
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command with the options that decide what is measured."""
+    parts = ["python", "scripts/benchmark.py"]
+    for name, default in (("preset", "smollm2-cpu"), ("measure", "steps"), ("checkpointing", "off")):
+        if getattr(args, name) != default:
+            parts += [f"--{name}", getattr(args, name)]
+    if args.steps is not None:
+        parts += ["--steps", str(args.steps)]
+    if args.liger:
+        parts.append("--liger")
+    if args.rows:
+        parts += ["--rows", *args.rows]
+    return shlex.join(parts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="benchmark.py", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset",
+        default="smollm2-cpu",
+        metavar="NAME",
+        help=f"model, batch and device: {', '.join(PRESETS)}",
+    )
+    parser.add_argument(
+        "--measure",
+        choices=(*MEASURES, "growth", "all"),
+        default="steps",
+        help="steps: a training step of every row (default); components, tokens, sizes: over the number of "
+        "components, the tokens of a batch, shapes of models; growth: these three; fit: a whole Lightning "
+        "fit beside a bare loop; decode: generation",
+    )
+    parser.add_argument(
+        "--checkpointing", choices=_CHECKPOINTING, default="off", help="gradient checkpointing (default off)"
+    )
+    parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these rows")
+    parser.add_argument("--steps", type=int, metavar="N", help="measured steps, in place of the preset's")
+    parser.add_argument(
+        "--liger", action="store_true", help="add rows with Liger's kernels (needs liger-kernel and a GPU)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values, versions and the device")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw growth as PNG files")
+    return parser

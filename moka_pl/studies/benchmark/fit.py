@@ -1,0 +1,107 @@
+"""What Lightning and this package's callbacks add to a bare training loop."""
+
+import contextlib
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+
+from moka_pl.studies.benchmark.bench import first_line
+from moka_pl.studies.benchmark.presets import Preset
+from moka_pl.studies.benchmark.records import Record, Values
+from moka_pl.studies.memory import free_memory
+
+ROW = "MoKA r10 fit"
+
+
+def measure_fit(preset: Preset, checkpointing: bool, names: Sequence[str]) -> Iterator[Record]:
+    """Runs ``fit`` through the command line, with all of its default callbacks and TensorBoard logs.
+
+    Args:
+        preset: Model, batch and steps.
+        checkpointing: Compute activations again in the backward pass.
+        names: Only these rows, or all for none.
+
+    Yields:
+        One record.
+    """
+    if names and ROW not in names:
+        return
+    values: Values = {}
+    problem = None
+    try:
+        values = time_fit(preset, checkpointing)
+    except (Exception, SystemExit) as error:  # the parser of the command line ends the process
+        problem = first_line(error)
+    free_memory()
+    yield Record("fit", ROW, checkpointing, {}, values, problem)
+
+
+def time_fit(preset: Preset, checkpointing: bool) -> Values:
+    """Times the steps of a ``fit``, and of a bare loop on its model before and after it.
+
+    Args:
+        preset: Model, batch and steps.
+        checkpointing: Compute activations again in the backward pass.
+
+    Returns:
+        ``fit_ms`` and ``bare_ms`` (medians), ``fit_mean_ms`` and ``bare_mean_ms`` (what is done every few
+        steps, such as logging, shows in the mean), ``ratio`` and ``mean_ratio`` of fit to bare, ``peak_gib``
+        and ``trainable``.
+    """
+    from moka_pl.cli.lightning import run
+    from moka_pl.studies.benchmark.probe import Probe
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(sys.stderr),  # standard output is for the table
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        run(
+            ["fit", *(f"--{name}={value}" for name, value in _options(preset, checkpointing, folder).items())]
+        )
+    probe, Probe.latest = Probe.latest, None
+    assert probe is not None
+    fit, bare = statistics.median(probe.fit_ms), statistics.median(probe.bare_ms)
+    fit_mean, bare_mean = statistics.mean(probe.fit_ms), statistics.mean(probe.bare_ms)
+    return {
+        "fit_ms": fit,
+        "fit_mean_ms": fit_mean,
+        "bare_ms": bare,
+        "bare_mean_ms": bare_mean,
+        "ratio": fit / bare,
+        "mean_ratio": fit_mean / bare_mean,
+        "peak_gib": probe.peak,
+        "trainable": probe.trainable,
+        "steps": len(probe.fit_ms),
+    }
+
+
+def _options(preset: Preset, checkpointing: bool, folder: str) -> dict[str, object]:
+    """Those of ``configs/llama2.yaml``, on a model and data without downloads."""
+    batches = preset.warmup + preset.fit_steps
+    return {
+        "model.backbone.name": preset.shape,
+        "model.backbone.weights": "random",
+        "model.optimizer": "torch.optim.AdamW",
+        "model.optimizer.lr": 2e-4,
+        "model.optimizer.weight_decay": 0.0,
+        "model.lr_scheduler": "moka_pl.training.schedule.WarmupDecay",
+        "model.gradient_checkpointing": str(checkpointing).lower(),
+        "data": "moka_pl.studies.benchmark.synthetic.SyntheticData",
+        "data.batch_size": preset.batch,
+        "data.length": preset.length,
+        "data.batches": batches,
+        "data.num_workers": preset.workers,
+        "trainer.accelerator": "gpu" if preset.device == "cuda" else "cpu",
+        "trainer.devices": 1,
+        "trainer.max_steps": batches,
+        "trainer.log_every_n_steps": 10,
+        "trainer.callbacks": "moka_pl.studies.benchmark.probe.Probe",
+        "trainer.callbacks.warmup": preset.warmup,
+        "trainer.callbacks.steps": preset.fit_steps,
+        "trainer.logger.save_dir": folder,
+        "checkpoint.every_n_train_steps": 200,
+    }

@@ -1,0 +1,92 @@
+"""The callback that times a whole ``fit`` and, around it, a bare loop over the same model and batches."""
+
+import time
+from itertools import islice, pairwise
+from typing import ClassVar, Optional
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moka_pl.data import MokaDataModule
+from moka_pl.lm.scoring import score_tokens
+from moka_pl.studies.benchmark.steps import synchronise
+from moka_pl.studies.memory import peak_gib, reset_peak
+from moka_pl.training.module import MokaModule
+
+#: Different batches that the bare loop takes in turn.
+_BATCHES = 8
+
+
+class Probe(Callback):
+    """Measures optimizer steps of ``fit`` from the end of one batch to the end of the next.
+
+    Half of the bare loop's steps run before training and half after it, so that a machine that grows slower
+    or faster meanwhile does not look like a cost of the framework.
+
+    Args:
+        warmup: Optimizer steps before the measured ones.
+        steps: Measured optimizer steps.
+
+    Attributes:
+        latest: The probe that was built last: the command line builds it, and the benchmark asks here.
+        fit_ms: Milliseconds of each measured step of ``fit``.
+        bare_ms: Milliseconds of each step of the bare loop.
+        peak: Peak memory of ``fit``, GiB.
+        trainable: Number of trainable parameters.
+    """
+
+    latest: ClassVar[Optional["Probe"]] = None
+
+    def __init__(self, warmup: int, steps: int) -> None:
+        self.warmup, self.steps = warmup, steps
+        self.fit_ms: list[float] = []
+        self.bare_ms: list[float] = []
+        self.peak = 0.0
+        self.trainable = 0
+        self._ends: list[float] = []
+        Probe.latest = self
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs the first half of the bare loop."""
+        self.trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        self.bare_ms += self._bare(trainer, pl_module)
+        reset_peak(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Notes the time; only at both ends of the measurement the GPU is waited for."""
+        if batch_idx + 1 in (self.warmup, self.warmup + self.steps):
+            synchronise(pl_module.device)
+        self._ends.append(time.perf_counter())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs the second half of the bare loop, while the model is still on its device."""
+        self.peak = peak_gib(pl_module.device)
+        self.fit_ms = [1e3 * (after - before) for before, after in pairwise(self._ends[self.warmup - 1 :])]
+        self.bare_ms += self._bare(trainer, pl_module)
+
+    def _bare(self, trainer: Trainer, pl_module: LightningModule) -> list[float]:
+        """Forward, backward and AdamW on batches that lie on the device already."""
+        assert isinstance(pl_module, MokaModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, MokaDataModule)
+        device = pl_module.device
+        batches = [
+            (batch["input_ids"].to(device), batch["labels"].to(device))
+            for batch in islice(data.train_dataloader(), _BATCHES)
+        ]
+        parameters = [p for p in pl_module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
+        measured = max(2, self.steps // 2)
+        ends = []
+        with torch.enable_grad():
+            for step in range(self.warmup + measured):
+                ids, labels = batches[step % len(batches)]
+                torch.autograd.backward(score_tokens(pl_module.causal_lm, ids, labels).nll.mean())
+                optimizer.step()
+                optimizer.zero_grad()
+                if step + 1 in (self.warmup, self.warmup + measured):
+                    synchronise(device)
+                ends.append(time.perf_counter())
+        return [1e3 * (after - before) for before, after in pairwise(ends[self.warmup - 1 :])]

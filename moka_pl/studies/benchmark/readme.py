@@ -1,0 +1,170 @@
+"""Writes the README's section on performance from results of the benchmark."""
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from moka_pl.errors import ConfigError, MokaError
+from moka_pl.studies.benchmark.records import Record, Results, load_results
+from moka_pl.studies.benchmark.tables import GROWTH, failure, growth_table, milliseconds, render
+
+BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
+
+_WIDTH = 115
+_CAPTIONS = {
+    "components": "Step in ms and peak GiB over the number of components r (r = 0 is the frozen base):",
+    "tokens": "Step in ms and peak GiB over the tokens of a batch:",
+    "sizes": "Step in ms and peak GiB over shapes of models:",
+}
+
+
+def section(runs: Sequence[Results]) -> str:
+    """The text between the markers.
+
+    Args:
+        runs: Results, in the order in which they appear.
+
+    Returns:
+        Markdown that begins and ends with an empty line.
+    """
+    return "\n" + "\n".join(_about(results) for results in runs) + "\n"
+
+
+def replace_section(text: str, new: str) -> str:
+    """Puts a new section between the markers of a README.
+
+    Args:
+        text: The README.
+        new: The section.
+
+    Returns:
+        The changed README.
+
+    Raises:
+        ConfigError: If the two markers are not there exactly once, in their order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ConfigError(f"needs one line {BEGIN} and below it one line {END}, around what is rewritten")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rewrites the section, or checks it.
+
+    Args:
+        arguments: Arguments, default those of the process. Ends the process with status 1 where a checked
+            README differs, and with status 2 on an error.
+    """
+    parser = argparse.ArgumentParser(
+        prog="readme_performance.py",
+        description=f"Rewrites what stands between {BEGIN} and {END} from results of scripts/benchmark.py.",
+    )
+    parser.add_argument("results", nargs="+", type=Path, help="files that benchmark.py --json has written")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="default README.md")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if the section differs"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        new = section([load_results(file) for file in args.results])
+        changed = _change(args.readme, new, args.check)
+    except MokaError as error:
+        parser.exit(2, f"readme_performance: error: {error}\n")
+    if changed and args.check:
+        given = " ".join(map(str, args.results))
+        parser.exit(1, f"{args.readme} differs from the results; run scripts/readme_performance.py {given}\n")
+    state = "is up to date" if not changed else "is rewritten"
+    print(f"{args.readme} {state}")
+
+
+def _change(file: Path, new: str, check: bool) -> bool:
+    """Whether the section is another one; it is written unless this is a check."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        wanted = replace_section(text, new)
+        if wanted != text and not check:
+            file.write_text(wanted, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{file} {error}") from None
+    return wanted != text
+
+
+def _about(results: Results) -> str:
+    preset = results.preset
+    named = {"torch": "torch", "transformers": "transformers", "peft": "PEFT", "lightning": "Lightning"}
+    packages = ", ".join(
+        f"{label} {results.versions[key]}" for key, label in named.items() if key in results.versions
+    )
+    intro = (
+        f"**{preset['shape']} on one {results.device}.** The model's shape with random weights, NF4 "
+        f"double-quantised, {results.dtype}, {preset['batch']} × {preset['length']} tokens where not said "
+        f"otherwise; medians ({packages})."
+    )
+    parts = [textwrap.fill(intro, _WIDTH), f"```bash\n{results.command}\n```"]
+    if steps := results.of("steps"):
+        parts += ["One training step (forward and backward), ratios to the frozen base:", _steps(steps)]
+    for measure, caption in _CAPTIONS.items():
+        if records := results.of(measure):
+            parts += [caption, growth_table(records, GROWTH[measure])]
+    parts += [textwrap.fill(_fit(record), _WIDTH) for record in results.of("fit")]
+    if generated := results.of("decode"):
+        parts += ["Greedy generation at batch 1 with a key-value cache, nothing merged:", _decode(generated)]
+    parts += [textwrap.fill(f"Note: {note}.", _WIDTH) for note in results.notes]
+    return "\n\n".join(parts) + "\n"
+
+
+def _steps(records: Sequence[Record]) -> str:
+    """A line a row; both kinds of checkpointing stand side by side."""
+    kinds = sorted({record.checkpointing for record in records})
+    heads = ["adapter", "trainable"]
+    for kind in kinds:
+        suffix = ", checkpointing" if kind else ""
+        heads += [f"step ms{suffix}", f"ratio{suffix}", f"peak GiB{suffix}"]
+    lines = []
+    for name in dict.fromkeys(record.row for record in records):
+        mine = {record.checkpointing: record for record in records if record.row == name}
+        sizes = [record.values["trainable"] for record in mine.values() if record.error is None]
+        line = [name, f"{sizes[0]:,}" if sizes else ""]
+        for kind in kinds:
+            line += _step_cells(mine.get(kind))
+        lines.append(line)
+    return render(heads, lines)
+
+
+def _step_cells(record: Record | None) -> list[str]:
+    if record is None:
+        return ["", "", ""]
+    if record.error is not None:
+        return [failure(record), "", ""]
+    values = record.values
+    ratio = f"{values['ratio']:.2f}" if "ratio" in values else ""
+    return [milliseconds(values["step_ms"]), ratio, f"{values['peak_gib']:.1f}"]
+
+
+def _fit(record: Record) -> str:
+    kind = "with" if record.checkpointing else "without"
+    if record.error is not None:
+        return f"A whole `fit` {kind} checkpointing {failure(record)}"
+    values = record.values
+    return (
+        f"A whole `fit` {kind} checkpointing, with its callbacks and logs, takes "
+        f"{milliseconds(values['fit_ms'])} ms an optimizer step, {values['ratio']:.3f} times a bare loop on "
+        f"the same model and batches (medians), or {values['mean_ratio']:.3f} times by the means, which "
+        "include the periodic logging."
+    )
+
+
+def _decode(records: Sequence[Record]) -> str:
+    lines = []
+    for record in records:
+        if record.error is not None:
+            lines.append([record.row, failure(record), ""])
+            continue
+        ratio = f"{record.values['ratio']:.2f}" if "ratio" in record.values else ""
+        lines.append([record.row, milliseconds(record.values["token_ms"]), ratio])
+    return render(["adapter", "ms a token", "ratio"], lines)

@@ -1,0 +1,176 @@
+"""Times training steps: forward and backward."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from moka_pl.studies.benchmark.records import Values
+from moka_pl.studies.memory import peak_gib, reset_peak
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    Loss = Callable[[], Tensor]
+
+#: A row that exceeds its time is still given as many measured steps.
+_FEWEST = 2
+
+
+class Batch(NamedTuple):
+    """Random tokens; every position predicts one, so that a single token is a batch, too.
+
+    Attributes:
+        ids: Token ids, shape (B, T).
+        labels: Labels as ``score_tokens`` takes them, one position longer, shape (B, T + 1).
+    """
+
+    ids: "Tensor"
+    labels: "Tensor"
+
+
+def random_batch(vocabulary: int, batch: int, length: int, device: "torch.device") -> Batch:
+    """Draws a batch of random tokens."""
+    import torch
+
+    labels = torch.randint(vocabulary, (batch, length + 1), device=device)
+    return Batch(labels[:, :-1].contiguous(), labels)
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """The first quartile, median and third quartile."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    first, median, third = statistics.quantiles(times, n=4, method="inclusive")
+    return first, median, third
+
+
+def synchronise(device: "torch.device") -> None:
+    """Waits for the GPU."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def time_steps(
+    model: "PreTrainedModel",
+    batch: int,
+    length: int,
+    warmup: int,
+    steps: int,
+    seconds: float,
+    captured: bool = False,
+) -> Values:
+    """Measures forward and backward of a batch.
+
+    Where nothing in the model is trainable, a gradient flows back to the embeddings, as it does for an
+    adapter in the first layer.
+
+    Args:
+        model: The model, with or without adapters.
+        batch: Rows of the batch.
+        length: Tokens of a row.
+        warmup: Steps before the measured ones.
+        steps: Measured steps.
+        seconds: Longest time for the measured steps.
+        captured: Replay a CUDA graph of the step.
+
+    Returns:
+        ``step_ms`` (median) with ``step_q1_ms`` and ``step_q3_ms``, ``forward_ms`` (median; not where a graph
+        holds both passes),
+        ``tokens_per_s``, ``peak_gib``, ``trainable`` and ``steps``, the number that was measured.
+    """
+    model.train()
+    device = model.get_input_embeddings().weight.device
+    data = random_batch(model.config.vocab_size, batch, length, device)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    loss = _captured_loss(model, data) if captured else _plain_loss(model, data)
+    hook = None
+    if not trainable:
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())
+    try:
+        for _ in range(warmup):
+            _step(loss, device, trainable)
+        reset_peak(device)
+        times: list[tuple[float, float]] = []
+        begun = time.perf_counter()
+        while len(times) < steps:
+            times.append(_step(loss, device, trainable))
+            if len(times) >= _FEWEST and time.perf_counter() - begun > seconds:
+                break
+        peak = peak_gib(device)
+    finally:
+        if hook is not None:
+            hook.remove()
+    first, median, third = quartiles([step for _, step in times])
+    passes: Values = {} if captured else {"forward_ms": statistics.median(forward for forward, _ in times)}
+    return passes | {
+        "step_ms": median,
+        "step_q1_ms": first,
+        "step_q3_ms": third,
+        "tokens_per_s": 1e3 * batch * length / median,
+        "peak_gib": peak,
+        "trainable": sum(p.numel() for p in trainable),
+        "steps": len(times),
+    }
+
+
+def _plain_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
+    from moka_pl.lm.scoring import score_tokens
+
+    return lambda: score_tokens(model, data.ids, data.labels).nll.mean()
+
+
+def _captured_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
+    import torch
+
+    from moka_pl.errors import ConfigError
+    from moka_pl.lm.cuda_graphs import FixedBatch, StepCapture
+
+    capture = StepCapture(model)
+    everywhere = torch.arange(data.ids.numel(), device=data.ids.device)
+    batch = FixedBatch(data.ids, everywhere, data.labels[:, 1:].flatten(), data.ids.numel())
+
+    def loss() -> "Tensor":
+        found = capture(batch) / batch.tokens
+        if capture.obstacle is not None:
+            raise ConfigError(f"the step cannot be recorded: {capture.obstacle}")
+        return found
+
+    return loss
+
+
+def _step(loss: "Loss", device: "torch.device", trainable: list["Tensor"]) -> tuple[float, float]:
+    """One step; returns the milliseconds of forward, and of forward and backward."""
+    import torch
+
+    cuda = device.type == "cuda"
+    # The border between forward and backward is marked by events: to wait there would hold up the backward
+    # pass of small models, whose time is that of launching kernels.
+    marks = [
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2 if cuda else 0)
+    ]
+    synchronise(device)
+    begun = time.perf_counter()
+    if cuda:
+        marks[0].record()
+    value = loss()
+    if cuda:
+        marks[1].record()
+    between = time.perf_counter()
+    torch.autograd.backward(value)
+    synchronise(device)
+    ended = time.perf_counter()
+    forward = marks[0].elapsed_time(marks[1]) if cuda else 1e3 * (between - begun)
+    del value
+    for parameter in trainable:
+        parameter.grad = None
+    if trainable:
+        # As after an optimizer's step: nothing that was computed from the parameters may be used again.
+        with torch.no_grad():
+            torch._foreach_mul_(trainable, 1.0)
+    return forward, 1e3 * (ended - begun)

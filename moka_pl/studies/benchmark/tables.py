@@ -1,0 +1,138 @@
+"""Markdown tables of results."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from moka_pl.studies.benchmark.records import Record, Results
+
+
+class Column(NamedTuple):
+    """A column of a table.
+
+    Attributes:
+        title: Its head.
+        cell: The text for a record.
+    """
+
+    title: str
+    cell: Callable[[Record], str]
+
+
+def milliseconds(value: float) -> str:
+    """Milliseconds with three digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def number(key: str, form: str) -> Callable[[Record], str]:
+    """A cell of a value in a format; empty where it was not measured."""
+    return lambda record: format(record.values[key], form) if key in record.values else ""
+
+
+def duration(key: str) -> Callable[[Record], str]:
+    """A cell of milliseconds."""
+    return lambda record: milliseconds(record.values[key]) if key in record.values else ""
+
+
+def failure(record: Record) -> str:
+    """What went wrong, as a cell."""
+    return f"failed: {record.error}".replace("|", "\\|")
+
+
+_ROW = Column("adapter", lambda record: record.row)
+_KIND = Column("checkpointing", lambda record: "on" if record.checkpointing else "off")
+_COMMON = [Column("peak GiB", number("peak_gib", ".2f")), Column("trainable", number("trainable", ",.0f"))]
+STEPS = [
+    _ROW,
+    _KIND,
+    Column("step ms", duration("step_ms")),
+    Column("forward ms", duration("forward_ms")),
+    Column("tokens/s", number("tokens_per_s", ",.0f")),
+    *_COMMON,
+    Column("ratio", number("ratio", ".2f")),
+]
+DECODE = [
+    _ROW,
+    Column("ms a token", duration("token_ms")),
+    Column("tokens/s", number("tokens_per_s", ",.1f")),
+    Column("prompt ms", duration("prompt_ms")),
+    *_COMMON,
+    Column("ratio", number("ratio", ".2f")),
+]
+FIT = [
+    _ROW,
+    _KIND,
+    Column("fit ms", duration("fit_ms")),
+    Column("bare ms", duration("bare_ms")),
+    Column("ratio", number("ratio", ".3f")),
+    Column("fit mean ms", duration("fit_mean_ms")),
+    Column("bare mean ms", duration("bare_mean_ms")),
+    Column("mean ratio", number("mean_ratio", ".3f")),
+    Column("peak GiB", number("peak_gib", ".2f")),
+]
+#: What the settings of the growth measurements are called.
+GROWTH = {"components": "components", "tokens": "tokens", "sizes": "shape"}
+TITLES = {
+    "steps": "One training step (forward and backward)",
+    "components": "A step over the number of components r (ms, peak GiB)",
+    "tokens": "A step over the tokens of a batch (ms, peak GiB)",
+    "sizes": "A step over shapes of models (ms, peak GiB)",
+    "fit": "An optimizer step of fit beside a bare loop",
+    "decode": "Greedy generation at batch 1 with a key-value cache, adapters not merged",
+}
+
+
+def markdown(results: Results) -> str:
+    """All tables of a run, each under a line that says what it shows."""
+    parts = [f"{TITLES[measure]}\n\n{table}" for measure, table in tables(results).items()]
+    return "\n\n".join([*parts, *(f"Note: {note}" for note in results.notes)])
+
+
+def tables(results: Results) -> dict[str, str]:
+    """The tables of what was measured, by measure."""
+    found = {measure: results.of(measure) for measure in TITLES}
+    return {measure: _table(measure, records) for measure, records in found.items() if records}
+
+
+def _table(measure: str, records: Sequence[Record]) -> str:
+    if measure in GROWTH:
+        return growth_table(records, GROWTH[measure])
+    return plain_table(records, {"steps": STEPS, "fit": FIT, "decode": DECODE}[measure])
+
+
+def plain_table(records: Sequence[Record], columns: Sequence[Column]) -> str:
+    """A line a record; a failed one says why in its third column, where there are numbers otherwise."""
+    named = sum(column in (_ROW, _KIND) for column in columns)
+    lines = []
+    for record in records:
+        cells = [column.cell(record) for column in columns]
+        if record.error is not None:
+            cells[named] = failure(record)
+        lines.append(cells)
+    return render([column.title for column in columns], lines)
+
+
+def growth_table(records: Sequence[Record], setting: str) -> str:
+    """A line a row, a column a setting; a cell holds step time and peak memory."""
+    settings = list(dict.fromkeys(record.setting[setting] for record in records))
+    rows = list(dict.fromkeys((record.row, record.checkpointing) for record in records))
+    cells = {(r.row, r.checkpointing, r.setting[setting]): _growth_cell(r) for r in records}
+    both = len({record.checkpointing for record in records}) > 1
+    lines = []
+    for name, checkpointing in rows:
+        label = f"{name}, checkpointing" if both and checkpointing else name
+        lines.append([label, *(cells.get((name, checkpointing, value), "") for value in settings)])
+    heads = [f"{value:,}" if isinstance(value, int) else value for value in settings]
+    return render([f"adapter \\ {setting}", *heads], lines)
+
+
+def _growth_cell(record: Record) -> str:
+    if record.error is None:
+        return f"{milliseconds(record.values['step_ms'])}, {record.values['peak_gib']:.1f}"
+    return "out of memory" if "out of memory" in record.error.lower() else failure(record)
+
+
+def render(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rule = "|".join("---" for _ in heads)
+    body = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([f"| {' | '.join(heads)} |", f"|{rule}|", *body])

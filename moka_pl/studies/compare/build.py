@@ -1,0 +1,153 @@
+"""Builds modules, data modules and trainers from a suite's settings, by the rules of the command line."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from moka_pl.backbone import BackboneConfig
+from moka_pl.cli.adapter_class import module_class
+from moka_pl.data import MokaDataModule
+from moka_pl.errors import ConfigError, MokaError
+from moka_pl.studies.compare.module import ComparedModule
+from moka_pl.studies.compare.runs import Run, run_of
+from moka_pl.studies.compare.suite import Settings, Suite, merged
+from moka_pl.utils import quiet_lightning
+
+_TRAINER: Settings = {
+    "accelerator": "auto",
+    "devices": 1,
+    "max_epochs": 1,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+_OPTIMIZER: Settings = {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.0}}
+
+
+def build_module(run: Run, adapter: Path | None = None) -> ComparedModule:
+    """The module of a run, with its learning rate.
+
+    Args:
+        run: The run.
+        adapter: The adapter directory that an earlier training of it left, to start from.
+
+    Raises:
+        ConfigError: If an option is unknown or has a wrong value.
+    """
+    training = run.settings["training"]
+    optimizer = merged(training.get("optimizer") or _OPTIMIZER, {"init_args": {"lr": run.rate or 0.0}})
+    model = {
+        "backbone": run.settings["backbone"],
+        "adapter": run.settings["adapter"],
+        "optimizer": optimizer,
+    }
+    for option in ("lr_scheduler", "gradient_checkpointing", "cuda_graphs"):
+        if option in training:
+            model[option] = training[option]
+    if "learning_rate_ratios" in run.settings:
+        model["learning_rate_ratios"] = run.settings["learning_rate_ratios"]
+    if adapter is not None:
+        model["adapter_path"] = str(adapter)
+    parser = _module_parser(run.settings["adapter"].get("class_path"))
+    built = _instantiate(parser, {"model": model}, f"rival {run.rival}").model
+    assert isinstance(built, ComparedModule)
+    return built
+
+
+def build_data(settings: Settings) -> MokaDataModule:
+    """A data module.
+
+    Raises:
+        ConfigError: If an option is unknown or has a wrong value.
+    """
+    built = _instantiate(_data_parser(), {"data": settings}, "data").data
+    assert isinstance(built, MokaDataModule)
+    return built
+
+
+def backbone_of(settings: Settings) -> BackboneConfig:
+    """The options of a base model.
+
+    Raises:
+        ConfigError: If an option is unknown or has a wrong value.
+    """
+    backbone = _instantiate(
+        _module_parser(None), {"model": {"backbone": settings}}, "backbone"
+    ).model.backbone
+    assert isinstance(backbone, BackboneConfig)
+    return backbone
+
+
+def build_trainer(run: Run, folder: Path, callbacks: Sequence[Callback] = ()) -> Trainer:
+    """A trainer that logs to the run's folder.
+
+    Args:
+        run: Its ``training.trainer`` holds options of Lightning's trainer.
+        folder: Folder of the run.
+        callbacks: What else the trainer calls.
+    """
+    logger = TensorBoardLogger(folder.parent, name=folder.name, version="", default_hp_metric=False)
+    options = run.settings["training"].get("trainer", {})
+    return _make_trainer(options | {"logger": logger, "callbacks": list(callbacks)})
+
+
+def check_suite(suite: Suite) -> None:
+    """Builds everything but models, so that a wrong option shows before the first run.
+
+    Raises:
+        ConfigError: Naming the rival and the option.
+    """
+    for rival in suite.rivals:
+        run = run_of(suite, rival, rival.learning_rates[0], suite.seeds[0])
+        optimizer = build_module(run).optimizer
+        assert callable(optimizer)
+    with quiet_lightning():
+        _make_trainer(suite.training.get("trainer", {}) | {"logger": False})
+    for settings in (suite.data, suite.test):
+        if settings is not None:
+            build_data(settings)
+    if suite.test is None and not getattr(build_data(suite.data), "separate_test", False):
+        raise ConfigError(
+            "the learning rate would be picked on the test data: set data.init_args.separate_test: true, or "
+            "name other data by test"
+        )
+
+
+def _make_trainer(options: Settings) -> Trainer:
+    try:
+        return Trainer(**(_TRAINER | options))
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"training.trainer does not fit Lightning's trainer: {error}") from error
+
+
+@cache
+def _module_parser(class_path: str | None) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(module_class(class_path, ComparedModule), "model")
+    return parser
+
+
+@cache
+def _data_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(MokaDataModule, "data", required=True)
+    return parser
+
+
+def _instantiate(parser: ArgumentParser, written: dict[str, Any], what: str) -> Namespace:
+    try:
+        built: Namespace = parser.instantiate_classes(parser.parse_object(written))
+        return built
+    except (ArgumentError, TypeError, ValueError) as error:
+        cause: BaseException | None = error  # jsonargparse wraps what a class refuses
+        while cause is not None and not isinstance(cause, MokaError):
+            cause = cause.__cause__
+        raise ConfigError(f"{what}: {cause or error}") from error

@@ -1,0 +1,248 @@
+"""The command behind ``scripts/compare.py``."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moka_pl.errors import INTERRUPTED, MokaError, end_interrupted
+from moka_pl.folders import make_folder
+from moka_pl.studies.compare.suite import Suite
+from moka_pl.studies.compare.suite_file import find_suite, keep_rivals, read_suite
+
+DESCRIPTION = """\
+Trains every rival of a suite with every learning rate on the same batches, picks each one's rate on data that
+are held out of the training data, tests the picked rate with all seeds, and compares the rivals on the same
+test items.
+
+What has ended is not done again, whether the command was interrupted, killed or out of time, or the suite has
+changed; runs that failed are tried again, and suites under the same --out share runs. Data files are known by
+their names: if their content changes, use another --out.
+"""
+
+#: Seconds that the reports of the suites may take, and those that every suite adds.
+_REPORTS = (10.0, 6.0)
+_SUITE = "suite.json"
+
+
+def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
+    """Parses the options, runs the suites and prints their tables.
+
+    Args:
+        suites: Folder of the suites that are known by name.
+        arguments: Default: the process's.
+    """
+    args = _parser(suites).parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if args.jobs < 1:
+            raise MokaError(f"--jobs must be at least 1, not {args.jobs}")
+        if args.minutes is not None and args.minutes <= 0:
+            raise MokaError(f"--minutes must be above 0, not {args.minutes:g}")
+        if args.report:
+            if args.results is not None:
+                make_folder(args.results, "--results")
+            _report(_stored(args), args)
+        elif not args.suite:
+            raise MokaError("name a suite by --suite")
+        else:
+            _run(_read(suites, args), args)
+    except MokaError as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # before anything was done, or a second one while the report is written
+        end_interrupted()
+
+
+def _run(suites: list[Suite], args: argparse.Namespace) -> None:
+    from moka_pl.studies.compare.build import check_suite
+    from moka_pl.studies.compare.data import prepare_data
+    from moka_pl.studies.compare.drive import run_suites
+    from moka_pl.studies.compare.progress import Clock
+    from moka_pl.studies.compare.store import Store, write_atomically
+
+    clock = Clock(args.minutes, _REPORTS[0] + _REPORTS[1] * len(suites))
+    whole = suites
+    if args.rivals is not None:
+        suites = keep_rivals(suites, args.rivals)
+    for suite in suites:
+        check_suite(suite)
+        if args.jobs > 1 and suite.data.get("init_args", {}).get("num_workers"):
+            raise MokaError(
+                f"{suite.name}: processes of --jobs cannot have processes of their own to load data: set "
+                "data.init_args.num_workers to 0"
+            )
+    store = Store(args.out)
+    if args.plan:
+        _plan(suites, store)
+        return
+    devices = _devices(args.devices)
+    make_folder(args.out, "--out")
+    if args.results is not None:
+        make_folder(args.results, "--results")
+    _let_sigterm_interrupt()
+
+    def begin() -> None:
+        prepare_data(suites)  # tokenised once for all processes; what is wrong with them shows here
+        for suite in whole:  # later reports are of all rivals
+            write_atomically(args.out / suite.name / _SUITE, json.dumps(asdict(suite), indent=1) + "\n")
+
+    try:
+        run_suites(suites, store, args.jobs, devices, clock, begin)
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; what was done is kept in {args.out}: the same command goes on", file=sys.stderr
+        )
+        _report(suites, args)
+        sys.exit(INTERRUPTED)
+    if not _report(suites, args):
+        sys.exit(1)
+    print(f"curves: tensorboard --logdir {store.folder}")
+
+
+def _report(suites: Sequence[Suite], args: argparse.Namespace) -> bool:
+    """Writes the reports and prints their tables; returns whether there is any result."""
+    from moka_pl.studies.compare.across import write_across
+    from moka_pl.studies.compare.entries import collect
+    from moka_pl.studies.compare.report import make_report
+    from moka_pl.studies.compare.store import Store
+    from moka_pl.studies.compare.tables import markdown
+    from moka_pl.studies.compare.write import write_report
+
+    store, target = Store(args.out), args.results or args.out
+    reports, files = [], []
+    for suite in suites:
+        reports.append(make_report(suite, collect(suite, store)))
+        files += write_report(reports[-1], target / suite.name)
+        print(f"\n{markdown(reports[-1])}", flush=True)
+    files += write_across(reports, target)
+    print("written: " + " ".join(str(file) for file in files))
+    return any(row.parameters for report in reports for row in report.rows)
+
+
+def _plan(suites: Sequence[Suite], store: Any) -> None:
+    from moka_pl.studies.compare.schedule import Plan
+
+    left = Plan(suites, store).left()
+    if not left.tasks:
+        print("everything is done")
+        return
+    for task in left.tasks:
+        print(f"to do  {task.run}{': train and test' if task.test and task.run.rate is not None else ''}")
+    print(f"then {len(left.later)} runs with the picked learning rates and their tests")
+
+
+def _read(folder: Path, args: argparse.Namespace) -> list[Suite]:
+    changes = list(args.set)
+    if args.seeds is not None:
+        changes.append(f"seeds={args.seeds}")
+    suites = []
+    for name in args.suite:
+        try:
+            file = find_suite(name, folder)
+        except MokaError as error:
+            raise MokaError(f"--suite {error}") from None
+        suites.append(read_suite(file, changes, args.data, folder))
+    names = [suite.name for suite in suites]
+    if len(set(names)) < len(names):
+        raise MokaError(f"--suite names a suite twice: {', '.join(names)}")
+    return suites
+
+
+def _stored(args: argparse.Namespace) -> list[Suite]:
+    """The suites as they were when they were last run under --out."""
+    files = sorted(args.out.glob(f"*/{_SUITE}"))
+    if args.suite:
+        files = [args.out / name / _SUITE for name in args.suite]
+    if not files:
+        raise MokaError(f"--report: {args.out} holds no suite that has been run")
+    suites = []
+    for file in files:
+        try:
+            suites.append(Suite.from_dict(json.loads(file.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MokaError(f"--report: {file} cannot be read: {error}") from error
+    return suites
+
+
+def _devices(written: str | None) -> list[int] | None:
+    """``2`` means two GPUs, ``0,2`` these ones."""
+    if written is None:
+        return None
+    import torch
+
+    try:
+        numbers = [int(number) for number in written.split(",") if number.strip()]
+    except ValueError:
+        numbers = []
+    devices = list(range(numbers[0])) if len(numbers) == 1 and "," not in written else numbers
+    if not devices or min(devices) < 0:
+        raise MokaError(f"--devices {written}: give a number of GPUs, or their numbers with commas: 0,2")
+    there = torch.cuda.device_count()
+    if max(devices) >= there:
+        raise MokaError(f"--devices {written}: this machine has {there} GPUs that can be used")
+    return devices
+
+
+def _let_sigterm_interrupt() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _parser(suites: Path) -> argparse.ArgumentParser:
+    known = ", ".join(sorted(file.stem for file in suites.glob("*.yaml")))
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"YAML files, or some of {known}; the most important first",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("lightning_logs/compare"),
+        help="folder of runs and of a folder a suite for its reports (default: lightning_logs/compare)",
+    )
+    parser.add_argument(
+        "--data",
+        help="path of the data; or a folder that holds what the suites call their corpus, such as "
+        "commonsense and instruction/alpaca_en_demo.json",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds in place of the suites'")
+    parser.add_argument("--rivals", nargs="+", metavar="NAME", help="only these rivals")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process (default: 1)")
+    parser.add_argument(
+        "--devices", help="GPUs that the processes are spread over: how many, or their numbers, such as 0,2"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="time for everything, reports included: runs that would not end in time are not begun",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option over the suites', such as training.trainer.max_steps=30; may be given several times",
+    )
+    parser.add_argument("--plan", action="store_true", help="only list what is to be done")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="only write reports of what there is under --out, of the suites that were run last; their data "
+        "need not be there",
+    )
+    parser.add_argument("--results", type=Path, help="folder for the reports in place of --out")
+    return parser

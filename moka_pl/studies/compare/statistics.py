@@ -1,0 +1,188 @@
+"""Differences between rivals on the same items: a paired bootstrap, and a sign test."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy
+
+from moka_pl.errors import ConfigError
+from moka_pl.studies.compare.items import Floats, Items, same_items
+
+SAMPLES = 10_000
+_CHUNK = 500
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One minus the other.
+
+    Attributes:
+        value: The difference of the means.
+        low: Lower end of its 95% interval.
+        high: Upper end.
+        p: Two-sided p-value of no difference.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rivals on the same items.
+
+    Attributes:
+        one: The one's name.
+        other: The other's.
+        seeds: The seeds that both were trained with.
+        acc_norm: Difference of the mean over tasks, of shares; None for plain text.
+        nll: Difference of the negative log-likelihood per token.
+        wins: Items that the one has right more often, over the seeds.
+        losses: Items that the other has.
+        sign_p: Two-sided p-value of the sign test on them; None for plain text.
+    """
+
+    one: str
+    other: str
+    seeds: tuple[int, ...]
+    acc_norm: Difference | None
+    nll: Difference
+    wins: int
+    losses: int
+    sign_p: float | None
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Scores on the same random samples of the items.
+
+    Attributes:
+        items: The items.
+        acc_norm: Mean over tasks by sample and seed, shape (samples, S); None for plain text.
+        nll: Negative log-likelihood per token, shape (samples, S).
+    """
+
+    items: Items
+    acc_norm: Floats | None
+    nll: Floats
+
+
+def resample(rivals: Mapping[str, Items], samples: int = SAMPLES, seed: int = 0) -> dict[str, Resampled]:
+    """Scores all rivals on samples of their common items, drawn with replacement within every task.
+
+    Args:
+        rivals: Items by name of the rival.
+        samples: Number of samples.
+        seed: Seed of the draws.
+
+    Raises:
+        ConfigError: If two rivals were tested on different items.
+    """
+    if not rivals:
+        return {}
+    first = next(iter(rivals.values()))
+    for name, items in rivals.items():
+        if not same_items(first, items):
+            raise ConfigError(f"{name} was tested on other items than {next(iter(rivals))}: nothing to pair")
+    random = numpy.random.default_rng(seed)
+    columns = numpy.concatenate([_columns(items) for items in rivals.values()], axis=1)  # (n, all columns)
+    parts = [numpy.flatnonzero(first.task == task) for task in first.tasks]
+    sums = numpy.empty((samples, columns.shape[1]))
+    for start in range(0, samples, _CHUNK):
+        size = min(_CHUNK, samples - start)
+        counts = numpy.zeros((size, len(first.task)))
+        for part in parts:
+            draws = (
+                random.integers(len(part), size=(size, len(part))) + len(part) * numpy.arange(size)[:, None]
+            )
+            drawn = numpy.bincount(draws.ravel(), minlength=size * len(part))
+            counts[:, part] = drawn.reshape(size, len(part))
+        sums[start : start + size] = counts @ columns
+    found, place = {}, 0
+    for name, items in rivals.items():
+        width = len(items.seeds)
+        own = sums[:, place : place + 2 * width + 1]
+        place += 2 * width + 1
+        accuracy = None if items.correct is None else own[:, :width]
+        found[name] = Resampled(items, accuracy, own[:, width : 2 * width] / own[:, -1:])
+    return found
+
+
+def compare(rivals: Mapping[str, Resampled], one: str, other: str, seed: int = 0) -> Comparison | None:
+    """Compares two rivals, averaged over the seeds that both have.
+
+    The 95% intervals and p-values are of items and seeds together: every sample of items is joined with a
+    sample of the seeds. A few seeds tell little of how much seeds differ, so that intervals are rather too
+    narrow where that matters.
+
+    Args:
+        rivals: What `resample` returned.
+        one: Name of a rival.
+        other: Name of another.
+        seed: Seed of the draws.
+
+    Returns:
+        The comparison; None if they have no seed in common.
+    """
+    left, right = rivals[one], rivals[other]
+    seeds = tuple(s for s in left.items.seeds if s in right.items.seeds)
+    if not seeds:
+        return None
+    mine = [left.items.seeds.index(s) for s in seeds]
+    theirs = [right.items.seeds.index(s) for s in seeds]
+    draws = numpy.random.default_rng(seed).multinomial(
+        len(seeds), [1 / len(seeds)] * len(seeds), size=len(left.nll)
+    )
+    weights = draws / len(seeds)  # (samples, S)
+
+    def difference(samples: Floats, value: float) -> Difference:
+        means = (samples * weights).sum(1)
+        low, high = numpy.quantile(means, [0.025, 0.975])
+        below, above = int((means <= 0).sum()), int((means >= 0).sum())
+        p = min(1.0, 2 * (1 + min(below, above)) / (1 + len(means)))
+        return Difference(value, float(low), float(high), p)
+
+    tokens = left.items.tokens.sum()
+    nll = float((left.items.nll[mine] - right.items.nll[theirs]).sum(1).mean() / tokens)
+    accuracy, wins, losses, sign_p = None, 0, 0, None
+    if left.acc_norm is not None and right.acc_norm is not None:
+        assert left.items.correct is not None
+        assert right.items.correct is not None
+        by_item = (left.items.correct[mine] - right.items.correct[theirs]).mean(0)  # (n,)
+        value = float(by_item @ left.items.task_weights)
+        accuracy = difference(left.acc_norm[:, mine] - right.acc_norm[:, theirs], value)
+        wins, losses = int((by_item > 0).sum()), int((by_item < 0).sum())
+        sign_p = sign_test(wins, losses)
+    return Comparison(
+        one,
+        other,
+        seeds,
+        accuracy,
+        difference(left.nll[:, mine] - right.nll[:, theirs], nll),
+        wins,
+        losses,
+        sign_p,
+    )
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided exact p-value of wins and losses that were equally likely."""
+    n, fewer = wins + losses, min(wins, losses)
+    if n == 0:
+        return 1.0
+    tail, term = 0, 1  # term: n over k
+    for k in range(fewer + 1):
+        tail += term
+        term = term * (n - k) // (k + 1)
+    # Whole numbers of thousands of bits: their quotient as a float only at the end.
+    return min(1.0, math.exp(math.log(2) + math.log(tail) - n * math.log(2)))
+
+
+def _columns(items: Items) -> Floats:
+    """What is summed over items: accuracies and log-likelihoods by seed, and tokens; (n, 2S + 1)."""
+    none = numpy.zeros_like(items.nll)
+    correct = none if items.correct is None else items.correct
+    return numpy.concatenate([(correct * items.task_weights).T, items.nll.T, items.tokens[:, None]], axis=1)

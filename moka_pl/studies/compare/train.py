@@ -1,0 +1,151 @@
+"""Trains and tests single runs in this process, with one base and one set of tokenised data."""
+
+import json
+import math
+import shutil
+import time
+from typing import Any
+
+from lightning.pytorch import Trainer, seed_everything
+
+from moka_pl.adapters import save_adapter
+from moka_pl.callbacks import GateMonitor
+from moka_pl.callbacks.evaluation import results_dict
+from moka_pl.errors import ConfigError
+from moka_pl.studies.benchmark.bench import first_line
+from moka_pl.studies.common import device_name, versions
+from moka_pl.studies.compare.build import build_data, build_module, build_trainer
+from moka_pl.studies.compare.data import PreparedData
+from moka_pl.studies.compare.module import ComparedModule
+from moka_pl.studies.compare.recorder import Series
+from moka_pl.studies.compare.runs import Run
+from moka_pl.studies.compare.shared_base import SharedBase
+from moka_pl.studies.compare.store import Outcome, Store, tested_with
+from moka_pl.studies.compare.suite import Settings
+from moka_pl.studies.compare.warning import warn
+from moka_pl.studies.memory import free_memory
+from moka_pl.studies.spectra_part import spectra_summary
+from moka_pl.utils import quiet_lightning
+
+#: Folder of the trained adapter in the run's folder.
+ADAPTER = "adapter"
+
+
+class Executor:
+    """Does runs one after another and writes down what became of them.
+
+    Args:
+        store: Where outcomes go.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.base = SharedBase()
+        self._data: dict[str, PreparedData] = {}
+
+    def __call__(self, run: Run, test: bool) -> Outcome:
+        """Trains a run, unless it is trained already, and tests it if that is wanted.
+
+        Args:
+            run: What to do.
+            test: Whether to test it, too.
+
+        Returns:
+            The outcome, which is stored, too; of a run that failed it holds ``error``.
+        """
+        outcome = {key: part for key, part in self.store.read(run).items() if key in ("trained", "tested")}
+        try:
+            with quiet_lightning():
+                self._execute(run, test, outcome)
+        except Exception as error:
+            outcome["error"] = first_line(error)
+            self.store.write(run, outcome)
+        finally:
+            self.base.restore()
+            free_memory()  # of the trainer, which others that use the same GPU may need
+        return outcome
+
+    def _execute(self, run: Run, test: bool, outcome: Outcome) -> None:
+        folder = self.store.path(run)
+        if run.rate is not None and not (folder / ADAPTER).is_dir():
+            # Its adapter was left behind somewhere: what is to be tested is lost.
+            outcome.pop("trained", None)
+        trained = "trained" in outcome
+        module = build_module(run, folder / ADAPTER if trained and run.rate is not None else None)
+        module.shared = self.base
+        if not trained:
+            shutil.rmtree(folder, ignore_errors=True)  # curves of an attempt that did not end
+        series = Series()
+        gated = run.rate is not None and "class_path" not in run.settings["adapter"]
+        monitors = [series, GateMonitor(heatmap=False)] if gated else [series]
+        trainer = build_trainer(run, folder, monitors)
+        module.place = trainer.strategy.root_device
+        # First of all, so that no random number is drawn between the seed and the adapters' start.
+        tokenizer = self.base.get(module.backbone, trainer.strategy.root_device).tokenizer
+        if not trained:
+            outcome["trained"] = self._train(run, module, trainer, series, tokenizer)
+            self.store.write(run, outcome)
+        elif test:
+            module.configure_model()
+        if test and not tested_with(outcome, run):
+            start = time.monotonic()
+            data = self._prepared(run.test, run, tokenizer, "test")
+            trainer.test(module, datamodule=data, verbose=False)
+            assert module.eval_results is not None
+            found = results_dict(module.eval_results)
+            outcome["tested"] = {"key": run.test_key, "seconds": time.monotonic() - start, **found}
+            self.store.write(run, outcome, module.items)
+
+    def _train(
+        self, run: Run, module: ComparedModule, trainer: Trainer, series: Series, tokenizer: Any
+    ) -> dict[str, Any]:
+        device = device_name(trainer.strategy.root_device.type)
+        about = {"device": device, "versions": versions(), "date": time.strftime("%Y-%m-%d")}
+        if run.rate is None:
+            module.configure_model()
+            return about | {"parameters": 0, "seconds": 0.0}
+        data = self._prepared(run.settings["data"], run, tokenizer, "fit").order(run.seed)
+        seed_everything(run.seed, verbose=False)
+        start = time.monotonic()
+        trainer.fit(module, datamodule=data)
+        steps = trainer.global_step
+        if module.eval_step != steps or "val/loss" not in module.eval_values:
+            trainer.validate(module, datamodule=data, verbose=False)
+        values = module.eval_values
+        if "val/loss" not in values:
+            raise ConfigError("there are no validation data to pick the learning rate with")
+        assert module.base is not None
+        folder = self.store.path(run)
+        save_adapter(folder / ADAPTER, module.causal_lm, module.adapter, module.base)
+        return about | {
+            "parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+            "steps": steps,
+            "batches": module.batches,
+            "validation_loss": _number(values["val/loss"]),
+            "validation_acc_norm": values.get("val/acc_norm"),
+            "losses": [(step, _number(loss)) for step, loss in series.loss_values()],
+            "gates": series.gates(module.causal_lm),
+            "spectra": _spectra(module),
+            "seconds": time.monotonic() - start,
+        }
+
+    def _prepared(self, settings: Settings, run: Run, tokenizer: Any, stage: str) -> PreparedData:
+        base = [run.settings["backbone"].get(option) for option in ("name", "revision")]
+        key = json.dumps([settings, base, stage], sort_keys=True)
+        if key not in self._data:
+            self._data[key] = PreparedData(build_data(settings), tokenizer, stage)
+        return self._data[key]
+
+
+def _spectra(module: ComparedModule) -> dict[str, Any] | None:
+    try:
+        return spectra_summary(module.causal_lm)
+    # A training is worth more than what is told about it; some methods have no update to look at.
+    except Exception as error:
+        warn(f"no spectra: {first_line(error)}")
+        return None
+
+
+def _number(value: float) -> float | None:
+    """None for what JSON has no number for: a run that has diverged."""
+    return value if math.isfinite(value) else None

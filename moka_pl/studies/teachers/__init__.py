@@ -1,0 +1,1 @@
+"""Whether training finds the structure of synthetic teachers."""

@@ -1,0 +1,162 @@
+"""The command behind ``scripts/teachers.py``."""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from moka_pl.studies.teachers.model import HARDER, TEACHERS
+from moka_pl.studies.teachers.study import KINDS, PAIRS, STARTS, Found, TeacherStudy, run_chosen, run_offered
+from moka_pl.studies.teachers.teacher_figures import draw_choices, draw_gates
+
+DESCRIPTION = """\
+Do gates find structure? Trains one layer towards updates of known structure, over many seeds.
+
+Prints Markdown. For every teacher, start and learning rate: how often the components with the largest gates
+(or with the largest part ‖α A ⊗ B‖² of the update) are exactly the right ones, the share of gates and of
+energy on those, and the error that is left. `random` is MoKA's start, `gradient` starts the left factors
+along the first gradient. Then, what would be chosen from that gradient without training, and what students
+of those shapes reach beside the diverse ones of as many parameters, from either start, also with correlated
+inputs and for teachers that few products cannot hold.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, prints tables, writes JSON and figures.
+
+    Args:
+        arguments: Default: the process's.
+    """
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    shown = args.rates[len(args.rates) // 2] if args.shown is None else args.shown
+    if shown not in args.rates:
+        parser.error(f"--shown {shown} is none of --rates")
+    own = {field.name: getattr(args, field.name) for field in fields(TeacherStudy)}
+    study = TeacherStudy(**own | {"rates": tuple(args.rates)})
+    began = time.perf_counter()
+    rows: list[Found] = []
+    choices: list[Found] = []
+    if "gates" in args.parts:
+        rows = _gates_table(args.teachers, study, shown, args.figure)
+        _write(args, began, rows, [])  # the choices below take as long again
+    if "choices" in args.parts:
+        choices = _choices_table(args.teachers, study, args.choices_figure)
+    versions = _write(args, began, rows, choices)
+    print(f"\n{time.perf_counter() - began:.0f} s, {versions}")
+
+
+def _gates_table(
+    teachers: Sequence[str], study: TeacherStudy, shown: float, figure: Path | None
+) -> list[Found]:
+    """Trains students with all shapes on offer, prints a row each, and draws their gates."""
+    rows: list[Found] = []
+    curves = {}
+    print(
+        "| teacher | start | lr | found by gates | by energy | gates on right (uniform) "
+        "| energy on right | error |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    at = study.rates.index(shown) * study.seeds
+    for name in teachers:
+        for start in STARTS:
+            found, runs = run_offered(name, start, study)
+            curves[name, start] = runs.steps, runs.gates[:, at : at + study.seeds]
+            rows += found
+            for row in found:
+                print(
+                    f"| {name} | {start} | {row['lr']:g} | {row['found_by_gates']}/{row['seeds']} "
+                    f"| {row['found_by_energy']}/{row['seeds']} "
+                    f"| {row['gates_on_right']:.2f} ({row['uniform']:.2f}) | {row['energy_on_right']:.2f} "
+                    f"| {row['error']:.1e} |",
+                    flush=True,
+                )
+    if figure is not None:
+        draw_gates(curves, shown, figure)
+    return rows
+
+
+def _choices_table(teachers: Sequence[str], study: TeacherStudy, figure: Path | None) -> list[Found]:
+    """Chooses shapes for every teacher, with white and with correlated inputs, and prints a row each."""
+    print(
+        f"\n| teacher | inputs | first chosen is right | all parts chosen | outer products | parameters "
+        f"| {' | '.join(KINDS)} | {' | '.join(f'{one} beats {other}' for one, other in PAIRS)} |"
+    )
+    print("|---" * (6 + len(KINDS) + len(PAIRS)) + "|", flush=True)
+    choices: list[Found] = []
+    for correlated in (False, True):
+        for name in (*teachers, *HARDER):
+            found = run_chosen(name, correlated, study)
+            choices.append(found)
+            print(
+                f"| {name} | {found['inputs']} | {found['first_is_right']}/{found['seeds']} "
+                f"| {found['all_are_chosen']}/{found['seeds']} | {found['outer_products']:.0%} "
+                f"| {found['parameters']:.0f} of {found['budget']} "
+                f"| {' | '.join(f'{value:.1e}' for value in found['error'].values())} "
+                f"| {' | '.join(f'{wins}/{study.trained}' for wins in found['wins'].values())} |",
+                flush=True,
+            )
+    if figure is not None:
+        draw_choices(choices, figure)
+    return choices
+
+
+def _write(args: argparse.Namespace, began: float, rows: list[Found], choices: list[Found]) -> dict[str, str]:
+    """Writes all numbers, if asked to; returns the versions that it tells with them."""
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "device": "cpu"}
+    if args.json:
+        told = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+        seconds = round(time.perf_counter() - began, 1)
+        report = {"options": told, "versions": versions, "seconds": seconds, "gates": rows, "choice": choices}
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return versions
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=["gates", "choices"],
+        choices=["gates", "choices"],
+        help="what to measure: what gates find, or what the first gradient chooses and what that is worth",
+    )
+    parser.add_argument("--seeds", type=int, default=TeacherStudy.seeds, help="seeds of teacher and student")
+    parser.add_argument(
+        "--teachers", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), help="teachers to train on"
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1e-2, 5e-2], help="learning rates")
+    parser.add_argument("--steps", type=int, default=TeacherStudy.steps, help="optimizer steps")
+    parser.add_argument("--tokens", type=int, default=TeacherStudy.tokens, help="random inputs a step")
+    parser.add_argument(
+        "--first-tokens",
+        type=int,
+        default=TeacherStudy.first_tokens,
+        help="random inputs of the first gradient",
+    )
+    parser.add_argument(
+        "--components",
+        type=int,
+        default=TeacherStudy.components,
+        help="components of the chosen and diverse students",
+    )
+    parser.add_argument(
+        "--trained",
+        type=int,
+        default=TeacherStudy.trained,
+        help="seeds whose chosen and diverse students are trained",
+    )
+    parser.add_argument("--json", type=Path, help="file to write all numbers to")
+    parser.add_argument("--figure", type=Path, help="PNG to draw the gates into")
+    parser.add_argument("--choices-figure", type=Path, help="PNG to draw the errors of chosen shapes into")
+    parser.add_argument(
+        "--shown", type=float, help="learning rate of the figure; default the middle one of --rates"
+    )
+    return parser

@@ -1,0 +1,174 @@
+"""Do gates find structure? Students of synthetic teachers, over many seeds."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moka_pl.adapters.filter_search.search import choose_shapes
+from moka_pl.adapters.filters import filter_shapes
+from moka_pl.studies.teachers.model import (
+    HARDER,
+    OFFERED,
+    SIDE,
+    TEACHERS,
+    Runs,
+    Students,
+    correlation,
+    first_gradients,
+    found_parts,
+    of_right_shapes,
+    teacher,
+    train,
+)
+
+Found = dict[str, Any]
+#: MoKA's own start, and left factors along the first gradient.
+STARTS = ("random", "gradient")
+#: Students whose errors are compared, all of about as many parameters, and which with which.
+KINDS = ("diverse", "diverse, gradient start", "auto", "auto, gradient start")
+PAIRS = (
+    ("auto", "diverse"),
+    ("diverse, gradient start", "diverse"),
+    ("auto, gradient start", "auto"),
+    ("auto, gradient start", "diverse"),
+)
+
+
+@dataclass(frozen=True)
+class TeacherStudy:
+    """What is trained.
+
+    Attributes:
+        rates: Learning rates.
+        seeds: Seeds of teacher and student.
+        steps: Optimizer steps.
+        tokens: Random inputs a step.
+        first_tokens: Random inputs of the first gradient.
+        components: Components of the chosen and diverse students.
+        trained: Seeds whose chosen and diverse students are trained.
+    """
+
+    rates: tuple[float, ...]
+    seeds: int = 20
+    steps: int = 400
+    tokens: int = 64
+    first_tokens: int = 512
+    components: int = 10
+    trained: int = 20
+
+
+def run_offered(name: str, start: str, study: TeacherStudy) -> tuple[list[Found], Runs]:
+    """Trains students with all shapes on offer, all seeds at all learning rates on one teacher.
+
+    Args:
+        name: One of `TEACHERS`.
+        start: One of `STARTS`.
+        study: What is trained.
+
+    Returns:
+        A row a rate: how often the largest gates and energies are those of the right components, their
+        shares, and the error that is left; and the runs, rate by rate.
+    """
+    right = TEACHERS[name]
+    seeds = [seed for _ in study.rates for seed in range(study.seeds)]
+    rates = [rate for rate in study.rates for _ in range(study.seeds)]
+    targets = torch.stack([teacher([OFFERED[i] for i in right], SIDE, seed) for seed in seeds])
+    students = Students(OFFERED, SIDE, seeds)
+    if start == "gradient":
+        students.start_along(first_gradients(targets, seeds, study.first_tokens))
+    runs = train(students, targets, rates, study.steps, study.tokens)
+    gates = runs.gates[-1]  # (S, r)
+    fitting = of_right_shapes(right, OFFERED)
+    shares = runs.energy / runs.energy.sum(1, keepdim=True)
+    rows = []
+    for i, rate in enumerate(study.rates):
+        own = slice(i * study.seeds, (i + 1) * study.seeds)
+        rows.append(
+            {
+                "teacher": name,
+                "start": start,
+                "lr": rate,
+                "found_by_gates": int(found_parts(gates[own], right).sum()),
+                "found_by_energy": int(found_parts(runs.energy[own], right).sum()),
+                "seeds": study.seeds,
+                "gates_on_right": float(gates[own][:, fitting].sum(1).mean()),
+                "uniform": len(fitting) / len(OFFERED),
+                "energy_on_right": float(shares[own][:, fitting].sum(1).mean()),
+                "error": float(runs.error[own].mean()),
+                "error_std": float(runs.error[own].std()),
+            }
+        )
+    return rows, runs
+
+
+def run_chosen(name: str, correlated: bool, study: TeacherStudy) -> Found:
+    """Chooses shapes from each seed's first gradient, and trains students of them beside diverse ones.
+
+    Args:
+        name: One of `TEACHERS` or `HARDER`.
+        correlated: Whether inputs are correlated rather than white.
+        study: What is trained.
+
+    Returns:
+        What was chosen, and for each of `KINDS` the geometric mean over the seeds of the relative error at
+        its best rate; for each of `PAIRS` in how many seeds the one beats the other.
+    """
+    parts = HARDER[name] if name in HARDER else tuple(OFFERED[i] for i in TEACHERS[name])
+    mixing = correlation(SIDE) if correlated else None
+    r = study.components
+    diverse = filter_shapes("diverse", r, SIDE, SIDE)
+    budget = sum(shape.num_parameters for shape in diverse)
+    seeds = range(study.seeds)
+    targets = torch.stack([teacher(parts, SIDE, seed) for seed in seeds])
+    gradients = first_gradients(targets, seeds, study.first_tokens, mixing)
+    chosen = [tuple(choose_shapes(gradient, r, budget)) for gradient in gradients]
+    errors = {}
+    for kind in KINDS:
+        shapes = [chosen[seed] if kind.startswith("auto") else diverse for seed in seeds]
+        errors[kind] = [[0.0] * len(study.rates) for _ in range(study.trained)]
+        for same in dict.fromkeys(shapes[: study.trained]):  # runs of the same shapes are trained at once
+            own = [seed for seed in range(study.trained) if shapes[seed] == same]
+            many = [seed for seed in own for _ in study.rates]
+            students = Students(same, SIDE, many)
+            if kind.endswith("gradient start"):
+                students.start_along(gradients[many])
+            rates = [*study.rates] * len(own)
+            found = train(students, targets[many], rates, study.steps, study.tokens, mixing=mixing).error
+            for seed, row in zip(own, found.view(len(own), -1).tolist(), strict=True):
+                errors[kind][seed] = row
+    best = {kind: _best_rate(found) for kind, found in errors.items()}
+    return {
+        "teacher": name,
+        "inputs": "correlated" if correlated else "white",
+        "first_is_right": sum(shapes[0] in parts for shapes in chosen),
+        "all_are_chosen": sum(set(parts) <= set(shapes) for shapes in chosen) if parts else 0,
+        "outer_products": sum(min(s[:2]) == 1 == min(s[2:4]) for shapes in chosen for s in shapes)
+        / (r * study.seeds),
+        "seeds": study.seeds,
+        "example": [str(shape) for shape in chosen[0]],
+        "budget": budget,
+        "parameters": sum(s.num_parameters for shapes in chosen for s in shapes) / len(chosen),
+        "trained": study.trained,
+        "options": list(study.rates),
+        "best_rate": {kind: study.rates[at] for kind, at in best.items()},
+        "error": {kind: _geometric_mean(errors[kind], at) for kind, at in best.items()},
+        "wins": {
+            f"{one} over {other}": sum(
+                a[best[one]] < b[best[other]] for a, b in zip(errors[one], errors[other], strict=True)
+            )
+            for one, other in PAIRS
+        },
+        "errors": errors,
+    }
+
+
+def _best_rate(errors: list[list[float]]) -> int:
+    """Number of the rate with the smallest geometric mean of the seeds' errors."""
+    return min(range(len(errors[0])), key=lambda at: _geometric_mean(errors, at))
+
+
+def _geometric_mean(errors: list[list[float]], rate: int) -> float:
+    """Geometric mean over the seeds: errors differ by orders of magnitude."""
+    return math.exp(sum(math.log(max(row[rate], 1e-30)) for row in errors) / len(errors))

@@ -1,0 +1,1 @@
+"""The LightningModule that trains adapters, and what it needs."""

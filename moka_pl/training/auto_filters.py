@@ -1,0 +1,230 @@
+"""What a run takes from its first batches' gradient: every layer's filters, and the start of its factors.
+
+The training itself is left as it is: batches come from a loader of their own, random generators are put back,
+and the result is an explicit configuration, with which the run goes on as if it had been given.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from moka_pl.adapters import MokaConfig, find_targets, inject_adapter, moka_layers
+from moka_pl.adapters.filter_search.gradients import linear_layers, weight_gradients
+from moka_pl.adapters.filter_search.search import choose_within, initial_left_factors, layer_budgets
+from moka_pl.adapters.filters import AUTO, listed
+from moka_pl.errors import ConfigError, MokaError
+from moka_pl.lm.packed_attention import PackedAttention
+from moka_pl.lm.scoring import score_tokens
+from moka_pl.utils import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Optimizer steps whose batches the gradient is taken of, on the first rank.
+STEPS = 4
+
+Filters = dict[str, list[list[int]]]
+
+
+class Beginning(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        config: The configuration, with explicit filters.
+        left: Left factors of every layer that does not start at random, on the CPU; None for those that do.
+    """
+
+    config: MokaConfig
+    left: dict[str, list[Tensor | None]]
+
+    def put_into(self, model: nn.Module) -> None:
+        """Puts the left factors into a model that was adapted by ``config``; ΔW stays 0."""
+        layers = moka_layers(model)
+        with torch.no_grad():
+            for name, factors in self.left.items():
+                for (own, _), found in zip(layers[name].factors(), factors, strict=True):
+                    if own is not None and found is not None:
+                        own.copy_(found)
+
+
+class OpenChoices:
+    """What a configuration leaves open until a fit begins, or until another run's choice is taken over.
+
+    Args:
+        asked: The adapter's configuration as it was given, of any method; None where an adapter is there.
+    """
+
+    def __init__(self, asked: Any | None) -> None:
+        auto = isinstance(asked, MokaConfig) and asked.filters == AUTO
+        self._auto = auto
+        self.left = isinstance(asked, MokaConfig) and (auto or asked.start == "gradient")
+
+    def ready(self, trainer: Trainer | None, resumes: bool) -> bool:
+        """Whether something is open and this is the time to choose (or, without a trainer, to refuse)."""
+        return self.left and (trainer is None or (trainer.state.fn == "fit" and not resumes))
+
+    def inject(
+        self,
+        model: "PreTrainedModel",
+        config: Any,
+        trainer: Trainer | None,
+        device: torch.device,
+        resumes: bool,
+    ) -> tuple[Any, list[str]]:
+        """Puts adapters into a plain model; as long as choices are open and ΔW = 0 any will do.
+
+        Args:
+            model: The model, on its device.
+            config: The adapter's configuration.
+            trainer: The trainer, if there is one.
+            device: The model's device.
+            resumes: Whether a checkpoint will be loaded next.
+
+        Returns:
+            The configuration, explicit if the choices are made, and the names of the adapted layers.
+        """
+        if not self.left:
+            return config, inject_adapter(model, config)
+        if not self.ready(trainer, resumes):
+            known = "diverse" if config.filters == AUTO else config.filters
+            return config, inject_adapter(model, replace(config, filters=known, budget=None))
+        start = begin(model, config, trainer, device)
+        names = inject_adapter(model, start.config)
+        start.put_into(model)
+        self.left = False
+        return start.config, names
+
+    def taken_over(self, config: Any, options: Mapping[str, Any]) -> Any:
+        """The configuration with another run's choice of filters, where ``auto`` was asked for.
+
+        Args:
+            config: The adapter's configuration.
+            options: The other run's adapter options, as it stored them.
+        """
+        filters = options.get("filters")
+        if self._auto and isinstance(filters, dict) and options.get("components") == config.components:
+            self.left = False
+            return config if filters == config.filters else replace(config, filters=filters, budget=None)
+        self.left = self.left and config.filters == AUTO  # a start is in the tensors that come
+        return config
+
+
+def begin(
+    model: "PreTrainedModel", config: MokaConfig, trainer: Trainer | None, device: torch.device
+) -> Beginning:
+    """Decides what ``filters: auto`` and ``start: gradient`` leave open; the first rank does so for all.
+
+    The gradient is taken of the batches of the first ``STEPS`` optimizer steps, on the model's device, a few
+    layers at a time (:func:`moka_pl.adapters.filter_search.gradients.weight_gradients` says at what cost).
+
+    Args:
+        model: The frozen model without adapters, on its device.
+        config: The adapter's configuration.
+        trainer: The trainer that is about to fit, with its data set up; None is refused.
+        device: The model's device.
+
+    Returns:
+        The configuration to go on with, and the left factors to start from.
+
+    Raises:
+        ConfigError: Without a trainer, without a batch of tokens, or if the budget is too small.
+    """
+    if trainer is None:
+        wanted = "filters: auto" if config.filters == AUTO else "start: gradient"
+        raise ConfigError(
+            f"{wanted} needs the training data of a run: a Trainer's fit builds the model with them. Without "
+            "one, choose filters with scripts/choose_filters.py and give the file that it writes (or a "
+            "mapping of layers to lists of shapes) as filters, and set start: zero"
+        )
+    found: Beginning | MokaError | None = None
+    if trainer.is_global_zero:
+        try:
+            with isolate_rng():
+                found = _begin(model, config, trainer, device)
+        except MokaError as error:
+            found = error  # the other ranks wait for it
+    found = trainer.strategy.broadcast(found)
+    if isinstance(found, MokaError):
+        raise found
+    assert found is not None
+    return found
+
+
+def _begin(model: "PreTrainedModel", config: MokaConfig, trainer: Trainer, device: torch.device) -> Beginning:
+    began = time.monotonic()
+    names = find_targets(model, config)
+    budgets = layer_budgets(linear_layers(model, names), config.components, config.budget)
+    batches = first_batches(trainer, STEPS * trainer.accumulate_grad_batches)
+    packed = PackedAttention(model) if "position_ids" in batches[0] else None
+
+    def loss(batch: dict[str, Any]) -> Tensor:
+        moved = move_data_to_device(batch, device)
+        inputs = {} if packed is None else packed.inputs(moved)
+        return score_tokens(model, moved["input_ids"], moved["labels"], **inputs).nll.sum()
+
+    chosen: Filters = {}
+    left: dict[str, list[Tensor | None]] = {}
+    for name, gradient in weight_gradients(model, names, batches, loss):
+        if config.filters == AUTO:
+            shapes = choose_within(gradient, config.components, budgets[name])
+            chosen[name] = [listed(shape) for shape in shapes]
+        else:
+            shapes = list(config.shapes_of(name, *gradient.shape))
+        if config.start == "gradient":
+            factors = initial_left_factors(gradient, shapes)
+            left[name] = [None if factor is None else factor.cpu() for factor in factors]
+    if chosen:
+        config = replace(config, filters=chosen, budget=None)
+    rank_zero_info(_told(chosen, left, len(batches), time.monotonic() - began))
+    return Beginning(config, left)
+
+
+def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
+    """The first training batches of this rank, on the CPU, from a loader that the training does not use.
+
+    Raises:
+        ConfigError: If there is none, or batches are none of token ids and labels.
+    """
+    # Lightning calls configure_model with the model's device as the default one; loaders work on the CPU.
+    source = trainer.fit_loop._data_source
+    batches: list[Any] = []
+    if source.is_defined():
+        # Quiet: the line on an epoch's batches comes when the training makes its own loader.
+        with torch.device("cpu"), quiet("lightning.pytorch.utilities.rank_zero"):
+            batches = list(islice(source.dataloader(), count))
+    if not batches or not all(isinstance(b, dict) and {"input_ids", "labels"} <= b.keys() for b in batches):
+        raise ConfigError(
+            "filters: auto and start: gradient need training batches with input_ids and labels, as "
+            "moka_pl's data modules make them; this run has none"
+        )
+    return batches
+
+
+def _told(chosen: Filters, left: Any, batches: int, seconds: float) -> str:
+    """One line on what was decided."""
+    parts = []
+    if chosen:
+        counts = Counter(tuple(shape) for shapes in chosen.values() for shape in shapes)
+        most = ", ".join(f"{_written(shape)} {count}×" for shape, count in counts.most_common(5))
+        others = sum(counts.values()) - sum(count for _, count in counts.most_common(5))
+        parts.append(
+            f"filters chosen in {len(chosen)} layers ({most}{f', others {others}×' if others else ''})"
+        )
+    if left:
+        parts.append("left factors started along it")
+    return f"gradient of the first {batches} batches: {'; '.join(parts)}; {seconds:.1f} s"
+
+
+def _written(shape: Sequence[int]) -> str:
+    m_a, n_a, m_b, n_b = shape
+    return f"{m_a}×{n_a} ⊗ {m_b}×{n_b}"

@@ -1,0 +1,373 @@
+"""The LightningModule: a frozen base with adapters, trained on completions."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from moka_pl.adapters import (
+    BaseModel,
+    MokaConfig,
+    load_adapter_state,
+    method_of,
+    read_adapter,
+    unload,
+)
+from moka_pl.adapters.directory import check_base, read_adapter_state
+from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
+from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.evaluation.module import Batch, EvaluatedModule
+from moka_pl.lm.cuda_graphs import StepCapture, fix_size
+from moka_pl.lm.packed_attention import PackedAttention
+from moka_pl.lm.scoring import score_tokens
+from moka_pl.training.auto_filters import OpenChoices
+from moka_pl.training.checkpoint import (
+    check_same_factors,
+    check_same_ratios,
+    check_trainable_state,
+    frozen_names,
+    rng_state,
+    set_rng_state,
+    trainable_state,
+)
+from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler, logged_rates, make_optimizer
+from moka_pl.training.schedule import WarmupDecay
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moka_pl.backbone.load import Backbone
+
+# Not None: the command line's help would then list none of their options.
+_BACKBONE, _ADAPTER, _RATIOS = BackboneConfig(), MokaConfig(), LearningRateRatios()
+
+if TYPE_CHECKING:
+    Adapter = Any
+else:
+    Adapter = MokaConfig  # what the command line lists the options of; lightning_cli.py sees to other classes
+
+
+class MokaModule(EvaluatedModule):
+    """Fine-tunes a frozen causal language model with a mixture of Kronecker adapters.
+
+    The loss of an optimizer step is the mean over all completion tokens of its whole batch: of every
+    accumulated micro-batch on every rank, however unevenly the tokens are spread.
+
+    Args:
+        backbone: The base model.
+        adapter: The adapters' configuration. Other methods by ``class_path`` and ``init_args``:
+            ``moka_pl.adapters.MokaUngated``, ``MokaS``, ``KronA`` or ``FullFineTuning``, or one of PEFT's
+            such as ``peft.LoraConfig``.
+        adapter_path: An adapter directory to start from; its own configuration then replaces ``adapter``.
+        optimizer: Builds the optimizer from the trainable parameters.
+        lr_scheduler: Builds the learning-rate scheduler, stepped after every optimizer step.
+        learning_rate_ratios: Multiples of the optimizer's learning rate for the left factors, the right
+            factors and the gates.
+        gradient_checkpointing: Compute activations again in the backward pass: about a third more time for a
+            fraction of the memory.
+        cuda_graphs: Record forward and backward pass as CUDA graphs, one for every size of a batch, and
+            replay them: several times faster for models of up to about a billion parameters on a GPU, at the
+            price of the memory of a batch's activations. Packed batches, gradient checkpointing and CPUs go
+            without.
+
+    Attributes:
+        resumes: Whether the coming fit goes on from a checkpoint, so that ``filters: auto`` need not choose.
+            (Without a word of it the choice is made, and gives way to the checkpoint's.)
+    """
+
+    resumes: bool = False
+
+    def __init__(
+        self,
+        backbone: BackboneConfig = _BACKBONE,
+        adapter: Adapter = _ADAPTER,
+        adapter_path: str | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0),
+        lr_scheduler: LRSchedulerCallable = lambda o: WarmupDecay(o),
+        gradient_checkpointing: bool = False,
+        cuda_graphs: bool = False,
+        learning_rate_ratios: LearningRateRatios = _RATIOS,
+    ) -> None:
+        super().__init__()
+        self.backbone = replace(backbone)
+        self.adapter: Any = deepcopy(adapter)
+        method_of(adapter)  # what is no configuration shows before any loading
+        self.adapter_path = adapter_path
+        self.adapter_prompt: str | None = None  # what the adapter's training data were written in
+        if adapter_path is not None:
+            stored = read_adapter(adapter_path)  # a damaged folder shows before any loading
+            self.adapter, self.adapter_prompt = stored.config, stored.extra.get("prompt")
+        learning_rate_ratios.check_fits(self.adapter)
+        self.learning_rate_ratios = replace(learning_rate_ratios)
+        self._open = OpenChoices(self.adapter if adapter_path is None else None)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.gradient_checkpointing = gradient_checkpointing
+        self.cuda_graphs = cuda_graphs
+        # Checkpoints hold no frozen tensor; on_load_checkpoint checks that no trainable one is missing.
+        self.strict_loading = False
+        self.model: PreTrainedModel | None = None
+        self.base: BaseModel | None = None
+        self.adapted: list[str] = []
+        self._window: Tensor | None = None
+        self._packed: PackedAttention | None = None
+        self._capture: StepCapture | None = None
+        self._schedule: WarmupDecay | None = None
+        self._rng: dict[str, Any] | None = None
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The base model's tokenizer (loaded without the model)."""
+        return load_tokenizer(self.backbone)
+
+    # Building
+
+    def configure_model(self) -> None:
+        """Loads the base onto this rank's device and injects the adapters (once).
+
+        What the configuration leaves to the first batches' gradient, a fit that begins chooses here.
+
+        Raises:
+            BackboneError: If the base cannot be had.
+            AdapterError: If the adapters do not fit it.
+            ConfigError: If there are no batches to take a gradient of.
+        """
+        if self.model is not None:
+            if self._open.ready(self._trainer, self.resumes):
+                unload(self.model)
+                self._inject(self.model)
+            return
+        loaded = self.load_base()
+        model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        options = self.backbone.options()
+        options["compute_dtype"] = str(compute_dtype(self.backbone, self.device)).removeprefix("torch.")
+        self.base = BaseModel(self.backbone.name, self.backbone.revision, fingerprint(model), options)
+        if self.adapter_path is not None:
+            check_base(read_adapter(self.adapter_path), self.base.fingerprint, self.adapter_path)
+        if self.gradient_checkpointing:
+            # Non-reentrant: gradients reach the adapters although the embeddings need none, and DDP sees
+            # every parameter once.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._inject(model)
+        if self.adapter_path is not None:
+            load_adapter_state(model, read_adapter_state(self.adapter_path), self.adapter_path)
+        # Lightning keeps the mode it finds; a loaded model is in eval mode, which switches off
+        # checkpointing and dropout.
+        model.train()
+        self.model = model
+        count = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        rank_zero_info(
+            f"{self.backbone.name} on {self.device} in {options['compute_dtype']}, "
+            f"linear weights {self.backbone.quantization}; {method_of(self.adapter).title} "
+            f"in {len(self.adapted)} layers, "
+            f"{count:,} trainable parameters"
+        )
+
+    def _inject(self, model: "PreTrainedModel") -> None:
+        """Puts the adapters into a plain model."""
+        self.adapter, self.adapted = self._open.inject(
+            model, self.adapter, self._trainer, self.device, self.resumes
+        )
+        # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
+        self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in frozen_names(model)]
+
+    def take_over(self, options: Mapping[str, Any]) -> None:
+        """Takes the filters that ``filters: auto`` chose in the run whose adapters are to be loaded.
+
+        Args:
+            options: That run's adapter options, as it stored them.
+        """
+        before, self.adapter = self.adapter, self._open.taken_over(self.adapter, options)
+        if self.model is not None and self.adapter is not before:
+            unload(self.model)
+            self._inject(self.model)
+
+    def load_base(self) -> "Backbone":
+        """Loads the frozen base onto this rank's device; subclasses may have one already."""
+        return load_backbone(self.backbone, self.device)
+
+    @property
+    def causal_lm(self) -> "PreTrainedModel":
+        """The model with its adapters.
+
+        Raises:
+            ConfigError: Before ``configure_model`` has built it.
+        """
+        if self.model is None:
+            raise ConfigError("the model is not built yet; a Trainer builds it, or call configure_model()")
+        return self.model
+
+    def configure_optimizers(self) -> "OptimizerLRScheduler":
+        """Builds optimizer and scheduler over the trainable parameters.
+
+        Raises:
+            ConfigError: If optimizer or scheduler cannot have ``learning_rate_ratios``.
+        """
+        trainable = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        optimizer = make_optimizer(self.optimizer, trainable, self.learning_rate_ratios)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        scheduler = self.lr_scheduler(optimizer)
+        if not self.learning_rate_ratios.alike:
+            check_scheduler(scheduler, optimizer, rates)
+        if isinstance(scheduler, WarmupDecay) and scheduler.total_steps is None:
+            self._schedule = scheduler
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config |= {"monitor": scheduler.monitor, "interval": "epoch"}
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        """Prepares for packed batches, and warns of a trainer precision that would round the adapters."""
+        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+            self._prepare_packing()
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            rank_zero_warn(
+                f"precision {self.trainer.precision} rounds the adapters and their optimizer state; leave "
+                "the trainer at 32-true and choose the base's dtype by backbone.compute_dtype"
+            )
+
+    def on_train_start(self) -> None:
+        """Begins with no counted tokens, and in a resumed run with the stored random generators.
+
+        Raises:
+            ConfigError: If filters or start were left to a checkpoint that did not come.
+        """
+        if self._open.left:
+            raise ConfigError(
+                "filters: auto or start: gradient was left to a checkpoint, but none was loaded"
+            )
+        self._set_schedule()
+        if self._rng is not None:
+            set_rng_state(self._rng, self.device, self.global_rank)
+            self._rng = None
+        self._window = torch.zeros(2, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        self._window = self._window.to(self.device)
+        if self.cuda_graphs:
+            self._capture = StepCapture(self.causal_lm)
+            if self._capture.obstacle is not None and self.device.type == "cuda":
+                rank_zero_info(f"no CUDA graphs: {self._capture.obstacle}")
+
+    def on_train_end(self) -> None:
+        """Gives the memory of the CUDA graphs back."""
+        self._capture = None
+
+    def prepare_batch(self, batch: Batch) -> Batch:
+        """What the data modules of this package do with a batch while it is still on the CPU."""
+        return self._fixed(batch) if self.trainer.training else batch
+
+    def _fixed(self, batch: Batch) -> Batch:
+        """Adds the batch in a size that can be recorded; on a GPU the GPU would have to be waited for."""
+        if self._capture is None or self._capture.obstacle is not None:
+            return batch
+        return batch if "position_ids" in batch or "fixed" in batch else {**batch, "fixed": fix_size(batch)}
+
+    def _set_schedule(self) -> None:
+        """Tells the schedule the number of steps.
+
+        Not in ``configure_optimizers``: asking for the number there makes Lightning (2.6) load the training
+        data before it has read the loaders' state, so that a resumed run would begin its epoch anew.
+
+        Raises:
+            ConfigError: If the run has no end.
+        """
+        if self._schedule is None:
+            return
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ConfigError(
+                "the learning-rate schedule needs the length of the run, which has no end: set "
+                "trainer.max_epochs or trainer.max_steps, or the schedule's total_steps"
+            )
+        self._schedule.set_total_steps(int(total))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the summed negative log-likelihood of the micro-batch's completion tokens.
+
+        The division by the number of tokens happens once the whole batch of the optimizer step is known.
+        """
+        batch = self._fixed(batch)  # where the data module did not
+        if "fixed" in batch:
+            assert self._capture is not None
+            total, tokens = self._capture(batch["fixed"]), batch["fixed"].tokens
+        else:
+            packed = self._prepare_packing().inputs(batch) if "position_ids" in batch else {}
+            scores = score_tokens(self.causal_lm, batch["input_ids"], batch["labels"], **packed)
+            total, tokens = scores.nll.sum(), scores.nll.numel()
+        assert self._window is not None
+        self._window[0] += total.detach()
+        self._window[1] += tokens
+        return total
+
+    def _prepare_packing(self) -> PackedAttention:
+        if self._packed is None:
+            self._packed = PackedAttention(self.causal_lm)
+            rank_zero_info(f"packed batches: {self._packed}")
+        return self._packed
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turns gradients of the sum into gradients of the mean over all tokens, and logs the step.
+
+        Lightning has divided the sums by the number of accumulated micro-batches, and DDP by the number of
+        ranks; both are multiplied back before the division by all tokens.
+        """
+        assert self._window is not None
+        window = self.trainer.strategy.reduce(self._window, reduce_op="sum")
+        assert isinstance(window, Tensor)
+        total, tokens = window[0], window[1].clamp(min=1)
+        loss = (total / tokens).float()
+        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / tokens
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor.to(torch.float32))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._window.zero_()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/grad_norm", norm)
+        for name, rate in logged_rates(optimizer, self.learning_rate_ratios).items():
+            self.log(name, rate)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the trainable tensors only, and adds the base's fingerprint and the random generators."""
+        assert self.base is not None
+        checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
+        checkpoint["moka_base"] = {"name": self.base.name, "fingerprint": self.base.fingerprint}
+        checkpoint["moka_rng"] = rng_state(self.device)
+        checkpoint["moka_adapter"] = method_of(self.adapter).options()
+        checkpoint["moka_learning_rate_ratios"] = asdict(self.learning_rate_ratios)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint's tensors are exactly this model's trainable ones.
+
+        Raises:
+            AdapterError: On a missing or unexpected tensor, another shape or another base model, or if
+                training would go on with other learning-rate ratios.
+        """
+        assert self.base is not None
+        self.take_over(checkpoint.get("moka_adapter", {}))
+        # Before the sizes: factors of other shapes may fill vectors of the same length.
+        check_same_factors(checkpoint.get("moka_adapter", {}), method_of(self.adapter).options())
+        check_trainable_state(self, checkpoint["state_dict"])
+        if self.trainer.state.fn == "fit":
+            check_same_ratios(
+                checkpoint.get("moka_learning_rate_ratios", asdict(_RATIOS)),
+                asdict(self.learning_rate_ratios),
+            )
+        written = checkpoint.get("moka_base", {})
+        if written.get("fingerprint") not in (None, self.base.fingerprint):
+            raise AdapterError(
+                f"the checkpoint was trained on another base model ({written['name']!r}); this one is "
+                f"{self.base.name!r} with another fingerprint. Load that base instead"
+            )
+        # Set when training begins: nothing before it may draw from them.
+        self._rng = checkpoint.get("moka_rng")

@@ -1,0 +1,162 @@
+"""Shapes of the factors and their parameter counts."""
+
+import math
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from moka_pl.adapters.filters import PRIME_BUDGET, count_parameters, divisors, filter_shapes
+from moka_pl.errors import ConfigError
+from moka_pl.ops.layout import Shape
+
+LLAMA2_7B = [(4096, 4096)] * 64  # q_proj and v_proj of 32 layers
+LLAMA3_8B = [(4096, 4096), (1024, 4096)] * 32
+HIGHLY_COMPOSITE = [1024, 2048, 4096, 8192, 5120, 14336, 11008, 5040, 3072, 960]
+
+
+def is_prime(number: int) -> bool:
+    return number > 1 and all(number % d for d in range(2, math.isqrt(number) + 1))
+
+
+@pytest.mark.parametrize(("layers", "entries"), [(LLAMA2_7B, 5_242_880), (LLAMA3_8B, 3_932_160)])
+def test_counts_of_the_paper(layers: list[tuple[int, int]], entries: int) -> None:
+    assert count_parameters(layers, "diverse", 10, gated=False) == entries
+    assert count_parameters(layers, "diverse", 10) == entries + 10 * len(layers)
+
+
+def test_moka_s_has_about_a_fifth_fewer_parameters() -> None:
+    saved = 1 - count_parameters(LLAMA2_7B, "prime", 10) / count_parameters(LLAMA2_7B, "diverse", 10)
+    assert 0.17 <= saved <= 0.23
+    sides = [shape.m_b for shape in filter_shapes("prime", 10, 4096, 4096)]
+    assert len(set(sides)) == 10
+    assert all(map(is_prime, sides))
+
+
+def test_five_diverse_shapes_of_a_square_layer_are_used_twice() -> None:
+    sizes = [(64, 64), (32, 128), (128, 32), (16, 256), (256, 16)]
+    expected = [Shape(a, b, 4096 // a, 4096 // b) for a, b in sizes]
+    assert [str(shape) for shape in expected[:2]] == ["64×64 ⊗ 64×64", "32×128 ⊗ 128×32"]
+    assert filter_shapes("diverse", 10, 4096, 4096) == tuple(expected * 2)
+
+
+def test_square_takes_one_shape_for_all() -> None:
+    assert filter_shapes("square", 3, 4096, 4096) == (Shape(64, 64, 64, 64),) * 3
+
+
+layer_sizes = st.integers(1, 5000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    m=layer_sizes,
+    n=layer_sizes,
+    components=st.integers(1, 12),
+    filters=st.sampled_from(["diverse", "square"]),
+)
+def test_shapes_cover_any_layer_within_its_size(m: int, n: int, components: int, filters: str) -> None:
+    shapes = filter_shapes(filters, components, m, n)
+    assert len(shapes) == components
+    for shape in shapes:
+        assert not shape.identity
+        # Covering, and no factor could be smaller by a row or a column.
+        assert shape.rows >= m > shape.m_a * (shape.m_b - 1)
+        assert shape.cols >= n > shape.n_a * (shape.n_b - 1)
+        assert 1 <= shape.m_a <= m
+        assert 1 <= shape.m_b <= m
+        assert 1 <= shape.n_a <= n
+        assert 1 <= shape.n_b <= n
+
+
+@settings(max_examples=300, deadline=None)
+@given(m=st.integers(64, 5000), n=st.integers(64, 5000), components=st.integers(1, 12))
+def test_prime_blocks_cover_any_layer_and_never_align(m: int, n: int, components: int) -> None:
+    shapes = filter_shapes("prime", components, m, n)
+    sides = [shape.n_b if n > m else shape.m_b for shape in shapes]
+    assert len(set(sides)) == components
+    for shape, side in zip(shapes, sides, strict=True):
+        assert shape.identity
+        assert shape.m_a == shape.n_a
+        assert is_prime(side)
+        assert side <= max(m, n)
+        assert shape.rows >= m
+        assert shape.cols >= n
+
+
+@settings(max_examples=100, deadline=None)
+@given(m=st.sampled_from(HIGHLY_COMPOSITE), n=st.sampled_from(HIGHLY_COMPOSITE))
+def test_prime_keeps_to_its_budget_and_uses_most_of_it(m: int, n: int) -> None:
+    used = count_parameters([(m, n)], "prime", 10, gated=False)
+    budget = PRIME_BUDGET * 10 * 2 * math.sqrt(m * n)
+    assert 0.85 * budget <= used <= budget
+
+
+@settings(max_examples=200, deadline=None)
+@given(m=st.sampled_from(HIGHLY_COMPOSITE), n=st.sampled_from(HIGHLY_COMPOSITE))
+def test_factors_of_highly_composite_layers_divide_them_and_are_balanced(m: int, n: int) -> None:
+    for shape in filter_shapes("diverse", 5, m, n):
+        assert (shape.rows, shape.cols) == (m, n)
+        for entries in (shape.m_a * shape.n_a, shape.m_b * shape.n_b):
+            assert 0.6 < entries / math.sqrt(m * n) < 1.7
+
+
+@pytest.mark.parametrize("size", [4099, 2 * 2503])  # without a divisor near the square root
+def test_layers_without_near_divisors_are_padded(size: int) -> None:
+    (shape,) = filter_shapes("square", 1, size, size)
+    assert size < shape.rows < 1.05 * size
+    assert shape.num_parameters < 2.1 * size
+
+
+@given(number=st.integers(1, 3000))
+def test_divisors(number: int) -> None:
+    assert divisors(number) == tuple(d for d in range(1, number + 1) if number % d == 0)
+
+
+def test_two_listed_numbers_are_completed_and_four_are_taken() -> None:
+    assert filter_shapes([[3, 4], [2, 5, 6, 7]], 2, 10, 30) == (Shape(3, 4, 4, 8), Shape(2, 5, 6, 7))
+
+
+def test_one_listed_shape_serves_all_components() -> None:
+    assert filter_shapes([[2, 5, 6, 7]], 3, 10, 30) == (Shape(2, 5, 6, 7),) * 3
+    assert filter_shapes([[3, 4, 9]], 2, 10, 30) == (Shape(3, 3, 4, 9, identity=True),) * 2
+
+
+def test_counts_of_identity_and_listed_shapes() -> None:
+    assert Shape(9, 9, 2, 3, identity=True).num_parameters == 6
+    assert count_parameters([(10, 30)], [[3, 4], [2, 5, 6, 7]], 2) == (12 + 32) + (10 + 42) + 2
+
+
+@pytest.mark.parametrize(
+    ("filters", "components", "message"),
+    [
+        ("cubic", 2, r"'cubic'.*diverse, square, prime"),
+        ("diverse", 0, "at least 1, not 0"),
+        ([], 2, "0 shapes for 2 components"),
+        ([[1, 1], [2, 2]], 3, "2 shapes for 3 components"),
+        ([[1, 2, 3, 4, 5]], 2, r"\[1, 2, 3, 4, 5\] is not"),
+        ([[2, 17, 2]], 2, "larger"),
+        ([[2.0, 4]], 2, r"\[2\.0, 4\] is not"),
+        ([[2, -4]], 2, r"\[2, -4\] is not"),
+        ([[2, 0]], 2, r"\[2, 0\] is not"),
+        ([[True, 2]], 2, r"\[True, 2\] is not"),
+        ([4], 2, "4 is not"),
+        (["12"], 2, "'12' is not"),
+        ([[17, 2]], 2, r"\[17, 2\].*larger than the layer \(16 outputs, 24 inputs\)"),
+        ([[2, 25]], 2, "larger"),
+        ([[2, 2, 17, 2]], 2, "larger"),
+        ([[2, 2, 2, 25]], 2, "larger"),
+    ],
+)
+def test_what_cannot_work_is_refused(filters: object, components: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        filter_shapes(filters, components, 16, 24)
+
+
+@settings(deadline=None)
+@given(m=layer_sizes, n=layer_sizes, m_a=layer_sizes, n_a=layer_sizes)
+def test_two_listed_numbers_cover_the_layer(m: int, n: int, m_a: int, n_a: int) -> None:
+    assume(m_a <= m and n_a <= n)
+    (shape,) = filter_shapes([[m_a, n_a]], 1, m, n)
+    assert (shape.m_a, shape.n_a) == (m_a, n_a)
+    assert shape.rows >= m
+    assert shape.cols >= n

@@ -1,0 +1,174 @@
+"""When a frozen layer and its update are computed as one product, and that it changes nothing else."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moka_pl.adapters import MokaConfig, MokaLinear
+from moka_pl.adapters.forward import join
+from moka_pl.backbone.base_weight import dense_weight
+from moka_pl.ops.gating import gates_of
+from moka_pl.ops.kronecker import delta_weight
+from moka_pl.ops.merged_forward import PlainUpdates, StructuredUpdates
+from moka_pl.ops.packing import unpack
+
+M, N, TOKENS = 24, 64, 40  # bitsandbytes misreads rows of 32 on some CPUs
+
+OPTIONS = {
+    "gated": {"components": 3, "scaling": 1.7},
+    "sigmoid": {"components": 3, "gating": "sigmoid", "scaling": 1.7},
+    "ungated": {"components": 3, "gating": "none", "scaling": 1.7},
+    "prime": {"components": 2, "filters": "prime"},
+}
+
+
+def adapted(
+    backend: str, four_bit: bool = False, dtype: torch.dtype = torch.float32, **options
+) -> MokaLinear:
+    """A layer with random factors and gates."""
+    torch.manual_seed(0)
+    base: nn.Linear = nn.Linear(N, M).to(dtype)
+    if four_bit:
+        quantised = bnb.nn.Linear4bit(N, M, compute_dtype=dtype, quant_type="nf4")
+        quantised.load_state_dict(base.state_dict())
+        base = quantised.to("cpu")
+    base.requires_grad_(False)
+    factors = torch.float64 if dtype is torch.float64 else torch.float32
+    layer = MokaLinear(base, MokaConfig(backend=backend, **options), factors)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.startswith("moka_"):
+                parameter.normal_(std=0.5)
+    return layer
+
+
+def tokens(count: int = TOKENS, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, count // 2, N, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def joined(layer: MokaLinear, x: Tensor):
+    kind = layer.moka_B.dtype
+    return join(layer.base_layer, x, kind, layer.shapes, layer.scaling, layer.backend, layer.gating)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("backend", ["structured", "dense", "fused"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_one_product_gives_the_outputs_and_gradients_of_float64(backend, options, four_bit) -> None:
+    layer = adapted(backend, four_bit, **options)
+    x = tokens().requires_grad_()
+    assert joined(layer, x) is not None
+    wanted = {"x": x} | {name: p for name, p in layer.named_parameters() if name.startswith("moka_")}
+    upstream = torch.randn(2, TOKENS // 2, M, generator=torch.Generator().manual_seed(2))
+    out = layer(x)
+    found = torch.autograd.grad(out, list(wanted.values()), upstream)
+
+    exact = {name: p.detach().double().requires_grad_() for name, p in wanted.items()}
+    r = layer.components
+    gated = "moka_gate" in exact
+    alpha = gates_of(exact["moka_gate"], layer.gating) if gated else torch.full((r,), 1 / r).double()
+    factors = unpack(exact.get("moka_A"), exact["moka_B"], layer.shapes)
+    delta = delta_weight(alpha * layer.scaling, factors, layer.shapes, M, N)
+    base = layer.base_layer
+    target = exact["x"] @ (dense_weight(base).double() + delta).mT + base.bias.double()
+    torch.testing.assert_close(out.double(), target, atol=1e-4, rtol=1e-4)
+    expected = torch.autograd.grad(target, list(exact.values()), upstream.double())
+    for name, ours, theirs in zip(wanted, found, expected, strict=True):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("backend", ["structured", "dense", "fused"])
+def test_one_product_saves_only_input_gates_and_factors(backend: str) -> None:
+    layer = adapted(backend, components=3)
+    x = tokens().requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    held = {t.data_ptr() for t in (x, layer.moka_gate, layer.moka_A, layer.moka_B)}
+    assert {t.data_ptr() for t in saved} == held
+
+
+def test_auto_builds_the_update_for_many_tokens_and_not_for_a_few() -> None:
+    layer = MokaLinear(nn.Linear(576, 576).requires_grad_(False), MokaConfig())
+    assert type(joined(layer, torch.randn(2, 256, 576)).updates) is PlainUpdates
+    assert type(joined(layer, torch.randn(2, 32, 576)).updates) is StructuredUpdates
+
+
+@pytest.mark.parametrize("backend", ["structured", "dense"])
+def test_an_input_that_needs_no_gradient_gets_none_and_the_factors_theirs(backend) -> None:
+    layer = adapted(backend, components=3)
+    x = tokens()
+    layer(x).square().sum().backward()
+    found = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    layer.zero_grad()
+    layer(x.requires_grad_()).square().sum().backward()
+    assert x.grad.abs().max() > 0
+    expected = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, expected)
+
+
+def test_structured_products_leave_the_frozen_weight_as_it_is() -> None:
+    layer = adapted("structured", components=3)
+    before = layer.base_layer.weight.clone()
+    layer(tokens().requires_grad_()).sum().backward()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_half_precision_is_joined_only_by_the_kernels() -> None:
+    x = tokens(512, torch.bfloat16)
+    layer = adapted("dense", dtype=torch.bfloat16, components=3)
+    assert joined(layer, x) is None
+    layer.backend = "fused"
+    assert joined(layer, x).compute is torch.bfloat16
+
+
+def test_a_trained_bias_keeps_its_gradient() -> None:
+    layer = adapted("dense", components=3)
+    layer.base_layer.bias.requires_grad_()
+    layer(tokens()).sum().backward()
+    torch.testing.assert_close(layer.base_layer.bias.grad, torch.full((M,), float(TOKENS)))
+
+
+def test_who_listens_to_the_frozen_layer_is_still_called() -> None:
+    layer = adapted("dense", components=3)
+    x = tokens()
+    expected = layer(x)
+    heard = []
+    layer.base_layer.register_forward_hook(lambda module, args, out: heard.append(out))
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(heard[0], layer.base_layer(x))
+
+
+def test_another_shape_of_linear_layer_runs_itself() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    base = Doubled(N, M).requires_grad_(False)
+    layer = MokaLinear(base, MokaConfig(backend="dense", components=3))
+    x = tokens()
+    torch.testing.assert_close(layer(x), base(x))  # ΔW = 0
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_few_tokens_without_gradients_go_through_their_own_kernels(options, four_bit, monkeypatch) -> None:
+    import moka_pl.ops.triton
+
+    layer = adapted("fused", four_bit, **options)
+    x = tokens(6)
+    calls = []
+    original = moka_pl.ops.triton.add_few_tokens_
+    monkeypatch.setattr(
+        moka_pl.ops.triton, "add_few_tokens_", lambda *args: calls.append(1) or original(*args)
+    )
+    layer(x)
+    assert not calls  # gradients are wanted
+    with torch.no_grad():
+        found = layer(x)
+    assert calls
+    expected = layer.base_layer(x).double() + x.double() @ layer.get_delta_weight().double().mT
+    torch.testing.assert_close(found.double(), expected.detach(), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,134 @@
+"""Other methods through the command line and Lightning: parsing, training, resuming."""
+
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from moka_pl.adapters import FullFineTuning, KronA, MokaConfig, adapter_state
+from moka_pl.backbone import BackboneConfig
+from moka_pl.callbacks import AdapterCheckpoint, GateMonitor
+from moka_pl.cli.adapter_class import adapter_class, module_class, named_class
+from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.inference import load_model
+from moka_pl.training.module import MokaModule
+
+LORA = {"r": 2, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]}
+DATA = ["--data=moka_pl.data.InstructionData", "--data.path=sample"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_config(adapter):
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump({"model": {"adapter": adapter}}))
+        return f"--config={file}"
+
+    return write_config
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options", "expected"),
+    [
+        (
+            {"class_path": "peft.LoraConfig", "init_args": LORA},
+            ["--model.adapter.r=4"],
+            {"r": 4, "lora_alpha": 7},
+        ),
+        ({"class_path": "peft.LoKrConfig", "init_args": {"alpha": 3}}, [], {"alpha": 3}),
+        ({"class_path": "moka_pl.adapters.KronA"}, [], {"components": 1, "gating": "none"}),
+        ({"class_path": "FullFineTuning"}, [], {"target_modules": "all"}),
+        ({"components": 4}, ["--model.adapter.filters=square"], {"components": 4, "filters": "square"}),
+    ],
+)
+def test_parses(build_cli, write, adapter, options, expected):
+    found = build_cli("fit", write(adapter), *options, *DATA, "--trainer.accelerator=cpu").model.adapter
+    assert {name: getattr(found, name) for name in expected} == expected
+    if "class_path" in adapter:
+        assert type(found).__name__ == adapter["class_path"].rpartition(".")[2]
+
+
+def test_a_wrong_option_or_class_is_told(build_cli, write, capsys):
+    for adapter, message in [
+        ({"class_path": "peft.LoraConfig", "init_args": {"rr": 8}}, "Option 'rr' is not accepted"),
+        ({"class_path": "peft.Nothing"}, "peft.Nothing is no configuration of an adapter"),
+        ({"class_path": "torch.nn.Linear"}, "torch.nn.Linear is no configuration of an adapter"),
+    ]:
+        with pytest.raises(SystemExit):
+            build_cli("fit", write(adapter), *DATA)
+        assert message in capsys.readouterr().err
+
+
+def test_the_named_class_is_found(write):
+    assert named_class(["fit", "--model.adapter=peft.LoraConfig"]) == "peft.LoraConfig"
+    assert named_class(["fit", "--model.adapter", "KronA"]) == "KronA"
+    assert named_class(["fit", write({"class_path": "A"}), "--model.adapter.class_path=B"]) == "B"
+    assert named_class(["fit", write({"components": 3})]) is None
+    assert adapter_class("LoraConfig") is peft.LoraConfig
+    assert adapter_class("KronA") is KronA
+    assert module_class("moka_pl.adapters.MokaConfig") is MokaModule
+    with pytest.raises(ConfigError, match="No module named"):
+        adapter_class("peft.no.Such")
+
+
+def test_parsing_without_a_class_needs_no_peft():
+    code = "import sys; import moka_pl.cli.lightning; assert 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def lora(dropout=0.1):
+    return peft.LoraConfig(**LORA, lora_dropout=dropout)
+
+
+def test_resuming_lora_goes_on_as_if_never_stopped(make_module, make_data, make_trainer, step_log, tmp_path):
+    def run(*callbacks, ckpt_path=None, adapter=None, **options):
+        steps, module = step_log(), make_module(lr=1e-2)
+        module.adapter = adapter or lora()
+        keeping = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        trainer = make_trainer(steps, *callbacks, enable_checkpointing=keeping, max_epochs=1, **options)
+        trainer.fit(module, make_data(), ckpt_path=ckpt_path, weights_only=True)
+        return steps.losses, module, trainer
+
+    whole, module, _ = run(GateMonitor(), AdapterCheckpoint(dirpath=str(tmp_path / "adapters")))
+    keep = ModelCheckpoint(dirpath=tmp_path / "c", every_n_train_steps=3, save_top_k=-1)
+    run(keep)
+    file = next((tmp_path / "c").glob("*step=3*"))
+    stored = torch.load(file, weights_only=True)
+    assert stored["state_dict"].keys() == {n for n, p in module.named_parameters() if p.requires_grad}
+    resumed, again, _ = run(ckpt_path=file)
+    assert resumed == {step: loss for step, loss in whole.items() if step > 3}
+    assert len(resumed) > 2
+    for name, tensor in adapter_state(module.causal_lm).items():
+        assert torch.equal(tensor, adapter_state(again.causal_lm)[name])
+    with pytest.raises(AdapterError, match="lora_alpha is 7, here it is 9"):
+        run(ckpt_path=file, adapter=peft.LoraConfig(**(LORA | {"lora_alpha": 9})))
+    with pytest.raises(AdapterError, match="its method is LORA, here it is MOKA"):
+        run(ckpt_path=file, adapter=MokaConfig(components=2))
+
+    # The directory that the run left gives the trained model, and the same module to validate with.
+    loaded, _ = load_model(tmp_path / "adapters/last", device="cpu")
+    ids = torch.randint(4, 200, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, module.causal_lm.eval()(ids).logits)
+    other = MokaModule(
+        BackboneConfig(name="tiny", weights="random", seed=1), adapter_path=str(tmp_path / "adapters/last")
+    )
+    with pytest.raises(AdapterError, match="another base model"):
+        other.configure_model()
+
+
+def test_full_fine_tuning_trains_and_keeps_everything(make_module, make_data, make_trainer, tmp_path):
+    module = make_module(lr=1e-3, backbone=BackboneConfig("tiny", weights="random", quantization="none"))
+    module.adapter = FullFineTuning()
+    keep = ModelCheckpoint(dirpath=tmp_path / "c", save_last=True)
+    trainer = make_trainer(keep, AdapterCheckpoint(dirpath=str(tmp_path / "a")), enable_checkpointing=True)
+    trainer.fit(module, make_data())
+    stored = torch.load(tmp_path / "c/last.ckpt", weights_only=True)["state_dict"]
+    assert stored.keys() == {name for name, _ in module.named_parameters()}
+    loaded, _ = load_model(tmp_path / "a/last", device="cpu")
+    for one, other in zip(loaded.parameters(), module.causal_lm.parameters(), strict=True):
+        assert torch.equal(one, other)

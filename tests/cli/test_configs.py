@@ -1,0 +1,73 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+
+from moka_pl import callbacks
+from moka_pl.data import MokaDataModule
+from moka_pl.training.module import MokaModule
+from moka_pl.training.schedule import WarmupDecay
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ON_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def path(request, monkeypatch):
+    """A configuration, seen from the project's folder as the README's commands are."""
+    monkeypatch.chdir(ROOT)
+    return request.param.relative_to(ROOT)
+
+
+def commands(path):
+    """The commands in the comment at the head of a file."""
+    head = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        head.append(line.lstrip("# "))
+    return [shlex.split(line) for line in head if line.startswith("python -m moka_pl ")]
+
+
+def test_there_are_some():
+    assert {"smollm2", "llama2", "llama3"} <= {path.stem for path in CONFIGS}
+
+
+def test_builds_by_the_command_in_its_comment(path, build_cli):
+    found = commands(path)
+    assert found
+    for command in found:
+        assert command[:4] == ["python", "-m", "moka_pl", "fit"]
+        assert command[command.index("--config") + 1] == path.as_posix()
+        built = build_cli(*command[3:], *ON_CPU)
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(built.model, MokaModule)
+    assert isinstance(built.datamodule, MokaDataModule)
+    model = written["model"]
+    assert built.model.backbone.name == model["backbone"]["name"]
+    adapter = model["adapter"].get("init_args", model["adapter"])
+    # PEFT keeps them as a set.
+    assert set(built.model.adapter.target_modules) == set(adapter["target_modules"])
+    assert built.trainer.max_epochs == written["trainer"]["max_epochs"]
+    kinds = [type(callback) for callback in built.trainer.callbacks]
+    # RunCheckpoint: a run's end is in last.ckpt, whatever every_n_train_steps is.
+    for kind in ("AdapterCheckpoint", "GateMonitor", "RunCheckpoint", "RunSummary"):
+        assert kinds.count(getattr(callbacks, kind)) == 1
+    logger = built.trainer.logger
+    assert isinstance(logger, TensorBoardLogger)
+    assert (logger.save_dir, logger.name) == ("lightning_logs", path.stem)
+    # The optimizer and its schedule can be built, with the file's learning rate.
+    optimizer = built.model.optimizer([nn.Parameter(nn.Linear(1, 1).weight)])
+    assert optimizer.param_groups[0]["lr"] == model["optimizer"]["init_args"]["lr"]
+    assert isinstance(built.model.lr_scheduler(optimizer), WarmupDecay)
+
+
+def test_rates_are_numbers(path):
+    # YAML reads 4e-3 as text; every rate must be written with a point.
+    for value in re.findall(r"^\s+lr:\s+(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+        assert isinstance(yaml.safe_load(value), float)

@@ -1,0 +1,188 @@
+"""``moka-pl generate``."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moka_pl.adapters import adapters_disabled
+from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.cli.generate import generate
+from moka_pl.cli.main import main
+from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.inference import load_model
+from moka_pl.prompts.segments import alpaca
+from moka_pl.prompts.templates import cloze_prompt
+
+PROMPT = "What is the capital of France?"
+
+
+CHAT = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+ALPACA = alpaca({"instruction": PROMPT, "input": "", "output": "", "messages": []})[0].text
+CLOZE = cloze_prompt(PROMPT)
+
+
+def likeliest(adapter: Path, count: int, disabled: bool = False, text: str = CHAT) -> str:
+    """The likeliest continuation of a text, one full forward pass a token."""
+    model, tokenizer = load_model(adapter)
+    prompt = ids = torch.tensor([tokenizer(text).input_ids], device=model.device)
+
+    def extend(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+
+    for _ in range(count):
+        if disabled:
+            with adapters_disabled(model):
+                ids = extend(ids)
+        else:
+            ids = extend(ids)
+        if ids[0, -1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def test_it_prints_the_likeliest_answer(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = likeliest(adapter, 12)
+    capsys.readouterr()
+    for _ in range(2):
+        generate(adapter, PROMPT, max_new_tokens=12)
+        output = capsys.readouterr()
+        assert output.out == expected + "\n"
+        assert output.err == ""
+
+
+def test_compare_prints_both(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapted, base = likeliest(adapter, 12), likeliest(adapter, 12, disabled=True)
+    assert adapted != base
+    capsys.readouterr()
+    generate(adapter, PROMPT, max_new_tokens=12, compare=True)
+    assert capsys.readouterr().out == f"[base] {base}\n\n[adapted] {adapted}\n"
+
+
+def test_on_the_command_line(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(adapter, PROMPT, max_new_tokens=5, compare=True)
+    expected = capsys.readouterr().out
+    main(["generate", str(adapter), PROMPT, "--max_new_tokens", "5", "--compare"])
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "text"),
+    [
+        ("alpaca", None, ALPACA),
+        ("cloze", None, CLOZE),
+        ("letters", None, CLOZE),
+        ("llm_adapters", None, ALPACA),
+        ("chat", None, CHAT),
+        ("alpaca", "chat", CHAT),
+        ("chat", "alpaca", ALPACA),
+        ("alpaca", "raw", PROMPT),
+        ("one's own", "raw", PROMPT),
+    ],
+)
+def test_it_asks_in_the_words_of_the_training(
+    make_adapter: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    stored: str,
+    given: str | None,
+    text: str,
+) -> None:
+    adapter = make_adapter(prompt=stored)
+    expected = likeliest(adapter, 8, text=text)
+    others = {likeliest(adapter, 8, text=other) for other in {CHAT, ALPACA, CLOZE, PROMPT} - {text}}
+    assert expected not in others
+    capsys.readouterr()
+    option = [] if given is None else ["--prompt_format", given]
+    main(["generate", str(adapter), PROMPT, "--max_new_tokens=8", *option])
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_formats_that_cannot_be_had(
+    make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(prompt="one's own")
+    with pytest.raises(ConfigError, match=r"a prompt that is unknown here; .* not \"one's own\""):
+        generate(adapter, PROMPT)
+    with pytest.raises(
+        ConfigError,
+        match="prompt_format must be one of chat, alpaca, cloze, letters, llm_adapters, raw, not 'x'",
+    ):
+        generate(adapter, PROMPT, prompt_format="x")
+
+    def without_template(*args: object, **options: object) -> object:
+        model, tokenizer = load_model(*args, **options)
+        tokenizer.chat_template = None
+        return model, tokenizer
+
+    monkeypatch.setattr("moka_pl.inference.load_model", without_template)
+    with pytest.raises(ConfigError, match="no chat template; choose another one by --prompt_format"):
+        generate(adapter, PROMPT, prompt_format="chat")
+
+
+def test_without_a_remembered_format_or_a_template_the_prompt_stays_bare(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = likeliest(adapter, 8, text=PROMPT)
+    model, tokenizer = load_model(adapter)
+    tokenizer.chat_template = None
+    monkeypatch.setattr("moka_pl.inference.load_model", lambda *args, **options: (model, tokenizer))
+    capsys.readouterr()
+    generate(adapter, PROMPT, max_new_tokens=8)
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_it_needs_no_lightning(make_adapter: Callable[..., Path]) -> None:
+    adapter = make_adapter(prompt="alpaca")
+    code = (
+        "import sys; from moka_pl.cli.main import main\n"
+        "main(['generate', sys.argv[1], 'Hello', '--max_new_tokens=1'])\n"
+        "assert not {'lightning', 'datasets'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(adapter)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_temperature_samples(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        generate(adapter, PROMPT, max_new_tokens=12, temperature=2.0)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_the_base_may_lie_elsewhere(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate(adapter, PROMPT, max_new_tokens=5)
+    expected = capsys.readouterr().out
+    base = load_backbone(BackboneConfig("tiny", weights="random"))
+    base.model.config.save_pretrained(tmp_path / "base")  # the same shape and seed: the same weights
+    main(["generate", str(adapter), PROMPT, "--max_new_tokens=5", f"--base={tmp_path / 'base'}"])
+    assert capsys.readouterr().out == expected
+    with pytest.raises(AdapterError, match="another base model"):
+        generate(adapter, PROMPT, base=_another(base, tmp_path / "other"))
+
+
+def _another(base: object, folder: Path) -> str:
+    base.model.config.intermediate_size += 64
+    base.model.config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"temperature": -0.5}, "temperature must be at least 0 and finite, not -0.5"),
+        ({"temperature": float("nan")}, "temperature must be"),
+    ],
+)
+def test_options_that_cannot_work(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generate(**({"adapter": tmp_path, "prompt": PROMPT} | options))

@@ -1,0 +1,196 @@
+"""``moka-pl inspect``."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moka_pl.adapters.directory import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_state
+from moka_pl.cli.functions import FUNCTIONS
+from moka_pl.cli.inspect import _by_number, inspect
+from moka_pl.cli.main import main
+
+
+def facts(output: str) -> dict[str, str]:
+    return {line[:30].strip(): line[30:] for line in output.partition("\n\n")[0].splitlines()}
+
+
+def test_it_prints_the_facts(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(adapter)
+    count = sum(tensor.numel() for tensor in read_adapter_state(adapter).values())
+    assert facts(capsys.readouterr().out) == {
+        "base model": f"tiny (fingerprint {read_adapter(adapter).base.fingerprint})",
+        "quantization": "nf4",
+        "components": "3",
+        "filters": "diverse",
+        "gating": "softmax",
+        "scaling": "3.0",
+        "target modules": "q_proj, v_proj",
+        "parameters": f"{count:,}",
+        "val/accuracy": "0.5000",
+        "val/loss": "1.2346",
+    }
+
+
+@pytest.mark.parametrize(("found_at", "shown"), [(7, None), (4, "4 (the weights are of step 7)")])
+def test_it_says_of_which_step_the_metrics_are(
+    make_adapter: Callable, capsys: pytest.CaptureFixture[str], found_at: int, shown: str | None
+) -> None:
+    inspect(make_adapter(more={"metrics_step": found_at}))
+    assert facts(capsys.readouterr().out).get("these metrics are of step") == shown
+
+
+def test_layers_are_in_the_order_of_the_model() -> None:
+    names = [f"model.layers.{n}.self_attn.{kind}" for n in (0, 1, 2, 10, 11) for kind in ("k_proj", "q_proj")]
+    assert sorted(sorted(names), key=_by_number) == names != sorted(names)
+
+
+def test_it_prints_the_gates(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(adapter)
+    header, *rows = capsys.readouterr().out.partition("\n\n")[2].splitlines()
+    assert header.split()[:4] == ["gates", "by", "layer", "entropy"]
+    assert len(rows) == 4
+    state = read_adapter_state(adapter)
+    for row in rows:
+        name, entropy, *alpha = row.split()
+        expected = torch.softmax(state[f"{name}.moka_gate"], 0)
+        assert [float(a) for a in alpha] == pytest.approx(expected.tolist(), abs=6e-4)
+        expected_entropy = float(-(expected * expected.log()).sum() / math.log(3))
+        assert float(entropy) == pytest.approx(expected_entropy, abs=6e-5)
+
+
+def test_it_prints_sigmoid_gates(make_adapter: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_adapter(gating="sigmoid")
+    inspect(path)
+    output = capsys.readouterr().out
+    assert facts(output)["gating"] == "sigmoid"
+    state = read_adapter_state(path)
+    for row in output.partition("\n\n")[2].splitlines()[1:]:
+        name, entropy, *alpha = row.split()
+        expected = 2 / 3 * torch.sigmoid(state[f"{name}.moka_gate"])
+        assert [float(a) for a in alpha] == pytest.approx(expected.tolist(), abs=6e-4)
+        shares = expected / expected.sum()
+        assert float(entropy) == pytest.approx(float(-(shares * shares.log()).sum() / math.log(3)), abs=6e-5)
+
+
+def test_a_single_component_has_full_entropy(make_adapter: Callable, capsys: pytest.CaptureFixture) -> None:
+    inspect(make_adapter(components=1))
+    assert capsys.readouterr().out.splitlines()[-1].split()[1:] == ["1.0000", "1.000"]
+
+
+def test_without_gates(make_adapter: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(make_adapter(gating="none", target_modules=r".*\.0\..*q_proj"))
+    output = capsys.readouterr().out
+    assert facts(output)["gating"] == "none"
+    assert facts(output)["target modules"] == r".*\.0\..*q_proj"
+    assert "entropy" not in output
+
+
+def test_on_the_command_line(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(adapter)
+    expected = capsys.readouterr().out
+    main(["inspect", str(adapter)])
+    assert capsys.readouterr().out == expected
+
+
+def test_it_loads_neither_a_base_model_nor_its_libraries(adapter: Path) -> None:
+    code = (
+        "import sys; from moka_pl.cli.main import main; main(['inspect', sys.argv[1]])\n"
+        "assert not {'lightning', 'transformers', 'bitsandbytes', 'datasets'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(adapter)], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "gates by layer" in result.stdout
+
+
+def damage_config(adapter: Path) -> None:
+    (adapter / CONFIG_NAME).write_text("{")
+
+
+def damage_weights(adapter: Path) -> None:
+    file = adapter / WEIGHTS_NAME
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def remove_weights(adapter: Path) -> None:
+    (adapter / WEIGHTS_NAME).unlink()
+
+
+def remove_all(adapter: Path) -> None:
+    adapter.rename(adapter.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["generate", "Hello"]], ids=lambda c: c[0])
+@pytest.mark.parametrize("damage", [damage_config, damage_weights, remove_weights, remove_all])
+def test_a_damaged_directory_is_one_line_and_status_2(
+    command: list[str], damage: Callable[[Path], None], adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(adapter)
+    name, *options = command
+    arguments = [name, str(adapter), *options]
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith(f"moka_pl: error: {adapter}")
+
+
+def test_the_process_ends_with_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moka_pl", "inspect", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"moka_pl: error: {tmp_path} is not an adapter directory: it has no adapter_config.json\n"
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pipes of this kind")
+@pytest.mark.parametrize(
+    ("option", "unbuffered"), [(None, ""), (None, "1"), ("--help", "")], ids=["at the end", "at once", "help"]
+)
+def test_a_reader_that_has_gone_ends_it_in_silence(
+    option: str | None, unbuffered: str, adapter: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moka_pl", "inspect", option or str(adapter)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # as `| head -0` does, long before the first line is written
+    _, error = process.communicate()
+    assert (process.returncode, error) == (141, b"")
+
+
+def test_another_broken_pipe_is_no_silent_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(adapter: Path) -> None:
+        """Talks to a worker."""
+        raise BrokenPipeError("a worker is gone")
+
+    monkeypatch.setitem(FUNCTIONS, "inspect", fail)
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        main(["inspect", "somewhere"])
+
+
+@pytest.mark.parametrize("command", ["inspect", "generate"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert "An adapter directory." in capsys.readouterr().out
+
+
+def test_a_missing_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect"])
+    assert caught.value.code == 2
+    assert "adapter" in capsys.readouterr().err

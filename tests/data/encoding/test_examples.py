@@ -1,0 +1,225 @@
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moka_pl.data.encoding import examples as encode
+from moka_pl.data.encoding.examples import (
+    DROPPED,
+    KEPT,
+    MASKED,
+    TRUNCATED,
+    ChoiceEncoder,
+    SegmentEncoder,
+    adds_bos,
+    encode_rows,
+    tokenizer_digest,
+)
+from moka_pl.data.formats.choice import choice_features
+from moka_pl.errors_part import DataError
+from moka_pl.prompts.segments import Segment
+
+SETTINGS = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+# Text that the byte-level tokenizer gives back as it was: no lone surrogates, no special tokens.
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=30)
+
+
+def as_segments(row):
+    return [Segment(row["prompt"], False), Segment(row["completion"], True, end=True)]
+
+
+def prompt_of(row):
+    return f"Question: {row['question']}\nAnswer:"
+
+
+def options_of(row):
+    return [f" {choice}" for choice in row["choices"]]
+
+
+def choice_encoder(tokenizer, max_length=64, bos=False):
+    return ChoiceEncoder(tokenizer, prompt_of, options_of, max_length, bos, ("a", "b"))
+
+
+def question(
+    question="What is the capital of France?", choices=("Paris", "London, or so"), answer=0, task="b"
+):
+    return {"where": "x", "task": task, "question": question, "choices": list(choices), "answer": answer}
+
+
+def pairs(*completions):
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": "Say hello:", "completion": text} for text in completions])
+
+
+@SETTINGS
+@given(prompt=TEXT, completion=TEXT, max_length=st.integers(2, 40))
+def test_labels_cover_the_completion_only(shared_tokenizer, prompt, completion, max_length):
+    encoder = SegmentEncoder(shared_tokenizer, as_segments, max_length, bos=False)
+    # A space as border: there the tokenizer always splits.
+    columns = encoder({"prompt": prompt.rstrip() + ":", "completion": " x" + completion})
+    ids, labels = columns["input_ids"], columns["labels"]
+    assert len(ids) == len(labels) == columns["length"] <= max_length
+    assert all(label in (MASKED, token) for token, label in zip(ids, labels, strict=True))
+    full = SegmentEncoder(shared_tokenizer, as_segments, 10_000, bos=False)(
+        {"prompt": prompt.rstrip() + ":", "completion": " x" + completion}
+    )
+    assert (
+        shared_tokenizer.decode([t for t in full["labels"] if t != MASKED])
+        == " x" + completion + "<|im_end|>"
+    )
+    masked = [t for t, label in zip(full["input_ids"], full["labels"], strict=True) if label == MASKED]
+    assert shared_tokenizer.decode(masked) == prompt.rstrip() + ":"
+    assert (ids, labels) == (full["input_ids"][:max_length], full["labels"][:max_length])
+    cut = full["length"] > max_length
+    lost = all(label == MASKED for label in labels)
+    assert columns["status"] == (DROPPED if lost else TRUNCATED if cut else KEPT)
+    assert columns["full_length"] == full["length"]
+
+
+@SETTINGS
+@given(pieces=st.lists(st.tuples(TEXT, st.booleans()), min_size=1, max_size=5))
+def test_labels_stay_inside_trained_segments(shared_tokenizer, pieces):
+    segments = [Segment(text, flag) for text, flag in pieces]
+    columns = SegmentEncoder(shared_tokenizer, lambda row: row["segments"], 10_000, False)(
+        {"segments": segments}
+    )
+    text = "".join(text for text, _ in pieces)
+    flags = [flag for piece, flag in pieces for _ in piece]
+    offsets = shared_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    for label, (start, end) in zip(columns["labels"], offsets, strict=True):
+        assert (label != MASKED) == all(flags[start:end])
+
+
+def test_real_eos_is_trained_although_it_is_the_padding(tiny_tokenizer):
+    assert tiny_tokenizer.pad_token_id == tiny_tokenizer.eos_token_id
+    columns = SegmentEncoder(tiny_tokenizer, as_segments, 64, False)({"prompt": "Hi", "completion": " you"})
+    assert columns["labels"][-1] == columns["input_ids"][-1] == tiny_tokenizer.eos_token_id
+
+
+def test_bos_only_where_the_tokenizer_adds_one(tiny_tokenizer, bos_tokenizer):
+    assert not adds_bos(tiny_tokenizer)
+    assert adds_bos(bos_tokenizer)
+    row = {"prompt": "Hi", "completion": " you"}
+    columns = SegmentEncoder(bos_tokenizer, as_segments, 64, adds_bos(bos_tokenizer))(row)
+    expected = [*bos_tokenizer("Hi you").input_ids, bos_tokenizer.eos_token_id]
+    assert columns["input_ids"] == expected
+    assert columns["labels"][0] == MASKED
+
+
+def test_tokenizer_without_eos(tiny_tokenizer):
+    tiny_tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        SegmentEncoder(tiny_tokenizer, as_segments, 64, False)({"prompt": "Hi", "completion": " you"})
+
+
+def test_slow_tokenizer(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tiny_tokenizer), "is_fast", False)
+    with pytest.raises(DataError, match="no character offsets"):
+        encode_rows(pairs("x"), SegmentEncoder(tiny_tokenizer, as_segments, 9, False), key="k", label="l")
+
+
+def test_report_counts(tiny_tokenizer):
+    from datasets import Dataset
+
+    rows = Dataset.from_list(
+        [
+            {"prompt": "a", "completion": " b"},
+            {"prompt": "a", "completion": " b" * 40},
+            {"prompt": "a " * 40, "completion": " b"},
+        ]
+    )
+    encoder = SegmentEncoder(tiny_tokenizer, as_segments, 16, False)
+    encoded = encode_rows(rows, encoder, key="k", label="l")
+    first = encoder(rows[0])
+    report = encoded.report
+    assert (report.read, report.kept, report.truncated, report.dropped) == (3, 2, 1, 1)
+    assert report.tokens == first["length"] + 16
+    assert report.trained == first["trained"] + 15
+    assert report.longest == max(encoder(row)["full_length"] for row in rows)
+    assert len(encoded.rows) == 2
+    assert "3 examples read, 2 kept (1 of them truncated), 1 dropped" in str(report)
+    assert (report + report).read == 6
+
+
+def test_all_dropped(tiny_tokenizer):
+    encoder = SegmentEncoder(tiny_tokenizer, as_segments, 2, False)
+    with pytest.raises(
+        DataError, match=r"All 2 examples of some train were dropped: .*max_length=2.*Raise max_length"
+    ):
+        encode_rows(pairs(" one", " two"), encoder, key="k", label="some train")
+
+
+def test_second_call_hits_the_cache(tiny_tokenizer, write_jsonl, monkeypatch):
+    from datasets import Dataset
+
+    rows = Dataset.from_json(str(write_jsonl("p.jsonl", [{"prompt": "a", "completion": " b"}])))
+
+    def run(**changes):
+        options = {"tokenizer": tiny_tokenizer, "max_length": 32, "bos": False} | changes
+        key = options.pop("key", "k")
+        return encode_rows(rows, SegmentEncoder(segments=as_segments, **options), key=key, label="l")
+
+    first = run()
+    tiny_tokenizer("some text", truncation=True, max_length=2, padding="max_length")  # changes its state
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentEncoder, "__call__", lambda self, row: pytest.fail("encoded again"))
+        second = run()
+    assert second.rows[:] == first.rows[:]
+    assert second.report == first.report
+    calls = []
+    original = SegmentEncoder.__call__
+    monkeypatch.setattr(SegmentEncoder, "__call__", lambda self, row: calls.append(1) or original(self, row))
+    run(max_length=31)
+    run(key="other")
+    run(bos=True)
+    tiny_tokenizer.chat_template = "another"
+    run()
+    monkeypatch.setattr(encode, "ENCODING_VERSION", -1)
+    run()
+    assert len(calls) == 5
+
+
+def test_digest_follows_the_vocabulary(tiny_tokenizer):
+    before = tokenizer_digest(tiny_tokenizer)
+    tiny_tokenizer.add_tokens(["newword"])
+    assert tokenizer_digest(tiny_tokenizer) != before
+
+
+def test_choice_items(tiny_tokenizer):
+    columns = choice_encoder(tiny_tokenizer)(question())
+    decode = tiny_tokenizer.decode
+    assert decode(columns["prompt_ids"]) == "Question: What is the capital of France?\nAnswer:"
+    assert [decode(ids) for ids in columns["option_ids"]] == [" Paris", " London, or so"]
+    assert columns["option_chars"] == [5, 13]
+    assert (columns["answer"], columns["task"], columns["status"]) == (0, 1, KEPT)
+    longest = max(map(len, columns["option_ids"]))
+    assert columns["length"] == len(columns["prompt_ids"]) + longest
+    assert columns["slots"] == 2 * columns["length"]
+    assert columns["trained"] == sum(map(len, columns["option_ids"]))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_choice_prompt_is_cut_on_the_left(bos, bos_tokenizer):
+    full = choice_encoder(bos_tokenizer, 64, bos)(question())
+    cut = choice_encoder(bos_tokenizer, full["length"] - 3, bos)(question())
+    assert cut["status"] == TRUNCATED
+    assert cut["option_ids"] == full["option_ids"]
+    kept = full["prompt_ids"][3:]
+    assert cut["prompt_ids"] == ([bos_tokenizer.bos_token_id, *full["prompt_ids"][4:]] if bos else kept)
+    assert cut["length"] == full["length"] - 3
+
+
+def test_choice_with_an_option_that_does_not_fit(tiny_tokenizer):
+    longest = max(map(len, choice_encoder(tiny_tokenizer)(question())["option_ids"]))
+    fits = choice_encoder(tiny_tokenizer, longest + 1)(question())
+    assert (fits["status"], len(fits["prompt_ids"])) == (TRUNCATED, 1)
+    # An option needs one token before it to be predicted from.
+    assert choice_encoder(tiny_tokenizer, longest)(question())["status"] == DROPPED
+
+    from datasets import Dataset
+
+    rows = Dataset.from_list([question(), question(choices=("yes", "no"))], features=choice_features())
+    encoded = encode_rows(rows, choice_encoder(tiny_tokenizer, longest), key="k", label="l")
+    assert (encoded.report.dropped, encoded.report.kept, len(encoded.rows)) == (1, 1, 1)

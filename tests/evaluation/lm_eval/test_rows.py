@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+
+from moka_pl.errors_part import DataError
+from moka_pl.evaluation.lm_eval.rows import cloze_splits, mmlu_splits
+
+
+def test_questions_of_both_forms(questions: Path) -> None:
+    files = {
+        "test": str(questions / "boolean" / "test.json"),
+        "train": str(questions / "physical" / "train.json"),
+    }
+    rows = cloze_splits("boolean", files, version=1.0)
+    assert sorted(rows) == ["test", "train"]
+    assert rows["test"][0]["choices"] == ["true", "false"]
+    assert rows["test"][0]["question"].endswith("?")
+    assert {type(row["answer"]) for row in rows["test"]} == {int}
+
+
+def test_questions_of_mmlu(mmlu: Path) -> None:
+    rows = mmlu_splits("astronomy", {"test": str(mmlu / "test" / "astronomy_test.csv")})["test"]
+    assert rows["answer"][:] == [0, 1, 2, 3]
+    assert rows[1] == {
+        "question": 'test, "1": how many astronomy?',
+        "choices": ["one, or", "two", "3", "four"],
+        "answer": 1,
+    }
+
+
+def test_rows_of_no_use(mmlu: Path) -> None:
+    file = mmlu / "test" / "astronomy_test.csv"
+    file.write_text(file.read_text(encoding="utf-8").replace("two", ""), encoding="utf-8")
+    with pytest.raises(DataError, match=r"astronomy_test\.csv, line 2: choice 2 of 4 is empty"):
+        mmlu_splits("astronomy", {"test": str(file)})

@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from moka_pl.errors import ConfigError
+from moka_pl.errors_part import DataError
+from moka_pl.evaluation.lm_eval.tasks import select_tasks
+
+
+def leaves(tasks: list) -> list[str]:
+    return [task.task_name for task in tasks]
+
+
+def test_names_and_patterns(questions: Path) -> None:
+    found = select_tasks(["physical", "s*", "physical"], questions)
+    assert found.names == leaves(found.tasks) == ["physical", "science_easy"]
+    assert len(found.tasks[0].eval_docs) == 12
+
+
+def test_a_group_holds_its_subjects(mmlu: Path) -> None:
+    (group,) = select_tasks(["mmlu"], mmlu).tasks
+    assert leaves(group.get_all_tasks()) == ["mmlu_astronomy", "mmlu_world_religions"]
+    with pytest.raises(
+        ConfigError, match=r"the task mmlu_astronomy is asked for twice: by mmlu_a.* and by mmlu"
+    ):
+        select_tasks(["mmlu_astronomy", "mmlu"], mmlu)
+
+
+def test_unknown_names_are_told_with_near_ones(questions: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no task named 'physics'; did you mean physical\? \(the local data"
+    ):
+        select_tasks(["boolean", "physics"], questions)
+    with pytest.raises(ConfigError, match=r"no task named 'arc_eazy'; did you mean arc_easy\b"):
+        select_tasks(["arc_eazy"])
+
+
+def test_no_names(questions: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no tasks are given; .*has boolean, physical, science_easy"):
+        select_tasks([], questions)
+
+
+def test_local_data_go_before_tasks_of_the_same_name(questions: Path) -> None:
+    (questions / "physical").rename(questions / "piqa")
+    # The other name makes it look through lm_eval's own tasks, which have a piqa, too.
+    with pytest.raises(ConfigError, match="no task named 'nothing of that name'"):
+        select_tasks(["piqa", "nothing of that name"], questions)
+    (task,) = select_tasks(["piqa"], questions).tasks
+    assert task.config.dataset_kwargs["files"] == {"test": str(questions / "piqa" / "test.json")}
+
+
+def test_data_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(**options: object) -> None:
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(
+        ConfigError, match=r"the task arc_easy of lm_eval cannot be loaded: no route. Connect"
+    ):
+        select_tasks(["arc_easy"])
+
+
+def test_local_data_of_no_use(questions: Path) -> None:
+    (questions / "physical" / "test.json").write_text(json.dumps([{"question": "?", "choices": ["a", "b"]}]))
+    with pytest.raises(DataError, match=r"physical/test.json, item 1: field 'answer' is missing"):
+        select_tasks(["physical"], questions)

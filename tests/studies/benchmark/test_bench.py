@@ -1,0 +1,98 @@
+"""A row that fails leaves no trace."""
+
+import weakref
+
+import pytest
+import torch
+
+from moka_pl.studies.benchmark import cases as rows
+from moka_pl.studies.benchmark.bench import first_line
+
+MOKA = rows.moka("MoKA r10")
+
+
+def work(model) -> dict[str, float]:
+    with torch.no_grad():
+        return {"sum": float(model(torch.arange(6)[None]).logits.double().sum())}
+
+
+def test_rows_share_one_clean_model(bench) -> None:
+    seen = []
+
+    def remember(model) -> dict[str, float]:
+        seen.append(model)
+        return work(model)
+
+    first, adapted, again = (
+        bench.measure(row, remember)[0] for row in (rows.frozen(), MOKA, rows.frozen("again"))
+    )
+    assert first == again != adapted
+    assert seen[0] is seen[1] is seen[2]
+
+
+def test_what_fails_is_reported_and_its_memory_freed(bench) -> None:
+    expected, _ = bench.measure(rows.frozen(), work)
+    kept = []
+
+    def fail(model) -> dict[str, float]:
+        held = torch.zeros(1000)
+        kept.append(weakref.ref(held))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+
+    values, error = bench.measure(MOKA, fail)
+    assert values == {}
+    assert error == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert kept[0]() is None
+    assert bench.measure(rows.frozen(), work) == (expected, None)
+
+
+def half_in(model):
+    """Fails with one layer replaced and a hook left behind."""
+    MOKA.put(model)
+    model.get_input_embeddings().register_forward_hook(lambda *args: None)
+    raise ValueError("half in")
+
+
+def not_out(model):
+    MOKA.put(model)
+
+    def remove() -> None:
+        raise ValueError("stuck")
+
+    return remove
+
+
+@pytest.mark.parametrize("put", [half_in, not_out])
+def test_a_model_that_cannot_be_restored_is_built_again(put, bench, capsys) -> None:
+    expected, _ = bench.measure(rows.frozen(), work)
+    _, error = bench.measure(rows.Row("bad", put), work)
+    assert error == ("ValueError: half in" if put is half_in else None)
+    assert ("bad could not be taken out: ValueError: stuck" in capsys.readouterr().err) == (put is not_out)
+    assert bench.measure(rows.frozen(), work) == (expected, None)
+
+
+def test_a_row_may_spoil_the_model(bench) -> None:
+    models = []
+
+    def remember(model) -> dict[str, float]:
+        models.append(id(model))
+        models.append(model)
+        return {}
+
+    bench.measure(rows.Row("spoils", lambda model: lambda: None, spoils=True), remember)
+    bench.measure(rows.frozen(), remember)
+    assert models[0] != models[2]
+
+
+def test_a_model_that_cannot_be_built_is_a_failure_of_its_rows() -> None:
+    from moka_pl.studies.benchmark.bench import Bench
+
+    _, error = Bench("no-such", "cpu").measure(rows.frozen(), work)
+    assert error is not None
+    assert error.startswith("BackboneError: weights: random knows no shape 'no-such'")
+
+
+def test_first_line() -> None:
+    assert first_line(ValueError("")) == "ValueError"
+    assert first_line(ValueError("\none\ntwo")) == "ValueError: one"
+    assert len(first_line(ValueError("word " * 100))) <= 160

@@ -1,0 +1,126 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moka_pl.studies.benchmark import command
+from moka_pl.studies.benchmark.records import load_results
+
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+
+
+def test_a_run(preset, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("moka_pl.studies.benchmark.liger.installed", lambda: False)
+    file = tmp_path / "results.json"
+    arguments = ["--preset", preset.name, "--checkpointing", "both", "--steps", "3", "--liger"]
+    command.main([*arguments, "--json", str(file), "--rows", "MoKA r10", "frozen base"])
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[:2] for line in lines[1:]] == [
+        ["| frozen base", "off"],
+        ["| MoKA r10", "off"],
+        ["| frozen base", "on"],
+        ["| MoKA r10", "on"],
+    ]
+    assert "steps: MoKA r10, checkpointing: " in err
+    results = load_results(file)
+    assert results.preset["steps"] == 3
+    assert results.dtype == "float32"
+    assert len(results.records) == 4
+    assert all(record.values["steps"] == 3 for record in results.records)
+    assert results.command == (
+        "python scripts/benchmark.py --preset tiny-cpu --checkpointing both --steps 3 --liger "
+        "--rows 'MoKA r10' 'frozen base'"
+    )
+    assert results.notes == [
+        "rows with Liger are left out: liger_kernel is not installed; pip install 'moka_pl[liger]'"
+    ]
+    assert results.notes[0] in out
+    assert results.notes[0] in err
+
+
+def test_growth_is_drawn(preset, results, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(command, "records", lambda plan: results.records)
+    folder = tmp_path / "figures"
+    command.main(["--preset", preset.name, "--measure", "growth", "--figures", str(folder)])
+    out, err = capsys.readouterr()
+    assert len(list(folder.iterdir())) == 3
+    assert err.count(f"written: {folder}") == 3
+    assert "| adapter \\ components |" in out
+
+
+def test_all_measures_are_made_in_turn(preset, monkeypatch) -> None:
+    parser = command._parser()
+    plan = command.make_plan(parser.parse_args(["--preset", preset.name, "--measure", "all"]))
+    for module, name in (("growth", "grow_components"), ("growth", "grow_tokens"), ("growth", "grow_sizes")):
+        monkeypatch.setattr(f"moka_pl.studies.benchmark.{module}.{name}", lambda *args, name=name: [name])
+    monkeypatch.setattr(command, "measure_steps", lambda *args: ["steps"])
+    monkeypatch.setattr("moka_pl.studies.benchmark.fit.measure_fit", lambda *args: ["fit"])
+    monkeypatch.setattr("moka_pl.studies.benchmark.decode.measure_decode", lambda *args: ["decode"])
+    made = list(command.records(plan))
+    assert made == ["steps", "grow_components", "grow_tokens", "grow_sizes", "fit", "decode"]
+
+
+def test_results_are_written_row_by_row(preset, tmp_path, monkeypatch, capsys) -> None:
+    from moka_pl.studies.benchmark.records import Record
+
+    file = tmp_path / "results.json"
+
+    def cut_off(plan):
+        yield Record("steps", "frozen base", values={"step_ms": 1.0, "peak_gib": 1.0})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "records", cut_off)
+    with pytest.raises(SystemExit) as end:
+        command.main(["--preset", preset.name, "--json", str(file)])
+    assert end.value.code == 130
+    assert f"what was measured is in {file}" in capsys.readouterr().err
+    assert [record.row for record in load_results(file).records] == ["frozen base"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "llama"], "unknown preset 'llama'; choose one of smollm2-cpu, smollm2-h100"),
+        (["--preset", "llama2-7b-h100"], "llama2-7b-h100 needs a CUDA device, and there is none here"),
+        (["--rows", "MoKA"], "no row is called 'MoKA'; choose some of frozen base, MoKA r10"),
+        (["--rows", "frozen base + Liger"], "no row is called 'frozen base + Liger'"),
+        (["--measure", "decode", "--rows", "MoKA r1"], "choose some of frozen base, MoKA r10, LoRA r64 q,v"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--figures", "f"], "--figures draws growth; add --measure growth"),
+        (["--json", "/no/folder/x.json"], "there is no folder /no/folder"),
+        (["--measure", "speed"], "choose from"),
+    ],
+)
+def test_mistakes_are_refused_at_once_in_one_line(arguments, message: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(command, "run", lambda *args: pytest.fail("it began"))
+    with pytest.raises(SystemExit) as end:
+        command.main(arguments)
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("benchmark: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_rows_with_liger_can_be_named() -> None:
+    names = command.row_names("cpu", ("steps",), with_liger=True)
+    assert names[-2:] == ["frozen base + Liger", "MoKA r10 + Liger"]
+
+
+@pytest.mark.parametrize("script", ["benchmark.py", "readme_performance.py"])
+def test_help_is_light(script: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(SCRIPTS / script)!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print({'torch', 'transformers', 'lightning', 'matplotlib'} & set(sys.modules))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("usage: ")
+    assert run.stdout.endswith("set()\n")

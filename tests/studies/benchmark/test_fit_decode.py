@@ -1,0 +1,86 @@
+import math
+
+import pytest
+
+from moka_pl.callbacks import AdapterCheckpoint, GateMonitor, GracefulInterrupt, RunSummary, Throughput
+from moka_pl.studies.benchmark import decode, fit
+from moka_pl.studies.benchmark.probe import Probe
+from moka_pl.studies.benchmark.synthetic import SyntheticData
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("TOKENIZERS_PARALLELISM", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")  # a run sets them; they shall not outlive the test
+    return tmp_path
+
+
+def test_fit_beside_a_bare_loop(preset, empty_folder, monkeypatch, capsys) -> None:
+    probes, callbacks = [], []
+    bare = Probe._bare
+
+    def watched(self, trainer, pl_module):
+        probes.append(self)
+        callbacks.extend(type(callback) for callback in trainer.callbacks)
+        return bare(self, trainer, pl_module)
+
+    monkeypatch.setattr(Probe, "_bare", watched)
+    (record,) = fit.measure_fit(preset, False, [])
+    assert record.error is None
+    assert (record.measure, record.row) == ("fit", "MoKA r10 fit")
+    values = record.values
+    assert all(math.isfinite(value) and value > 0 for value in values.values())
+    assert values["ratio"] == pytest.approx(values["fit_ms"] / values["bare_ms"])
+    assert values["mean_ratio"] == pytest.approx(values["fit_mean_ms"] / values["bare_mean_ms"])
+    assert probes[0] is probes[1]  # before and after training
+    assert (len(probes[0].fit_ms), len(probes[0].bare_ms)) == (4, 4)
+    assert {GateMonitor, AdapterCheckpoint, GracefulInterrupt, RunSummary, Throughput} <= set(callbacks)
+    assert list(empty_folder.iterdir()) == []  # logs and adapters went elsewhere
+    assert capsys.readouterr().out == ""  # the table's place
+
+
+def test_a_fit_that_fails_is_a_record(preset, monkeypatch) -> None:
+    def fail(arguments) -> None:
+        raise SystemExit(2)
+
+    monkeypatch.setattr("moka_pl.cli.lightning.run", fail)
+    (record,) = fit.measure_fit(preset, True, ["MoKA r10 fit"])
+    assert (record.error, record.checkpointing, record.values) == ("SystemExit: 2", True, {})
+    assert list(fit.measure_fit(preset, True, ["frozen base"])) == []
+
+
+def test_synthetic_batches_have_the_shape_asked_for() -> None:
+    from moka_pl.backbone.byte_tokenizer import byte_tokenizer
+
+    data = SyntheticData(batch_size=3, length=16, batches=2)
+    data.connect(byte_tokenizer())
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(3, 16), (3, 16)]
+    assert all((batch["labels"] == batch["input_ids"]).all() for batch in batches)
+    assert data.val_dataloader() == []
+
+
+def test_decode(bench, preset) -> None:
+    records = list(decode.measure_decode(bench, preset, decode.decode_rows()))
+    assert [r.row for r in records] == ["frozen base", "MoKA r10", "LoRA r64 q,v", "frozen base (again)"]
+    for record in records:
+        assert record.error is None
+        assert all(math.isfinite(value) for value in record.values.values())
+        assert record.values["token_q1_ms"] <= record.values["token_ms"] <= record.values["token_q3_ms"]
+    assert records[0].values["ratio"] == 1
+
+
+def test_decoding_uses_the_cache(bench) -> None:
+    lengths = []
+
+    def work(model):
+        model.get_input_embeddings().register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
+        return decode.time_decode(model, 3)
+
+    from moka_pl.studies.benchmark.cases import frozen
+
+    _, error = bench.measure(frozen(), work)
+    assert error is None
+    assert lengths == [16, 1, 1, 1] * 2  # once to warm up

@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.errors import ConfigError
+from moka_pl.studies.benchmark import cases as rows
+from moka_pl.studies.benchmark.bench import structure
+
+ROWS = {row.name: row for row in rows.step_rows("cpu")}
+
+
+@pytest.fixture
+def model():
+    return load_backbone(BackboneConfig("tiny", weights="random")).model
+
+
+def test_the_frozen_base_comes_first_and_last() -> None:
+    names = [row.name for row in rows.step_rows("cuda")]
+    assert (names[0], names[-1]) == ("frozen base", "frozen base (again)")
+    assert len(set(names)) == len(names)
+    captured = {row.name for row in rows.step_rows("cuda") if row.captured}
+    assert captured == {"MoKA r10, CUDA graph", "LoRA r8 q,v, CUDA graph"}
+    assert set(names) - set(ROWS) == {"MoKA r10 fused"} | captured
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_goes_in_without_zeros_and_out_without_a_trace(name: str, model) -> None:
+    before, frozen = structure(model), dict(model.named_parameters())
+    remove = ROWS[name].put(model)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert bool(trainable) == (not name.startswith("frozen"))
+    for parameter, tensor in trainable.items():
+        assert parameter.endswith("moka_gate") or tensor.any(), parameter
+    remove()
+    assert structure(model) == before
+    assert all(p is frozen[n] for n, p in model.named_parameters())
+    assert not hasattr(model, "peft_config")
+    assert not hasattr(model, "is_loaded_in_4bit")
+
+
+def test_peft_takes_its_layers_for_4_bits(model) -> None:
+    from peft.tuners.lora.bnb import Linear4bit
+
+    ROWS["LoRA r8 q,v"].put(model)
+    adapted = [m for name, m in model.named_modules() if name.endswith(("q_proj", "v_proj"))]
+    assert len(adapted) == 4
+    assert all(isinstance(module, Linear4bit) for module in adapted)
+
+
+def test_without_peft_its_rows_say_what_to_install(model, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"pip install 'moka_pl\[bench\]'"):
+        ROWS["LoRA r8 q,v"].put(model)
+
+
+def test_random_values_are_small_and_only_in_zero_factors(model) -> None:
+    ROWS["MoKA r10"].put(model)
+    right = [p for name, p in model.named_parameters() if "moka_B" in name]
+    assert right
+    assert all(0 < float(p.detach().std()) < 2e-3 for p in right)
+    assert all(not p.any() for name, p in model.named_parameters() if name.endswith("moka_gate"))
+
+
+def test_choose() -> None:
+    listed = list(ROWS.values())
+    assert rows.choose(listed, []) == listed
+    assert [row.name for row in rows.choose(listed, ["MoKA r1", "frozen base"])] == ["frozen base", "MoKA r1"]
+
+
+def test_liger_leaves_the_modelling_module_as_it_was(model, monkeypatch) -> None:
+    from transformers.integrations import liger as switch
+    from transformers.models.llama import modeling_llama
+
+    from moka_pl.studies.benchmark.liger import with_liger
+
+    original = modeling_llama.apply_rotary_pos_emb
+    calls = []
+
+    def apply(patched: torch.nn.Module, config: dict) -> None:
+        calls.append((patched, config))
+        modeling_llama.apply_rotary_pos_emb = None
+
+    monkeypatch.setattr(switch, "apply_liger_kernel", apply)
+    row = with_liger(ROWS["MoKA r10"])
+    assert (row.name, row.spoils) == ("MoKA r10 + Liger", True)
+    remove = row.put(model)
+    assert modeling_llama.apply_rotary_pos_emb is None
+    assert any("moka_B" in name for name, _ in model.named_parameters())
+    remove()
+    assert modeling_llama.apply_rotary_pos_emb is original
+    assert calls == [(model, {"fused_linear_cross_entropy": False})]
+
+    def fail(patched: torch.nn.Module) -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        with_liger(rows.Row("broken", fail)).put(model)
+    assert modeling_llama.apply_rotary_pos_emb is original

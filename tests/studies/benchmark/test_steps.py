@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+
+from moka_pl.studies.benchmark import cases as rows
+from moka_pl.studies.benchmark import steps as timing
+from moka_pl.studies.benchmark.steps_part import measure_steps
+from moka_pl.studies.memory import peak_gib, reset_peak
+
+
+def test_all_rows_and_the_peer_that_crashes(bench, preset) -> None:
+    records = list(measure_steps(bench, preset, rows.step_rows("cpu")))
+    assert [r.row for r in records] == [row.name for row in rows.step_rows("cpu")]
+    failed = {r.row: r.error for r in records if r.error is not None}
+    assert set(failed) == {"LoKr r64 q,v"}  # it takes the packed weight's shape for the layer's
+    assert "shape" in failed["LoKr r64 q,v"]
+    for record in records:
+        if record.error is None:
+            values = record.values
+            assert all(math.isfinite(value) for value in values.values())
+            assert 0 < values["forward_ms"] < values["step_ms"]
+            assert values["step_q1_ms"] <= values["step_ms"] <= values["step_q3_ms"]
+            assert values["ratio"] == pytest.approx(values["step_ms"] / records[0].values["step_ms"])
+            assert values["steps"] == 2
+            assert values["peak_gib"] > 0
+    assert [r.values["trainable"] for r in (records[0], records[-1])] == [0, 0]
+    assert records[1].values["trainable"] > 0
+
+
+def test_without_the_frozen_base_there_are_no_ratios(bench, preset) -> None:
+    (record,) = measure_steps(bench, preset, [rows.moka("MoKA r10")])
+    assert record.error is None
+    assert "ratio" not in record.values
+
+
+def test_checkpointing_computes_the_layers_again(preset) -> None:
+    from moka_pl.studies.benchmark.bench import Bench
+
+    calls = []
+
+    def put(model):
+        hook = model.model.layers[0].self_attn.register_forward_hook(lambda *args: calls.append(1))
+        return hook.remove
+
+    for checkpointing in (False, True):
+        bench = Bench("tiny", "cpu", checkpointing)
+        (record,) = measure_steps(bench, preset, [rows.Row("counting", put)])
+        assert record.checkpointing is checkpointing
+        assert len(calls) == (6 if checkpointing else 3)  # one warm-up and two measured steps
+        calls.clear()
+
+
+def test_steps_leave_nothing_behind(bench) -> None:
+    versions = []
+
+    def work(model):
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        values = timing.time_steps(model, 1, 4, 1, 2, 9.0)
+        after = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert all(p.grad is None for p in model.parameters())
+        # Whatever was computed from the parameters counts as outdated after every step.
+        versions.extend(p._version for p in after.values())
+        return values
+
+    _, error = bench.measure(rows.moka("MoKA r10"), work)
+    assert error is None
+    assert min(versions) >= 3
+
+
+def test_the_gradient_of_a_frozen_base_reaches_the_embeddings(bench) -> None:
+    reached = []
+
+    def put(model):
+        def watch(module, args, out) -> None:
+            if out.requires_grad:
+                out.register_hook(lambda grad: reached.append(float(grad.abs().sum())))
+
+        return model.model.layers[0].input_layernorm.register_forward_hook(watch).remove
+
+    _, error = bench.measure(rows.Row("frozen", put), lambda m: timing.time_steps(m, 1, 4, 0, 2, 9.0))
+    assert error is None
+    assert len(reached) == 2
+    assert min(reached) > 0
+
+
+def test_a_slow_row_is_given_fewer_steps_and_one_token_is_a_batch(bench) -> None:
+    values, error = bench.measure(rows.frozen(), lambda m: timing.time_steps(m, 1, 1, 0, 50, 0.0))
+    assert error is None
+    assert values["steps"] == 2
+
+
+def test_quartiles() -> None:
+    assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_peak_memory_begins_anew() -> None:
+    device = torch.device("cpu")
+    reset_peak(device)
+    low = peak_gib(device)
+    block = torch.ones(2**26)  # a quarter GiB
+    assert peak_gib(device) > low + 0.2
+    del block

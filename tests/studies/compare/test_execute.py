@@ -1,0 +1,149 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from moka_pl.adapters import MokaConfig, inject_adapter, read_adapter
+from moka_pl.backbone import BackboneConfig
+from moka_pl.studies.compare.runs import frozen_run, run_of
+from moka_pl.studies.compare.shared_base import SharedBase
+from moka_pl.studies.compare.store import Store
+from moka_pl.studies.compare.suite import Rival
+from moka_pl.studies.compare.suite_file import read_suite
+from moka_pl.studies.compare.train import ADAPTER, Executor
+
+TINY = Path(__file__).parents[3] / "scripts" / "suites" / "tiny.yaml"
+
+
+@pytest.fixture
+def suite(one_thread, dataset_cache, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", dataset_cache)
+    changes = ["training.trainer.max_steps=2", "training.trainer.log_every_n_steps=1"]
+    changes += ["training.trainer.accelerator=cpu", "data.init_args.batch_size=4"]
+    return read_suite(TINY, [*changes, "data.init_args.tasks=[boolean, physical]"])
+
+
+def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
+    store = Store(tmp_path)
+    execute = Executor(store)
+    moka, _, krona = suite.rivals
+    runs = [run_of(suite, rival, 0.01, 0) for rival in (moka, krona)]
+    whole = [execute(run, True) for run in runs]
+    assert [outcome.get("error") for outcome in whole] == [None, None]
+    assert execute.base.loads == 1
+    trained = [outcome["trained"] for outcome in whole]
+    assert trained[0]["batches"] == trained[1]["batches"]
+    assert trained[0]["parameters"] > trained[1]["parameters"] > 0
+    assert [step for step, _ in trained[0]["losses"]] == [1, 2]
+    gates, spectra = trained[0]["gates"], trained[0]["spectra"]
+    assert gates["steps"] == [0, 1, 2]
+    assert gates["entropy"][0] == 1 > gates["entropy"][-1]
+    assert [round(values[0], 4) for values in gates["shapes"].values()] == [1] * len(gates["shapes"])
+    assert trained[1]["gates"] is None  # not gated
+    assert len(spectra["layers"]) == len(spectra["stable_rank"]) == 4
+    pairs = zip(spectra["stable_rank"], spectra["entropy_rank"], strict=True)
+    assert all(1 <= stable <= entropy for stable, entropy in pairs)
+    assert spectra["kinds"].keys() == {"q_proj", "v_proj"}
+    assert all(kind["size"][0] == 1 and kind["index"][0] == 1 for kind in spectra["kinds"].values())
+    other = execute(run_of(suite, moka, 0.01, 1), False)
+    assert other["trained"]["batches"] != trained[0]["batches"]
+    # Every item is there, and they add up to the scores.
+    tested = whole[0]["tested"]
+    items = store.read_items(runs[0])
+    assert len(items["task"]) == 20
+    for task, scores in tested["tasks"].items():
+        own = [i for i, name in enumerate(items["task"]) if name == task]
+        assert sum(items["correct_norm"][i] for i in own) / len(own) == pytest.approx(scores["acc_norm"])
+        nll = sum(items["nll"][i] for i in own) / sum(items["tokens"][i] for i in own)
+        assert nll == pytest.approx(scores["nll"], rel=1e-4)
+    # Alone, in another process's place, the run gives the same; tested from its file, too.
+    apart = Store(tmp_path / "apart")
+    alone = Executor(apart)
+    assert "tested" not in alone(runs[1], False)
+    again = Executor(apart)(runs[1], True)
+    assert again["trained"]["losses"] == store.read(runs[1])["trained"]["losses"]
+    assert apart.read_items(runs[1]) == store.read_items(runs[1])
+    assert (apart.path(runs[1]) / ADAPTER).is_dir()
+    # The base without training scores otherwise.
+    frozen = frozen_run(suite)
+    assert execute(frozen, True)["trained"]["parameters"] == 0
+    assert store.read_items(frozen)["nll"] != items["nll"]
+
+
+def test_a_run_whose_adapter_is_gone_is_trained_again_for_its_test(suite, tmp_path):
+    store = Store(tmp_path)
+    run = run_of(suite, suite.rivals[0], 0.01, 0)
+    first = Executor(store)(run, False)
+    shutil.rmtree(store.path(run) / ADAPTER)
+    second = Executor(store)(run, True)
+    assert second["trained"]["losses"] == first["trained"]["losses"]
+    assert second["tested"]["key"] == run.test_key
+
+
+def test_runs_choose_their_filters_and_are_tested_with_them_later(suite, tmp_path):
+    execute = Executor(Store(tmp_path))
+    moka = suite.rivals[0]
+    adapter = {"components": 2, "filters": "auto", "start": "gradient"}
+    runs = [run_of(suite, Rival("auto", adapter, moka.learning_rates), 0.01, 0), run_of(suite, moka, 0.01, 0)]
+    whole, usual = (execute(run, True) for run in runs)
+    assert whole.get("error") is None
+    assert execute.base.loads == 1
+    assert whole["trained"]["batches"] == usual["trained"]["batches"]
+    filters = read_adapter(execute.store.path(runs[0]) / ADAPTER).config.filters
+    assert len(filters) == 4
+    apart = Store(tmp_path / "apart")
+    assert "tested" not in Executor(apart)(runs[0], False)
+    again = Executor(apart)(runs[0], True)
+    assert again["trained"]["losses"] == execute.store.read(runs[0])["trained"]["losses"]
+    assert apart.read_items(runs[0]) == execute.store.read_items(runs[0])
+
+
+def test_a_run_that_fails_leaves_a_clean_base(suite, tmp_path):
+    execute = Executor(Store(tmp_path))
+    broken = run_of(suite, suite.rivals[0], 0.01, 0)
+    broken.settings["adapter"] = {"target_modules": ["nowhere"]}
+    outcome = execute(broken, True)
+    assert "nowhere" in outcome["error"]
+    assert "nowhere" in execute.store.read(broken)["error"]
+    assert execute(run_of(suite, suite.rivals[0], 0.01, 0), False).get("error") is None
+    assert execute.base.loads == 1
+
+
+@pytest.fixture
+def base():
+    return SharedBase(), BackboneConfig("tiny", weights="random", quantization="none")
+
+
+@pytest.mark.parametrize("adapter", [MokaConfig(components=2), LoraConfig(target_modules=["q_proj"])])
+def test_adapters_are_taken_out_again(base, adapter):
+    shared, config = base
+    model = shared.get(config, "cpu").model
+    before, attributes = dict(model.named_modules()), set(vars(model))
+    inject_adapter(model, adapter)
+    assert dict(model.named_modules()) != before
+    model.train()
+    assert shared.restore()
+    assert dict(model.named_modules()) == before
+    assert set(vars(model)) == attributes
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+    assert shared.get(config, "cpu").model is model
+
+
+@pytest.mark.parametrize("spoil", ["weights", "hook"])
+def test_a_spoilt_base_is_loaded_again(base, spoil):
+    shared, config = base
+    model = shared.get(config, "cpu").model
+    if spoil == "weights":
+        with torch.no_grad():
+            next(model.parameters())[0, 0] += 0.1
+    else:
+        next(m for m in model.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *a: None)
+    assert not shared.restore()
+    assert shared.get(config, "cpu").model is not model
+    assert shared.loads == 2

@@ -1,0 +1,133 @@
+import pytest
+
+from moka_pl.studies.compare.progress import Clock, Times
+from moka_pl.studies.compare.runs import run_of
+from moka_pl.studies.compare.schedule import Plan, Task
+from moka_pl.studies.compare.store import Store
+from moka_pl.studies.compare.suite_file import read_suite
+
+SUITE = """
+data: {class_path: moka_pl.data.CommonsenseData}
+seeds: [0, 1]
+frozen: false
+rivals:
+  - {name: one, learning_rates: [0.1, 0.2], adapter: {components: 2}}
+  - {name: two, learning_rates: [0.1, 0.2], adapter: {components: 3}}
+"""
+OTHER = (
+    SUITE.replace("name: two", "name: same as two").replace("name: one", "name: new").replace(": 2}", ": 4}")
+)
+
+
+@pytest.fixture
+def suites(tmp_path):
+    found = []
+    for name, text in (("first", SUITE), ("second", OTHER)):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(text, encoding="utf-8")
+        found.append(read_suite(file))
+    return found
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "out")
+
+
+def words(task):
+    return None if task is None else (task.run.rival, task.run.rate, task.run.seed, task.test)
+
+
+def trained(loss, seconds=10.0):
+    return {"trained": {"validation_loss": loss, "seconds": seconds}}
+
+
+def whole(task, loss):
+    return trained(loss) | {"tested": {"key": task.run.test_key, "seconds": 2.0}}
+
+
+def test_a_rival_goes_on_as_soon_as_its_own_rates_are_known(suites, store):
+    plan = Plan(suites[:1], store)
+    first, second, third = plan.next(), plan.next(), plan.next()
+    assert [words(task) for task in (first, second, third)] == [
+        ("one", 0.1, 0, False),
+        ("one", 0.2, 0, False),
+        ("two", 0.1, 0, False),
+    ]
+    plan.end(first, trained(2.0))
+    assert words(plan.next()) == ("two", 0.2, 0, False)
+    assert plan.next() is None  # until another one has ended
+    plan.end(second, trained(1.0))
+    picked = [plan.next(), plan.next()]
+    assert [words(task) for task in picked] == [("one", 0.2, 0, True), ("one", 0.2, 1, True)]
+    assert plan.next() is None
+
+
+def test_what_fails_is_left_out_and_not_tried_again(suites, store):
+    plan = Plan(suites[:1], store)
+    tasks = [plan.next() for _ in range(4)]
+    for task in tasks:
+        plan.end(task, {"error": "no"} if task.run.rival == "one" or task.run.rate == 0.1 else trained(1.0))
+    rest = [words(plan.next()) for _ in range(3)]
+    assert rest == [("two", 0.2, 0, True), ("two", 0.2, 1, True), None]
+
+
+def test_runs_in_common_are_done_once_and_suites_come_in_their_order(suites, store):
+    plan = Plan(suites, store)
+    begun = []
+    while (task := plan.next()) is not None:
+        begun.append(task)
+        plan.end(task, whole(task, 1.0 + task.run.rate) if task.test else trained(1.0 + task.run.rate))
+    assert len({(task.run.key, task.test) for task in begun}) == len(begun)
+    assert list(dict.fromkeys(task.run.rival for task in begun)) == ["one", "two", "new"]
+    assert [words(task) for task in begun][2:4] == [("one", 0.1, 0, True), ("one", 0.1, 1, True)]
+    assert plan.left().tasks == []
+
+
+def test_what_is_left_is_counted_once(suites, store):
+    plan = Plan(suites, store)
+    left = plan.left()
+    assert (len(left.tasks), len(left.later)) == (6, 6)  # three rivals that differ, two rates, two seeds
+    for _ in range(2):
+        plan.end(plan.next(), trained(1.0))
+    left = plan.left()
+    assert (len(left.tasks), len(left.later)) == (6, 4)
+    assert [task for task in left.tasks if task.test] == [
+        Task(run_of(suites[0], suites[0].rivals[0], 0.1, seed), True) for seed in (0, 1)
+    ]
+
+
+def test_only_what_fits_is_begun(suites, store):
+    plan = Plan(suites[:1], store)
+    assert words(plan.next(lambda task: task.run.rival == "two")) == ("two", 0.1, 0, False)
+    assert plan.next(lambda task: False) is None
+    assert words(plan.next()) == ("one", 0.1, 0, False)
+
+
+def test_times_are_those_of_the_nearest_relatives(suites):
+    one, two = (Task(run_of(suites[0], rival, 0.1, 0), True) for rival in suites[0].rivals)
+    times = Times()
+    assert times.expected(one, {}) == 0
+    times.add(one, whole(one, 1.0), {})
+    assert times.expected(one, {}) == 12
+    assert times.expected(two, {}) == 12
+    assert times.expected(two, trained(1.0)) == 2  # only its test is left
+    slow = trained(1.0, seconds=40.0)
+    times.add(two, slow, {})
+    assert times.expected(two, {}) == 42
+    assert times.expected(one, {}) == 12
+    times.add(two, slow, slow)  # was trained before: tells nothing of a training
+    assert times.expected(two, {}) == 42
+
+
+def test_the_clock_begins_nothing_that_would_end_too_late(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = Clock(minutes=2, reserve=20)
+    assert clock.left() == 100
+    assert clock.has(80)
+    assert not clock.has(90)  # runs may take longer than expected
+    now[0] += 200
+    assert clock.left() == 0
+    assert not clock.has(0)
+    assert Clock().has(1e9)

@@ -1,0 +1,53 @@
+import random
+
+import pytest
+import torch
+
+from moka_pl.adapters import MokaConfig
+from moka_pl.errors import AdapterError
+from moka_pl.training.checkpoint import check_same_factors, rng_state, set_rng_state
+
+CPU = torch.device("cpu")
+
+
+def draw():
+    return torch.rand(3).tolist(), random.random()
+
+
+def test_generators_go_on_where_they_were(tmp_path):
+    torch.manual_seed(1)
+    random.seed(2)
+    torch.save(rng_state(CPU), tmp_path / "rng.pt")
+    expected = draw()
+    torch.manual_seed(3)
+    random.seed(4)
+    assert draw() != expected
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True), CPU, rank=0)
+    assert draw() == expected
+
+
+def test_other_ranks_get_generators_of_their_own():
+    torch.manual_seed(1)
+    state = rng_state(CPU)
+    own = draw()[0]
+    found = []
+    for rank in (1, 2, 1):
+        set_rng_state(state, CPU, rank)
+        found.append(draw()[0])
+    assert found[0] == found[2]
+    assert found[0] != found[1]
+    assert own not in found
+
+
+def test_other_factors_of_the_same_sizes_are_refused() -> None:
+    own = MokaConfig(filters="square", components=4).to_dict()
+    check_same_factors(own, own)
+    written = MokaConfig(filters="diverse", components=4).to_dict()
+    with pytest.raises(AdapterError, match=r"adapter.filters is 'diverse', here it is 'square'"):
+        check_same_factors(written, own)
+
+
+def test_gates_of_another_kind_are_refused_though_their_logits_fit() -> None:
+    own, written = MokaConfig(gating="sigmoid").to_dict(), MokaConfig(gating="softmax").to_dict()
+    with pytest.raises(AdapterError, match=r"adapter.gating is 'softmax', here it is 'sigmoid'"):
+        check_same_factors(written, own)

@@ -1,0 +1,116 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from moka_pl.errors import ConfigError
+from moka_pl.training.resume import find_last
+
+
+def saving(folder, **options):
+    """Keeps every checkpoint under the number of its step."""
+    return ModelCheckpoint(
+        dirpath=folder, save_top_k=-1, filename="{step}", auto_insert_metric_name=False, **options
+    )
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+
+@pytest.mark.parametrize(
+    ("options", "stops"),
+    [
+        ({}, (1, 4)),
+        ({"val_check_interval": 4}, (1, 5)),  # validation at a step in the middle of an epoch
+        ({"val_check_interval": 3}, (1, 2)),  # in the middle of an accumulated batch
+        ({"limit_val_batches": 0}, (4,)),
+        ({"max_steps": 7, "max_epochs": -1}, (3,)),
+        ({"limit_train_batches": 5}, (2, 3)),  # epochs of three steps
+    ],
+    ids=str,
+)
+def test_resumed_run_equals_one_never_stopped(train, assert_continues, tmp_path, options, stops):
+    whole = train(saving(tmp_path, every_n_train_steps=1), **options)
+    assert len(whole.losses) == options.get("max_steps", 6 if "limit_train_batches" in options else 8)
+    for step in stops:
+        resumed = train(ckpt_path=tmp_path / f"{step}.ckpt", **options)
+        assert_continues(resumed, whole, step)
+        later = {k: v for k, v in whole.validations.items() if k > step}
+        assert {k: v for k, v in resumed.validations.items() if k > step} == later
+
+
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 4}], ids=str)
+def test_resume_from_a_checkpoint_of_a_validation(train, assert_continues, tmp_path, options):
+    whole = train(saving(tmp_path), **options)
+    steps = list(whole.validations)
+    assert steps == ([2, 6] if options else [4, 8])
+    assert {path.stem for path in tmp_path.glob("*.ckpt")} == set(map(str, steps))
+    resumed = train(ckpt_path=tmp_path / f"{steps[0]}.ckpt", **options)
+    assert_continues(resumed, whole, steps[0])
+    assert resumed.validations == {steps[1]: whole.validations[steps[1]]}
+
+
+def test_longer_run_stretches_the_schedule(train, tmp_path):
+    train(saving(tmp_path), max_epochs=1)
+    whole = train(max_epochs=3)
+    resumed = train(ckpt_path=tmp_path / "4.ckpt", max_epochs=3)
+    assert resumed.rates == {k: v for k, v in whole.rates.items() if k > 4}
+    assert len(resumed.rates) == 8
+
+
+def test_schedule_needs_an_end(make_module, make_data, make_trainer):
+    with pytest.raises(ConfigError, match="needs the length of the run"):
+        make_trainer(max_epochs=-1, limit_val_batches=0).fit(make_module(), make_data())
+
+
+# --ckpt_path last
+
+
+def logger(folder, name="demo"):
+    return SimpleNamespace(init_args=SimpleNamespace(save_dir=str(folder), name=name, version=None))
+
+
+def run_folder(folder: Path, version: str, finished: bool = True) -> Path:
+    checkpoints = folder / "demo" / version / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    if finished:
+        (checkpoints / "last.ckpt").touch()
+    return checkpoints / "last.ckpt"
+
+
+def test_newest_run_with_a_checkpoint(tmp_path):
+    run_folder(tmp_path, "version_9")
+    newest = run_folder(tmp_path, "version_10")  # newer than 9, though it sorts before it
+    run_folder(tmp_path, "version_11", finished=False)
+    run_folder(tmp_path, "version_x")
+    assert find_last(logger(tmp_path)) == (newest, 10)
+
+
+@pytest.mark.parametrize(("kept", "version"), [({"moka_log_version": 3}, 3), ({}, None)])
+def test_checkpoints_in_a_folder_of_the_users(tmp_path, kept, version):
+    run_folder(tmp_path, "version_9")
+    path = tmp_path / "mine" / "last.ckpt"
+    with pytest.raises(ConfigError, match=r"mine \(checkpoint.dirpath\) has no last.ckpt"):
+        find_last(logger(tmp_path), str(path.parent))
+    path.parent.mkdir()
+    torch.save({"callbacks": {"Other": [], "RunCheckpoint{}": {"dirpath": "mine"} | kept}}, path)
+    assert find_last(logger(tmp_path), str(path.parent)) == (path, version)
+    assert find_last(False, str(path.parent)) == (path, None)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(ConfigError, match="is damaged or no checkpoint"):
+        find_last(logger(tmp_path), str(path.parent))
+
+
+def test_no_run_yet(tmp_path):
+    with pytest.raises(ConfigError, match=r"no run below .*demo has a checkpoints/last.ckpt"):
+        find_last(logger(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, False, SimpleNamespace(init_args=SimpleNamespace(save_dir="x"))]
+)
+def test_logger_without_versions(value):
+    with pytest.raises(ConfigError, match="give the path of the checkpoint instead"):
+        find_last(value)
