@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moka_pl.data.batching.collate import Batch, collate_tokens
 from moka_pl.data.batching.streamed_rows import StreamedRecords
-from moka_pl.data.encoding.examples import DROPPED, MASKED, TRUNCATED, Columns, SegmentEncoder
+from moka_pl.data.encoding.examples import DROPPED, MASKED, TRUNCATED, EncodedRow, SegmentEncoder
 from moka_pl.data.encoding.report import EncodingReport
 from moka_pl.errors_part import DataError
 
@@ -136,7 +136,7 @@ class StreamedBatches(IterableDataset[Served]):
         batches = [self._collate([kept[index] for index in share]) for share in shares]
         return [batches[index] for index in random.permutation(count)], _count(encoded)
 
-    def _collate(self, rows: list[Columns]) -> Batch:
+    def _collate(self, rows: list[EncodedRow]) -> Batch:
         if not rows:  # all of this rank's share was dropped, but the other ranks wait for its part of a step
             rows = [{"input_ids": [self.pad_id], "labels": [MASKED]}]
             return collate_tokens(rows, [True], self.pad_id)
@@ -263,7 +263,7 @@ def _report(counts: dict[str, int]) -> EncodingReport:
     return EncodingReport(**counts) if counts else NOTHING
 
 
-def _count(encoded: list[Columns]) -> EncodingReport:
+def _count(encoded: list[EncodedRow]) -> EncodingReport:
     kept = [row for row in encoded if row["status"] != DROPPED]
     return EncodingReport(
         read=len(encoded),

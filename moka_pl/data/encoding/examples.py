@@ -28,7 +28,7 @@ QUIET_ROWS = 20_000
 """Fewer rows than this are encoded without a progress bar."""
 
 Row = Mapping[str, Any]
-Columns = dict[str, Any]
+EncodedRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class SegmentEncoder:
         """Columns of the encoded rows."""
         return token_features()
 
-    def __call__(self, row: Row) -> Columns:
+    def __call__(self, row: Row) -> EncodedRow:
         """Encode `row`; a row without a trained token comes back with the status DROPPED."""
         segments = self.segments(row)
         text = "".join(segment.text for segment in segments)
@@ -144,7 +144,7 @@ class ChoiceEncoder:
         """Columns of the encoded rows."""
         return choice_item_features()
 
-    def __call__(self, row: Row) -> Columns:
+    def __call__(self, row: Row) -> EncodedRow:
         """Encode `row`; a row with an option that does not fit comes back with the status DROPPED."""
         options = self.options(row)
         prompt_ids, option_ids = self._split(self.prompt(row), options)
@@ -230,7 +230,7 @@ class Encoder(Protocol):
     def features(self) -> "Features":
         """Columns of the encoded rows."""
 
-    def __call__(self, row: Any, /) -> Columns:
+    def __call__(self, row: Any, /) -> EncodedRow:
         """Encode a row, or rows."""
 
 

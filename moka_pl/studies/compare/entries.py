@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moka_pl.studies.compare.picks import Trial, pick, sweep, trials
 from moka_pl.studies.compare.runs import Run, frozen_run, run_of
-from moka_pl.studies.compare.store import Items, Outcome, Store, tested_with
+from moka_pl.studies.compare.store import ItemColumns, Outcome, Store, tested_with
 from moka_pl.studies.compare.suite import Rival, Suite
 
 
@@ -28,7 +28,7 @@ class Entry:
     edge: bool
     trials: tuple[Trial, ...]
     outcomes: dict[int, Outcome]
-    items: dict[int, Items]
+    items: dict[int, ItemColumns]
     errors: dict[str, str]
     missing: tuple[str, ...]
 
@@ -81,7 +81,7 @@ class _Known:
 
     def __init__(self, runs: list[Run], store: Store) -> None:
         self.outcomes: dict[int, Outcome] = {}
-        self.items: dict[int, Items] = {}
+        self.items: dict[int, ItemColumns] = {}
         self.errors: dict[str, str] = {}
         self._trained: set[str] = set()
         for run in runs:

@@ -7,7 +7,7 @@ from typing import Any
 from moka_pl.studies.compare.runs import Run
 
 Outcome = dict[str, Any]
-Items = dict[str, list[Any]]
+ItemColumns = dict[str, list[Any]]
 _FILE, _ITEMS = "result.json", "items.json"
 
 
@@ -33,11 +33,11 @@ class Store:
         """What is known of a run; empty if nothing is, or the file is damaged."""
         return _read(self.path(run) / _FILE)
 
-    def read_items(self, run: Run) -> Items:
+    def read_items(self, run: Run) -> ItemColumns:
         """What every test item of a run scored, in columns; empty if it is not tested."""
         return _read(self.path(run) / _ITEMS)
 
-    def write(self, run: Run, outcome: Outcome, items: Items | None = None) -> None:
+    def write(self, run: Run, outcome: Outcome, items: ItemColumns | None = None) -> None:
         """Puts an outcome in place at once.
 
         Args:
