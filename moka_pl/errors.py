@@ -31,3 +31,10 @@ def end_interrupted(kept: str = "") -> NoReturn:
     """
     print(f"\ninterrupted{'; ' if kept else ''}{kept}", file=sys.stderr)
     sys.exit(INTERRUPTED)
+
+
+# The error that every problem with a user's data is reported as.
+
+
+class DataError(MokaError):
+    """Data that cannot be used: the message names the file, the line or row, the field and the remedy."""

@@ -17,7 +17,7 @@ import json
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.lm.packed_attention import PackedAttention
+from moka_pl.lm.attention import PackedAttention
 from moka_pl.studies.benchmark.batching import (
     KINDS,
     data_of_kind,

@@ -23,7 +23,7 @@ from moka_pl.evaluation.metrics import is_right
 from moka_pl.evaluation.shared_prompt import can_share, score_shared
 from moka_pl.inference import load_model
 from moka_pl.lm.scoring import row_sums, score_tokens
-from moka_pl.ops.packing import unpack
+from moka_pl.ops.layout import unpack
 from moka_pl.training.module import MokaModule
 
 STEPS = 6

@@ -1,6 +1,6 @@
 """MoKA adapters and their rivals: configuration, layers, injection into a model, and form on disk."""
 
-from moka_pl.adapters.config import MokaConfig
+from moka_pl.adapters.config import KronA, MokaConfig, MokaS, MokaUngated
 from moka_pl.adapters.directory import (
     AdapterInfo,
     BaseModel,
@@ -22,7 +22,6 @@ from moka_pl.adapters.methods.registry import (
     unload,
     unmerge,
 )
-from moka_pl.adapters.presets import KronA, MokaS, MokaUngated
 
 __all__ = [
     "AdapterInfo",

@@ -155,3 +155,30 @@ def _read_filters(file: Path) -> dict[str, list[list[int]]]:
             "scripts/choose_filters.py writes one"
         )
     return stored
+
+
+# Known settings of MoKA by their names; every option can still be changed.
+
+
+@dataclass
+class MokaUngated(MokaConfig):
+    """MoKA without gates: every component has the weight 1/r (the paper's ablation)."""
+
+    gating: Gating = "none"
+
+
+@dataclass
+class MokaS(MokaConfig):
+    """MoKA_s: identity left factors and a prime size in every component, about 20% fewer parameters."""
+
+    filters: str | list[list[int]] | dict[str, list[list[int]]] = "prime"
+
+
+@dataclass
+class KronA(MokaConfig):
+    """KronA: a single Kronecker product, no gate, scaling 1."""
+
+    components: int = 1
+    filters: str | list[list[int]] | dict[str, list[list[int]]] = "square"
+    gating: Gating = "none"
+    scaling: float | None = 1.0

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moka_pl.backbone.base_weight import dense_weight
-from moka_pl.backbone.quantization import is_4bit
+from moka_pl.backbone.quantization import dense_weight, is_4bit
 from moka_pl.ops.dispatch import FEW_TOKENS, Backend, can_fuse, resolve_backend
 from moka_pl.ops.gating import Gating
 from moka_pl.ops.layout import Shape
@@ -120,7 +119,7 @@ def _fused(
     gating: Gating,
 ) -> Updates:
     from moka_pl.ops.triton import make_plan, weight_source
-    from moka_pl.ops.triton.updates import FusedUpdates
+    from moka_pl.ops.triton.autograd import FusedUpdates
 
     state = layer.weight.quant_state if is_4bit(layer) else None
     source = None

@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.forward import Joined, few_tokens, join
-from moka_pl.backbone.base_weight import merged_linear
-from moka_pl.backbone.quantization import is_4bit, keep_weights
+from moka_pl.backbone.quantization import is_4bit, keep_weights, merged_linear
 from moka_pl.ops.dispatch import mixed_kinds
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight, packed_linear
+from moka_pl.ops.layout import Pairs, left_sizes, right_sizes, unpack
 from moka_pl.ops.merged_forward import JointLinear
-from moka_pl.ops.packing import Pairs, left_sizes, right_sizes, unpack
 
 
 class MokaLinear(nn.Module):

@@ -4,8 +4,7 @@ import hashlib
 import tempfile
 from pathlib import Path
 
-from moka_pl.backbone.cache import writable
-from moka_pl.backbone.loading import loading, progress_bars
+from moka_pl.backbone.loading import loading, progress_bars, writable
 from moka_pl.errors import BackboneError
 
 _LAYOUT = 1  # raise when a conversion of the same file would come out differently

@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from moka_pl.backbone.byte_tokenizer import byte_tokenizer
-from moka_pl.backbone.cache import cache_root
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.hub import reach_model
-from moka_pl.backbone.loading import loading, progress_bars
+from moka_pl.backbone.loading import cache_root, loading, progress_bars
 from moka_pl.backbone.quantization import import_bitsandbytes, keep_weights
-from moka_pl.backbone.random_weights import random_model
-from moka_pl.backbone.shapes import SHAPES
+from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model
 from moka_pl.backbone.smollm2 import SHORT_NAME, bundled_gguf
 from moka_pl.errors import BackboneError
 

@@ -1,8 +1,10 @@
 """What surrounds every call of a transformers loader: one error in place of many, and no needless bars."""
 
+import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from moka_pl.errors import BackboneError
 
@@ -47,3 +49,36 @@ def progress_bars(show: bool) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """The message of an error as one line of bounded length."""
     return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+
+
+# The folder for converted models.
+
+
+def cache_root(override: str | None = None) -> Path:
+    """Returns the cache folder: ``override``, else ``$MOKA_PL_CACHE``, else the user's cache folder."""
+    if override:
+        return Path(override).expanduser()
+    if chosen := os.environ.get("MOKA_PL_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "moka_pl"
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Makes a folder in the cache and runs the body, which writes there.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        BackboneError: If the folder cannot be made or written, or the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise BackboneError(
+            f"cannot write to the cache folder {folder}: {error.strerror or error}. Free some space, or set "
+            "MOKA_PL_CACHE (or backbone.cache_dir) to another folder"
+        ) from error

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from moka_pl.backbone.cache import writable
+from moka_pl.backbone.loading import writable
 from moka_pl.errors import BackboneError
 
 SHORT_NAME = "smollm2-135m-instruct"

@@ -1,20 +1,83 @@
 """Shows the gates α_i of every layer in TensorBoard, and warns when they collapse."""
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moka_pl.adapters import moka_layers
 from moka_pl.callbacks.checkpoints import is_trial
-from moka_pl.callbacks.heatmap import gate_heatmap
-from moka_pl.callbacks.tensorboard import log_scalars
 from moka_pl.callbacks.throughput import log_interval
 from moka_pl.ops.gating import Gating, gates_of, normalised_entropy
 from moka_pl.training.module import MokaModule
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+# The gate heat map: layers × components as an image.
+
+
+def gate_heatmap(gates: Tensor, labels: list[str]) -> "npt.NDArray[np.uint8]":
+    """Draws the gates of all layers.
+
+    Args:
+        gates: α, shape (layers, r).
+        labels: One name a layer.
+
+    Returns:
+        The picture, (height, width, 3).
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot: no global state, no display.
+    figure = Figure(figsize=(1.5 + 0.45 * gates.shape[1], 1.2 + 0.16 * gates.shape[0]), dpi=90)
+    canvas = FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    start = 1 / gates.shape[1]
+    image = axes.imshow(gates.numpy(), aspect="auto", cmap="viridis")
+    axes.set_xticks(range(gates.shape[1]), [str(i) for i in range(gates.shape[1])])
+    axes.set_yticks(range(len(labels)), labels, fontsize=6)
+    axes.set_xlabel("component i")
+    axes.set_title(f"gates α_i (start: {start:.3f})", fontsize=9)
+    figure.colorbar(image)
+    figure.tight_layout()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    picture: npt.NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    return picture[..., :3].copy()
+
+
+# Writing many scalars at once.
+
+
+def log_scalars(logger: Logger, values: Mapping[str, float], step: int) -> None:
+    """Logs all values of a step; for TensorBoard as a single event, which is many times faster than one each.
+
+    Args:
+        logger: Any of Lightning's loggers.
+        values: Values by tag.
+        step: The optimizer step.
+    """
+    if not isinstance(logger, TensorBoardLogger):
+        logger.log_metrics(dict(values), step=step)
+        return
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    rows = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+    writer = logger.experiment._get_file_writer()
+    writer.add_summary(Summary(value=rows), global_step=step)
+
+
+# Shows the gates α_i of every layer in TensorBoard, and warns when they collapse.
+
 
 #: Share of the run after which gates that are still uniform are worth a warning.
 _LATE = 0.5

@@ -10,9 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from moka_pl.callbacks.checkpoints import is_trial
-from moka_pl.callbacks.run_checkpoint import RunCheckpoint, between_steps
-from moka_pl.training.resume import LAST_NAME
+from moka_pl.callbacks.checkpoints import RunCheckpoint, between_steps, is_trial
+from moka_pl.training.checkpoint import LAST_NAME
 
 #: In a run over several processes the ranks agree on stopping every so many optimizer steps.
 _AGREE_EVERY = 10

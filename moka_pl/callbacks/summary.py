@@ -7,9 +7,8 @@ from shlex import quote
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from moka_pl.callbacks.batch_statistics import BatchStatistics
 from moka_pl.callbacks.checkpoints import AdapterCheckpoint, is_trial
-from moka_pl.callbacks.throughput import Throughput, peak_memory
+from moka_pl.callbacks.throughput import BatchStatistics, Throughput, peak_memory
 from moka_pl.training.module import MokaModule
 
 

@@ -52,7 +52,7 @@ def evaluate(
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     _check(adapter, base, limit, num_fewshot, batch_size, quantization)
-    from moka_pl.evaluation.lm_eval.library import require_lm_eval
+    from moka_pl.evaluation.lm_eval.tasks import require_lm_eval
 
     require_lm_eval()
     from moka_pl.adapters import read_adapter

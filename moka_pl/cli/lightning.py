@@ -27,8 +27,8 @@ from moka_pl.cli.adapter_class import module_class, named_class
 from moka_pl.cli.functions import FUNCTIONS, function_parser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.folders import make_folder
-from moka_pl.training.resume import find_last
+from moka_pl.training.checkpoint import find_last
+from moka_pl.utils import make_folder
 
 _LOGGER = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",

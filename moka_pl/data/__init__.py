@@ -7,7 +7,7 @@ from moka_pl.data.instruction import InstructionData
 from moka_pl.data.mixture import MixtureData
 from moka_pl.data.mmlu import MmluData
 from moka_pl.data.text import TextData
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 __all__ = [
     "CommonsenseData",

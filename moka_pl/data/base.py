@@ -8,17 +8,20 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from moka_pl.data.batching.collate import MULTIPLE, BatchRows, padded
+from moka_pl.data.batching.collate import MULTIPLE, BatchRows, SharePrefix, padded
 from moka_pl.data.batching.loader import ResumableDataLoader
-from moka_pl.data.batching.pack_sampler import PackSampler
 from moka_pl.data.batching.report import epoch_report
-from moka_pl.data.batching.samplers import EvalSampler, GlobalBatchSampler, TrainSampler
-from moka_pl.data.batching.shared_prefix import SharePrefix
-from moka_pl.data.batching.token_sampler import TokenSampler
+from moka_pl.data.batching.samplers import (
+    EvalSampler,
+    GlobalBatchSampler,
+    PackSampler,
+    TokenSampler,
+    TrainSampler,
+)
 from moka_pl.data.encoding.examples import Encoded, tokenizer_digest
 from moka_pl.data.encoding.report import EncodingReport
-from moka_pl.data.overlap import warn_of_overlap
-from moka_pl.errors_part import DataError
+from moka_pl.data.splits import warn_of_overlap
+from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -4,21 +4,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.base import MokaDataModule
-from moka_pl.data.batching.shared_prefix import SharePrefix
-from moka_pl.data.choice_sources import ChoicePiece, find_choice_pieces, hub_tasks, refuse_unknown
-from moka_pl.data.choice_tasks import task_name
-from moka_pl.data.columns import check_columns
+from moka_pl.data.batching.collate import SharePrefix
+from moka_pl.data.catalog import task_name
 from moka_pl.data.encoding.examples import ChoiceEncoder, Encoded, SegmentEncoder, adds_bos, encode_rows
 from moka_pl.data.formats.choice import CHOICE_FIELDS, check_choice, choice_features, filled
 from moka_pl.data.formats.llm_adapters import name_tasks
-from moka_pl.data.reading import read_rows
-from moka_pl.data.sources import Sources, as_list
-from moka_pl.data.splits import HoldOut, ThreeParts
-from moka_pl.data.spread import spread
-from moka_pl.errors_part import DataError
-from moka_pl.prompts.choice import CHOICE_PROMPTS
+from moka_pl.data.reading import check_columns, read_rows
+from moka_pl.data.sources import ChoicePiece, Sources, as_list, find_choice_pieces, hub_tasks, refuse_unknown
+from moka_pl.data.splits import HoldOut, ThreeParts, spread
+from moka_pl.errors import DataError
+from moka_pl.prompts.choice import CHOICE_PROMPTS, settle_prompt
 from moka_pl.prompts.templates import ChoicePromptName
-from moka_pl.prompts.trained_prompt import settle_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +27,7 @@ class CommonsenseData(MokaDataModule):
     LLM-Adapters form: `instruction` ("... Answer1: ... Answer2: ... Answer format: answer1/answer2") and
     `answer`; its task is the name of the folder, and in a file that mixes the eight tasks (commonsense_170k)
     it is told from the prompt. Hub originals: the columns of BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC
-    and OpenBookQA; they give the same items as the LLM-Adapters form (`moka_pl.data.choice_tasks` says how).
+    and OpenBookQA; they give the same items as the LLM-Adapters form (`moka_pl.data.catalog` says how).
     Training rows are question, right option and end-of-sequence token, trained on the last two; evaluation
     items hold the question and all options, which are compared by their likelihood.
 

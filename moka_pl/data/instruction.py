@@ -7,20 +7,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl.data.base import MokaDataModule
-from moka_pl.data.batching.streamed_rows import StreamedRecords
-from moka_pl.data.batching.streaming import StreamedBatches, StreamLoader
+from moka_pl.data.batching.streaming import StreamedBatches, StreamedRecords, StreamLoader
 from moka_pl.data.catalog import find_corpus
-from moka_pl.data.columns import check_columns
 from moka_pl.data.encoding.examples import Encoded, SegmentEncoder, adds_bos, encode_rows
 from moka_pl.data.formats.instruction import INSTRUCTION_FIELDS, check_instruction, instruction_features
 from moka_pl.data.formats.trees import TreePaths, join_trees
-from moka_pl.data.reading import read_rows
+from moka_pl.data.reading import check_columns, read_rows
 from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Piece, Sources, as_list, find_pieces
 from moka_pl.data.splits import HoldOut, ThreeParts
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
+from moka_pl.prompts.choice import settle_prompt
 from moka_pl.prompts.segments import PromptName, alpaca, chat, require_template
-from moka_pl.prompts.trained_prompt import settle_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moka_pl.data.base import MokaDataModule
-from moka_pl.data.batching.shared_prefix import SharePrefix
+from moka_pl.data.batching.collate import SharePrefix
 from moka_pl.data.encoding.examples import ChoiceEncoder, Encoded, adds_bos, encode_rows
 from moka_pl.data.formats.choice import choice_features
-from moka_pl.data.formats.mmlu import check_mmlu
-from moka_pl.data.formats.mmlu_subjects import CATEGORIES
+from moka_pl.data.formats.mmlu import CATEGORIES, check_mmlu
 from moka_pl.data.reading import is_local, read_rows
-from moka_pl.data.spread import spread
-from moka_pl.errors_part import DataError
+from moka_pl.data.splits import spread
+from moka_pl.errors import DataError
 from moka_pl.prompts.choice import letters, texts
 from moka_pl.prompts.templates import cloze_prompt, lettered, mmlu_header
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 Located = tuple[str, dict[str, Any]]
 """A position such as `"train.jsonl, line 7"` and the record that stands there."""

@@ -1,18 +1,103 @@
 """Turn a local file or a hub data set into a checked, disk-cached `datasets.Dataset`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.data.catalog import CORPORA
-from moka_pl.data.choice_tasks import CHOICE_TASKS
-from moka_pl.data.columns import Columns, rename
-from moka_pl.data.quiet import progress_bars
+from moka_pl.data.catalog import CHOICE_TASKS, CORPORA
 from moka_pl.data.readers import SUFFIXES, Located, stream
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
+
+
+# Own column names: which column of the data holds which field of a form.
+
+
+ColumnNames = Mapping[str, str | list[str]]
+"""Field of a form to the column that holds it; several columns make a list."""
+
+Columns = tuple[tuple[str, str | tuple[str, ...]], ...]
+"""The same, fit to be hashed."""
+
+
+def check_columns(columns: ColumnNames | None, known: Iterable[str]) -> Columns:
+    """Check the option `columns`.
+
+    Args:
+        columns: As the user gave it; None and `{}` keep the names of the data.
+        known: Fields that may be named.
+
+    Returns:
+        The mapping as a tuple.
+
+    Raises:
+        DataError: A field is not known, or a column is no name.
+    """
+    known = list(known)
+    checked: list[tuple[str, str | tuple[str, ...]]] = []
+    for field, column in (columns or {}).items():
+        if field not in known:
+            raise DataError(
+                f"`columns` maps the field {field!r}, which no form has. Write it as field: column, with a "
+                f"field out of {', '.join(known)}."
+            )
+        names = column if isinstance(column, list) else [column]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise DataError(f"`columns` must map {field!r} to the name of a column, found {column!r}.")
+        checked.append((field, tuple(column) if isinstance(column, list) else column))
+    return tuple(checked)
+
+
+def rename(record: dict[str, Any], columns: Columns, where: str) -> dict[str, Any]:
+    """The record under the fields' names; with a mapping, only the columns it names are kept.
+
+    Raises:
+        DataError: A column is missing.
+    """
+    if not columns:
+        return record
+    out: dict[str, Any] = {}
+    for field, column in columns:
+        names = (column,) if isinstance(column, str) else column
+        for name in names:
+            if name not in record:
+                found = ", ".join(map(str, record)) or "nothing"
+                raise DataError(
+                    f"{where}: column {name!r} (of the field {field!r} in `columns`) is missing; found: "
+                    f"{found}. Correct `columns`."
+                )
+        values = [record[name] for name in names]
+        out[field] = values[0] if isinstance(column, str) else values
+    return out
+
+
+# Progress bars only where there is something to wait for.
+
+
+@contextmanager
+def progress_bars(show: bool) -> Iterator[None]:
+    """Run the body with or without the progress bars of `datasets`, and leave the user's setting as it was.
+
+    Args:
+        show: False silences the bars; True leaves them as the user has set them.
+    """
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if show or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+# Turn a local file or a hub data set into a checked, disk-cached `datasets.Dataset`.
+
 
 READING_VERSION = 2
 """Raise it when checked rows come out differently: caches of older versions are then left alone."""

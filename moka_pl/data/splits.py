@@ -2,10 +2,13 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moka_pl.errors_part import DataError
+from lightning.pytorch.utilities import rank_zero_warn
+
+from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,3 +96,77 @@ class ThreeParts:
         if split == "test":
             return own
         return self._validation(train)[0 if split == "train" else 1]
+
+
+# A few rows of every task.
+
+
+def spread(rows: "Dataset", limit: int) -> "Dataset":
+    """At most `limit` rows of every task, evenly spread over its rows.
+
+    Args:
+        rows: With the column `task`.
+        limit: Most rows of a task.
+
+    Returns:
+        The chosen rows in their old order.
+    """
+    by_task: dict[str, list[int]] = {}
+    for index, task in enumerate(rows["task"][:]):
+        by_task.setdefault(task, []).append(index)
+    chosen: list[int] = []
+    for indices in by_task.values():
+        count = min(limit, len(indices))
+        chosen += [indices[step * len(indices) // count] for step in range(count)]
+    return rows.select(sorted(chosen))
+
+
+# Warn of evaluation items that were trained on.
+
+
+_CHUNK = 10_000
+
+
+def warn_of_overlap(name: str, train: "Dataset | None", held: "Dataset") -> int:
+    """Warn if items of an evaluation set are also in the training data.
+
+    Items are the same if their texts are, whatever the case, the white space and the order of the options.
+
+    Args:
+        name: What the data are called.
+        train: Checked rows that are trained on, if any.
+        held: Checked rows that are evaluated on.
+
+    Returns:
+        How many of the evaluation items are in the training data.
+    """
+    known = dict(_contents(train)) if train is not None else {}
+    shared = [(where, known[content]) for content, where in _contents(held) if content in known]
+    if shared:
+        here, there = shared[0]
+        rank_zero_warn(
+            f"{name}: {len(shared):,} of {len(held):,} evaluation items are also in the training data (the "
+            f"first: {here}, trained on as {there}). Their scores say little; take them out of one of "
+            "the two."
+        )
+    return len(shared)
+
+
+def _contents(rows: "Dataset") -> Iterator[tuple[int, str]]:
+    """A hash of every row's texts, and where the row stands."""
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        for values in zip(*chunk.values(), strict=True):
+            row = dict(zip(chunk, values, strict=True))
+            yield hash(_content(row)), row["where"]
+
+
+def _content(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    if "choices" in row:
+        return _plain(row["question"]), *sorted(map(_plain, row["choices"]))
+    turns = [(message["role"], _plain(message["content"])) for message in row["messages"]]
+    return (*(_plain(row[field]) for field in ("instruction", "input", "output")), *turns)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())

@@ -9,7 +9,7 @@ from moka_pl.data.encoding.windows import WindowEncoder
 from moka_pl.data.formats.text import check_text, read_text_file, text_features
 from moka_pl.data.reading import read_rows
 from moka_pl.data.splits import HoldOut
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset

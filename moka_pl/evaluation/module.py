@@ -13,7 +13,7 @@ from moka_pl.backbone import BackboneConfig
 from moka_pl.evaluation.metrics import EvalMetrics
 from moka_pl.evaluation.results import Results
 from moka_pl.evaluation.shared_prompt import can_share, fits_window, score_shared
-from moka_pl.generation import generate_texts, named_option
+from moka_pl.inference import generate_texts, named_option
 from moka_pl.lm.scoring import TokenScores, row_sums, score_tokens
 
 if TYPE_CHECKING:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moka_pl.data.batching.collate import shared_tensors
-from moka_pl.data.batching.shared_prefix import share_prefix
-from moka_pl.lm.packed_attention import VARLEN
+from moka_pl.data.batching.collate import share_prefix, shared_tensors
+from moka_pl.lm.attention import VARLEN
 from moka_pl.lm.scoring import IGNORED, TokenScores, logits_at, row_sums, score_tokens
 
 if TYPE_CHECKING:

@@ -1,8 +1,14 @@
 """What our own kinds of attention have in common: whom they fit, and SDPA behind them."""
 
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+
+from moka_pl.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,3 +39,194 @@ def sdpa(
 
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return out, None
+
+
+# Keeps the examples of a packed row apart in a model's attention.
+#
+# On a GPU in 16 bits a variable-length attention computes each example on its own. Elsewhere the model's
+# usual attention gets a mask, which transformers builds from position ids that begin anew.
+
+
+VARLEN = "moka_varlen"
+"""Name of the attention implementation that is registered with transformers."""
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class PackedAttention:
+    """Prepares a model for packed batches and makes its inputs of each.
+
+    Args:
+        model: A causal language model on its device. If it can use the variable-length attention, that
+            becomes its attention implementation; other batches are computed as before.
+
+    Attributes:
+        obstacle: Why there is no variable-length attention; None where it is used.
+
+    Raises:
+        ConfigError: If the model mixes packed examples.
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
+            raise ConfigError(
+                f"{type(model).__name__} takes no position ids, so packed examples could not be told apart; "
+                "set the data's packing to false"
+            )
+        self.obstacle = _obstacle(model)
+        self._own = model.config._attn_implementation.startswith("flash_attention")
+        if self.obstacle is None:
+            _register()
+            model.set_attn_implementation(VARLEN)
+        self._check(model)
+
+    def __str__(self) -> str:
+        if self.obstacle is None:
+            return "variable-length attention"
+        if self._own:
+            return "the attention's own variable-length form"
+        return f"attention with a block mask ({self.obstacle})"
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's inputs beside the token ids.
+
+        Args:
+            batch: What `collate_packs` returns, on the model's device.
+        """
+        inputs: dict[str, Any] = {"position_ids": batch["position_ids"]}
+        if self.obstacle is None or self._own:
+            starts, longest = batch["segment_starts"], batch["longest_segment"]
+            inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
+        if self.obstacle is None:
+            # A mask of four dimensions is taken for a finished one: none is built, at a cost that grows with
+            # the square of the row, and the GPU need not be waited for.
+            inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=starts.device)
+        return inputs
+
+    def _check(self, model: "PreTrainedModel") -> None:
+        """Tries whether an example's hidden states change with the one before it."""
+        device = model.get_input_embeddings().weight.device
+        batch = {
+            "position_ids": torch.arange(4, device=device).repeat(2)[None],  # (1, 8)
+            "segment_starts": torch.tensor([0, 4, 8], dtype=torch.int32, device=device),
+            "longest_segment": 4,
+        }
+        ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().weight.shape[0]  # (1, 8)
+        other = ids.clone()
+        other[:, :4] = ids[:, :4].flip(1)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                first, second = (
+                    model.get_decoder()(input_ids=tokens, use_cache=False, **self.inputs(batch))
+                    .last_hidden_state[:, 4:]
+                    .float()
+                    for tokens in (ids, other)
+                )
+        finally:
+            model.train(training)
+        if (first - second).abs().max() > 1e-2 * first.abs().max():
+            raise ConfigError(
+                f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed "
+                "examples see each other; set the data's packing to false, or backbone.attention to sdpa"
+            )
+
+
+def _obstacle(model: "PreTrainedModel") -> str | None:
+    """Why the variable-length attention cannot be used, if it cannot."""
+    config = model.config.get_text_config()
+    weight = model.get_input_embeddings().weight
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if (obstacle := attention_obstacle(model, VARLEN)) is not None:
+        return obstacle
+    if not model._supports_flash_attn:
+        return f"{type(model).__name__} needs an attention of its own"
+    if getattr(config, "attention_dropout", 0.0):
+        return "the model's attention has dropout"
+    if weight.device.type != "cuda":
+        return "variable-length attention needs a GPU"
+    if weight.dtype not in _HALF:
+        return f"variable-length attention needs bfloat16 or float16, not {str(weight.dtype)[6:]}"
+    capability = torch.cuda.get_device_capability(weight.device)
+    if capability < (8, 0):
+        return "variable-length attention needs a GPU of compute capability 8.0"
+    # Consumer cards lack the shared memory for the backward pass of larger heads.
+    largest = 256 if capability[0] >= 9 or capability == (8, 0) else 192
+    if size % 8 or size > largest:
+        return f"variable-length attention has no heads of size {size}"
+    if find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no variable-length attention; 2.10 has"
+    return None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(VARLEN, varlen_attention)
+    # Batches that are not packed are masked and computed as by SDPA.
+    AttentionMaskInterface.register(VARLEN, sdpa_mask)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each segment of the flattened batch; SDPA where no segments are given.
+
+    Args:
+        module: The attention layer.
+        query: Queries, shape (B, H, T, d).
+        key: Keys, shape (B, K, T, d); H is a multiple of K.
+        value: Values, shape (B, K, T, d).
+        attention_mask: For SDPA only.
+        dropout: For SDPA only.
+        scaling: Factor on the scores; None takes 1 / √d.
+        **kwargs: `cu_seq_lens_q` (S + 1,), int32, and `max_length_q` of a packed batch, and what else the
+            model hands to its attention.
+
+    Returns:
+        The attended values, shape (B, T, H, d), and None for the weights.
+    """
+    starts, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    if starts is None or longest is None:
+        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    batch, heads, length, size = query.shape
+    dtype = value.dtype if value.dtype in _HALF else torch.bfloat16
+    queries, keys, values = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
+    out = _varlen()(queries, keys, values, starts, longest, scaling)  # (B * T, H, d)
+    return out.view(batch, length, heads, size).to(query.dtype), None
+
+
+def _varlen() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor]:
+    """The variable-length attention of torch, whose options have changed from version to version."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scaling: float | None
+    ) -> Tensor:
+        options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        if scaling is not None and "scale" in known:
+            options["scale"] = scaling
+        elif scaling is not None and scaling != q.shape[-1] ** -0.5:
+            q = q * (scaling * q.shape[-1] ** 0.5)
+        if q.shape[1] != k.shape[1]:
+            if "enable_gqa" in known:
+                options["enable_gqa"] = True
+            else:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        out = varlen_attn(q, k, v, starts, starts, longest, longest, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend

@@ -30,8 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from moka_pl.ops.dense import add_delta_, project
 from moka_pl.ops.dispatch import Backend, resolve_backend
-from moka_pl.ops.layout import Shape
-from moka_pl.ops.packing import pack
+from moka_pl.ops.layout import Shape, pack
 from moka_pl.ops.structured import add_update_, pull_back, turned
 
 
@@ -169,7 +168,7 @@ def packed_linear(
     out_features: int,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Computes the same as :func:`kronecker_linear` from packed factors (see :mod:`moka_pl.ops.packing`)."""
+    """Computes the same as :func:`kronecker_linear` from packed factors (see :mod:`moka_pl.ops.layout`)."""
     tokens = x.shape[:-1]
     flat = x.reshape(-1, x.shape[-1])  # (T, n)
     # Mixed dtypes are not for the kernels.

@@ -1,7 +1,12 @@
 """The sizes of one Kronecker component."""
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Shape(NamedTuple):
@@ -39,3 +44,79 @@ def group_equal(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
     for i, shape in enumerate(shapes):
         groups.setdefault(shape, []).append(i)
     return groups
+
+
+# Factors of one layer as two flat vectors: all left ones in the first, all right ones in the second.
+#
+# Few large parameters in place of twenty small ones: a step then costs few optimizer, autograd and launch
+# calls, which is what bounds small models on a GPU.
+
+
+Pairs = list[tuple[Tensor | None, Tensor]]
+
+
+@cache
+def left_sizes(shapes: tuple[Shape, ...]) -> list[int]:
+    """Entries of every left factor; none for an identity."""
+    return [0 if s.identity else s.m_a * s.n_a for s in shapes]
+
+
+@cache
+def right_sizes(shapes: tuple[Shape, ...]) -> list[int]:
+    """Entries of every right factor."""
+    return [s.m_b * s.n_b for s in shapes]
+
+
+def starts(sizes: Sequence[int]) -> list[int]:
+    """Where each stretch begins in a vector of stretches of these sizes."""
+    return list(accumulate(sizes, initial=0))[:-1]
+
+
+def pack(factors: Sequence[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Packs r pairs (A_i or None, B_i) into the two vectors."""
+    right = torch.cat([b.reshape(-1) for _, b in factors])
+    left = [a.reshape(-1) for a, _ in factors if a is not None]
+    return torch.cat(left) if left else right.new_empty(0), right
+
+
+def unpack(left: Tensor | None, right: Tensor, shapes: tuple[Shape, ...]) -> Pairs:
+    """Views of the two vectors as r pairs (A_i of (m_a, n_a) or None, B_i of (m_b, n_b))."""
+    rights = torch.split(right, right_sizes(shapes))
+    lefts = rights if left is None else torch.split(left, left_sizes(shapes))
+    return [
+        (None if s.identity else a.view(s.m_a, s.n_a), b.view(s.m_b, s.n_b))
+        for a, b, s in zip(lefts, rights, shapes, strict=True)
+    ]
+
+
+# Which component each entry of a packed vector belongs to.
+
+
+class Owners(NamedTuple):
+    """The component that each entry of a packed vector belongs to.
+
+    Attributes:
+        size: Entries of every component, where all have equally many; else 0.
+        of: Component of every entry.
+    """
+
+    size: int
+    of: Tensor
+
+    @classmethod
+    def of_sizes(cls, sizes: Sequence[int], device: torch.device) -> "Owners":
+        """For components of so many entries, one after another."""
+        of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+        return cls(sizes[0] if len(set(sizes)) == 1 else 0, of)
+
+    def scale(self, packed: Tensor, weights: Tensor) -> Tensor:
+        """Multiplies each entry by its component's weight."""
+        if self.size:
+            return (packed.view(-1, self.size) * weights[:, None]).view(-1)
+        return packed * weights[self.of]
+
+    def sums(self, packed: Tensor, components: int) -> Tensor:
+        """Sums the entries of each component, (r,)."""
+        if self.size:
+            return packed.view(-1, self.size).sum(1)
+        return packed.new_zeros(components).index_add_(0, self.of, packed)

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moka_pl.ops.layout import Shape, group_equal
-from moka_pl.ops.owners import Owners
-from moka_pl.ops.packing import left_sizes, right_sizes, starts
+from moka_pl.ops.layout import Owners, Shape, group_equal, left_sizes, right_sizes, starts
 
 
 class _Place(NamedTuple):

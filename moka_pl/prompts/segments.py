@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 from moka_pl.prompts.templates import alpaca_prompt
 
 if TYPE_CHECKING:

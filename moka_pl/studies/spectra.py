@@ -11,8 +11,10 @@ Sources: O. Roy and M. Vetterli, "The effective rank" (2007), here of the square
 and R. Vershynin, "Sampling from large matrices" (2007), for the stable rank.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +82,42 @@ def model_spectra(model: nn.Module) -> Iterator[tuple[str, Spectrum]]:
         with torch.no_grad():
             parts = [delta()] if active is None else [delta(adapter) for adapter in active]
         yield name, spectrum(torch.stack(parts).sum(0))
+
+
+# The ranks that trained updates have, small enough for a report.
+
+
+#: Singular values that are kept of a mean spectrum, closest together at the largest.
+POINTS = 64
+
+
+def spectra_summary(model: nn.Module) -> dict[str, Any]:
+    """Effective ranks of every adapted layer's ΔW and the mean spectrum of every kind of layer.
+
+    Args:
+        model: The trained model.
+
+    Returns:
+        ``layers``: names; ``stable_rank``, ``entropy_rank`` and ``norm`` of each; ``kinds``: by the last part
+        of the layers' names ``index`` (of singular values, from 1) and ``size`` (σ_i / σ_1, mean over the
+        layers). Empty lists where no layer has an update of its own.
+    """
+    found = dict(model_spectra(model))
+    kinds: dict[str, list[Spectrum]] = {}
+    for name, spectrum in found.items():
+        if spectrum.rank:
+            kinds.setdefault(name.rpartition(".")[2], []).append(spectrum)
+    return {
+        "layers": list(found),
+        "stable_rank": [round(spectrum.stable_rank, 3) for spectrum in found.values()],
+        "entropy_rank": [round(spectrum.entropy_rank, 3) for spectrum in found.values()],
+        "norm": [round(spectrum.norm, 4) for spectrum in found.values()],
+        "kinds": {kind: _mean_spectrum(spectra) for kind, spectra in kinds.items()},
+    }
+
+
+def _mean_spectrum(spectra: Sequence[Spectrum]) -> dict[str, list[float]]:
+    length = min(len(spectrum.sizes) for spectrum in spectra)
+    index = sorted({round(math.exp(math.log(length) * i / (POINTS - 1))) for i in range(POINTS)})
+    sizes = [fmean(float(s.sizes[i - 1] / s.sizes[0]) for s in spectra) for i in index]
+    return {"index": [float(i) for i in index], "size": [float(f"{size:.3g}") for size in sizes]}

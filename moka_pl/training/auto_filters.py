@@ -23,7 +23,7 @@ from moka_pl.adapters.filter_search.gradients import linear_layers, weight_gradi
 from moka_pl.adapters.filter_search.search import choose_within, initial_left_factors, layer_budgets
 from moka_pl.adapters.filters import AUTO, listed
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.lm.packed_attention import PackedAttention
+from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.scoring import score_tokens
 from moka_pl.utils import quiet
 

@@ -23,8 +23,8 @@ from moka_pl.adapters.directory import check_base, read_adapter_state
 from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.evaluation.module import Batch, EvaluatedModule
+from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
-from moka_pl.lm.packed_attention import PackedAttention
 from moka_pl.lm.scoring import score_tokens
 from moka_pl.training.auto_filters import OpenChoices
 from moka_pl.training.checkpoint import (

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from moka_pl.adapters import MokaConfig, MokaLinear
 from moka_pl.adapters.forward import join
-from moka_pl.backbone.base_weight import dense_weight
+from moka_pl.backbone.quantization import dense_weight
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight
+from moka_pl.ops.layout import unpack
 from moka_pl.ops.merged_forward import PlainUpdates, StructuredUpdates
-from moka_pl.ops.packing import unpack
 
 M, N, TOKENS = 24, 64, 40  # bitsandbytes misreads rows of 32 on some CPUs
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moka_pl.adapters import MokaConfig, MokaLinear
-from moka_pl.backbone.base_weight import dense_weight
+from moka_pl.backbone.quantization import dense_weight
 from moka_pl.errors import AdapterError
-from moka_pl.ops.packing import unpack
+from moka_pl.ops.layout import unpack
 
 N, M = 48, 40
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from moka_pl.backbone.byte_tokenizer import byte_tokenizer
+from moka_pl.backbone.random_weights import byte_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moka_pl.backbone.byte_tokenizer import byte_tokenizer
+from moka_pl.backbone.random_weights import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 SPECIAL = ["<|pad|>", "<|end|>", "<|im_start|>", "<|im_end|>"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moka_pl.backbone import BackboneConfig, compute_dtype
-from moka_pl.backbone.cache import cache_root, writable
+from moka_pl.backbone.loading import cache_root, writable
 from moka_pl.errors import BackboneError, ConfigError
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from moka_pl.backbone import BackboneConfig, load_backbone, random_weights
-from moka_pl.backbone.base_weight import dense_weight
-from moka_pl.backbone.shapes import SHAPES, shape_config
+from moka_pl.backbone.quantization import dense_weight
+from moka_pl.backbone.random_weights import SHAPES, shape_config
 from moka_pl.errors import BackboneError
 
 PARAMETERS = {

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moka_pl.callbacks import AdapterCheckpoint, GracefulInterrupt, RunCheckpoint
-from moka_pl.callbacks.run_checkpoint import between_steps
+from moka_pl.callbacks.checkpoints import between_steps
 
 
 class Kill(Callback):

@@ -1,7 +1,7 @@
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moka_pl.callbacks.tensorboard import log_scalars
+from moka_pl.callbacks.gates import log_scalars
 
 VALUES = {"gate/layer00.q_proj/alpha_0": 0.25, "gate_entropy/mean": 1.0}
 

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from moka_pl.data import CommonsenseData, DataError, InstructionData, MixtureData, MokaDataModule
 from moka_pl.data.batching.samplers import EvalSampler, TrainSampler
 from moka_pl.data.encoding.examples import MASKED
-from moka_pl.data.weights import epoch_counts, repeated
+from moka_pl.data.mixture import epoch_counts, repeated
 
 YAML = """
 data:

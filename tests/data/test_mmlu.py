@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from moka_pl.data import CommonsenseData, DataError, MixtureData, MmluData
-from moka_pl.data.formats.mmlu_subjects import CATEGORIES
+from moka_pl.data.formats.mmlu import CATEGORIES
 
 HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 

@@ -5,7 +5,7 @@ import pytest
 from moka_pl.data.formats.instruction import check_instruction, instruction_features
 from moka_pl.data.reading import is_local, read_rows
 from moka_pl.data.samples import sample_path
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello!"}
 

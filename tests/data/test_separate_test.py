@@ -18,7 +18,7 @@ def test_training_validation_and_test_have_nothing_in_common(kind, own, request,
     if kind == "make_commonsense" and own:
         options["validation_path"] = "sample"
     data = make(**options, validation_share=0.2)
-    from moka_pl.backbone.byte_tokenizer import byte_tokenizer
+    from moka_pl.backbone.random_weights import byte_tokenizer
 
     data.connect(byte_tokenizer())
     train, validation, test = (rows(data, split) for split in ("train", "validation", "test"))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moka_pl.generation import generate_texts, named_option
+from moka_pl.inference import generate_texts, named_option
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from moka_pl.adapters import MokaConfig, MokaLinear, moka_layers
 from moka_pl.adapters.filters import filter_shapes
 from moka_pl.adapters.forward import join
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.backbone.base_weight import dense_weight
+from moka_pl.backbone.quantization import dense_weight
 from moka_pl.data import CommonsenseData
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear
-from moka_pl.ops.packing import unpack
-from moka_pl.ops.triton.updates import FusedUpdates
+from moka_pl.ops.layout import unpack
+from moka_pl.ops.triton.autograd import FusedUpdates
 from moka_pl.training.module import MokaModule
 
 pytestmark = pytest.mark.gpu

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from moka_pl.adapters import MokaConfig, MokaLinear
-from moka_pl.backbone.base_weight import dense_weight
+from moka_pl.backbone.quantization import dense_weight
 from moka_pl.ops.kronecker import delta_weight
-from moka_pl.ops.packing import unpack
+from moka_pl.ops.layout import unpack
 
 pytestmark = pytest.mark.gpu
 

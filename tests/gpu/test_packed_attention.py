@@ -8,7 +8,7 @@ from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.backbone.quantization import is_4bit
 from moka_pl.data.batching.collate import collate_packs, collate_tokens
-from moka_pl.lm.packed_attention import VARLEN, PackedAttention
+from moka_pl.lm.attention import VARLEN, PackedAttention
 from moka_pl.lm.scoring import score_tokens
 
 pytestmark = pytest.mark.gpu
@@ -147,7 +147,7 @@ def test_float32_has_a_block_mask() -> None:
 def test_kernel_agrees_with_float64(heads: tuple[int, int], size: int) -> None:
     from torch.nn import functional as F
 
-    from moka_pl.lm.packed_attention import varlen_attention
+    from moka_pl.lm.attention import varlen_attention
 
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(2, count, 96, size) for count in (heads[0], heads[1], heads[1])]

@@ -9,8 +9,8 @@ from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.data.batching.collate import collate_packs, collate_tokens
 from moka_pl.errors import ConfigError
-from moka_pl.lm import packed_attention
-from moka_pl.lm.packed_attention import VARLEN, PackedAttention, varlen_attention
+from moka_pl.lm import attention as packed_attention
+from moka_pl.lm.attention import VARLEN, PackedAttention, varlen_attention
 from moka_pl.lm.scoring import score_tokens
 
 LENGTHS = [9, 4, 17, 1, 6]

@@ -6,8 +6,7 @@ from torch.nn import functional as F
 
 from moka_pl.adapters.filters import filter_shapes
 from moka_pl.ops.dense import add_delta_, project
-from moka_pl.ops.layout import Shape
-from moka_pl.ops.packing import pack
+from moka_pl.ops.layout import Shape, pack
 
 CASES = {
     "five shapes twice": (filter_shapes("diverse", 10, 24, 48), 24, 48),

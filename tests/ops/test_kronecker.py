@@ -19,8 +19,7 @@ from moka_pl.ops.kronecker import (
     kronecker_linear,
     packed_linear,
 )
-from moka_pl.ops.layout import Shape
-from moka_pl.ops.packing import pack, unpack
+from moka_pl.ops.layout import Shape, pack, unpack
 
 WAYS = ("structured", "dense")
 Factors = list[tuple[Tensor | None, Tensor]]

@@ -3,9 +3,8 @@ import pytest
 from moka_pl.data import CommonsenseData, DataError, InstructionData, MixtureData
 from moka_pl.data.encoding.examples import MASKED
 from moka_pl.data.formats.choice import check_choice
-from moka_pl.prompts.choice import CHOICE_PROMPTS
+from moka_pl.prompts.choice import CHOICE_PROMPTS, settle_prompt
 from moka_pl.prompts.templates import alpaca_prompt, llm_adapters_prompt
-from moka_pl.prompts.trained_prompt import settle_prompt
 
 
 def row(question="Why?", choices=("So.", "Not so."), answer=1, task="arc_easy"):

@@ -2,7 +2,7 @@ import pytest
 
 from moka_pl.data.encoding.examples import MASKED, SegmentEncoder
 from moka_pl.data.formats.instruction import check_instruction
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 from moka_pl.prompts.segments import alpaca, chat
 
 TURNS = [

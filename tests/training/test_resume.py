@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moka_pl.errors import ConfigError
-from moka_pl.training.resume import find_last
+from moka_pl.training.checkpoint import find_last
 
 
 def saving(folder, **options):

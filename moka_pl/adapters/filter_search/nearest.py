@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moka_pl.ops.kronecker import delta_weight
-from moka_pl.ops.layout import Shape
-from moka_pl.ops.packing import Pairs
+from moka_pl.ops.layout import Pairs, Shape
 
 #: Beyond this many entries on the shorter side of R(M), leading singular pairs are found by iteration.
 _EXACT = 256

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from moka_pl.data.batching.samplers import GlobalBatchSampler
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 
 class ResumableDataLoader(DataLoader[Any]):

@@ -7,6 +7,7 @@ such a list to the data set's `__getitem__`.
 
 import math
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -141,3 +142,164 @@ class EvalSampler(GlobalBatchSampler):
         full = len(self.lengths) // self.global_size
         largest_first = sorted(batches[:full], key=lambda batch: -int(self.slots[batch].sum()))
         return largest_first + batches[full:]
+
+
+# Batches of similar lengths that hold as many examples as fit into a number of tokens.
+
+
+class TokenSampler(GlobalBatchSampler):
+    """Shuffled batches of examples of similar length, as many as their padded tokens allow.
+
+    Examples are sorted by padded length, equal ones shuffled, and cut into batches; the batches are shuffled.
+    Where the cuts are depends on the lengths alone, so that every epoch has the same number of batches, which
+    the learning-rate schedule needs to know beforehand.
+
+    Args:
+        lengths: Length of every example (tokens).
+        max_tokens: Most tokens of a batch per rank, padding included.
+        num_replicas: Number of ranks.
+        rank: This rank, from 0.
+        seed: Seed of the shuffling, 0 or above.
+        multiple: Batches are padded to a multiple of this many tokens.
+
+    Raises:
+        ValueError: If an example is longer than a batch may be.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        max_tokens: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        multiple: int = 1,
+    ) -> None:
+        super().__init__(lengths, 1, num_replicas, rank, seed)
+        self._widths = -(-self.lengths // multiple) * multiple
+        descending = numpy.sort(self._widths)[::-1]
+        if len(descending) and descending[0] > max_tokens:
+            raise ValueError(
+                f"max_tokens must be at least the longest example, {descending[0]}, got {max_tokens}."
+            )
+        self._cuts: list[int] = []
+        start = 0
+        while start < len(descending):
+            self._cuts.append(start)
+            start += num_replicas * (max_tokens // int(descending[start]))
+
+    def __len__(self) -> int:
+        """Number of batches of an epoch, for every rank and in every epoch."""
+        return len(self._cuts)
+
+    def global_batches(self) -> list[Indices]:
+        """All global batches of the current epoch, the same on every rank."""
+        random = numpy.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(len(self.lengths))
+        order = order[numpy.argsort(-self._widths[order], kind="stable")]
+        batches = numpy.split(order, self._cuts[1:])
+        return [batches[number] for number in random.permutation(len(batches))]
+
+
+# Which lengths share a row.
+
+
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Packs lengths into rows: the longest first, each into the fullest row that still has room for it.
+
+    How many rows there are, and which lengths stand in each, depends on how often each length occurs alone,
+    not on the order of `lengths`.
+
+    Args:
+        lengths: Lengths (tokens), from 1 to `capacity`.
+        capacity: Room of a row (tokens).
+
+    Returns:
+        Per row the indices into `lengths`, the longest first.
+
+    Raises:
+        ValueError: If a length is out of range.
+    """
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = defaultdict(list)
+    rooms = 0  # bit r: there is a row with room r
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        if not 1 <= length <= capacity:
+            raise ValueError(f"a length must be from 1 to {capacity}, got {length}.")
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1  # the least that is enough
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        if room > length:
+            by_room[room - length].append(row)
+            rooms |= 1 << (room - length)
+    return rows
+
+
+# Packed batches: rows that hold several examples.
+
+
+Pack = list[int]
+"""Indices of the examples of a row."""
+
+
+class PackSampler(GlobalBatchSampler):
+    """Shuffled batches of packed rows; it yields lists of packs, each a list of indices.
+
+    All examples are packed together, best fit first, and the packs are shuffled. The lengths in each pack
+    depend on the data alone, so that every epoch has the same number of batches, which the learning-rate
+    schedule needs to know beforehand. Which of the examples of one length stands in which pack is drawn anew
+    in every epoch.
+
+    Args:
+        lengths: Length of every example (tokens).
+        batch_size: Packs per rank and batch.
+        num_replicas: Number of ranks.
+        rank: This rank, from 0.
+        seed: Seed of the shuffling, 0 or above.
+        capacity: Most tokens of a pack.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        *,
+        capacity: int,
+    ) -> None:
+        super().__init__(lengths, batch_size, num_replicas, rank, seed)
+        descending = numpy.sort(self.lengths)[::-1]
+        self._packs = best_fit_decreasing(descending.tolist(), capacity)
+
+    def __len__(self) -> int:
+        """Number of batches of an epoch, for every rank and in every epoch."""
+        return math.ceil(len(self._packs) / self.global_size)
+
+    def global_batches(self) -> list[list[Pack]]:
+        """All global batches of the current epoch, the same on every rank."""
+        random = numpy.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(len(self.lengths))
+        # Shuffled among equals, each index stands where its length was packed.
+        order = order[numpy.argsort(-self.lengths[order], kind="stable")]
+        packs: list[Pack] = [
+            order[self._packs[number]].tolist() for number in random.permutation(len(self._packs))
+        ]
+        return [packs[start : start + self.global_size] for start in range(0, len(packs), self.global_size)]
+
+    def row_lengths(self, batch: Sequence[Any] | Indices) -> list[int]:
+        """Tokens of every pack of a global batch."""
+        return [int(self.lengths[pack].sum()) for pack in batch]
+
+    def _fill(self, batch: Any) -> Pack:
+        indices = [index for pack in batch for index in pack]
+        return [filler(min(indices, key=lambda index: int(self.lengths[index])))]

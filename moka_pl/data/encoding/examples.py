@@ -7,8 +7,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from moka_pl.data.encoding.report import EncodingReport
-from moka_pl.data.quiet import progress_bars
-from moka_pl.errors_part import DataError
+from moka_pl.data.reading import progress_bars
+from moka_pl.errors import DataError
 from moka_pl.prompts.segments import Segment
 
 if TYPE_CHECKING:

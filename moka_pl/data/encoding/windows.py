@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moka_pl.data.encoding.examples import DROPPED, KEPT, MASKED, token_features
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -1,13 +1,197 @@
 """Check instruction records; which form one has is told by its columns."""
 
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.data.formats.chat_rows import check_conversations, check_messages, check_turns, show
 from moka_pl.data.formats.trees import FIELDS as TREE_FIELDS
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Features
+
+
+# Check chats: `messages`, ShareGPT's `conversations`, and turns written into one `text`.
+
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+"""ShareGPT's names of the speakers."""
+
+_TURN = re.compile(r"(?<!#)###\s*(Human|Assistant|System)\s*:")
+_TEXT_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+
+Message = dict[str, Any]
+
+
+def check_messages(value: object, where: str) -> list[Message]:
+    """Messages with `role`, `content` (text, or a list of text parts) and maybe `loss_weight`.
+
+    Args:
+        value: The field `messages`.
+        where: Position of the record, for messages.
+
+    Returns:
+        `role`, `content` (text) and `trained` of every message.
+
+    Raises:
+        DataError: A message has another form, or no assistant speaks.
+    """
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: field 'messages' must be a list of messages, found {show(value)}.")
+    messages = [_message(message, where, f"messages[{index}]") for index, message in enumerate(value)]
+    if not any(message["role"] == "assistant" for message in messages):
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"{where}: field 'messages' has no assistant message to learn from; found roles: {roles}. "
+            "Add an answer or remove the chat."
+        )
+    return messages
+
+
+def check_conversations(value: object, where: str) -> list[Message]:
+    """ShareGPT's turns with `from` and `value`.
+
+    Such corpora hold pieces of longer chats: answers before the first question are left out, and a piece
+    without an answer comes back untrained, so that it is counted among the dropped examples.
+
+    Args:
+        value: The field `conversations`.
+        where: Position of the record, for messages.
+
+    Returns:
+        `role`, `content` and `trained` of every message.
+
+    Raises:
+        DataError: A turn has another form or an unknown speaker.
+    """
+    if not isinstance(value, list):
+        raise DataError(f"{where}: field 'conversations' must be a list of turns, found {show(value)}.")
+    messages: list[Message] = []
+    for index, turn in enumerate(value):
+        field = f"conversations[{index}]"
+        if not isinstance(turn, Mapping):
+            raise DataError(
+                f"{where}: field {field!r} must be an object with from and value, found {show(turn)}."
+            )
+        for key in ("from", "value"):
+            if key not in turn:
+                found = ", ".join(map(str, turn))
+                raise DataError(f"{where}: field '{field}.{key}' is missing; found: {found}.")
+        speaker = turn["from"]
+        role = SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+        if role is None:
+            raise DataError(
+                f"{where}: field '{field}.from' is {speaker!r}; known speakers are "
+                f"{', '.join(SHAREGPT_ROLES)}. Rename the speaker."
+            )
+        weight = turn.get("loss_weight")
+        message = {"role": role, "content": turn["value"], "loss_weight": weight}
+        checked = _message(message, where, field)
+        if role != "assistant" or any(m["role"] == "user" for m in messages):
+            messages.append(checked)
+    return messages or [{"role": "user", "content": "", "trained": False}]
+
+
+def check_turns(value: object, where: str) -> list[Message]:
+    """Turns in one text: `### Human: ...### Assistant: ...` (the Guanaco form).
+
+    Args:
+        value: The field `text`.
+        where: Position of the record, for messages.
+
+    Returns:
+        `role`, `content` and `trained` of every turn; the text of a turn is stripped.
+
+    Raises:
+        DataError: The text does not begin with a turn, or no assistant speaks.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{where}: field 'text' must be text, found {show(value)}.")
+    pieces = _TURN.split(value)  # text before the first turn, then role and text in turn
+    if len(pieces) < 3 or pieces[0].strip():
+        raise DataError(
+            f"{where}: field 'text' does not begin with '### Human:', found {show(value)}. Expected turns "
+            "'### Human: ...' and '### Assistant: ...'; name other columns with `columns`."
+        )
+    turns = [
+        {"role": _TEXT_ROLES[role], "content": text.strip()}
+        for role, text in zip(pieces[1::2], pieces[2::2], strict=True)
+    ]
+    return check_messages(turns, where)
+
+
+def show(value: object) -> str:
+    """Type and beginning of a value, for messages."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _message(value: object, where: str, field: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise DataError(
+            f"{where}: field {field!r} must be an object with role and content, found {show(value)}."
+        )
+    for key in ("role", "content"):
+        if key not in value:
+            raise DataError(
+                f"{where}: field '{field}.{key}' is missing; found: {', '.join(map(str, value))}."
+            )
+    role = value["role"]
+    if role not in ROLES:
+        raise DataError(
+            f"{where}: field '{field}.role' is {role!r}; known roles are {', '.join(ROLES)}. Rename the role."
+        )
+    # Parquet fills absent fields with None.
+    weight = value.get("loss_weight")
+    weight = 1.0 if weight is None else weight
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+        raise DataError(
+            f"{where}: field '{field}.loss_weight' must be a number, 0 or above, found {show(weight)}."
+        )
+    content = _content(value["content"], where, f"{field}.content")
+    return {"role": role, "content": content, "trained": role == "assistant" and weight > 0}
+
+
+def _content(value: object, where: str, field: str) -> str:
+    """Text of a message: a string, or a list of text parts to be joined."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"{where}: field '{field}' must be text or a list of {{type, text}} parts, found {show(value)}."
+        )
+    texts = []
+    for index, part in enumerate(value):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise DataError(
+                f"{where}: field '{field}[{index}]' must be a part of type 'text', found {show(part)}. "
+                "Only text can be trained on; remove other parts."
+            )
+        text = part.get("text") if part.get("text") is not None else part.get("value")
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where}: field '{field}[{index}]' has no 'text' (or 'value') that is text; found "
+                f"{show(part)}."
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+# Check instruction records; which form one has is told by its columns.
+
 
 FORMS = (
     "Expected a chat (messages, or conversations of ShareGPT, or text with '### Human:' turns), "

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from moka_pl.data.readers import Located
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 LLM_ADAPTERS_FORM = "the LLM-Adapters form (instruction, answer)"
 SCIENCE = "science"

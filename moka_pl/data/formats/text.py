@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from moka_pl.data.readers import Located
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 TreePaths = Literal["best", "all"]
 """Which chats a tree gives: the one of the best-ranked replies, or one for every last reply."""

@@ -3,7 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 
 def sample_path(name: str) -> Path:

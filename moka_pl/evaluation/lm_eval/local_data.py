@@ -7,10 +7,16 @@ with a CSV file for every subject).
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moka_pl.data.formats.mmlu_subjects import CATEGORIES
-from moka_pl.errors_part import DataError
+from moka_pl.data.formats.choice import check_choice, choice_features
+from moka_pl.data.formats.mmlu import CATEGORIES, check_mmlu
+from moka_pl.data.reading import read_rows
+from moka_pl.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 
 _TEMPLATES = Path(__file__).with_name("tasks")
 _MMLU = "mmlu"
@@ -107,3 +113,51 @@ def _groups(tasks: list[str]) -> dict[str, dict[str, Any]]:
     mean = {"metric": "acc", "weight_by_size": True}
     shared = {"aggregate_metric_list": [mean], "metadata": {"version": 1.0}}
     return {name: {"group": name, "task": members, **shared} for name, members in parts.items()}
+
+
+# What the local task files call to get their questions: files read and checked as in training.
+
+
+def cloze_splits(task: str, files: dict[str, str], **metadata: Any) -> "dict[str, Dataset]":
+    """The splits of a multiple-choice task.
+
+    Args:
+        task: The task's name, for records that do not name one.
+        files: File of every split, in the common form or the LLM-Adapters form.
+        **metadata: What lm_eval adds for such functions; not needed.
+
+    Returns:
+        `question`, `choices` and `answer` (an index) by split.
+
+    Raises:
+        DataError: A file cannot be used.
+    """
+    features = choice_features()
+    return {
+        split: _shown(read_rows(file, check_choice, features, context=task)) for split, file in files.items()
+    }
+
+
+def mmlu_splits(task: str, files: dict[str, str], **metadata: Any) -> "dict[str, Dataset]":
+    """The splits of an MMLU subject from CSV files with the columns question, choice0 … choice3, answer.
+
+    Args:
+        task: The subject.
+        files: File of every split.
+        **metadata: What lm_eval adds for such functions; not needed.
+
+    Returns:
+        As `cloze_splits`.
+
+    Raises:
+        DataError: A file cannot be used.
+    """
+    features = choice_features()
+    return {
+        split: _shown(read_rows(file, check_mmlu, features, context=task)) for split, file in files.items()
+    }
+
+
+def _shown(rows: "Dataset") -> "Dataset":
+    # lm_eval hashes whole records: a path in them would make the hash another on every machine.
+    return rows.select_columns(["question", "choices", "answer"])

@@ -11,7 +11,7 @@ from typing import Any
 
 from moka_pl.adapters.directory import WEIGHTS_NAME
 from moka_pl.errors import ConfigError
-from moka_pl.folders import writing_obstacle
+from moka_pl.utils import writing_obstacle
 from moka_pl.version import __version__
 
 _LIBRARIES = ("lm_eval", "torch", "transformers", "bitsandbytes", "datasets")

@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, cast
 
-from moka_pl.evaluation.lm_eval.library import quiet_lm_eval
-from moka_pl.evaluation.lm_eval.tasks import Selection
+from moka_pl.evaluation.lm_eval.tasks import Selection, quiet_lm_eval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,18 +1,45 @@
 """From the names that a user gives to lm_eval's tasks, with their data read."""
 
 import difflib
+import importlib.util
+import logging
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.evaluation.lm_eval.library import quiet_lm_eval
 from moka_pl.evaluation.lm_eval.local_data import local_tasks, write_task_files
+from moka_pl.utils import quiet
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+
+
+# The library lm_eval: whether it is there, and its talk at times when it has nothing to tell.
+
+
+def require_lm_eval() -> None:
+    """Checks that lm_eval is installed, without importing it (which takes seconds).
+
+    Raises:
+        ConfigError: If it is not, with the command that installs it.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            "the lm-evaluation-harness is not installed: pip install 'moka_pl[eval]' (or pip install lm_eval)"
+        )
+
+
+def quiet_lm_eval() -> AbstractContextManager[None]:
+    """Without lm_eval's warnings (that a task is local, that a model is built already)."""
+    return quiet("lm_eval", below=logging.ERROR)
+
+
+# From the names that a user gives to lm_eval's tasks, with their data read.
+
 
 _NEAR, _LISTED = 5, 30
 

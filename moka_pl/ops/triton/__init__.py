@@ -1,6 +1,6 @@
 """Triton kernels: ΔW built, or added to a frozen weight, in one launch; its gradient projected in two.
 
-They work on a layer's factors as two flat vectors (see :mod:`moka_pl.ops.packing`) and serve any mixture of
+They work on a layer's factors as two flat vectors (see :mod:`moka_pl.ops.layout`) and serve any mixture of
 shapes, whether they divide the layer or not. Sums run in float32 and in a fixed order: results do not change
 from run to run.
 """

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moka_pl.ops.layout import Shape, group_equal
-from moka_pl.ops.packing import left_sizes, right_sizes, starts
+from moka_pl.ops.layout import Shape, group_equal, left_sizes, right_sizes, starts
 
 #: Sides of the squares that ΔW is built from, and squares that one program builds side by side.
 SIDES = (16, 8)

@@ -44,13 +44,18 @@ def compare_all(args: argparse.Namespace) -> Iterator[Agreement]:
     Args:
         args: The parsed options.
     """
-    from moka_pl.evaluation.lm_eval.library import require_lm_eval
+    from moka_pl.evaluation.lm_eval.tasks import require_lm_eval
 
     require_lm_eval()
     from moka_pl.data import CommonsenseData, MmluData
     from moka_pl.evaluation.lm_eval.tasks import select_tasks
-    from moka_pl.studies.agreement.sides import harness_items, own_items, reported
-    from moka_pl.studies.agreement.some_items import copy_mmlu_questions, copy_questions
+    from moka_pl.studies.agreement.sides import (
+        copy_mmlu_questions,
+        copy_questions,
+        harness_items,
+        own_items,
+        reported,
+    )
 
     chosen = range(args.skip, args.skip + args.items)
     module = build_module(args.model, args.random, args.adapter)

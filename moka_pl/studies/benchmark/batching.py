@@ -110,7 +110,7 @@ class _Step:
     """Forward and backward of a batch, as in training."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
-        from moka_pl.lm.packed_attention import PackedAttention
+        from moka_pl.lm.attention import PackedAttention
 
         self.model = model.train()
         self.device = model.get_input_embeddings().weight.device

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from moka_pl.errors import ConfigError, MokaError, end_interrupted
+from moka_pl.studies.benchmark import cases as liger
 from moka_pl.studies.benchmark import cases as rows
-from moka_pl.studies.benchmark import decode, fit, growth, liger
-from moka_pl.studies.benchmark.bench import Bench
-from moka_pl.studies.benchmark.figures import write_figures
-from moka_pl.studies.benchmark.presets import PRESETS, Preset, find_preset
-from moka_pl.studies.benchmark.records import Record, Results
-from moka_pl.studies.benchmark.steps_part import measure_steps
-from moka_pl.studies.benchmark.tables import markdown, milliseconds
+from moka_pl.studies.benchmark import fit, growth
+from moka_pl.studies.benchmark import steps as decode
+from moka_pl.studies.benchmark.bench import Bench, Record, Results
+from moka_pl.studies.benchmark.cases import PRESETS, Preset, find_preset
+from moka_pl.studies.benchmark.steps import measure_steps
+from moka_pl.studies.benchmark.tables import markdown, milliseconds, write_figures
 
 GROWTH = ("components", "tokens", "sizes")
 MEASURES = ("steps", *GROWTH, "fit", "decode")

@@ -7,10 +7,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 
-from moka_pl.studies.benchmark.bench import first_line
-from moka_pl.studies.benchmark.presets import Preset
-from moka_pl.studies.benchmark.records import Record, Values
-from moka_pl.studies.memory import free_memory
+from moka_pl.studies.benchmark.bench import Record, Values, first_line
+from moka_pl.studies.benchmark.cases import Preset
+from moka_pl.studies.common import free_memory
 
 ROW = "MoKA r10 fit"
 
@@ -90,7 +89,7 @@ def _options(preset: Preset, checkpointing: bool, folder: str) -> dict[str, obje
         "model.optimizer.weight_decay": 0.0,
         "model.lr_scheduler": "moka_pl.training.schedule.WarmupDecay",
         "model.gradient_checkpointing": str(checkpointing).lower(),
-        "data": "moka_pl.studies.benchmark.synthetic.SyntheticData",
+        "data": "moka_pl.studies.benchmark.probe.SyntheticData",
         "data.batch_size": preset.batch,
         "data.length": preset.length,
         "data.batches": batches,

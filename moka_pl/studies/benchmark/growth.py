@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moka_pl.studies.benchmark.bench import Bench
-from moka_pl.studies.benchmark.cases import FROZEN, QV, Row, choose, frozen, lora, moka
-from moka_pl.studies.benchmark.presets import Preset
-from moka_pl.studies.benchmark.records import Record, Setting
+from moka_pl.studies.benchmark.bench import Bench, Record, Setting
+from moka_pl.studies.benchmark.cases import FROZEN, QV, Preset, Row, choose, frozen, lora, moka
 from moka_pl.studies.benchmark.steps import time_steps
 
 #: Longest row of a batch; more tokens make more rows.

@@ -1,5 +1,6 @@
 """The callback that times a whole ``fit`` and, around it, a bare loop over the same model and batches."""
 
+import random
 import time
 from itertools import islice, pairwise
 from typing import ClassVar, Optional
@@ -7,10 +8,11 @@ from typing import ClassVar, Optional
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moka_pl.data import MokaDataModule
+from moka_pl.data import EncodingReport, MokaDataModule
+from moka_pl.data.encoding.examples import Encoded
 from moka_pl.lm.scoring import score_tokens
 from moka_pl.studies.benchmark.steps import synchronise
-from moka_pl.studies.memory import peak_gib, reset_peak
+from moka_pl.studies.common import peak_gib, reset_peak
 from moka_pl.training.module import MokaModule
 
 #: Different batches that the bare loop takes in turn.
@@ -90,3 +92,54 @@ class Probe(Callback):
                     synchronise(device)
                 ends.append(time.perf_counter())
         return [1e3 * (after - before) for before, after in pairwise(ends[self.warmup - 1 :])]
+
+
+# Random rows of one length, already tokens, through the package's own data module and loader.
+
+
+#: Ids that every tokenizer and vocabulary has.
+_FIRST, _LAST = 4, 259
+
+
+class SyntheticData(MokaDataModule):
+    """Training rows of exactly ``length`` random tokens, all of them trained on; no validation.
+
+    Args:
+        batch_size: Examples per device and micro-batch.
+        length: Tokens of every example.
+        batches: Batches of an epoch.
+        num_workers: Processes per device that load batches.
+        seed: Seed of the tokens and of the shuffling.
+    """
+
+    name = "synthetic"
+
+    def __init__(
+        self, batch_size: int = 8, length: int = 512, batches: int = 100, num_workers: int = 0, seed: int = 0
+    ) -> None:
+        super().__init__(batch_size=batch_size, max_length=max(2, length), num_workers=num_workers, seed=seed)
+        self.length = length
+        self.batches = batches
+
+    def encode(self, split: str) -> Encoded | None:
+        """Draws the training rows; there are no others."""
+        if split != "train":
+            return None
+        from datasets import Dataset
+
+        draw = random.Random(self.seed)
+        count = self.batch_size * self.batches
+        rows = [[draw.randint(_FIRST, _LAST) for _ in range(self.length)] for _ in range(count)]
+        sizes = [self.length] * count
+        table = Dataset.from_dict({"input_ids": rows, "labels": rows, "length": sizes, "slots": sizes})
+        tokens = count * self.length
+        report = EncodingReport(
+            read=count,
+            kept=count,
+            truncated=0,
+            dropped=0,
+            tokens=tokens,
+            trained=tokens - count,
+            longest=self.length,
+        )
+        return Encoded(table, report)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.studies.benchmark.records import Record, Results, load_results
+from moka_pl.studies.benchmark.bench import Record, Results, load_results
 from moka_pl.studies.benchmark.tables import GROWTH, failure, growth_table, milliseconds, render
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"

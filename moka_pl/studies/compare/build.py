@@ -14,8 +14,8 @@ from moka_pl.backbone import BackboneConfig
 from moka_pl.cli.adapter_class import module_class
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.studies.compare.module import ComparedModule
 from moka_pl.studies.compare.runs import Run, run_of
+from moka_pl.studies.compare.shared_base import ComparedModule
 from moka_pl.studies.compare.suite import Settings, Suite, merged
 from moka_pl.utils import quiet_lightning
 

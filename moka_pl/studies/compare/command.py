@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moka_pl.errors import INTERRUPTED, MokaError, end_interrupted
-from moka_pl.folders import make_folder
-from moka_pl.studies.compare.suite import Suite
-from moka_pl.studies.compare.suite_file import find_suite, keep_rivals, read_suite
+from moka_pl.studies.compare.suite import Suite, find_suite, keep_rivals, read_suite
+from moka_pl.utils import make_folder
 
 DESCRIPTION = """\
 Trains every rival of a suite with every learning rate on the same batches, picks each one's rate on data that
@@ -61,10 +60,10 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
 
 def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     from moka_pl.studies.compare.build import check_suite
-    from moka_pl.studies.compare.data import prepare_data
     from moka_pl.studies.compare.drive import run_suites
-    from moka_pl.studies.compare.progress import Clock
-    from moka_pl.studies.compare.store import Store, write_atomically
+    from moka_pl.studies.compare.runs import Store, write_atomically
+    from moka_pl.studies.compare.schedule import Clock
+    from moka_pl.studies.compare.train import prepare_data
 
     clock = Clock(args.minutes, _REPORTS[0] + _REPORTS[1] * len(suites))
     whole = suites
@@ -107,12 +106,10 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
 
 def _report(suites: Sequence[Suite], args: argparse.Namespace) -> bool:
     """Writes the reports and prints their tables; returns whether there is any result."""
-    from moka_pl.studies.compare.across import write_across
-    from moka_pl.studies.compare.entries import collect
-    from moka_pl.studies.compare.report import make_report
-    from moka_pl.studies.compare.store import Store
+    from moka_pl.studies.compare.report import collect, make_report
+    from moka_pl.studies.compare.runs import Store
     from moka_pl.studies.compare.tables import markdown
-    from moka_pl.studies.compare.write import write_report
+    from moka_pl.studies.compare.write import write_across, write_report
 
     store, target = Store(args.out), args.results or args.out
     reports, files = [], []

@@ -4,13 +4,10 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 
-from moka_pl.studies.compare.entries import collect, matched_order
-from moka_pl.studies.compare.progress import Clock, Progress, Times
-from moka_pl.studies.compare.runs import Run
-from moka_pl.studies.compare.schedule import Plan, Task
-from moka_pl.studies.compare.store import Outcome, Store
+from moka_pl.studies.compare.report import collect, matched_order
+from moka_pl.studies.compare.runs import Outcome, Run, Store, warn
+from moka_pl.studies.compare.schedule import Clock, Plan, Progress, Task, Times
 from moka_pl.studies.compare.suite import Suite
-from moka_pl.studies.compare.warning import warn
 from moka_pl.studies.compare.workers import Workers
 
 

@@ -1,16 +1,163 @@
 """Pictures of a comparison: scores over trainable parameters, and loss curves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.evaluation.results import Share
-from moka_pl.studies.compare.drawing import finish, new_figure, style_of, title_of
-from moka_pl.studies.compare.gate_figures import draw_gates
-from moka_pl.studies.compare.rank_figures import draw_spectra
 
 if TYPE_CHECKING:
-    from moka_pl.studies.compare.report import Report, Row
+    from moka_pl.studies.compare.report import Gates, Report, Row
+
+
+# What all figures of a comparison have in common.
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of some inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot: no global state, no display.
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def style_of(index: int) -> dict[str, str]:
+    """Colour and dashes of the i-th line."""
+    return {"color": f"C{index % 10}", "linestyle": ["-", "--", ":", "-."][index // 10 % 4]}
+
+
+def finish(figure: Any, axis: Any, title: str, file: Path) -> None:
+    """Puts the legend of an axis below, and writes the file."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    save_small(figure, file)
+
+
+def save_small(figure: Any, file: Path) -> None:
+    """Writes a PNG of 128 colours, a third of the usual size."""
+    from PIL import Image
+
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(128).save(file, optimize=True)
+
+
+def title_of(report: "Report") -> str:
+    """Suite, seeds and device."""
+    count = len(report.suite.seeds)
+    seeds = f"{count} seeds" if count > 1 else "one seed"
+    return f"{report.suite.name}, {seeds}, {'; '.join(report.devices)}"
+
+
+# Pictures of the gates: entropy over steps, and gates by the shape of the component.
+
+
+#: Rivals whose gates get a panel.
+_PANELS = 5
+
+
+def draw_gates(report: "Report", file: Path) -> None:
+    """The entropy of all gated rivals, and the gates by shape of the first ones."""
+    # Numbered among all rows: a rival has the same colour in all figures.
+    gated = [(i, row.entry.name, row.gates) for i, row in enumerate(report.rows) if row.gates is not None]
+    shown = gated[:_PANELS]
+    columns = min(3, 1 + len(shown))
+    rows = -(-(1 + len(shown)) // columns)
+    figure = new_figure(5 * columns, 3.9 * rows + 0.4)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flatten())
+    for index, name, gates in gated:
+        axes[0].plot(gates.steps, _drawable(gates.entropy), label=name, **style_of(index))
+    axes[0].ticklabel_format(axis="y", useOffset=False)
+    axes[0].set_title("entropy of the gates, mean over layers, 1 if uniform", fontsize=9)
+    for axis, (_, name, gates) in zip(axes[1:], shown, strict=False):
+        _draw_shapes(axis, gates)
+        axis.set_title(f"{name}: r α by shape, mean over layers", fontsize=9)
+    for axis in axes[1 + len(shown) :]:
+        axis.set_visible(False)
+    for axis in axes[: 1 + len(shown)]:
+        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.grid(alpha=0.3)
+    finish(figure, axes[0], title_of(report), file)
+
+
+def _draw_shapes(axis: "object", gates: "Gates") -> None:
+    kinds = list(dict.fromkeys(name.partition(" ")[0] for name in gates.shapes))
+    places = dict.fromkeys(kinds, 0)
+    for name, values in gates.shapes.items():
+        kind = name.partition(" ")[0]
+        style = {"color": f"C{places[kind] % 10}", "linestyle": ["-", "--", ":", "-."][kinds.index(kind) % 4]}
+        places[kind] += 1
+        axis.plot(gates.steps, _drawable(values), label=name, linewidth=1.2, **style)  # type: ignore[attr-defined]
+    axis.legend(fontsize=5, ncols=2)  # type: ignore[attr-defined]
+
+
+def _drawable(values: list[float | None]) -> list[float]:
+    return [float("nan") if value is None else value for value in values]
+
+
+# Pictures of the trained updates' ranks: spectra of a suite, and ranks over suites.
+
+
+#: Panels beside each other.
+_COLUMNS = 4
+
+
+def draw_spectra(report: "Report", file: Path) -> None:
+    """Singular values of ΔW relative to the largest one, a panel a kind of layer."""
+    # Numbered among all rows: a rival has the same colour in all figures.
+    ranked = [(i, row.entry.name, row.ranks) for i, row in enumerate(report.rows) if row.ranks is not None]
+    kinds = list(dict.fromkeys(kind for _, _, ranks in ranked for kind in ranks.spectra)) or [""]
+    columns = min(len(kinds), _COLUMNS)
+    rows = -(-len(kinds) // columns)
+    figure = new_figure(5.5 * columns, 4.2 * rows + 0.6)
+    axes: Any = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(kinds) :]:
+        axis.set_visible(False)
+    for axis, kind in zip(axes, kinds, strict=False):
+        for index, name, ranks in ranked:
+            spectrum = ranks.spectra.get(kind)
+            if spectrum:
+                sizes = [max(size, 1e-6) for size in spectrum["size"]]
+                axis.plot(spectrum["index"], sizes, label=name, linewidth=1.3, **style_of(index))
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_ylim(1e-4, 1.5)
+        axis.set_xlabel("i")
+        axis.set_title(f"{kind}: σ_i / σ_1 of ΔW, mean over layers and seeds", fontsize=9)
+        axis.grid(alpha=0.3)
+    finish(figure, axes[0], title_of(report), file)
+
+
+def draw_ranks(reports: Sequence["Report"], file: Path) -> None:
+    """Stable and entropy rank of every rival over the suites."""
+    rivals = list(dict.fromkeys(row.entry.name for report in reports for row in report.rows if row.ranks))
+    figure = new_figure(11, 4.8)
+    axes: Any = figure.subplots(1, 2)
+    for axis, which in zip(axes, ("stable", "entropy"), strict=True):
+        for index, rival in enumerate(rivals):
+            points = [
+                (place, *getattr(row.ranks, which))
+                for place, report in enumerate(reports)
+                for row in report.rows
+                if row.entry.name == rival and row.ranks is not None
+            ]
+            places, means, spreads = zip(*points, strict=True)
+            axis.errorbar(places, means, spreads, marker="o", capsize=3, label=rival, **style_of(index))
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(reports)), [report.suite.name for report in reports], fontsize=8)
+        axis.set_title(f"{which} rank of ΔW, mean over layers", fontsize=10)
+        axis.grid(alpha=0.3)
+    devices = sorted({device for report in reports for device in report.devices})
+    finish(figure, axes[0], f"ranks reached, {'; '.join(devices)}", file)
+
+
+# Pictures of a comparison: scores over trainable parameters, and loss curves.
 
 
 def write_figures(report: "Report", folder: Path) -> list[Path]:

@@ -3,15 +3,249 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean, stdev
 from typing import Any
 
 from moka_pl.evaluation.results import Share, over_seeds
-from moka_pl.studies.compare.entries import Entry
-from moka_pl.studies.compare.gates import Gates, mean_gates
-from moka_pl.studies.compare.items import Items, stack_items
-from moka_pl.studies.compare.ranks import Ranks, mean_ranks
-from moka_pl.studies.compare.statistics import Comparison, compare, resample
-from moka_pl.studies.compare.suite import Suite
+from moka_pl.studies.compare.runs import (
+    ItemColumns,
+    Outcome,
+    Run,
+    Store,
+    Trial,
+    frozen_run,
+    pick,
+    run_of,
+    sweep,
+    tested_with,
+    trials,
+)
+from moka_pl.studies.compare.statistics import Comparison, Items, compare, resample, stack_items
+from moka_pl.studies.compare.suite import Rival, Suite
+
+# What became of a suite's rivals.
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of a rival.
+
+    Attributes:
+        name: Its name.
+        rate: The picked learning rate; None if no rate worked, and for the frozen base.
+        edge: Whether the picked rate is the lowest or highest of several: a better one may lie beyond.
+        trials: All rates that were tried.
+        outcomes: Outcomes of the picked rate by seed, of the runs that were tested.
+        items: What every test item of these runs scored, by seed.
+        errors: What went wrong, by run.
+        missing: Runs and tests that are still to be done.
+    """
+
+    name: str
+    rate: float | None
+    edge: bool
+    trials: tuple[Trial, ...]
+    outcomes: dict[int, Outcome]
+    items: dict[int, ItemColumns]
+    errors: dict[str, str]
+    missing: tuple[str, ...]
+
+
+def collect(suite: Suite, store: Store) -> list[Entry]:
+    """Everything that is known of a suite's rivals, the frozen base first."""
+    entries = [_frozen(suite, store)] if suite.frozen else []
+    return entries + [_entry(suite, rival, store) for rival in suite.rivals]
+
+
+def matched_order(entries: list[Entry]) -> list[str]:
+    """Names of the rivals whose batches of some seed were not those of the first rival's."""
+    first: dict[int, str] = {}
+    different = []
+    for entry in entries:
+        digests = {seed: outcome["trained"].get("batches") for seed, outcome in entry.outcomes.items()}
+        known = {seed: digest for seed, digest in digests.items() if digest is not None}
+        if any(first.setdefault(seed, digest) != digest for seed, digest in known.items()):
+            different.append(entry.name)
+    return different
+
+
+def _frozen(suite: Suite, store: Store) -> Entry:
+    run = frozen_run(suite)
+    known = _Known([run], store)
+    missing = () if known.outcomes or known.errors else (f"{run}: test",)
+    return Entry(run.rival, None, False, (), known.outcomes, known.items, known.errors, missing)
+
+
+def _entry(suite: Suite, rival: Rival, store: Store) -> Entry:
+    tried = trials(suite, rival, store.read)
+    rate = pick(rival, tried)
+    swept = [run for run in sweep(suite, rival) if run.rate != rate or run.seed not in suite.seeds]
+    others = _Known(swept, store)
+    missing = [str(run) for run in swept if not others.is_trained(run) and str(run) not in others.errors]
+    runs = [] if rate is None else [run_of(suite, rival, rate, seed) for seed in suite.seeds]
+    known = _Known(runs, store)
+    untested = [run for run in runs if run.seed not in known.outcomes and str(run) not in known.errors]
+    if missing:  # what is picked of some rates may not be what is picked of all
+        missing.append(f"{rival.name}: the picked learning rate with {len(suite.seeds)} seeds, and its tests")
+    else:
+        missing += [f"{run}{': test' if known.is_trained(run) else ''}" for run in untested]
+    edge = len(rival.learning_rates) > 1 and rate in {min(rival.learning_rates), max(rival.learning_rates)}
+    errors = known.errors | others.errors
+    return Entry(rival.name, rate, edge, tried, known.outcomes, known.items, errors, tuple(missing))
+
+
+class _Known:
+    """What the store knows of some runs."""
+
+    def __init__(self, runs: list[Run], store: Store) -> None:
+        self.outcomes: dict[int, Outcome] = {}
+        self.items: dict[int, ItemColumns] = {}
+        self.errors: dict[str, str] = {}
+        self._trained: set[str] = set()
+        for run in runs:
+            outcome = store.read(run)
+            if "error" in outcome:
+                self.errors[str(run)] = outcome["error"]
+            if "trained" in outcome:
+                self._trained.add(run.key)
+            items = store.read_items(run) if tested_with(outcome, run) else {}
+            if items:
+                self.outcomes[run.seed], self.items[run.seed] = outcome, items
+
+    def is_trained(self, run: Run) -> bool:
+        """Whether a run's training has ended well."""
+        return run.key in self._trained
+
+
+# What the gates did, averaged over seeds.
+
+
+#: Points of a course that are kept.
+_GATE_POINTS = 40
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The gates of a rival.
+
+    Attributes:
+        steps: Optimizer steps.
+        entropy: Mean normalised entropy over layers and seeds at each.
+        shapes: Mean gate of every kind of layer and shape of component at each, 1 where it is uniform.
+        final: The last of these with its standard deviation over the seeds (0 for one seed).
+        final_entropy: Mean and extremes of the last entropies over layers and seeds.
+    """
+
+    steps: list[int]
+    entropy: list[float | None]
+    shapes: dict[str, list[float | None]]
+    final: dict[str, tuple[float | None, float]]
+    final_entropy: dict[str, float]
+
+
+def mean_gates(seeds: Sequence[dict[str, Any]]) -> Gates | None:
+    """The mean course over seeds at the steps that all of them have.
+
+    Args:
+        seeds: What `moka_pl.studies.compare.recorder.Series.gates` noted, by seed.
+
+    Returns:
+        The mean; None without any.
+    """
+    if not seeds:
+        return None
+    steps = sorted(set.intersection(*(set(seed["steps"]) for seed in seeds)))
+    kept = sorted({steps[round(i * (len(steps) - 1) / (_GATE_POINTS - 1))] for i in range(_GATE_POINTS)})
+
+    def course(series: Sequence[Sequence[float | None]]) -> list[float | None]:
+        known = [dict(zip(s["steps"], values, strict=True)) for s, values in zip(seeds, series, strict=True)]
+        return [_mean([values[step] for values in known]) for step in kept]
+
+    names = [name for name in seeds[0]["shapes"] if all(name in seed["shapes"] for seed in seeds)]
+    finals = {name: [seed["shapes"][name][-1] for seed in seeds] for name in names}
+    last = [value for seed in seeds for value in seed["final_entropy"] if value is not None]
+    return Gates(
+        kept,
+        course([seed["entropy"] for seed in seeds]),
+        {name: course([seed["shapes"][name] for seed in seeds]) for name in names},
+        {name: (_mean(values), _spread(values)) for name, values in finals.items()},
+        {"mean": fmean(last), "lowest": min(last), "highest": max(last)} if last else {},
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(fmean(known), 5) if len(known) == len(values) else None
+
+
+def _spread(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return round(stdev(known), 5) if len(known) > 1 else 0.0
+
+
+# The ranks that trained updates have, averaged over layers and seeds.
+
+
+_RANKS = ("stable_rank", "entropy_rank")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Effective ranks of a rival's ΔW.
+
+    Attributes:
+        stable: Mean stable rank over layers and seeds, and its standard deviation over the seeds.
+        entropy: The same of the entropy rank.
+        norm: The same of the Frobenius norm.
+        kinds: Means of the stable and the entropy rank by kind of layer.
+        spectra: Mean of σ_i / σ_1 by kind of layer, at some ``index`` i from 1.
+    """
+
+    stable: tuple[float, float]
+    entropy: tuple[float, float]
+    norm: tuple[float, float]
+    kinds: dict[str, tuple[float, float]]
+    spectra: dict[str, dict[str, list[float]]]
+
+
+def mean_ranks(seeds: Sequence[dict[str, Any]]) -> Ranks | None:
+    """The means over seeds.
+
+    Args:
+        seeds: What `moka_pl.studies.spectra.spectra_summary` found, by seed.
+
+    Returns:
+        The means; None where no layer has an update.
+    """
+    if not seeds or not seeds[0]["layers"]:
+        return None
+    names = seeds[0]["layers"]
+    kinds = {}
+    for kind in dict.fromkeys(name.rpartition(".")[2] for name in names):
+        own = [i for i, name in enumerate(names) if name.rpartition(".")[2] == kind]
+        means = [fmean(seed[which][i] for seed in seeds for i in own) for which in _RANKS]
+        kinds[kind] = (round(means[0], 3), round(means[1], 3))
+    stable, entropy, norm = (
+        _over_seeds([fmean(seed[which]) for seed in seeds]) for which in (*_RANKS, "norm")
+    )
+    spectra = {kind: _mean_spectrum([seed["kinds"].get(kind) for seed in seeds]) for kind in kinds}
+    return Ranks(stable, entropy, norm, kinds, {k: found for k, found in spectra.items() if found})
+
+
+def _over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    return round(fmean(values), 4), round(stdev(values), 4) if len(values) > 1 else 0.0
+
+
+def _mean_spectrum(spectra: Sequence[dict[str, list[float]] | None]) -> dict[str, list[float]]:
+    known = [spectrum for spectrum in spectra if spectrum]
+    if not known or any(spectrum["index"] != known[0]["index"] for spectrum in known):
+        return {}
+    sizes = zip(*(spectrum["size"] for spectrum in known), strict=True)
+    return {"index": known[0]["index"], "size": [float(f"{fmean(values):.3g}") for values in sizes]}
+
+
+# What a comparison found: its rows, the paired differences, and the files that tell them.
+
 
 #: Points of a loss curve that are kept.
 _POINTS = 100

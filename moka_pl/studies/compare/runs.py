@@ -3,8 +3,12 @@
 import hashlib
 import json
 import re
+import statistics
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from moka_pl.studies.compare.suite import FROZEN, Rival, Settings, Suite, merged
@@ -85,3 +89,123 @@ def frozen_run(suite: Suite) -> Run:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# What is known of every run, as JSON in its folder; a file is there whole or not at all.
+
+
+Outcome = dict[str, Any]
+ItemColumns = dict[str, list[Any]]
+_FILE, _ITEMS = "result.json", "items.json"
+
+
+class Store:
+    """The runs of all suites of a folder; a run that two suites have in common is there once.
+
+    An outcome holds ``error`` (of a run that failed), or ``trained`` (``validation_loss``, ``parameters``,
+    ``losses``, …) and, once it is tested, ``tested`` (``key`` of the test data, ``tasks``, …).
+
+    Args:
+        folder: The folder of the suites.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "runs"
+
+    def path(self, run: Run) -> Path:
+        """The run's folder, under the name that it was made with."""
+        made = sorted(self.folder.glob(f"*_{run.key}"))
+        return made[0] if made else self.folder / run.folder
+
+    def read(self, run: Run) -> Outcome:
+        """What is known of a run; empty if nothing is, or the file is damaged."""
+        return _read(self.path(run) / _FILE)
+
+    def read_items(self, run: Run) -> ItemColumns:
+        """What every test item of a run scored, in columns; empty if it is not tested."""
+        return _read(self.path(run) / _ITEMS)
+
+    def write(self, run: Run, outcome: Outcome, items: ItemColumns | None = None) -> None:
+        """Puts an outcome in place at once.
+
+        Args:
+            run: The run.
+            outcome: All that is known of it.
+            items: What its test items scored, where it has just been tested.
+        """
+        folder = self.path(run)
+        if items is not None:  # first: a run counts as tested once its outcome says so
+            write_atomically(folder / _ITEMS, json.dumps(items) + "\n")
+        about = {"rival": run.rival, "rate": run.rate, "seed": run.seed, "settings": run.settings}
+        write_atomically(folder / _FILE, json.dumps(about | outcome) + "\n")
+
+
+def tested_with(outcome: Outcome, run: Run) -> bool:
+    """Whether an outcome is that of a run tested on the run's test data."""
+    return bool(outcome.get("tested", {}).get("key") == run.test_key)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Writes a file under another name and renames it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# How a rival's learning rate is picked.
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A learning rate that was tried.
+
+    Attributes:
+        rate: The rate.
+        loss: Mean validation loss over the seeds that pick; None if a run is missing, failed or diverged.
+    """
+
+    rate: float
+    loss: float | None
+
+
+def sweep(suite: Suite, rival: Rival) -> list[Run]:
+    """The runs that a rival's rate is picked by; none where it has only one."""
+    if len(rival.learning_rates) == 1:
+        return []
+    return [run_of(suite, rival, rate, seed) for rate in rival.learning_rates for seed in suite.pick_seeds]
+
+
+def trials(suite: Suite, rival: Rival, outcome_of: Callable[[Run], Outcome]) -> tuple[Trial, ...]:
+    """What every learning rate of a rival gave on the validation data, as far as it is known."""
+    found = []
+    for rate in rival.learning_rates:
+        outcomes = [outcome_of(run_of(suite, rival, rate, seed)) for seed in suite.pick_seeds]
+        losses = [outcome.get("trained", {}).get("validation_loss") for outcome in outcomes]
+        known = [loss for loss in losses if loss is not None]
+        found.append(Trial(rate, statistics.fmean(known) if len(known) == len(losses) else None))
+    return tuple(found)
+
+
+def pick(rival: Rival, tried: tuple[Trial, ...]) -> float | None:
+    """The rate with the lowest validation loss; the only one without a look; None if none worked."""
+    if len(rival.learning_rates) == 1:
+        return rival.learning_rates[0]
+    worked = [(trial.loss, trial.rate) for trial in tried if trial.loss is not None]
+    return min(worked)[1] if worked else None
+
+
+# Warnings of a comparison.
+
+
+def warn(text: str) -> None:
+    """Prints a warning on stderr."""
+    print(f"compare: warning: {text}", file=sys.stderr, flush=True)

@@ -1,9 +1,14 @@
 """What is compared: rivals × learning rates × seeds."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, cast
+
+import yaml
+
+from moka_pl.errors import ConfigError
 
 Settings = dict[str, Any]
 Pick = Literal["first", "all"]
@@ -90,3 +95,219 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Settings:
 
 def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
     return "class_path" in above and below.get("class_path") != above["class_path"]
+
+
+# Reads suites from YAML files.
+
+
+_PICKS = ("first", "all")
+_OWN_KEYS = {"name", "about", "reference", "rivals"}
+_KEYS = {"extends", "corpus", "backbone", "data", "test", "training", "learning_rates", "seeds", "pick"}
+_KEYS |= {"frozen"} | _OWN_KEYS
+_RIVAL_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "backbone"}
+_TRAINING_KEYS = {"trainer", "optimizer", "lr_scheduler", "gradient_checkpointing", "cuda_graphs"}
+
+
+def find_suite(name: str, *folders: Path) -> Path:
+    """The file of a suite.
+
+    Args:
+        name: A path, or the name of a file in one of the folders without its ending.
+        *folders: Where the named suites are.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    for file in (Path(name), *(folder / f"{name}.yaml" for folder in folders)):
+        if file.is_file():
+            return file
+    known = ", ".join(sorted(file.stem for file in folders[-1].glob("*.yaml"))) or "none"
+    raise ConfigError(f"{name}: neither a file nor one of the known suites ({known})")
+
+
+def read_suite(
+    file: Path, changes: Sequence[str] = (), data: str | None = None, known: Path | None = None
+) -> Suite:
+    """Reads a suite.
+
+    A suite that ``extends`` another one, a path, or the name of one beside it or among the known ones, takes
+    all settings of that one that it does not change. Its rivals are its own, or by their names those of the
+    other.
+
+    Args:
+        file: A YAML file.
+        changes: ``key.key=value`` with the value in YAML, put over what the file says.
+        data: Where the data are: a path, or a folder that holds the suite's ``corpus`` under that name.
+        known: Folder of the suites that are known by name.
+
+    Raises:
+        ConfigError: Naming the file, the key and what it may be.
+    """
+    written = _load(file, known or file.parent)
+    for change in changes:
+        _put(written, change)
+    if data is not None:
+        own = Path(data) / str(written.get("corpus", "."))
+        _put(written, f"data.init_args.path={own if own.exists() else data}")
+    try:
+        return _suite(written, file.stem)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def keep_rivals(suites: Sequence[Suite], names: Sequence[str]) -> list[Suite]:
+    """The suites with only those of their rivals that are named; suites without any are left out.
+
+    Raises:
+        ConfigError: If none of the suites has a rival of some name.
+    """
+    known = list(dict.fromkeys(rival.name for suite in suites for rival in suite.rivals))
+    unknown = set(names) - set(known)
+    if unknown:
+        raise ConfigError(f"there is no rival {min(unknown)!r}; the rivals are {', '.join(known)}")
+    kept = []
+    for suite in suites:
+        rivals = tuple(rival for rival in suite.rivals if rival.name in names)
+        reference = suite.reference if suite.reference in names else None
+        kept.append(replace(suite, rivals=rivals, reference=reference))
+    return [suite for suite in kept if suite.rivals]
+
+
+def _load(file: Path, known: Path, extending: tuple[Path, ...] = ()) -> Settings:
+    """A file's mapping, laid over that of the file that it extends."""
+    try:
+        written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(written, dict):
+        raise ConfigError(f"{file} is no suite: it must be a mapping with data and rivals")
+    _refuse(written, _KEYS, f"{file}: ", "")
+    if "extends" not in written:
+        return written
+    name = str(written.pop("extends"))
+    try:
+        other = find_suite(name, file.parent, known)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: extends {error}") from None
+    if other.resolve() in extending:
+        raise ConfigError(f"{file} extends {name}, which extends it again")
+    below = _load(other, known, (*extending, file.resolve()))
+    if "rivals" in written:
+        written["rivals"] = _borrowed(written["rivals"], below, file)
+        below = {key: value for key, value in below.items() if key not in _OWN_KEYS}
+    return merged({key: value for key, value in below.items() if key not in ("name", "about")}, written)
+
+
+def _borrowed(rivals: Any, below: Settings, file: Path) -> Any:
+    """The rivals, with those in full that are only named."""
+    rates = {"learning_rates": below["learning_rates"]} if "learning_rates" in below else {}
+    known = {rival.get("name"): rates | rival for rival in below.get("rivals", []) if isinstance(rival, dict)}
+    if not isinstance(rivals, list):
+        return rivals
+    unknown = [rival for rival in rivals if isinstance(rival, str) and rival not in known]
+    if unknown:
+        names = ", ".join(str(name) for name in known)
+        raise ConfigError(f"{file}: the suite that it extends has no rival {unknown[0]!r}, but {names}")
+    return [known[rival] if isinstance(rival, str) else rival for rival in rivals]
+
+
+def _suite(written: Settings, stem: str) -> Suite:
+    _refuse(written, _KEYS, "", "")
+    data, rivals = written.get("data"), written.get("rivals")
+    if not isinstance(data, dict) or "class_path" not in data:
+        raise ConfigError("data must name a data module by class_path, with its options as init_args")
+    if not isinstance(rivals, list) or not rivals:
+        raise ConfigError("rivals must be a list with at least one rival")
+    training = _mapping(written, "training")
+    _refuse(training, _TRAINING_KEYS, "", "training.")
+    seeds = written.get("seeds", [0, 1, 2])
+    if not isinstance(seeds, list) or not seeds or not all(_whole(s) for s in seeds):
+        raise ConfigError(f"seeds must be a list of whole numbers from 0, not {seeds!r}")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds holds a number twice: {seeds!r}")
+    pick = written.get("pick", "first")
+    if pick not in _PICKS:
+        raise ConfigError(f"pick is {pick!r}; choose one of {', '.join(_PICKS)}")
+    read = tuple(_rival(rival, written.get("learning_rates"), i) for i, rival in enumerate(rivals))
+    name = str(written.get("name", stem))
+    if name in ("runs", "logs"):
+        raise ConfigError(f"the suite cannot be called {name!r}, as the folder of all suites' {name}")
+    if name != Path(name).name:
+        raise ConfigError(f"name is {name!r}, but its reports' folder is called so: leave out slashes")
+    names = [rival.name for rival in read]
+    twice = {n for n in names if names.count(n) > 1} | ({FROZEN} & set(names))
+    if twice:
+        raise ConfigError(f"the name {min(twice)!r} of a rival is taken; every row needs its own")
+    reference = written.get("reference")
+    if reference is not None and reference not in names:
+        raise ConfigError(f"reference is {reference!r}, which is none of the rivals: {', '.join(names)}")
+    test = written.get("test")
+    if test is not None and (not isinstance(test, dict) or "class_path" not in test):
+        raise ConfigError("test must name a data module by class_path, with its options as init_args")
+    return Suite(
+        name,
+        str(written.get("about", "")),
+        _mapping(written, "backbone"),
+        data,
+        test,
+        training,
+        tuple(seeds),
+        cast(Pick, pick),
+        bool(written.get("frozen", True)),
+        reference,
+        read,
+    )
+
+
+def _rival(written: object, rates: object, index: int) -> Rival:
+    where = f"rivals[{index}]"
+    if not isinstance(written, dict) or not written.get("name"):
+        raise ConfigError(f"{where} must be a mapping with a name; adapter, if it is not MoKA as it comes")
+    _refuse(written, _RIVAL_KEYS, "", f"{where}.")
+    rates = written.get("learning_rates", rates)
+    if not isinstance(rates, list) or not rates or not all(isinstance(r, float) and r > 0 for r in rates):
+        text = isinstance(rates, list) and any(isinstance(rate, str) for rate in rates)
+        hint = "YAML reads 4e-3 as text: write 4.0e-3" if text else "such as [4.0e-3, 8.0e-3]"
+        raise ConfigError(
+            f"learning_rates of {written['name']} must be a list of numbers above 0, not {rates!r} ({hint})"
+        )
+    return Rival(
+        str(written["name"]),
+        _mapping(written, "adapter"),
+        tuple(rates),
+        _mapping(written, "backbone"),
+        _mapping(written, "learning_rate_ratios"),
+    )
+
+
+def _put(written: Settings, change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {change}: write it as key.key=value")
+    *path, last = key.split(".")
+    place: Any = written
+    for part in path:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {change}: {part} holds no options that could be set")
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {change}: the value is not YAML") from error
+
+
+def _mapping(written: Settings, key: str) -> Settings:
+    value = written.get(key) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} must be a mapping, not {value!r}")
+    return value
+
+
+def _refuse(written: Settings, known: set[str], before: str, where: str) -> None:
+    unknown = sorted(str(key) for key in written.keys() - known)
+    if unknown:
+        raise ConfigError(f"{before}unknown key {where}{unknown[0]}; the keys are {', '.join(sorted(known))}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from moka_pl.evaluation.results import Share
-from moka_pl.studies.compare.entries import Entry, matched_order
-from moka_pl.studies.compare.report import Report, Row
+from moka_pl.studies.compare.report import Entry, Report, Row, matched_order
 from moka_pl.studies.compare.statistics import Comparison
 
 _SHOWN_VERSIONS = ("torch", "transformers", "bitsandbytes", "peft", "lightning")

@@ -15,8 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from moka_pl.errors import ConfigError
+from moka_pl.studies.compare.runs import Outcome, Store
 from moka_pl.studies.compare.schedule import Task
-from moka_pl.studies.compare.store import Outcome, Store
 
 _READY = "ready"
 #: Seconds that idle processes have to end.

@@ -11,8 +11,17 @@ from pathlib import Path
 import torch
 
 from moka_pl.studies.teachers.model import HARDER, TEACHERS
-from moka_pl.studies.teachers.study import KINDS, PAIRS, STARTS, Found, TeacherStudy, run_chosen, run_offered
-from moka_pl.studies.teachers.teacher_figures import draw_choices, draw_gates
+from moka_pl.studies.teachers.study import (
+    KINDS,
+    PAIRS,
+    STARTS,
+    Found,
+    TeacherStudy,
+    draw_choices,
+    draw_gates,
+    run_chosen,
+    run_offered,
+)
 
 DESCRIPTION = """\
 Do gates find structure? Trains one layer towards updates of known structure, over many seeds.

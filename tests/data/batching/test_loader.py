@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 
 from moka_pl.data.batching.loader import ResumableDataLoader
 from moka_pl.data.batching.samplers import TrainSampler
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 ROWS, BATCH = 14, 2  # 7 batches an epoch
 

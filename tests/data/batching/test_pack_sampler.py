@@ -2,10 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moka_pl.data.batching.pack_sampler import PackSampler
 from moka_pl.data.batching.report import epoch_report
-from moka_pl.data.batching.samplers import TrainSampler, filler
-from moka_pl.data.batching.token_sampler import TokenSampler
+from moka_pl.data.batching.samplers import PackSampler, TokenSampler, TrainSampler, filler
 
 CAPACITY = 50
 LENGTHS = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moka_pl.data.batching.packs import best_fit_decreasing
+from moka_pl.data.batching.samplers import best_fit_decreasing
 
 CAPACITY = 40
 LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=80)

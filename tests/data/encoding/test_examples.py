@@ -15,7 +15,7 @@ from moka_pl.data.encoding.examples import (
     tokenizer_digest,
 )
 from moka_pl.data.formats.choice import choice_features
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 from moka_pl.prompts.segments import Segment
 
 SETTINGS = settings(

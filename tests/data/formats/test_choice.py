@@ -1,7 +1,7 @@
 import pytest
 
 from moka_pl.data.formats.choice import check_choice, parse_llm_adapters
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 
 # Questions of our own in the eight tasks' forms.
 FORMS = {

@@ -5,10 +5,9 @@ import json
 import pytest
 
 from moka_pl.data import CommonsenseData, DataError
-from moka_pl.data.choice_tasks import CHOICE_TASKS, fill_blank, task_name
+from moka_pl.data.catalog import CHOICE_TASKS, fill_blank, task_name
 from moka_pl.data.encoding.examples import MASKED
-from moka_pl.data.formats.choice import check_choice
-from moka_pl.data.formats.hub_forms import hub_task
+from moka_pl.data.formats.choice import check_choice, hub_task
 
 QUESTION = "Please choose the correct answer to the question: "
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 from moka_pl.evaluation.lm_eval.local_data import local_tasks, write_task_files
 from moka_pl.prompts.templates import cloze_prompt
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from moka_pl.errors_part import DataError
-from moka_pl.evaluation.lm_eval.rows import cloze_splits, mmlu_splits
+from moka_pl.errors import DataError
+from moka_pl.evaluation.lm_eval.local_data import cloze_splits, mmlu_splits
 
 
 def test_questions_of_both_forms(questions: Path) -> None:

@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from moka_pl.errors import ConfigError
-from moka_pl.errors_part import DataError
+from moka_pl.errors import ConfigError, DataError
 from moka_pl.evaluation.lm_eval.tasks import select_tasks
 
 

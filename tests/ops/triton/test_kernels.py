@@ -9,8 +9,7 @@ from moka_pl.adapters.filters import filter_shapes
 from moka_pl.ops.dense import project
 from moka_pl.ops.gating import Gating, gates_of
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear
-from moka_pl.ops.layout import Shape
-from moka_pl.ops.packing import Pairs, pack
+from moka_pl.ops.layout import Pairs, Shape, pack
 from moka_pl.ops.triton.reference import round_by_thresholds
 
 pytest.importorskip("triton")

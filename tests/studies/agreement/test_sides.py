@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moka_pl.data import CommonsenseData, MmluData
-from moka_pl.errors_part import DataError
+from moka_pl.errors import DataError
 from moka_pl.evaluation.lm_eval.tasks import select_tasks
 from moka_pl.studies.agreement.agreement import compare
 from moka_pl.studies.agreement.command import build_module

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from moka_pl.studies.benchmark.bench import Bench
-from moka_pl.studies.benchmark.presets import PRESETS, Preset
-from moka_pl.studies.benchmark.records import Record, Results
+from moka_pl.studies.benchmark.bench import Bench, Record, Results
+from moka_pl.studies.benchmark.cases import PRESETS, Preset
 
 TINY = Preset(
     "tiny-cpu",

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from moka_pl.studies.benchmark import command
-from moka_pl.studies.benchmark.records import load_results
+from moka_pl.studies.benchmark.bench import load_results
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
 def test_a_run(preset, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("moka_pl.studies.benchmark.liger.installed", lambda: False)
+    monkeypatch.setattr("moka_pl.studies.benchmark.cases.installed", lambda: False)
     file = tmp_path / "results.json"
     arguments = ["--preset", preset.name, "--checkpointing", "both", "--steps", "3", "--liger"]
     command.main([*arguments, "--json", str(file), "--rows", "MoKA r10", "frozen base"])
@@ -57,13 +57,13 @@ def test_all_measures_are_made_in_turn(preset, monkeypatch) -> None:
         monkeypatch.setattr(f"moka_pl.studies.benchmark.{module}.{name}", lambda *args, name=name: [name])
     monkeypatch.setattr(command, "measure_steps", lambda *args: ["steps"])
     monkeypatch.setattr("moka_pl.studies.benchmark.fit.measure_fit", lambda *args: ["fit"])
-    monkeypatch.setattr("moka_pl.studies.benchmark.decode.measure_decode", lambda *args: ["decode"])
+    monkeypatch.setattr("moka_pl.studies.benchmark.steps.measure_decode", lambda *args: ["decode"])
     made = list(command.records(plan))
     assert made == ["steps", "grow_components", "grow_tokens", "grow_sizes", "fit", "decode"]
 
 
 def test_results_are_written_row_by_row(preset, tmp_path, monkeypatch, capsys) -> None:
-    from moka_pl.studies.benchmark.records import Record
+    from moka_pl.studies.benchmark.bench import Record
 
     file = tmp_path / "results.json"
 

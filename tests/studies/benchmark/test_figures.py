@@ -1,4 +1,4 @@
-from moka_pl.studies.benchmark.figures import write_figures
+from moka_pl.studies.benchmark.tables import write_figures
 
 
 def test_time_and_memory_over_what_was_varied(results, tmp_path) -> None:

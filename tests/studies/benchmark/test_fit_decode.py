@@ -3,9 +3,9 @@ import math
 import pytest
 
 from moka_pl.callbacks import AdapterCheckpoint, GateMonitor, GracefulInterrupt, RunSummary, Throughput
-from moka_pl.studies.benchmark import decode, fit
-from moka_pl.studies.benchmark.probe import Probe
-from moka_pl.studies.benchmark.synthetic import SyntheticData
+from moka_pl.studies.benchmark import fit
+from moka_pl.studies.benchmark import steps as decode
+from moka_pl.studies.benchmark.probe import Probe, SyntheticData
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_fit_that_fails_is_a_record(preset, monkeypatch) -> None:
 
 
 def test_synthetic_batches_have_the_shape_asked_for() -> None:
-    from moka_pl.backbone.byte_tokenizer import byte_tokenizer
+    from moka_pl.backbone.random_weights import byte_tokenizer
 
     data = SyntheticData(batch_size=3, length=16, batches=2)
     data.connect(byte_tokenizer())

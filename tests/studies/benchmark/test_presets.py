@@ -1,9 +1,9 @@
 import pytest
 
 from moka_pl.adapters.filters import filter_shapes
-from moka_pl.backbone.shapes import SHAPES, shape_config
+from moka_pl.backbone.random_weights import SHAPES, shape_config
 from moka_pl.errors import ConfigError
-from moka_pl.studies.benchmark.presets import PRESETS, find_preset
+from moka_pl.studies.benchmark.cases import PRESETS, find_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest
 
 from moka_pl.errors import ConfigError
-from moka_pl.studies.benchmark.records import load_results
+from moka_pl.studies.benchmark.bench import load_results
 from moka_pl.studies.common import device_name, versions
 
 

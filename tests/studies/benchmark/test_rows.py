@@ -71,7 +71,7 @@ def test_liger_leaves_the_modelling_module_as_it_was(model, monkeypatch) -> None
     from transformers.integrations import liger as switch
     from transformers.models.llama import modeling_llama
 
-    from moka_pl.studies.benchmark.liger import with_liger
+    from moka_pl.studies.benchmark.cases import with_liger
 
     original = modeling_llama.apply_rotary_pos_emb
     calls = []

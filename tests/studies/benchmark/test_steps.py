@@ -5,8 +5,8 @@ import torch
 
 from moka_pl.studies.benchmark import cases as rows
 from moka_pl.studies.benchmark import steps as timing
-from moka_pl.studies.benchmark.steps_part import measure_steps
-from moka_pl.studies.memory import peak_gib, reset_peak
+from moka_pl.studies.benchmark.steps import measure_steps
+from moka_pl.studies.common import peak_gib, reset_peak
 
 
 def test_all_rows_and_the_peer_that_crashes(bench, preset) -> None:

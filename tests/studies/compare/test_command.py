@@ -5,7 +5,7 @@ import pytest
 from moka_pl.studies.compare import command, drive
 from moka_pl.studies.compare.command import main
 from moka_pl.studies.compare.runs import frozen_run
-from moka_pl.studies.compare.suite_file import keep_rivals, read_suite
+from moka_pl.studies.compare.suite import keep_rivals, read_suite
 
 FOLDER = Path(__file__).parents[3] / "scripts" / "suites"
 

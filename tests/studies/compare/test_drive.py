@@ -3,16 +3,13 @@ import json
 import pytest
 
 from moka_pl.studies.compare import drive
-from moka_pl.studies.compare.across import write_across
 from moka_pl.studies.compare.drive import run_suites
-from moka_pl.studies.compare.entries import collect
-from moka_pl.studies.compare.progress import Clock
-from moka_pl.studies.compare.report import make_report
-from moka_pl.studies.compare.runs import frozen_run, run_of
-from moka_pl.studies.compare.store import Store
-from moka_pl.studies.compare.suite_file import read_suite
+from moka_pl.studies.compare.report import collect, make_report
+from moka_pl.studies.compare.runs import Store, frozen_run, run_of
+from moka_pl.studies.compare.schedule import Clock
+from moka_pl.studies.compare.suite import read_suite
 from moka_pl.studies.compare.tables import markdown
-from moka_pl.studies.compare.write import as_json, write_report
+from moka_pl.studies.compare.write import as_json, write_across, write_report
 
 SUITE = """
 data: {class_path: moka_pl.data.CommonsenseData}

@@ -8,11 +8,9 @@ from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter, read_adapter
 from moka_pl.backbone import BackboneConfig
-from moka_pl.studies.compare.runs import frozen_run, run_of
+from moka_pl.studies.compare.runs import Store, frozen_run, run_of
 from moka_pl.studies.compare.shared_base import SharedBase
-from moka_pl.studies.compare.store import Store
-from moka_pl.studies.compare.suite import Rival
-from moka_pl.studies.compare.suite_file import read_suite
+from moka_pl.studies.compare.suite import Rival, read_suite
 from moka_pl.studies.compare.train import ADAPTER, Executor
 
 TINY = Path(__file__).parents[3] / "scripts" / "suites" / "tiny.yaml"

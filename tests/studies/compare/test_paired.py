@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moka_pl.errors import ConfigError
-from moka_pl.studies.compare.items import Items, stack_items
-from moka_pl.studies.compare.statistics import compare, resample, sign_test
+from moka_pl.studies.compare.statistics import Items, compare, resample, sign_test, stack_items
 
 
 def table(correct, nll, tasks=None):

@@ -1,10 +1,8 @@
 import pytest
 
-from moka_pl.studies.compare.progress import Clock, Times
-from moka_pl.studies.compare.runs import run_of
-from moka_pl.studies.compare.schedule import Plan, Task
-from moka_pl.studies.compare.store import Store
-from moka_pl.studies.compare.suite_file import read_suite
+from moka_pl.studies.compare.runs import Store, run_of
+from moka_pl.studies.compare.schedule import Clock, Plan, Task, Times
+from moka_pl.studies.compare.suite import read_suite
 
 SUITE = """
 data: {class_path: moka_pl.data.CommonsenseData}

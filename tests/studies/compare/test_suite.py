@@ -7,8 +7,7 @@ import pytest
 from moka_pl.errors import ConfigError
 from moka_pl.studies.compare.build import build_data, build_module, check_suite
 from moka_pl.studies.compare.runs import frozen_run, run_of
-from moka_pl.studies.compare.suite import Suite, merged
-from moka_pl.studies.compare.suite_file import find_suite, keep_rivals, read_suite
+from moka_pl.studies.compare.suite import Suite, find_suite, keep_rivals, merged, read_suite
 from moka_pl.training.learning_rates import LearningRateRatios
 
 FOLDER = Path(__file__).parents[3] / "scripts" / "suites"
