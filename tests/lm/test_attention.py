@@ -9,7 +9,7 @@ from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.data.batching.collate import collate_packs, collate_tokens
 from moka_pl.errors import ConfigError
-from moka_pl.lm import attention as packed_attention
+from moka_pl.lm import attention
 from moka_pl.lm.attention import VARLEN, PackedAttention, varlen_attention
 from moka_pl.lm.scoring import score_tokens
 
@@ -179,8 +179,8 @@ def varlen(request, monkeypatch):
         inspect.signature(module.varlen_attn).parameters
     )
     monkeypatch.setattr(module, "varlen_attn", request.param)
-    monkeypatch.setattr(packed_attention, "_HALF", (torch.float32,))
-    monkeypatch.setattr(packed_attention, "_obstacle", lambda model: None)
+    monkeypatch.setattr(attention, "_HALF", (torch.float32,))
+    monkeypatch.setattr(attention, "_obstacle", lambda model: None)
 
 
 @pytest.mark.usefixtures("varlen")

@@ -20,7 +20,7 @@ from moka_pl.adapters.filters import count_parameters
 from moka_pl.callbacks import AdapterCheckpoint
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.lm.scoring import score_tokens
-from moka_pl.training import auto_filters as first_gradient
+from moka_pl.training import auto_filters
 
 AUTO = {"filters": "auto", "components": 3, "dropout": 0.1}
 
@@ -62,13 +62,13 @@ def listed(module) -> dict[str, list[list[int]]]:
 )
 def test_a_run_that_chooses_is_the_run_with_what_it_chose(fit, data, caplog, monkeypatch) -> None:
     caplog.set_level(logging.INFO, "lightning.pytorch")
-    read = first_gradient.first_batches
+    read = auto_filters.first_batches
 
     def drawing(*args):
         torch.rand(1), random.random(), numpy.random.rand()
         return read(*args)
 
-    monkeypatch.setattr(first_gradient, "first_batches", drawing)
+    monkeypatch.setattr(auto_filters, "first_batches", drawing)
     module, losses, batches, state = fit(AUTO, data=data)
     filters = module.adapter.filters
     assert filters == listed(module)
@@ -112,7 +112,7 @@ def test_left_factors_start_along_the_gradient_and_delta_is_zero(fit, make_data,
     assert read_start(module) == "gradient"
     unload(module.causal_lm)
     model = module.causal_lm
-    batches = first_gradient.first_batches(module.trainer, 8)
+    batches = auto_filters.first_batches(module.trainer, 8)
     loss = lambda b: score_tokens(model, b["input_ids"], b["labels"]).nll.sum()  # noqa: E731
     for name, gradient in weight_gradients(model, module.adapted, batches, loss):
         (shape, other, *_) = module.adapter.shapes_of(name, *gradient.shape)
@@ -150,7 +150,7 @@ def test_a_resumed_run_takes_the_checkpoints_choice(fit, make_data, tmp_path, mo
     adapter = AUTO | {"start": "gradient"}
     whole, losses, _, state = fit(adapter, saving, max_epochs=2)
     told = []
-    begin = first_gradient.begin
+    begin = auto_filters.begin
 
     def other(model, config, trainer, device):
         told.append(1)
@@ -158,7 +158,7 @@ def test_a_resumed_run_takes_the_checkpoints_choice(fit, make_data, tmp_path, mo
         filters = {name: [[4, 4, 8, 8]] * 3 for name in found.config.filters}
         return found._replace(config=replace(found.config, filters=filters), left={})
 
-    monkeypatch.setattr(first_gradient, "begin", other)
+    monkeypatch.setattr(auto_filters, "begin", other)
     resumed = fit(adapter, ckpt_path=tmp_path / "3.ckpt", max_epochs=2)
     assert resumed[0].adapter == whole.adapter
     assert resumed[1] == {step: loss for step, loss in losses.items() if step > 3}
@@ -181,7 +181,7 @@ def test_evaluations_and_the_saved_adapter_need_no_training_data(
     stored = read_adapter(tmp_path / "adapters" / "last").config
     assert stored == module.adapter
     expected = module.eval_values["val/loss"]
-    monkeypatch.setattr(first_gradient, "first_batches", lambda *_: pytest.fail("data were asked for"))
+    monkeypatch.setattr(auto_filters, "first_batches", lambda *_: pytest.fail("data were asked for"))
     loaded = make_module(adapter_path=str(tmp_path / "adapters" / "last"))
     make_trainer().validate(loaded, make_data(), verbose=False)
     assert loaded.eval_values["val/loss"] == expected

@@ -19,7 +19,7 @@ from moka_pl.adapters.directory import read_adapter_state
 from moka_pl.backbone import BackboneConfig
 from moka_pl.callbacks import AdapterCheckpoint, GateMonitor, GracefulInterrupt, RunSummary, Throughput
 from moka_pl.data import CommonsenseData, InstructionData, MixtureData, MmluData
-from moka_pl.lm import cuda_graphs as capture
+from moka_pl.lm import cuda_graphs
 from moka_pl.training.module import MokaModule
 
 GLOBAL_BATCH = 4
@@ -86,13 +86,13 @@ class Replay:
         self.capture, self.inputs = capture, inputs
 
     def replay(self):
-        with capture._fresh_leaves(self.capture.model) as leaves:
+        with cuda_graphs._fresh_leaves(self.capture.model) as leaves:
             self.capture._forward_backward(self.inputs, leaves)
 
 
 def record_anew(self, batch):
     inputs = (batch.ids.clone(), batch.positions.clone(), batch.targets.clone())
-    self._graphs[batch.size] = capture._Recorded(Replay(self, inputs), inputs)
+    self._graphs[batch.size] = cuda_graphs._Recorded(Replay(self, inputs), inputs)
 
 
 def fit(folder, name, devices, packing=False, adapter=None, graphs=False):
@@ -101,9 +101,9 @@ def fit(folder, name, devices, packing=False, adapter=None, graphs=False):
     Returns the adapter's configuration.
     """
     if graphs:
-        capture.StepCapture._record = record_anew
-        capture.capture_obstacle = lambda model: None
-        capture.PATIENCE = 0
+        cuda_graphs.StepCapture._record = record_anew
+        cuda_graphs.capture_obstacle = lambda model: None
+        cuda_graphs.PATIENCE = 0
     torch.set_num_threads(1)
     torch.manual_seed(5)
     data = MixtureData(

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from moka_pl.errors import ConfigError, MokaError, end_interrupted
-from moka_pl.studies.benchmark import cases as liger
-from moka_pl.studies.benchmark import cases as rows
-from moka_pl.studies.benchmark import fit, growth
-from moka_pl.studies.benchmark import steps as decode
+from moka_pl.studies.benchmark import cases, fit, growth, steps
 from moka_pl.studies.benchmark.bench import Bench, Record, Results
 from moka_pl.studies.benchmark.cases import PRESETS, Preset, find_preset
 from moka_pl.studies.benchmark.steps import measure_steps
@@ -118,13 +115,13 @@ def row_names(device: str, measures: Sequence[str], with_liger: bool) -> list[st
     """Names of all rows of these measures."""
     names: list[str] = []
     if "steps" in measures:
-        names += [row.name for row in [*rows.step_rows(device), *(_liger_rows() if with_liger else [])]]
+        names += [row.name for row in [*cases.step_rows(device), *(_liger_rows() if with_liger else [])]]
     if set(GROWTH) & set(measures):
         names += growth.growth_rows(device)
     if "fit" in measures:
         names.append(fit.ROW)
     if "decode" in measures:
-        names += [row.name for row in decode.decode_rows()]
+        names += [row.name for row in steps.decode_rows()]
     return list(dict.fromkeys(names))
 
 
@@ -152,9 +149,9 @@ def run(plan: Plan, file: Path | None = None) -> Results:
         dtype=str(dtype).removeprefix("torch."),
         versions=versions(),
     )
-    if plan.liger and not liger.installed():
-        results.notes.append(liger.MISSING)
-        print(f"Note: {liger.MISSING}", file=sys.stderr)
+    if plan.liger and not cases.installed():
+        results.notes.append(cases.MISSING)
+        print(f"Note: {cases.MISSING}", file=sys.stderr)
     with warnings.catch_warnings():
         # What PEFT and Lightning use that transformers and torch will rename one day.
         warnings.simplefilter("ignore", FutureWarning)
@@ -174,9 +171,9 @@ def records(plan: Plan) -> Iterator[Record]:
     for checkpointing in plan.checkpointing:
         bench = Bench(preset.shape, preset.device, checkpointing)
         if "steps" in plan.measures:
-            listed = rows.step_rows(preset.device)
-            listed += _liger_rows() if plan.liger and liger.installed() else []
-            yield from measure_steps(bench, preset, rows.choose(listed, names))
+            listed = cases.step_rows(preset.device)
+            listed += _liger_rows() if plan.liger and cases.installed() else []
+            yield from measure_steps(bench, preset, cases.choose(listed, names))
         if "components" in plan.measures:
             yield from growth.grow_components(bench, preset, names)
         if "tokens" in plan.measures:
@@ -188,7 +185,7 @@ def records(plan: Plan) -> Iterator[Record]:
             yield from fit.measure_fit(preset, checkpointing, names)
     if "decode" in plan.measures:
         bench = Bench(preset.shape, preset.device)
-        yield from decode.measure_decode(bench, preset, rows.choose(decode.decode_rows(), names))
+        yield from steps.measure_decode(bench, preset, cases.choose(steps.decode_rows(), names))
         bench.close()
 
 
@@ -203,8 +200,8 @@ def progress(record: Record) -> str:
     return f"{what}: {milliseconds(record.values[key])} ms, {record.values['peak_gib']:.2f} GiB"
 
 
-def _liger_rows() -> list[rows.Row]:
-    return [liger.with_liger(rows.frozen()), liger.with_liger(rows.moka("MoKA r10"))]
+def _liger_rows() -> list[cases.Row]:
+    return [cases.with_liger(cases.frozen()), cases.with_liger(cases.moka("MoKA r10"))]
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moka_pl.data.encoding import examples as encode
+from moka_pl.data.encoding import examples
 from moka_pl.data.encoding.examples import (
     DROPPED,
     KEPT,
@@ -176,7 +176,7 @@ def test_second_call_hits_the_cache(tiny_tokenizer, write_jsonl, monkeypatch):
     run(bos=True)
     tiny_tokenizer.chat_template = "another"
     run()
-    monkeypatch.setattr(encode, "ENCODING_VERSION", -1)
+    monkeypatch.setattr(examples, "ENCODING_VERSION", -1)
     run()
     assert len(calls) == 5
 

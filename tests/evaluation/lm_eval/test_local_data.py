@@ -79,14 +79,14 @@ def test_prompts_are_those_of_the_harness_and_of_our_own_evaluation(mmlu: Path) 
     from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import apply_template
 
-    from moka_pl.evaluation.lm_eval import local_data as task_files
+    from moka_pl.evaluation.lm_eval import local_data
 
     theirs = Path(lm_eval.tasks.__file__).parent
-    cloze = load_yaml(task_files._TEMPLATES / "cloze.yaml")
+    cloze = load_yaml(local_data._TEMPLATES / "cloze.yaml")
     assert cloze["doc_to_text"] == load_yaml(theirs / "arc" / "arc_easy.yaml")["doc_to_text"]
     assert apply_template(cloze["doc_to_text"], {"question": "Why {{x}}?"}) == cloze_prompt("Why {{x}}?")
     for subject in ("astronomy", "world_religions"):
-        own = load_yaml(task_files._TEMPLATES / "mmlu.yaml") | local_tasks(mmlu)[f"mmlu_{subject}"]
+        own = load_yaml(local_data._TEMPLATES / "mmlu.yaml") | local_tasks(mmlu)[f"mmlu_{subject}"]
         original = load_yaml(theirs / "mmlu" / "default" / f"mmlu_{subject}.yaml")
         names = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "output_type")
         names += ("fewshot_split", "fewshot_config", "test_split")

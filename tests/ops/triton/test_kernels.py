@@ -224,9 +224,9 @@ def test_non_finite_values_show(bad: float, dtype: torch.dtype) -> None:
 
 
 def test_fused_falls_back_where_its_kernels_cannot_run() -> None:
-    from moka_pl.ops import dispatch as backends
+    from moka_pl.ops import dispatch
 
-    backends._warn_unfused.cache_clear()
+    dispatch._warn_unfused.cache_clear()
     shapes = filter_shapes("square", 2, 6, 6)
     factors: Pairs = [
         (torch.randn(s.m_a, s.n_a).double(), torch.randn(s.m_b, s.n_b).double()) for s in shapes

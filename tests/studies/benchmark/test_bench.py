@@ -5,10 +5,10 @@ import weakref
 import pytest
 import torch
 
-from moka_pl.studies.benchmark import cases as rows
+from moka_pl.studies.benchmark import cases
 from moka_pl.studies.benchmark.bench import first_line
 
-MOKA = rows.moka("MoKA r10")
+MOKA = cases.moka("MoKA r10")
 
 
 def work(model) -> dict[str, float]:
@@ -24,14 +24,14 @@ def test_rows_share_one_clean_model(bench) -> None:
         return work(model)
 
     first, adapted, again = (
-        bench.measure(row, remember)[0] for row in (rows.frozen(), MOKA, rows.frozen("again"))
+        bench.measure(row, remember)[0] for row in (cases.frozen(), MOKA, cases.frozen("again"))
     )
     assert first == again != adapted
     assert seen[0] is seen[1] is seen[2]
 
 
 def test_what_fails_is_reported_and_its_memory_freed(bench) -> None:
-    expected, _ = bench.measure(rows.frozen(), work)
+    expected, _ = bench.measure(cases.frozen(), work)
     kept = []
 
     def fail(model) -> dict[str, float]:
@@ -43,7 +43,7 @@ def test_what_fails_is_reported_and_its_memory_freed(bench) -> None:
     assert values == {}
     assert error == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
     assert kept[0]() is None
-    assert bench.measure(rows.frozen(), work) == (expected, None)
+    assert bench.measure(cases.frozen(), work) == (expected, None)
 
 
 def half_in(model):
@@ -64,11 +64,11 @@ def not_out(model):
 
 @pytest.mark.parametrize("put", [half_in, not_out])
 def test_a_model_that_cannot_be_restored_is_built_again(put, bench, capsys) -> None:
-    expected, _ = bench.measure(rows.frozen(), work)
-    _, error = bench.measure(rows.Row("bad", put), work)
+    expected, _ = bench.measure(cases.frozen(), work)
+    _, error = bench.measure(cases.Row("bad", put), work)
     assert error == ("ValueError: half in" if put is half_in else None)
     assert ("bad could not be taken out: ValueError: stuck" in capsys.readouterr().err) == (put is not_out)
-    assert bench.measure(rows.frozen(), work) == (expected, None)
+    assert bench.measure(cases.frozen(), work) == (expected, None)
 
 
 def test_a_row_may_spoil_the_model(bench) -> None:
@@ -79,15 +79,15 @@ def test_a_row_may_spoil_the_model(bench) -> None:
         models.append(model)
         return {}
 
-    bench.measure(rows.Row("spoils", lambda model: lambda: None, spoils=True), remember)
-    bench.measure(rows.frozen(), remember)
+    bench.measure(cases.Row("spoils", lambda model: lambda: None, spoils=True), remember)
+    bench.measure(cases.frozen(), remember)
     assert models[0] != models[2]
 
 
 def test_a_model_that_cannot_be_built_is_a_failure_of_its_rows() -> None:
     from moka_pl.studies.benchmark.bench import Bench
 
-    _, error = Bench("no-such", "cpu").measure(rows.frozen(), work)
+    _, error = Bench("no-such", "cpu").measure(cases.frozen(), work)
     assert error is not None
     assert error.startswith("BackboneError: weights: random knows no shape 'no-such'")
 

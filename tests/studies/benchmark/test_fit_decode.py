@@ -3,8 +3,7 @@ import math
 import pytest
 
 from moka_pl.callbacks import AdapterCheckpoint, GateMonitor, GracefulInterrupt, RunSummary, Throughput
-from moka_pl.studies.benchmark import fit
-from moka_pl.studies.benchmark import steps as decode
+from moka_pl.studies.benchmark import fit, steps
 from moka_pl.studies.benchmark.probe import Probe, SyntheticData
 
 
@@ -63,7 +62,7 @@ def test_synthetic_batches_have_the_shape_asked_for() -> None:
 
 
 def test_decode(bench, preset) -> None:
-    records = list(decode.measure_decode(bench, preset, decode.decode_rows()))
+    records = list(steps.measure_decode(bench, preset, steps.decode_rows()))
     assert [r.row for r in records] == ["frozen base", "MoKA r10", "LoRA r64 q,v", "frozen base (again)"]
     for record in records:
         assert record.error is None
@@ -77,7 +76,7 @@ def test_decoding_uses_the_cache(bench) -> None:
 
     def work(model):
         model.get_input_embeddings().register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
-        return decode.time_decode(model, 3)
+        return steps.time_decode(model, 3)
 
     from moka_pl.studies.benchmark.cases import frozen
 

@@ -3,15 +3,14 @@ import math
 import pytest
 import torch
 
-from moka_pl.studies.benchmark import cases as rows
-from moka_pl.studies.benchmark import steps as timing
+from moka_pl.studies.benchmark import cases, steps
 from moka_pl.studies.benchmark.steps import measure_steps
 from moka_pl.studies.common import peak_gib, reset_peak
 
 
 def test_all_rows_and_the_peer_that_crashes(bench, preset) -> None:
-    records = list(measure_steps(bench, preset, rows.step_rows("cpu")))
-    assert [r.row for r in records] == [row.name for row in rows.step_rows("cpu")]
+    records = list(measure_steps(bench, preset, cases.step_rows("cpu")))
+    assert [r.row for r in records] == [row.name for row in cases.step_rows("cpu")]
     failed = {r.row: r.error for r in records if r.error is not None}
     assert set(failed) == {"LoKr r64 q,v"}  # it takes the packed weight's shape for the layer's
     assert "shape" in failed["LoKr r64 q,v"]
@@ -29,7 +28,7 @@ def test_all_rows_and_the_peer_that_crashes(bench, preset) -> None:
 
 
 def test_without_the_frozen_base_there_are_no_ratios(bench, preset) -> None:
-    (record,) = measure_steps(bench, preset, [rows.moka("MoKA r10")])
+    (record,) = measure_steps(bench, preset, [cases.moka("MoKA r10")])
     assert record.error is None
     assert "ratio" not in record.values
 
@@ -45,7 +44,7 @@ def test_checkpointing_computes_the_layers_again(preset) -> None:
 
     for checkpointing in (False, True):
         bench = Bench("tiny", "cpu", checkpointing)
-        (record,) = measure_steps(bench, preset, [rows.Row("counting", put)])
+        (record,) = measure_steps(bench, preset, [cases.Row("counting", put)])
         assert record.checkpointing is checkpointing
         assert len(calls) == (6 if checkpointing else 3)  # one warm-up and two measured steps
         calls.clear()
@@ -56,7 +55,7 @@ def test_steps_leave_nothing_behind(bench) -> None:
 
     def work(model):
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        values = timing.time_steps(model, 1, 4, 1, 2, 9.0)
+        values = steps.time_steps(model, 1, 4, 1, 2, 9.0)
         after = {name: p for name, p in model.named_parameters() if p.requires_grad}
         assert all(torch.equal(after[name], before[name]) for name in before)
         assert all(p.grad is None for p in model.parameters())
@@ -64,7 +63,7 @@ def test_steps_leave_nothing_behind(bench) -> None:
         versions.extend(p._version for p in after.values())
         return values
 
-    _, error = bench.measure(rows.moka("MoKA r10"), work)
+    _, error = bench.measure(cases.moka("MoKA r10"), work)
     assert error is None
     assert min(versions) >= 3
 
@@ -79,21 +78,21 @@ def test_the_gradient_of_a_frozen_base_reaches_the_embeddings(bench) -> None:
 
         return model.model.layers[0].input_layernorm.register_forward_hook(watch).remove
 
-    _, error = bench.measure(rows.Row("frozen", put), lambda m: timing.time_steps(m, 1, 4, 0, 2, 9.0))
+    _, error = bench.measure(cases.Row("frozen", put), lambda m: steps.time_steps(m, 1, 4, 0, 2, 9.0))
     assert error is None
     assert len(reached) == 2
     assert min(reached) > 0
 
 
 def test_a_slow_row_is_given_fewer_steps_and_one_token_is_a_batch(bench) -> None:
-    values, error = bench.measure(rows.frozen(), lambda m: timing.time_steps(m, 1, 1, 0, 50, 0.0))
+    values, error = bench.measure(cases.frozen(), lambda m: steps.time_steps(m, 1, 1, 0, 50, 0.0))
     assert error is None
     assert values["steps"] == 2
 
 
 def test_quartiles() -> None:
-    assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
-    assert timing.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert steps.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert steps.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
 def test_peak_memory_begins_anew() -> None:

@@ -3,10 +3,10 @@ import torch
 
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.errors import ConfigError
-from moka_pl.studies.benchmark import cases as rows
+from moka_pl.studies.benchmark import cases
 from moka_pl.studies.benchmark.bench import structure
 
-ROWS = {row.name: row for row in rows.step_rows("cpu")}
+ROWS = {row.name: row for row in cases.step_rows("cpu")}
 
 
 @pytest.fixture
@@ -15,10 +15,10 @@ def model():
 
 
 def test_the_frozen_base_comes_first_and_last() -> None:
-    names = [row.name for row in rows.step_rows("cuda")]
+    names = [row.name for row in cases.step_rows("cuda")]
     assert (names[0], names[-1]) == ("frozen base", "frozen base (again)")
     assert len(set(names)) == len(names)
-    captured = {row.name for row in rows.step_rows("cuda") if row.captured}
+    captured = {row.name for row in cases.step_rows("cuda") if row.captured}
     assert captured == {"MoKA r10, CUDA graph", "LoRA r8 q,v, CUDA graph"}
     assert set(names) - set(ROWS) == {"MoKA r10 fused"} | captured
 
@@ -63,8 +63,11 @@ def test_random_values_are_small_and_only_in_zero_factors(model) -> None:
 
 def test_choose() -> None:
     listed = list(ROWS.values())
-    assert rows.choose(listed, []) == listed
-    assert [row.name for row in rows.choose(listed, ["MoKA r1", "frozen base"])] == ["frozen base", "MoKA r1"]
+    assert cases.choose(listed, []) == listed
+    assert [row.name for row in cases.choose(listed, ["MoKA r1", "frozen base"])] == [
+        "frozen base",
+        "MoKA r1",
+    ]
 
 
 def test_liger_leaves_the_modelling_module_as_it_was(model, monkeypatch) -> None:
@@ -94,5 +97,5 @@ def test_liger_leaves_the_modelling_module_as_it_was(model, monkeypatch) -> None
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        with_liger(rows.Row("broken", fail)).put(model)
+        with_liger(cases.Row("broken", fail)).put(model)
     assert modeling_llama.apply_rotary_pos_emb is original
