@@ -13,7 +13,7 @@ _LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core
 
 
 @contextmanager
-def quiet(*names: str, below: int = logging.WARNING) -> Iterator[None]:
+def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
     """Runs the body without what some loggers have to say, and leaves their levels as they were.
 
     Args:
@@ -32,9 +32,9 @@ def quiet(*names: str, below: int = logging.WARNING) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_lightning() -> Iterator[None]:
+def silenced_lightning() -> Iterator[None]:
     """Runs the body without Lightning's notes on the machine and on every trainer."""
-    with quiet(*_LIGHTNING), warnings.catch_warnings():
+    with silenced(*_LIGHTNING), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
 

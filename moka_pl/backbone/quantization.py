@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.errors import AdapterError, BackboneError
-from moka_pl.utils import quiet
+from moka_pl.utils import silenced
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -22,7 +22,7 @@ def import_bitsandbytes() -> None:
 
     On some CPUs it asks for a package that would fetch a kernel for evaluations from the hub.
     """
-    with quiet("bitsandbytes.backends.cpu.ops", below=logging.ERROR):
+    with silenced("bitsandbytes.backends.cpu.ops", below=logging.ERROR):
         import_module("bitsandbytes")
 
 

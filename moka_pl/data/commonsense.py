@@ -13,7 +13,7 @@ from moka_pl.data.reading import check_columns, read_rows
 from moka_pl.data.sources import ChoicePiece, Sources, as_list, find_choice_pieces, hub_tasks, refuse_unknown
 from moka_pl.data.splits import HoldOut, ThreeParts, spread
 from moka_pl.errors import DataError
-from moka_pl.prompts.choice import CHOICE_PROMPTS, settle_prompt
+from moka_pl.prompts.choice import CHOICE_PROMPTS, resolve_prompt
 from moka_pl.prompts.templates import ChoicePromptName
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class CommonsenseData(MokaDataModule):
     @property
     def prompt(self) -> str:  # type: ignore[override]
         """Name of the prompt: the chosen one, else that of the model's adapter, else `"cloze"`."""
-        return settle_prompt(self._prompt, self.trained_prompt, CHOICE_PROMPTS, "cloze", warned=self._warned)
+        return resolve_prompt(self._prompt, self.trained_prompt, CHOICE_PROMPTS, "cloze", warned=self._warned)
 
     @property
     def tasks(self) -> list[str]:

@@ -17,7 +17,7 @@ from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Piece, Sources, as_list, find_pieces
 from moka_pl.data.splits import HoldOut, ThreeParts
 from moka_pl.errors import DataError
-from moka_pl.prompts.choice import settle_prompt
+from moka_pl.prompts.choice import resolve_prompt
 from moka_pl.prompts.segments import PromptName, alpaca, chat, require_template
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class InstructionData(MokaDataModule):
     def prompt(self) -> str:  # type: ignore[override]
         """Name of the prompt: the chosen one, else the adapter's, else the one that fits the corpus."""
         known, fitting = get_args(PromptName), fitting_prompt(self.path)
-        return settle_prompt(self._prompt, self.trained_prompt, known, fitting, warned=self._warned)
+        return resolve_prompt(self._prompt, self.trained_prompt, known, fitting, warned=self._warned)
 
     def prepare_data(self) -> None:
         """Encode what the run needs once; of a stream, look at the first record."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moka_pl.data.batching.collate import share_prefix, shared_tensors
 from moka_pl.lm.attention import VARLEN
-from moka_pl.lm.scoring import IGNORED, TokenScores, logits_at, row_sums, score_tokens
+from moka_pl.lm.scoring import IGNORE_INDEX, TokenScores, logits_at, row_sums, score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +83,7 @@ def can_share(model: "PreTrainedModel") -> bool:
     shared = {name: tensor.to(model.device) for name, tensor in shared_tensors(rows, 0).items()}
     ids = torch.tensor([prompt + option for option in options], device=model.device)  # (3, 9)
     labels = ids.clone()
-    labels[:, : len(prompt)] = IGNORED
+    labels[:, : len(prompt)] = IGNORE_INDEX
     try:
         alone = row_sums(score_tokens(model, ids, labels), len(options))
         together = row_sums(score_shared(model, shared), len(options))

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moka_pl.lm.attention import attention_obstacle, sdpa
-from moka_pl.lm.scoring import IGNORED, logits_at
+from moka_pl.lm.scoring import IGNORE_INDEX, logits_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ class FixedBatch(NamedTuple):
     Attributes:
         ids: Token ids, padded on the right to a multiple of `WIDTH`, shape (B, T).
         positions: Flat positions b·T + t that predict a token, filled up with zeros to a power of two, (N,).
-        targets: The predicted tokens; `IGNORED` where filled up, (N,).
+        targets: The predicted tokens; `IGNORE_INDEX` where filled up, (N,).
         tokens: Number of predicted tokens.
     """
 
@@ -70,11 +70,11 @@ def fix_size(batch: Mapping[str, Any]) -> FixedBatch:
     ids: Tensor = batch["input_ids"]
     length = ids.shape[1]
     width = -(-length // WIDTH) * WIDTH
-    row, column = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)  # (N,)
+    row, column = (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,)
     found = len(row)
     size = max(_FEWEST_LABELS, 1 << max(0, found - 1).bit_length())
     positions = F.pad(row * width + column, (0, size - found))  # (N',)
-    targets = F.pad(batch["labels"][row, column + 1], (0, size - found), value=IGNORED)  # (N',)
+    targets = F.pad(batch["labels"][row, column + 1], (0, size - found), value=IGNORE_INDEX)  # (N',)
     return FixedBatch(F.pad(ids, (0, width - length)), positions, targets, found)
 
 
@@ -142,7 +142,7 @@ class StepCapture:
         width = ids.shape[1]
         column = positions % width  # (N,)
         logits = logits_at(self.model, positions // width, column, input_ids=ids)  # (N, V)
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
     def _record(self, batch: FixedBatch) -> None:
         inputs = (batch.ids.clone(), batch.positions.clone(), batch.targets.clone())

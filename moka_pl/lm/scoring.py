@@ -9,7 +9,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORED = -100
+IGNORE_INDEX = -100
 #: Tokens whose logits an evaluation computes at a time.
 _PART = 4096
 
@@ -42,7 +42,7 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **
         The scores of the N labelled tokens (the first position of a row cannot be predicted).
     """
     targets = labels[:, 1:]  # (B, T-1)
-    row, column = (targets != IGNORED).nonzero(as_tuple=True)  # (N,)
+    row, column = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,)
     wanted = targets[row, column]  # (N,)
     if torch.is_grad_enabled() or _transforms_logits(model):
         logits = logits_at(model, row, column, input_ids=input_ids, **inputs)  # (N, V)

@@ -85,7 +85,7 @@ CHOICE_PROMPTS: dict[str, ChoicePrompt] = {
 # Which prompt an evaluation uses: the adapter's own, unless the user chose another.
 
 
-def settle_prompt(
+def resolve_prompt(
     chosen: str | None, trained: str | None, known: Collection[str], default: str, *, warned: set[str]
 ) -> str:
     """Settle the prompt of a data module.

@@ -25,7 +25,7 @@ from moka_pl.adapters.filters import AUTO, listed
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.scoring import score_tokens
-from moka_pl.utils import quiet
+from moka_pl.utils import silenced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -200,7 +200,7 @@ def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
     batches: list[Any] = []
     if source.is_defined():
         # Quiet: the line on an epoch's batches comes when the training makes its own loader.
-        with torch.device("cpu"), quiet("lightning.pytorch.utilities.rank_zero"):
+        with torch.device("cpu"), silenced("lightning.pytorch.utilities.rank_zero"):
             batches = list(islice(source.dataloader(), count))
     if not batches or not all(isinstance(b, dict) and {"input_ids", "labels"} <= b.keys() for b in batches):
         raise ConfigError(

@@ -112,9 +112,9 @@ def check_scheduler(scheduler: object, optimizer: Optimizer, rates: list[Any]) -
     Raises:
         ConfigError: If the ratios would be lost.
     """
-    if floor := getattr(scheduler, "eta_min", 0):
+    if lowest := getattr(scheduler, "eta_min", 0):
         raise ConfigError(
-            f"{type(scheduler).__name__} with eta_min {floor} ends all parts at one learning rate, and "
+            f"{type(scheduler).__name__} with eta_min {lowest} ends all parts at one learning rate, and "
             "learning_rate_ratios would be lost; set eta_min to 0"
         )
     begun = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]

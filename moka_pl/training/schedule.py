@@ -14,13 +14,13 @@ class WarmupDecay(LambdaLR):
 
     For step t of N with w warm-up steps the factor is ``(t + 1) / w`` up to w, and after it, with
     ``p = (t - w) / (N - w)``: ``cosine`` (1 + cos πp) / 2, ``linear`` 1 - p, ``constant`` 1, each mapped to
-    the range from ``floor`` to 1.
+    the range from ``min_lr_ratio`` to 1.
 
     Args:
         optimizer: The optimizer whose learning rate is scaled.
         warmup: Warm-up in optimizer steps (1 or more), or below 1 as a share of all steps.
         decay: Form of the fall.
-        floor: Share of the learning rate at the end, 0 to 1.
+        min_lr_ratio: Share of the learning rate at the end, 0 to 1.
         total_steps: Optimizer steps N of the run; ``null`` takes the trainer's own count.
 
     Raises:
@@ -32,16 +32,21 @@ class WarmupDecay(LambdaLR):
         optimizer: Optimizer,
         warmup: float = 0.03,
         decay: Literal["cosine", "linear", "constant"] = "cosine",
-        floor: float = 0.0,
+        min_lr_ratio: float = 0.0,
         total_steps: int | None = None,
     ) -> None:
         if warmup < 0:
             raise ConfigError(f"warmup must not be negative, but is {warmup}")
-        if not 0 <= floor <= 1:
-            raise ConfigError(f"floor must be from 0 to 1, not {floor}")
+        if not 0 <= min_lr_ratio <= 1:
+            raise ConfigError(f"min_lr_ratio must be from 0 to 1, not {min_lr_ratio}")
         if decay not in ("cosine", "linear", "constant"):
             raise ConfigError(f"unknown decay {decay!r}; choose cosine, linear or constant")
-        self.warmup, self.decay, self.floor, self.total_steps = warmup, decay, floor, total_steps
+        self.warmup, self.decay, self.min_lr_ratio, self.total_steps = (
+            warmup,
+            decay,
+            min_lr_ratio,
+            total_steps,
+        )
         super().__init__(optimizer, self.factor)
 
     def factor(self, step: int) -> float:
@@ -52,7 +57,7 @@ class WarmupDecay(LambdaLR):
             return (step + 1) / warmup
         progress = min(1.0, (step - warmup) / max(1, total - warmup))
         fall = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}
-        return self.floor + (1 - self.floor) * fall[self.decay]
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * fall[self.decay]
 
     def set_total_steps(self, total_steps: int) -> None:
         """Sets N before training and applies it to the present learning rates."""

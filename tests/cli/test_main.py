@@ -387,7 +387,7 @@ def test_trial_leaves_no_run(cli, capsys):
             {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.25, "weight_decay": 0.1}},
             {
                 "class_path": "moka_pl.training.schedule.WarmupDecay",
-                "init_args": {"warmup": 2, "decay": "constant", "floor": 0.5},
+                "init_args": {"warmup": 2, "decay": "constant", "min_lr_ratio": 0.5},
             },
             [0.125, 0.25, 0.25, 0.25],
         ),

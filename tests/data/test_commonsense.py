@@ -3,7 +3,7 @@ import json
 import pytest
 
 from moka_pl.data import CommonsenseData, DataError
-from moka_pl.data.encoding.examples import MASKED
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 
 def record(n, task="t"):
@@ -53,7 +53,7 @@ def test_training_rows_and_items_share_their_tokens(tiny_tokenizer, write_jsonl)
     for row, item in zip(module._encoded["train"].rows, module._encoded["validation"].rows, strict=True):
         right = item["option_ids"][item["answer"]]
         assert row["input_ids"] == [*item["prompt_ids"], *right, tiny_tokenizer.eos_token_id]
-        assert [t for t in row["labels"] if t != MASKED] == [*right, tiny_tokenizer.eos_token_id]
+        assert [t for t in row["labels"] if t != IGNORE_INDEX] == [*right, tiny_tokenizer.eos_token_id]
 
 
 def test_folder_of_tasks(tiny_tokenizer, folder):

@@ -1,8 +1,9 @@
 import pytest
 
 from moka_pl.data import DataError, InstructionData
-from moka_pl.data.encoding.examples import MASKED, SegmentEncoder
+from moka_pl.data.encoding.examples import SegmentEncoder
 from moka_pl.data.splits import hold_out
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 
 def alpaca_records(count):
@@ -18,7 +19,7 @@ def ready(module, tokenizer, stage=None):
 
 def completions(module, split, tokenizer):
     rows = module._encoded[split].rows
-    return [tokenizer.decode([t for t in labels if t != MASKED]) for labels in rows["labels"]]
+    return [tokenizer.decode([t for t in labels if t != IGNORE_INDEX]) for labels in rows["labels"]]
 
 
 def test_sample(tiny_tokenizer):

@@ -10,8 +10,8 @@ from jsonargparse import ArgumentParser
 
 from moka_pl.data import CommonsenseData, DataError, InstructionData, MixtureData, MokaDataModule
 from moka_pl.data.batching.samplers import EvalSampler, TrainSampler
-from moka_pl.data.encoding.examples import MASKED
 from moka_pl.data.mixture import epoch_counts, repeated
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 YAML = """
 data:
@@ -183,7 +183,7 @@ def weighted(tokenizer, write_jsonl, weights, sizes=(40, 10), rank=0, world=1, *
 
 
 def answers(batches, tokenizer):
-    texts = [tokenizer.decode(row[row != MASKED]) for batch in batches for row in batch["labels"]]
+    texts = [tokenizer.decode(row[row != IGNORE_INDEX]) for batch in batches for row in batch["labels"]]
     return [text.removesuffix("<|im_end|>") for text in texts if text]
 
 

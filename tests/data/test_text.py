@@ -3,8 +3,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moka_pl.data import DataError, TextData
-from moka_pl.data.encoding.examples import MASKED
 from moka_pl.data.encoding.windows import WindowEncoder
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 TEXT = "One two.\n\nThree four five.\nSix seven eight nine ten.\n"
 
@@ -26,14 +26,14 @@ def test_every_token_is_predicted_once(shared_tokenizer, text, max_length, strid
     columns = WindowEncoder(shared_tokenizer, max_length, stride, end)({"text": [text]})
     ids = shared_tokenizer(text, add_special_tokens=False).input_ids
     ids += [shared_tokenizer.eos_token_id] if end else []
-    predicted = [t for labels in columns["labels"] for t in labels if t != MASKED]
+    predicted = [t for labels in columns["labels"] for t in labels if t != IGNORE_INDEX]
     assert predicted == ids
     whole = [shared_tokenizer.bos_token_id, *ids]
     step = min(stride, max_length - 1)
     for number, (window, labels) in enumerate(zip(columns["input_ids"], columns["labels"], strict=True)):
         assert window == whole[number * step : number * step + max_length]
-        assert labels[0] == MASKED  # something stands before every predicted token
-        assert all(label in (MASKED, token) for label, token in zip(labels, window, strict=True))
+        assert labels[0] == IGNORE_INDEX  # something stands before every predicted token
+        assert all(label in (IGNORE_INDEX, token) for label, token in zip(labels, window, strict=True))
     assert sum(columns["words"]) == len(text.split())
     assert sum(columns["bytes"]) == len(text.encode())
 
@@ -43,7 +43,7 @@ def test_a_smaller_stride_gives_more_context(shared_tokenizer):
 
     def contexts(stride):
         labels = WindowEncoder(shared_tokenizer, 16, stride, False)({"text": [text]})["labels"]
-        return [position for row in labels[1:] for position, label in enumerate(row) if label != MASKED]
+        return [position for row in labels[1:] for position, label in enumerate(row) if label != IGNORE_INDEX]
 
     assert min(contexts(4)) == 12
     assert min(contexts(16)) == 1
@@ -55,7 +55,7 @@ def test_text_file(tiny_tokenizer, tmp_path):
     data = ready(TextData(path, path, max_length=8), tiny_tokenizer)
     assert data.stride == 4
     train, validation = data._encoded["train"].rows, data._encoded["validation"].rows
-    learned = [t for labels in train["labels"] for t in labels if t != MASKED]
+    learned = [t for labels in train["labels"] for t in labels if t != IGNORE_INDEX]
     assert tiny_tokenizer.decode(learned) == f"{TEXT}<|im_end|>"
     assert sum(validation["words"][:]) == 10
     assert len(validation) > len(train)  # they overlap by half

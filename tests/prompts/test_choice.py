@@ -1,9 +1,9 @@
 import pytest
 
 from moka_pl.data import CommonsenseData, DataError, InstructionData, MixtureData
-from moka_pl.data.encoding.examples import MASKED
 from moka_pl.data.formats.choice import check_choice
-from moka_pl.prompts.choice import CHOICE_PROMPTS, settle_prompt
+from moka_pl.lm.scoring import IGNORE_INDEX
+from moka_pl.prompts.choice import CHOICE_PROMPTS, resolve_prompt
 from moka_pl.prompts.templates import alpaca_prompt, llm_adapters_prompt
 
 
@@ -111,7 +111,7 @@ def test_items_in_every_form(tiny_tokenizer, path):
         train = data._encoded["train"].rows[0]
         right = item["option_ids"][0]
         assert train["input_ids"] == [*item["prompt_ids"], *right, tiny_tokenizer.eos_token_id]
-        assert [t for t in train["labels"] if t != MASKED] == [*right, tiny_tokenizer.eos_token_id]
+        assert [t for t in train["labels"] if t != IGNORE_INDEX] == [*right, tiny_tokenizer.eos_token_id]
     _, silent = encoded(tiny_tokenizer, path, prompt="llm_adapters", generated_tokens=0)
     assert silent["option_names"] == []
 
@@ -149,13 +149,13 @@ def test_another_prompt_is_warned_of_once():
     warned: set[str] = set()
 
     def settled():
-        return settle_prompt("letters", "cloze", CHOICE_PROMPTS, "cloze", warned=warned)
+        return resolve_prompt("letters", "cloze", CHOICE_PROMPTS, "cloze", warned=warned)
 
     with pytest.warns(UserWarning, match=r"trained with `prompt: cloze`.*`prompt: letters`") as seen:
         assert [settled(), settled()] == ["letters", "letters"]
     assert len(seen) == 1
-    assert settle_prompt("letters", "letters", CHOICE_PROMPTS, "cloze", warned=set()) == "letters"
-    assert settle_prompt("letters", "alpaca", CHOICE_PROMPTS, "cloze", warned=set()) == "letters"
+    assert resolve_prompt("letters", "letters", CHOICE_PROMPTS, "cloze", warned=set()) == "letters"
+    assert resolve_prompt("letters", "alpaca", CHOICE_PROMPTS, "cloze", warned=set()) == "letters"
 
 
 @pytest.mark.parametrize(

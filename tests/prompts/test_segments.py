@@ -1,8 +1,9 @@
 import pytest
 
-from moka_pl.data.encoding.examples import MASKED, SegmentEncoder
+from moka_pl.data.encoding.examples import SegmentEncoder
 from moka_pl.data.formats.instruction import check_instruction
 from moka_pl.errors import DataError
+from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.prompts.segments import alpaca, chat
 
 TURNS = [
@@ -56,7 +57,7 @@ def test_chat_trains_every_assistant_turn(tiny_tokenizer):
 def test_chat_tokens(tiny_tokenizer):
     encoder = SegmentEncoder(tiny_tokenizer, lambda row: chat(row, tiny_tokenizer), 512, bos=False)
     columns = encoder(row(messages=TURNS))
-    learned = [token for token in columns["labels"] if token != MASKED]
+    learned = [token for token in columns["labels"] if token != IGNORE_INDEX]
     assert tiny_tokenizer.decode(learned) == "Two.<|im_end|>  Four, five. <|im_end|>"
     full = tiny_tokenizer.apply_chat_template(TURNS, tokenize=False)
     assert columns["input_ids"] == tiny_tokenizer(full, add_special_tokens=False).input_ids

@@ -173,7 +173,7 @@ def test_a_scheduler_with_rates_of_its_own_is_refused(make_module, scheduler) ->
     assert module.configure_optimizers()["lr_scheduler"]["scheduler"]  # without ratios it is no matter
 
 
-def test_a_schedule_with_a_floor_is_refused(make_module) -> None:
+def test_a_schedule_with_a_minimum_is_refused(make_module) -> None:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR
     module = make_module(
         learning_rate_ratios=RATIOS, optimizer=sgd, lr_scheduler=lambda o: scheduler(o, 10, eta_min=1e-5)

@@ -22,7 +22,7 @@ def rates(scheduler, steps):
 
 
 def test_linear():
-    found = rates(WarmupDecay(optimizer(2.0), warmup=2, decay="linear", floor=0.5, total_steps=6), 6)
+    found = rates(WarmupDecay(optimizer(2.0), warmup=2, decay="linear", min_lr_ratio=0.5, total_steps=6), 6)
     # Rise to 2 in two steps, then fall from 2 towards 1 in the four steps left.
     assert found == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25])
 
@@ -41,8 +41,8 @@ def test_warmup_as_a_share_of_all_steps():
     assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
 
 
-def test_steps_beyond_the_end_stay_at_the_floor():
-    found = rates(WarmupDecay(optimizer(), warmup=0, floor=0.1, total_steps=2), 5)
+def test_steps_beyond_the_end_stay_at_the_minimum():
+    found = rates(WarmupDecay(optimizer(), warmup=0, min_lr_ratio=0.1, total_steps=2), 5)
     assert found[2:] == pytest.approx([0.1] * 3)
 
 
@@ -69,7 +69,7 @@ def test_state_goes_on():
     ("options", "message"),
     [
         ({"warmup": -1}, "warmup must not be negative, but is -1"),
-        ({"floor": 1.5}, "floor must be from 0 to 1, not 1.5"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio must be from 0 to 1, not 1.5"),
         ({"decay": "cosinus"}, "unknown decay 'cosinus'; choose cosine, linear or constant"),
     ],
 )

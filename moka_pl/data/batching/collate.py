@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from moka_pl.data.batching.samplers import filler
-from moka_pl.data.encoding.examples import MASKED
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -177,13 +177,13 @@ def collate_tokens(rows: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_
     """
     ids = [row["input_ids"] for row in rows]
     labels = [
-        [MASKED] * len(row["labels"]) if is_filler else row["labels"]
+        [IGNORE_INDEX] * len(row["labels"]) if is_filler else row["labels"]
         for row, is_filler in zip(rows, fillers, strict=True)
     ]
     real = sum(len(row) for row, is_filler in zip(ids, fillers, strict=True) if not is_filler)
     return {
         "input_ids": _pad(ids, pad_id),
-        "labels": _pad(labels, MASKED),
+        "labels": _pad(labels, IGNORE_INDEX),
         "num_tokens": real,
         "num_examples": len(rows) - sum(fillers),
     }
@@ -209,7 +209,9 @@ def collate_packs(
     examples = [
         {
             "input_ids": row["input_ids"],
-            "labels": [MASKED] * len(row["labels"]) if is_filler else [MASKED, *row["labels"][1:]],
+            "labels": [IGNORE_INDEX] * len(row["labels"])
+            if is_filler
+            else [IGNORE_INDEX, *row["labels"][1:]],
         }
         for row, is_filler in zip(rows, fillers, strict=True)
     ]
@@ -265,7 +267,7 @@ def collate_choices(
     for number, (entry, is_filler) in enumerate(zip(items, fillers, strict=True)):
         prompt = entry["prompt_ids"]
         for choice, option in enumerate(entry["option_ids"]):
-            rows.append({"input_ids": prompt + option, "labels": [MASKED] * len(prompt) + option})
+            rows.append({"input_ids": prompt + option, "labels": [IGNORE_INDEX] * len(prompt) + option})
             row_fillers.append(is_filler)
             item.append(number)
             task.append(-1 if is_filler else entry["task"])

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moka_pl.data.batching.collate import Batch, collate_tokens
-from moka_pl.data.encoding.examples import DROPPED, MASKED, TRUNCATED, EncodedRow, SegmentEncoder
+from moka_pl.data.encoding.examples import DROPPED, TRUNCATED, EncodedRow, SegmentEncoder
 from moka_pl.data.encoding.report import EncodingReport
 from moka_pl.data.formats.instruction import check_instruction
 from moka_pl.data.formats.trees import is_tree_message
@@ -29,6 +29,7 @@ from moka_pl.data.readers import stream
 from moka_pl.data.reading import Columns, is_local, load_hub, rename
 from moka_pl.data.sources import Piece
 from moka_pl.errors import DataError
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import IterableDataset as HFIterableDataset
@@ -246,7 +247,7 @@ class StreamedBatches(IterableDataset[Served]):
 
     def _collate(self, rows: list[EncodedRow]) -> Batch:
         if not rows:  # all of this rank's share was dropped, but the other ranks wait for its part of a step
-            rows = [{"input_ids": [self.pad_id], "labels": [MASKED]}]
+            rows = [{"input_ids": [self.pad_id], "labels": [IGNORE_INDEX]}]
             return collate_tokens(rows, [True], self.pad_id)
         return collate_tokens(rows, [False] * len(rows), self.pad_id)
 

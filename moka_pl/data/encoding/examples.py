@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from moka_pl.data.encoding.report import EncodingReport
 from moka_pl.data.reading import progress_bars
 from moka_pl.errors import DataError
+from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.prompts.segments import Segment
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
 ENCODING_VERSION = 2
 """Raise it when the same text gives other columns: caches of older versions are then left alone."""
-
-MASKED = -100
-"""Label of a token that does not enter the loss."""
 
 KEPT, TRUNCATED, DROPPED = 0, 1, 2
 """Values of the column `status`."""
@@ -80,21 +78,21 @@ class SegmentEncoder:
         ids: list[int] = list(encoding["input_ids"])
         spans = _trained_spans(segments)
         labels = [
-            token if _inside(start, end, spans) else MASKED
+            token if _inside(start, end, spans) else IGNORE_INDEX
             for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
         ]
         if segments and segments[-1].end:
             # The id rather than its text: `pad == eos` or an odd tokenizer cannot lose it.
             eos = _eos(self.tokenizer)
             ids.append(eos)
-            labels.append(eos if segments[-1].trained else MASKED)
+            labels.append(eos if segments[-1].trained else IGNORE_INDEX)
         if self.bos:
             ids.insert(0, self.tokenizer.bos_token_id)
-            labels.insert(0, MASKED)
+            labels.insert(0, IGNORE_INDEX)
         full = len(ids)
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         # The first token has nothing before it that could predict it.
-        trained = sum(label != MASKED for label in labels[1:])
+        trained = sum(label != IGNORE_INDEX for label in labels[1:])
         status = DROPPED if trained == 0 else TRUNCATED if full > len(ids) else KEPT
         return {
             "input_ids": ids,

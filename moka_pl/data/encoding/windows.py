@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from moka_pl.data.encoding.examples import DROPPED, KEPT, MASKED, token_features
+from moka_pl.data.encoding.examples import DROPPED, KEPT, token_features
 from moka_pl.errors import DataError
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -64,7 +65,7 @@ class WindowEncoder:
             end = min(start + self.max_length, len(ids))
             new = end - done
             own = ids[start:end]
-            labels = [MASKED] * (len(own) - new) + own[len(own) - new :]
+            labels = [IGNORE_INDEX] * (len(own) - new) + own[len(own) - new :]
             # Counted with the first window: only the sums over all windows are ever looked at.
             counts = (len(text.split()), len(text.encode())) if start == 0 else (0, 0)
             windows.append(_window(own, labels, *counts))
@@ -95,7 +96,7 @@ def _window(ids: list[int], labels: list[int], words: int, size: int) -> dict[st
         "slots": count,
         "full_length": count,
         "tokens": count,
-        "trained": sum(label != MASKED for label in labels),
+        "trained": sum(label != IGNORE_INDEX for label in labels),
         "status": KEPT,
         "words": words,
         "bytes": size,

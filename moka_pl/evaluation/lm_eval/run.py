@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, cast
 
-from moka_pl.evaluation.lm_eval.tasks import Selection, quiet_lm_eval
+from moka_pl.evaluation.lm_eval.tasks import Selection, silenced_lm_eval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ def run_harness(
 
     # A cache of keys and values would be filled and thrown away with every batch; generating asks for it.
     model.config.use_cache = False
-    with quiet_lm_eval():
+    with silenced_lm_eval():
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     results = lm_eval.simple_evaluate(
         model=wrapped,

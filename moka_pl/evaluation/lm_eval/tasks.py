@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.evaluation.lm_eval.local_data import local_tasks, write_task_files
-from moka_pl.utils import quiet
+from moka_pl.utils import silenced
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -33,9 +33,9 @@ def require_lm_eval() -> None:
         )
 
 
-def quiet_lm_eval() -> AbstractContextManager[None]:
+def silenced_lm_eval() -> AbstractContextManager[None]:
     """Without lm_eval's warnings (that a task is local, that a model is built already)."""
-    return quiet("lm_eval", below=logging.ERROR)
+    return silenced("lm_eval", below=logging.ERROR)
 
 
 # From the names that a user gives to lm_eval's tasks, with their data read.
@@ -81,7 +81,7 @@ def select_tasks(
     from lm_eval.tasks import TaskManager
 
     # The files are read into memory when tasks are loaded; nothing asks for them later.
-    with tempfile.TemporaryDirectory(prefix="moka_pl-tasks-") as folder, quiet_lm_eval():
+    with tempfile.TemporaryDirectory(prefix="moka_pl-tasks-") as folder, silenced_lm_eval():
         write_task_files(local, Path(folder))
         ours = TaskManager(include_path=folder, include_defaults=False)
         found = [pair for name in wanted for pair in _match(name, ours, local)]

@@ -17,7 +17,7 @@ from moka_pl.errors import ConfigError, MokaError
 from moka_pl.studies.compare.runs import Run, run_of
 from moka_pl.studies.compare.shared_base import ComparedModule
 from moka_pl.studies.compare.suite import Settings, Suite, merged
-from moka_pl.utils import quiet_lightning
+from moka_pl.utils import silenced_lightning
 
 _TRAINER: Settings = {
     "accelerator": "auto",
@@ -109,7 +109,7 @@ def check_suite(suite: Suite) -> None:
         run = run_of(suite, rival, rival.learning_rates[0], suite.seeds[0])
         optimizer = build_module(run).optimizer
         assert callable(optimizer)
-    with quiet_lightning():
+    with silenced_lightning():
         _make_trainer(suite.training.get("trainer", {}) | {"logger": False})
     for settings in (suite.data, suite.test):
         if settings is not None:

@@ -22,7 +22,7 @@ from moka_pl.studies.compare.runs import Outcome, Run, Store, tested_with, warn
 from moka_pl.studies.compare.shared_base import ComparedModule, SharedBase
 from moka_pl.studies.compare.suite import Settings, Suite, merged
 from moka_pl.studies.spectra import spectra_summary
-from moka_pl.utils import quiet_lightning
+from moka_pl.utils import silenced_lightning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,7 +128,7 @@ class Executor:
         """
         outcome = {key: part for key, part in self.store.read(run).items() if key in ("trained", "tested")}
         try:
-            with quiet_lightning():
+            with silenced_lightning():
                 self._execute(run, test, outcome)
         except Exception as error:
             outcome["error"] = first_line(error)

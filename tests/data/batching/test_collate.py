@@ -3,7 +3,8 @@ from torch.utils.data import DataLoader
 
 from moka_pl.data.batching.collate import BatchRows, collate_packs
 from moka_pl.data.batching.samplers import EvalSampler, filler
-from moka_pl.data.encoding.examples import MASKED, choice_item_features, token_features
+from moka_pl.data.encoding.examples import choice_item_features, token_features
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 COUNTS = {"length": 0, "slots": 0, "full_length": 0, "tokens": 0, "trained": 0, "status": 0}
 
@@ -12,7 +13,7 @@ def plain():
     from datasets import Dataset
 
     rows = [
-        {"input_ids": list(range(1, n + 1)), "labels": [MASKED, *list(range(2, n + 1))], **COUNTS}
+        {"input_ids": list(range(1, n + 1)), "labels": [IGNORE_INDEX, *list(range(2, n + 1))], **COUNTS}
         for n in (3, 9, 5)
     ]
     return BatchRows(Dataset.from_list(rows, features=token_features()), pad_id=99)
@@ -54,7 +55,7 @@ def test_plain_batch():
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert batch["input_ids"][0].tolist() == [1, 2, 3] + [99] * 13
-    assert batch["labels"][0].tolist() == [MASKED, 2, 3] + [MASKED] * 13
+    assert batch["labels"][0].tolist() == [IGNORE_INDEX, 2, 3] + [IGNORE_INDEX] * 13
     assert (batch["num_tokens"], batch["num_examples"]) == (12, 2)
     assert isinstance(batch["num_tokens"], int)
 
@@ -66,7 +67,7 @@ def test_multiple_of_eight():
 def test_plain_filler():
     batch = plain()[[0, filler(2)]]
     assert batch["input_ids"][1, :5].tolist() == [1, 2, 3, 4, 5]
-    assert (batch["labels"][1] == MASKED).all()
+    assert (batch["labels"][1] == IGNORE_INDEX).all()
     assert batch["num_tokens"] == 3
     assert plain()[[filler(0)]]["num_tokens"] == 0
 
@@ -86,7 +87,7 @@ def test_choice_batch():
         [1, 2, 3, 4, 0],
         [1, 2, 3, 5, 6],
     ]
-    assert batch["labels"][4, :6].tolist() == [MASKED, MASKED, MASKED, 5, 6, MASKED]
+    assert batch["labels"][4, :6].tolist() == [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 5, 6, IGNORE_INDEX]
     assert batch["item"].tolist() == [0, 0, 0, 1, 1]
     assert batch["task"].tolist() == [0, 0, 0, 2, 2]
     assert batch["is_answer"].tolist() == [True, False, False, False, True]
@@ -101,7 +102,7 @@ def test_choice_filler():
     assert batch["task"].tolist() == [0, 0, 0, -1, -1]
     assert batch["item"].tolist() == [0, 0, 0, 1, 1]
     assert not batch["is_answer"][3:].any()
-    assert (batch["labels"][3:] == MASKED).all()
+    assert (batch["labels"][3:] == IGNORE_INDEX).all()
     assert batch["num_tokens"] == 7
 
 
@@ -113,7 +114,7 @@ def test_ranks_count_nothing_twice():
         batches = list(DataLoader(rows, batch_size=None, sampler=sampler))
         assert len(batches) == 2
         tokens += sum(batch["num_tokens"] for batch in batches)
-        trained += sum(int((batch["labels"] != MASKED).sum()) for batch in batches)
+        trained += sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
     assert (tokens, trained) == (17, 14)
 
 
@@ -134,13 +135,18 @@ def test_packs():
     # As unpacked, but for the first token of each example.
     for row, start, index, length in ((0, 0, 0, 3), (0, 3, 1, 9), (1, 0, 2, 5)):
         alone = rows[[index]]["labels"][0].tolist()
-        assert labels[row, start : start + length].tolist() == [MASKED, *alone[1:length]]
-    assert (labels[0, 12:] == MASKED).all()
-    assert (labels[1, 5:] == MASKED).all()
-    assert (labels[2] == MASKED).all()
-    assert int((labels != MASKED).sum()) > 0
+        assert labels[row, start : start + length].tolist() == [IGNORE_INDEX, *alone[1:length]]
+    assert (labels[0, 12:] == IGNORE_INDEX).all()
+    assert (labels[1, 5:] == IGNORE_INDEX).all()
+    assert (labels[2] == IGNORE_INDEX).all()
+    assert int((labels != IGNORE_INDEX).sum()) > 0
 
 
 def test_first_token_of_a_packed_example_is_not_predicted():
     rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7, 8], "labels": [7, 8]}]
-    assert collate_packs(rows, [False] * 2, [2], 0)["labels"][0, :4].tolist() == [MASKED, 6, MASKED, 8]
+    assert collate_packs(rows, [False] * 2, [2], 0)["labels"][0, :4].tolist() == [
+        IGNORE_INDEX,
+        6,
+        IGNORE_INDEX,
+        8,
+    ]

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moka_pl.data import DataError, InstructionData, MixtureData
 from moka_pl.data.batching.streaming import StreamedBatches, StreamLoader
-from moka_pl.data.encoding.examples import DROPPED, KEPT, MASKED
+from moka_pl.data.encoding.examples import DROPPED, KEPT
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 
 def records(first, count):
@@ -40,7 +41,7 @@ def streamed(tokenizer, folder, rank=0, world=1, **options):
 
 def numbers(batch, tokenizer):
     """The examples of a batch by the number in their answers; a row without an answer gives none."""
-    texts = [tokenizer.decode(row[row != MASKED]) for row in batch["labels"]]
+    texts = [tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]]
     return [int(text.split()[0][1:]) for text in texts if text]
 
 
@@ -69,7 +70,7 @@ def test_similar_lengths_stand_together(tiny_tokenizer, folder):
         return sum(
             max(lengths) - min(lengths)
             for batch in loader
-            for lengths in [[int((row != MASKED).sum()) for row in batch["labels"]]]
+            for lengths in [[int((row != IGNORE_INDEX).sum()) for row in batch["labels"]]]
         )
 
     assert spread(bucket=True) < spread(bucket=False) / 2
@@ -359,5 +360,5 @@ def test_every_example_once_whatever_the_sizes(sizes, batch_size, more, world, d
         resumed.load_state_dict(interrupted.state_dict())
         assert [batch["labels"].tolist() for batch in resumed] == whole[done:]
     assert len({len(batches) for batches in ranks}) == 1
-    seen = [row[0] for batches in ranks for batch in batches for row in batch if row[0] != MASKED]
+    seen = [row[0] for batches in ranks for batch in batches for row in batch if row[0] != IGNORE_INDEX]
     assert sorted(seen) == [n for n in range(sum(sizes)) if n == 0 or n % dropped]

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from moka_pl.data.encoding import examples
 from moka_pl.data.encoding.examples import (
     DROPPED,
+    IGNORE_INDEX,
     KEPT,
-    MASKED,
     TRUNCATED,
     ChoiceEncoder,
     SegmentEncoder,
@@ -61,19 +61,19 @@ def test_labels_cover_the_completion_only(shared_tokenizer, prompt, completion, 
     columns = encoder({"prompt": prompt.rstrip() + ":", "completion": " x" + completion})
     ids, labels = columns["input_ids"], columns["labels"]
     assert len(ids) == len(labels) == columns["length"] <= max_length
-    assert all(label in (MASKED, token) for token, label in zip(ids, labels, strict=True))
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
     full = SegmentEncoder(shared_tokenizer, as_segments, 10_000, bos=False)(
         {"prompt": prompt.rstrip() + ":", "completion": " x" + completion}
     )
     assert (
-        shared_tokenizer.decode([t for t in full["labels"] if t != MASKED])
+        shared_tokenizer.decode([t for t in full["labels"] if t != IGNORE_INDEX])
         == " x" + completion + "<|im_end|>"
     )
-    masked = [t for t, label in zip(full["input_ids"], full["labels"], strict=True) if label == MASKED]
+    masked = [t for t, label in zip(full["input_ids"], full["labels"], strict=True) if label == IGNORE_INDEX]
     assert shared_tokenizer.decode(masked) == prompt.rstrip() + ":"
     assert (ids, labels) == (full["input_ids"][:max_length], full["labels"][:max_length])
     cut = full["length"] > max_length
-    lost = all(label == MASKED for label in labels)
+    lost = all(label == IGNORE_INDEX for label in labels)
     assert columns["status"] == (DROPPED if lost else TRUNCATED if cut else KEPT)
     assert columns["full_length"] == full["length"]
 
@@ -89,7 +89,7 @@ def test_labels_stay_inside_trained_segments(shared_tokenizer, pieces):
     flags = [flag for piece, flag in pieces for _ in piece]
     offsets = shared_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     for label, (start, end) in zip(columns["labels"], offsets, strict=True):
-        assert (label != MASKED) == all(flags[start:end])
+        assert (label != IGNORE_INDEX) == all(flags[start:end])
 
 
 def test_real_eos_is_trained_although_it_is_the_padding(tiny_tokenizer):
@@ -105,7 +105,7 @@ def test_bos_only_where_the_tokenizer_adds_one(tiny_tokenizer, bos_tokenizer):
     columns = SegmentEncoder(bos_tokenizer, as_segments, 64, adds_bos(bos_tokenizer))(row)
     expected = [*bos_tokenizer("Hi you").input_ids, bos_tokenizer.eos_token_id]
     assert columns["input_ids"] == expected
-    assert columns["labels"][0] == MASKED
+    assert columns["labels"][0] == IGNORE_INDEX
 
 
 def test_tokenizer_without_eos(tiny_tokenizer):

@@ -6,8 +6,8 @@ import pytest
 
 from moka_pl.data import CommonsenseData, DataError
 from moka_pl.data.catalog import CHOICE_TASKS, fill_blank, task_name
-from moka_pl.data.encoding.examples import MASKED
 from moka_pl.data.formats.choice import check_choice, hub_task
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 QUESTION = "Please choose the correct answer to the question: "
 
@@ -252,7 +252,7 @@ def expected_items(tasks=TASKS, name=str):
 
 def trained_texts(module, tokenizer):
     rows = module._encoded["train"].rows
-    return [tokenizer.decode([t for t in labels if t != MASKED]) for labels in rows["labels"]]
+    return [tokenizer.decode([t for t in labels if t != IGNORE_INDEX]) for labels in rows["labels"]]
 
 
 @pytest.mark.filterwarnings("ignore:.*evaluation items are also")

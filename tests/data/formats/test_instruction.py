@@ -6,8 +6,8 @@ import json
 import pytest
 
 from moka_pl.data import DataError, InstructionData
-from moka_pl.data.encoding.examples import MASKED
 from moka_pl.data.formats.instruction import check_instruction
+from moka_pl.lm.scoring import IGNORE_INDEX
 
 END = "<|im_end|>"
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_start|>assistant\n"
@@ -104,10 +104,10 @@ def read_back(row, tokenizer):
     """The whole text of an encoded row, and its trained stretches."""
     stretches, inside = [], False
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        assert label in (MASKED, token)
-        if label != MASKED:
+        assert label in (IGNORE_INDEX, token)
+        if label != IGNORE_INDEX:
             stretches = [*stretches[:-1], [*stretches[-1], token]] if inside else [*stretches, [token]]
-        inside = label != MASKED
+        inside = label != IGNORE_INDEX
     return tokenizer.decode(row["input_ids"]), [tokenizer.decode(tokens) for tokens in stretches]
 
 
