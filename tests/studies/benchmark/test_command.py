@@ -110,7 +110,7 @@ def test_rows_with_liger_can_be_named() -> None:
     assert names[-2:] == ["frozen base + Liger", "MoKA r10 + Liger"]
 
 
-@pytest.mark.parametrize("script", ["benchmark.py", "readme_performance.py"])
+@pytest.mark.parametrize("script", ["benchmark.py", "benchmark_page.py"])
 def test_help_is_light(script: str) -> None:
     code = (
         "import runpy, sys\n"

@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 
 from moka_pl.errors import ConfigError
-from moka_pl.studies.benchmark.readme import BEGIN, END, main, replace_section, section
+from moka_pl.studies.benchmark.page import BEGIN, END, main, replace_section, section
 
 BEFORE, AFTER = "# name\n\nText.\n\n", "\n\n## More\n"
 
 
 @pytest.fixture
-def readme(tmp_path):
-    file = tmp_path / "README.md"
+def page(tmp_path):
+    file = tmp_path / "page.md"
     file.write_text(f"{BEFORE}{BEGIN}\nold\n{END}{AFTER}")
     return file
 
@@ -41,51 +41,51 @@ def test_the_section_names_device_versions_and_command(results) -> None:
     assert max(len(line) for line in text.splitlines() if not line.startswith(("|", "python"))) <= 115
 
 
-def test_rewriting_and_checking(readme, given, results, capsys) -> None:
-    assert status(given, "--readme", str(readme), "--check") == 1
+def test_rewriting_and_checking(page, given, results, capsys) -> None:
+    assert status(given, "--page", str(page), "--check") == 1
     assert "differs from the results" in capsys.readouterr().err
-    assert "old" in readme.read_text()
+    assert "old" in page.read_text()
 
-    main([given, "--readme", str(readme)])
-    text = readme.read_text()
+    main([given, "--page", str(page)])
+    text = page.read_text()
     assert text.startswith(BEFORE)
     assert text.endswith(AFTER)
     assert "old" not in text
     assert "NVIDIA H100" in text
 
-    main([given, "--readme", str(readme), "--check"])
-    main([given, "--readme", str(readme)])
-    assert readme.read_text() == text
+    main([given, "--page", str(page), "--check"])
+    main([given, "--page", str(page)])
+    assert page.read_text() == text
 
     results.records[0].values["step_ms"] = 99.0
-    results.save(readme.with_name("other.json"))
-    main([str(readme.with_name("other.json")), given, "--readme", str(readme)])
-    assert readme.read_text().count("on one NVIDIA H100") == 2
+    results.save(page.with_name("other.json"))
+    main([str(page.with_name("other.json")), given, "--page", str(page)])
+    assert page.read_text().count("on one NVIDIA H100") == 2
 
 
 @pytest.mark.parametrize(
     "text", ["", BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{END}\n{BEGIN}\n{END}"], ids=range(5)
 )
-def test_markers_must_be_there(text: str, readme, given, capsys) -> None:
+def test_markers_must_be_there(text: str, page, given, capsys) -> None:
     with pytest.raises(ConfigError, match="needs one line <!-- performance -->"):
         replace_section(text, "new")
-    readme.write_text(text)
-    assert status(given, "--readme", str(readme)) == 2
-    assert f"error: {readme} needs one line {BEGIN} and below it one line {END}" in capsys.readouterr().err
-    assert readme.read_text() == text
+    page.write_text(text)
+    assert status(given, "--page", str(page)) == 2
+    assert f"error: {page} needs one line {BEGIN} and below it one line {END}" in capsys.readouterr().err
+    assert page.read_text() == text
 
 
-def test_errors_are_one_line(given, readme, tmp_path, capsys) -> None:
-    assert status(str(tmp_path / "no.json"), "--readme", str(readme)) == 2
-    assert status(given, "--readme", str(tmp_path / "NO.md")) == 2
+def test_errors_are_one_line(given, page, tmp_path, capsys) -> None:
+    assert status(str(tmp_path / "no.json"), "--page", str(page)) == 2
+    assert status(given, "--page", str(tmp_path / "NO.md")) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert all(line.startswith("readme_performance: error: ") for line in lines)
+    assert all(line.startswith("benchmark_page: error: ") for line in lines)
 
 
-def test_the_package_s_own_readme_is_made_of_its_results(capsys) -> None:
+def test_the_page_of_benchmarks_is_made_of_its_results(capsys) -> None:
     root = Path(__file__).parents[3]
     results = sorted(str(file) for file in (root / "scripts" / "results").glob("*.json"))
     assert results
-    main([*results, "--readme", str(root / "README.md"), "--check"])
+    main([*results, "--page", str(root / "docs" / "benchmarks.md"), "--check"])
     assert "up to date" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Writes the README's section on performance from results of the benchmark."""
+"""Writes the tables of ``docs/benchmarks.md`` from results of the benchmark."""
 
 import argparse
 import textwrap
@@ -11,6 +11,7 @@ from moka_pl.studies.benchmark.tables import GROWTH, failure, growth_table, mill
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 
+_PAGE = Path("docs/benchmarks.md")
 _WIDTH = 115
 _CAPTIONS = {
     "components": "Step in ms and peak GiB over the number of components r (r = 0 is the frozen base):",
@@ -32,14 +33,14 @@ def section(runs: Sequence[Results]) -> str:
 
 
 def replace_section(text: str, new: str) -> str:
-    """Puts a new section between the markers of a README.
+    """Puts a new section between the markers of a page.
 
     Args:
-        text: The README.
+        text: The page.
         new: The section.
 
     Returns:
-        The changed README.
+        The changed page.
 
     Raises:
         ConfigError: If the two markers are not there exactly once, in their order.
@@ -56,28 +57,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Args:
         arguments: Arguments, default those of the process. Ends the process with status 1 where a checked
-            README differs, and with status 2 on an error.
+            page differs, and with status 2 on an error.
     """
     parser = argparse.ArgumentParser(
-        prog="readme_performance.py",
+        prog="benchmark_page.py",
         description=f"Rewrites what stands between {BEGIN} and {END} from results of scripts/benchmark.py.",
     )
     parser.add_argument("results", nargs="+", type=Path, help="files that benchmark.py --json has written")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="default README.md")
+    parser.add_argument("--page", type=Path, default=_PAGE, help=f"default {_PAGE}")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with 1 if the section differs"
     )
     args = parser.parse_args(arguments)
     try:
         new = section([load_results(file) for file in args.results])
-        changed = _change(args.readme, new, args.check)
+        changed = _change(args.page, new, args.check)
     except MokaError as error:
-        parser.exit(2, f"readme_performance: error: {error}\n")
+        parser.exit(2, f"benchmark_page: error: {error}\n")
     if changed and args.check:
         given = " ".join(map(str, args.results))
-        parser.exit(1, f"{args.readme} differs from the results; run scripts/readme_performance.py {given}\n")
+        parser.exit(1, f"{args.page} differs from the results; run scripts/benchmark_page.py {given}\n")
     state = "is up to date" if not changed else "is rewritten"
-    print(f"{args.readme} {state}")
+    print(f"{args.page} {state}")
 
 
 def _change(file: Path, new: str, check: bool) -> bool:
