@@ -77,20 +77,20 @@ def _of_batch(
         return hook
 
     handles = [layer.register_forward_hook(catch(name)) for name, layer in layers.items()]
-    found: tuple[Tensor | None, ...] = ()
+    gradients: tuple[Tensor | None, ...] = ()
     try:
         with torch.enable_grad():
             value = loss(batch)
         recording = False  # checkpointed layers are called again; the hooks must then do the same to outputs
         if calls and value.requires_grad:
             # Not backward(): the model's own parameters shall get no gradient.
-            found = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
+            gradients = torch.autograd.grad(value, [output for _, _, output in calls], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
+    if not gradients:
         return
-    for (name, x, _), gradient in zip(calls, found, strict=True):
+    for (name, x, _), gradient in zip(calls, gradients, strict=True):
         if gradient is not None:
             dtype = torch.promote_types(gradient.dtype, torch.float32)
             yield name, gradient.flatten(0, -2).to(dtype).mT @ x.flatten(0, -2).to(dtype)  # (m, n)

@@ -18,8 +18,6 @@ Source: C. F. Van Loan and N. Pitsianis, "Approximation with Kronecker products"
 Scale and Real-Time Applications (1993).
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,13 +45,6 @@ def rearrange(matrix: Tensor, shape: Shape) -> Tensor:
     """
     blocks = _blocks(matrix, shape)  # (m_a, m_b, n_a, n_b)
     return blocks.transpose(1, 2).reshape(shape.m_a * shape.n_a, shape.m_b * shape.n_b)
-
-
-def restore(rearranged: Tensor, shape: Shape, m: int, n: int) -> Tensor:
-    """Undoes :func:`rearrange`: returns the (m, n) matrix, cut or zero-filled."""
-    blocks = rearranged.view(shape.m_a, shape.n_a, shape.m_b, shape.n_b).transpose(1, 2)
-    full = blocks.reshape(shape.rows, shape.cols)
-    return F.pad(full, (0, n - shape.cols, 0, m - shape.rows))  # negative pads cut
 
 
 def nearest_products(matrix: Tensor, shape: Shape, count: int = 1) -> tuple[Pairs, Tensor]:
@@ -93,37 +84,6 @@ def captured_share(matrix: Tensor, shape: Shape, count: int = 1) -> float:
     if not whole > 0:
         return 1.0
     return float((nearest_products(matrix, shape, count)[1].sum() / whole).clamp(max=1))
-
-
-def nearest_mixture(matrix: Tensor, shapes: Sequence[Shape], sweeps: int = 0) -> tuple[Pairs, Tensor]:
-    """Approximates M by one product of every shape, each the nearest one to what the others leave.
-
-    Products of different shapes are not orthogonal, and no decomposition gives the nearest sum of them. This
-    one goes through the shapes in turn; each further sweep fits every product again to the residual of all
-    others, which never makes the sum worse.
-
-    Args:
-        matrix: M, shape (m, n).
-        shapes: r shapes, in the order in which they are fitted.
-        sweeps: Rounds of fitting again.
-
-    Returns:
-        r pairs (A_i or None, B_i), and the residual ``M − Σ_i A_i ⊗ B_i``, shape (m, n).
-    """
-    pairs: Pairs = []
-    residual = matrix
-    for shape in shapes:
-        pairs.append(nearest_products(residual, shape)[0][0])
-        residual = residual - product_matrix(pairs[-1], shape, matrix)
-    for _ in range(sweeps):
-        for i, shape in enumerate(shapes):
-            old = pairs[i]
-            without = residual + product_matrix(old, shape, matrix)
-            pair = nearest_products(without, shape)[0][0]
-            left = without - product_matrix(pair, shape, matrix)
-            if left.square().sum() < residual.square().sum():  # a cut product need not be the nearest
-                pairs[i], residual = pair, left
-    return pairs, residual
 
 
 def product_matrix(pair: tuple[Tensor | None, Tensor], shape: Shape, like: Tensor) -> Tensor:

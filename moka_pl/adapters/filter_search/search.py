@@ -47,24 +47,10 @@ def candidate_shapes(
         shapes += [
             Shape(k, k, m // k, n // k, identity=True) for k in divisors(math.gcd(m, n)) if 1 < k < max(m, n)
         ]
-    found = tuple(s for s in shapes if s.num_parameters <= limit)
-    if not found:
+    small = tuple(s for s in shapes if s.num_parameters <= limit)
+    if not small:
         raise ConfigError(f"no Kronecker shape of a layer of {m} × {n} has as few as {limit} parameters")
-    return found
-
-
-def rank_shapes(gradient: Tensor, shapes: Sequence[Shape]) -> list[tuple[Shape, float]]:
-    """Ranks shapes by the share of a gradient's energy that one product captures, per parameter.
-
-    Args:
-        gradient: ∂L/∂W, shape (m, n).
-        shapes: Candidates.
-
-    Returns:
-        Shapes with their captured share (of the whole energy, from 0 to 1), the best per parameter first.
-    """
-    shares = [(shape, captured_share(gradient, shape)) for shape in shapes]
-    return sorted(shares, key=lambda found: -found[1] / found[0].num_parameters)
+    return small
 
 
 def choose_shapes(
@@ -99,38 +85,51 @@ def choose_shapes(
         )
     # A larger one would leave too little for the others.
     offered = tuple(s for s in offered if s.num_parameters <= parameters - (components - 1) * least)
-    shares = {shape: captured_share(gradient, shape) for shape in offered}
-    fair = parameters / components
-
-    def order(shape: Shape) -> float:
-        return -shares[shape] / (shape.num_parameters + fair)
-
-    short = sorted(offered, key=order)[:SHORTLIST]
-    smallest = min(offered, key=lambda shape: shape.num_parameters)
-    short += [] if smallest in short else [smallest]  # what the last components may still afford
-    whole = float(gradient.square().sum())
-    known = {shape: shares[shape] * whole for shape in short}  # energies when last computed
+    energies = _shortlist(gradient, offered, parameters / components)
     chosen: list[Shape] = []
     residual = gradient
-    for left in range(components, 0, -1):
-        allowed = parameters - (left - 1) * least
-        fair = parameters / left
-        best: tuple[float, Shape, Tensor] | None = None
-        affordable = [shape for shape in short if shape.num_parameters <= allowed]
-        for shape in sorted(affordable, key=lambda s: -known[s] / (s.num_parameters + fair)):
-            # What a residual has for a shape hardly ever grows: no later one of this order can be better.
-            if best is not None and known[shape] / (shape.num_parameters + fair) < best[0]:
-                break
-            (pair,), energies = nearest_products(residual, shape)
-            known[shape] = float(energies[0])
-            worth = known[shape] / (shape.num_parameters + fair)
-            if best is None or worth > best[0] * (1 + 1e-6):
-                best = worth, shape, product_matrix(pair, shape, residual)
-        assert best is not None
-        residual = residual - best[2]
-        parameters -= best[1].num_parameters
-        chosen.append(best[1])
+    for places in range(components, 0, -1):
+        affordable = [s for s in energies if s.num_parameters <= parameters - (places - 1) * least]
+        shape, product = _take_best(residual, affordable, energies, parameters / places)
+        residual = residual - product
+        parameters -= shape.num_parameters
+        chosen.append(shape)
     return chosen
+
+
+def _shortlist(gradient: Tensor, offered: Sequence[Shape], fair_share: float) -> dict[Shape, float]:
+    """The shapes worth fitting again, with the energy of the gradient that one product of each captures."""
+    shares = {shape: captured_share(gradient, shape) for shape in offered}
+    ranked = sorted(offered, key=lambda shape: -shares[shape] / (shape.num_parameters + fair_share))
+    # The smallest is what the last components may still afford.
+    short = [*ranked[:SHORTLIST], min(offered, key=lambda shape: shape.num_parameters)]
+    whole = float(gradient.square().sum())
+    return {shape: shares[shape] * whole for shape in short}
+
+
+def _take_best(
+    residual: Tensor, affordable: Sequence[Shape], energies: dict[Shape, float], fair_share: float
+) -> tuple[Shape, Tensor]:
+    """Finds the best shape for a residual, and its product, (m, n).
+
+    Args:
+        residual: What earlier components leave of the gradient, shape (m, n).
+        affordable: Shapes within the budget.
+        energies: Captured energies when last computed; the ones computed here are put in.
+        fair_share: Parameters that a place costs beside the shape's own.
+    """
+    best: tuple[float, Shape, Tensor] | None = None
+    for shape in sorted(affordable, key=lambda s: -energies[s] / (s.num_parameters + fair_share)):
+        # What a residual has for a shape hardly ever grows: no later one of this order can be better.
+        if best is not None and energies[shape] / (shape.num_parameters + fair_share) < best[0]:
+            break
+        (pair,), captured = nearest_products(residual, shape)
+        energies[shape] = float(captured[0])
+        worth = energies[shape] / (shape.num_parameters + fair_share)
+        if best is None or worth > best[0] * (1 + 1e-6):
+            best = worth, shape, product_matrix(pair, shape, residual)
+    assert best is not None
+    return best[1:]
 
 
 def layer_budgets(
@@ -191,7 +190,7 @@ def initial_left_factors(gradient: Tensor, shapes: Sequence[Shape]) -> list[Tens
         on average. Where the gradient has nothing (left) for a component, None stands, too: keep its random
         start.
     """
-    found: list[Tensor | None] = [None] * len(shapes)
+    factors: list[Tensor | None] = [None] * len(shapes)
     whole = gradient.square().sum()
     for shape, numbers in group_equal(shapes).items():
         if shape.identity:
@@ -200,8 +199,8 @@ def initial_left_factors(gradient: Tensor, shapes: Sequence[Shape]) -> list[Tens
         usable = (energies > 1e-12 * whole).tolist()
         for number, (left, _), is_usable in zip(numbers, pairs, usable, strict=False):
             if is_usable and left is not None:
-                found[number] = left * math.sqrt(shape.m_a / 3)
-    return found
+                factors[number] = left * math.sqrt(shape.m_a / 3)
+    return factors
 
 
 def choose_filters(
