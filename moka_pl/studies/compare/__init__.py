@@ -1,1 +1,1 @@
-"""Compares adapters: every rival on the same batches, with its own learning rate, tested item by item."""
+"""Compares adapters: every method on the same batches, with its own learning rate, tested item by item."""

@@ -57,7 +57,7 @@ def build_module(run: Run, adapter: Path | None = None) -> ComparedModule:
     if adapter is not None:
         model["adapter_path"] = str(adapter)
     parser = _module_parser(run.settings["adapter"].get("class_path"))
-    built = _instantiate(parser, {"model": model}, f"rival {run.rival}").model
+    built = _instantiate(parser, {"model": model}, f"method {run.method}").model
     assert isinstance(built, ComparedModule)
     return built
 
@@ -103,10 +103,10 @@ def check_suite(suite: Suite) -> None:
     """Builds everything but models, so that a wrong option shows before the first run.
 
     Raises:
-        ConfigError: Naming the rival and the option.
+        ConfigError: Naming the method and the option.
     """
-    for rival in suite.rivals:
-        run = run_of(suite, rival, rival.learning_rates[0], suite.seeds[0])
+    for method in suite.methods:
+        run = run_of(suite, method, method.learning_rates[0], suite.seeds[0])
         optimizer = build_module(run).optimizer
         assert callable(optimizer)
     with silenced_lightning():

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from moka_pl.errors import INTERRUPTED, MokaError, end_interrupted
-from moka_pl.studies.compare.suite import Suite, find_suite, keep_rivals, read_suite
+from moka_pl.studies.compare.suite import Suite, find_suite, keep_methods, read_suite
 from moka_pl.utils import make_folder
 
 DESCRIPTION = """\
-Trains every rival of a suite with every learning rate on the same batches, picks each one's rate on data that
-are held out of the training data, tests the picked rate with all seeds, and compares the rivals on the same
-test items.
+Trains every method of a suite with every learning rate on the same batches, picks each method's rate on
+held-out data, tests the picked rate with all seeds, and compares the methods on the same test items.
 
-What has ended is not done again, whether the command was interrupted, killed or out of time, or the suite has
-changed; runs that failed are tried again, and suites under the same --out share runs. Data files are known by
-their names: if their content changes, use another --out.
+Finished runs are kept and never repeated, even if the command was interrupted, killed or ran out of time, or
+the suite has changed since. Failed runs are tried again. Suites under the same --out share runs. Data files
+are known by name: use another --out if their content changes.
 """
 
 #: Seconds that the reports of the suites may take, and those that every suite adds.
@@ -67,8 +66,8 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
 
     clock = Clock(args.minutes, _REPORTS[0] + _REPORTS[1] * len(suites))
     whole = suites
-    if args.rivals is not None:
-        suites = keep_rivals(suites, args.rivals)
+    if args.methods is not None:
+        suites = keep_methods(suites, args.methods)
     for suite in suites:
         check_suite(suite)
         if args.jobs > 1 and suite.data.get("init_args", {}).get("num_workers"):
@@ -88,7 +87,7 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
 
     def begin() -> None:
         prepare_data(suites)  # tokenised once for all processes; what is wrong with them shows here
-        for suite in whole:  # later reports are of all rivals
+        for suite in whole:  # later reports are of all methods
             write_atomically(args.out / suite.name / _SUITE, json.dumps(asdict(suite), indent=1) + "\n")
 
     try:
@@ -217,7 +216,7 @@ def _parser(suites: Path) -> argparse.ArgumentParser:
         "commonsense and instruction/alpaca_en_demo.json",
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds in place of the suites'")
-    parser.add_argument("--rivals", nargs="+", metavar="NAME", help="only these rivals")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process (default: 1)")
     parser.add_argument(
         "--devices", help="GPUs that the processes are spread over: how many, or their numbers, such as 0,2"

@@ -46,7 +46,7 @@ def run_suites(
         warn(f"the time is up with {count} runs left; the same command goes on")
     for suite in suites:
         for name in matched_order(collect(suite, store)):
-            warn(f"{suite.name}: the runs of {name} were not on the same batches as those of other rivals")
+            warn(f"{suite.name}: the runs of {name} were not on the same batches as those of other methods")
 
 
 class _Work:

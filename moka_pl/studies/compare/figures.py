@@ -58,13 +58,13 @@ def title_of(report: "Report") -> str:
 # Pictures of the gates: entropy over steps, and gates by the shape of the component.
 
 
-#: Rivals whose gates get a panel.
+#: Methods whose gates get a panel.
 _PANELS = 5
 
 
 def draw_gates(report: "Report", file: Path) -> None:
-    """The entropy of all gated rivals, and the gates by shape of the first ones."""
-    # Numbered among all rows: a rival has the same colour in all figures.
+    """The entropy of all gated methods, and the gates by shape of the first ones."""
+    # Numbered among all rows: a method has the same colour in all figures.
     gated = [(i, row.entry.name, row.gates) for i, row in enumerate(report.rows) if row.gates is not None]
     shown = gated[:_PANELS]
     columns = min(3, 1 + len(shown))
@@ -110,7 +110,7 @@ _COLUMNS = 4
 
 def draw_spectra(report: "Report", file: Path) -> None:
     """Singular values of ΔW relative to the largest one, a panel a kind of layer."""
-    # Numbered among all rows: a rival has the same colour in all figures.
+    # Numbered among all rows: a method has the same colour in all figures.
     ranked = [(i, row.entry.name, row.ranks) for i, row in enumerate(report.rows) if row.ranks is not None]
     kinds = list(dict.fromkeys(kind for _, _, ranks in ranked for kind in ranks.spectra)) or [""]
     columns = min(len(kinds), _COLUMNS)
@@ -135,20 +135,20 @@ def draw_spectra(report: "Report", file: Path) -> None:
 
 
 def draw_ranks(reports: Sequence["Report"], file: Path) -> None:
-    """Stable and entropy rank of every rival over the suites."""
-    rivals = list(dict.fromkeys(row.entry.name for report in reports for row in report.rows if row.ranks))
+    """Stable and entropy rank of every method over the suites."""
+    methods = list(dict.fromkeys(row.entry.name for report in reports for row in report.rows if row.ranks))
     figure = new_figure(11, 4.8)
     axes: Any = figure.subplots(1, 2)
     for axis, which in zip(axes, ("stable", "entropy"), strict=True):
-        for index, rival in enumerate(rivals):
+        for index, method in enumerate(methods):
             points = [
                 (place, *getattr(row.ranks, which))
                 for place, report in enumerate(reports)
                 for row in report.rows
-                if row.entry.name == rival and row.ranks is not None
+                if row.entry.name == method and row.ranks is not None
             ]
             places, means, spreads = zip(*points, strict=True)
-            axis.errorbar(places, means, spreads, marker="o", capsize=3, label=rival, **style_of(index))
+            axis.errorbar(places, means, spreads, marker="o", capsize=3, label=method, **style_of(index))
         axis.set_yscale("log")
         axis.set_xticks(range(len(reports)), [report.suite.name for report in reports], fontsize=8)
         axis.set_title(f"{which} rank of ΔW, mean over layers", fontsize=10)

@@ -21,14 +21,14 @@ from moka_pl.studies.compare.runs import (
     trials,
 )
 from moka_pl.studies.compare.statistics import Comparison, Items, compare, resample, stack_items
-from moka_pl.studies.compare.suite import Rival, Suite
+from moka_pl.studies.compare.suite import Method, Suite
 
-# What became of a suite's rivals.
+# What became of a suite's methods.
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of a rival.
+    """What became of a method.
 
     Attributes:
         name: Its name.
@@ -52,13 +52,13 @@ class Entry:
 
 
 def collect(suite: Suite, store: Store) -> list[Entry]:
-    """Everything that is known of a suite's rivals, the frozen base first."""
+    """Everything that is known of a suite's methods, the frozen base first."""
     entries = [_frozen(suite, store)] if suite.frozen else []
-    return entries + [_entry(suite, rival, store) for rival in suite.rivals]
+    return entries + [_entry(suite, method, store) for method in suite.methods]
 
 
 def matched_order(entries: list[Entry]) -> list[str]:
-    """Names of the rivals whose batches of some seed were not those of the first rival's."""
+    """Names of the methods whose batches of some seed were not those of the first method's."""
     first: dict[int, str] = {}
     different = []
     for entry in entries:
@@ -73,25 +73,27 @@ def _frozen(suite: Suite, store: Store) -> Entry:
     run = frozen_run(suite)
     known = _Known([run], store)
     missing = () if known.outcomes or known.errors else (f"{run}: test",)
-    return Entry(run.rival, None, False, (), known.outcomes, known.items, known.errors, missing)
+    return Entry(run.method, None, False, (), known.outcomes, known.items, known.errors, missing)
 
 
-def _entry(suite: Suite, rival: Rival, store: Store) -> Entry:
-    tried = trials(suite, rival, store.read)
-    rate = pick(rival, tried)
-    swept = [run for run in sweep(suite, rival) if run.rate != rate or run.seed not in suite.seeds]
+def _entry(suite: Suite, method: Method, store: Store) -> Entry:
+    tried = trials(suite, method, store.read)
+    rate = pick(method, tried)
+    swept = [run for run in sweep(suite, method) if run.rate != rate or run.seed not in suite.seeds]
     others = _Known(swept, store)
     missing = [str(run) for run in swept if not others.is_trained(run) and str(run) not in others.errors]
-    runs = [] if rate is None else [run_of(suite, rival, rate, seed) for seed in suite.seeds]
+    runs = [] if rate is None else [run_of(suite, method, rate, seed) for seed in suite.seeds]
     known = _Known(runs, store)
     untested = [run for run in runs if run.seed not in known.outcomes and str(run) not in known.errors]
     if missing:  # what is picked of some rates may not be what is picked of all
-        missing.append(f"{rival.name}: the picked learning rate with {len(suite.seeds)} seeds, and its tests")
+        missing.append(
+            f"{method.name}: the picked learning rate with {len(suite.seeds)} seeds, and its tests"
+        )
     else:
         missing += [f"{run}{': test' if known.is_trained(run) else ''}" for run in untested]
-    edge = len(rival.learning_rates) > 1 and rate in {min(rival.learning_rates), max(rival.learning_rates)}
+    edge = len(method.learning_rates) > 1 and rate in {min(method.learning_rates), max(method.learning_rates)}
     errors = known.errors | others.errors
-    return Entry(rival.name, rate, edge, tried, known.outcomes, known.items, errors, tuple(missing))
+    return Entry(method.name, rate, edge, tried, known.outcomes, known.items, errors, tuple(missing))
 
 
 class _Known:
@@ -126,7 +128,7 @@ _GATE_POINTS = 40
 
 @dataclass(frozen=True)
 class Gates:
-    """The gates of a rival.
+    """The gates of a method.
 
     Attributes:
         steps: Optimizer steps.
@@ -191,7 +193,7 @@ _RANKS = ("stable_rank", "entropy_rank")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Effective ranks of a rival's ΔW.
+    """Effective ranks of a method's ΔW.
 
     Attributes:
         stable: Mean stable rank over layers and seeds, and its standard deviation over the seeds.
@@ -258,7 +260,7 @@ class Row:
     """A row of the table.
 
     Attributes:
-        entry: What became of the rival.
+        entry: What became of the method.
         parameters: Trainable parameters; None if nothing worked.
         tasks: acc_norm by task, over all seeds.
         mean: acc_norm of the plain mean over tasks; None for plain text.
@@ -282,7 +284,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, and the differences between rivals."""
+    """All rows, and the differences between methods."""
 
     suite: Suite
     rows: list[Row]
@@ -318,11 +320,11 @@ class Report:
 
 
 def make_report(suite: Suite, entries: Sequence[Entry]) -> Report:
-    """Averages over seeds and compares the rivals on the same items.
+    """Averages over seeds and compares the methods on the same items.
 
     Args:
         suite: The suite; its ``reference`` says which pairs are compared.
-        entries: What became of its rivals.
+        entries: What became of its methods.
     """
     items = {entry.name: stack_items(dict(sorted(entry.items.items()))) for entry in entries if entry.items}
     rows = [_row(entry, items.get(entry.name)) for entry in entries]

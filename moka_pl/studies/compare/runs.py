@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moka_pl.studies.compare.suite import FROZEN, Rival, Settings, Suite, merged
+from moka_pl.studies.compare.suite import FROZEN, Method, Settings, Suite, merged
 
 #: Part of every hash: raised when the same settings come to mean another training.
 _FORMAT = 2
@@ -23,10 +23,10 @@ _EVALUATION = ("accelerator", "precision", "limit_test_batches")
 
 @dataclass(frozen=True)
 class Run:
-    """One training of one rival.
+    """One training of one method.
 
     Attributes:
-        rival: Name of the rival.
+        method: Name of the method.
         rate: Learning rate; None for the frozen base.
         seed: Seed of the data's order and the adapters' start.
         settings: ``backbone``, ``adapter``, ``data``, ``training`` of the run, and ``learning_rate_ratios``
@@ -34,7 +34,7 @@ class Run:
         test: The data module whose test data are reported.
     """
 
-    rival: str
+    method: str
     rate: float | None
     seed: int
     settings: Settings
@@ -55,27 +55,27 @@ class Run:
     @property
     def folder(self) -> str:
         """Name of its folder: words to read, and the key that identifies it."""
-        words = re.sub(r"[^a-z0-9]+", "-", self.rival.lower()).strip("-")
+        words = re.sub(r"[^a-z0-9]+", "-", self.method.lower()).strip("-")
         rate = "" if self.rate is None else f"_lr{self.rate:g}"
         return f"{words}{rate}_seed{self.seed}_{self.key}"
 
     def __str__(self) -> str:
         if self.rate is None:
-            return self.rival
-        return f"{self.rival}, lr {self.rate:g}, seed {self.seed}"
+            return self.method
+        return f"{self.method}, lr {self.rate:g}, seed {self.seed}"
 
 
-def run_of(suite: Suite, rival: Rival, rate: float, seed: int) -> Run:
-    """The training of a rival with a rate and a seed."""
+def run_of(suite: Suite, method: Method, rate: float, seed: int) -> Run:
+    """The training of a method with a rate and a seed."""
     settings: dict[str, Any] = {
-        "backbone": merged(suite.backbone, rival.backbone),
-        "adapter": rival.adapter,
+        "backbone": merged(suite.backbone, method.backbone),
+        "adapter": method.adapter,
         "data": suite.data,
         "training": suite.training,
     }
-    if rival.learning_rate_ratios:  # not in the hashes of runs without
-        settings["learning_rate_ratios"] = rival.learning_rate_ratios
-    return Run(rival.name, rate, seed, settings, suite.test or suite.data)
+    if method.learning_rate_ratios:  # not in the hashes of runs without
+        settings["learning_rate_ratios"] = method.learning_rate_ratios
+    return Run(method.name, rate, seed, settings, suite.test or suite.data)
 
 
 def frozen_run(suite: Suite) -> Run:
@@ -136,7 +136,7 @@ class Store:
         folder = self.path(run)
         if items is not None:  # first: a run counts as tested once its outcome says so
             write_atomically(folder / _ITEMS, json.dumps(items) + "\n")
-        about = {"rival": run.rival, "rate": run.rate, "seed": run.seed, "settings": run.settings}
+        about = {"method": run.method, "rate": run.rate, "seed": run.seed, "settings": run.settings}
         write_atomically(folder / _FILE, json.dumps(about | outcome) + "\n")
 
 
@@ -161,7 +161,7 @@ def _read(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# How a rival's learning rate is picked.
+# How a method's learning rate is picked.
 
 
 @dataclass(frozen=True)
@@ -177,28 +177,28 @@ class Trial:
     loss: float | None
 
 
-def sweep(suite: Suite, rival: Rival) -> list[Run]:
-    """The runs that a rival's rate is picked by; none where it has only one."""
-    if len(rival.learning_rates) == 1:
+def sweep(suite: Suite, method: Method) -> list[Run]:
+    """The runs that a method's rate is picked by; none where it has only one."""
+    if len(method.learning_rates) == 1:
         return []
-    return [run_of(suite, rival, rate, seed) for rate in rival.learning_rates for seed in suite.pick_seeds]
+    return [run_of(suite, method, rate, seed) for rate in method.learning_rates for seed in suite.pick_seeds]
 
 
-def trials(suite: Suite, rival: Rival, outcome_of: Callable[[Run], Outcome]) -> tuple[Trial, ...]:
-    """What every learning rate of a rival gave on the validation data, as far as it is known."""
+def trials(suite: Suite, method: Method, outcome_of: Callable[[Run], Outcome]) -> tuple[Trial, ...]:
+    """What every learning rate of a method gave on the validation data, as far as it is known."""
     found = []
-    for rate in rival.learning_rates:
-        outcomes = [outcome_of(run_of(suite, rival, rate, seed)) for seed in suite.pick_seeds]
+    for rate in method.learning_rates:
+        outcomes = [outcome_of(run_of(suite, method, rate, seed)) for seed in suite.pick_seeds]
         losses = [outcome.get("trained", {}).get("validation_loss") for outcome in outcomes]
         known = [loss for loss in losses if loss is not None]
         found.append(Trial(rate, statistics.fmean(known) if len(known) == len(losses) else None))
     return tuple(found)
 
 
-def pick(rival: Rival, tried: tuple[Trial, ...]) -> float | None:
+def pick(method: Method, tried: tuple[Trial, ...]) -> float | None:
     """The rate with the lowest validation loss; the only one without a look; None if none worked."""
-    if len(rival.learning_rates) == 1:
-        return rival.learning_rates[0]
+    if len(method.learning_rates) == 1:
+        return method.learning_rates[0]
     worked = [(trial.loss, trial.rate) for trial in tried if trial.loss is not None]
     return min(worked)[1] if worked else None
 

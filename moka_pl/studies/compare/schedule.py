@@ -17,7 +17,7 @@ from moka_pl.studies.compare.runs import (
     tested_with,
     trials,
 )
-from moka_pl.studies.compare.suite import Rival, Suite
+from moka_pl.studies.compare.suite import Method, Suite
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Left:
 class Plan:
     """The order of the work.
 
-    A rival's learning rates are tried first; as soon as its own are known, the picked one is trained with
-    the other seeds and tested. Suites and their rivals come in their order, so that what is left out when
+    A method's learning rates are tried first; as soon as its own are known, the picked one is trained with
+    the other seeds and tested. Suites and their methods come in their order, so that what is left out when
     time runs out is the last. A run that two suites have in common is done once.
 
     Args:
@@ -61,7 +61,7 @@ class Plan:
         self._flows: list[Frozen | Flow] = []
         for suite in suites:
             flows: list[Frozen | Flow] = [Frozen(suite)] if suite.frozen else []
-            self._flows += [*flows, *(Flow(suite, rival) for rival in suite.rivals)]
+            self._flows += [*flows, *(Flow(suite, method) for method in suite.methods)]
 
     def next(self, fits: Callable[[Task], bool] = lambda task: True) -> Task | None:
         """The next task that can be begun.
@@ -94,7 +94,7 @@ class Plan:
                 old = tasks.get(task.run.key)
                 tasks[task.run.key] = task if old is None or task.test else old
             expected = flow.later(self)
-            # Suites with the same rival, rates and seeds will pick the same.
+            # Suites with the same method, rates and seeds will pick the same.
             later[tuple(task.run.key for task in expected)] = expected
         return Left(list(tasks.values()), [task for expected in later.values() for task in expected])
 
@@ -141,12 +141,12 @@ class Frozen:
 
 
 class Flow:
-    """The runs of a rival in a suite: its learning rates, then every seed of the picked one."""
+    """The runs of a method in a suite: its learning rates, then every seed of the picked one."""
 
-    def __init__(self, suite: Suite, rival: Rival) -> None:
-        self._suite, self._rival = suite, rival
-        self._sweep = [Task(run, False) for run in sweep(suite, rival)]
-        self._expected = self._tests(rival.learning_rates[0])
+    def __init__(self, suite: Suite, method: Method) -> None:
+        self._suite, self._method = suite, method
+        self._sweep = [Task(run, False) for run in sweep(suite, method)]
+        self._expected = self._tests(method.learning_rates[0])
         self._picked: list[Task] | None = None
 
     def tasks(self, plan: Plan) -> list[Task]:
@@ -155,7 +155,7 @@ class Flow:
         if trying:
             return trying
         if self._picked is None:
-            rate = pick(self._rival, trials(self._suite, self._rival, plan.outcome))
+            rate = pick(self._method, trials(self._suite, self._method, plan.outcome))
             self._picked = [] if rate is None else self._tests(rate)
         return [task for task in self._picked if plan.is_open(task)]
 
@@ -165,11 +165,11 @@ class Flow:
 
     def runs(self) -> list[Run]:
         """All runs that it may have."""
-        rival, seeds = self._rival, self._suite.seeds
-        return [run_of(self._suite, rival, rate, seed) for rate in rival.learning_rates for seed in seeds]
+        method, seeds = self._method, self._suite.seeds
+        return [run_of(self._suite, method, rate, seed) for rate in method.learning_rates for seed in seeds]
 
     def _tests(self, rate: float) -> list[Task]:
-        return [Task(run_of(self._suite, self._rival, rate, seed), True) for seed in self._suite.seeds]
+        return [Task(run_of(self._suite, self._method, rate, seed), True) for seed in self._suite.seeds]
 
 
 # How long runs take, how much time is left, and the lines that tell it.

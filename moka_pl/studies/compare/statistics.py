@@ -1,4 +1,4 @@
-"""Differences between rivals on the same items: a paired bootstrap, and a sign test."""
+"""Differences between methods on the same items: a paired bootstrap, and a sign test."""
 
 import math
 from collections.abc import Mapping
@@ -74,8 +74,8 @@ def stack_items(by_seed: Mapping[int, Mapping[str, list[Any]]]) -> Items:
     for table in tables[1:]:
         if table["task"] != first["task"] or table["tokens"] != first["tokens"]:
             raise ConfigError(
-                "the seeds of a rival were tested on different items: the test data have changed. Delete the "
-                "folder and run the suite again"
+                "the seeds of a method were tested on different items: the test data have changed; delete "
+                "the folder and run the suite again"
             )
     answered = bool(first["correct_norm"])
     return Items(
@@ -88,11 +88,11 @@ def stack_items(by_seed: Mapping[int, Mapping[str, list[Any]]]) -> Items:
 
 
 def same_items(one: Items, other: Items) -> bool:
-    """Whether two rivals were tested on the same items, as far as tasks and tokens tell."""
+    """Whether two methods were tested on the same items, as far as tasks and tokens tell."""
     return bool(numpy.array_equal(one.task, other.task) and numpy.array_equal(one.tokens, other.tokens))
 
 
-# Differences between rivals on the same items: a paired bootstrap, and a sign test.
+# Differences between methods on the same items: a paired bootstrap, and a sign test.
 
 
 SAMPLES = 10_000
@@ -118,7 +118,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two rivals on the same items.
+    """Two methods on the same items.
 
     Attributes:
         one: The one's name.
@@ -156,25 +156,25 @@ class Resampled:
     nll: Floats
 
 
-def resample(rivals: Mapping[str, Items], samples: int = SAMPLES, seed: int = 0) -> dict[str, Resampled]:
-    """Scores all rivals on samples of their common items, drawn with replacement within every task.
+def resample(methods: Mapping[str, Items], samples: int = SAMPLES, seed: int = 0) -> dict[str, Resampled]:
+    """Scores all methods on samples of their common items, drawn with replacement within every task.
 
     Args:
-        rivals: Items by name of the rival.
+        methods: Items by name of the method.
         samples: Number of samples.
         seed: Seed of the draws.
 
     Raises:
-        ConfigError: If two rivals were tested on different items.
+        ConfigError: If two methods were tested on different items.
     """
-    if not rivals:
+    if not methods:
         return {}
-    first = next(iter(rivals.values()))
-    for name, items in rivals.items():
+    first = next(iter(methods.values()))
+    for name, items in methods.items():
         if not same_items(first, items):
-            raise ConfigError(f"{name} was tested on other items than {next(iter(rivals))}: nothing to pair")
+            raise ConfigError(f"{name} was tested on other items than {next(iter(methods))}: nothing to pair")
     random = numpy.random.default_rng(seed)
-    columns = numpy.concatenate([_columns(items) for items in rivals.values()], axis=1)  # (n, all columns)
+    columns = numpy.concatenate([_columns(items) for items in methods.values()], axis=1)  # (n, all columns)
     parts = [numpy.flatnonzero(first.task == task) for task in first.tasks]
     sums = numpy.empty((samples, columns.shape[1]))
     for start in range(0, samples, _CHUNK):
@@ -188,7 +188,7 @@ def resample(rivals: Mapping[str, Items], samples: int = SAMPLES, seed: int = 0)
             counts[:, part] = drawn.reshape(size, len(part))
         sums[start : start + size] = counts @ columns
     found, place = {}, 0
-    for name, items in rivals.items():
+    for name, items in methods.items():
         width = len(items.seeds)
         own = sums[:, place : place + 2 * width + 1]
         place += 2 * width + 1
@@ -197,23 +197,23 @@ def resample(rivals: Mapping[str, Items], samples: int = SAMPLES, seed: int = 0)
     return found
 
 
-def compare(rivals: Mapping[str, Resampled], one: str, other: str, seed: int = 0) -> Comparison | None:
-    """Compares two rivals, averaged over the seeds that both have.
+def compare(methods: Mapping[str, Resampled], one: str, other: str, seed: int = 0) -> Comparison | None:
+    """Compares two methods, averaged over the seeds that both have.
 
     The 95% intervals and p-values are of items and seeds together: every sample of items is joined with a
     sample of the seeds. A few seeds tell little of how much seeds differ, so that intervals are rather too
     narrow where that matters.
 
     Args:
-        rivals: What `resample` returned.
-        one: Name of a rival.
+        methods: What `resample` returned.
+        one: Name of a method.
         other: Name of another.
         seed: Seed of the draws.
 
     Returns:
         The comparison; None if they have no seed in common.
     """
-    left, right = rivals[one], rivals[other]
+    left, right = methods[one], methods[other]
     seeds = tuple(s for s in left.items.seeds if s in right.items.seeds)
     if not seeds:
         return None

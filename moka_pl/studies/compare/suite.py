@@ -1,4 +1,4 @@
-"""What is compared: rivals × learning rates × seeds."""
+"""What is compared: methods × learning rates × seeds."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -13,19 +13,19 @@ from moka_pl.errors import ConfigError
 Settings = dict[str, Any]
 Pick = Literal["first", "all"]
 
-#: The row without training, in tables and as the start of every rival.
+#: The row without training, in tables and as the start of every method.
 FROZEN = "frozen base"
 
 
 @dataclass(frozen=True)
-class Rival:
+class Method:
     """One of the things that are compared.
 
     Attributes:
         name: Its row in the table.
         adapter: What the module's option ``adapter`` takes.
         learning_rates: Rates that are tried.
-        backbone: Options of the base for this rival only, over the suite's.
+        backbone: Options of the base for this method only, over the suite's.
         learning_rate_ratios: The module's option of that name; empty for one rate.
     """
 
@@ -52,8 +52,8 @@ class Suite:
         seeds: Seeds of the order of the data and the start of the adapters.
         pick: The rate is picked by the validation loss of the ``first`` seed, or by its mean over ``all``.
         frozen: Test the base without training, too.
-        reference: The rival that the others are compared with; None compares every pair.
-        rivals: What is compared.
+        reference: The method that the others are compared with; None compares every pair.
+        methods: What is compared.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Suite:
     pick: Pick
     frozen: bool
     reference: str | None
-    rivals: tuple[Rival, ...]
+    methods: tuple[Method, ...]
 
     @property
     def pick_seeds(self) -> tuple[int, ...]:
@@ -76,8 +76,8 @@ class Suite:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Suite":
         """A suite of what `dataclasses.asdict` made of it, and JSON perhaps kept."""
-        rivals = (Rival(**{**r, "learning_rates": tuple(r["learning_rates"])}) for r in stored["rivals"])
-        return cls(**{**stored, "seeds": tuple(stored["seeds"]), "rivals": tuple(rivals)})
+        methods = (Method(**{**r, "learning_rates": tuple(r["learning_rates"])}) for r in stored["methods"])
+        return cls(**{**stored, "seeds": tuple(stored["seeds"]), "methods": tuple(methods)})
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Settings:
@@ -101,10 +101,10 @@ def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
 
 
 _PICKS = ("first", "all")
-_OWN_KEYS = {"name", "about", "reference", "rivals"}
+_OWN_KEYS = {"name", "about", "reference", "methods"}
 _KEYS = {"extends", "corpus", "backbone", "data", "test", "training", "learning_rates", "seeds", "pick"}
 _KEYS |= {"frozen"} | _OWN_KEYS
-_RIVAL_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "backbone"}
+_METHOD_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "backbone"}
 _TRAINING_KEYS = {"trainer", "optimizer", "lr_scheduler", "gradient_checkpointing", "cuda_graphs"}
 
 
@@ -131,7 +131,7 @@ def read_suite(
     """Reads a suite.
 
     A suite that ``extends`` another one, a path, or the name of one beside it or among the known ones, takes
-    all settings of that one that it does not change. Its rivals are its own, or by their names those of the
+    all settings of that one that it does not change. Its methods are its own, or by their names those of the
     other.
 
     Args:
@@ -155,22 +155,22 @@ def read_suite(
         raise ConfigError(f"{file}: {error}") from None
 
 
-def keep_rivals(suites: Sequence[Suite], names: Sequence[str]) -> list[Suite]:
-    """The suites with only those of their rivals that are named; suites without any are left out.
+def keep_methods(suites: Sequence[Suite], names: Sequence[str]) -> list[Suite]:
+    """The suites with only those of their methods that are named; suites without any are left out.
 
     Raises:
-        ConfigError: If none of the suites has a rival of some name.
+        ConfigError: If none of the suites has a method of some name.
     """
-    known = list(dict.fromkeys(rival.name for suite in suites for rival in suite.rivals))
+    known = list(dict.fromkeys(method.name for suite in suites for method in suite.methods))
     unknown = set(names) - set(known)
     if unknown:
-        raise ConfigError(f"there is no rival {min(unknown)!r}; the rivals are {', '.join(known)}")
+        raise ConfigError(f"there is no method {min(unknown)!r}; the methods are {', '.join(known)}")
     kept = []
     for suite in suites:
-        rivals = tuple(rival for rival in suite.rivals if rival.name in names)
+        methods = tuple(method for method in suite.methods if method.name in names)
         reference = suite.reference if suite.reference in names else None
-        kept.append(replace(suite, rivals=rivals, reference=reference))
-    return [suite for suite in kept if suite.rivals]
+        kept.append(replace(suite, methods=methods, reference=reference))
+    return [suite for suite in kept if suite.methods]
 
 
 def _load(file: Path, known: Path, extending: tuple[Path, ...] = ()) -> Settings:
@@ -180,7 +180,7 @@ def _load(file: Path, known: Path, extending: tuple[Path, ...] = ()) -> Settings
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(written, dict):
-        raise ConfigError(f"{file} is no suite: it must be a mapping with data and rivals")
+        raise ConfigError(f"{file} is no suite: it must be a mapping with data and methods")
     _refuse(written, _KEYS, f"{file}: ", "")
     if "extends" not in written:
         return written
@@ -192,32 +192,34 @@ def _load(file: Path, known: Path, extending: tuple[Path, ...] = ()) -> Settings
     if other.resolve() in extending:
         raise ConfigError(f"{file} extends {name}, which extends it again")
     below = _load(other, known, (*extending, file.resolve()))
-    if "rivals" in written:
-        written["rivals"] = _borrowed(written["rivals"], below, file)
+    if "methods" in written:
+        written["methods"] = _borrowed(written["methods"], below, file)
         below = {key: value for key, value in below.items() if key not in _OWN_KEYS}
     return merged({key: value for key, value in below.items() if key not in ("name", "about")}, written)
 
 
-def _borrowed(rivals: Any, below: Settings, file: Path) -> Any:
-    """The rivals, with those in full that are only named."""
+def _borrowed(methods: Any, below: Settings, file: Path) -> Any:
+    """The methods, with those in full that are only named."""
     rates = {"learning_rates": below["learning_rates"]} if "learning_rates" in below else {}
-    known = {rival.get("name"): rates | rival for rival in below.get("rivals", []) if isinstance(rival, dict)}
-    if not isinstance(rivals, list):
-        return rivals
-    unknown = [rival for rival in rivals if isinstance(rival, str) and rival not in known]
+    known = {
+        method.get("name"): rates | method for method in below.get("methods", []) if isinstance(method, dict)
+    }
+    if not isinstance(methods, list):
+        return methods
+    unknown = [method for method in methods if isinstance(method, str) and method not in known]
     if unknown:
         names = ", ".join(str(name) for name in known)
-        raise ConfigError(f"{file}: the suite that it extends has no rival {unknown[0]!r}, but {names}")
-    return [known[rival] if isinstance(rival, str) else rival for rival in rivals]
+        raise ConfigError(f"{file}: the suite that it extends has no method {unknown[0]!r}, but {names}")
+    return [known[method] if isinstance(method, str) else method for method in methods]
 
 
 def _suite(written: Settings, stem: str) -> Suite:
     _refuse(written, _KEYS, "", "")
-    data, rivals = written.get("data"), written.get("rivals")
+    data, methods = written.get("data"), written.get("methods")
     if not isinstance(data, dict) or "class_path" not in data:
         raise ConfigError("data must name a data module by class_path, with its options as init_args")
-    if not isinstance(rivals, list) or not rivals:
-        raise ConfigError("rivals must be a list with at least one rival")
+    if not isinstance(methods, list) or not methods:
+        raise ConfigError("methods must be a list with at least one method")
     training = _mapping(written, "training")
     _refuse(training, _TRAINING_KEYS, "", "training.")
     seeds = written.get("seeds", [0, 1, 2])
@@ -228,19 +230,19 @@ def _suite(written: Settings, stem: str) -> Suite:
     pick = written.get("pick", "first")
     if pick not in _PICKS:
         raise ConfigError(f"pick is {pick!r}; choose one of {', '.join(_PICKS)}")
-    read = tuple(_rival(rival, written.get("learning_rates"), i) for i, rival in enumerate(rivals))
+    read = tuple(_method(method, written.get("learning_rates"), i) for i, method in enumerate(methods))
     name = str(written.get("name", stem))
     if name in ("runs", "logs"):
         raise ConfigError(f"the suite cannot be called {name!r}, as the folder of all suites' {name}")
     if name != Path(name).name:
         raise ConfigError(f"name is {name!r}, but its reports' folder is called so: leave out slashes")
-    names = [rival.name for rival in read]
+    names = [method.name for method in read]
     twice = {n for n in names if names.count(n) > 1} | ({FROZEN} & set(names))
     if twice:
-        raise ConfigError(f"the name {min(twice)!r} of a rival is taken; every row needs its own")
+        raise ConfigError(f"the name {min(twice)!r} of a method is taken; every row needs its own")
     reference = written.get("reference")
     if reference is not None and reference not in names:
-        raise ConfigError(f"reference is {reference!r}, which is none of the rivals: {', '.join(names)}")
+        raise ConfigError(f"reference is {reference!r}, which is none of the methods: {', '.join(names)}")
     test = written.get("test")
     if test is not None and (not isinstance(test, dict) or "class_path" not in test):
         raise ConfigError("test must name a data module by class_path, with its options as init_args")
@@ -259,11 +261,11 @@ def _suite(written: Settings, stem: str) -> Suite:
     )
 
 
-def _rival(written: object, rates: object, index: int) -> Rival:
-    where = f"rivals[{index}]"
+def _method(written: object, rates: object, index: int) -> Method:
+    where = f"methods[{index}]"
     if not isinstance(written, dict) or not written.get("name"):
         raise ConfigError(f"{where} must be a mapping with a name; adapter, if it is not MoKA as it comes")
-    _refuse(written, _RIVAL_KEYS, "", f"{where}.")
+    _refuse(written, _METHOD_KEYS, "", f"{where}.")
     rates = written.get("learning_rates", rates)
     if not isinstance(rates, list) or not rates or not all(isinstance(r, float) and r > 0 for r in rates):
         text = isinstance(rates, list) and any(isinstance(rate, str) for rate in rates)
@@ -271,7 +273,7 @@ def _rival(written: object, rates: object, index: int) -> Rival:
         raise ConfigError(
             f"learning_rates of {written['name']} must be a list of numbers above 0, not {rates!r} ({hint})"
         )
-    return Rival(
+    return Method(
         str(written["name"]),
         _mapping(written, "adapter"),
         tuple(rates),

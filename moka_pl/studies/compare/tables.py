@@ -78,7 +78,7 @@ def _notes(report: Report) -> list[str]:
         "the training data."
     ]
     other = matched_order([row.entry for row in report.rows])
-    same = "All rivals of a seed had the same batches."
+    same = "All methods of a seed had the same batches."
     if other:
         notes.append(f"Not on the batches of the others: {', '.join(other)}.")
     elif any(row.entry.rate is not None and row.parameters for row in report.rows):

@@ -85,7 +85,7 @@ def prepare_data(suites: Sequence[Suite]) -> None:
 
     seen = set()
     for suite in suites:
-        backbones = [merged(suite.backbone, rival.backbone) for rival in suite.rivals] or [suite.backbone]
+        backbones = [merged(suite.backbone, method.backbone) for method in suite.methods] or [suite.backbone]
         for backbone in backbones:
             for settings, stage in ((suite.data, "fit"), (suite.test or suite.data, "test")):
                 key = json.dumps(

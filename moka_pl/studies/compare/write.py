@@ -72,7 +72,7 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-# What suites that were run together show side by side: the ranks that rivals reach on different data.
+# What suites that were run together show side by side: the ranks that methods reach on different data.
 
 
 #: Suites whose names begin so are set side by side.
@@ -96,7 +96,7 @@ def write_across(reports: Sequence[Report], folder: Path) -> list[Path]:
     from moka_pl.studies.compare.figures import draw_ranks
 
     rows = [
-        {"suite": report.suite.name, "rival": row.entry.name, "seeds": sorted(row.entry.outcomes)}
+        {"suite": report.suite.name, "method": row.entry.name, "seeds": sorted(row.entry.outcomes)}
         | {"learning_rate": row.entry.rate, "parameters": row.parameters, **asdict(row.ranks)}
         for report in chosen
         for row in report.rows
@@ -113,18 +113,18 @@ def write_across(reports: Sequence[Report], folder: Path) -> list[Path]:
 
 
 def _markdown(reports: Sequence[Report]) -> str:
-    rivals = list(dict.fromkeys(row.entry.name for report in reports for row in report.rows if row.ranks))
+    methods = list(dict.fromkeys(row.entry.name for report in reports for row in report.rows if row.ranks))
     lines = ["# Ranks of the trained updates by suite", "", *(_about(report) for report in reports), ""]
     lines += ["Mean over layers and seeds of the stable rank and the entropy rank of ΔW, and its norm.", ""]
     lines += [f"| | {' | '.join(report.suite.name for report in reports)} |"]
     lines += ["|---" * (len(reports) + 1) + "|"]
-    for rival in rivals:
+    for method in methods:
         cells = []
         for report in reports:
-            ranks = next((row.ranks for row in report.rows if row.entry.name == rival), None)
+            ranks = next((row.ranks for row in report.rows if row.entry.name == method), None)
             means = () if ranks is None else (ranks.stable[0], ranks.entropy[0], ranks.norm[0])
             cells.append(", ".join(f"{mean:.2f}" for mean in means))
-        lines.append(f"| {rival} | {' | '.join(cells)} |")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,7 @@ import pytest
 from moka_pl.studies.compare import command, drive
 from moka_pl.studies.compare.command import main
 from moka_pl.studies.compare.runs import frozen_run
-from moka_pl.studies.compare.suite import keep_rivals, read_suite
+from moka_pl.studies.compare.suite import keep_methods, read_suite
 
 FOLDER = Path(__file__).parents[3] / "scripts" / "suites"
 
@@ -23,9 +23,9 @@ def refused(capsys, *arguments):
 
 def test_wrong_options_end_with_one_line(capsys, tmp_path):
     assert "tiny" in refused(capsys, "--suite", "none")
-    wrong = "--set=rivals=[{name: a, learning_rates: [0.1], adapter: {component: 1}}]"
+    wrong = "--set=methods=[{name: a, learning_rates: [0.1], adapter: {component: 1}}]"
     error = refused(capsys, "--suite=tiny", "--set=reference=", wrong)
-    assert "rival a" in error
+    assert "method a" in error
     assert "component" in error
     error = refused(capsys, "--suite=tiny", "--set=data.init_args.separate_test=false")
     assert "picked on the test data" in error
@@ -61,7 +61,7 @@ def test_folders_that_cannot_be_written_to_are_refused_at_once(capsys, tmp_path,
 
 def test_the_plan_lists_runs_without_running(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(drive, "_executor", lambda store: pytest.fail("something ran"))
-    run("--suite", "tiny", "--plan", "--out", tmp_path, "--seeds", 3, "--rivals", "MoKA")
+    run("--suite", "tiny", "--plan", "--out", tmp_path, "--seeds", 3, "--methods", "MoKA")
     assert not list(tmp_path.iterdir())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "to do  frozen base"
@@ -95,12 +95,12 @@ def test_ctrl_c_before_the_first_run_ends_in_one_line(capsys, tmp_path, monkeypa
 def test_reports_are_written_again_from_the_folder_alone(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(drive, "_here", lambda *arguments: None)
     with pytest.raises(SystemExit) as end:  # nothing has a result
-        run("--suite", "tiny", "--out", tmp_path / "out", "--rivals", "MoKA", "--data", "sample")
+        run("--suite", "tiny", "--out", tmp_path / "out", "--methods", "MoKA", "--data", "sample")
     assert end.value.code == 1
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     run("--report", "--out", tmp_path / "elsewhere", "--results", tmp_path / "results")
     text = (tmp_path / "results" / "tiny" / "report.md").read_text()
-    assert "| KronA | not run yet |" in text  # all rivals, also those that were left out
+    assert "| KronA | not run yet |" in text  # all methods, also those that were left out
     assert "- MoKA, lr 0.01, seed 0" in text
     assert "no suite" in refused(capsys, "--report", "--out", tmp_path / "nowhere")
 
@@ -118,7 +118,7 @@ def test_processes_that_load_data_are_refused_beside_jobs(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_frozen_base_is_the_same_whichever_rivals_are_kept():
+def test_the_frozen_base_is_the_same_whichever_methods_are_kept():
     whole = read_suite(FOLDER / "one-layer.yaml")
-    (part,) = keep_rivals([whole], ["LoRA r1"])
+    (part,) = keep_methods([whole], ["LoRA r1"])
     assert frozen_run(part).key == frozen_run(whole).key

@@ -15,7 +15,7 @@ SUITE = """
 data: {class_path: moka_pl.data.CommonsenseData}
 seeds: [0, 1]
 reference: good
-rivals:
+methods:
   - {name: good, learning_rates: [0.1, 0.2, 0.4], adapter: {components: 2}}
   - {name: bad, learning_rates: [0.1], adapter: {components: 3}}
 """
@@ -39,16 +39,16 @@ class Fake:
         self.extra = {}
 
     def __call__(self, run, test):
-        self.calls.append((run.rival, run.rate, run.seed, test))
+        self.calls.append((run.method, run.rate, run.seed, test))
         if self.stop is not None and len(self.calls) > self.stop:
             raise SystemExit(1)  # what Lightning makes of Ctrl-C
         outcome = {k: v for k, v in self.store.read(run).items() if k in ("trained", "tested")}
-        if (run.rival, run.rate) in self.fails:
+        if (run.method, run.rate) in self.fails:
             outcome = {"error": "OutOfMemory: too much"}
             self.store.write(run, outcome)
             return outcome
         loss = abs((run.rate or 1.0) - 0.2)
-        trained = {"parameters": 10 * len(run.rival), "validation_loss": loss, "batches": f"of {run.seed}"}
+        trained = {"parameters": 10 * len(run.method), "validation_loss": loss, "batches": f"of {run.seed}"}
         losses = [] if run.rate is None else [[1, 3.0], [2, 2.0]]
         trained |= {
             "seconds": 1.0,
@@ -58,7 +58,7 @@ class Fake:
         } | self.extra
         outcome.setdefault("trained", trained)
         if test:
-            right = [1, 1, 0, 1] if run.rival == "good" else [1, 0, 0, run.seed]
+            right = [1, 1, 0, 1] if run.method == "good" else [1, 0, 0, run.seed]
             score = {"acc_norm": sum(right) / 4, "acc_norm_stderr": 0.1}
             columns = {"task": ["t"] * 4, "correct": right, "correct_norm": right, "tokens": [1] * 4}
             items = columns | {"nll": [1.0, 2.0, 3.0, 4.0 + loss]}
@@ -151,7 +151,7 @@ def test_a_failed_run_is_in_the_table_and_is_tried_again(read, store, fake):
 
 def test_a_run_that_diverged_is_not_picked(read, store, fake):
     suite = read()
-    run = run_of(suite, suite.rivals[0], 0.2, 0)
+    run = run_of(suite, suite.methods[0], 0.2, 0)
     store.write(run, {"trained": {"validation_loss": None, "seconds": 1.0}})
     assert run_suite(suite, store)[1].rate == 0.1
 
@@ -169,7 +169,7 @@ def test_a_damaged_result_is_no_result(read, store):
 def test_other_batches_are_warned_of(read, store, fake, capsys):
     suite = read()
     run_suite(suite, store)
-    run = run_of(suite, suite.rivals[1], 0.1, 1)
+    run = run_of(suite, suite.methods[1], 0.1, 1)
     outcome = store.read(run)
     outcome["trained"]["batches"] = "others"
     store.write(run, outcome)

@@ -10,7 +10,7 @@ from moka_pl.adapters import MokaConfig, inject_adapter, read_adapter
 from moka_pl.backbone import BackboneConfig
 from moka_pl.studies.compare.runs import Store, frozen_run, run_of
 from moka_pl.studies.compare.shared_base import SharedBase
-from moka_pl.studies.compare.suite import Rival, read_suite
+from moka_pl.studies.compare.suite import Method, read_suite
 from moka_pl.studies.compare.train import ADAPTER, Executor
 
 TINY = Path(__file__).parents[3] / "scripts" / "suites" / "tiny.yaml"
@@ -29,8 +29,8 @@ def suite(one_thread, dataset_cache, monkeypatch):
 def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     store = Store(tmp_path)
     execute = Executor(store)
-    moka, _, krona = suite.rivals
-    runs = [run_of(suite, rival, 0.01, 0) for rival in (moka, krona)]
+    moka, _, krona = suite.methods
+    runs = [run_of(suite, method, 0.01, 0) for method in (moka, krona)]
     whole = [execute(run, True) for run in runs]
     assert [outcome.get("error") for outcome in whole] == [None, None]
     assert execute.base.loads == 1
@@ -75,7 +75,7 @@ def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
 
 def test_a_run_whose_adapter_is_gone_is_trained_again_for_its_test(suite, tmp_path):
     store = Store(tmp_path)
-    run = run_of(suite, suite.rivals[0], 0.01, 0)
+    run = run_of(suite, suite.methods[0], 0.01, 0)
     first = Executor(store)(run, False)
     shutil.rmtree(store.path(run) / ADAPTER)
     second = Executor(store)(run, True)
@@ -85,9 +85,12 @@ def test_a_run_whose_adapter_is_gone_is_trained_again_for_its_test(suite, tmp_pa
 
 def test_runs_choose_their_filters_and_are_tested_with_them_later(suite, tmp_path):
     execute = Executor(Store(tmp_path))
-    moka = suite.rivals[0]
+    moka = suite.methods[0]
     adapter = {"components": 2, "filters": "auto", "start": "gradient"}
-    runs = [run_of(suite, Rival("auto", adapter, moka.learning_rates), 0.01, 0), run_of(suite, moka, 0.01, 0)]
+    runs = [
+        run_of(suite, Method("auto", adapter, moka.learning_rates), 0.01, 0),
+        run_of(suite, moka, 0.01, 0),
+    ]
     whole, usual = (execute(run, True) for run in runs)
     assert whole.get("error") is None
     assert execute.base.loads == 1
@@ -103,12 +106,12 @@ def test_runs_choose_their_filters_and_are_tested_with_them_later(suite, tmp_pat
 
 def test_a_run_that_fails_leaves_a_clean_base(suite, tmp_path):
     execute = Executor(Store(tmp_path))
-    broken = run_of(suite, suite.rivals[0], 0.01, 0)
+    broken = run_of(suite, suite.methods[0], 0.01, 0)
     broken.settings["adapter"] = {"target_modules": ["nowhere"]}
     outcome = execute(broken, True)
     assert "nowhere" in outcome["error"]
     assert "nowhere" in execute.store.read(broken)["error"]
-    assert execute(run_of(suite, suite.rivals[0], 0.01, 0), False).get("error") is None
+    assert execute(run_of(suite, suite.methods[0], 0.01, 0), False).get("error") is None
     assert execute.base.loads == 1
 
 

@@ -47,9 +47,9 @@ def test_the_sign_test_takes_thousands_of_items():
 
 
 def test_a_real_difference_is_found_and_none_is_not():
-    rivals = resample({"good": random_items(3, 0.8, -0.2), "bad": random_items(3, 0.5)}, samples=2000)
-    found = compare(rivals, "good", "bad")
-    good, bad = rivals["good"].items, rivals["bad"].items
+    methods = resample({"good": random_items(3, 0.8, -0.2), "bad": random_items(3, 0.5)}, samples=2000)
+    found = compare(methods, "good", "bad")
+    good, bad = methods["good"].items, methods["bad"].items
     means = [
         numpy.mean([items.correct[:, good.task == task].mean() for task in good.tasks])
         for items in (good, bad)
@@ -60,10 +60,10 @@ def test_a_real_difference_is_found_and_none_is_not():
     assert found.nll.value == pytest.approx(-0.1)  # 0.2 an item of two tokens
     assert found.nll.low == pytest.approx(-0.1)
     assert (found.wins > 40, found.losses, found.sign_p < 1e-6) == (True, 0, True)
-    back = compare(rivals, "bad", "good")
+    back = compare(methods, "bad", "good")
     assert back.acc_norm.value == pytest.approx(-found.acc_norm.value)
     assert (back.wins, back.losses) == (found.losses, found.wins)
-    same = compare(rivals, "good", "good")
+    same = compare(methods, "good", "good")
     assert (same.acc_norm.value, same.acc_norm.p, same.sign_p) == (0.0, 1.0, 1.0)
 
 
@@ -72,8 +72,8 @@ def test_the_interval_is_that_of_independent_items():
     wins = [1] * 60 + [0] * (n - 60)
     losses = [0] * 60 + [1] * 40 + [0] * (n - 100)
     nll = [1.0] * n
-    rivals = resample({"a": stack_items({0: table(wins, nll)}), "b": stack_items({0: table(losses, nll)})})
-    found = compare(rivals, "a", "b").acc_norm
+    methods = resample({"a": stack_items({0: table(wins, nll)}), "b": stack_items({0: table(losses, nll)})})
+    found = compare(methods, "a", "b").acc_norm
     error = math.sqrt((100 / n - (20 / n) ** 2) / n)
     assert found.value == pytest.approx(20 / n)
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
@@ -81,8 +81,8 @@ def test_the_interval_is_that_of_independent_items():
 
 def test_tasks_weigh_the_same_and_seeds_in_common_only_are_compared():
     items = random_items(2, 0.6)
-    rivals = resample({"a": items, "b": random_items(2, 0.6, start=1)}, samples=200)
-    assert compare(rivals, "a", "b").seeds == (1,)
+    methods = resample({"a": items, "b": random_items(2, 0.6, start=1)}, samples=200)
+    assert compare(methods, "a", "b").seeds == (1,)
     apart = resample({"a": items, "b": random_items(1, 0.6, start=7)}, samples=200)
     assert compare(apart, "a", "b") is None
     weights = items.task_weights

@@ -8,7 +8,7 @@ SUITE = """
 data: {class_path: moka_pl.data.CommonsenseData}
 seeds: [0, 1]
 frozen: false
-rivals:
+methods:
   - {name: one, learning_rates: [0.1, 0.2], adapter: {components: 2}}
   - {name: two, learning_rates: [0.1, 0.2], adapter: {components: 3}}
 """
@@ -33,7 +33,7 @@ def store(tmp_path):
 
 
 def words(task):
-    return None if task is None else (task.run.rival, task.run.rate, task.run.seed, task.test)
+    return None if task is None else (task.run.method, task.run.rate, task.run.seed, task.test)
 
 
 def trained(loss, seconds=10.0):
@@ -44,7 +44,7 @@ def whole(task, loss):
     return trained(loss) | {"tested": {"key": task.run.test_key, "seconds": 2.0}}
 
 
-def test_a_rival_goes_on_as_soon_as_its_own_rates_are_known(suites, store):
+def test_a_method_goes_on_as_soon_as_its_own_rates_are_known(suites, store):
     plan = Plan(suites[:1], store)
     first, second, third = plan.next(), plan.next(), plan.next()
     assert [words(task) for task in (first, second, third)] == [
@@ -65,7 +65,7 @@ def test_what_fails_is_left_out_and_not_tried_again(suites, store):
     plan = Plan(suites[:1], store)
     tasks = [plan.next() for _ in range(4)]
     for task in tasks:
-        plan.end(task, {"error": "no"} if task.run.rival == "one" or task.run.rate == 0.1 else trained(1.0))
+        plan.end(task, {"error": "no"} if task.run.method == "one" or task.run.rate == 0.1 else trained(1.0))
     rest = [words(plan.next()) for _ in range(3)]
     assert rest == [("two", 0.2, 0, True), ("two", 0.2, 1, True), None]
 
@@ -77,7 +77,7 @@ def test_runs_in_common_are_done_once_and_suites_come_in_their_order(suites, sto
         begun.append(task)
         plan.end(task, whole(task, 1.0 + task.run.rate) if task.test else trained(1.0 + task.run.rate))
     assert len({(task.run.key, task.test) for task in begun}) == len(begun)
-    assert list(dict.fromkeys(task.run.rival for task in begun)) == ["one", "two", "new"]
+    assert list(dict.fromkeys(task.run.method for task in begun)) == ["one", "two", "new"]
     assert [words(task) for task in begun][2:4] == [("one", 0.1, 0, True), ("one", 0.1, 1, True)]
     assert plan.left().tasks == []
 
@@ -85,25 +85,25 @@ def test_runs_in_common_are_done_once_and_suites_come_in_their_order(suites, sto
 def test_what_is_left_is_counted_once(suites, store):
     plan = Plan(suites, store)
     left = plan.left()
-    assert (len(left.tasks), len(left.later)) == (6, 6)  # three rivals that differ, two rates, two seeds
+    assert (len(left.tasks), len(left.later)) == (6, 6)  # three methods that differ, two rates, two seeds
     for _ in range(2):
         plan.end(plan.next(), trained(1.0))
     left = plan.left()
     assert (len(left.tasks), len(left.later)) == (6, 4)
     assert [task for task in left.tasks if task.test] == [
-        Task(run_of(suites[0], suites[0].rivals[0], 0.1, seed), True) for seed in (0, 1)
+        Task(run_of(suites[0], suites[0].methods[0], 0.1, seed), True) for seed in (0, 1)
     ]
 
 
 def test_only_what_fits_is_begun(suites, store):
     plan = Plan(suites[:1], store)
-    assert words(plan.next(lambda task: task.run.rival == "two")) == ("two", 0.1, 0, False)
+    assert words(plan.next(lambda task: task.run.method == "two")) == ("two", 0.1, 0, False)
     assert plan.next(lambda task: False) is None
     assert words(plan.next()) == ("one", 0.1, 0, False)
 
 
 def test_times_are_those_of_the_nearest_relatives(suites):
-    one, two = (Task(run_of(suites[0], rival, 0.1, 0), True) for rival in suites[0].rivals)
+    one, two = (Task(run_of(suites[0], method, 0.1, 0), True) for method in suites[0].methods)
     times = Times()
     assert times.expected(one, {}) == 0
     times.add(one, whole(one, 1.0), {})

@@ -7,7 +7,7 @@ import pytest
 from moka_pl.errors import ConfigError
 from moka_pl.studies.compare.build import build_data, build_module, check_suite
 from moka_pl.studies.compare.runs import frozen_run, run_of
-from moka_pl.studies.compare.suite import Suite, find_suite, keep_rivals, merged, read_suite
+from moka_pl.studies.compare.suite import Suite, find_suite, keep_methods, merged, read_suite
 from moka_pl.training.learning_rates import LearningRateRatios
 
 FOLDER = Path(__file__).parents[3] / "scripts" / "suites"
@@ -15,7 +15,7 @@ SUITES = sorted(FOLDER.glob("*.yaml"))
 _OPTIONS = ("max_steps=3", "limit_test_batches=2")
 SMALL = """data: {class_path: moka_pl.data.CommonsenseData}
 learning_rates: [1.0e-2]
-rivals: [{name: a}, {name: b}]
+methods: [{name: a}, {name: b}]
 """
 
 
@@ -37,13 +37,13 @@ def test_every_suite_builds_what_it_compares(file):
     assert suite.name == file.stem
     data = build_data(suite.data)
     assert data.separate_test  # the rate is not picked on the test
-    for rival in suite.rivals:
-        module = build_module(run_of(suite, rival, rival.learning_rates[0], 0))
-        for name, value in rival.adapter.get("init_args", rival.adapter).items():
+    for method in suite.methods:
+        module = build_module(run_of(suite, method, method.learning_rates[0], 0))
+        for name, value in method.adapter.get("init_args", method.adapter).items():
             if name == "components":
                 assert module.adapter.components == value
-        if "class_path" in rival.adapter:
-            assert rival.adapter["class_path"].endswith(type(module.adapter).__name__)
+        if "class_path" in method.adapter:
+            assert method.adapter["class_path"].endswith(type(module.adapter).__name__)
         assert module.backbone.name == suite.backbone["name"]
 
 
@@ -53,10 +53,10 @@ def test_the_budgets_of_components_are_alike():
     suite = read_suite(FOLDER / "components.yaml")
     layers = [(576, 576), (192, 576)]
     wanted = count_parameters(layers, "diverse", 20, gated=False)
-    rivals = [rival for rival in suite.rivals if "budget" in rival.name]
-    assert len(rivals) == 4
-    for rival in rivals:
-        count = count_parameters(layers, rival.adapter["filters"], rival.adapter["components"], gated=False)
+    methods = [method for method in suite.methods if "budget" in method.name]
+    assert len(methods) == 4
+    for method in methods:
+        count = count_parameters(layers, method.adapter["filters"], method.adapter["components"], gated=False)
         assert count == pytest.approx(wanted, rel=0.05)
 
 
@@ -65,23 +65,23 @@ def test_the_variants_that_are_to_beat_moka_have_its_size():
 
     layers = [(576, 576), (192, 576)]
     wanted = count_parameters(layers, "diverse", 10, gated=False)
-    for rival in read_suite(FOLDER / "beat-smollm2.yaml").rivals:
-        filters = rival.adapter.get("filters", "diverse")
-        if "class_path" not in rival.adapter and filters != "auto":
+    for method in read_suite(FOLDER / "beat-smollm2.yaml").methods:
+        filters = method.adapter.get("filters", "diverse")
+        if "class_path" not in method.adapter and filters != "auto":
             assert count_parameters(layers, filters, 10, gated=False) == pytest.approx(wanted, rel=0.06)
 
 
 def test_suites_that_extend_another_share_its_runs():
     one = read_suite(FOLDER / "commonsense-smollm2.yaml")
-    mine = {rival.name: run_of(one, rival, 0.01, 0).key for rival in one.rivals}
+    mine = {method.name: run_of(one, method, 0.01, 0).key for method in one.methods}
     for name in ("gates", "beat-smollm2"):
         other = read_suite(FOLDER / f"{name}.yaml")
-        shared = {r.name: run_of(other, r, 0.01, 0).key for r in other.rivals if r.name in mine}
+        shared = {r.name: run_of(other, r, 0.01, 0).key for r in other.methods if r.name in mine}
         assert len(shared) >= 2
         assert shared.items() <= mine.items()
         assert frozen_run(other).key == frozen_run(one).key
-        rates = {rival.name: rival.learning_rates for rival in one.rivals}
-        assert all(r.learning_rates == rates[r.name] for r in other.rivals if r.name in mine)
+        rates = {method.name: method.learning_rates for method in one.methods}
+        assert all(r.learning_rates == rates[r.name] for r in other.methods if r.name in mine)
 
 
 def test_a_suite_extends_another(tmp_path):
@@ -89,21 +89,24 @@ def test_a_suite_extends_another(tmp_path):
     text = """extends: base
 data: {init_args: {batch_size: 3}}
 learning_rates: [0.5]
-rivals: [b, {name: c, learning_rate_ratios: {right: 4.0}}]
+methods: [b, {name: c, learning_rate_ratios: {right: 4.0}}]
 """
     suite = read_suite(written(tmp_path, text))
     assert (suite.name, suite.about, suite.reference, suite.seeds) == ("mine", "", None, (4,))
     assert suite.data == {"class_path": "moka_pl.data.CommonsenseData", "init_args": {"batch_size": 3}}
-    assert [(rival.name, rival.learning_rates) for rival in suite.rivals] == [("b", (0.01,)), ("c", (0.5,))]
-    assert run_of(suite, suite.rivals[1], 0.5, 4).settings["learning_rate_ratios"] == {"right": 4.0}
+    assert [(method.name, method.learning_rates) for method in suite.methods] == [
+        ("b", (0.01,)),
+        ("c", (0.5,)),
+    ]
+    assert run_of(suite, suite.methods[1], 0.5, 4).settings["learning_rate_ratios"] == {"right": 4.0}
     whole = read_suite(written(tmp_path, "extends: base\nseeds: [5]\n"))
-    assert ([rival.name for rival in whole.rivals], whole.reference) == (["a", "b"], "a")
+    assert ([method.name for method in whole.methods], whole.reference) == (["a", "b"], "a")
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("extends: base\nrivals: [z]\n", "no rival 'z'"),
+        ("extends: base\nmethods: [z]\n", "no method 'z'"),
         ("extends: nowhere\n", "nowhere"),
         ("extends: mine\n", "extends it again"),
     ],
@@ -138,10 +141,10 @@ def test_a_suite_of_ones_own_with_options_over_it(tmp_path):
     assert find_suite(str(file), FOLDER) == file
     assert find_suite("tiny", FOLDER) == FOLDER / "tiny.yaml"
     suite = read_suite(file, ["training.trainer.max_steps=3", "seeds=[4]", "reference=a"])
-    (suite,) = keep_rivals([suite], ["b"])
+    (suite,) = keep_methods([suite], ["b"])
     assert suite.training == {"trainer": {"max_steps": 3}}
     assert suite.seeds == (4,)
-    assert [rival.name for rival in suite.rivals] == ["b"]
+    assert [method.name for method in suite.methods] == ["b"]
     assert suite.reference is None
 
 
@@ -156,8 +159,8 @@ def test_a_suite_of_ones_own_with_options_over_it(tmp_path):
         (SMALL + "reference: c\n", "'c'"),
         (SMALL + "name: a/b\n", "slashes"),
         (SMALL.replace("[1.0e-2]", "1.0e-2"), r"such as \[4.0e-3"),
-        (SMALL.replace("{name: a}", "a: {}"), r"rivals\[0\] must be a mapping with a name"),
-        ("rivals: [{name: a}]\n", "class_path"),
+        (SMALL.replace("{name: a}", "a: {}"), r"methods\[0\] must be a mapping with a name"),
+        ("methods: [{name: a}]\n", "class_path"),
         ("[", "YAML"),
     ],
 )
@@ -168,20 +171,20 @@ def test_wrong_suites_are_refused(tmp_path, text, named):
     assert str(file) in str(error.value)
 
 
-def test_unknown_suites_rivals_and_options_are_refused(tmp_path):
+def test_unknown_suites_methods_and_options_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="tiny"):
         find_suite("none", FOLDER)
     file = written(tmp_path, SMALL)
-    with pytest.raises(ConfigError, match="no rival 'c'"):
-        keep_rivals([read_suite(file)], ["c"])
+    with pytest.raises(ConfigError, match="no method 'c'"):
+        keep_methods([read_suite(file)], ["c"])
     with pytest.raises(ConfigError, match="key=value"):
         read_suite(file, ["seeds"])
 
 
 def test_a_suite_from_elsewhere_extends_a_known_one(tmp_path):
-    file = written(tmp_path, "extends: tiny\nrivals: [MoKA]\nreference: MoKA\n")
+    file = written(tmp_path, "extends: tiny\nmethods: [MoKA]\nreference: MoKA\n")
     suite = read_suite(file, known=FOLDER)
-    assert [rival.name for rival in suite.rivals] == ["MoKA"]
+    assert [method.name for method in suite.methods] == ["MoKA"]
     assert suite.backbone == read_suite(FOLDER / "tiny.yaml").backbone
     with pytest.raises(ConfigError, match=r"extends none: .*components, .*tiny"):
         read_suite(written(tmp_path, "extends: none\n"), known=FOLDER)
@@ -200,7 +203,7 @@ def test_merged_shares_nothing():
 
 def test_runs_are_told_apart_by_their_settings_not_their_names(tmp_path):
     one = read_suite(written(tmp_path, SMALL))
-    a, b = one.rivals
+    a, b = one.methods
     run = run_of(one, a, 0.01, 0)
     assert run.key == run_of(one, b, 0.01, 0).key  # the same adapter under another name
     others = [run_of(one, a, 0.02, 0), run_of(one, a, 0.01, 1)]
@@ -215,11 +218,11 @@ def test_runs_are_told_apart_by_their_settings_not_their_names(tmp_path):
     assert run_of(tested, a, 0.01, 0).test_key != run.test_key
 
 
-def test_a_rival_may_have_rates_for_its_parts(tmp_path):
+def test_a_method_may_have_rates_for_its_parts(tmp_path):
     text = SMALL.replace("{name: a}", "{name: a, learning_rate_ratios: {right: 4}}")
-    a, b = read_suite(written(tmp_path, text)).rivals
+    a, b = read_suite(written(tmp_path, text)).methods
     suite = read_suite(written(tmp_path, text))
-    with_ratios, without = (run_of(suite, rival, 0.01, 0) for rival in (a, b))
+    with_ratios, without = (run_of(suite, method, 0.01, 0) for method in (a, b))
     assert build_module(with_ratios).learning_rate_ratios == LearningRateRatios(right=4)
     assert build_module(without).learning_rate_ratios == LearningRateRatios()
     assert with_ratios.key != without.key
@@ -228,15 +231,15 @@ def test_a_rival_may_have_rates_for_its_parts(tmp_path):
 
 @pytest.mark.parametrize(
     ("ratios", "named"),
-    [("{right: -1}", r"rival a: .*right.*-1"), ("{rihgt: 2}", "rihgt"), ("4", "must be a mapping")],
+    [("{right: -1}", r"method a: .*right.*-1"), ("{rihgt: 2}", "rihgt"), ("4", "must be a mapping")],
 )
-def test_wrong_ratios_of_a_rival_are_refused_before_any_run(tmp_path, ratios, named):
+def test_wrong_ratios_of_a_method_are_refused_before_any_run(tmp_path, ratios, named):
     text = SMALL.replace("{name: a}", f"{{name: a, learning_rate_ratios: {ratios}}}")
     with pytest.raises(ConfigError, match=named):
         check_suite(read_suite(written(tmp_path, text)))
 
 
-def test_ratios_of_a_rival_of_another_kind_are_refused_before_any_run(tmp_path):
-    rival = "{name: a, learning_rate_ratios: {right: 2}, adapter: {class_path: peft.LoraConfig}}"
-    with pytest.raises(ConfigError, match=r"rival a: .*not for LoraConfig"):
-        check_suite(read_suite(written(tmp_path, SMALL.replace("{name: a}", rival))))
+def test_ratios_of_a_method_of_another_kind_are_refused_before_any_run(tmp_path):
+    method = "{name: a, learning_rate_ratios: {right: 2}, adapter: {class_path: peft.LoraConfig}}"
+    with pytest.raises(ConfigError, match=r"method a: .*not for LoraConfig"):
+        check_suite(read_suite(written(tmp_path, SMALL.replace("{name: a}", method))))

@@ -53,7 +53,7 @@ class Command:
     """The tiny suite in two processes; its lines can be waited for."""
 
     def __init__(self, out, cache):
-        options = ["--suite=tiny", f"--out={out}", "--jobs=2", "--rivals", "KronA", "--seeds", "0", "1"]
+        options = ["--suite=tiny", f"--out={out}", "--jobs=2", "--methods", "KronA", "--seeds", "0", "1"]
         options += ["--set=training.trainer.accelerator=cpu", "--set=data.init_args.batch_size=4"]
         options += ["--set=data.init_args.tasks=[boolean]", "--set=training.trainer.max_steps=4"]
         command = [sys.executable, str(REPOSITORY / "scripts" / "compare.py"), *options]
