@@ -52,14 +52,12 @@ def make_folder(folder: Path, option: str) -> None:
     Raises:
         ConfigError: If nothing can be written there.
     """
-    if (obstacle := writing_obstacle(folder)) is not None:
-        raise ConfigError(
-            f"{option} {folder}: nothing can be written there ({obstacle}); name another folder"
-        )
+    if (reason := unwritable_reason(folder)) is not None:
+        raise ConfigError(f"{option} {folder}: nothing can be written there ({reason}); name another folder")
 
 
-def writing_obstacle(folder: Path) -> str | None:
-    """Makes a folder and says why no file can be written there; None if one can."""
+def unwritable_reason(folder: Path) -> str | None:
+    """Makes a folder and returns why no file can be written there, or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -1,12 +1,12 @@
 """Scores options whose common prompt is computed once, where the model can do that."""
 
-import inspect
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moka_pl.data.batching.collate import share_prefix, shared_tensors
+from moka_pl.lm.architecture import attention_implementation, decoder_inputs, sliding_window
 from moka_pl.lm.attention import VARLEN
 from moka_pl.lm.scoring import IGNORE_INDEX, TokenScores, logits_at, row_sums, score_tokens
 
@@ -56,7 +56,7 @@ def block_mask(model: "PreTrainedModel", segments: Tensor) -> Tensor:
     causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
     keys, queries = segments[:, None, :], segments[:, :, None]
     seen = (causal & ((keys == 0) | (keys == queries)))[:, None]  # (I, 1, S, S)
-    if model.config._attn_implementation != "eager":
+    if attention_implementation(model) != "eager":
         return seen
     zero = torch.zeros((), dtype=model.dtype, device=segments.device)
     return zero.masked_fill(~seen, torch.finfo(model.dtype).min)
@@ -73,10 +73,9 @@ def can_share(model: "PreTrainedModel") -> bool:
     Args:
         model: A causal language model.
     """
-    if getattr(model.config, "_attn_implementation", None) not in ATTENTIONS:
+    if attention_implementation(model) not in ATTENTIONS:
         return False
-    taken = inspect.signature(model.get_decoder().forward).parameters
-    if not {"position_ids", "attention_mask"} <= taken.keys():
+    if not {"position_ids", "attention_mask"} <= decoder_inputs(model):
         return False
     prompt, options = [9, 4, 21, 12, 6, 30], [[7, 11, 13], [17, 5, 29], [3, 19, 2]]
     rows = share_prefix([{"prompt_ids": prompt, "option_ids": options}], [False])
@@ -95,5 +94,5 @@ def can_share(model: "PreTrainedModel") -> bool:
 
 def fits_window(model: "PreTrainedModel", longest: int) -> bool:
     """Whether rows of `longest` tokens lie within the model's sliding window, which a mask would replace."""
-    window = getattr(model.config, "sliding_window", None)
+    window = sliding_window(model)
     return window is None or longest <= window

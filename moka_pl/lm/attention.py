@@ -1,4 +1,8 @@
-"""What our own kinds of attention have in common: whom they fit, and SDPA behind them."""
+"""Attention that keeps the examples of a packed row apart, and SDPA behind all of our own kinds.
+
+On a GPU in 16 bits a variable-length attention computes each example on its own. Elsewhere the model's usual
+attention gets a mask, which transformers builds from position ids that begin anew.
+"""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,43 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.errors import ConfigError
+from moka_pl.lm.architecture import (
+    attention_implementation,
+    causal_unsupported_reason,
+    decoder_inputs,
+    flash_unsupported_reason,
+    head_size,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def attention_obstacle(model: "PreTrainedModel", own: str) -> str | None:
-    """Why plain causal attention over all earlier positions would not be the model's, if it would not.
-
-    Args:
-        model: A causal language model.
-        own: Name of the attention that is to take SDPA's place, which the model may have already.
-    """
-    config = model.config.get_text_config()
-    if model.config._attn_implementation not in ("sdpa", own):
-        return f"attention is {model.config._attn_implementation}"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"{type(model).__name__} needs an attention of its own"
-    if getattr(config, "sliding_window", None) is not None:
-        return "the model's attention has a sliding window"
-    return None
-
-
-def sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Transformers' SDPA: (B, H, T, d) queries, (B, K, T, d) keys and values to (B, T, H, d), and None."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return out, None
-
-
-# Keeps the examples of a packed row apart in a model's attention.
-#
-# On a GPU in 16 bits a variable-length attention computes each example on its own. Elsewhere the model's
-# usual attention gets a mask, which transformers builds from position ids that begin anew.
-
 
 VARLEN = "moka_varlen"
 """Name of the attention implementation that is registered with transformers."""
@@ -61,44 +38,44 @@ class PackedAttention:
             becomes its attention implementation; other batches are computed as before.
 
     Attributes:
-        obstacle: Why there is no variable-length attention; None where it is used.
+        unsupported_reason: Why there is no variable-length attention; None where it is used.
 
     Raises:
         ConfigError: If the model mixes packed examples.
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
-        if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
+        if "position_ids" not in decoder_inputs(model):
             raise ConfigError(
                 f"{type(model).__name__} takes no position ids, so packed examples could not be told apart; "
                 "set the data's packing to false"
             )
-        self.obstacle = _obstacle(model)
-        self._own = model.config._attn_implementation.startswith("flash_attention")
-        if self.obstacle is None:
+        self.unsupported_reason = _varlen_unsupported_reason(model)
+        self._flash = (attention_implementation(model) or "").startswith("flash_attention")
+        if self.unsupported_reason is None:
             _register()
             model.set_attn_implementation(VARLEN)
         self._check(model)
 
     def __str__(self) -> str:
-        if self.obstacle is None:
+        if self.unsupported_reason is None:
             return "variable-length attention"
-        if self._own:
+        if self._flash:
             return "the attention's own variable-length form"
-        return f"attention with a block mask ({self.obstacle})"
+        return f"attention with a block mask ({self.unsupported_reason})"
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The model's inputs beside the token ids.
 
         Args:
-            batch: What `collate_packs` returns, on the model's device.
+            batch: What ``collate_packs`` returns, on the model's device.
         """
         inputs: dict[str, Any] = {"position_ids": batch["position_ids"]}
-        if self.obstacle is None or self._own:
+        if self.unsupported_reason is None or self._flash:
             starts, longest = batch["segment_starts"], batch["longest_segment"]
             inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
             inputs |= {"max_length_q": longest, "max_length_k": longest}
-        if self.obstacle is None:
+        if self.unsupported_reason is None:
             # A mask of four dimensions is taken for a finished one: none is built, at a cost that grows with
             # the square of the row, and the GPU need not be waited for.
             inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=starts.device)
@@ -129,22 +106,17 @@ class PackedAttention:
             model.train(training)
         if (first - second).abs().max() > 1e-2 * first.abs().max():
             raise ConfigError(
-                f"{type(model).__name__} with attention {model.config._attn_implementation!r} lets packed "
+                f"{type(model).__name__} with attention {attention_implementation(model)!r} lets packed "
                 "examples see each other; set the data's packing to false, or backbone.attention to sdpa"
             )
 
 
-def _obstacle(model: "PreTrainedModel") -> str | None:
-    """Why the variable-length attention cannot be used, if it cannot."""
-    config = model.config.get_text_config()
-    weight = model.get_input_embeddings().weight
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if (obstacle := attention_obstacle(model, VARLEN)) is not None:
-        return obstacle
-    if not model._supports_flash_attn:
-        return f"{type(model).__name__} needs an attention of its own"
-    if getattr(config, "attention_dropout", 0.0):
-        return "the model's attention has dropout"
+def _varlen_unsupported_reason(model: "PreTrainedModel") -> str | None:
+    """Returns why the variable-length attention cannot be used, or None."""
+    reason = causal_unsupported_reason(model, VARLEN) or flash_unsupported_reason(model)
+    if reason is not None:
+        return reason
+    weight, size = model.get_input_embeddings().weight, head_size(model)
     if weight.device.type != "cuda":
         return "variable-length attention needs a GPU"
     if weight.dtype not in _HALF:
@@ -190,8 +162,8 @@ def varlen_attention(
         attention_mask: For SDPA only.
         dropout: For SDPA only.
         scaling: Factor on the scores; None takes 1 / √d.
-        **kwargs: `cu_seq_lens_q` (S + 1,), int32, and `max_length_q` of a packed batch, and what else the
-            model hands to its attention.
+        **kwargs: ``cu_seq_lens_q`` (S + 1,), int32, and ``max_length_q`` of a packed batch, and what else
+            the model hands to its attention.
 
     Returns:
         The attended values, shape (B, T, H, d), and None for the weights.
@@ -204,6 +176,16 @@ def varlen_attention(
     queries, keys, values = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
     out = _varlen()(queries, keys, values, starts, longest, scaling)  # (B * T, H, d)
     return out.view(batch, length, heads, size).to(query.dtype), None
+
+
+def sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Transformers' SDPA: (B, H, T, d) queries, (B, K, T, d) keys and values to (B, T, H, d), and None."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return out, None
 
 
 def _varlen() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor]:

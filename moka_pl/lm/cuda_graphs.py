@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moka_pl.lm.attention import attention_obstacle, sdpa
+from moka_pl.lm.architecture import causal_unsupported_reason
+from moka_pl.lm.attention import sdpa
 from moka_pl.lm.scoring import IGNORE_INDEX, logits_at
 
 if TYPE_CHECKING:
@@ -88,13 +89,13 @@ class StepCapture:
         model: A causal language model with its adapters, in training mode on a CUDA device.
 
     Attributes:
-        obstacle: Why nothing is recorded; None where it is.
+        unsupported_reason: Why nothing is recorded; None where it is.
         graphs: Number of recorded sizes.
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
-        self.obstacle = capture_obstacle(model)
+        self.unsupported_reason = capture_unsupported_reason(model)
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._graphs: dict[tuple[int, int, int], _Recorded] = {}
         self._seen: Counter[tuple[int, int, int]] = Counter()
@@ -130,11 +131,17 @@ class StepCapture:
         return self._loss, self._grads
 
     def _worth_recording(self, size: tuple[int, int, int]) -> bool:
-        if self.obstacle is not None or self._seen[size] <= PATIENCE or len(self._graphs) >= _MOST_GRAPHS:
+        if (
+            self.unsupported_reason is not None
+            or self._seen[size] <= PATIENCE
+            or len(self._graphs) >= _MOST_GRAPHS
+        ):
             return False
         if torch.is_autocast_enabled("cuda"):
-            self.obstacle = "autocast keeps copies of weights from step to step"
-            warnings.warn(f"no CUDA graphs: {self.obstacle}; leave the trainer at 32-true", stacklevel=2)
+            self.unsupported_reason = "autocast keeps copies of weights from step to step"
+            warnings.warn(
+                f"no CUDA graphs: {self.unsupported_reason}; leave the trainer at 32-true", stacklevel=2
+            )
             return False
         return torch.is_grad_enabled()
 
@@ -162,11 +169,8 @@ class StepCapture:
             torch.cuda.set_stream(stream)
             torch.cuda.synchronize(batch.ids.device)
             generator.graphsafe_set_state(random)
-            self.obstacle = _cause(error)
-            warnings.warn(
-                f"the training step is launched kernel by kernel, as it cannot be recorded: {self.obstacle}",
-                stacklevel=2,
-            )
+            self.unsupported_reason = _cause(error)
+            warnings.warn(f"cannot record the training step: {self.unsupported_reason}", stacklevel=2)
             return
         self._pool = graph.pool()
         self._graphs[batch.size] = _Recorded(graph, inputs)
@@ -218,13 +222,13 @@ class _Replayed(torch.autograd.Function):
         return None, *torch._foreach_mul(ctx.capture.result()[1], grad)
 
 
-def capture_obstacle(model: "PreTrainedModel") -> str | None:
-    """Why a model's training step cannot be recorded, if it cannot."""
+def capture_unsupported_reason(model: "PreTrainedModel") -> str | None:
+    """Returns why a model's training step cannot be recorded, or None."""
     if model.get_input_embeddings().weight.device.type != "cuda":
         return "CUDA graphs need a GPU"
     if getattr(model, "is_gradient_checkpointing", False):
         return "with gradient checkpointing the random generators are read while recording"
-    return attention_obstacle(model, CAUSAL)
+    return causal_unsupported_reason(model, CAUSAL)
 
 
 @contextmanager

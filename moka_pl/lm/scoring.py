@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moka_pl.lm.architecture import transforms_logits
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -44,7 +46,7 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **
     targets = labels[:, 1:]  # (B, T-1)
     row, column = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,)
     wanted = targets[row, column]  # (N,)
-    if torch.is_grad_enabled() or _transforms_logits(model):
+    if torch.is_grad_enabled() or transforms_logits(model):
         logits = logits_at(model, row, column, input_ids=input_ids, **inputs)  # (N, V)
         return TokenScores(_nll(logits, wanted), row)
     # Without gradients no logits need be kept: those of a whole evaluation batch can take gigabytes.
@@ -72,16 +74,11 @@ def logits_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: T
         Logits of shape (N, V).
     """
     logits: Tensor
-    if _transforms_logits(model):
+    if transforms_logits(model):
         logits = model(**inputs, use_cache=False).logits[row, column]
     else:
         logits = model.get_output_embeddings()(_hidden_at(model, row, column, **inputs))
     return logits
-
-
-def _transforms_logits(model: "PreTrainedModel") -> bool:
-    """Whether the model changes its logits after the head."""
-    return hasattr(model.config, "final_logit_softcapping") or hasattr(model.config, "logits_scaling")
 
 
 def _hidden_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: Tensor) -> Tensor:

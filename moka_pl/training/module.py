@@ -254,8 +254,8 @@ class MokaModule(EvaluatedModule):
         self._window = self._window.to(self.device)
         if self.cuda_graphs:
             self._capture = StepCapture(self.causal_lm)
-            if self._capture.obstacle is not None and self.device.type == "cuda":
-                rank_zero_info(f"no CUDA graphs: {self._capture.obstacle}")
+            if self._capture.unsupported_reason is not None and self.device.type == "cuda":
+                rank_zero_info(f"no CUDA graphs: {self._capture.unsupported_reason}")
 
     def on_train_end(self) -> None:
         """Gives the memory of the CUDA graphs back."""
@@ -267,7 +267,7 @@ class MokaModule(EvaluatedModule):
 
     def _fixed(self, batch: Batch) -> Batch:
         """Adds the batch in a size that can be recorded; on a GPU the GPU would have to be waited for."""
-        if self._capture is None or self._capture.obstacle is not None:
+        if self._capture is None or self._capture.unsupported_reason is not None:
             return batch
         return batch if "position_ids" in batch or "fixed" in batch else {**batch, "fixed": fix_size(batch)}
 

@@ -73,7 +73,7 @@ def test_a_replayed_step_has_the_loss_and_gradients_of_a_launched_one(
         with torch.no_grad():  # the graph reads the parameters anew
             torch._foreach_add_(params, [1e-3 * torch.randn_like(p) for p in params])
     assert capture.graphs == 1
-    assert capture.obstacle is None
+    assert capture.unsupported_reason is None
 
 
 def test_sizes_share_their_memory_and_gradients() -> None:
@@ -128,7 +128,7 @@ def test_full_training_of_the_base_is_recorded() -> None:
 def test_checkpointing_and_a_failure_go_on_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(MokaConfig())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert "checkpointing" in StepCapture(model).obstacle
+    assert "checkpointing" in StepCapture(model).unsupported_reason
     model.gradient_checkpointing_disable()
     capture = StepCapture(model)
     batch = fix_size(_batch(0))

@@ -78,7 +78,7 @@ def test_packed_logits_are_those_of_single_examples(name: str) -> None:
     with torch.no_grad():
         alone = [model(torch.tensor([row["input_ids"]], device="cuda")).logits[0] for row in rows]
         packed = PackedAttention(model)
-        assert packed.obstacle is None
+        assert packed.unsupported_reason is None
         assert model.config._attn_implementation == VARLEN
         batch = _batch(rows, packed=True)
         found = model(batch["input_ids"], **packed.inputs(batch)).logits
@@ -126,7 +126,7 @@ def test_packed_gradients_are_those_of_the_padded_batch(name: str, checkpointing
 
 def test_float16_uses_it_too() -> None:
     packed = PackedAttention(_model("tiny", dtype="float16"))
-    assert packed.obstacle is None
+    assert packed.unsupported_reason is None
 
 
 def test_float32_has_a_block_mask() -> None:

@@ -180,7 +180,7 @@ def varlen(request, monkeypatch):
     )
     monkeypatch.setattr(module, "varlen_attn", request.param)
     monkeypatch.setattr(attention, "_HALF", (torch.float32,))
-    monkeypatch.setattr(attention, "_obstacle", lambda model: None)
+    monkeypatch.setattr(attention, "_varlen_unsupported_reason", lambda model: None)
 
 
 @pytest.mark.usefixtures("varlen")

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.lm.cuda_graphs import CAUSAL, StepCapture, _causal, _fresh_leaves, capture_obstacle, fix_size
+from moka_pl.lm.cuda_graphs import (
+    CAUSAL,
+    StepCapture,
+    _causal,
+    _fresh_leaves,
+    capture_unsupported_reason,
+    fix_size,
+)
 from moka_pl.lm.scoring import score_tokens
 
 Labels = list[list[bool]]
@@ -100,7 +107,7 @@ def test_gradients_of_fresh_leaves_are_those_of_the_parameters_that_come_back() 
 
 
 def test_a_cpu_goes_without_graphs(model) -> None:
-    assert "GPU" in (capture_obstacle(model) or "")
+    assert "GPU" in (capture_unsupported_reason(model) or "")
 
 
 def test_fit_on_a_cpu_trains_as_ever(make_fit: Callable[..., list[float]]) -> None:

@@ -102,7 +102,7 @@ def fit(folder, name, devices, packing=False, adapter=None, graphs=False):
     """
     if graphs:
         cuda_graphs.StepCapture._record = record_anew
-        cuda_graphs.capture_obstacle = lambda model: None
+        cuda_graphs.capture_unsupported_reason = lambda model: None
         cuda_graphs.PATIENCE = 0
     torch.set_num_threads(1)
     torch.manual_seed(5)

@@ -11,7 +11,7 @@ from typing import Any
 
 from moka_pl.adapters.directory import WEIGHTS_NAME
 from moka_pl.errors import ConfigError
-from moka_pl.utils import writing_obstacle
+from moka_pl.utils import unwritable_reason
 from moka_pl.version import __version__
 
 _LIBRARIES = ("lm_eval", "torch", "transformers", "bitsandbytes", "datasets")
@@ -33,8 +33,8 @@ def results_path(output: Path | None, folder: Path) -> Path:
     path = output.expanduser() if output is not None else folder
     if output is None or path.is_dir():
         path = path / f"results_{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}.json"
-    if (obstacle := writing_obstacle(path.parent)) is not None:
-        raise ConfigError(f"cannot write results to {path}: {obstacle}. Give another file by --output")
+    if (reason := unwritable_reason(path.parent)) is not None:
+        raise ConfigError(f"cannot write results to {path}: {reason}. Give another file by --output")
     return path
 
 

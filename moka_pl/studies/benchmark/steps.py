@@ -142,8 +142,8 @@ def _captured_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
 
     def loss() -> "Tensor":
         found = capture(batch) / batch.tokens
-        if capture.obstacle is not None:
-            raise ConfigError(f"the step cannot be recorded: {capture.obstacle}")
+        if capture.unsupported_reason is not None:
+            raise ConfigError(f"the step cannot be recorded: {capture.unsupported_reason}")
         return found
 
     return loss

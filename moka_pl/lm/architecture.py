@@ -1,0 +1,62 @@
+"""Where architectures of causal language models differ: the one place for another model's quirk.
+
+Where a model cannot be served in the fast way, a function here says why, and its caller goes the usual way.
+"""
+
+import inspect
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def decoder_inputs(model: "PreTrainedModel") -> set[str]:
+    """Returns the names of what the model's decoder can be given."""
+    return set(inspect.signature(model.get_decoder().forward).parameters)
+
+
+def attention_implementation(model: "PreTrainedModel") -> str | None:
+    """Returns the name of the model's attention, or None where it has no such choice."""
+    return getattr(model.config, "_attn_implementation", None)
+
+
+def sliding_window(model: "PreTrainedModel") -> int | None:
+    """Returns how many tokens the model's attention looks back; None without a bound."""
+    return getattr(model.config.get_text_config(), "sliding_window", None)
+
+
+def head_size(model: "PreTrainedModel") -> int:
+    """Returns the entries of a query in one attention head."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def transforms_logits(model: "PreTrainedModel") -> bool:
+    """Whether the model changes its logits after the output head."""
+    return hasattr(model.config, "final_logit_softcapping") or hasattr(model.config, "logits_scaling")
+
+
+def causal_unsupported_reason(model: "PreTrainedModel", implementation: str) -> str | None:
+    """Returns why plain causal attention over all earlier positions would not be the model's, or None.
+
+    Args:
+        model: A causal language model.
+        implementation: Name of the attention that is to take SDPA's place, which the model may have already.
+    """
+    current = attention_implementation(model)
+    if current not in ("sdpa", implementation):
+        return f"attention is {current}"
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        return f"{type(model).__name__} needs an attention of its own"
+    if sliding_window(model) is not None:
+        return "the model's attention has a sliding window"
+    return None
+
+
+def flash_unsupported_reason(model: "PreTrainedModel") -> str | None:
+    """Returns why causal attention of the flash kind, without dropout, would not be the model's, or None."""
+    if not model._supports_flash_attn:
+        return f"{type(model).__name__} needs an attention of its own"
+    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
+        return "the model's attention has dropout"
+    return None
