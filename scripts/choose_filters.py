@@ -35,7 +35,7 @@ def main() -> None:
     sys.argv[1:] = []  # Lightning warns of a command line beside arguments
 
     from moka_pl.adapters import find_targets
-    from moka_pl.adapters.filter_search.search import choose_filters
+    from moka_pl.adapters.filter_search import choose_filters
     from moka_pl.backbone import load_backbone
     from moka_pl.cli.lightning import build
     from moka_pl.lm.scoring import score_tokens

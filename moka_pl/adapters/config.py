@@ -27,7 +27,7 @@ class MokaConfig:
             ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]`` or, with an identity of size k on the left,
             ``[k, m_b, n_b]``: one for all components or one each. A mapping gives every layer, by its full
             name, a list of its own; so does the path of a ``.json`` file of such a mapping, which
-            ``scripts/choose_filters.py`` writes.
+            ``scripts/choose_filters.py`` of the repository writes.
         gating: ``softmax`` trains one logit a component, α = softmax(g): the gates share a sum of 1.
             ``sigmoid`` trains independent gates, α_i = (2/r) · sigmoid(g_i), each from 0 to 2/r. Both start
             at α_i = 1/r; ``none`` fixes that (the paper's ungated ablation).
@@ -93,9 +93,9 @@ class MokaConfig:
             raise ConfigError(f"unknown backend {self.backend!r}; choose one of {', '.join(BACKENDS)}")
         if not self.target_modules:
             raise ConfigError("target_modules is empty; name at least one layer, or use all-linear")
-        self._check_beginning()
+        self._check_start()
 
-    def _check_beginning(self) -> None:
+    def _check_start(self) -> None:
         if self.budget is not None and self.filters != AUTO:
             raise ConfigError(
                 f"budget ({self.budget}) goes with filters: auto only; other filters have their size"
@@ -152,7 +152,7 @@ def _read_filters(file: Path) -> dict[str, list[list[int]]]:
     if not isinstance(stored, dict) or not stored or not all(isinstance(v, list) for v in stored.values()):
         raise ConfigError(
             f"the filters file {file} is not a mapping of layer names to lists of filters; "
-            "scripts/choose_filters.py writes one"
+            "moka_pl.adapters.filter_search.choose_filters finds one"
         )
     return stored
 

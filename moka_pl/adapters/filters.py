@@ -21,8 +21,14 @@ PRIME_BUDGET = 0.8
 
 NAMED_FILTERS = ("diverse", "square", "prime")
 
-#: Filters that a run chooses itself when it begins, from its data (``moka_pl/first_gradient.py``).
+#: Filters that a run chooses itself when it begins, from its data (:mod:`moka_pl.training.auto_filters`).
 AUTO = "auto"
+
+#: What to do about ``filters: auto`` where there is no run; ends a sentence of an error.
+WITHOUT_TRAINER = (
+    "give filters as a mapping of layers to lists of shapes (moka_pl.adapters.filter_search.choose_filters "
+    "finds one)"
+)
 
 Filters = str | Sequence[Sequence[int]]
 
@@ -58,9 +64,7 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
             return _prime_shapes(m, n, components)
         if filters == AUTO:
             raise ConfigError(
-                "filters: auto are chosen when a training run begins; without a trainer choose them with "
-                "scripts/choose_filters.py and give the file that it writes (or a mapping of layers to lists "
-                "of shapes) as filters"
+                f"filters: auto are chosen when a training run begins; without a trainer {WITHOUT_TRAINER}"
             )
         raise ConfigError(
             f"unknown filters {filters!r}; choose one of {', '.join((*NAMED_FILTERS, AUTO))}, "

@@ -1,4 +1,4 @@
-"""What a run takes from its first batches' gradient: every layer's filters, and the start of its factors.
+"""Resolves ``filters: auto`` and ``start: gradient`` from the gradient of a run's first batches.
 
 The training itself is left as it is: batches come from a loader of their own, random generators are put back,
 and the result is an explicit configuration, with which the run goes on as if it had been given.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moka_pl.adapters import MokaConfig, find_targets, inject_adapter, moka_layers
 from moka_pl.adapters.filter_search.gradients import linear_layers, weight_gradients
 from moka_pl.adapters.filter_search.search import choose_within, initial_left_factors, layer_budgets
-from moka_pl.adapters.filters import AUTO, listed
+from moka_pl.adapters.filters import AUTO, WITHOUT_TRAINER, listed
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.scoring import score_tokens
@@ -36,42 +36,46 @@ STEPS = 4
 Filters = dict[str, list[list[int]]]
 
 
-class Beginning(NamedTuple):
-    """What a run begins with.
+class ResolvedFilters(NamedTuple):
+    """What the gradient decided.
 
     Attributes:
         config: The configuration, with explicit filters.
-        left: Left factors of every layer that does not start at random, on the CPU; None for those that do.
+        left_factors: A_i, shape (m_a, n_a), by layer, on the CPU; None for those that start at random. Layers
+            that start at random as a whole are left out.
     """
 
     config: MokaConfig
-    left: dict[str, list[Tensor | None]]
+    left_factors: dict[str, list[Tensor | None]]
 
-    def put_into(self, model: nn.Module) -> None:
-        """Puts the left factors into a model that was adapted by ``config``; ΔW stays 0."""
+    def copy_start(self, model: nn.Module) -> None:
+        """Copies the left factors into a model that was adapted by ``config``; ΔW stays 0."""
         layers = moka_layers(model)
         with torch.no_grad():
-            for name, factors in self.left.items():
-                for (own, _), found in zip(layers[name].factors(), factors, strict=True):
-                    if own is not None and found is not None:
-                        own.copy_(found)
+            for name, starts in self.left_factors.items():
+                for (factor, _), start in zip(layers[name].factors(), starts, strict=True):
+                    if factor is not None and start is not None:
+                        factor.copy_(start)
 
 
-class OpenChoices:
-    """What a configuration leaves open until a fit begins, or until another run's choice is taken over.
+class DeferredFilters:
+    """Filters and a start that are resolved only when a fit begins, or by a checkpoint.
 
     Args:
-        asked: The adapter's configuration as it was given, of any method; None where an adapter is there.
+        config: The adapter's configuration as it was given, of any method; None where the run starts from an
+            adapter directory, which leaves nothing to resolve.
+
+    Attributes:
+        pending: Whether filters or start are still to be resolved.
     """
 
-    def __init__(self, asked: Any | None) -> None:
-        auto = isinstance(asked, MokaConfig) and asked.filters == AUTO
-        self._auto = auto
-        self.left = isinstance(asked, MokaConfig) and (auto or asked.start == "gradient")
+    def __init__(self, config: Any | None) -> None:
+        self._auto = isinstance(config, MokaConfig) and config.filters == AUTO
+        self.pending = self._auto or (isinstance(config, MokaConfig) and config.start == "gradient")
 
-    def ready(self, trainer: Trainer | None, resumes: bool) -> bool:
-        """Whether something is open and this is the time to choose (or, without a trainer, to refuse)."""
-        return self.left and (trainer is None or (trainer.state.fn == "fit" and not resumes))
+    def is_due(self, trainer: Trainer | None, resumes: bool) -> bool:
+        """Whether to resolve them now (or, without a trainer, to refuse)."""
+        return self.pending and (trainer is None or (trainer.state.fn == "fit" and not resumes))
 
     def inject(
         self,
@@ -81,7 +85,7 @@ class OpenChoices:
         device: torch.device,
         resumes: bool,
     ) -> tuple[Any, list[str]]:
-        """Puts adapters into a plain model; as long as choices are open and ΔW = 0 any will do.
+        """Puts adapters into a plain model; as long as filters are pending and ΔW = 0 any will do.
 
         Args:
             model: The model, on its device.
@@ -91,38 +95,38 @@ class OpenChoices:
             resumes: Whether a checkpoint will be loaded next.
 
         Returns:
-            The configuration, explicit if the choices are made, and the names of the adapted layers.
+            The configuration, explicit once filters are resolved, and the names of the adapted layers.
         """
-        if not self.left:
+        if not self.pending:
             return config, inject_adapter(model, config)
-        if not self.ready(trainer, resumes):
-            known = "diverse" if config.filters == AUTO else config.filters
-            return config, inject_adapter(model, replace(config, filters=known, budget=None))
-        start = begin(model, config, trainer, device)
-        names = inject_adapter(model, start.config)
-        start.put_into(model)
-        self.left = False
-        return start.config, names
+        if not self.is_due(trainer, resumes):
+            filters = "diverse" if config.filters == AUTO else config.filters
+            return config, inject_adapter(model, replace(config, filters=filters, budget=None))
+        resolved = resolve_filters(model, config, trainer, device)
+        names = inject_adapter(model, resolved.config)
+        resolved.copy_start(model)
+        self.pending = False
+        return resolved.config, names
 
-    def taken_over(self, config: Any, options: Mapping[str, Any]) -> Any:
-        """The configuration with another run's choice of filters, where ``auto`` was asked for.
+    def adopt(self, config: Any, stored: Mapping[str, Any]) -> Any:
+        """Returns the configuration with the filters of the run that is loaded, where ``auto`` was asked for.
 
         Args:
             config: The adapter's configuration.
-            options: The other run's adapter options, as it stored them.
+            stored: The loaded run's adapter options, as its checkpoint holds them.
         """
-        filters = options.get("filters")
-        if self._auto and isinstance(filters, dict) and options.get("components") == config.components:
-            self.left = False
+        filters = stored.get("filters")
+        if self._auto and isinstance(filters, dict) and stored.get("components") == config.components:
+            self.pending = False
             return config if filters == config.filters else replace(config, filters=filters, budget=None)
-        self.left = self.left and config.filters == AUTO  # a start is in the tensors that come
+        self.pending = self.pending and config.filters == AUTO  # a start is in the tensors that come
         return config
 
 
-def begin(
+def resolve_filters(
     model: "PreTrainedModel", config: MokaConfig, trainer: Trainer | None, device: torch.device
-) -> Beginning:
-    """Decides what ``filters: auto`` and ``start: gradient`` leave open; the first rank does so for all.
+) -> ResolvedFilters:
+    """Resolves ``filters: auto`` and ``start: gradient``; the first rank does so for all.
 
     The gradient is taken of the batches of the first ``STEPS`` optimizer steps, on the model's device, a few
     layers at a time (:func:`moka_pl.adapters.filter_search.gradients.weight_gradients` says at what cost).
@@ -140,28 +144,29 @@ def begin(
         ConfigError: Without a trainer, without a batch of tokens, or if the budget is too small.
     """
     if trainer is None:
-        wanted = "filters: auto" if config.filters == AUTO else "start: gradient"
+        option = "filters: auto" if config.filters == AUTO else "start: gradient"
         raise ConfigError(
-            f"{wanted} needs the training data of a run: a Trainer's fit builds the model with them. Without "
-            "one, choose filters with scripts/choose_filters.py and give the file that it writes (or a "
-            "mapping of layers to lists of shapes) as filters, and set start: zero"
+            f"{option} needs the training data of a run: a Trainer's fit builds the model with them. Without "
+            f"one, {WITHOUT_TRAINER}, and set start: zero"
         )
-    found: Beginning | MokaError | None = None
+    outcome: ResolvedFilters | MokaError | None = None
     if trainer.is_global_zero:
         try:
             with isolate_rng():
-                found = _begin(model, config, trainer, device)
+                outcome = _resolve_on_this_rank(model, config, trainer, device)
         except MokaError as error:
-            found = error  # the other ranks wait for it
-    found = trainer.strategy.broadcast(found)
-    if isinstance(found, MokaError):
-        raise found
-    assert found is not None
-    return found
+            outcome = error  # the other ranks wait for it
+    outcome = trainer.strategy.broadcast(outcome)
+    if isinstance(outcome, MokaError):
+        raise outcome
+    assert outcome is not None
+    return outcome
 
 
-def _begin(model: "PreTrainedModel", config: MokaConfig, trainer: Trainer, device: torch.device) -> Beginning:
-    began = time.monotonic()
+def _resolve_on_this_rank(
+    model: "PreTrainedModel", config: MokaConfig, trainer: Trainer, device: torch.device
+) -> ResolvedFilters:
+    started = time.monotonic()
     names = find_targets(model, config)
     budgets = layer_budgets(linear_layers(model, names), config.components, config.budget)
     batches = first_batches(trainer, STEPS * trainer.accumulate_grad_batches)
@@ -173,7 +178,7 @@ def _begin(model: "PreTrainedModel", config: MokaConfig, trainer: Trainer, devic
         return score_tokens(model, moved["input_ids"], moved["labels"], **inputs).nll.sum()
 
     chosen: Filters = {}
-    left: dict[str, list[Tensor | None]] = {}
+    left_factors: dict[str, list[Tensor | None]] = {}
     for name, gradient in weight_gradients(model, names, batches, loss):
         if config.filters == AUTO:
             shapes = choose_within(gradient, config.components, budgets[name])
@@ -182,11 +187,11 @@ def _begin(model: "PreTrainedModel", config: MokaConfig, trainer: Trainer, devic
             shapes = list(config.shapes_of(name, *gradient.shape))
         if config.start == "gradient":
             factors = initial_left_factors(gradient, shapes)
-            left[name] = [None if factor is None else factor.cpu() for factor in factors]
+            left_factors[name] = [None if factor is None else factor.cpu() for factor in factors]
     if chosen:
         config = replace(config, filters=chosen, budget=None)
-    rank_zero_info(_told(chosen, left, len(batches), time.monotonic() - began))
-    return Beginning(config, left)
+    rank_zero_info(_summary(chosen, bool(left_factors), len(batches), time.monotonic() - started))
+    return ResolvedFilters(config, left_factors)
 
 
 def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
@@ -210,21 +215,21 @@ def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
     return batches
 
 
-def _told(chosen: Filters, left: Any, batches: int, seconds: float) -> str:
-    """One line on what was decided."""
+def _summary(chosen: Filters, starts: bool, batches: int, seconds: float) -> str:
+    """Returns one line on what was decided."""
     parts = []
     if chosen:
         counts = Counter(tuple(shape) for shapes in chosen.values() for shape in shapes)
-        most = ", ".join(f"{_written(shape)} {count}×" for shape, count in counts.most_common(5))
+        most = ", ".join(f"{_format(shape)} {count}×" for shape, count in counts.most_common(5))
         others = sum(counts.values()) - sum(count for _, count in counts.most_common(5))
         parts.append(
             f"filters chosen in {len(chosen)} layers ({most}{f', others {others}×' if others else ''})"
         )
-    if left:
+    if starts:
         parts.append("left factors started along it")
     return f"gradient of the first {batches} batches: {'; '.join(parts)}; {seconds:.1f} s"
 
 
-def _written(shape: Sequence[int]) -> str:
+def _format(shape: Sequence[int]) -> str:
     m_a, n_a, m_b, n_b = shape
     return f"{m_a}×{n_a} ⊗ {m_b}×{n_b}"

@@ -26,7 +26,7 @@ from moka_pl.evaluation.module import Batch, EvaluatedModule
 from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
 from moka_pl.lm.scoring import score_tokens
-from moka_pl.training.auto_filters import OpenChoices
+from moka_pl.training.auto_filters import DeferredFilters
 from moka_pl.training.checkpoint import (
     check_same_factors,
     check_same_ratios,
@@ -106,7 +106,7 @@ class MokaModule(EvaluatedModule):
             self.adapter, self.adapter_prompt = stored.config, stored.extra.get("prompt")
         learning_rate_ratios.check_fits(self.adapter)
         self.learning_rate_ratios = replace(learning_rate_ratios)
-        self._open = OpenChoices(self.adapter if adapter_path is None else None)
+        self._deferred = DeferredFilters(self.adapter if adapter_path is None else None)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
@@ -116,7 +116,7 @@ class MokaModule(EvaluatedModule):
         self.model: PreTrainedModel | None = None
         self.base: BaseModel | None = None
         self.adapted: list[str] = []
-        self._window: Tensor | None = None
+        self._token_accumulator: Tensor | None = None
         self._packed: PackedAttention | None = None
         self._capture: StepCapture | None = None
         self._schedule: WarmupDecay | None = None
@@ -140,7 +140,7 @@ class MokaModule(EvaluatedModule):
             ConfigError: If there are no batches to take a gradient of.
         """
         if self.model is not None:
-            if self._open.ready(self._trainer, self.resumes):
+            if self._deferred.is_due(self._trainer, self.resumes):
                 unload(self.model)
                 self._inject(self.model)
             return
@@ -173,19 +173,19 @@ class MokaModule(EvaluatedModule):
 
     def _inject(self, model: "PreTrainedModel") -> None:
         """Puts the adapters into a plain model."""
-        self.adapter, self.adapted = self._open.inject(
+        self.adapter, self.adapted = self._deferred.inject(
             model, self.adapter, self._trainer, self.device, self.resumes
         )
         # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
         self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in frozen_names(model)]
 
-    def take_over(self, options: Mapping[str, Any]) -> None:
+    def _adopt_filters(self, stored: Mapping[str, Any]) -> None:
         """Takes the filters that ``filters: auto`` chose in the run whose adapters are to be loaded.
 
         Args:
-            options: That run's adapter options, as it stored them.
+            stored: That run's adapter options.
         """
-        before, self.adapter = self.adapter, self._open.taken_over(self.adapter, options)
+        before, self.adapter = self.adapter, self._deferred.adopt(self.adapter, stored)
         if self.model is not None and self.adapter is not before:
             unload(self.model)
             self._inject(self.model)
@@ -242,7 +242,7 @@ class MokaModule(EvaluatedModule):
         Raises:
             ConfigError: If filters or start were left to a checkpoint that did not come.
         """
-        if self._open.left:
+        if self._deferred.pending:
             raise ConfigError(
                 "filters: auto or start: gradient was left to a checkpoint, but none was loaded"
             )
@@ -250,8 +250,8 @@ class MokaModule(EvaluatedModule):
         if self._rng is not None:
             set_rng_state(self._rng, self.device, self.global_rank)
             self._rng = None
-        self._window = torch.zeros(2, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        self._window = self._window.to(self.device)
+        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        self._token_accumulator = torch.zeros(2, dtype=dtype, device=self.device)
         if self.cuda_graphs:
             self._capture = StepCapture(self.causal_lm)
             if self._capture.unsupported_reason is not None and self.device.type == "cuda":
@@ -303,9 +303,9 @@ class MokaModule(EvaluatedModule):
             packed = self._prepare_packing().inputs(batch) if "position_ids" in batch else {}
             scores = score_tokens(self.causal_lm, batch["input_ids"], batch["labels"], **packed)
             total, tokens = scores.nll.sum(), scores.nll.numel()
-        assert self._window is not None
-        self._window[0] += total.detach()
-        self._window[1] += tokens
+        assert self._token_accumulator is not None
+        self._token_accumulator[0] += total.detach()
+        self._token_accumulator[1] += tokens
         return total
 
     def _prepare_packing(self) -> PackedAttention:
@@ -320,16 +320,16 @@ class MokaModule(EvaluatedModule):
         Lightning has divided the sums by the number of accumulated micro-batches, and DDP by the number of
         ranks; both are multiplied back before the division by all tokens.
         """
-        assert self._window is not None
-        window = self.trainer.strategy.reduce(self._window, reduce_op="sum")
-        assert isinstance(window, Tensor)
-        total, tokens = window[0], window[1].clamp(min=1)
+        assert self._token_accumulator is not None
+        sums = self.trainer.strategy.reduce(self._token_accumulator, reduce_op="sum")
+        assert isinstance(sums, Tensor)
+        total, tokens = sums[0], sums[1].clamp(min=1)
         loss = (total / tokens).float()
         factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / tokens
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, factor.to(torch.float32))
         norm = torch.nn.utils.get_total_norm(gradients)
-        self._window.zero_()
+        self._token_accumulator.zero_()
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
         for name, rate in logged_rates(optimizer, self.learning_rate_ratios).items():
@@ -354,7 +354,7 @@ class MokaModule(EvaluatedModule):
                 training would go on with other learning-rate ratios.
         """
         assert self.base is not None
-        self.take_over(checkpoint.get("moka_adapter", {}))
+        self._adopt_filters(checkpoint.get("moka_adapter", {}))
         # Before the sizes: factors of other shapes may fill vectors of the same length.
         check_same_factors(checkpoint.get("moka_adapter", {}), method_of(self.adapter).options())
         check_trainable_state(self, checkpoint["state_dict"])

@@ -150,15 +150,15 @@ def test_a_resumed_run_takes_the_checkpoints_choice(fit, make_data, tmp_path, mo
     adapter = AUTO | {"start": "gradient"}
     whole, losses, _, state = fit(adapter, saving, max_epochs=2)
     told = []
-    begin = auto_filters.begin
+    resolve = auto_filters.resolve_filters
 
     def other(model, config, trainer, device):
         told.append(1)
-        found = begin(model, config, trainer, device)
-        filters = {name: [[4, 4, 8, 8]] * 3 for name in found.config.filters}
-        return found._replace(config=replace(found.config, filters=filters), left={})
+        resolved = resolve(model, config, trainer, device)
+        filters = {name: [[4, 4, 8, 8]] * 3 for name in resolved.config.filters}
+        return resolved._replace(config=replace(resolved.config, filters=filters), left_factors={})
 
-    monkeypatch.setattr(auto_filters, "begin", other)
+    monkeypatch.setattr(auto_filters, "resolve_filters", other)
     resumed = fit(adapter, ckpt_path=tmp_path / "3.ckpt", max_epochs=2)
     assert resumed[0].adapter == whole.adapter
     assert resumed[1] == {step: loss for step, loss in losses.items() if step > 3}
@@ -221,7 +221,7 @@ def test_a_checkpoint_of_other_filters_is_refused(fit, tmp_path) -> None:
     [({"filters": "auto"}, "filters: auto needs"), ({"start": "gradient"}, "start: gradient needs")],
 )
 def test_without_a_trainer_it_says_what_to_do(make_module, adapter, words) -> None:
-    with pytest.raises(ConfigError, match=rf"{words} the training data.*choose_filters\.py"):
+    with pytest.raises(ConfigError, match=rf"{words} the training data.*choose_filters"):
         make_module(adapter=adapter).configure_model()
 
 
