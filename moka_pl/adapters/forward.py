@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moka_pl._compat import hook_count
 from moka_pl.backbone.quantization import dense_weight, is_4bit
 from moka_pl.ops.dispatch import FEW_TOKENS, Backend, can_fuse, resolve_backend
 from moka_pl.ops.gating import Gating
@@ -84,14 +85,8 @@ def join(
 
 def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:
     """Whether passing the frozen layer by would leave something undone."""
-    listeners = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
     trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-    return trained or any(listeners) or layer.weight.device != device
+    return trained or hook_count(layer) > 0 or layer.weight.device != device
 
 
 def few_tokens(x: Tensor, factors: torch.dtype, m: int, backend: Backend) -> bool:

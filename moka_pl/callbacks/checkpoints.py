@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from moka_pl._compat import save_last_checkpoint
 from moka_pl.adapters import save_adapter
 from moka_pl.training.checkpoint import VERSION_KEY
 from moka_pl.training.module import MokaModule
@@ -145,7 +146,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves what is due, unless the run ends in the middle of the epoch, which by now counts as done."""
-        if trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if _epoch_ends(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,12 +157,19 @@ class RunCheckpoint(ModelCheckpoint):
     def _save_end(self, trainer: Trainer) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or is_trial(trainer):
             return
-        if trainer.should_stop or trainer.fit_loop.epoch_loop._is_training_done:
-            saved = self._last_global_step_saved
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._last_global_step_saved = saved  # what is due at this step besides is still to be saved
+        if trainer.should_stop or _epoch_ends(trainer) or -1 < trainer.max_steps <= trainer.global_step:
+            save_last_checkpoint(self, trainer)
 
 
 def between_steps(trainer: Trainer) -> bool:
     """Whether the batch that has just ended completed an optimizer step."""
-    return not trainer.fit_loop._should_accumulate()
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    if batches % trainer.accumulate_grad_batches == 0:
+        return True
+    return _epoch_ends(trainer) and not trainer.strategy.handles_gradient_accumulation
+
+
+def _epoch_ends(trainer: Trainer) -> bool:
+    """Whether the batch at hand is the last one of its epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return bool(progress.is_last_batch or progress.current.ready == trainer.num_training_batches)

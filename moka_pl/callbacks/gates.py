@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from moka_pl._compat import event_writer
 from moka_pl.adapters import moka_layers
 from moka_pl.callbacks.checkpoints import is_trial
 from moka_pl.callbacks.throughput import log_interval
@@ -72,7 +73,7 @@ def log_scalars(logger: Logger, values: Mapping[str, float], step: int) -> None:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     rows = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-    writer = logger.experiment._get_file_writer()
+    writer = event_writer(logger.experiment)
     writer.add_summary(Summary(value=rows), global_step=step)
 
 

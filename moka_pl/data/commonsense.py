@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from moka_pl._compat import rows_fingerprint
 from moka_pl.data.base import MokaDataModule
 from moka_pl.data.batching.collate import SharePrefix
 from moka_pl.data.catalog import task_name
@@ -178,7 +179,7 @@ class CommonsenseData(MokaDataModule):
             return None, []
         splits = ("train", "validation", "test")
         train, *held = [self._select(self._all_rows(split), split) for split in splits]
-        different = {rows._fingerprint: rows for rows in held if rows is not None}
+        different = {rows_fingerprint(rows): rows for rows in held if rows is not None}
         return train, list(different.values())
 
     def _pieces(self, sources: Sources, part: str) -> list[ChoicePiece]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from moka_pl._compat import rows_fingerprint
 from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ class HoldOut:
 
     def __call__(self, rows: "Dataset") -> tuple["Dataset", "Dataset"]:
         """`hold_out(rows, share)`."""
-        if self._last is None or self._last[0] != rows._fingerprint:
-            self._last = (rows._fingerprint, hold_out(rows, self.share))
+        if self._last is None or self._last[0] != rows_fingerprint(rows):
+            self._last = (rows_fingerprint(rows), hold_out(rows, self.share))
         return self._last[1]
 
 

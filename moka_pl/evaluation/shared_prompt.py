@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moka_pl._compat import attention_implementation
 from moka_pl.data.batching.collate import share_prefix, shared_tensors
-from moka_pl.lm.architecture import attention_implementation, decoder_inputs, sliding_window
+from moka_pl.lm.architecture import decoder_inputs, sliding_window
 from moka_pl.lm.attention import VARLEN
 from moka_pl.lm.scoring import IGNORE_INDEX, TokenScores, logits_at, row_sums, score_tokens
 

@@ -6,6 +6,8 @@ Where a model cannot be served in the fast way, a function here says why, and it
 import inspect
 from typing import TYPE_CHECKING
 
+from moka_pl._compat import attention_implementation, supports_flash_attention
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -13,11 +15,6 @@ if TYPE_CHECKING:
 def decoder_inputs(model: "PreTrainedModel") -> set[str]:
     """Returns the names of what the model's decoder can be given."""
     return set(inspect.signature(model.get_decoder().forward).parameters)
-
-
-def attention_implementation(model: "PreTrainedModel") -> str | None:
-    """Returns the name of the model's attention, or None where it has no such choice."""
-    return getattr(model.config, "_attn_implementation", None)
 
 
 def sliding_window(model: "PreTrainedModel") -> int | None:
@@ -55,7 +52,7 @@ def causal_unsupported_reason(model: "PreTrainedModel", implementation: str) -> 
 
 def flash_unsupported_reason(model: "PreTrainedModel") -> str | None:
     """Returns why causal attention of the flash kind, without dropout, would not be the model's, or None."""
-    if not model._supports_flash_attn:
+    if not supports_flash_attention(model):
         return f"{type(model).__name__} needs an attention of its own"
     if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
         return "the model's attention has dropout"

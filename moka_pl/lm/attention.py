@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moka_pl._compat import attention_implementation
 from moka_pl.errors import ConfigError
 from moka_pl.lm.architecture import (
-    attention_implementation,
     causal_unsupported_reason,
     decoder_inputs,
     flash_unsupported_reason,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moka_pl._compat import attention_implementation, copy_all_, multiplied
 from moka_pl.lm.architecture import causal_unsupported_reason
 from moka_pl.lm.attention import sdpa
 from moka_pl.lm.scoring import IGNORE_INDEX, logits_at
@@ -191,7 +192,7 @@ class StepCapture:
         if self._loss is None:
             self._loss, self._grads = torch.empty_like(loss), [torch.empty_like(p) for p in self._params]
         self._loss.copy_(loss.detach())
-        torch._foreach_copy_(self._grads, grads)
+        copy_all_(self._grads, grads)
 
 
 def _cause(error: BaseException) -> str:
@@ -219,7 +220,7 @@ class _Replayed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.turn != ctx.capture.turn:
             raise RuntimeError("another batch was computed before this one's backward pass")
-        return None, *torch._foreach_mul(ctx.capture.result()[1], grad)
+        return None, *multiplied(ctx.capture.result()[1], grad)
 
 
 def capture_unsupported_reason(model: "PreTrainedModel") -> str | None:
@@ -237,7 +238,7 @@ def _causal(model: "PreTrainedModel") -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(CAUSAL, causal_attention)
-    before = model.config._attn_implementation
+    before = attention_implementation(model)
     model.set_attn_implementation(CAUSAL)
     try:
         yield
@@ -256,16 +257,16 @@ def _fresh_leaves(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     places = [
         (module, name, parameter)
         for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter.requires_grad
     ]
     for module, name, parameter in places:
-        module._parameters[name] = fresh[id(parameter)]
+        setattr(module, name, fresh[id(parameter)])
     try:
         yield list(fresh.values())
     finally:
         for module, name, parameter in places:
-            module._parameters[name] = parameter
+            setattr(module, name, parameter)
 
 
 def causal_attention(

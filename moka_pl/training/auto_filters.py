@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from moka_pl._compat import training_loader
 from moka_pl.adapters import MokaConfig, find_targets, inject_adapter, moka_layers
 from moka_pl.adapters.filter_search.gradients import linear_layers, weight_gradients
 from moka_pl.adapters.filter_search.search import choose_within, initial_left_factors, layer_budgets
@@ -201,12 +202,12 @@ def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
         ConfigError: If there is none, or batches are none of token ids and labels.
     """
     # Lightning calls configure_model with the model's device as the default one; loaders work on the CPU.
-    source = trainer.fit_loop._data_source
+    loader = training_loader(trainer)
     batches: list[Any] = []
-    if source.is_defined():
+    if loader is not None:
         # Quiet: the line on an epoch's batches comes when the training makes its own loader.
         with torch.device("cpu"), silenced("lightning.pytorch.utilities.rank_zero"):
-            batches = list(islice(source.dataloader(), count))
+            batches = list(islice(loader(), count))
     if not batches or not all(isinstance(b, dict) and {"input_ids", "labels"} <= b.keys() for b in batches):
         raise ConfigError(
             "filters: auto and start: gradient need training batches with input_ids and labels, as "

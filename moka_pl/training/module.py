@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from moka_pl._compat import leave_out_of_ddp, multiply_all_
 from moka_pl.adapters import (
     BaseModel,
     MokaConfig,
@@ -177,7 +178,7 @@ class MokaModule(EvaluatedModule):
             model, self.adapter, self._trainer, self.device, self.resumes
         )
         # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
-        self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in frozen_names(model)]
+        leave_out_of_ddp(self, [f"model.{name}" for name in frozen_names(model)])
 
     def _adopt_filters(self, stored: Mapping[str, Any]) -> None:
         """Takes the filters that ``filters: auto`` chose in the run whose adapters are to be loaded.
@@ -327,7 +328,7 @@ class MokaModule(EvaluatedModule):
         loss = (total / tokens).float()
         factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / tokens
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, factor.to(torch.float32))
+        multiply_all_(gradients, factor.to(torch.float32))
         norm = torch.nn.utils.get_total_norm(gradients)
         self._token_accumulator.zero_()
         self.log("train/loss", loss, prog_bar=True)

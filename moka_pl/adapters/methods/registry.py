@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moka_pl._compat import disable_adapters
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.injection import moka_layers, replace_module
 from moka_pl.adapters.methods.base import AdapterMethod
@@ -148,17 +149,17 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     others = peft_layers(model).values()
     before = [layer.enabled for layer in layers]
     # Not PEFT's enable_adapters, which changes what requires gradients.
-    hidden = [(other, other._disable_adapters, other.__dict__.pop("forward", None)) for other in others]
+    hidden = [(other, other.disable_adapters, other.__dict__.pop("forward", None)) for other in others]
     for layer in layers:
         layer.enabled = False
     for other in others:
-        other._disable_adapters = True
+        disable_adapters(other, True)
     try:
         yield
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
         for other, disabled, merged in hidden:
-            other._disable_adapters = disabled
+            disable_adapters(other, disabled)
             if merged is not None:
                 other.__dict__["forward"] = merged

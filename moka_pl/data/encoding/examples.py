@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from moka_pl._compat import rows_fingerprint
 from moka_pl.data.encoding.report import EncodingReport
 from moka_pl.data.reading import progress_bars
 from moka_pl.errors import DataError
@@ -266,7 +267,7 @@ def encode_rows(
             "which tokens are the answer. Load its fast variant (`use_fast=True`)."
         )
     parts = [
-        rows._fingerprint,
+        rows_fingerprint(rows),
         digest or tokenizer_digest(tokenizer),
         type(encoder).__name__,
         key,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moka_pl._compat import hook_count
 from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark.cases import FROZEN, Row
 from moka_pl.studies.common import free_memory
@@ -203,10 +204,7 @@ class Bench:
 
 def structure(model: "PreTrainedModel") -> list[tuple[object, ...]]:
     """Names, types and numbers of hooks of all modules: what an adapter could have changed."""
-    return [
-        (name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks))
-        for name, module in model.named_modules()
-    ]
+    return [(name, type(module), hook_count(module)) for name, module in model.named_modules()]
 
 
 def first_line(error: BaseException) -> str:

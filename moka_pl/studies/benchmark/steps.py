@@ -173,12 +173,11 @@ def _step(loss: "Loss", device: "torch.device", trainable: list["Tensor"]) -> tu
     ended = time.perf_counter()
     forward = marks[0].elapsed_time(marks[1]) if cuda else 1e3 * (between - begun)
     del value
-    for parameter in trainable:
-        parameter.grad = None
-    if trainable:
-        # As after an optimizer's step: nothing that was computed from the parameters may be used again.
-        with torch.no_grad():
-            torch._foreach_mul_(trainable, 1.0)
+    # As after an optimizer's step: nothing that was computed from the parameters may be used again.
+    with torch.no_grad():
+        for parameter in trainable:
+            parameter.grad = None
+            parameter.mul_(1.0)
     return forward, 1e3 * (ended - begun)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moka_pl._compat import attention_implementation
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.backbone.load import Backbone
 from moka_pl.evaluation.metrics import ItemTable
@@ -33,7 +34,7 @@ class _Loaded:
     children: list[tuple[nn.Module, dict[str, nn.Module | None]]]
     structure: list[tuple[object, ...]]
     checksums: Checksums
-    attention: str
+    attention: str | None
 
 
 class SharedBase:
@@ -58,10 +59,10 @@ class SharedBase:
             self._config = config
             self._loaded = _Loaded(
                 backbone,
-                [(module, dict(module._modules)) for module in model.modules()],
+                [(module, dict(module.named_children())) for module in model.modules()],
                 structure(model),
                 checksums(model),
-                model.config._attn_implementation,
+                attention_implementation(model),
             )
             self.loads += 1
         self._loaded.backbone.model.to(device)
@@ -80,15 +81,16 @@ class SharedBase:
             return False
         loaded, model = self._loaded, self._loaded.backbone.model
         for module, children in loaded.children:
-            if module._modules != children:
-                module._modules.clear()
-                module._modules.update(children)
+            for name in dict(module.named_children()).keys() - children.keys():
+                delattr(module, name)
+            for name, child in children.items():
+                setattr(module, name, child)
         vars(model).pop("peft_config", None)  # of PEFT's methods, which warn of it when they find it
         model.requires_grad_(False)
         model.zero_grad(set_to_none=True)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             model.gradient_checkpointing_disable()
-        if model.config._attn_implementation != loaded.attention:
+        if attention_implementation(model) != loaded.attention:
             model.set_attn_implementation(loaded.attention)
         model.eval()
         clean = structure(model) == loaded.structure and checksums(model) == loaded.checksums

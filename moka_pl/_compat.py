@@ -1,0 +1,162 @@
+"""The private names of other libraries that the package cannot do without, each behind a function of ours.
+
+A private name may be gone with any release. So each is used here only, and says in which versions it was
+seen, what it does, and what would be missing without it. ``tests/test_compat.py`` finds private names
+elsewhere and tries each of these against the installed libraries; continuous integration runs it with the
+lowest and the newest versions that ``pyproject.toml`` allows.
+
+Nothing is imported at the top: every function works on objects that it is given.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+# torch
+
+
+def hook_count(module: "nn.Module") -> int:
+    """Number of hooks, of any kind, that are registered with a module.
+
+    Seen in torch 2.6 to 2.13; hooks are registered publicly, but there is no public way to ask for them.
+    Without it a merged forward would pass a layer by and leave its hooks uncalled.
+    """
+    kinds = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return sum(len(hooks) for hooks in kinds)
+
+
+def multiply_all_(tensors: "list[Tensor]", factor: "Tensor") -> None:
+    """Multiplies tensors in place by one factor, in a few kernels for all of them.
+
+    Seen in torch 2.6 to 2.13, whose own optimizers use it. Without it a loop over ``tensor.mul_(factor)``
+    does the same, with a kernel for each tensor.
+    """
+    import torch
+
+    torch._foreach_mul_(tensors, factor)
+
+
+def multiplied(tensors: "list[Tensor]", factor: "Tensor") -> tuple["Tensor", ...]:
+    """The products of tensors with one factor; see :func:`multiply_all_`."""
+    import torch
+
+    return tuple(torch._foreach_mul(tensors, factor))
+
+
+def copy_all_(targets: "list[Tensor]", sources: "Sequence[Tensor]") -> None:
+    """Copies tensors into others of the same shapes; see :func:`multiply_all_`."""
+    import torch
+
+    torch._foreach_copy_(targets, list(sources))
+
+
+def leave_out_of_ddp(module: "nn.Module", names: Iterable[str]) -> None:
+    """Has ``DistributedDataParallel`` neither broadcast nor reduce some parameters and buffers of a module.
+
+    Seen in torch 2.6 to 2.13, in which DDP reads this attribute. Without it every rank would broadcast the
+    frozen base when training begins, and 4-bit weights cannot be broadcast everywhere.
+
+    Args:
+        module: The module that DDP will wrap.
+        names: Names of the parameters and buffers, as ``module.named_parameters()`` has them.
+    """
+    module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
+
+
+# transformers
+
+
+def attention_implementation(model: "PreTrainedModel") -> str | None:
+    """Name of the attention that a model computes with, such as ``sdpa``.
+
+    Seen in transformers 5.0 to 5.24; it is set publicly with ``set_attn_implementation``, but only this
+    tells it. Without it a model's own attention could not be put back after another one has been used.
+    """
+    name: str | None = getattr(model.config, "_attn_implementation", None)
+    return name
+
+
+def supports_flash_attention(model: "PreTrainedModel") -> bool:
+    """Whether a model's class says that flash attention may take the place of its own.
+
+    Seen in transformers 5.0 to 5.24. Without it packed rows would be computed with a mask, which is slower.
+    """
+    return bool(getattr(model, "_supports_flash_attn", False))
+
+
+# datasets
+
+
+def rows_fingerprint(rows: "Dataset") -> str:
+    """A hash of what the rows are, which stays the same in another process.
+
+    Seen in datasets 4.0 to 5.2; functions that change rows take a ``new_fingerprint``, but none tells it.
+    Without it rows would be split and encoded anew each time they are asked for.
+    """
+    return str(rows._fingerprint)
+
+
+# PEFT
+
+
+def disable_adapters(layer: Any, disabled: bool) -> None:
+    """Has a layer of PEFT's compute as its base layer, or as an adapted one again.
+
+    Seen in PEFT 0.18 to 0.21, whose public ``enable_adapters`` also changes what requires gradients.
+    Without it one would have to write down which parameters do, and restore that.
+
+    Args:
+        layer: A layer of PEFT's; its public ``disable_adapters`` says how it is.
+        disabled: Whether it is to compute as its base layer.
+    """
+    layer._disable_adapters = disabled
+
+
+# Lightning
+
+
+def training_loader(trainer: "Trainer") -> Callable[[], Any] | None:
+    """What makes a loader of the training's batches, apart from the one that the training uses.
+
+    Seen in Lightning 2.6; ``trainer.train_dataloader`` is the loader in use, and not there before training.
+    Without it filters could not be chosen from the first batches where a loader was given to ``fit``.
+
+    Returns:
+        A function without arguments; None if the trainer has no training data.
+    """
+    source = trainer.fit_loop._data_source
+    return source.dataloader if source.is_defined() else None
+
+
+def save_last_checkpoint(callback: "ModelCheckpoint", trainer: "Trainer") -> None:
+    """Writes ``last.ckpt`` now, and whatever else is due at this step later.
+
+    Seen in Lightning 2.6, whose ModelCheckpoint writes it only together with another checkpoint. Without it
+    ``--ckpt_path last`` would go back to the last regular checkpoint instead of to a run's end.
+    """
+    saved = callback._last_global_step_saved
+    callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+    callback._last_global_step_saved = saved
+
+
+# TensorBoard
+
+
+def event_writer(experiment: Any) -> Any:
+    """What writes a ``SummaryWriter``'s events, opened again if it was closed.
+
+    Seen in torch 2.6 to 2.13; ``SummaryWriter`` itself writes one event for each scalar. Without it the gates
+    of a large model would take many times as long to log.
+    """
+    return experiment._get_file_writer()
