@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moka_pl.prompts.segments import PromptName
+    from moka_pl.prompts.templates import PromptName
 
 
 PARQUET = "refs/convert/parquet"

@@ -18,7 +18,8 @@ from moka_pl.data.sources import Piece, Sources, as_list, find_pieces
 from moka_pl.data.splits import HoldOut, ThreeParts
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import resolve_prompt
-from moka_pl.prompts.segments import PromptName, alpaca, chat, require_template
+from moka_pl.prompts.segments import alpaca, chat, require_template
+from moka_pl.prompts.templates import PromptName
 
 if TYPE_CHECKING:
     from datasets import Dataset

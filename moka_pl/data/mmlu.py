@@ -1,7 +1,6 @@
 """MMLU: questions of 57 subjects, each after a few solved ones."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,18 +9,16 @@ from moka_pl.data.base import MokaDataModule
 from moka_pl.data.batching.collate import SharePrefix
 from moka_pl.data.encoding.examples import ChoiceEncoder, Encoded, adds_bos, encode_rows
 from moka_pl.data.formats.choice import choice_features
-from moka_pl.data.formats.mmlu import CATEGORIES, check_mmlu
+from moka_pl.data.formats.mmlu import check_mmlu, mmlu_groups
 from moka_pl.data.reading import is_local, read_rows
 from moka_pl.data.splits import spread
 from moka_pl.errors import DataError
-from moka_pl.prompts.choice import letters, texts
-from moka_pl.prompts.templates import cloze_prompt, lettered, mmlu_header
+from moka_pl.prompts.choice import MMLU_PROMPTS, FewShot
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Scoring = Literal["letters", "text"]
-Row = Mapping[str, Any]
 
 
 class MmluData(MokaDataModule):
@@ -90,12 +87,7 @@ class MmluData(MokaDataModule):
     @property
     def task_groups(self) -> dict[str, list[str]]:
         """The four categories, and all subjects together."""
-        tasks = self.tasks
-        groups = {
-            f"mmlu_{name}": [f"mmlu_{subject}" for subject in subjects if f"mmlu_{subject}" in tasks]
-            for name, subjects in CATEGORIES.items()
-        }
-        return {name: members for name, members in groups.items() if members} | {"mmlu": tasks}
+        return mmlu_groups(self.tasks) | {"mmlu": self.tasks}
 
     def encode(self, split: str) -> Encoded | None:
         """Encode `"validation"` or `"test"`; there is nothing to train on."""
@@ -109,7 +101,7 @@ class MmluData(MokaDataModule):
         encoder = ChoiceEncoder(
             self.tokenizer,
             form.full,
-            letters if self.scoring == "letters" else texts,
+            MMLU_PROMPTS[self.scoring].options,
             self.max_length,
             adds_bos(self.tokenizer),
             tasks,
@@ -126,7 +118,7 @@ class MmluData(MokaDataModule):
         for row in self._rows("dev"):
             found = solved.get(row["task"])
             if found is not None and len(found) < self.shots:
-                found.append(solve(row, self.scoring))
+                found.append(MMLU_PROMPTS[self.scoring].solved(row))
         for task, found in solved.items():
             if len(found) < self.shots:
                 raise DataError(
@@ -180,41 +172,3 @@ class MmluData(MokaDataModule):
                 f"{source} has no subject {', '.join(unknown)}; it has: {', '.join(known)}. Correct "
                 "`subjects`."
             )
-
-
-@dataclass(frozen=True)
-class FewShot:
-    """Prompts with solved questions before the one that is asked.
-
-    Attributes:
-        scoring: Whether options are listed, and answered by letter.
-        solved: The solved questions of every task, as text.
-    """
-
-    scoring: Scoring
-    solved: Mapping[str, Sequence[str]]
-
-    def full(self, row: Row) -> str:
-        """The prompt with all solved questions of the row's task."""
-        return self._prompt(row, 0)
-
-    def shorter(self, row: Row) -> list[str]:
-        """The prompts with one more left out each, from the front, down to none."""
-        return [self._prompt(row, start) for start in range(1, len(self.solved[row["task"]]) + 1)]
-
-    def _prompt(self, row: Row, start: int) -> str:
-        header = mmlu_header(row["task"].removeprefix("mmlu_"), listed=self.scoring == "letters")
-        return "\n\n".join([header, *self.solved.get(row["task"], ())[start:], ask(row, self.scoring)])
-
-
-def ask(row: Row, scoring: Scoring) -> str:
-    """One question up to `Answer:`."""
-    if scoring == "letters":
-        return lettered(row["question"], row["choices"])
-    return cloze_prompt(row["question"])
-
-
-def solve(row: Row, scoring: Scoring) -> str:
-    """One question with its answer."""
-    options = letters(row) if scoring == "letters" else texts(row)
-    return ask(row, scoring) + options[row["answer"]]

@@ -1,6 +1,9 @@
-"""How a multiple-choice question is asked, and how its options continue the prompt."""
+"""How a multiple-choice question is asked, and which prompt an evaluation uses.
 
-from collections.abc import Callable, Collection, Mapping
+The package's own scoring and the tasks of lm_eval take their texts from the same objects here.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
@@ -9,19 +12,26 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moka_pl.errors import DataError
 from moka_pl.prompts.segments import Segment
-from moka_pl.prompts.templates import cloze_prompt, letters_prompt, llm_adapters_names, llm_adapters_prompt
+from moka_pl.prompts.templates import (
+    cloze_prompt,
+    lettered,
+    letters_prompt,
+    llm_adapters_names,
+    llm_adapters_prompt,
+    mmlu_header,
+)
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ChoicePrompt:
-    """A form of multiple-choice questions, the same in training and evaluation.
+    """A format of multiple-choice questions, the same in training and evaluation.
 
     Attributes:
         before: The text before the options of a row.
         options: The texts that continue it, one for each option.
-        names: For forms that are evaluated by generating: what the answer calls each option.
+        names: For formats that are evaluated by generating: what the answer calls each option.
     """
 
     before: Callable[[Row], str]
@@ -29,29 +39,17 @@ class ChoicePrompt:
     names: Callable[[Row], list[str]] | None = None
 
     def segments(self, row: Row) -> list[Segment]:
-        """Question and right option; the option and the end-of-sequence token are trained."""
+        """Returns question and right option; the option and the end-of-sequence token are trained."""
         right = self.options(row)[row["answer"]]
         return [Segment(self.before(row), trained=False), Segment(right, trained=True, end=True)]
 
+    def solved(self, row: Row) -> str:
+        """Returns the question with its right option."""
+        return self.before(row) + self.options(row)[row["answer"]]
 
-def texts(row: Row) -> list[str]:
-    """The options' texts after `Answer:`."""
-    return [f" {choice}" for choice in row["choices"]]
-
-
-def letters(row: Row) -> list[str]:
-    """The options' letters after `Answer:`.
-
-    Raises:
-        DataError: There are more options than letters.
-    """
-    count = len(row["choices"])
-    if count > len(ascii_uppercase):
-        raise DataError(
-            f"{row['where']}: {count} choices, but there are only {len(ascii_uppercase)} letters for them. "
-            "Use `prompt: cloze`."
-        )
-    return [f" {letter}" for letter in ascii_uppercase[:count]]
+    def bare_options(self, row: Row) -> list[str]:
+        """Returns the options without the space that parts them from the prompt, which lm_eval adds."""
+        return [option.removeprefix(" ") for option in self.options(row)]
 
 
 def _cloze(row: Row) -> str:
@@ -62,8 +60,26 @@ def _letters(row: Row) -> str:
     return letters_prompt(row["question"], row["choices"])
 
 
+def _mmlu(row: Row) -> str:
+    return lettered(row["question"], row["choices"])
+
+
 def _llm_adapters(row: Row) -> str:
     return llm_adapters_prompt(row["question"], row["choices"], row["task"])
+
+
+def _option_texts(row: Row) -> list[str]:
+    return [f" {choice}" for choice in row["choices"]]
+
+
+def _option_letters(row: Row) -> list[str]:
+    count = len(row["choices"])
+    if count > len(ascii_uppercase):
+        raise DataError(
+            f"{row['where']}: {count} choices, but there are only {len(ascii_uppercase)} letters for them. "
+            "Use `prompt: cloze`"
+        )
+    return [f" {letter}" for letter in ascii_uppercase[:count]]
 
 
 def _names(row: Row) -> list[str]:
@@ -75,20 +91,49 @@ def _sentences(row: Row) -> list[str]:
 
 
 CHOICE_PROMPTS: dict[str, ChoicePrompt] = {
-    "cloze": ChoicePrompt(_cloze, texts),
-    "letters": ChoicePrompt(_letters, letters),
+    "cloze": ChoicePrompt(_cloze, _option_texts),
+    "letters": ChoicePrompt(_letters, _option_letters),
     "llm_adapters": ChoicePrompt(_llm_adapters, _sentences, _names),
 }
-"""The forms by the name that options and adapters know them by."""
+"""The formats by the name that options and adapters know them by."""
+
+MMLU_PROMPTS: dict[str, ChoicePrompt] = {
+    "letters": ChoicePrompt(_mmlu, _option_letters),
+    "text": CHOICE_PROMPTS["cloze"],
+}
+"""How MMLU asks one question, by the way of scoring it."""
 
 
-# Which prompt an evaluation uses: the adapter's own, unless the user chose another.
+@dataclass(frozen=True)
+class FewShot:
+    """MMLU's prompts: a header, solved questions, and the one that is asked.
+
+    Attributes:
+        scoring: A name of ``MMLU_PROMPTS``.
+        solved: The solved questions of every task, as text.
+    """
+
+    scoring: str
+    solved: Mapping[str, Sequence[str]]
+
+    def full(self, row: Row) -> str:
+        """Returns the prompt with all solved questions of the row's task."""
+        return self._prompt(row, 0)
+
+    def shorter(self, row: Row) -> list[str]:
+        """Returns the prompts with one more question left out each, from the front, down to none."""
+        return [self._prompt(row, start) for start in range(1, len(self.solved[row["task"]]) + 1)]
+
+    def _prompt(self, row: Row, start: int) -> str:
+        header = mmlu_header(row["task"].removeprefix("mmlu_"), listed=self.scoring == "letters")
+        asked = MMLU_PROMPTS[self.scoring].before(row)
+        return "\n\n".join([header, *self.solved.get(row["task"], ())[start:], asked])
 
 
 def resolve_prompt(
     chosen: str | None, trained: str | None, known: Collection[str], default: str, *, warned: set[str]
 ) -> str:
-    """Settle the prompt of a data module.
+    """Returns the name of the prompt of a data module: the adapter's, unless the user chose another.
 
     Args:
         chosen: What the user chose; None leaves it to the adapter.
@@ -96,17 +141,14 @@ def resolve_prompt(
         known: The prompts among which there is a choice; an adapter trained with any other decides nothing.
         default: The prompt where neither decides.
         warned: What has been warned of; the same warning is given once.
-
-    Returns:
-        The name of the prompt.
     """
-    own = trained if trained in known else None
+    adapters = trained if trained in known else None
     if chosen is None:
-        return own or default
-    if own is not None and own != chosen and own not in warned:
-        warned.add(own)
+        return adapters or default
+    if adapters is not None and adapters != chosen and adapters not in warned:
+        warned.add(adapters)
         rank_zero_warn(
-            f"the adapter was trained with `prompt: {own}`, but the data are asked for with `prompt: "
+            f"the adapter was trained with `prompt: {adapters}`, but the data are asked for with `prompt: "
             f"{chosen}`; leave the option out to use the adapter's own"
         )
     return chosen

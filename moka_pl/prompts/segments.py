@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import DataError
 from moka_pl.prompts.templates import alpaca_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PromptName = Literal["chat", "alpaca"]
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ from moka_pl.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PromptFormat = Literal["chat", "alpaca", "cloze", "letters", "llm_adapters", "raw"]
-"""What may stand around a question: the tokenizer's chat template, a training prompt, or nothing."""
+PromptName = Literal["chat", "alpaca"]
+"""The formats of an instruction or a chat."""
 
 ChoicePromptName = Literal["cloze", "letters", "llm_adapters"]
-"""The forms of a multiple-choice question."""
+"""The formats of a multiple-choice question."""
+
+PromptFormat = Literal[PromptName, ChoicePromptName, "raw"]
+"""What may stand around a question: the tokenizer's chat template, a training prompt, or nothing."""
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
@@ -27,7 +30,7 @@ _ALPACA_INPUT = (
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
-    """The Alpaca prompt up to the answer; without a context in the form that has no input."""
+    """Returns the Alpaca prompt up to the answer; without a context in the format that has no input."""
     # Replaced one by one: a brace in the user's text is no place holder.
     template = _ALPACA_INPUT if context else _ALPACA
     before, _, rest = template.partition("{instruction}")
@@ -35,18 +38,18 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
 
 
 def cloze_prompt(question: str) -> str:
-    """What stands before every option of a multiple-choice question."""
+    """Returns what stands before every option of a multiple-choice question."""
     return f"Question: {question}\nAnswer:"
 
 
 def lettered(question: str, choices: Sequence[str]) -> str:
-    """A question, its options behind the letters A., B., ... on lines of their own, and `Answer:`."""
+    """Returns a question, its options behind the letters A., B., ... on lines of their own, and the cue."""
     options = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
     return "\n".join([question, *options, "Answer:"])
 
 
 def letters_prompt(question: str, choices: Sequence[str]) -> str:
-    """What stands before the letter of the right option."""
+    """Returns what stands before the letter of the right option."""
     return f"Question: {lettered(question, choices)}"
 
 
@@ -63,7 +66,7 @@ _LLM_ADAPTERS_OTHER = ("answer", "Please choose the correct answer to the questi
 
 
 def llm_adapters_names(choices: Sequence[str], task: str) -> list[str]:
-    """What the LLM-Adapters form calls the options: `answer1`, ..., or `true` and `false` themselves."""
+    """Returns what LLM-Adapters calls the options: ``answer1``, ..., or ``true`` and ``false`` themselves."""
     if sorted(choices) == ["false", "true"]:
         return list(choices)
     word, _ = _llm_adapters_words(task)
@@ -71,13 +74,13 @@ def llm_adapters_names(choices: Sequence[str], task: str) -> list[str]:
 
 
 def llm_adapters_prompt(question: str, choices: Sequence[str], task: str) -> str:
-    """The LLM-Adapters form: the options are listed by name in an Alpaca instruction.
+    """Returns the LLM-Adapters format: the options are listed by name in an Alpaca instruction.
 
     Args:
         question: The question alone.
         choices: The texts of the options.
         task: Name of the task, which decides between answer1, solution1 (piqa), ending1 (hellaswag) and
-            option1 (winogrande). Options `true` and `false` are asked for without a list.
+            option1 (winogrande). Options ``true`` and ``false`` are asked for without a list.
     """
     names = llm_adapters_names(choices, task)
     if sorted(choices) == ["false", "true"]:
@@ -94,15 +97,14 @@ def llm_adapters_prompt(question: str, choices: Sequence[str], task: str) -> str
 
 
 def _llm_adapters_words(task: str) -> tuple[str, str]:
-    plain = task.lower()
-    return next((words for name, words in _LLM_ADAPTERS.items() if name in plain), _LLM_ADAPTERS_OTHER)
+    return next((words for name, words in _LLM_ADAPTERS.items() if name in task.lower()), _LLM_ADAPTERS_OTHER)
 
 
 def mmlu_header(subject: str, *, listed: bool = True) -> str:
-    """The line that opens a prompt of MMLU.
+    """Returns the line that opens a prompt of MMLU.
 
     Args:
-        subject: Its name with underscores, such as `high_school_physics`.
+        subject: Its name with underscores, such as ``high_school_physics``.
         listed: Whether the options are listed under the questions.
     """
     kind = "multiple choice questions" if listed else "questions"
@@ -110,7 +112,7 @@ def mmlu_header(subject: str, *, listed: bool = True) -> str:
 
 
 def chat_prompt(question: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The chat template around one user turn, up to the answer.
+    """Returns the chat template around one user turn, up to the answer.
 
     Raises:
         ConfigError: If the tokenizer has no chat template.

@@ -1,5 +1,6 @@
 """Check the records of MMLU: those of its CSV files and those of the hub."""
 
+from collections.abc import Collection
 from typing import Any
 
 from moka_pl.data.formats.choice import check_choice
@@ -60,9 +61,6 @@ def _index(answer: object, where: str) -> object:
         f"{where}: field 'answer' is {answer!r}; it must be the number of the right option, 0 to 3, or its "
         "letter, A to D."
     )
-
-
-# The 57 subjects of MMLU in their four published categories.
 
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
@@ -132,3 +130,13 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
         "virology",
     ),
 }
+"""The 57 subjects of MMLU in their four published categories."""
+
+
+def mmlu_groups(tasks: Collection[str]) -> dict[str, list[str]]:
+    """Returns the tasks ``mmlu_SUBJECT`` of each category ``mmlu_CATEGORY`` that has any."""
+    groups = {
+        f"mmlu_{category}": [task for subject in subjects if (task := f"mmlu_{subject}") in tasks]
+        for category, subjects in CATEGORIES.items()
+    }
+    return {category: members for category, members in groups.items() if members}

@@ -3,9 +3,12 @@ from pathlib import Path
 
 import pytest
 
+from moka_pl.data import CommonsenseData, MmluData
+from moka_pl.data.encoding.examples import ChoiceEncoder
 from moka_pl.errors import DataError
+from moka_pl.evaluation.lm_eval import local_data
 from moka_pl.evaluation.lm_eval.local_data import local_tasks, write_task_files
-from moka_pl.prompts.templates import cloze_prompt
+from moka_pl.evaluation.lm_eval.tasks import select_tasks
 
 
 def test_folders_are_tasks(questions: Path) -> None:
@@ -74,21 +77,64 @@ def test_written_files_include_ours(questions: Path, tmp_path: Path) -> None:
         assert len(rows) == 12
 
 
-def test_prompts_are_those_of_the_harness_and_of_our_own_evaluation(mmlu: Path) -> None:
+ROW = {"question": "Why {{x}}?", "choices": ["So.", "Not so.", "{3}", "Who knows?"], "answer": 1}
+
+
+def test_prompts_are_those_of_the_harness(mmlu: Path) -> None:
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import apply_template
 
-    from moka_pl.evaluation.lm_eval import local_data
-
     theirs = Path(lm_eval.tasks.__file__).parent
-    cloze = load_yaml(local_data._TEMPLATES / "cloze.yaml")
-    assert cloze["doc_to_text"] == load_yaml(theirs / "arc" / "arc_easy.yaml")["doc_to_text"]
-    assert apply_template(cloze["doc_to_text"], {"question": "Why {{x}}?"}) == cloze_prompt("Why {{x}}?")
+    cloze = load_yaml(local_data.TASK_FILES / "cloze.yaml")
+    original = load_yaml(theirs / "arc" / "arc_easy.yaml")
+    assert cloze["doc_to_text"](ROW) == apply_template(original["doc_to_text"], ROW)
+    assert cloze["doc_to_choice"](ROW) == ROW["choices"]
     for subject in ("astronomy", "world_religions"):
-        own = load_yaml(local_data._TEMPLATES / "mmlu.yaml") | local_tasks(mmlu)[f"mmlu_{subject}"]
+        task = load_yaml(local_data.TASK_FILES / "mmlu.yaml") | local_tasks(mmlu)[f"mmlu_{subject}"]
         original = load_yaml(theirs / "mmlu" / "default" / f"mmlu_{subject}.yaml")
-        names = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "output_type")
-        names += ("fewshot_split", "fewshot_config", "test_split")
-        assert {name: own[name] for name in names} == {name: original[name] for name in names}
-        assert json.dumps(own["metric_list"]) == json.dumps(original["metric_list"])
+        names = (
+            "doc_to_target",
+            "description",
+            "output_type",
+            "fewshot_split",
+            "fewshot_config",
+            "test_split",
+        )
+        assert {name: task[name] for name in names} == {name: original[name] for name in names}
+        assert task["doc_to_text"](ROW) == apply_template(original["doc_to_text"], ROW)
+        assert task["doc_to_choice"](ROW) == original["doc_to_choice"]
+        assert json.dumps(task["metric_list"]) == json.dumps(original["metric_list"])
+
+
+def requests(name: str, data: Path, **options: int) -> list[list[tuple[str, str]]]:
+    """Every question's prompts and options as lm_eval gives them to the model."""
+    (task,) = select_tasks([name], data, **options).tasks
+    task.set_config(key="num_fewshot", value=options["num_fewshot"])
+    task.build_all_requests(limit=None, rank=0, world_size=1)
+    arguments = [request.args for request in task.instances]
+    count = len(task.eval_docs[0]["choices"])
+    return [arguments[start : start + count] for start in range(0, len(arguments), count)]
+
+
+def test_both_evaluations_show_the_same_texts(
+    questions: Path, mmlu: Path, beginning_tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    encode = ChoiceEncoder.__call__
+
+    def remember(encoder: ChoiceEncoder, row: dict) -> dict:
+        asked.append([(encoder.prompt(row), option) for option in encoder.options(row)])
+        return encode(encoder, row)
+
+    monkeypatch.setattr(ChoiceEncoder, "__call__", remember)
+    for data, name, shots in (
+        (CommonsenseData(questions, prompt="cloze", tasks=["physical"]), "physical", 0),
+        (MmluData(mmlu, ["astronomy"], shots=2), "mmlu_astronomy", 2),
+        (MmluData(mmlu, ["world_religions"], shots=0), "mmlu_world_religions", 0),
+    ):
+        asked.clear()
+        data.connect(beginning_tokenizer)
+        data.encode("test")
+        assert len(asked) > 3
+        assert requests(name, Path(data.path), num_fewshot=shots) == asked

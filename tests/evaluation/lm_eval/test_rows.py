@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from moka_pl.errors import DataError
-from moka_pl.evaluation.lm_eval.local_data import cloze_splits, mmlu_splits
+from moka_pl.evaluation.lm_eval.local_data import choice_splits, mmlu_splits
 
 
 def test_questions_of_both_forms(questions: Path) -> None:
@@ -11,7 +11,7 @@ def test_questions_of_both_forms(questions: Path) -> None:
         "test": str(questions / "boolean" / "test.json"),
         "train": str(questions / "physical" / "train.json"),
     }
-    rows = cloze_splits("boolean", files, version=1.0)
+    rows = choice_splits("boolean", files, version=1.0)
     assert sorted(rows) == ["test", "train"]
     assert rows["test"][0]["choices"] == ["true", "false"]
     assert rows["test"][0]["question"].endswith("?")
