@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from moka_pl.data import CommonsenseData, InstructionData, MixtureData, MmluData, TextData
     from moka_pl.inference import load_model
     from moka_pl.training.module import MokaModule
+    from moka_pl.training.schedule import WarmupDecay
 
 __all__ = [
     "BackboneConfig",
@@ -21,6 +22,7 @@ __all__ = [
     "MokaConfig",
     "MokaModule",
     "TextData",
+    "WarmupDecay",
     "__version__",
     "inject_adapter",
     "load_adapter",
@@ -38,6 +40,7 @@ _HOMES = {
     "TextData": "data",
     "MokaConfig": "adapters",
     "MokaModule": "training.module",
+    "WarmupDecay": "training.schedule",
     "inject_adapter": "adapters",
     "load_adapter": "adapters",
     "load_backbone": "backbone",

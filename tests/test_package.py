@@ -1,11 +1,16 @@
 """What the package exports, and what importing it costs."""
 
+import re
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import moka_pl
+
+ROOT = Path(__file__).parents[1]
 
 HEAVY = ("torch", "lightning", "transformers", "bitsandbytes", "datasets", "numpy")
 
@@ -44,3 +49,18 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'moka_pl' has no attribute 'Mokka'"):
         _ = moka_pl.Mokka
     assert not hasattr(moka_pl, "__wrapped__")
+
+
+def test_every_class_that_a_file_names_has_a_public_path() -> None:
+    files = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("scripts/suites/*.yaml"), *ROOT.glob("docs/**/*.md")]
+    named = {
+        path
+        for file in [*files, ROOT / "README.md"]
+        for path in re.findall(r"class_path: (moka_pl\.[\w.]+)", file.read_text(encoding="utf-8"))
+    }
+    assert {"moka_pl.WarmupDecay", "moka_pl.data.MixtureData"} <= named
+    for path in named:
+        module, _, name = path.rpartition(".")
+        home = import_module(module)
+        assert name in home.__all__, path
+        assert Path(str(home.__file__)).name == "__init__.py", path

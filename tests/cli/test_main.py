@@ -191,7 +191,7 @@ def test_wrong_options(refused, arguments, message):
         ("modl", {"adapter": {}, "name": "x"}, "modl"),
         (
             "model.lr_scheduler",
-            {"class_path": "moka_pl.training.schedule.Warmup"},
+            {"class_path": "moka_pl.Warmup"},
             "has no attribute 'Warmup'",
         ),
     ],
@@ -386,7 +386,7 @@ def test_trial_leaves_no_run(cli, capsys):
         (
             {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.25, "weight_decay": 0.1}},
             {
-                "class_path": "moka_pl.training.schedule.WarmupDecay",
+                "class_path": "moka_pl.WarmupDecay",
                 "init_args": {"warmup": 2, "decay": "constant", "min_lr_ratio": 0.5},
             },
             [0.125, 0.25, 0.25, 0.25],

@@ -87,7 +87,7 @@ def _options(preset: Preset, checkpointing: bool, folder: str) -> dict[str, obje
         "model.optimizer": "torch.optim.AdamW",
         "model.optimizer.lr": 2e-4,
         "model.optimizer.weight_decay": 0.0,
-        "model.lr_scheduler": "moka_pl.training.schedule.WarmupDecay",
+        "model.lr_scheduler": "moka_pl.WarmupDecay",
         "model.gradient_checkpointing": str(checkpointing).lower(),
         "data": "moka_pl.studies.benchmark.probe.SyntheticData",
         "data.batch_size": preset.batch,
