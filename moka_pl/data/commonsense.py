@@ -8,10 +8,10 @@ from moka_pl.data.base import MokaDataModule
 from moka_pl.data.batching.collate import SharePrefix
 from moka_pl.data.catalog import task_name
 from moka_pl.data.encoding.examples import ChoiceEncoder, Encoded, SegmentEncoder, adds_bos, encode_rows
-from moka_pl.data.formats.choice import CHOICE_FIELDS, check_choice, choice_features, filled
+from moka_pl.data.formats.choice import CHOICE_FIELDS, choice_features, filled, parse_choice
 from moka_pl.data.formats.llm_adapters import name_tasks
-from moka_pl.data.reading import check_columns, read_rows
-from moka_pl.data.sources import ChoicePiece, Sources, as_list, find_choice_pieces, hub_tasks, refuse_unknown
+from moka_pl.data.reading import parse_columns, read_rows
+from moka_pl.data.sources import ChoiceShard, Sources, as_list, find_choice_shards, hub_tasks, refuse_unknown
 from moka_pl.data.splits import HoldOut, ThreeParts, spread
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS, resolve_prompt
@@ -94,7 +94,7 @@ class CommonsenseData(MokaDataModule):
         self.validation_path = validation_path
         self.validation_limit = validation_limit
         self.validation_share = validation_share
-        self.columns = check_columns(columns, CHOICE_FIELDS)
+        self.columns = parse_columns(columns, CHOICE_FIELDS)
         self.fill_blank = fill_blank
         self._hold_out = HoldOut(validation_share)
         self.separate_test = separate_test
@@ -154,19 +154,19 @@ class CommonsenseData(MokaDataModule):
         return spread(rows, self.validation_limit)
 
     def _all_rows(self, split: str) -> "Dataset | None":
-        train = self._pieces(self.path, "train")
+        train = self._shards(self.path, "train")
         if self._three_parts is not None:
             source = self.path if self.validation_path is None else self.validation_path
-            tests = self._pieces(source, "test")
+            tests = self._shards(source, "test")
             if not tests and self.validation_path is not None:
-                tests = self._pieces(source, "train")
+                tests = self._shards(source, "train")
             return self._three_parts(split, self._read(train), self._read(tests) if tests else None)
         if self.validation_path is not None:
             if split == "train":
                 return self._read(train)
-            pieces = self._pieces(self.validation_path, split)
-            return self._read(pieces or self._pieces(self.validation_path, "train"))
-        own = self._pieces(self.path, "test" if split == "train" else split)
+            shards = self._shards(self.validation_path, split)
+            return self._read(shards or self._shards(self.validation_path, "train"))
+        own = self._shards(self.path, "test" if split == "train" else split)
         if own:
             return self._read(train if split == "train" else own)
         if self.validation_share == 0:
@@ -175,35 +175,35 @@ class CommonsenseData(MokaDataModule):
 
     def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
         """Training rows and the evaluation sets that are not a share of them; see the base class."""
-        if self.validation_path is None and not self._pieces(self.path, "test"):
+        if self.validation_path is None and not self._shards(self.path, "test"):
             return None, []
         splits = ("train", "validation", "test")
         train, *held = [self._select(self._all_rows(split), split) for split in splits]
         different = {rows_fingerprint(rows): rows for rows in held if rows is not None}
         return train, list(different.values())
 
-    def _pieces(self, sources: Sources, part: str) -> list[ChoicePiece]:
+    def _shards(self, sources: Sources, part: str) -> list[ChoiceShard]:
         """What holds a part of the sources; nothing unless all of them have it."""
-        found = [find_choice_pieces(source, part, self._wanted) for source in as_list(sources)]
-        return [piece for pieces in found for piece in pieces] if all(found) else []
+        found = [find_choice_shards(source, part, self._wanted) for source in as_list(sources)]
+        return [shard for shards in found for shard in shards] if all(found) else []
 
-    def _read(self, pieces: list[ChoicePiece]) -> "Dataset":
+    def _read(self, shards: list[ChoiceShard]) -> "Dataset":
         from datasets import concatenate_datasets
 
         features = choice_features()
         rows = concatenate_datasets(
             [
                 read_rows(
-                    piece.source,
-                    check_choice,
+                    shard.source,
+                    parse_choice,
                     features,
-                    context=piece.context,
-                    split=piece.split,
-                    options=piece.options,
+                    context=shard.context,
+                    split=shard.split,
+                    options=shard.options,
                     columns=self.columns,
-                    gather=name_tasks if piece.mixed else None,
+                    gather=name_tasks if shard.mixed else None,
                 )
-                for piece in pieces
+                for shard in shards
             ]
         )
         return rows.map(filled, desc="Filling blanks") if self.fill_blank else rows

@@ -10,11 +10,11 @@ from moka_pl.data.base import MokaDataModule
 from moka_pl.data.batching.streaming import StreamedBatches, StreamedRecords, StreamLoader
 from moka_pl.data.catalog import find_corpus
 from moka_pl.data.encoding.examples import Encoded, SegmentEncoder, adds_bos, encode_rows
-from moka_pl.data.formats.instruction import INSTRUCTION_FIELDS, check_instruction, instruction_features
+from moka_pl.data.formats.instruction import INSTRUCTION_FIELDS, instruction_features, parse_instruction
 from moka_pl.data.formats.trees import TreePaths, join_trees
-from moka_pl.data.reading import check_columns, read_rows
+from moka_pl.data.reading import parse_columns, read_rows
 from moka_pl.data.samples import sample_path
-from moka_pl.data.sources import Piece, Sources, as_list, find_pieces
+from moka_pl.data.sources import Shard, Sources, as_list, find_shards
 from moka_pl.data.splits import HoldOut, ThreeParts
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import resolve_prompt
@@ -110,7 +110,7 @@ class InstructionData(MokaDataModule):
         self.validation_path = validation_path
         self.validation_share = validation_share
         self.split = split
-        self.columns = check_columns(columns, INSTRUCTION_FIELDS)
+        self.columns = parse_columns(columns, INSTRUCTION_FIELDS)
         self.tree_paths = tree_paths
         self.tree_language = tree_language
         self._prompt = prompt
@@ -156,7 +156,7 @@ class InstructionData(MokaDataModule):
         )
 
     def _stream(self) -> StreamedRecords:
-        return StreamedRecords(self._pieces("train"), self.columns, self.seed)
+        return StreamedRecords(self._shards("train"), self.columns, self.seed)
 
     def _stream_length(self) -> int | None:
         """Batches of the whole run, per device; None without a trainer.
@@ -201,7 +201,7 @@ class InstructionData(MokaDataModule):
 
     def _rows(self, split: str) -> "Dataset | None":
         """The checked rows of a split."""
-        train, own = self._pieces("train"), self._validation_pieces()
+        train, own = self._shards("train"), self._validation_shards()
         if self._three_parts is not None:
             return self._three_parts(split, self._read(train), self._read(own) if own else None)
         if own:
@@ -214,53 +214,53 @@ class InstructionData(MokaDataModule):
 
     def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
         """Training rows and the evaluation set that is not a share of them; see the base class."""
-        own = [] if self.streaming else self._validation_pieces()
-        return (self._read(self._pieces("train")), [self._read(own)]) if own else (None, [])
+        own = [] if self.streaming else self._validation_shards()
+        return (self._read(self._shards("train")), [self._read(own)]) if own else (None, [])
 
-    def _pieces(self, part: str) -> list[Piece]:
+    def _shards(self, part: str) -> list[Shard]:
         """What holds the training data, or the validation data that `path` itself has."""
         if self.path == "sample":
             return self._sample("train" if part == "train" else "heldout")
-        pieces = find_pieces(self.path, part, self.split if part == "train" else None)
-        if part == "train" and not pieces:
+        shards = find_shards(self.path, part, self.split if part == "train" else None)
+        if part == "train" and not shards:
             raise DataError(
                 f"{self.path} has no training data. Name its files train..., or give another path."
             )
-        return pieces
+        return shards
 
-    def _validation_pieces(self) -> list[Piece]:
+    def _validation_shards(self) -> list[Shard]:
         """What holds the validation data; empty where a share of the training data, or nothing, is wanted."""
         if self.validation_path is None:
             # The samples' own are so few and so near that nobody means to do without them.
             wanted = self.validation_share > 0 or self.path == "sample"
-            return self._pieces("validation") if wanted else []
+            return self._shards("validation") if wanted else []
         if self.validation_path == "sample":
             return self._sample("heldout")
-        pieces: list[Piece] = []
+        shards: list[Shard] = []
         for source in as_list(self.validation_path):
-            pieces += find_pieces(source, "validation") or find_pieces(source, "train", self.split)
-        return pieces
+            shards += find_shards(source, "validation") or find_shards(source, "train", self.split)
+        return shards
 
-    def _sample(self, part: str) -> list[Piece]:
+    def _sample(self, part: str) -> list[Shard]:
         kinds = ("instruction",) if self.prompt == "alpaca" else ("instruction", "chat")
-        return [Piece(sample_path(f"{kind}_{part}")) for kind in kinds]
+        return [Shard(sample_path(f"{kind}_{part}")) for kind in kinds]
 
-    def _read(self, pieces: list[Piece]) -> "Dataset":
+    def _read(self, shards: list[Shard]) -> "Dataset":
         from datasets import concatenate_datasets
 
         features = instruction_features()
         gather = partial(join_trees, paths=self.tree_paths, language=self.tree_language)
         parts = [
             read_rows(
-                piece.source,
-                check_instruction,
+                shard.source,
+                parse_instruction,
                 features,
-                split=piece.split,
-                options=piece.options,
+                split=shard.split,
+                options=shard.options,
                 columns=self.columns,
                 gather=gather,
             )
-            for piece in pieces
+            for shard in shards
         ]
         return concatenate_datasets(parts)
 

@@ -9,7 +9,7 @@ from moka_pl.data.base import MokaDataModule
 from moka_pl.data.batching.collate import SharePrefix
 from moka_pl.data.encoding.examples import ChoiceEncoder, Encoded, adds_bos, encode_rows
 from moka_pl.data.formats.choice import choice_features
-from moka_pl.data.formats.mmlu import check_mmlu, mmlu_groups
+from moka_pl.data.formats.mmlu import mmlu_groups, parse_mmlu
 from moka_pl.data.reading import is_local, read_rows
 from moka_pl.data.splits import spread
 from moka_pl.errors import DataError
@@ -152,11 +152,11 @@ class MmluData(MokaDataModule):
         files = [(folder / part / f"{subject}{ending}", subject) for subject in wanted]
         features = choice_features()
         return concatenate_datasets(
-            [read_rows(file, check_mmlu, features, context=subject) for file, subject in files]
+            [read_rows(file, parse_mmlu, features, context=subject) for file, subject in files]
         )
 
     def _read_hub(self, part: str) -> "Dataset":
-        rows = read_rows(self.path, check_mmlu, choice_features(), split=part, options={"name": "all"})
+        rows = read_rows(self.path, parse_mmlu, choice_features(), split=part, options={"name": "all"})
         if self._subjects is None:
             return rows
         found = rows["task"][:]

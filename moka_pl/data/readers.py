@@ -67,9 +67,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, _decode(path, line, number)
 
 
-def _record(value: object, where: str) -> dict[str, Any]:
+def _record(value: object, location: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object with named fields, found {type(value).__name__}.")
+        raise DataError(f"{location}: expected an object with named fields, found {type(value).__name__}.")
     return value
 
 
@@ -77,7 +77,7 @@ def _json_lines(path: Path) -> Iterator[Located]:
     for number, line in _lines(path):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        location = f"{path}, line {number}"
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -85,9 +85,9 @@ def _json_lines(path: Path) -> Iterator[Located]:
             if number == 1 and line.lstrip().startswith("["):
                 hint = " The file looks like one JSON list: name it .json instead of .jsonl."
             raise DataError(
-                f"{where}: malformed JSON ({error}). Every line must hold one complete object.{hint}"
+                f"{location}: malformed JSON ({error}). Every line must hold one complete object.{hint}"
             ) from error
-        yield where, _record(value, where)
+        yield location, _record(value, location)
 
 
 def _json_list(path: Path) -> Iterator[Located]:
@@ -111,8 +111,8 @@ def _json_list(path: Path) -> Iterator[Located]:
             f"{path}: expected a list of objects, found {type(values).__name__} at the top level."
         )
     for number, value in enumerate(values, start=1):
-        where = f"{path}, item {number}"
-        yield where, _record(value, where)
+        location = f"{path}, item {number}"
+        yield location, _record(value, location)
 
 
 def _csv(path: Path) -> Iterator[Located]:
@@ -122,17 +122,17 @@ def _csv(path: Path) -> Iterator[Located]:
         columns = reader.fieldnames or []
         start = reader.line_num + 1
         for row in reader:
-            where = f"{path}, line {start}"
+            location = f"{path}, line {start}"
             # DictReader files surplus cells under None and fills missing ones with None.
             surplus = len(row.get(None, ()))
             missing = sum(value is None for value in row.values())
             if surplus or missing:
                 cells = len(columns) + surplus - missing
                 raise DataError(
-                    f"{where}: {cells} cells, but the header names {len(columns)} columns "
+                    f"{location}: {cells} cells, but the header names {len(columns)} columns "
                     f"({', '.join(columns)}). Quote cells that hold commas or line breaks."
                 )
-            yield where, dict(row)
+            yield location, dict(row)
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, line {start}: malformed CSV ({error}).") from error

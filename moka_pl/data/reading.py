@@ -23,7 +23,7 @@ Columns = tuple[tuple[str, str | tuple[str, ...]], ...]
 """The same, fit to be hashed."""
 
 
-def check_columns(columns: ColumnNames | None, known: Iterable[str]) -> Columns:
+def parse_columns(columns: ColumnNames | None, known: Iterable[str]) -> Columns:
     """Check the option `columns`.
 
     Args:
@@ -51,7 +51,7 @@ def check_columns(columns: ColumnNames | None, known: Iterable[str]) -> Columns:
     return tuple(checked)
 
 
-def rename(record: dict[str, Any], columns: Columns, where: str) -> dict[str, Any]:
+def rename(record: dict[str, Any], columns: Columns, location: str) -> dict[str, Any]:
     """The record under the fields' names; with a mapping, only the columns it names are kept.
 
     Raises:
@@ -66,7 +66,7 @@ def rename(record: dict[str, Any], columns: Columns, where: str) -> dict[str, An
             if name not in record:
                 found = ", ".join(map(str, record)) or "nothing"
                 raise DataError(
-                    f"{where}: column {name!r} (of the field {field!r} in `columns`) is missing; found: "
+                    f"{location}: column {name!r} (of the field {field!r} in `columns`) is missing; found: "
                     f"{found}. Correct `columns`."
                 )
         values = [record[name] for name in names]
@@ -106,7 +106,7 @@ QUIET_BYTES = 20_000_000
 """Files below this size (bytes) are read without a progress bar."""
 
 Check = Callable[[dict[str, Any], str, str], dict[str, Any]]
-"""`check(record, where, context)` returns the row to keep or raises DataError naming `where`."""
+"""`parse(record, location, context)` returns the row to keep or raises DataError naming ``location``."""
 
 Gather = Callable[[Iterable[Located]], Iterator[Located]]
 """Makes records of several ones (message trees) before they are checked."""
@@ -232,16 +232,16 @@ def _checked(
     gather: Gather | None,
 ) -> Iterator[dict[str, Any]]:
     del version  # only there to be hashed
-    yield from check_records(located(**key), check, context, columns, gather)
+    yield from parse_records(located(**key), check, context, columns, gather)
 
 
-def check_records(
+def parse_records(
     located: Iterable[Located], check: Check, context: str, columns: Columns, gather: Gather | None
 ) -> Iterator[dict[str, Any]]:
     """Rename the columns of records, gather them, and check them one after another."""
-    named = ((where, rename(record, columns, where)) for where, record in located)
-    for where, record in gather(named) if gather is not None else named:
-        yield check(record, where, context)
+    named = ((location, rename(record, columns, location)) for location, record in located)
+    for location, record in gather(named) if gather is not None else named:
+        yield check(record, location, context)
 
 
 def _file_rows(path: str, at: str, modified: int, size: int) -> Iterator[Located]:

@@ -26,7 +26,7 @@ PARTS = {
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
-def files_by_part(folder: Path) -> dict[str, list[Path]]:
+def files_by_split(folder: Path) -> dict[str, list[Path]]:
     """The data files below `folder`, sorted, by part; files that name no part are training data.
 
     Args:
@@ -44,7 +44,7 @@ def files_by_part(folder: Path) -> dict[str, list[Path]]:
         inner = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inner.parts)
         if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden and path.name not in _NO_DATA:
-            parts.setdefault(part_of(inner) or "train", []).append(path)
+            parts.setdefault(split_of(inner) or "train", []).append(path)
     if not parts:
         raise DataError(
             f"{folder} holds no data file. Put {', '.join(SUFFIXES)} files into it, or give one of them."
@@ -52,7 +52,7 @@ def files_by_part(folder: Path) -> dict[str, list[Path]]:
     return parts
 
 
-def part_of(path: Path) -> str | None:
+def split_of(path: Path) -> str | None:
     """Which part a relative path names, its last word first: `data/test-00000.parquet` is `"test"`."""
     for name in (path.stem, *reversed(path.parts[:-1])):
         words = re.split(r"[^a-z]+", name.lower())
@@ -70,7 +70,7 @@ Sources = Source | list[Source]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Shard:
     """One file, or one split of a hub data set.
 
     Attributes:
@@ -96,7 +96,7 @@ def as_list(sources: Sources) -> list[Source]:
     return found
 
 
-def find_pieces(sources: Sources, part: str, split: str | None = None) -> list[Piece]:
+def find_shards(sources: Sources, part: str, split: str | None = None) -> list[Shard]:
     """What holds `part` of some sources.
 
     Args:
@@ -106,33 +106,33 @@ def find_pieces(sources: Sources, part: str, split: str | None = None) -> list[P
         split: A split of the hub to take instead.
 
     Returns:
-        The pieces in the order of the sources; empty unless every source has such a part.
+        The shards in the order of the sources; empty unless every source has such a part.
 
     Raises:
         DataError: A folder holds no data files.
     """
-    pieces: list[Piece] = []
+    shards: list[Shard] = []
     for source in as_list(sources):
-        found = _pieces(source, part, split)
+        found = _shards(source, part, split)
         if not found:
             return []
-        pieces += found
-    return pieces
+        shards += found
+    return shards
 
 
-def _pieces(source: Source, part: str, split: str | None) -> list[Piece]:
+def _shards(source: Source, part: str, split: str | None) -> list[Shard]:
     corpus = find_corpus(source)
     if corpus is not None:
         name = split or corpus.splits.get(part)
-        return [] if name is None else [Piece(corpus.hub, name, corpus.options)]
+        return [] if name is None else [Shard(corpus.hub, name, corpus.options)]
     folder = Path(source).expanduser()
     if folder.is_dir():
-        parts = files_by_part(folder)
+        parts = files_by_split(folder)
         fallback = {"validation": "test", "test": "validation"}.get(part, part)
-        return [Piece(path) for path in parts.get(part) or parts.get(fallback) or []]
+        return [Shard(path) for path in parts.get(part) or parts.get(fallback) or []]
     if split is not None:
-        return [Piece(source, split)]
-    return [Piece(source)] if part == "train" else []
+        return [Shard(source, split)]
+    return [Shard(source)] if part == "train" else []
 
 
 # What a user may give as `path` of multiple-choice questions, as a list of things to read.
@@ -145,7 +145,7 @@ _OTHER = {"train": "train", "validation": "test", "test": "validation"}
 
 
 @dataclass(frozen=True)
-class ChoicePiece(Piece):
+class ChoiceShard(Shard):
     """One file, or one split of a hub data set, of multiple-choice questions.
 
     Attributes:
@@ -157,7 +157,7 @@ class ChoicePiece(Piece):
     mixed: bool = False
 
 
-def find_choice_pieces(source: Source, part: str, wanted: list[str] | None) -> list[ChoicePiece]:
+def find_choice_shards(source: Source, part: str, wanted: list[str] | None) -> list[ChoiceShard]:
     """What holds `part` of a source.
 
     Args:
@@ -167,13 +167,13 @@ def find_choice_pieces(source: Source, part: str, wanted: list[str] | None) -> l
         wanted: Read these tasks only, where they can be told before reading; None reads all.
 
     Returns:
-        The pieces; none for the evaluation of a file or of a hub data set without such splits.
+        The shards; none for the evaluation of a file or of a hub data set without such splits.
 
     Raises:
         DataError: A folder lacks a file, or none of its tasks is wanted.
     """
     if source == "sample":
-        return [ChoicePiece(sample_path("commonsense_train" if part == "train" else "commonsense_heldout"))]
+        return [ChoiceShard(sample_path("commonsense_train" if part == "train" else "commonsense_heldout"))]
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, part, wanted)
@@ -186,7 +186,7 @@ def find_choice_pieces(source: Source, part: str, wanted: list[str] | None) -> l
     if part != "train":
         return []
     if isinstance(source, str) and source in ("commonsense_170k", COMMONSENSE_170K) and not path.exists():
-        return [ChoicePiece(COMMONSENSE_170K, context=SCIENCE, mixed=True)]
+        return [ChoiceShard(COMMONSENSE_170K, context=SCIENCE, mixed=True)]
     return [_file(source, path)]
 
 
@@ -222,20 +222,20 @@ def refuse_unknown(wanted: list[str], known: set[str], source: object) -> None:
         )
 
 
-def _on_hub(task: ChoiceTask, part: str) -> ChoicePiece:
-    return ChoicePiece(task.hub, task.splits[part], task.options, context=task.name)
+def _on_hub(task: ChoiceTask, part: str) -> ChoiceShard:
+    return ChoiceShard(task.hub, task.splits[part], task.options, context=task.name)
 
 
-def _file(source: Source, path: Path) -> ChoicePiece:
+def _file(source: Source, path: Path) -> ChoiceShard:
     context = context_of(path.absolute())
-    return ChoicePiece(source, context=context, mixed=context not in CHOICE_TASKS)
+    return ChoiceShard(source, context=context, mixed=context not in CHOICE_TASKS)
 
 
-def _folder(folder: Path, part: str, wanted: list[str] | None) -> list[ChoicePiece]:
+def _folder(folder: Path, part: str, wanted: list[str] | None) -> list[ChoiceShard]:
     children = sorted(folder.iterdir())
     tasks = [child for child in children if child.is_dir() and not child.name.startswith(".")]
     if any(child.is_file() and not child.name.startswith(".") for child in children):
-        files = files_by_part(folder)
+        files = files_by_split(folder)
         found = files.get(part) or files.get(_OTHER[part]) or []
         if part == "train" and not found:
             raise DataError(f"{folder}: no training file. Add a train.json, or give another path.")
@@ -245,22 +245,22 @@ def _folder(folder: Path, part: str, wanted: list[str] | None) -> list[ChoicePie
             f"{folder} has no sub-folders. Give a folder with one sub-folder per task ({part}.json in each), "
             "or a file."
         )
-    pieces: list[ChoicePiece] = []
+    shards: list[ChoiceShard] = []
     missing = []
     for child in tasks:
         if wanted is not None and task_name(child.name) not in wanted:
             continue
-        files = files_by_part(child) if any(child.iterdir()) else {}
+        files = files_by_split(child) if any(child.iterdir()) else {}
         found = files.get(part) or files.get(_OTHER[part]) or []
         if not found:
             missing.append(child.name)
-        pieces += [ChoicePiece(file, context=child.name) for file in found]
+        shards += [ChoiceShard(file, context=child.name) for file in found]
     if missing:
         name = "train" if part == "train" else "test"
         raise DataError(
             f"{folder}: no {name}.json in {', '.join(missing)}. Add it, or give a validation_path or a "
             "single file."
         )
-    if not pieces:
+    if not shards:
         refuse_unknown(wanted or [], {task_name(child.name) for child in tasks}, folder)
-    return pieces
+    return shards

@@ -33,7 +33,7 @@ def hold_out(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
         DataError: One of the parts would be empty.
     """
     groups: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows.remove_columns("where")):
+    for index, row in enumerate(rows.remove_columns("location")):
         groups[sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()].append(index)
     wanted = max(1, round(share * len(rows)))
     held: set[int] = set()
@@ -159,7 +159,7 @@ def _contents(rows: "Dataset") -> Iterator[tuple[int, str]]:
         chunk = rows[start : start + _CHUNK]
         for values in zip(*chunk.values(), strict=True):
             row = dict(zip(chunk, values, strict=True))
-            yield hash(_content(row)), row["where"]
+            yield hash(_content(row)), row["location"]
 
 
 def _content(row: Mapping[str, Any]) -> tuple[Any, ...]:

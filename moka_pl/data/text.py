@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from moka_pl.data.base import MokaDataModule
 from moka_pl.data.encoding.examples import Encoded, encode_rows
 from moka_pl.data.encoding.windows import WindowEncoder
-from moka_pl.data.formats.text import check_text, read_text_file, text_features
+from moka_pl.data.formats.text import parse_text, read_text_file, text_features
 from moka_pl.data.reading import read_rows
 from moka_pl.data.splits import HoldOut
 from moka_pl.errors import DataError
@@ -99,4 +99,4 @@ class TextData(MokaDataModule):
             return read_text_file(Path(source).expanduser())
         features = text_features()
         options = {"name": self.config} if self.config else None
-        return read_rows(source, check_text, features, context=self.column, split=split, options=options)
+        return read_rows(source, parse_text, features, context=self.column, split=split, options=options)

@@ -76,8 +76,8 @@ def _option_letters(row: Row) -> list[str]:
     count = len(row["choices"])
     if count > len(ascii_uppercase):
         raise DataError(
-            f"{row['where']}: {count} choices, but there are only {len(ascii_uppercase)} letters for them. "
-            "Use `prompt: cloze`"
+            f"{row['location']}: {count} choices, but there are only {len(ascii_uppercase)} letters for "
+            "them. Use `prompt: cloze`"
         )
     return [f" {letter}" for letter in ascii_uppercase[:count]]
 

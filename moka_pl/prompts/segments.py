@@ -46,8 +46,8 @@ def alpaca(row: Mapping[str, Any]) -> list[Segment]:
         if [message["role"] for message in messages] != ["user", "assistant"]:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"{row['where']}: the alpaca prompt holds one instruction and one output, but this chat has "
-                f"the messages {roles}. Use `prompt: chat`."
+                f"{row['location']}: the alpaca prompt holds one instruction and one output, but this chat "
+                f"has the messages {roles}. Use `prompt: chat`."
             )
         instruction, output, trained = messages[0]["content"], messages[1]["content"], messages[1]["trained"]
     prompt = alpaca_prompt(instruction, context)
@@ -74,19 +74,19 @@ def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[S
     """
     require_template(tokenizer)
     messages = row["messages"] or _as_messages(row)
-    where = row["where"]
+    location = row["location"]
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-    full = _render(tokenizer, turns, where, prompt=False)
+    full = _render(tokenizer, turns, location, prompt=False)
     segments: list[Segment] = []
     done = 0
     for index, message in enumerate(messages):
         if not message["trained"]:
             continue
-        before = _render(tokenizer, turns[:index], where, prompt=True)
-        after = _render(tokenizer, turns[: index + 1], where, prompt=False)
+        before = _render(tokenizer, turns[:index], location, prompt=True)
+        after = _render(tokenizer, turns[: index + 1], location, prompt=False)
         if not (full.startswith(after) and after.startswith(before) and len(before) >= done):
             raise DataError(
-                f"{where}: the tokenizer's chat template renders message {index + 1} of {len(turns)} "
+                f"{location}: the tokenizer's chat template renders message {index + 1} of {len(turns)} "
                 "differently when more messages follow, so it cannot be told which tokens are the answer. "
                 "Keep one assistant message per chat, mark the others with loss_weight 0, or use `prompt: "
                 "alpaca`."
@@ -124,7 +124,7 @@ def _as_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _render(
-    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], where: str, *, prompt: bool
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], location: str, *, prompt: bool
 ) -> str:
     from jinja2.exceptions import TemplateError
 
@@ -133,7 +133,7 @@ def _render(
     except (TemplateError, ValueError, IndexError, TypeError) as error:
         roles = ", ".join(turn["role"] for turn in turns) or "no message"
         raise DataError(
-            f"{where}: the tokenizer's chat template refuses these messages ({roles}): {error}. Change the "
-            "order of the roles, or use `prompt: alpaca`."
+            f"{location}: the tokenizer's chat template refuses these messages ({roles}): {error}. Change "
+            "the order of the roles, or use `prompt: alpaca`."
         ) from error
     return str(text)

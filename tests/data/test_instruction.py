@@ -67,7 +67,7 @@ def test_bos_for_alpaca_only(bos_tokenizer, write_jsonl):
 def test_hold_out_follows_the_content(write_jsonl):
     from datasets import Dataset
 
-    rows = [{"where": str(n), "text": f"row {n % 30}"} for n in range(40)]
+    rows = [{"location": str(n), "text": f"row {n % 30}"} for n in range(40)]
     train, held = hold_out(Dataset.from_list(rows), 0.2)
     assert len(train) + len(held) == 40
     assert not set(train["text"]) & set(held["text"])

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from moka_pl.data.formats.instruction import check_instruction, instruction_features
+from moka_pl.data.formats.instruction import instruction_features, parse_instruction
 from moka_pl.data.reading import is_local, read_rows
 from moka_pl.data.samples import sample_path
 from moka_pl.errors import DataError
@@ -11,7 +11,7 @@ GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello!"}
 
 
 def read(path):
-    return read_rows(path, check_instruction, instruction_features())
+    return read_rows(path, parse_instruction, instruction_features())
 
 
 def refuse(path, *parts):
@@ -49,9 +49,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, write_jsonl):
 
 def test_positions_of_rows(tmp_path, write_jsonl):
     path = write(tmp_path, "a.jsonl", "\n" + json.dumps(GOOD) + "\n\n" + json.dumps(GOOD))
-    assert read(path)["where"][:] == [f"{path}, line 2", f"{path}, line 4"]
+    assert read(path)["location"][:] == [f"{path}, line 2", f"{path}, line 4"]
     path = write(tmp_path, "a.csv", 'instruction,output\n"two\nlines",x\na,b\n')
-    assert read(path)["where"][:] == [f"{path}, line 2", f"{path}, line 4"]
+    assert read(path)["location"][:] == [f"{path}, line 2", f"{path}, line 4"]
 
 
 def test_unchanged_file_is_read_once(write_jsonl, monkeypatch):
@@ -202,7 +202,7 @@ def test_hub_rows_are_checked(monkeypatch):
 
     rows = datasets.Dataset.from_list([GOOD, {**GOOD, "output": None}])
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows.select([0]))
-    assert read("someone/corpus")["where"][:] == ["someone/corpus (train), row 1"]
+    assert read("someone/corpus")["location"][:] == ["someone/corpus (train), row 1"]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
     refuse("someone/corpus", "someone/corpus (train), row 2", "'output'")
 

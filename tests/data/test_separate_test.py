@@ -7,7 +7,7 @@ from moka_pl.data.splits import ThreeParts
 
 
 def rows(data, split):
-    return {json.dumps({k: v for k, v in row.items() if k != "where"}) for row in data._rows(split)}
+    return {json.dumps({k: v for k, v in row.items() if k != "location"}) for row in data._rows(split)}
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -1,7 +1,7 @@
 import pytest
 
 from moka_pl.data.encoding.examples import SegmentEncoder
-from moka_pl.data.formats.instruction import check_instruction
+from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.prompts.segments import alpaca, chat
@@ -16,7 +16,7 @@ TURNS = [
 
 
 def row(**record):
-    return check_instruction(record, "x.jsonl, line 1", "")
+    return parse_instruction(record, "x.jsonl, line 1", "")
 
 
 def joined(segments):

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from moka_pl.data.batching.collate import Batch, collate_tokens
 from moka_pl.data.encoding.examples import DROPPED, TRUNCATED, EncodedRow, SegmentEncoder
 from moka_pl.data.encoding.report import EncodingReport
-from moka_pl.data.formats.instruction import check_instruction
+from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.data.formats.trees import is_tree_message
 from moka_pl.data.readers import stream
 from moka_pl.data.reading import Columns, is_local, load_hub, rename
-from moka_pl.data.sources import Piece
+from moka_pl.data.sources import Shard
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
 
@@ -48,7 +48,7 @@ class StreamedRecords:
         seed: Seed of the order of the files.
     """
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[Shard]
     columns: Columns = ()
     seed: int = 0
 
@@ -105,7 +105,7 @@ class StreamedRecords:
                 f"{where}: message trees cannot be streamed, their messages may stand far apart. Use "
                 "streaming: false."
             )
-        return check_instruction(record, where, "")
+        return parse_instruction(record, where, "")
 
     def check_first(self) -> None:
         """Read and check the first record, so that a wrong path or form shows at once.

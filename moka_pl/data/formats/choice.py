@@ -24,12 +24,12 @@ def hub_task(record: Mapping[str, Any]) -> str | None:
     return next((task for task, (columns, _) in _FORMS.items() if all(c in record for c in columns)), None)
 
 
-def parse_hub(record: Mapping[str, Any], where: str, task: str) -> Item:
+def parse_hub(record: Mapping[str, Any], location: str, task: str) -> Item:
     """Take a record of a hub original apart.
 
     Args:
         record: As it was read; CSV files may hold numbers and truth values as text.
-        where: Its position, for messages.
+        location: Its position, for messages.
         task: What `hub_task` said.
 
     Returns:
@@ -41,55 +41,55 @@ def parse_hub(record: Mapping[str, Any], where: str, task: str) -> Item:
     columns, parse = _FORMS[task]
     for column in columns:
         if record[column] is None:
-            raise DataError(f"{where}: field {column!r} of {task} is empty.")
-    return parse(record, where)
+            raise DataError(f"{location}: field {column!r} of {task} is empty.")
+    return parse(record, location)
 
 
-def _boolq(record: Mapping[str, Any], where: str) -> Item:
+def _boolq(record: Mapping[str, Any], location: str) -> Item:
     answer = record["answer"]
     if isinstance(answer, str) and answer.strip().lower() in ("true", "false"):
         answer = answer.strip().lower() == "true"
     if not isinstance(answer, bool):
-        raise DataError(f"{where}: field 'answer' of boolq must be true or false, found {answer!r}.")
-    return _text(record, "question", where), ["true", "false"], 0 if answer else 1
+        raise DataError(f"{location}: field 'answer' of boolq must be true or false, found {answer!r}.")
+    return _text(record, "question", location), ["true", "false"], 0 if answer else 1
 
 
-def _piqa(record: Mapping[str, Any], where: str) -> Item:
+def _piqa(record: Mapping[str, Any], location: str) -> Item:
     options = [record["sol1"], record["sol2"]]
-    return _text(record, "goal", where), options, _label(record, "label", ("0", "1"), where)
+    return _text(record, "goal", location), options, _label(record, "label", ("0", "1"), location)
 
 
-def _siqa(record: Mapping[str, Any], where: str) -> Item:
-    question = f"{_text(record, 'context', where).strip()} {_text(record, 'question', where).strip()}"
+def _siqa(record: Mapping[str, Any], location: str) -> Item:
+    question = f"{_text(record, 'context', location).strip()} {_text(record, 'question', location).strip()}"
     options = [record[f"answer{letter}"] for letter in "ABC"]
-    return question, options, _label(record, "label", ("1", "2", "3"), where)
+    return question, options, _label(record, "label", ("1", "2", "3"), location)
 
 
-def _hellaswag(record: Mapping[str, Any], where: str) -> Item:
-    question = f"{_text(record, 'activity_label', where)}: {_text(record, 'ctx', where)}"
+def _hellaswag(record: Mapping[str, Any], location: str) -> Item:
+    question = f"{_text(record, 'activity_label', location)}: {_text(record, 'ctx', location)}"
     endings = record["endings"]
     if not isinstance(endings, list):
-        raise DataError(f"{where}: field 'endings' must be a list of texts, found {endings!r}.")
-    return question, endings, _label(record, "label", tuple(map(str, range(len(endings)))), where)
+        raise DataError(f"{location}: field 'endings' must be a list of texts, found {endings!r}.")
+    return question, endings, _label(record, "label", tuple(map(str, range(len(endings)))), location)
 
 
-def _winogrande(record: Mapping[str, Any], where: str) -> Item:
+def _winogrande(record: Mapping[str, Any], location: str) -> Item:
     options = [record["option1"], record["option2"]]
-    sentence = _text(record, "sentence", where)
+    sentence = _text(record, "sentence", location)
     if "_" not in sentence:
-        raise DataError(f"{where}: field 'sentence' has no blank '_' to fill in, found {sentence!r}.")
-    return sentence, options, _label(record, "answer", ("1", "2"), where)
+        raise DataError(f"{location}: field 'sentence' has no blank '_' to fill in, found {sentence!r}.")
+    return sentence, options, _label(record, "answer", ("1", "2"), location)
 
 
-def _arc(record: Mapping[str, Any], where: str) -> Item:
-    return _keyed(record, "question", where)
+def _arc(record: Mapping[str, Any], location: str) -> Item:
+    return _keyed(record, "question", location)
 
 
-def _openbookqa(record: Mapping[str, Any], where: str) -> Item:
-    return _keyed(record, "question_stem", where)
+def _openbookqa(record: Mapping[str, Any], location: str) -> Item:
+    return _keyed(record, "question_stem", location)
 
 
-def _keyed(record: Mapping[str, Any], question: str, where: str) -> Item:
+def _keyed(record: Mapping[str, Any], question: str, location: str) -> Item:
     """Options with letters or numbers of their own, which `answerKey` names."""
     choices = record["choices"]
     if isinstance(choices, list) and all(isinstance(choice, Mapping) for choice in choices):
@@ -99,27 +99,27 @@ def _keyed(record: Mapping[str, Any], question: str, where: str) -> Item:
     labels = choices.get("label") if isinstance(choices, Mapping) else None
     if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
         raise DataError(
-            f"{where}: field 'choices' must hold 'text' and 'label', two lists of equal length, found "
+            f"{location}: field 'choices' must hold 'text' and 'label', two lists of equal length, found "
             f"{record['choices']!r}."
         )
     known = tuple(map(str, labels))
-    return _text(record, question, where), texts, _label(record, "answerKey", known, where)
+    return _text(record, question, location), texts, _label(record, "answerKey", known, location)
 
 
-def _text(record: Mapping[str, Any], column: str, where: str) -> str:
+def _text(record: Mapping[str, Any], column: str, location: str) -> str:
     value = record[column]
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {column!r} must be text, found {value!r}.")
+        raise DataError(f"{location}: field {column!r} must be text, found {value!r}.")
     return value
 
 
-def _label(record: Mapping[str, Any], column: str, labels: tuple[str, ...], where: str) -> int:
+def _label(record: Mapping[str, Any], column: str, labels: tuple[str, ...], location: str) -> int:
     value = record[column]
     text = str(value).strip()
     if isinstance(value, bool) or text not in labels:
         hint = " Sets without labels cannot be used: take the validation split." if value in ("", -1) else ""
         raise DataError(
-            f"{where}: field {column!r} is {value!r}, outside of the options {', '.join(labels)}.{hint}"
+            f"{location}: field {column!r} is {value!r}, outside of the options {', '.join(labels)}.{hint}"
         )
     return labels.index(text)
 
@@ -152,7 +152,7 @@ def choice_features() -> "Features":
 
     return Features(
         {
-            "where": Value("string"),
+            "location": Value("string"),
             "task": Value("string"),
             "question": Value("large_string"),
             "choices": List(Value("large_string")),
@@ -161,7 +161,7 @@ def choice_features() -> "Features":
     )
 
 
-def check_choice(record: dict[str, Any], where: str, context: str) -> dict[str, Any]:
+def parse_choice(record: dict[str, Any], location: str, context: str) -> dict[str, Any]:
     """Check one multiple-choice record of any form.
 
     Args:
@@ -169,7 +169,7 @@ def check_choice(record: dict[str, Any], where: str, context: str) -> dict[str, 
             and without `choices` it is in the LLM-Adapters form, else in the common form. In the common form
             `choices` may also be a JSON list and `answer` a number as text, as CSV files have them, and
             `answer` a capital letter.
-        where: Its position, for messages.
+        location: Its position, for messages.
         context: Name of the task of records that do not name one.
 
     Returns:
@@ -184,30 +184,30 @@ def check_choice(record: dict[str, Any], where: str, context: str) -> dict[str, 
     told = hub_task(record)
     kind: object = ""  # whose form the item gets; the user's own words stay as they are
     if told is not None:
-        question, choices, answer = parse_hub(record, where, told)
+        question, choices, answer = parse_hub(record, location, told)
         # The two parts of ARC have the same columns: there the context must say which one it is.
         task = task if told == "arc" or task in CHOICE_TASKS else told
         kind = told
     elif "choices" not in record and "instruction" in record:
-        question, choices, answer = parse_llm_adapters(record, where)
+        question, choices, answer = parse_llm_adapters(record, location)
         kind = task
     else:
-        question, choices, answer = _common(record, where)
+        question, choices, answer = _common(record, location)
     if not isinstance(task, str) or not task:
-        raise DataError(f"{where}: field 'task' must be a name, found {task!r}.")
+        raise DataError(f"{location}: field 'task' must be a name, found {task!r}.")
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: field 'question' must be text that is not empty, found {question!r}.")
+        raise DataError(f"{location}: field 'question' must be text that is not empty, found {question!r}.")
     task = task_name(task)
-    _check_choices(choices, where)
+    _check_choices(choices, location)
     if not 0 <= answer < len(choices):
         raise DataError(
-            f"{where}: field 'answer' is {answer}, outside of the {len(choices)} choices "
+            f"{location}: field 'answer' is {answer}, outside of the {len(choices)} choices "
             f"(0 to {len(choices) - 1}). Count from 0."
         )
     if kind:
         question, choices = normalise(task_name(str(kind)), question, choices)
-        _check_choices(choices, where)
-    return {"where": where, "task": task, "question": question, "choices": choices, "answer": answer}
+        _check_choices(choices, location)
+    return {"location": location, "task": task, "question": question, "choices": choices, "answer": answer}
 
 
 def filled(row: dict[str, Any]) -> dict[str, Any]:
@@ -218,18 +218,18 @@ def filled(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"question": question, "choices": choices}
 
 
-def _common(record: dict[str, Any], where: str) -> tuple[Any, Any, int]:
+def _common(record: dict[str, Any], location: str) -> tuple[Any, Any, int]:
     for field in ("question", "choices", "answer"):
         if field not in record:
             found = ", ".join(map(str, record)) or "nothing"
-            raise DataError(f"{where}: field {field!r} is missing; found: {found}. {FORMS}.")
+            raise DataError(f"{location}: field {field!r} is missing; found: {found}. {FORMS}.")
     choices = record["choices"]
     if isinstance(choices, str) and choices.lstrip().startswith("["):
         try:
             choices = json.loads(choices)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{where}: field 'choices' is no JSON list ({error}), found {choices!r}."
+                f"{location}: field 'choices' is no JSON list ({error}), found {choices!r}."
             ) from error
     answer = record["answer"]
     if isinstance(answer, str) and answer.strip().isdecimal():
@@ -238,19 +238,19 @@ def _common(record: dict[str, Any], where: str) -> tuple[Any, Any, int]:
         answer = ord(answer.strip()) - ord("A")
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise DataError(
-            f"{where}: field 'answer' must be the index of the right choice, counted from 0 (or its capital "
-            f"letter), found {answer!r}."
+            f"{location}: field 'answer' must be the index of the right choice, counted from 0 (or its "
+            f"capital letter), found {answer!r}."
         )
     return record["question"], choices, answer
 
 
-def _check_choices(choices: object, where: str) -> None:
+def _check_choices(choices: object, location: str) -> None:
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{where}: field 'choices' must be a list of texts, found {choices!r}.")
+        raise DataError(f"{location}: field 'choices' must be a list of texts, found {choices!r}.")
     if len(choices) < 2:
-        raise DataError(f"{where}: {len(choices)} choice(s); a question needs at least two.")
+        raise DataError(f"{location}: {len(choices)} choice(s); a question needs at least two.")
     for index, choice in enumerate(choices):
         if not choice.strip():
             raise DataError(
-                f"{where}: choice {index + 1} of {len(choices)} is empty. Fill it in or remove the row."
+                f"{location}: choice {index + 1} of {len(choices)} is empty. Fill it in or remove the row."
             )

@@ -36,12 +36,12 @@ _TEXT_ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 Message = dict[str, Any]
 
 
-def check_messages(value: object, where: str) -> list[Message]:
+def parse_messages(value: object, location: str) -> list[Message]:
     """Messages with `role`, `content` (text, or a list of text parts) and maybe `loss_weight`.
 
     Args:
         value: The field `messages`.
-        where: Position of the record, for messages.
+        location: Position of the record, for messages.
 
     Returns:
         `role`, `content` (text) and `trained` of every message.
@@ -50,18 +50,18 @@ def check_messages(value: object, where: str) -> list[Message]:
         DataError: A message has another form, or no assistant speaks.
     """
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: field 'messages' must be a list of messages, found {show(value)}.")
-    messages = [_message(message, where, f"messages[{index}]") for index, message in enumerate(value)]
+        raise DataError(f"{location}: field 'messages' must be a list of messages, found {show(value)}.")
+    messages = [_message(message, location, f"messages[{index}]") for index, message in enumerate(value)]
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
-            f"{where}: field 'messages' has no assistant message to learn from; found roles: {roles}. "
+            f"{location}: field 'messages' has no assistant message to learn from; found roles: {roles}. "
             "Add an answer or remove the chat."
         )
     return messages
 
 
-def check_conversations(value: object, where: str) -> list[Message]:
+def parse_conversations(value: object, location: str) -> list[Message]:
     """ShareGPT's turns with `from` and `value`.
 
     Such corpora hold pieces of longer chats: answers before the first question are left out, and a piece
@@ -69,7 +69,7 @@ def check_conversations(value: object, where: str) -> list[Message]:
 
     Args:
         value: The field `conversations`.
-        where: Position of the record, for messages.
+        location: Position of the record, for messages.
 
     Returns:
         `role`, `content` and `trained` of every message.
@@ -78,39 +78,39 @@ def check_conversations(value: object, where: str) -> list[Message]:
         DataError: A turn has another form or an unknown speaker.
     """
     if not isinstance(value, list):
-        raise DataError(f"{where}: field 'conversations' must be a list of turns, found {show(value)}.")
+        raise DataError(f"{location}: field 'conversations' must be a list of turns, found {show(value)}.")
     messages: list[Message] = []
     for index, turn in enumerate(value):
         field = f"conversations[{index}]"
         if not isinstance(turn, Mapping):
             raise DataError(
-                f"{where}: field {field!r} must be an object with from and value, found {show(turn)}."
+                f"{location}: field {field!r} must be an object with from and value, found {show(turn)}."
             )
         for key in ("from", "value"):
             if key not in turn:
                 found = ", ".join(map(str, turn))
-                raise DataError(f"{where}: field '{field}.{key}' is missing; found: {found}.")
+                raise DataError(f"{location}: field '{field}.{key}' is missing; found: {found}.")
         speaker = turn["from"]
         role = SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
         if role is None:
             raise DataError(
-                f"{where}: field '{field}.from' is {speaker!r}; known speakers are "
+                f"{location}: field '{field}.from' is {speaker!r}; known speakers are "
                 f"{', '.join(SHAREGPT_ROLES)}. Rename the speaker."
             )
         weight = turn.get("loss_weight")
         message = {"role": role, "content": turn["value"], "loss_weight": weight}
-        checked = _message(message, where, field)
+        checked = _message(message, location, field)
         if role != "assistant" or any(m["role"] == "user" for m in messages):
             messages.append(checked)
     return messages or [{"role": "user", "content": "", "trained": False}]
 
 
-def check_turns(value: object, where: str) -> list[Message]:
+def parse_turns(value: object, location: str) -> list[Message]:
     """Turns in one text: `### Human: ...### Assistant: ...` (the Guanaco form).
 
     Args:
         value: The field `text`.
-        where: Position of the record, for messages.
+        location: Position of the record, for messages.
 
     Returns:
         `role`, `content` and `trained` of every turn; the text of a turn is stripped.
@@ -119,18 +119,18 @@ def check_turns(value: object, where: str) -> list[Message]:
         DataError: The text does not begin with a turn, or no assistant speaks.
     """
     if not isinstance(value, str):
-        raise DataError(f"{where}: field 'text' must be text, found {show(value)}.")
+        raise DataError(f"{location}: field 'text' must be text, found {show(value)}.")
     pieces = _TURN.split(value)  # text before the first turn, then role and text in turn
     if len(pieces) < 3 or pieces[0].strip():
         raise DataError(
-            f"{where}: field 'text' does not begin with '### Human:', found {show(value)}. Expected turns "
+            f"{location}: field 'text' does not begin with '### Human:', found {show(value)}. Expected turns "
             "'### Human: ...' and '### Assistant: ...'; name other columns with `columns`."
         )
     turns = [
         {"role": _TEXT_ROLES[role], "content": text.strip()}
         for role, text in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
-    return check_messages(turns, where)
+    return parse_messages(turns, location)
 
 
 def show(value: object) -> str:
@@ -139,51 +139,53 @@ def show(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _message(value: object, where: str, field: str) -> Message:
+def _message(value: object, location: str, field: str) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(
-            f"{where}: field {field!r} must be an object with role and content, found {show(value)}."
+            f"{location}: field {field!r} must be an object with role and content, found {show(value)}."
         )
     for key in ("role", "content"):
         if key not in value:
             raise DataError(
-                f"{where}: field '{field}.{key}' is missing; found: {', '.join(map(str, value))}."
+                f"{location}: field '{field}.{key}' is missing; found: {', '.join(map(str, value))}."
             )
     role = value["role"]
     if role not in ROLES:
         raise DataError(
-            f"{where}: field '{field}.role' is {role!r}; known roles are {', '.join(ROLES)}. Rename the role."
+            f"{location}: field '{field}.role' is {role!r}; known roles are {', '.join(ROLES)}. "
+            "Rename the role."
         )
     # Parquet fills absent fields with None.
     weight = value.get("loss_weight")
     weight = 1.0 if weight is None else weight
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
         raise DataError(
-            f"{where}: field '{field}.loss_weight' must be a number, 0 or above, found {show(weight)}."
+            f"{location}: field '{field}.loss_weight' must be a number, 0 or above, found {show(weight)}."
         )
-    content = _content(value["content"], where, f"{field}.content")
+    content = _content(value["content"], location, f"{field}.content")
     return {"role": role, "content": content, "trained": role == "assistant" and weight > 0}
 
 
-def _content(value: object, where: str, field: str) -> str:
+def _content(value: object, location: str, field: str) -> str:
     """Text of a message: a string, or a list of text parts to be joined."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{where}: field '{field}' must be text or a list of {{type, text}} parts, found {show(value)}."
+            f"{location}: field '{field}' must be text or a list of {{type, text}} parts, found "
+            f"{show(value)}."
         )
     texts = []
     for index, part in enumerate(value):
         if not isinstance(part, Mapping) or part.get("type") != "text":
             raise DataError(
-                f"{where}: field '{field}[{index}]' must be a part of type 'text', found {show(part)}. "
+                f"{location}: field '{field}[{index}]' must be a part of type 'text', found {show(part)}. "
                 "Only text can be trained on; remove other parts."
             )
         text = part.get("text") if part.get("text") is not None else part.get("value")
         if not isinstance(text, str):
             raise DataError(
-                f"{where}: field '{field}[{index}]' has no 'text' (or 'value') that is text; found "
+                f"{location}: field '{field}[{index}]' has no 'text' (or 'value') that is text; found "
                 f"{show(part)}."
             )
         texts.append(text)
@@ -200,7 +202,7 @@ FORMS = (
     "columns with `columns`"
 )
 
-_CHATS = {"messages": check_messages, "conversations": check_conversations, "text": check_turns}
+_CHATS = {"messages": parse_messages, "conversations": parse_conversations, "text": parse_turns}
 _PAIRS = (
     ("instruction", "input", "output"),
     ("instruction", "context", "response"),
@@ -225,7 +227,7 @@ def instruction_features() -> "Features":
     message = {"role": Value("string"), "content": Value("large_string"), "trained": Value("bool")}
     return Features(
         {
-            "where": Value("string"),
+            "location": Value("string"),
             "instruction": Value("large_string"),
             "input": Value("large_string"),
             "output": Value("large_string"),
@@ -234,7 +236,7 @@ def instruction_features() -> "Features":
     )
 
 
-def check_instruction(record: dict[str, Any], where: str, context: str) -> dict[str, Any]:
+def parse_instruction(record: dict[str, Any], location: str, context: str) -> dict[str, Any]:
     """Check one record of any form.
 
     A record with the columns of several forms (Alpaca's own `text` beside `instruction`, or the empty columns
@@ -243,7 +245,7 @@ def check_instruction(record: dict[str, Any], where: str, context: str) -> dict[
 
     Args:
         record: The record as it was read.
-        where: Its position, for messages.
+        location: Its position, for messages.
         context: Unused.
 
     Returns:
@@ -253,20 +255,20 @@ def check_instruction(record: dict[str, Any], where: str, context: str) -> dict[
         DataError: A field is missing, empty of answers, or has the wrong type.
     """
     del context
-    row: dict[str, Any] = {"where": where, "instruction": "", "input": "", "output": "", "messages": []}
+    row: dict[str, Any] = {"location": location, "instruction": "", "input": "", "output": "", "messages": []}
     for field in ("messages", "conversations"):
         if record.get(field) is not None:
-            return row | {"messages": _CHATS[field](record[field], where)}
+            return row | {"messages": _CHATS[field](record[field], location)}
     asked, added, answer = _pair(record)
     if answer not in record and record.get("text") is not None and asked not in record:
-        return row | {"messages": check_turns(record["text"], where)}
+        return row | {"messages": parse_turns(record["text"], location)}
     for field, column in (("instruction", asked), ("output", answer)):
         if column not in record:
             found = ", ".join(map(str, record)) or "nothing"
-            raise DataError(f"{where}: field {column!r} is missing; found: {found}. {FORMS}.")
-        row[field] = _text(record[column], where, column)
+            raise DataError(f"{location}: field {column!r} is missing; found: {found}. {FORMS}.")
+        row[field] = _text(record[column], location, column)
     if added is not None and record.get(added) is not None:
-        row["input"] = _text(record[added], where, added)
+        row["input"] = _text(record[added], location, added)
     return row
 
 
@@ -278,7 +280,7 @@ def _pair(record: dict[str, Any]) -> tuple[str, str | None, str]:
     return _PAIRS[scores.index(max(scores))]
 
 
-def _text(value: object, where: str, field: str) -> str:
+def _text(value: object, location: str, field: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r} must be text, found {show(value)}. {FORMS}.")
+        raise DataError(f"{location}: field {field!r} must be text, found {show(value)}. {FORMS}.")
     return value

@@ -16,7 +16,7 @@ _FORMAT = re.compile(r"\s*Answer format:\s*(?P<labels>\S+)\s*$", re.IGNORECASE)
 _TASK_OF_LABEL = {"true": "boolq", "solution1": "piqa", "ending1": "hellaswag", "option1": "winogrande"}
 
 
-def parse_llm_adapters(record: dict[str, Any], where: str) -> tuple[str, list[str], int]:
+def parse_llm_adapters(record: dict[str, Any], location: str) -> tuple[str, list[str], int]:
     """Take a prompt of the LLM-Adapters commonsense corpora apart.
 
     Such a prompt reads `Please choose ...: QUESTION Answer1: ... Answer2: ... Answer format:
@@ -25,7 +25,7 @@ def parse_llm_adapters(record: dict[str, Any], where: str) -> tuple[str, list[st
 
     Args:
         record: Fields `instruction` and `answer`; others are not looked at.
-        where: Its position, for messages.
+        location: Its position, for messages.
 
     Returns:
         The question, the texts of the options, and the index of the right one.
@@ -36,12 +36,12 @@ def parse_llm_adapters(record: dict[str, Any], where: str) -> tuple[str, list[st
     for field in ("instruction", "answer"):
         if not isinstance(record.get(field), str):
             state = f"must be text, found {record[field]!r}" if field in record else "is missing"
-            raise DataError(f"{where}: field {field!r} {state}. Expected {LLM_ADAPTERS_FORM}.")
+            raise DataError(f"{location}: field {field!r} {state}. Expected {LLM_ADAPTERS_FORM}.")
     text = record["instruction"]
     ending = _FORMAT.search(text)
     if ending is None:
         raise DataError(
-            f"{where}: field 'instruction' does not end in 'Answer format: ...'. Expected "
+            f"{location}: field 'instruction' does not end in 'Answer format: ...'. Expected "
             f"{LLM_ADAPTERS_FORM}."
         )
     labels = _labels(ending)
@@ -49,12 +49,12 @@ def parse_llm_adapters(record: dict[str, Any], where: str) -> tuple[str, list[st
     if [label.lower() for label in labels] == ["true", "false"]:
         options = ["true", "false"]
     else:
-        body, options = _options(body, labels, where)
+        body, options = _options(body, labels, location)
     answer = record["answer"].strip().lower()
     known = [label.lower() for label in labels]
     if answer not in known:
         raise DataError(
-            f"{where}: field 'answer' is {record['answer']!r}, outside of the options {', '.join(labels)}."
+            f"{location}: field 'answer' is {record['answer']!r}, outside of the options {', '.join(labels)}."
         )
     return _LEAD.sub("", body).strip(), options, known.index(answer)
 
@@ -72,11 +72,11 @@ def name_tasks(located: Iterable[Located]) -> Iterator[Located]:
         Positions and records.
     """
     records = list(located)
-    told = [_tell(record, where) for where, record in records]
+    told = [_tell(record, location) for location, record in records]
     wordings = {wording for wording, _ in told} - {""}
     mixed = len(wordings) > 1
-    for (where, record), (_, task) in zip(records, told, strict=True):
-        yield where, (record | {"task": task} if mixed and task is not None else record)
+    for (location, record), (_, task) in zip(records, told, strict=True):
+        yield location, (record | {"task": task} if mixed and task is not None else record)
 
 
 def tell_task(instruction: str, options: list[str]) -> str:
@@ -97,11 +97,11 @@ def tell_task(instruction: str, options: list[str]) -> str:
     return _TASK_OF_LABEL.get(_wording(instruction), other)
 
 
-def _tell(record: dict[str, Any], where: str) -> tuple[str, str | None]:
+def _tell(record: dict[str, Any], location: str) -> tuple[str, str | None]:
     """Wording and task of a record; neither for one that names its task or is in another form."""
     if "choices" in record or "instruction" not in record or record.get("task") is not None:
         return "", None
-    _, options, _ = parse_llm_adapters(record, where)
+    _, options, _ = parse_llm_adapters(record, location)
     return _wording(record["instruction"]), tell_task(record["instruction"], options)
 
 
@@ -115,7 +115,7 @@ def _labels(ending: re.Match[str]) -> list[str]:
     return ending["labels"].rstrip(".").split("/")
 
 
-def _options(body: str, labels: list[str], where: str) -> tuple[str, list[str]]:
+def _options(body: str, labels: list[str], location: str) -> tuple[str, list[str]]:
     """Split `QUESTION Answer1: a Answer2: b` at its labels, from the last one backwards.
 
     Backwards, because a question may hold what looks like a label while the list of options ends the text.
@@ -128,8 +128,8 @@ def _options(body: str, labels: list[str], where: str) -> tuple[str, list[str]]:
         start = lower.rfind(marker, 0, end)
         if start < 0:
             raise DataError(
-                f"{where}: field 'instruction' has no '{label[:1].upper()}{label[1:]}:' although its answer "
-                "format names it."
+                f"{location}: field 'instruction' has no '{label[:1].upper()}{label[1:]}:' although its "
+                "answer format names it."
             )
         options.append(body[start + len(marker) : end].strip())
         end = start

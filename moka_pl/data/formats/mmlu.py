@@ -3,19 +3,19 @@
 from collections.abc import Collection
 from typing import Any
 
-from moka_pl.data.formats.choice import check_choice
+from moka_pl.data.formats.choice import parse_choice
 from moka_pl.errors import DataError
 
 FORM = "Expected question, choice0 to choice3 (or a list, choices) and answer"
 LETTERS = "ABCD"
 
 
-def check_mmlu(record: dict[str, Any], where: str, context: str) -> dict[str, Any]:
+def parse_mmlu(record: dict[str, Any], location: str, context: str) -> dict[str, Any]:
     """Check one question of MMLU.
 
     Args:
         record: With `question`, `choices` or `choice0` to `choice3`, and `answer`: 0 to 3, or A to D.
-        where: Its position, for messages.
+        location: Its position, for messages.
         context: The subject; a record without one (of the hub's joint split) names it in `subject`.
 
     Returns:
@@ -26,29 +26,29 @@ def check_mmlu(record: dict[str, Any], where: str, context: str) -> dict[str, An
     """
     subject = context or record.get("subject")
     if not isinstance(subject, str) or not subject:
-        raise DataError(f"{where}: field 'subject' must be a name, found {subject!r}.")
+        raise DataError(f"{location}: field 'subject' must be a name, found {subject!r}.")
     choices = record.get("choices")
     if choices is None:
         names = [f"choice{number}" for number in range(len(LETTERS))]
         missing = [name for name in ("question", *names, "answer") if name not in record]
         if missing:
             found = ", ".join(map(str, record)) or "nothing"
-            raise DataError(f"{where}: field {missing[0]!r} is missing; found: {found}. {FORM}.")
+            raise DataError(f"{location}: field {missing[0]!r} is missing; found: {found}. {FORM}.")
         choices = [record[name] for name in names]
         for name, choice in zip(names, choices, strict=True):
             if not isinstance(choice, str):
                 kind = type(choice).__name__
-                raise DataError(f"{where}: field {name!r} must be text, found {kind} {choice!r}.")
+                raise DataError(f"{location}: field {name!r} must be text, found {kind} {choice!r}.")
     row: dict[str, Any] = {name: record[name] for name in ("question", "answer") if name in record}
     row |= {"task": f"mmlu_{subject}", "choices": choices}
     if isinstance(row.get("question"), str):
         row["question"] = row["question"].strip()
     if "answer" in row:
-        row["answer"] = _index(row["answer"], where)
-    return check_choice(row, where, "")
+        row["answer"] = _index(row["answer"], location)
+    return parse_choice(row, location, "")
 
 
-def _index(answer: object, where: str) -> object:
+def _index(answer: object, location: str) -> object:
     """The number of the right option: CSV files hold it as text, some copies as a letter."""
     if not isinstance(answer, str):
         return answer
@@ -58,8 +58,8 @@ def _index(answer: object, where: str) -> object:
     if len(text) == 1 and text.upper() in LETTERS:
         return LETTERS.index(text.upper())
     raise DataError(
-        f"{where}: field 'answer' is {answer!r}; it must be the number of the right option, 0 to 3, or its "
-        "letter, A to D."
+        f"{location}: field 'answer' is {answer!r}; it must be the number of the right option, 0 to 3, or "
+        "its letter, A to D."
     )
 
 

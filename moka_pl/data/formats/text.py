@@ -13,15 +13,15 @@ def text_features() -> "Features":
     """Columns of a checked text."""
     from datasets import Features, Value
 
-    return Features({"where": Value("string"), "text": Value("large_string")})
+    return Features({"location": Value("string"), "text": Value("large_string")})
 
 
-def check_text(record: dict[str, Any], where: str, context: str) -> dict[str, Any]:
+def parse_text(record: dict[str, Any], location: str, context: str) -> dict[str, Any]:
     """Check one record of plain text.
 
     Args:
         record: The record as it was read.
-        where: Its position, for messages.
+        location: Its position, for messages.
         context: Name of the field that holds the text.
 
     Returns:
@@ -32,11 +32,11 @@ def check_text(record: dict[str, Any], where: str, context: str) -> dict[str, An
     """
     if context not in record:
         found = ", ".join(map(str, record)) or "nothing"
-        raise DataError(f"{where}: field {context!r} is missing; found: {found}. Name it by `column`.")
+        raise DataError(f"{location}: field {context!r} is missing; found: {found}. Name it by `column`.")
     text = record[context]
     if not isinstance(text, str):
-        raise DataError(f"{where}: field {context!r} must be text, found {type(text).__name__} {text!r}.")
-    return {"where": where, "text": text}
+        raise DataError(f"{location}: field {context!r} must be text, found {type(text).__name__} {text!r}.")
+    return {"location": location, "text": text}
 
 
 def read_text_file(path: Path) -> "Dataset":
@@ -62,4 +62,4 @@ def read_text_file(path: Path) -> "Dataset":
         ) from error
     if not text.strip():
         raise DataError(f"{path} holds no text. Give a file with some.")
-    return Dataset.from_dict({"where": [str(path)], "text": [text]}, features=text_features())
+    return Dataset.from_dict({"location": [str(path)], "text": [text]}, features=text_features())

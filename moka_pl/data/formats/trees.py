@@ -52,24 +52,24 @@ def join_trees(
         return
     messages: dict[str, Located] = {}
     children: dict[str | None, list[str]] = defaultdict(list)
-    for where, record in chain([first], records):
-        _check(record, where)
-        messages[record["message_id"]] = where, record
+    for location, record in chain([first], records):
+        _check(record, location)
+        messages[record["message_id"]] = location, record
         children[record["parent_id"] or None].append(record["message_id"])
     for parent, replies in children.items():
         if parent is not None and parent not in messages:
-            where = messages[replies[0]][0]
-            raise DataError(f"{where}: field 'parent_id' names {parent!r}, but there is no such message.")
+            location = messages[replies[0]][0]
+            raise DataError(f"{location}: field 'parent_id' names {parent!r}, but there is no such message.")
     languages: set[str] = set()
     found = False
     for root in children[None]:
-        where, record = messages[root]
+        location, record = messages[root]
         languages.add(str(record.get("lang")))
         if language is not None and record.get("lang") not in (None, language):
             continue
         found = True
         for path in _paths(root, messages, children, paths):
-            yield where, {"messages": [_message(messages[name][1]) for name in path]}
+            yield location, {"messages": [_message(messages[name][1]) for name in path]}
     if not found:
         raise DataError(
             f"{first[0]} and the following messages: no tree in the language {language!r}; there are "
@@ -77,17 +77,17 @@ def join_trees(
         )
 
 
-def _check(record: Mapping[str, Any], where: str) -> None:
+def _check(record: Mapping[str, Any], location: str) -> None:
     for field in FIELDS:
         if field not in record:
             found = ", ".join(map(str, record)) or "nothing"
-            raise DataError(f"{where}: field {field!r} of a message tree is missing; found: {found}.")
+            raise DataError(f"{location}: field {field!r} of a message tree is missing; found: {found}.")
     for field in ("message_id", "text"):
         if not isinstance(record[field], str):
-            raise DataError(f"{where}: field {field!r} must be text, found {record[field]!r}.")
+            raise DataError(f"{location}: field {field!r} must be text, found {record[field]!r}.")
     if record["role"] not in _ROLES:
         raise DataError(
-            f"{where}: field 'role' is {record['role']!r}; known roles of message trees are "
+            f"{location}: field 'role' is {record['role']!r}; known roles of message trees are "
             f"{', '.join(_ROLES)}."
         )
 

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.data.formats.choice import check_choice, choice_features
-from moka_pl.data.formats.mmlu import check_mmlu, mmlu_groups
+from moka_pl.data.formats.choice import choice_features, parse_choice
+from moka_pl.data.formats.mmlu import mmlu_groups, parse_mmlu
 from moka_pl.data.reading import Check, read_rows
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS, MMLU_PROMPTS
@@ -127,7 +127,7 @@ def choice_splits(task: str, files: dict[str, str], **metadata: Any) -> "dict[st
     Raises:
         DataError: A file cannot be used.
     """
-    return _splits(check_choice, task, files)
+    return _splits(parse_choice, task, files)
 
 
 def mmlu_splits(task: str, files: dict[str, str], **metadata: Any) -> "dict[str, Dataset]":
@@ -144,7 +144,7 @@ def mmlu_splits(task: str, files: dict[str, str], **metadata: Any) -> "dict[str,
     Raises:
         DataError: A file cannot be used.
     """
-    return _splits(check_mmlu, task, files)
+    return _splits(parse_mmlu, task, files)
 
 
 def _splits(check: Check, task: str, files: dict[str, str]) -> "dict[str, Dataset]":

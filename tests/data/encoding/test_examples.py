@@ -44,7 +44,7 @@ def choice_encoder(tokenizer, max_length=64, bos=False):
 def question(
     question="What is the capital of France?", choices=("Paris", "London, or so"), answer=0, task="b"
 ):
-    return {"where": "x", "task": task, "question": question, "choices": list(choices), "answer": answer}
+    return {"location": "x", "task": task, "question": question, "choices": list(choices), "answer": answer}
 
 
 def pairs(*completions):

@@ -1,6 +1,6 @@
 import pytest
 
-from moka_pl.data.formats.choice import check_choice, parse_llm_adapters
+from moka_pl.data.formats.choice import parse_choice, parse_llm_adapters
 from moka_pl.errors import DataError
 
 # Questions of our own in the eight tasks' forms.
@@ -75,15 +75,15 @@ def test_all_eight_forms(task):
         "answer": answer,
     }
     assert parse_llm_adapters(record, "x") == expected
-    row = check_choice(record, "x", task)
+    row = parse_choice(record, "x", task)
     question, choices, right = expected
     choices = [choice.replace(" [title]", ".") for choice in choices]
     assert (row["task"], row["question"], row["choices"], row["answer"]) == (task, question, choices, right)
 
 
 def test_common_form():
-    assert check_choice(common(), "x", "folder") == common(where="x")
-    assert check_choice(common(task=None), "x", "folder")["task"] == "folder"
+    assert parse_choice(common(), "x", "folder") == common(location="x")
+    assert parse_choice(common(task=None), "x", "folder")["task"] == "folder"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,6 @@ def test_common_form():
 )
 def test_wrong_records(record, part):
     with pytest.raises(DataError) as caught:
-        check_choice(record, "f.json, item 3", "t")
+        parse_choice(record, "f.json, item 3", "t")
     assert str(caught.value).startswith("f.json, item 3: ")
     assert part in str(caught.value)

@@ -6,7 +6,7 @@ import pytest
 
 from moka_pl.data import CommonsenseData, DataError
 from moka_pl.data.catalog import CHOICE_TASKS, fill_blank, task_name
-from moka_pl.data.formats.choice import check_choice, hub_task
+from moka_pl.data.formats.choice import hub_task, parse_choice
 from moka_pl.lm.scoring import IGNORE_INDEX
 
 QUESTION = "Please choose the correct answer to the question: "
@@ -155,28 +155,28 @@ def ready(module, tokenizer):
 @pytest.mark.parametrize("task", TASKS)
 def test_both_forms_give_the_same_item(task):
     original, _, _, (question, choices, answer) = TASKS[task]
-    item = {"where": "x", "task": task, "question": question, "choices": choices, "answer": answer}
-    assert check_choice(original, "x", task) == item
-    assert check_choice(llm_adapters(task), "x", task) == item
+    item = {"location": "x", "task": task, "question": question, "choices": choices, "answer": answer}
+    assert parse_choice(original, "x", task) == item
+    assert parse_choice(llm_adapters(task), "x", task) == item
 
 
 def test_hub_columns_tell_the_task():
     for task, (original, *_) in TASKS.items():
         assert hub_task(original) == ("arc" if task.startswith("arc") else task)
         expected = "folder" if task.startswith("arc") else task
-        assert check_choice(original, "x", "folder")["task"] == expected
+        assert parse_choice(original, "x", "folder")["task"] == expected
     assert hub_task({"question": "x", "choices": ["a", "b"], "answer": 0}) is None
 
 
 def test_numbers_and_truth_values_as_text():
-    assert check_choice(TASKS["boolq"][0] | {"answer": "False"}, "x", "boolq")["answer"] == 1
-    assert check_choice(TASKS["piqa"][0] | {"label": "1"}, "x", "piqa")["answer"] == 1
+    assert parse_choice(TASKS["boolq"][0] | {"answer": "False"}, "x", "boolq")["answer"] == 1
+    assert parse_choice(TASKS["piqa"][0] | {"label": "1"}, "x", "piqa")["answer"] == 1
     objects = [{"text": "ice", "label": "A"}, {"text": "air", "label": "B"}]
     record = TASKS["arc_easy"][0] | {"choices": objects, "answerKey": "B"}
-    assert check_choice(record, "x", "arc_easy")["choices"] == ["ice", "air"]
+    assert parse_choice(record, "x", "arc_easy")["choices"] == ["ice", "air"]
     record = {"question": "q", "choices": '["a", "b"]', "answer": "1"}
-    assert check_choice(record, "x", "t")["answer"] == 1
-    assert check_choice(record | {"answer": "B"}, "x", "t")["answer"] == 1
+    assert parse_choice(record, "x", "t")["answer"] == 1
+    assert parse_choice(record | {"answer": "B"}, "x", "t")["answer"] == 1
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_numbers_and_truth_values_as_text():
 )
 def test_wrong_originals(task, change, part):
     with pytest.raises(DataError) as caught:
-        check_choice(TASKS[task][0] | change, "f.jsonl, line 2", task)
+        parse_choice(TASKS[task][0] | change, "f.jsonl, line 2", task)
     assert str(caught.value).startswith("f.jsonl, line 2: ")
     assert part in str(caught.value)
 
@@ -345,7 +345,7 @@ def test_folders_of_both_forms_give_the_same_items(tiny_tokenizer, tmp_path, wri
             for part in ("train", "test"):
                 write_jsonl(f"{form}/{task}/{part}.jsonl", [record])
         module = CommonsenseData(tmp_path / str(form))
-        found.append([module._rows("train").remove_columns("where").to_list(), module.tasks])
+        found.append([module._rows("train").remove_columns("location").to_list(), module.tasks])
     assert found[0] == found[1]
     assert len(found[0][0]) == 8
 

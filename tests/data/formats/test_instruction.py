@@ -6,7 +6,7 @@ import json
 import pytest
 
 from moka_pl.data import DataError, InstructionData
-from moka_pl.data.formats.instruction import check_instruction
+from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.lm.scoring import IGNORE_INDEX
 
 END = "<|im_end|>"
@@ -134,9 +134,9 @@ def test_empty_columns_of_other_forms_do_not_count():
     empty = dict.fromkeys(
         ["messages", "conversations", "text", "instruction", "output", "prompt", "response"]
     )
-    row = check_instruction({**empty, "inputs": "a", "targets": "b"}, "x", "")
+    row = parse_instruction({**empty, "inputs": "a", "targets": "b"}, "x", "")
     assert (row["instruction"], row["output"]) == ("a", "b")
-    row = check_instruction({**empty, "instruction": "a", "response": "b"}, "x", "")
+    row = parse_instruction({**empty, "instruction": "a", "response": "b"}, "x", "")
     assert (row["instruction"], row["output"]) == ("a", "b")
 
 
@@ -167,7 +167,7 @@ def test_pieces_without_an_answer_are_counted_as_dropped(tiny_tokenizer, write_j
 )
 def test_wrong_records(record, parts):
     with pytest.raises(DataError) as caught:
-        check_instruction(record, "f.jsonl, line 3", "")
+        parse_instruction(record, "f.jsonl, line 3", "")
     assert str(caught.value).startswith("f.jsonl, line 3: ")
     for part in parts:
         assert part in str(caught.value)
@@ -275,7 +275,7 @@ def test_named_corpora(tiny_tokenizer, hub, name):
     assert module.report["train"].kept > 0
     assert module.report["validation"].kept > 0
     assert InstructionData(source).prompt == prompt
-    assert InstructionData(source)._pieces("train") == module._pieces("train")
+    assert InstructionData(source)._shards("train") == module._shards("train")
 
 
 @pytest.mark.filterwarnings("ignore:.*evaluation items are also")
