@@ -219,24 +219,40 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
     Raises:
         AdapterError: On missing or unexpected tensors or other shapes; the model is then unchanged.
     """
-    own = adapter_state(model)
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise AdapterError(
-            f"{source} does not fit this model: {len(missing)} tensors are missing"
-            f"{f' (first {missing[0]})' if missing else ''}, {len(unexpected)} are unexpected"
-            f"{f' (first {unexpected[0]})' if unexpected else ''}. "
-            "It was made for other target_modules, components or another base model"
-        )
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise AdapterError(
-                f"{source} does not fit this model: {name} is {tuple(state[name].shape)}, "
-                f"the model expects {tuple(tensor.shape)}. It is for another base model or other filters"
-            )
+    remedy = "It was made for other target_modules, components or filters, or for another base model"
+    check_tensors(state, adapter_state(model), source, remedy)
     method = method_in(model)
     if method is not None:
         method.load_state(model, dict(state))
+
+
+def check_tensors(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path, remedy: str
+) -> None:
+    """Refuses tensors that do not have exactly the names and shapes of the expected ones.
+
+    Args:
+        state: Tensors by name.
+        expected: The model's own tensors by name.
+        source: Where ``state`` comes from, for messages.
+        remedy: The last sentence of messages.
+
+    Raises:
+        AdapterError: On missing or unexpected tensors or other shapes.
+    """
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
+        counts = ", ".join(
+            f"{kind} tensors: {len(names)}{f' (first {names[0]})' if names else ''}"
+            for kind, names in (("missing", missing), ("unexpected", unexpected))
+        )
+        raise AdapterError(f"{source} does not fit this model: {counts}. {remedy}")
+    for name, tensor in expected.items():
+        if tensor.shape != state[name].shape:
+            raise AdapterError(
+                f"{source} does not fit this model: {name} is {tuple(state[name].shape)}, "
+                f"the model expects {tuple(tensor.shape)}. {remedy}"
+            )
 
 
 def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = None) -> AdapterInfo:

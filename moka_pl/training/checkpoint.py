@@ -1,105 +1,143 @@
-"""What a resumable checkpoint holds: trainable tensors and random generators, never a frozen tensor."""
+"""What a resumable checkpoint holds, and which one ``--ckpt_path last`` means.
+
+A checkpoint is Lightning's own with two changes: its state dict holds the trainable tensors only, and the
+fields of :class:`StoredRun` are added.
+"""
 
 import random
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
 
+from moka_pl.adapters import method_of
+from moka_pl.adapters.directory import check_tensors
 from moka_pl.adapters.filters import describe_filters
 from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.training.learning_rates import LearningRateRatios
+
+if TYPE_CHECKING:
+    from moka_pl.training.module import MokaModule
+
+LAST_NAME = "last.ckpt"
+
+#: Where the checkpoint callback's state keeps the version of the run's logs.
+VERSION_KEY = "moka_log_version"
+
+#: Stands before the name of each field of :class:`StoredRun`.
+_PREFIX = "moka_"
 
 _REMEDY = "Resume with the configuration of the run that wrote it"
 
 
-def trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keeps those entries of a state dict that belong to parameters that require a gradient."""
+@dataclass
+class StoredRun:
+    """What a checkpoint holds beside Lightning's own; an older one may lack fields, which then have defaults.
+
+    Attributes:
+        base: The frozen base's ``name`` and ``fingerprint``.
+        adapter: Options of the adapter.
+        learning_rate_ratios: Ratios by part, as :class:`LearningRateRatios` has them.
+        rng: The states of the random generators.
+    """
+
+    base: dict[str, str] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    learning_rate_ratios: dict[str, float] = field(default_factory=lambda: asdict(LearningRateRatios()))
+    rng: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, module: "MokaModule") -> Self:
+        """Describes the run of a module that has built its model."""
+        assert module.base is not None
+        return cls(
+            base={"name": module.base.name, "fingerprint": module.base.fingerprint},
+            adapter=method_of(module.adapter).options(),
+            learning_rate_ratios=asdict(module.learning_rate_ratios),
+            rng=rng_state(module.device),
+        )
+
+    @classmethod
+    def read(cls, checkpoint: Mapping[str, Any]) -> Self:
+        """Reads the fields of a checkpoint."""
+        names = [f.name for f in fields(cls) if f"{_PREFIX}{f.name}" in checkpoint]
+        return cls(**{name: checkpoint[f"{_PREFIX}{name}"] for name in names})
+
+
+def complete_checkpoint(checkpoint: dict[str, Any], module: "MokaModule") -> None:
+    """Drops the frozen tensors of Lightning's checkpoint and adds the run, in place."""
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
-    return {name: tensor for name, tensor in state.items() if name in trainable}
+    tensors = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {name: tensor for name, tensor in tensors.items() if name in trainable}
+    checkpoint |= {f"{_PREFIX}{name}": value for name, value in vars(StoredRun.of(module)).items()}
 
 
-def frozen_names(model: nn.Module) -> list[str]:
-    """Names of all buffers, and of the parameters that require no gradient."""
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    return frozen + [name for name, _ in model.named_buffers()]
+def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", training: bool) -> None:
+    """Refuses a checkpoint that is not of the module's run.
 
-
-def check_trainable_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Refuses a state dict that is not exactly the module's trainable tensors.
+    Args:
+        checkpoint: What :func:`complete_checkpoint` made.
+        module: The module, with its model.
+        training: Whether training is to go on from it.
 
     Raises:
-        AdapterError: On a missing or unexpected tensor or another shape.
+        AdapterError: On a missing or unexpected tensor, another shape, other options that shape the factors,
+            another base model, or, for training, other learning-rate ratios.
     """
-    own = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise AdapterError(
-            f"the checkpoint does not fit this model: {len(missing)} trainable tensors are missing "
-            f"{missing[:1]}, {len(unexpected)} are unexpected {unexpected[:1]}. {_REMEDY}"
-        )
-    for name, parameter in own.items():
-        if parameter.shape != state[name].shape:
+    stored, current = StoredRun.read(checkpoint), StoredRun.of(module)
+    # Before the sizes: factors of other shapes may fill vectors of the same length.
+    check_same_factors(stored.adapter, current.adapter)
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    check_tensors(checkpoint["state_dict"], trainable, "the checkpoint", _REMEDY)
+    for part, ratio in current.learning_rate_ratios.items() if training else ():
+        if stored.learning_rate_ratios[part] != ratio:  # the stored optimizer brings its own
             raise AdapterError(
-                f"the checkpoint does not fit this model: {name} is {tuple(state[name].shape)}, "
-                f"expected {tuple(parameter.shape)}. {_REMEDY}"
+                f"the checkpoint was trained with learning_rate_ratios.{part} "
+                f"{stored.learning_rate_ratios[part]:g}, here it is {ratio:g}. {_REMEDY}"
             )
+    if stored.base.get("fingerprint", current.base["fingerprint"]) != current.base["fingerprint"]:
+        raise AdapterError(
+            f"the checkpoint was trained on another base model ({stored.base['name']!r}); this one is "
+            f"{current.base['name']!r} with another fingerprint. Load that base instead"
+        )
 
 
-def check_same_factors(written: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def check_same_factors(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Refuses a checkpoint whose adapters have other factors than this model's.
 
     Args:
-        written: The checkpoint's adapter configuration.
-        own: This model's.
+        stored: The checkpoint's adapter options.
+        current: This model's.
 
     Raises:
         AdapterError: If an option differs that shapes the factors.
     """
-    kinds = [options.get("peft_type", "MOKA") for options in (written or own, own)]
-    if kinds[0] != kinds[1]:
+    methods = [options.get("peft_type", "MOKA") for options in (stored or current, current)]
+    if methods[0] != methods[1]:
         raise AdapterError(
-            f"the checkpoint does not fit this model: its method is {kinds[0]}, here it is {kinds[1]}. "
+            f"the checkpoint does not fit this model: its method is {methods[0]}, here it is {methods[1]}. "
             f"{_REMEDY}"
         )
     # Of another method's options any may change what the same tensors mean.
-    options = ("filters", "components", "gating") if kinds[1] == "MOKA" else sorted(own)
-    for option in options:
-        if "dropout" not in option and option in written and written[option] != own[option]:
-            its, mine = (_short(options[option]) for options in (written, own))
+    names = ("filters", "components", "gating") if methods[1] == "MOKA" else sorted(current)
+    for name in names:
+        if "dropout" not in name and name in stored and stored[name] != current[name]:
             raise AdapterError(
-                f"the checkpoint does not fit this model: its adapter.{option} is {its}, here it is {mine}. "
-                f"{_REMEDY}"
-            )
-
-
-def check_same_ratios(written: Mapping[str, float], own: Mapping[str, float]) -> None:
-    """Refuses to go on with other learning-rate ratios: the stored optimizer brings its own.
-
-    Args:
-        written: The ratios of the run that wrote the checkpoint, by part.
-        own: This run's.
-
-    Raises:
-        AdapterError: If one differs.
-    """
-    for part, ratio in own.items():
-        if written[part] != ratio:
-            raise AdapterError(
-                f"the checkpoint was trained with learning_rate_ratios.{part} {written[part]:g}, here it is "
-                f"{ratio:g}. {_REMEDY}"
+                f"the checkpoint does not fit this model: its adapter.{name} is {_short(stored[name])}, "
+                f"here it is {_short(current[name])}. {_REMEDY}"
             )
 
 
 def _short(value: Any) -> str:
-    """A value to print; filters of hundreds of layers are described."""
+    """Returns a value as text; filters of hundreds of layers are described."""
     return describe_filters(value) if isinstance(value, dict) else repr(value)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of the random generators of torch, the device and Python, in plain types."""
+    """Returns the states of the random generators of torch, the device and Python, in plain types."""
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -110,7 +148,10 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any], device: torch.device, rank: int) -> None:
     """Puts the generators back to a stored state.
 
-    Only the first rank's generators are stored; the other ranks go on from seeds derived from it.
+    Args:
+        state: What :func:`rng_state` returned on the first rank.
+        device: The device of this rank.
+        rank: Number of this rank; all but the first go on from seeds derived from the state.
     """
     if rank > 0:
         torch.manual_seed(int(state["torch"].long().sum()) + rank)
@@ -120,15 +161,6 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device, rank: int) -> 
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
     version, _, gauss = random.getstate()
     random.setstate((version, tuple(state["python"]), gauss))
-
-
-# Finds the run that ``--ckpt_path last`` means.
-
-
-LAST_NAME = "last.ckpt"
-
-#: Where the checkpoint callback's state keeps the version of the run's logs.
-VERSION_KEY = "moka_log_version"
 
 
 class LastRun(NamedTuple):
@@ -183,9 +215,7 @@ def find_last(logger: Any, dirpath: str | None = None) -> LastRun:
 
 
 def _version(checkpoint: Path) -> int | str | None:
-    """The version of the logs that a checkpoint remembers."""
-    import torch
-
+    """Returns the version of the logs that a checkpoint remembers."""
     try:
         stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, EOFError) as error:

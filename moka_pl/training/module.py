@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +22,13 @@ from moka_pl.adapters import (
 )
 from moka_pl.adapters.directory import check_base, read_adapter_state
 from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
-from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.errors import ConfigError
 from moka_pl.evaluation.module import Batch, EvaluatedModule
 from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
 from moka_pl.lm.scoring import score_tokens
 from moka_pl.training.auto_filters import DeferredFilters
-from moka_pl.training.checkpoint import (
-    check_same_factors,
-    check_same_ratios,
-    check_trainable_state,
-    frozen_names,
-    rng_state,
-    set_rng_state,
-    trainable_state,
-)
+from moka_pl.training.checkpoint import StoredRun, check_checkpoint, complete_checkpoint, set_rng_state
 from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler, logged_rates, make_optimizer
 from moka_pl.training.schedule import WarmupDecay
 
@@ -178,7 +170,9 @@ class MokaModule(EvaluatedModule):
             model, self.adapter, self._trainer, self.device, self.resumes
         )
         # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
-        leave_out_of_ddp(self, [f"model.{name}" for name in frozen_names(model)])
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        frozen += [name for name, _ in model.named_buffers()]
+        leave_out_of_ddp(self, [f"model.{name}" for name in frozen])
 
     def _adopt_filters(self, stored: Mapping[str, Any]) -> None:
         """Takes the filters that ``filters: auto`` chose in the run whose adapters are to be loaded.
@@ -339,36 +333,16 @@ class MokaModule(EvaluatedModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trainable tensors only, and adds the base's fingerprint and the random generators."""
-        assert self.base is not None
-        checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
-        checkpoint["moka_base"] = {"name": self.base.name, "fingerprint": self.base.fingerprint}
-        checkpoint["moka_rng"] = rng_state(self.device)
-        checkpoint["moka_adapter"] = method_of(self.adapter).options()
-        checkpoint["moka_learning_rate_ratios"] = asdict(self.learning_rate_ratios)
+        """Keeps the trainable tensors only, and adds what a resumed run needs."""
+        complete_checkpoint(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint's tensors are exactly this model's trainable ones.
+        """Checks that the checkpoint is of this run, and that its tensors are exactly the trainable ones.
 
         Raises:
-            AdapterError: On a missing or unexpected tensor, another shape or another base model, or if
-                training would go on with other learning-rate ratios.
+            AdapterError: As :func:`moka_pl.training.checkpoint.check_checkpoint`.
         """
-        assert self.base is not None
-        self._adopt_filters(checkpoint.get("moka_adapter", {}))
-        # Before the sizes: factors of other shapes may fill vectors of the same length.
-        check_same_factors(checkpoint.get("moka_adapter", {}), method_of(self.adapter).options())
-        check_trainable_state(self, checkpoint["state_dict"])
-        if self.trainer.state.fn == "fit":
-            check_same_ratios(
-                checkpoint.get("moka_learning_rate_ratios", asdict(_RATIOS)),
-                asdict(self.learning_rate_ratios),
-            )
-        written = checkpoint.get("moka_base", {})
-        if written.get("fingerprint") not in (None, self.base.fingerprint):
-            raise AdapterError(
-                f"the checkpoint was trained on another base model ({written['name']!r}); this one is "
-                f"{self.base.name!r} with another fingerprint. Load that base instead"
-            )
-        # Set when training begins: nothing before it may draw from them.
-        self._rng = checkpoint.get("moka_rng")
+        stored = StoredRun.read(checkpoint)
+        self._adopt_filters(stored.adapter)
+        check_checkpoint(checkpoint, self, training=self.trainer.state.fn == "fit")
+        self._rng = stored.rng  # set when training begins: nothing before it may draw from them
