@@ -25,7 +25,7 @@ import lightning.pytorch as pl
 import torch
 
 from moka_pl import BackboneConfig, InstructionData, MokaConfig, MokaModule
-from moka_pl.ops.merged_forward import PlainUpdates
+from moka_pl.ops.merged_forward import DenseUpdates
 from moka_pl.ops.triton.reference import round_by_thresholds
 
 #: Steps at a run's end whose mean loss is compared; and steps that make one point of a curve.
@@ -45,19 +45,19 @@ class Losses(pl.Callback):
 
 @contextlib.contextmanager
 def rounding() -> Iterator[None]:
-    """Within it the dense way rounds W and W + ΔW to bfloat16 as the kernels do."""
-    exact = PlainUpdates.weight
+    """Within it the dense backend rounds W and W + ΔW to bfloat16 as the kernels do."""
+    exact = DenseUpdates.weight
 
-    def weight(self: PlainUpdates, *parts: Any) -> torch.Tensor:
+    def weight(self: DenseUpdates, *parts: Any) -> torch.Tensor:
         base = self.dense()
         update = exact(replace(self, dense=lambda: torch.zeros_like(base)), *parts)
         return round_by_thresholds(base.bfloat16().float() + update).float()
 
-    PlainUpdates.weight = weight  # type: ignore[method-assign]
+    DenseUpdates.weight = weight  # type: ignore[method-assign]
     try:
         yield
     finally:
-        PlainUpdates.weight = exact  # type: ignore[method-assign]
+        DenseUpdates.weight = exact  # type: ignore[method-assign]
 
 
 def train(args: argparse.Namespace, backend: str, seed: int) -> dict[str, Any]:

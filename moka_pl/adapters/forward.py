@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from moka_pl._compat import hook_count
 from moka_pl.backbone.quantization import dense_weight, is_4bit
-from moka_pl.ops.dispatch import FEW_TOKENS, Backend, can_fuse, resolve_backend
+from moka_pl.ops.dispatch import DECODE_TOKENS, Backend, can_fuse, resolve_backend
 from moka_pl.ops.gating import Gating
 from moka_pl.ops.layout import Shape
-from moka_pl.ops.merged_forward import PlainUpdates, StructuredUpdates, Updates
+from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates, Updates
 
 #: Bytes of a 4-bit weight from which on bitsandbytes' own kernel reads uneven layers faster, launch included.
 _LARGE = 2**20
 
 
-class Joined(NamedTuple):
+class ForwardPlan(NamedTuple):
     """How to compute a layer and its update as one product.
 
     Attributes:
@@ -30,7 +30,7 @@ class Joined(NamedTuple):
     result: torch.dtype
 
 
-def join(
+def plan_forward(
     layer: nn.Linear,
     x: Tensor,
     factors: torch.dtype,
@@ -38,7 +38,7 @@ def join(
     scaling: float,
     backend: Backend,
     gating: Gating = "softmax",
-) -> Joined | None:
+) -> ForwardPlan | None:
     """Decides whether ``layer(x)`` and the update are computed as ``(W + ΔW) x``.
 
     They are not where somebody listens to the frozen layer, trains it or keeps its weight elsewhere, or where
@@ -54,7 +54,7 @@ def join(
         gating: How gate logits make α.
 
     Returns:
-        How to join them, or None.
+        How to compute them together, or None.
     """
     if _must_run_itself(layer, x.device):
         return None
@@ -73,13 +73,13 @@ def join(
     else:
         return None
     m, n = layer.out_features, layer.in_features
-    way = resolve_backend(backend, x, factors, shapes, m, n)
-    if way == "fused" and compute in (torch.bfloat16, torch.float32):
-        return Joined(_fused(layer, x.device, compute, shapes, scaling, gating), compute, result)
-    if way != "fused" and compute == factors and compute.itemsize >= 4:
-        updates_of = PlainUpdates if way == "dense" else StructuredUpdates
+    resolved = resolve_backend(backend, x, factors, shapes, m, n)
+    if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
+        return ForwardPlan(_fused(layer, x.device, compute, shapes, scaling, gating), compute, result)
+    if resolved != "fused" and compute == factors and compute.itemsize >= 4:
+        updates_of = DenseUpdates if resolved == "dense" else StructuredUpdates
         updates = updates_of(shapes, scaling, lambda: dense_weight(layer), is_4bit(layer), gating)
-        return Joined(updates, compute, result)
+        return ForwardPlan(updates, compute, result)
     return None
 
 
@@ -89,8 +89,8 @@ def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:
     return trained or hook_count(layer) > 0 or layer.weight.device != device
 
 
-def few_tokens(x: Tensor, factors: torch.dtype, m: int, backend: Backend) -> bool:
-    """Whether the kernels for few tokens serve this call: on a GPU, without gradients, as in generating.
+def is_decoding(x: Tensor, factors: torch.dtype, m: int, backend: Backend) -> bool:
+    """Whether the kernels for decoding serve this call: on a GPU, without gradients, as in generating.
 
     Args:
         x: Input, shape (..., n).
@@ -99,7 +99,7 @@ def few_tokens(x: Tensor, factors: torch.dtype, m: int, backend: Backend) -> boo
         backend: The backend asked for.
     """
     n = x.shape[-1]
-    if torch.is_grad_enabled() or not 0 < x.numel() // n < FEW_TOKENS:
+    if torch.is_grad_enabled() or not 0 < x.numel() // n < DECODE_TOKENS:
         return False
     asked = backend == "fused" or (backend == "auto" and x.is_cuda)
     return asked and can_fuse(x, factors, m, n)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
-from moka_pl.adapters.forward import Joined, few_tokens, join
+from moka_pl.adapters.forward import ForwardPlan, is_decoding, plan_forward
 from moka_pl.backbone.quantization import is_4bit, keep_weights, merged_linear
 from moka_pl.ops.dispatch import mixed_kinds
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight, packed_linear
 from moka_pl.ops.layout import Pairs, left_sizes, right_sizes, unpack
-from moka_pl.ops.merged_forward import JointLinear
+from moka_pl.ops.merged_forward import MergedForward
 
 
 class MokaLinear(nn.Module):
@@ -121,36 +121,38 @@ class MokaLinear(nn.Module):
         if not self.enabled:
             return self.base_layer(x)  # type: ignore[no-any-return]
         dropping = self.training and self.dropout.p > 0  # then the update's input is not the frozen layer's
-        joined = None
+        plan = None
         if not dropping:
-            few = few_tokens(x, self.moka_B.dtype, self.out_features, self.backend)
-            if few and not mixed_kinds(self.shapes):
-                return self._few(x)
+            decoding = is_decoding(x, self.moka_B.dtype, self.out_features, self.backend)
+            if decoding and not mixed_kinds(self.shapes):
+                return self._decode(x)
             dtype = self.moka_B.dtype
-            joined = join(self.base_layer, x, dtype, self.shapes, self.scaling, self.backend, self.gating)
-        return self._separate(x) if joined is None else self._joint(x, joined)
+            plan = plan_forward(
+                self.base_layer, x, dtype, self.shapes, self.scaling, self.backend, self.gating
+            )
+        return self._separate(x) if plan is None else self._merged_forward(x, plan)
 
-    def _joint(self, x: Tensor, joined: Joined) -> Tensor:
+    def _merged_forward(self, x: Tensor, plan: ForwardPlan) -> Tensor:
         """``(W + ΔW) x + bias``, (..., m)."""
         bias = self.base_layer.bias
         with torch.autocast(x.device.type, enabled=False):
-            out: Tensor = JointLinear.apply(  # type: ignore[no-untyped-call]
-                x.reshape(-1, self.in_features).to(joined.compute),  # (T, n)
+            out: Tensor = MergedForward.apply(  # type: ignore[no-untyped-call]
+                x.reshape(-1, self.in_features).to(plan.compute),  # (T, n)
                 self.moka_gate,
                 self._left(),
                 self.moka_B,
-                None if bias is None else bias.to(joined.compute),
-                joined.updates,
+                None if bias is None else bias.to(plan.compute),
+                plan.updates,
             )  # (T, m)
-        return out.to(joined.result).view(*x.shape[:-1], self.out_features)  # (..., m)
+        return out.to(plan.result).view(*x.shape[:-1], self.out_features)  # (..., m)
 
-    def _few(self, x: Tensor) -> Tensor:
+    def _decode(self, x: Tensor) -> Tensor:
         """``W x + bias + ΔW x``, (..., m), for a few tokens on a GPU."""
-        from moka_pl.ops.triton import add_few_tokens_, layer_gates, make_plan
+        from moka_pl.ops.triton import add_decode_update_, layer_gates, make_plan
 
         result: Tensor = self.base_layer(x).contiguous()  # (..., m)
         plan = make_plan(self.shapes, self.out_features, self.in_features, x.device)
-        add_few_tokens_(
+        add_decode_update_(
             plan,
             result.view(-1, self.out_features),
             x.reshape(-1, self.in_features).contiguous(),

@@ -171,7 +171,7 @@ class StepCapture:
             torch.cuda.synchronize(batch.ids.device)
             generator.graphsafe_set_state(random)
             self.unsupported_reason = _cause(error)
-            warnings.warn(f"cannot record the training step: {self.unsupported_reason}", stacklevel=2)
+            warnings.warn(f"the training step cannot be recorded: {self.unsupported_reason}", stacklevel=2)
             return
         self._pool = graph.pool()
         self._graphs[batch.size] = _Recorded(graph, inputs)

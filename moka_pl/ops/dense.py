@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moka_pl.ops.layout import Owners, Shape, group_equal, left_sizes, right_sizes, starts
+from moka_pl.ops.layout import ComponentIndex, Shape, group_equal, left_sizes, right_sizes, starts
 
 
 class _Rows(NamedTuple):
@@ -41,11 +41,11 @@ class _Group(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """All groups, and the owners of left and right entries."""
+    """All groups, and the component of each left and right entry."""
 
     groups: tuple[_Group, ...]
-    left: Owners
-    right: Owners
+    left: ComponentIndex
+    right: ComponentIndex
 
 
 @cache
@@ -61,8 +61,8 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
                 step = begin[run[1]] - begin[run[0]] if len(run) > 1 else max(size[run[0]], 1)
                 rows.append(_Rows(begin[run[0]], len(run), size[run[0]], step))
             groups.append(_Group(shape, *rows))
-    owners = [Owners.of_sizes(side, device) for side in sizes]
-    return _Layout(tuple(groups), *owners)
+    indices = [ComponentIndex.of_sizes(side, device) for side in sizes]
+    return _Layout(tuple(groups), *indices)
 
 
 def _even_runs(members: list[int], begins: list[list[int]]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Which way a layer's update is computed, and where the Triton kernels can run."""
+"""Which backend computes a layer's update, and where the Triton kernels can run."""
 
 import os
 import warnings
@@ -18,13 +18,13 @@ Backend = Literal["auto", "structured", "dense", "fused"]
 BACKENDS: tuple[str, ...] = ("auto", "structured", "dense", "fused")
 
 #: Tokens below which, on a GPU and without gradients, building ΔW costs more than kernels for few tokens.
-FEW_TOKENS = 32
+DECODE_TOKENS = 32
 
 
 def resolve_backend(
     backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int, n: int
 ) -> Literal["structured", "dense", "fused"]:
-    """Decides which way an m × n update of ``x`` is computed.
+    """Decides which backend computes an m × n update of ``x``.
 
     Args:
         backend: What was asked for.
@@ -35,7 +35,7 @@ def resolve_backend(
         n: Input features.
 
     Returns:
-        The way itself; ``"fused"`` only where its kernels can run.
+        The backend; ``"fused"`` only where its kernels can run.
 
     Raises:
         ConfigError: For an unknown backend.
@@ -70,9 +70,9 @@ def can_fuse(x: Tensor, factors: torch.dtype, m: int, n: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def pick_backend(tokens: int, shapes: tuple[Shape, ...], m: int, n: int) -> Literal["structured", "dense"]:
-    """Chooses the cheaper way for a forward and backward pass, by counting multiply-adds.
+    """Chooses the cheaper backend for a forward and backward pass, by counting multiply-adds.
 
-    Both ways work on all components of a shape at once. Dense takes T·m·n for the gradient of ΔW, and for
+    Both work on all components of a shape at once. Dense takes T·m·n for the gradient of ΔW, and for
     each shape builds ΔW twice and projects its gradient: bound by memory. Structured takes seven products
     with small factors for each shape, moves the activations for each and transposes them. The other numbers
     turn memory and calls into multiply-adds. They fit float32 on two CPU cores for layers of 192 × 576 to
@@ -104,7 +104,7 @@ def _has_triton() -> bool:
 @cache
 def _warn_unfused() -> None:
     warnings.warn(
-        "backend fused needs a CUDA device, Triton and float32 factors, and left factors that are "
-        "all identities or none; the dense way is used instead",
+        "backend fused needs a CUDA device, Triton, float32 factors, and left factors that are all "
+        "identities or none; using backend dense instead",
         stacklevel=3,
     )

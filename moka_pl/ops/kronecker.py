@@ -13,7 +13,7 @@ n_a·n_b > n the input is zero-padded, where it is smaller the input's tail is d
 output is cut, where it is smaller its tail is zero. Both are what cutting or zero-filling the matrix
 ``A ⊗ B`` to m × n gives.
 
-Three ways lead to the same product:
+Three backends compute the same product:
     structured  two small products per shape of component; never forms an m × n matrix
     dense       forms ΔW for the time of one product; its cost hardly grows with r
     fused       the same with Triton kernels that build ΔW and project its gradient in one to two launches
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from moka_pl.ops.dense import add_delta_, project
 from moka_pl.ops.dispatch import Backend, resolve_backend
 from moka_pl.ops.layout import Shape, pack
-from moka_pl.ops.structured import add_update_, pull_back, turned
+from moka_pl.ops.structured import add_update_, transposed, update_backward
 
 
 def delta_weight(
@@ -91,8 +91,8 @@ class _KroneckerSum(torch.autograd.Function):
                 return x @ _delta(left, right, weights, shapes, m, x.shape[1]).to(x.dtype).mT  # (T, m)
             wide = torch.promote_types(x.dtype, right.dtype)
             out = torch.zeros(m, x.shape[0], dtype=wide, device=x.device)
-            add_update_(out, turned(x, wide), left.to(wide), right.to(wide), weights.to(wide), shapes)
-            return turned(out, x.dtype)
+            add_update_(out, transposed(x, wide), left.to(wide), right.to(wide), weights.to(wide), shapes)
+            return transposed(out, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -109,16 +109,16 @@ class _KroneckerSum(torch.autograd.Function):
             total = (
                 torch.zeros(n, x.shape[0], dtype=wide, device=x.device) if ctx.needs_input_grad[0] else None
             )
-            found = pull_back(
-                turned(grad, wide),
-                turned(x, wide),
+            found = update_backward(
+                transposed(grad, wide),
+                transposed(x, wide),
                 left.to(wide),
                 right.to(wide),
                 weights.to(wide),
                 shapes,
                 total,
             )
-            grad_x = None if total is None else turned(total, x.dtype)
+            grad_x = None if total is None else transposed(total, x.dtype)
         grad_left, grad_right, grad_weights = found
         return (
             grad_x,
@@ -173,8 +173,8 @@ def packed_linear(
     flat = x.reshape(-1, x.shape[-1])  # (T, n)
     # Mixed dtypes are not for the kernels.
     dtype = right.dtype if weights.dtype == left.dtype == right.dtype else torch.float64
-    way = resolve_backend(backend, flat, dtype, shapes, out_features, flat.shape[1])
-    if way == "fused":
+    resolved = resolve_backend(backend, flat, dtype, shapes, out_features, flat.shape[1])
+    if resolved == "fused":
         from moka_pl.ops.triton import FusedSum, make_plan
 
         plan = make_plan(shapes, out_features, flat.shape[1], x.device)
@@ -182,6 +182,6 @@ def packed_linear(
             fused: Tensor = FusedSum.apply(flat, weights, left, right, plan)  # type: ignore[no-untyped-call]
         return fused.reshape(*tokens, out_features)
     out: Tensor = _KroneckerSum.apply(  # type: ignore[no-untyped-call]
-        flat, weights, left, right, shapes, out_features, way == "dense"
+        flat, weights, left, right, shapes, out_features, resolved == "dense"
     )  # (T, m)
     return out.reshape(*tokens, out_features)

@@ -1,18 +1,18 @@
 """A frozen layer and its update as one operation: ``y = (W + ΔW) x + bias``.
 
-Beside the frozen layer the update costs one matrix product forward and two backward. Joined to it, it costs
+Beside the frozen layer the update costs one matrix product forward and two backward. Merged with it, it costs
 building ``W + ΔW`` instead of W (which a 4-bit layer builds anyway) and the one product that gives the
-gradient of ΔW: ``∂L/∂ΔW = Gᵀ X``, which is then pulled back to factors and gates. Neither W + ΔW nor ΔW is
+gradient of ΔW: ``∂L/∂ΔW = Gᵀ X``, which is then projected to factors and gates. Neither W + ΔW nor ΔW is
 kept.
 
-For few tokens products with the small factors are cheaper than building ΔW. Joined to the frozen layer, they
-share its transposed input and add to its result in place.
+For few tokens products with the small factors are cheaper than building ΔW. Merged with the frozen layer,
+they share its transposed input and add to its result in place.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from moka_pl.ops.dense import add_delta_, project
 from moka_pl.ops.gating import Gating, gates_of, logits_gradient
 from moka_pl.ops.layout import Shape
-from moka_pl.ops.structured import add_update_, pull_back, turned
+from moka_pl.ops.structured import add_update_, transposed, update_backward
 
 
-class Updates(Protocol):
-    """How the product is computed, and its gradients.
+class Updates(ABC):
+    """How the merged forward is computed, and its gradients: here by building W + ΔW.
 
     ``gate`` holds the logits g, (r,), which make α (see :mod:`moka_pl.ops.gating`), or is None for α_i = 1/r.
     """
@@ -35,26 +35,24 @@ class Updates(Protocol):
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> Tensor:
         """Returns ``(W + ΔW) x + bias``, shape (T, m), for x of shape (T, n)."""
-
-    def pull_back(
-        self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """Returns the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``."""
-
-
-class DenseUpdates(ABC):
-    """By building W + ΔW, and pulling a gradient of ΔW back to its parts."""
-
-    def product(
-        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> Tensor:
-        """Returns ``(W + ΔW) x + bias``, shape (T, m), for x of shape (T, n)."""
         return F.linear(x, self.weight(left, right, gate, x.dtype), bias)
 
-    def pull_back(
+    def backward(
         self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """Returns the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``."""
+        """Computes the gradients of :meth:`product`.
+
+        Args:
+            grad: Gradient of the result, shape (T, m).
+            x: Input, shape (T, n).
+            left: Packed left factors.
+            right: Packed right factors.
+            gate: Gate logits, (r,), or None.
+            needs_x: Whether the gradient of ``x`` is wanted.
+
+        Returns:
+            The gradients of ``x`` (None unless wanted), ``left``, ``right`` and ``gate``.
+        """
         grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
         return grad_x, *self.project(grad.mT @ x, left, right, gate)
 
@@ -70,27 +68,27 @@ class DenseUpdates(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class PlainUpdates(DenseUpdates):
+class DenseUpdates(Updates):
     """By PyTorch's own operations, for W of full precision.
 
     Args:
         shapes: r shapes.
         scaling: s.
-        dense: Returns W, shape (m, n).
-        fresh: Whether ``dense`` makes a new tensor at every call, as dequantising does; ΔW is then added in
-            place.
+        base_weight: Returns W, shape (m, n).
+        fresh: Whether ``base_weight`` makes a new tensor at every call, as dequantising does; ΔW is then
+            added in place.
         gating: How gate logits make α.
     """
 
     shapes: tuple[Shape, ...]
     scaling: float
-    dense: Callable[[], Tensor]
+    base_weight: Callable[[], Tensor]
     fresh: bool
     gating: Gating = "softmax"
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
-        total = self.dense().to(dtype, copy=not self.fresh)  # (m, n)
+        total = self.base_weight().to(dtype, copy=not self.fresh)  # (m, n)
         weights = self._alpha(gate, right) * self.scaling  # (r,)
         return add_delta_(total, left, right, weights, self.shapes)
 
@@ -99,47 +97,47 @@ class PlainUpdates(DenseUpdates):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
         alpha = self._alpha(gate, right)  # (r,)
-        grad_left, grad_right, found = project(grad, left, right, alpha * self.scaling, self.shapes)
-        return grad_left, grad_right, self._logits(gate, alpha, found)
+        grad_left, grad_right, grad_weights = project(grad, left, right, alpha * self.scaling, self.shapes)
+        return grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
 
     def _alpha(self, gate: Tensor | None, right: Tensor) -> Tensor:
         r = len(self.shapes)
         return right.new_full((r,), 1 / r) if gate is None else gates_of(gate, self.gating)
 
-    def _logits(self, gate: Tensor | None, alpha: Tensor, found: Tensor) -> Tensor | None:
-        """The gradient of the logits for that of the weights s α."""
+    def _gate_gradient(self, gate: Tensor | None, alpha: Tensor, grad_weights: Tensor) -> Tensor | None:
+        """The gradient of the logits, (r,), for that of the weights s α."""
         if gate is None:
             return None
-        return logits_gradient(alpha, found * self.scaling, self.gating)
+        return logits_gradient(alpha, grad_weights * self.scaling, self.gating)
 
 
-class StructuredUpdates(PlainUpdates):
+class StructuredUpdates(DenseUpdates):
     """The same without building ΔW, by products with the small factors."""
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> Tensor:
         """Returns ``(W + ΔW) x + bias``, shape (T, m), for x of shape (T, n)."""
-        x = turned(x, x.dtype)  # (n, T)
-        weight = self.dense().to(x.dtype)  # (m, n)
+        x = transposed(x, x.dtype)  # (n, T)
+        weight = self.base_weight().to(x.dtype)  # (m, n)
         out = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)  # (m, T)
         weights = self._alpha(gate, right) * self.scaling  # (r,)
-        return turned(add_update_(out, x, left, right, weights, self.shapes), x.dtype)  # (T, m)
+        return transposed(add_update_(out, x, left, right, weights, self.shapes), x.dtype)  # (T, m)
 
-    def pull_back(
+    def backward(
         self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """Returns the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``."""
-        grad, x = turned(grad, x.dtype), turned(x, x.dtype)  # (m, T), (n, T)
-        grad_x = self.dense().to(x.dtype).mT @ grad if needs_x else None  # (n, T)
+        """Computes the gradients of :meth:`product`, as :meth:`Updates.backward`."""
+        grad, x = transposed(grad, x.dtype), transposed(x, x.dtype)  # (m, T), (n, T)
+        grad_x = self.base_weight().to(x.dtype).mT @ grad if needs_x else None  # (n, T)
         alpha = self._alpha(gate, right)  # (r,)
         parts = left, right, alpha * self.scaling
-        grad_left, grad_right, found = pull_back(grad, x, *parts, self.shapes, grad_x)
-        grad_x = None if grad_x is None else turned(grad_x, x.dtype)  # (T, n)
-        return grad_x, grad_left, grad_right, self._logits(gate, alpha, found)
+        grad_left, grad_right, grad_weights = update_backward(grad, x, *parts, self.shapes, grad_x)
+        grad_x = None if grad_x is None else transposed(grad_x, x.dtype)  # (T, n)
+        return grad_x, grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
 
 
-class JointLinear(torch.autograd.Function):
+class MergedForward(torch.autograd.Function):
     """``y = (W + s Σ_i α_i (A_i ⊗ B_i)) x + bias``; saves x, gate logits and factors, no m × n matrix."""
 
     @staticmethod
@@ -173,5 +171,5 @@ class JointLinear(torch.autograd.Function):
         """Gradients of x, gate logits and packed factors."""
         x, gate, left, right = ctx.saved_tensors
         needs_x = ctx.needs_input_grad[0]
-        grad_x, grad_left, grad_right, grad_gate = ctx.updates.pull_back(grad, x, left, right, gate, needs_x)
+        grad_x, grad_left, grad_right, grad_gate = ctx.updates.backward(grad, x, left, right, gate, needs_x)
         return grad_x, grad_gate, grad_left, grad_right, None, None

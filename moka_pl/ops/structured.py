@@ -15,24 +15,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moka_pl.ops.layout import Owners, Shape, group_equal, left_sizes, right_sizes, starts
+from moka_pl.ops.layout import ComponentIndex, Shape, group_equal, left_sizes, right_sizes, starts
 
 
-class _Place(NamedTuple):
-    """Where a matrix lies in a gathered vector."""
+class _Matrix(NamedTuple):
+    """A matrix within a gathered vector.
+
+    Attributes:
+        rows: Its rows.
+        columns: Its columns.
+        start: Where it begins.
+    """
 
     rows: int
     columns: int
-    at: int
+    start: int
 
     def of(self, gathered: Tensor) -> Tensor:
         """The matrix, (rows, columns)."""
-        return gathered.as_strided((self.rows, self.columns), (self.columns, 1), self.at)
+        return gathered.as_strided((self.rows, self.columns), (self.columns, 1), self.start)
 
     def repeated(self, gathered: Tensor, times: int) -> Tensor:
         """The same matrix so many times, (times, rows, columns), without copies."""
         size = (times, self.rows, self.columns)
-        return gathered.as_strided(size, (0, self.columns, 1), self.at)
+        return gathered.as_strided(size, (0, self.columns, 1), self.start)
 
 
 class _Group(NamedTuple):
@@ -41,44 +47,44 @@ class _Group(NamedTuple):
     Attributes:
         shape: Their shape.
         members: Their number C.
-        mixes_first: Whether left factors come first.
+        left_first: Whether left factors come first.
         left: Their left factors as one matrix: (m_a C, n_a) where these come first, else (m_a, n_a C).
         right: Their right factors as one matrix: (C m_b, n_b), or (m_b, C n_b) where left ones come first.
     """
 
     shape: Shape
     members: int
-    mixes_first: bool
-    left: _Place
-    right: _Place
+    left_first: bool
+    left: _Matrix
+    right: _Matrix
 
 
-class _Side(NamedTuple):
-    """The order in which one side's entries are gathered, and the way back.
+class _Order(NamedTuple):
+    """The order in which one side's entries are gathered.
 
     Attributes:
-        order: Where each gathered entry lies in the packed vector.
-        back: Where each packed entry lies in the gathered vector.
+        gather: Where each gathered entry lies in the packed vector.
+        scatter: Where each packed entry lies in the gathered vector.
     """
 
-    order: Tensor
-    back: Tensor
+    gather: Tensor
+    scatter: Tensor
 
 
 class _Layout(NamedTuple):
-    """All groups, the order of both sides, and the owners of packed right entries."""
+    """All groups, the order of both sides, and the component of each packed right entry."""
 
     groups: tuple[_Group, ...]
-    left: _Side
-    right: _Side
-    owners: Owners
+    left: _Order
+    right: _Order
+    component_index: ComponentIndex
 
 
-def mixes_first(shape: Shape) -> bool:
-    """Whether (A X) Bᵀ takes fewer multiply-adds than A (X Bᵀ)."""
-    left = shape.m_a * shape.n_b * (shape.n_a + shape.m_b)
-    right = shape.n_a * shape.m_b * (shape.n_b + shape.m_a)
-    return left <= right
+class _Sides(NamedTuple):
+    """Factors or their gradients, both sides gathered."""
+
+    left: Tensor
+    right: Tensor
 
 
 @cache
@@ -86,26 +92,39 @@ def mixes_first(shape: Shape) -> bool:
 def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
     left_starts, right_starts = starts(left_sizes(shapes)), starts(right_sizes(shapes))
     groups, lefts, rights = [], [], []
-    left_at = right_at = 0
+    left_size = right_size = 0
     for s, members in group_equal(shapes).items():
-        count, first = len(members), mixes_first(s) and not s.identity
-        at = torch.tensor([right_starts[i] for i in members]).view(-1, 1, 1)
-        right = at + torch.arange(s.m_b * s.n_b).view(s.m_b, s.n_b)  # (C, m_b, n_b)
+        count, first = len(members), not s.identity and _left_costs_less(s)
+        right = _entries(right_starts, members, s.m_b, s.n_b)  # (C, m_b, n_b)
         rights.append((right.transpose(0, 1) if first else right).flatten())
-        at = torch.tensor([left_starts[i] for i in members]).view(-1, 1, 1)
-        left = at + torch.arange(s.m_a * s.n_a).view(s.m_a, s.n_a)  # (C, m_a, n_a)
+        left = _entries(left_starts, members, s.m_a, s.n_a)  # (C, m_a, n_a)
         left = left[:0] if s.identity else left
         lefts.append((left.transpose(0, 1) if first else left.permute(1, 2, 0)).flatten())
         if first:
-            places = _Place(s.m_a * count, s.n_a, left_at), _Place(s.m_b, count * s.n_b, right_at)
+            matrices = _Matrix(s.m_a * count, s.n_a, left_size), _Matrix(s.m_b, count * s.n_b, right_size)
         else:
-            places = _Place(s.m_a, s.n_a * count, left_at), _Place(count * s.m_b, s.n_b, right_at)
-        groups.append(_Group(s, count, first, *places))
-        left_at, right_at = left_at + len(lefts[-1]), right_at + len(rights[-1])
-    left_side, right_side = (
-        _Side(order.to(device), order.argsort().to(device)) for order in (torch.cat(lefts), torch.cat(rights))
+            matrices = _Matrix(s.m_a, s.n_a * count, left_size), _Matrix(count * s.m_b, s.n_b, right_size)
+        groups.append(_Group(s, count, first, *matrices))
+        left_size, right_size = left_size + len(lefts[-1]), right_size + len(rights[-1])
+    left_order, right_order = (
+        _Order(gather.to(device), gather.argsort().to(device))
+        for gather in (torch.cat(lefts), torch.cat(rights))
     )
-    return _Layout(tuple(groups), left_side, right_side, Owners.of_sizes(right_sizes(shapes), device))
+    index = ComponentIndex.of_sizes(right_sizes(shapes), device)
+    return _Layout(tuple(groups), left_order, right_order, index)
+
+
+def _left_costs_less(shape: Shape) -> bool:
+    """Whether (A X) Bᵀ takes fewer multiply-adds than A (X Bᵀ)."""
+    left = shape.m_a * shape.n_b * (shape.n_a + shape.m_b)
+    right = shape.n_a * shape.m_b * (shape.n_b + shape.m_a)
+    return left <= right
+
+
+def _entries(begins: list[int], members: list[int], rows: int, columns: int) -> Tensor:
+    """Where the entries of some components' factors lie in the packed vector, (C, rows, columns)."""
+    first = torch.tensor([begins[i] for i in members]).view(-1, 1, 1)
+    return first + torch.arange(rows * columns).view(rows, columns)
 
 
 def add_update_(
@@ -126,29 +145,29 @@ def add_update_(
     """
     (n, tokens), m = x.shape, out.shape[0]
     layout = _layout(shapes, x.device)
-    left = left.index_select(0, layout.left.order)
-    right = layout.owners.scale(right, weights).index_select(0, layout.right.order)
-    for (m_a, n_a, m_b, n_b, identity), members, first, at_left, at_right in layout.groups:
+    left = left.index_select(0, layout.left.gather)
+    right = layout.component_index.scale(right, weights).index_select(0, layout.right.gather)
+    for (m_a, n_a, m_b, n_b, identity), members, left_first, lefts, rights in layout.groups:
         rows, columns = m_a * m_b, n_a * n_b
-        grid = x if columns == n else _fit(x, columns)
-        total = out if rows == m else out.new_zeros(rows, tokens)
-        if first:
-            hidden = torch.mm(at_left.of(left), grid.view(n_a, n_b * tokens))
+        grid = x if columns == n else _fit(x, columns)  # (n_a n_b, T)
+        total = out if rows == m else out.new_zeros(rows, tokens)  # (m_a m_b, T)
+        if left_first:
+            hidden = torch.mm(lefts.of(left), grid.view(n_a, n_b * tokens))  # (m_a C, n_b T)
             hidden = hidden.view(m_a, members * n_b, tokens)
-            total.view(m_a, m_b, tokens).baddbmm_(at_right.repeated(right, m_a), hidden)
+            total.view(m_a, m_b, tokens).baddbmm_(rights.repeated(right, m_a), hidden)
         elif identity:
-            b = _shared(at_right.of(right), members)
+            b = _shared(rights.of(right), members)  # (m_b, n_b)
             total.view(m_a, m_b, tokens).baddbmm_(b.expand(m_a, -1, -1), grid.view(n_a, n_b, tokens))
         else:
-            hidden = torch.bmm(at_right.repeated(right, n_a), grid.view(n_a, n_b, tokens))
+            hidden = torch.bmm(rights.repeated(right, n_a), grid.view(n_a, n_b, tokens))  # (n_a, C m_b, T)
             hidden = hidden.view(n_a * members, m_b * tokens)
-            total.view(m_a, m_b * tokens).addmm_(at_left.of(left), hidden)
+            total.view(m_a, m_b * tokens).addmm_(lefts.of(left), hidden)
         if rows != m:
             out[:rows] += total[:m]
     return out
 
 
-def pull_back(
+def update_backward(
     grad: Tensor,
     x: Tensor,
     left: Tensor,
@@ -176,56 +195,93 @@ def pull_back(
     """
     (n, tokens), m = x.shape, grad.shape[0]
     layout = _layout(shapes, x.device)
-    gathered = left.index_select(0, layout.left.order)
-    scaled = layout.owners.scale(right, weights).index_select(0, layout.right.order)
-    grad_left, grad_right = torch.empty_like(gathered), torch.empty_like(scaled)
-    for (m_a, n_a, m_b, n_b, identity), members, first, at_left, at_right in layout.groups:
+    scaled = layout.component_index.scale(right, weights)
+    factors = _Sides(left.index_select(0, layout.left.gather), scaled.index_select(0, layout.right.gather))
+    grads = _Sides(torch.empty_like(factors.left), torch.empty_like(factors.right))
+    for group in layout.groups:
+        m_a, n_a, m_b, n_b, identity = group.shape
         rows, columns = m_a * m_b, n_a * n_b
-        grid = x if columns == n else _fit(x, columns)
+        grid = x if columns == n else _fit(x, columns)  # (n_a n_b, T)
         out = (grad if rows == m else _fit(grad, rows)).view(m_a, m_b, tokens)
         to_x = grad_x if grad_x is None or columns == n else grad_x.new_zeros(columns, tokens)
-        if first:
-            grid = grid.view(n_a, n_b * tokens)
-            a = at_left.of(gathered)
-            back = torch.bmm(at_right.repeated(scaled, m_a).mT, out).view(m_a * members, n_b * tokens)
-            torch.mm(back, grid.mT, out=at_left.of(grad_left))
-            if to_x is not None:
-                to_x.view(n_a, n_b * tokens).addmm_(a.mT, back)
-            hidden = torch.mm(a, grid).view(m_a, members * n_b, tokens)
-            torch.sum(torch.bmm(out, hidden.mT), 0, out=at_right.of(grad_right))
+        if group.left_first:
+            _left_first_backward(group, out, grid, factors, grads, to_x)
         elif identity:
-            grid = grid.view(n_a, n_b, tokens)
-            shared = torch.bmm(out, grid.mT).sum(0)  # (m_b, n_b)
-            at_right.of(grad_right).view(members, m_b, n_b).copy_(shared)
-            if to_x is not None:
-                b = _shared(at_right.of(scaled), members)
-                to_x.view(n_a, n_b, tokens).baddbmm_(b.mT.expand(n_a, -1, -1), out)
+            _identity_backward(group, out, grid, factors, grads, to_x)
         else:
-            grid = grid.view(n_a, n_b, tokens)
-            b = at_right.repeated(scaled, n_a)
-            out = out.view(m_a, m_b * tokens)
-            back = torch.mm(at_left.of(gathered).mT, out).view(n_a, members * m_b, tokens)
-            torch.sum(torch.bmm(back, grid.mT), 0, out=at_right.of(grad_right))
-            if to_x is not None:
-                to_x.view(n_a, n_b, tokens).baddbmm_(b.mT, back)
-            hidden = torch.bmm(b, grid).view(n_a * members, m_b * tokens)
-            torch.mm(out, hidden.mT, out=at_left.of(grad_left))
+            _right_first_backward(group, out, grid, factors, grads, to_x)
         if grad_x is not None and to_x is not None and columns != n:
             grad_x[:columns] += to_x[:n]
     # The left factors' gradients hold w already, through the scaled right factors.
-    grad_left = grad_left.index_select(0, layout.left.back)
-    grad_right = grad_right.index_select(0, layout.right.back)
-    grad_weights = layout.owners.sums(grad_right * right, len(shapes))
-    return grad_left, layout.owners.scale(grad_right, weights), grad_weights
+    grad_left = grads.left.index_select(0, layout.left.scatter)
+    grad_right = grads.right.index_select(0, layout.right.scatter)
+    grad_weights = layout.component_index.sums(grad_right * right, len(shapes))
+    return grad_left, layout.component_index.scale(grad_right, weights), grad_weights
 
 
-def turned(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tokens in rows as columns, or the other way round: the transposed matrix, contiguous, in ``dtype``."""
+def _left_first_backward(
+    group: _Group, grad: Tensor, grid: Tensor, factors: _Sides, grads: _Sides, to_x: Tensor | None
+) -> None:
+    """Gradients of a group whose left factors come first.
+
+    Args:
+        group: The group.
+        grad: Gradient of its sum, shape (m_a, m_b, T).
+        grid: Its input, shape (n_a n_b, T).
+        factors: All factors, the right ones times w.
+        grads: Where the group's gradients are put.
+        to_x: What to add the gradient of its input to, shape (n_a n_b, T), or None.
+    """
+    (m_a, n_a, _, n_b, _), members, _, lefts, rights = group
+    tokens = grid.shape[1]
+    grid = grid.view(n_a, n_b * tokens)
+    a = lefts.of(factors.left)  # (m_a C, n_a)
+    back = torch.bmm(rights.repeated(factors.right, m_a).mT, grad)  # (m_a, C n_b, T)
+    back = back.view(m_a * members, n_b * tokens)
+    torch.mm(back, grid.mT, out=lefts.of(grads.left))
+    if to_x is not None:
+        to_x.view(n_a, n_b * tokens).addmm_(a.mT, back)
+    hidden = torch.mm(a, grid).view(m_a, members * n_b, tokens)
+    torch.sum(torch.bmm(grad, hidden.mT), 0, out=rights.of(grads.right))
+
+
+def _identity_backward(
+    group: _Group, grad: Tensor, grid: Tensor, factors: _Sides, grads: _Sides, to_x: Tensor | None
+) -> None:
+    """Gradients of a group whose left factors are identities; as :func:`_left_first_backward`."""
+    (_, n_a, m_b, n_b, _), members, _, _, rights = group
+    grid = grid.view(n_a, n_b, -1)  # (n_a, n_b, T)
+    shared = torch.bmm(grad, grid.mT).sum(0)  # (m_b, n_b)
+    rights.of(grads.right).view(members, m_b, n_b).copy_(shared)
+    if to_x is not None:
+        b = _shared(rights.of(factors.right), members)  # (m_b, n_b)
+        to_x.view(n_a, n_b, -1).baddbmm_(b.mT.expand(n_a, -1, -1), grad)
+
+
+def _right_first_backward(
+    group: _Group, grad: Tensor, grid: Tensor, factors: _Sides, grads: _Sides, to_x: Tensor | None
+) -> None:
+    """Gradients of a group whose right factors come first; as :func:`_left_first_backward`."""
+    (m_a, n_a, m_b, n_b, _), members, _, lefts, rights = group
+    tokens = grid.shape[1]
+    grid = grid.view(n_a, n_b, tokens)
+    b = rights.repeated(factors.right, n_a)  # (n_a, C m_b, n_b)
+    grad = grad.view(m_a, m_b * tokens)
+    back = torch.mm(lefts.of(factors.left).mT, grad).view(n_a, members * m_b, tokens)
+    torch.sum(torch.bmm(back, grid.mT), 0, out=rights.of(grads.right))
+    if to_x is not None:
+        to_x.view(n_a, n_b, tokens).baddbmm_(b.mT, back)
+    hidden = torch.bmm(b, grid).view(n_a * members, m_b * tokens)
+    torch.mm(grad, hidden.mT, out=lefts.of(grads.left))
+
+
+def transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns tokens in rows as columns, (T, n) to (n, T), or the reverse: contiguous, in ``dtype``."""
     return x.to(dtype).mT.contiguous()
 
 
 def _fit(x: Tensor, rows: int) -> Tensor:
-    """Cuts or zero-fills x to so many rows."""
+    """Cuts or zero-fills x of (n, T) to (rows, T)."""
     return F.pad(x, (0, 0, 0, rows - len(x)))  # a negative pad cuts
 
 

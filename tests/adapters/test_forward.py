@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters import MokaConfig, MokaLinear
-from moka_pl.adapters.forward import join
+from moka_pl.adapters.forward import plan_forward
 from moka_pl.backbone.quantization import dense_weight
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight
 from moka_pl.ops.layout import unpack
-from moka_pl.ops.merged_forward import PlainUpdates, StructuredUpdates
+from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates
 
 M, N, TOKENS = 24, 64, 40  # bitsandbytes misreads rows of 32 on some CPUs
 
@@ -47,9 +47,9 @@ def tokens(count: int = TOKENS, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, count // 2, N, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def joined(layer: MokaLinear, x: Tensor):
+def planned(layer: MokaLinear, x: Tensor):
     kind = layer.moka_B.dtype
-    return join(layer.base_layer, x, kind, layer.shapes, layer.scaling, layer.backend, layer.gating)
+    return plan_forward(layer.base_layer, x, kind, layer.shapes, layer.scaling, layer.backend, layer.gating)
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
@@ -58,7 +58,7 @@ def joined(layer: MokaLinear, x: Tensor):
 def test_one_product_gives_the_outputs_and_gradients_of_float64(backend, options, four_bit) -> None:
     layer = adapted(backend, four_bit, **options)
     x = tokens().requires_grad_()
-    assert joined(layer, x) is not None
+    assert planned(layer, x) is not None
     wanted = {"x": x} | {name: p for name, p in layer.named_parameters() if name.startswith("moka_")}
     upstream = torch.randn(2, TOKENS // 2, M, generator=torch.Generator().manual_seed(2))
     out = layer(x)
@@ -92,8 +92,8 @@ def test_one_product_saves_only_input_gates_and_factors(backend: str) -> None:
 
 def test_auto_builds_the_update_for_many_tokens_and_not_for_a_few() -> None:
     layer = MokaLinear(nn.Linear(576, 576).requires_grad_(False), MokaConfig())
-    assert type(joined(layer, torch.randn(2, 256, 576)).updates) is PlainUpdates
-    assert type(joined(layer, torch.randn(2, 32, 576)).updates) is StructuredUpdates
+    assert type(planned(layer, torch.randn(2, 256, 576)).updates) is DenseUpdates
+    assert type(planned(layer, torch.randn(2, 32, 576)).updates) is StructuredUpdates
 
 
 @pytest.mark.parametrize("backend", ["structured", "dense"])
@@ -116,12 +116,12 @@ def test_structured_products_leave_the_frozen_weight_as_it_is() -> None:
     assert torch.equal(layer.base_layer.weight, before)
 
 
-def test_half_precision_is_joined_only_by_the_kernels() -> None:
+def test_half_precision_is_merged_only_by_the_kernels() -> None:
     x = tokens(512, torch.bfloat16)
     layer = adapted("dense", dtype=torch.bfloat16, components=3)
-    assert joined(layer, x) is None
+    assert planned(layer, x) is None
     layer.backend = "fused"
-    assert joined(layer, x).compute is torch.bfloat16
+    assert planned(layer, x).compute is torch.bfloat16
 
 
 def test_a_trained_bias_keeps_its_gradient() -> None:
@@ -155,15 +155,15 @@ def test_another_shape_of_linear_layer_runs_itself() -> None:
 
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_few_tokens_without_gradients_go_through_their_own_kernels(options, four_bit, monkeypatch) -> None:
+def test_tokens_without_gradients_go_through_their_own_kernels(options, four_bit, monkeypatch) -> None:
     import moka_pl.ops.triton
 
     layer = adapted("fused", four_bit, **options)
     x = tokens(6)
     calls = []
-    original = moka_pl.ops.triton.add_few_tokens_
+    original = moka_pl.ops.triton.add_decode_update_
     monkeypatch.setattr(
-        moka_pl.ops.triton, "add_few_tokens_", lambda *args: calls.append(1) or original(*args)
+        moka_pl.ops.triton, "add_decode_update_", lambda *args: calls.append(1) or original(*args)
     )
     layer(x)
     assert not calls  # gradients are wanted

@@ -6,7 +6,7 @@ import torch
 
 from moka_pl.adapters import MokaConfig, MokaLinear, moka_layers
 from moka_pl.adapters.filters import filter_shapes
-from moka_pl.adapters.forward import join
+from moka_pl.adapters.forward import plan_forward
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.backbone.quantization import dense_weight
 from moka_pl.data import CommonsenseData
@@ -89,20 +89,20 @@ LAYERS = [
 
 
 @pytest.mark.parametrize(("m", "n", "filters"), LAYERS)
-def test_without_an_update_the_joint_weight_is_the_frozen_one(m: int, n: int, filters: str) -> None:
+def test_without_an_update_the_merged_weight_is_the_frozen_one(m: int, n: int, filters: str) -> None:
     layer = _layer(m, n, filters)
     with torch.no_grad():
         layer.moka_B.zero_()
     x = torch.randn(64, n, device="cuda", dtype=torch.bfloat16)
-    joined = join(layer.base_layer, x, torch.float32, layer.shapes, layer.scaling, "auto")
-    assert isinstance(joined.updates, FusedUpdates)
-    assert joined.updates.source is not None  # read by the kernel itself
-    found = joined.updates.weight(layer._left(), layer.moka_B, layer.moka_gate, torch.bfloat16)
+    plan = plan_forward(layer.base_layer, x, torch.float32, layer.shapes, layer.scaling, "auto")
+    assert isinstance(plan.updates, FusedUpdates)
+    assert plan.updates.source is not None  # read by the kernel itself
+    found = plan.updates.weight(layer._left(), layer.moka_B, layer.moka_gate, torch.bfloat16)
     assert torch.equal(found, dense_weight(layer.base_layer).bfloat16())
 
 
 @pytest.mark.parametrize(("m", "n", "filters"), [*LAYERS, (197, 83, "diverse")])
-def test_a_joint_layer_agrees_with_float64(m: int, n: int, filters: str) -> None:
+def test_a_merged_forward_agrees_with_float64(m: int, n: int, filters: str) -> None:
     layer = _layer(m, n, filters)
     x = torch.randn(4, 32, n, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.randn(4, 32, m, device="cuda", dtype=torch.bfloat16)
@@ -123,7 +123,7 @@ def test_a_joint_layer_agrees_with_float64(m: int, n: int, filters: str) -> None
 
 @pytest.mark.parametrize(("m", "n", "filters"), [*LAYERS, (197, 83, "diverse")])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_few_tokens_agree_with_float64(m: int, n: int, filters: str, tokens: int) -> None:
+def test_decoding_agrees_with_float64(m: int, n: int, filters: str, tokens: int) -> None:
     layer = _layer(m, n, filters)
     x = torch.randn(1, tokens, n, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():

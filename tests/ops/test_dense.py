@@ -1,4 +1,4 @@
-"""The grouped operations against torch.kron: shapes that come several times, in any order, fitting or not."""
+"""The dense operations against torch.kron: shapes that come several times, in any order, fitting or not."""
 
 import pytest
 import torch

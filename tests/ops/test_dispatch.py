@@ -1,4 +1,4 @@
-"""Which way an update is computed."""
+"""Which backend computes an update."""
 
 import pytest
 import torch

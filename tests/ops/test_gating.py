@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters import MokaConfig, MokaLinear
 from moka_pl.ops.gating import gates_of, logits_gradient, normalised_entropy
-from moka_pl.ops.merged_forward import JointLinear, PlainUpdates
+from moka_pl.ops.merged_forward import DenseUpdates, MergedForward
 
 M, N, R = 12, 20, 3
 # A shape twice, and one that stands out of the layer to be cut.
@@ -79,24 +79,24 @@ def by_kron(layer: MokaLinear, leaves: dict[str, Tensor]) -> Tensor:
     return leaves["x"] @ total.mT + layer.base_layer.bias.double()
 
 
-# By the product beside the layer, by the joint one, and by the kernels, which compute in float32.
-WAYS = {
+# By the product beside the layer, merged with it, and by the kernels, which compute in float32.
+BACKENDS = {
     "structured": ("structured", torch.float64, 1e-10),
     "dense": ("dense", torch.float64, 1e-10),
     "fused": ("fused", torch.float32, 2e-5),
 }
 
 
-@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("filters", [SHAPES, "prime", "diverse"], ids=str)
 @pytest.mark.parametrize("gating", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_every_backend_gives_the_values_and_gradients_of_torch_kron(way, gating, filters, joined) -> None:
-    backend, dtype, bound = way
+@pytest.mark.parametrize("case", BACKENDS.values(), ids=BACKENDS)
+def test_every_backend_gives_the_values_and_gradients_of_torch_kron(case, gating, filters, merged) -> None:
+    backend, dtype, bound = case
     if backend == "fused":
         pytest.importorskip("triton")
     layer = adapted(backend, gating, filters, dtype)
-    if not joined:  # who listens to the frozen layer makes it run by itself
+    if not merged:  # who listens to the frozen layer makes it run by itself
         layer.base_layer.register_forward_hook(lambda *_: None)
     x = torch.randn(2, 9, N, generator=torch.Generator().manual_seed(1), dtype=dtype).requires_grad_()
     leaves = {"x": x} | {name: p for name, p in layer.named_parameters() if name.startswith("moka_")}
@@ -121,23 +121,23 @@ def test_every_backend_gives_the_values_and_gradients_of_torch_kron(way, gating,
 
 
 @pytest.mark.parametrize("gating", ["sigmoid", "softmax"])
-def test_the_joint_product_passes_gradcheck(gating) -> None:
+def test_the_merged_forward_passes_gradcheck(gating) -> None:
     layer = adapted("dense", gating, SHAPES, torch.float64)
-    updates = PlainUpdates(layer.shapes, 1.3, lambda: layer.base_layer.weight.detach(), False, gating)
+    updates = DenseUpdates(layer.shapes, 1.3, lambda: layer.base_layer.weight.detach(), False, gating)
     x = torch.randn(2, N, dtype=torch.float64, requires_grad=True)
     leaves = (x, layer.moka_gate, layer.moka_A, layer.moka_B)
-    assert torch.autograd.gradcheck(lambda *leaves: JointLinear.apply(*leaves, None, updates), leaves)
+    assert torch.autograd.gradcheck(lambda *leaves: MergedForward.apply(*leaves, None, updates), leaves)
 
 
 @pytest.mark.parametrize("gating", ["sigmoid", "softmax"])
-def test_few_tokens_without_gradients(gating, monkeypatch) -> None:
+def test_decoding_without_gradients(gating, monkeypatch) -> None:
     pytest.importorskip("triton")
     import moka_pl.ops.triton
 
     calls = []
-    original = moka_pl.ops.triton.add_few_tokens_
+    original = moka_pl.ops.triton.add_decode_update_
     monkeypatch.setattr(
-        moka_pl.ops.triton, "add_few_tokens_", lambda *args: calls.append(1) or original(*args)
+        moka_pl.ops.triton, "add_decode_update_", lambda *args: calls.append(1) or original(*args)
     )
     layer = adapted("fused", gating, SHAPES, torch.float32)
     x = torch.randn(3, N)

@@ -21,7 +21,7 @@ from moka_pl.ops.kronecker import (
 )
 from moka_pl.ops.layout import Shape, pack, unpack
 
-WAYS = ("structured", "dense")
+PLAIN = ("structured", "dense")
 Factors = list[tuple[Tensor | None, Tensor]]
 
 
@@ -106,7 +106,7 @@ SOME_CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("case", SOME_CASES.values(), ids=SOME_CASES)
 def test_gradcheck(case: Case, backend: str) -> None:
     x, weights, factors = tensors(case)
@@ -135,7 +135,7 @@ def test_projecting_pulls_any_matrix_back(case: Case, transposed: bool) -> None:
     torch.testing.assert_close(found, list(expected))
 
 
-@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_input_and_incoming_gradient_need_not_be_contiguous(backend: str) -> None:
     case = SOME_CASES["prime sizes"]
     x, weights, factors = tensors(case)
@@ -148,7 +148,7 @@ def test_input_and_incoming_gradient_need_not_be_contiguous(backend: str) -> Non
     torch.testing.assert_close(grad, delta.sum(0).expand_as(grad))
 
 
-@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_input_without_gradient_gets_none_and_the_factors_theirs(backend: str) -> None:
     case = SOME_CASES["identity, m != n"]
     x, weights, factors = tensors(case)
@@ -200,11 +200,11 @@ def test_delta_weight_is_rounded_once_to_the_dtype_asked_for() -> None:
         (192, 576, 256, "dense"),
     ],
 )
-def test_auto_takes_the_way_that_was_measured_to_be_faster(m: int, n: int, tokens: int, faster: str) -> None:
+def test_auto_takes_what_was_measured_to_be_faster(m: int, n: int, tokens: int, faster: str) -> None:
     assert pick_backend(tokens, filter_shapes("diverse", 10, m, n), m, n) == faster
 
 
-@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize(
     ("m", "n", "filters", "components"),
     [(64, 64, "diverse", 10), (96, 40, "diverse", 5), (128, 64, "prime", 4), (61, 67, "square", 1)],
@@ -227,11 +227,11 @@ def test_bf16_error_is_no_larger_than_that_of_a_bf16_matmul(
         matmul = (x @ delta.bfloat16().mT).double()
         out = kronecker_linear(x, weights, factors, shapes, m, backend)
     assert out.dtype == torch.bfloat16
-    # The dense way is the same matmul but for the last bit of a few entries of ΔW.
+    # The dense backend is the same matmul but for the last bit of a few entries of ΔW.
     assert 0 < (out.double() - exact).norm() <= 1.01 * (matmul - exact).norm()
 
 
-@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_bf16_gradients_have_their_leaves_dtype_and_are_near_the_exact_ones(backend: str) -> None:
     shapes = filter_shapes("diverse", 5, 48, 40)
     x, weights, factors = tensors(Case(48, 40, shapes, (32,), 6), torch.float32)
@@ -246,7 +246,7 @@ def test_bf16_gradients_have_their_leaves_dtype_and_are_near_the_exact_ones(back
         assert (ours.float() - theirs).norm() <= 0.03 * theirs.norm()
 
 
-@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_autocast_leaves_the_dtypes_alone(backend: str) -> None:
     shapes = filter_shapes("diverse", 5, 48, 40)
     x, weights, factors = tensors(Case(48, 40, shapes, (8,), 7), torch.float32)
@@ -258,7 +258,7 @@ def test_autocast_leaves_the_dtypes_alone(backend: str) -> None:
         assert torch.equal(under, plain)
 
 
-@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("case", SOME_CASES.values(), ids=SOME_CASES)
 def test_nothing_is_saved_but_input_weights_and_factors(case: Case, backend: str) -> None:
     case = case._replace(leading=(3, 13))
@@ -279,7 +279,7 @@ def test_nothing_is_saved_but_input_weights_and_factors(case: Case, backend: str
     assert places(saved) == places([x, weights, left, right])
 
 
-@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_non_finite_input_shows_in_its_token_and_in_no_other(backend: str, bad: float) -> None:
     case = Case(6, 8, (Shape(2, 4, 3, 2), Shape(3, 2, 2, 4)), (4,), 0)
@@ -294,7 +294,7 @@ def test_a_non_finite_input_shows_in_its_token_and_in_no_other(backend: str, bad
     assert not weights.grad.isfinite().any()
 
 
-@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_non_finite_factor_shows_in_every_token(backend: str, bad: float, side: int) -> None:

@@ -7,7 +7,7 @@ from run to run.
 
 from moka_pl.ops.triton.autograd import FusedSum
 from moka_pl.ops.triton.base_weight import WeightSource, weight_source
-from moka_pl.ops.triton.decode import add_few_tokens_
+from moka_pl.ops.triton.decode import add_decode_update_
 from moka_pl.ops.triton.delta import fused_delta, fused_weight
 from moka_pl.ops.triton.gates import Gates, layer_gates
 from moka_pl.ops.triton.plan import Plan, make_plan
@@ -18,7 +18,7 @@ __all__ = [
     "Gates",
     "Plan",
     "WeightSource",
-    "add_few_tokens_",
+    "add_decode_update_",
     "fused_delta",
     "fused_projection",
     "fused_weight",

@@ -1,4 +1,7 @@
-"""The update's product on its own, beside the frozen layer's."""
+"""The kernels as differentiable products: the update beside the frozen layer, and merged with it.
+
+Their references are :mod:`moka_pl.ops.kronecker` and :mod:`moka_pl.ops.merged_forward`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moka_pl.ops.gating import Gating
-from moka_pl.ops.merged_forward import DenseUpdates
+from moka_pl.ops.merged_forward import Updates
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.delta import fused_delta, fused_weight
 from moka_pl.ops.triton.gates import Gates, layer_gates
@@ -40,30 +43,27 @@ class FusedSum(torch.autograd.Function):
         return grad_x, grad_weights, grad_left, grad_right, None
 
 
-# W + ΔW and the gradient of ΔW by the Triton kernels (see :mod:`moka_pl.ops.merged_forward`).
-
-
 @dataclass(frozen=True, eq=False)
-class FusedUpdates(DenseUpdates):
+class FusedUpdates(Updates):
     """By one launch for the weight and two for the gradient.
 
     Args:
         plan: The layer's plan.
         scaling: s.
         source: The frozen weight as the kernels read it, or None.
-        dense: Returns W, shape (m, n), for a storage that the kernels do not read.
+        base_weight: Returns W, shape (m, n), for a storage that the kernels do not read.
         gating: How gate logits make α.
     """
 
     plan: Plan
     scaling: float
     source: WeightSource | None
-    dense: Callable[[], Tensor]
+    base_weight: Callable[[], Tensor]
     gating: Gating = "softmax"
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
-        source = self.source or WeightSource(self.dense())
+        source = self.source or WeightSource(self.base_weight())
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
         return fused_weight(self.plan, left, right, gates, source, dtype)
 
@@ -72,5 +72,5 @@ class FusedUpdates(DenseUpdates):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
-        grad_left, grad_right, found = fused_projection(self.plan, grad, left, right, gates)
-        return grad_left, grad_right, None if gate is None else found
+        grad_left, grad_right, grad_gate = fused_projection(self.plan, grad, left, right, gates)
+        return grad_left, grad_right, None if gate is None else grad_gate

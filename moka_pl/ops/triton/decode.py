@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
-from moka_pl.ops.triton.plan import FEW_ROWS, Plan
+from moka_pl.ops.triton.plan import DECODE_ROWS, Plan
 
 #: Rows and columns of X that a program takes at once.
 _P, _Q = 64, 64
@@ -69,7 +69,9 @@ def _add_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + token * m + i, total.to(out.dtype.element_ty), mask=inside)
 
 
-def add_few_tokens_(plan: Plan, out: Tensor, x: Tensor, left: Tensor, right: Tensor, gates: Gates) -> Tensor:
+def add_decode_update_(
+    plan: Plan, out: Tensor, x: Tensor, left: Tensor, right: Tensor, gates: Gates
+) -> Tensor:
     """Adds ``Σ_i w_i (A_i ⊗ B_i) x`` to ``out`` in place; no gradients.
 
     Args:
@@ -87,10 +89,10 @@ def add_few_tokens_(plan: Plan, out: Tensor, x: Tensor, left: Tensor, right: Ten
     tokens, r = len(x), len(plan.shapes)
     parts = torch.empty(tokens, r, plan.m, dtype=torch.float32, device=x.device)
     launch(
-        _rows_kernel, plan.compiled, ("rows", x.dtype, gating), (len(plan.few), tokens, 1),
+        _rows_kernel, plan.compiled, ("rows", x.dtype, gating), (len(plan.decode), tokens, 1),
         (x, left, right, values),
-        (parts, x, left, right, values, scaling, plan.few, plan.m, plan.n,
-         r, plan.padded, gating, FEW_ROWS, _P, _Q),
+        (parts, x, left, right, values, scaling, plan.decode, plan.m, plan.n,
+         r, plan.padded, gating, DECODE_ROWS, _P, _Q),
         num_warps=4,
     )  # fmt: skip
     launch(

@@ -21,8 +21,8 @@ ENTRIES = 256
 PAIRS = 32
 #: Components of one shape that share a program of the projection.
 MEMBERS = 8
-#: Rows of one block row that a program for few tokens computes.
-FEW_ROWS = 32
+#: Rows of one block row that a program computes in decoding.
+DECODE_ROWS = 32
 #: Entries that one program of the projection's last step adds up.
 CHUNK = 256
 #: Programs that keep a large GPU busy.
@@ -54,7 +54,7 @@ class Plan:
         chunks: Work list of the projection's last step.
         dots: For every component the first of its parts of ∂L/∂w and their number, (2, r).
         most: Most tiles of a group.
-        few: Work list for few tokens: component, block row, first row in it, n_a, m_b, n_b, identity, places
+        decode: Work list for decoding: component, block row, first row in it, n_a, m_b, n_b, identity, places
             in A and B.
         ends: Rows of every component, (r,).
         whole: Whether every component covers the layer exactly.
@@ -82,7 +82,7 @@ class Plan:
     chunks: Tensor
     dots: Tensor
     most: int
-    few: Tensor
+    decode: Tensor
     ends: Tensor
     whole: bool
     even: bool
@@ -114,11 +114,11 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
         for s in shapes
     )
 
-    few = [
+    decode = [
         [c, a, b, s.n_a, s.m_b, s.n_b, int(s.identity), left_at[c], right_at[c]]
         for c, s in enumerate(shapes)
         for a in range(min(s.m_a, s.n_a) if s.identity else s.m_a)
-        for b in range(0, s.m_b, FEW_ROWS)
+        for b in range(0, s.m_b, DECODE_ROWS)
     ]
 
     period = math.lcm(*(s.m_b for s in shapes))
@@ -152,7 +152,7 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
         chunks=chunks.to(device),
         dots=dots.to(device),
         most=most,
-        few=_table(few).to(device),
+        decode=_table(decode).to(device),
         ends=_table([s.rows for s in shapes]).to(device),
         whole=whole,
         even=m % TILE[0] == 0 and n % TILE[1] == 0,

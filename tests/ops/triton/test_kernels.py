@@ -139,12 +139,12 @@ def test_gates_are_taken_from_their_logits(case: str, gating: Gating) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_tokens(problem, dtype: torch.dtype) -> None:
+def test_decoding(problem, dtype: torch.dtype) -> None:
     factors, weights, shapes, m, n = problem
     plan = kernels.make_plan(shapes, m, n, DEVICE)
     x, base = torch.randn(2, n).to(dtype), torch.randn(2, m).to(dtype)
     out = base.clone()
-    kernels.add_few_tokens_(plan, out, x, *pack(factors), kernels.Gates(weights))
+    kernels.add_decode_update_(plan, out, x, *pack(factors), kernels.Gates(weights))
     exact = base.double() + x.double() @ delta_weight(weights.double(), _double(factors), shapes, m, n).mT
     bound = 2**-7 if dtype is torch.bfloat16 else 1e-5  # the interpreter cuts bfloat16 off
     torch.testing.assert_close(
@@ -232,6 +232,6 @@ def test_fused_falls_back_where_its_kernels_cannot_run() -> None:
         (torch.randn(s.m_a, s.n_a).double(), torch.randn(s.m_b, s.n_b).double()) for s in shapes
     ]
     x, weights = torch.randn(4, 6).double(), torch.randn(2).double()
-    with pytest.warns(UserWarning, match="dense way"):  # float64 factors
+    with pytest.warns(UserWarning, match="backend dense"):  # float64 factors
         found = kronecker_linear(x, weights, factors, shapes, 6, "fused")
     torch.testing.assert_close(found, x @ delta_weight(weights, factors, shapes, 6, 6).mT)
