@@ -8,7 +8,7 @@ from moka_pl.data.base import MokaDataModule
 from moka_pl.data.batching.collate import SharePrefix
 from moka_pl.data.catalog import task_name
 from moka_pl.data.encoding.examples import ChoiceEncoder, Encoded, SegmentEncoder, adds_bos, encode_rows
-from moka_pl.data.formats.choice import CHOICE_FIELDS, choice_features, filled, parse_choice
+from moka_pl.data.formats.choice import CHOICE_FIELDS, choice_features, parse_choice, with_filled_blank
 from moka_pl.data.formats.llm_adapters import name_tasks
 from moka_pl.data.reading import parse_columns, read_rows
 from moka_pl.data.sources import ChoiceShard, Sources, as_list, find_choice_shards, hub_tasks, refuse_unknown
@@ -182,10 +182,8 @@ class CommonsenseData(MokaDataModule):
         different = {rows_fingerprint(rows): rows for rows in held if rows is not None}
         return train, list(different.values())
 
-    def _shards(self, sources: Sources, part: str) -> list[ChoiceShard]:
-        """What holds a part of the sources; nothing unless all of them have it."""
-        found = [find_choice_shards(source, part, self._wanted) for source in as_list(sources)]
-        return [shard for shards in found for shard in shards] if all(found) else []
+    def _shards(self, sources: Sources, split: str) -> list[ChoiceShard]:
+        return find_choice_shards(sources, split, self._wanted)
 
     def _read(self, shards: list[ChoiceShard]) -> "Dataset":
         from datasets import concatenate_datasets
@@ -206,7 +204,7 @@ class CommonsenseData(MokaDataModule):
                 for shard in shards
             ]
         )
-        return rows.map(filled, desc="Filling blanks") if self.fill_blank else rows
+        return rows.map(with_filled_blank, desc="Filling blanks") if self.fill_blank else rows
 
     def _select(self, rows: "Dataset | None", split: str) -> "Dataset | None":
         if rows is None or self._wanted is None:

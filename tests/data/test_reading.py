@@ -1,10 +1,13 @@
+import gzip
 import json
 
 import pytest
 
 from moka_pl.data.formats.instruction import instruction_features, parse_instruction
+from moka_pl.data.readers import READERS
 from moka_pl.data.reading import is_local, read_rows
 from moka_pl.data.samples import sample_path
+from moka_pl.data.sources import find_shards
 from moka_pl.errors import DataError
 
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello!"}
@@ -149,7 +152,7 @@ def test_missing_field(write_jsonl):
     assert message.startswith(
         f"{path}, line 7: field 'output' is missing; found: instruction, text. Expected"
     )
-    assert "(instruction, input, output of Alpaca" in message
+    assert "an instruction (instruction, input, output of Alpaca" in message
 
 
 @pytest.mark.parametrize(
@@ -218,3 +221,17 @@ def test_samples():
     assert sample_path("chat_train.jsonl") == sample_path("chat_train")
     with pytest.raises(DataError, match=r"no sample named 'nope'.*chat_train"):
         sample_path("nope")
+
+
+def test_another_kind_of_file_needs_its_reader_only(tmp_path, monkeypatch):
+    def compressed(path):
+        with gzip.open(path, "rt") as file:
+            yield from ((f"{path}, line {number}", json.loads(line)) for number, line in enumerate(file, 1))
+
+    monkeypatch.setitem(READERS, ".jsonl.gz", compressed)
+    (tmp_path / "corpus").mkdir()
+    path = write(tmp_path / "corpus", "train.jsonl.gz", gzip.compress(json.dumps(GOOD).encode()))
+    assert read(path)["location"][:] == [f"{path}, line 1"]
+    assert [shard.source for shard in find_shards(tmp_path / "corpus", "train")] == [path]
+    assert is_local("elsewhere.jsonl.gz")
+    refuse(write(tmp_path, "a.txt", "x"), ".parquet, .jsonl.gz")

@@ -100,7 +100,7 @@ def test_bad_input(tiny_tokenizer, tmp_path, write_jsonl):
     with pytest.raises(DataError, match=r"book\.txt does not exist"):
         ready(TextData(book), tiny_tokenizer)
     book.write_bytes(b"fine\nna\xefve\n")
-    with pytest.raises(DataError, match=r"book\.txt, line 2: byte 0xef is not UTF-8"):
+    with pytest.raises(DataError, match=r"book\.txt, line 2: byte 0xef at column 3 is not UTF-8"):
         ready(TextData(book), tiny_tokenizer)
     book.write_text(" \n")
     with pytest.raises(DataError, match="holds no text"):

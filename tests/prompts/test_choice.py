@@ -76,7 +76,7 @@ def test_llm_adapters():
 )
 def test_the_form_is_the_corpora_s_own(task, instruction):
     answer = instruction.rsplit("/", 1)[1]
-    checked = parse_choice({"instruction": instruction, "answer": answer}, "x", task)
+    checked = parse_choice({"instruction": instruction, "answer": answer}, task)
     prompt = llm_adapters_prompt(checked["question"], checked["choices"], task)
     assert prompt == alpaca_prompt(instruction)
     assert CHOICE_PROMPTS["llm_adapters"].options(checked)[checked["answer"]].endswith(f" {answer}")

@@ -2,6 +2,7 @@ import pytest
 
 from moka_pl.data.encoding.examples import SegmentEncoder
 from moka_pl.data.formats.instruction import parse_instruction
+from moka_pl.data.reading import parse_record
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.prompts.segments import alpaca, chat
@@ -16,7 +17,7 @@ TURNS = [
 
 
 def row(**record):
-    return parse_instruction(record, "x.jsonl, line 1", "")
+    return parse_record(parse_instruction, record, "x.jsonl, line 1")
 
 
 def joined(segments):

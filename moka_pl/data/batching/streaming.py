@@ -25,8 +25,8 @@ from moka_pl.data.encoding.examples import DROPPED, TRUNCATED, EncodedRow, Segme
 from moka_pl.data.encoding.report import EncodingReport
 from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.data.formats.trees import is_tree_message
-from moka_pl.data.readers import stream
-from moka_pl.data.reading import Columns, is_local, load_hub, rename
+from moka_pl.data.readers import located, stream
+from moka_pl.data.reading import Columns, is_local, load_hub, parse_record, rename
 from moka_pl.data.sources import Shard
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
@@ -99,13 +99,14 @@ class StreamedRecords:
             where, record = item["where"], item["record"]
         else:
             where, record = f"{self.pieces[0].source} ({self.pieces[0].split}), example {number}", dict(item)
-        record = rename(record, self.columns, where)
+        with located(where):
+            record = rename(record, self.columns)
         if is_tree_message(record):
             raise DataError(
                 f"{where}: message trees cannot be streamed, their messages may stand far apart. Use "
                 "streaming: false."
             )
-        return parse_instruction(record, where, "")
+        return parse_record(parse_instruction, record, where)
 
     def check_first(self) -> None:
         """Read and check the first record, so that a wrong path or form shows at once.

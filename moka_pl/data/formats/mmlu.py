@@ -1,55 +1,47 @@
-"""Check the records of MMLU: those of its CSV files and those of the hub."""
+"""The questions of MMLU, as its CSV files and the hub hold them, and its subjects."""
 
 from collections.abc import Collection
 from typing import Any
 
+from moka_pl.data.formats.base import Record, require, require_text
 from moka_pl.data.formats.choice import parse_choice
 from moka_pl.errors import DataError
 
-FORM = "Expected question, choice0 to choice3 (or a list, choices) and answer"
 LETTERS = "ABCD"
 
 
-def parse_mmlu(record: dict[str, Any], location: str, context: str) -> dict[str, Any]:
-    """Check one question of MMLU.
+def parse_mmlu(record: Record, context: str = "") -> dict[str, Any]:
+    """Parses one question of MMLU.
 
     Args:
-        record: With `question`, `choices` or `choice0` to `choice3`, and `answer`: 0 to 3, or A to D.
-        location: Its position, for messages.
-        context: The subject; a record without one (of the hub's joint split) names it in `subject`.
+        record: With ``question``, ``choices`` or ``choice0`` to ``choice3``, and ``answer``: 0 to 3, or A to
+            D.
+        context: The subject; a record without one (of the hub's joint split) names it in ``subject``.
 
     Returns:
-        A row with the columns of `choice_features`; the question without white space around it.
+        A row with the columns of ``choice_features``, without its location; the question without white space
+        around it.
 
     Raises:
         DataError: A field is missing or of a wrong type, an option is empty, or the answer is none of them.
     """
     subject = context or record.get("subject")
     if not isinstance(subject, str) or not subject:
-        raise DataError(f"{location}: field 'subject' must be a name, found {subject!r}.")
-    choices = record.get("choices")
+        raise DataError(f"field 'subject' must be a name, found {subject!r}")
+    question, choices = require(record, "question"), record.get("choices")
     if choices is None:
-        names = [f"choice{number}" for number in range(len(LETTERS))]
-        missing = [name for name in ("question", *names, "answer") if name not in record]
-        if missing:
-            found = ", ".join(map(str, record)) or "nothing"
-            raise DataError(f"{location}: field {missing[0]!r} is missing; found: {found}. {FORM}.")
-        choices = [record[name] for name in names]
-        for name, choice in zip(names, choices, strict=True):
-            if not isinstance(choice, str):
-                kind = type(choice).__name__
-                raise DataError(f"{location}: field {name!r} must be text, found {kind} {choice!r}.")
-    row: dict[str, Any] = {name: record[name] for name in ("question", "answer") if name in record}
-    row |= {"task": f"mmlu_{subject}", "choices": choices}
-    if isinstance(row.get("question"), str):
-        row["question"] = row["question"].strip()
-    if "answer" in row:
-        row["answer"] = _index(row["answer"], location)
-    return parse_choice(row, location, "")
+        choices = [require_text(record, f"choice{number}") for number in range(len(LETTERS))]
+    row = {
+        "task": f"mmlu_{subject}",
+        "question": question.strip() if isinstance(question, str) else question,
+        "choices": choices,
+        "answer": _index(require(record, "answer")),
+    }
+    return parse_choice(row)
 
 
-def _index(answer: object, location: str) -> object:
-    """The number of the right option: CSV files hold it as text, some copies as a letter."""
+def _index(answer: object) -> object:
+    """Returns the number of the right option: CSV files hold it as text, some copies as a letter."""
     if not isinstance(answer, str):
         return answer
     text = answer.strip()
@@ -58,8 +50,8 @@ def _index(answer: object, location: str) -> object:
     if len(text) == 1 and text.upper() in LETTERS:
         return LETTERS.index(text.upper())
     raise DataError(
-        f"{location}: field 'answer' is {answer!r}; it must be the number of the right option, 0 to 3, or "
-        "its letter, A to D."
+        f"field 'answer' is {answer!r}; it must be the number of the right option, 0 to 3, or its letter, A "
+        "to D"
     )
 
 

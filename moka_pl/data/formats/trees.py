@@ -1,11 +1,12 @@
-"""Message trees (OASST1): flat messages that name their parents, put together to chats."""
+"""Message trees (OASST1): flat messages that name their parents, joined to chats."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
-from moka_pl.data.readers import Located
+from moka_pl.data.formats.base import Record, require, require_text
+from moka_pl.data.readers import Located, located
 from moka_pl.errors import DataError
 
 TreePaths = Literal["best", "all"]
@@ -17,33 +18,33 @@ FIELDS = ("message_id", "parent_id", "role", "text")
 _ROLES = {"prompter": "user", "assistant": "assistant", "system": "system"}
 
 
-def is_tree_message(record: Mapping[str, Any]) -> bool:
-    """Whether a record is one message of a tree."""
+def is_tree_message(record: Record) -> bool:
+    """Returns whether a record is one message of a tree."""
     return all(field in record for field in FIELDS)
 
 
 def join_trees(
-    located: Iterable[Located], paths: TreePaths = "best", language: str | None = "en"
+    records: Iterable[Located], paths: TreePaths = "best", language: str | None = "en"
 ) -> Iterator[Located]:
-    """Turn the flat messages of a source into chats; other records pass as they are.
+    """Turns the flat messages of a source into chats; other records pass as they are.
 
     A chat ends at a reply of the assistant; what users wrote after the last one is left out, and so are
     deleted messages and all that follows them.
 
     Args:
-        located: All records of a source with their positions. What the first one is, all must be.
+        records: All records of a source with their locations. What the first one is, all must be.
         paths: "best" follows the best-ranked (else the first) reply from message to message; "all" gives one
             chat for every last reply of a tree.
-        language: Keep the trees whose first message is in this language (column `lang`); None keeps all.
+        language: Keep the trees whose first message is in this language (column ``lang``); None keeps all.
 
     Yields:
-        A position (that of the tree's first message) and a record `{"messages": [...]}`.
+        A location (that of the tree's first message) and a record ``{"messages": [...]}``.
 
     Raises:
         DataError: A message has no text, an unknown role or a parent that does not exist, or no tree is in
             the language.
     """
-    records = iter(located)
+    records = iter(records)
     first = next(records, None)
     if first is None:
         return
@@ -53,49 +54,45 @@ def join_trees(
     messages: dict[str, Located] = {}
     children: dict[str | None, list[str]] = defaultdict(list)
     for location, record in chain([first], records):
-        _check(record, location)
+        with located(location):
+            _check(record)
         messages[record["message_id"]] = location, record
         children[record["parent_id"] or None].append(record["message_id"])
     for parent, replies in children.items():
         if parent is not None and parent not in messages:
             location = messages[replies[0]][0]
-            raise DataError(f"{location}: field 'parent_id' names {parent!r}, but there is no such message.")
-    languages: set[str] = set()
-    found = False
-    for root in children[None]:
-        location, record = messages[root]
-        languages.add(str(record.get("lang")))
-        if language is not None and record.get("lang") not in (None, language):
-            continue
-        found = True
-        for path in _paths(root, messages, children, paths):
-            yield location, {"messages": [_message(messages[name][1]) for name in path]}
-    if not found:
+            raise DataError(f"{location}: field 'parent_id' names {parent!r}, but there is no such message")
+    languages = {str(messages[root][1].get("lang")) for root in children[None]}
+    roots = [
+        root
+        for root in children[None]
+        if language is None or messages[root][1].get("lang") in (None, language)
+    ]
+    if not roots:
         raise DataError(
             f"{first[0]} and the following messages: no tree in the language {language!r}; there are "
-            f"{', '.join(sorted(languages))}. Change `tree_language`."
+            f"{', '.join(sorted(languages))}. Change `tree_language`"
         )
+    for root in roots:
+        for path in _paths(root, messages, children, paths):
+            yield messages[root][0], {"messages": [_message(messages[name][1]) for name in path]}
 
 
-def _check(record: Mapping[str, Any], location: str) -> None:
+def _check(record: Record) -> None:
     for field in FIELDS:
-        if field not in record:
-            found = ", ".join(map(str, record)) or "nothing"
-            raise DataError(f"{location}: field {field!r} of a message tree is missing; found: {found}.")
+        require(record, field, f"{field!r} of a message tree")
     for field in ("message_id", "text"):
-        if not isinstance(record[field], str):
-            raise DataError(f"{location}: field {field!r} must be text, found {record[field]!r}.")
+        require_text(record, field)
     if record["role"] not in _ROLES:
         raise DataError(
-            f"{location}: field 'role' is {record['role']!r}; known roles of message trees are "
-            f"{', '.join(_ROLES)}."
+            f"field 'role' is {record['role']!r}; known roles of message trees are {', '.join(_ROLES)}"
         )
 
 
 def _paths(
     root: str, messages: Mapping[str, Located], children: Mapping[str | None, list[str]], paths: TreePaths
 ) -> list[list[str]]:
-    """Chats of one tree as lists of message ids, each ending at an assistant's reply."""
+    """Returns the chats of one tree as lists of message ids, each ending at an assistant's reply."""
     complete: dict[tuple[str, ...], None] = {}  # a set in order
     open_paths = [[root]] if not messages[root][1].get("deleted") else []
     while open_paths:
@@ -113,10 +110,10 @@ def _paths(
     return [list(path) for path in complete]
 
 
-def _rank(record: Mapping[str, Any]) -> float:
+def _rank(record: Record) -> float:
     rank = record.get("rank")
     return float("inf") if rank is None or rank == "" else float(rank)
 
 
-def _message(record: Mapping[str, Any]) -> dict[str, str]:
+def _message(record: Record) -> dict[str, str]:
     return {"role": _ROLES[record["role"]], "content": record["text"]}

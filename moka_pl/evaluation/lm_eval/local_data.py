@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.formats.choice import choice_features, parse_choice
 from moka_pl.data.formats.mmlu import mmlu_groups, parse_mmlu
-from moka_pl.data.reading import Check, read_rows
+from moka_pl.data.reading import Parse, read_rows
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS, MMLU_PROMPTS
 from moka_pl.prompts.templates import mmlu_header
@@ -147,8 +147,8 @@ def mmlu_splits(task: str, files: dict[str, str], **metadata: Any) -> "dict[str,
     return _splits(parse_mmlu, task, files)
 
 
-def _splits(check: Check, task: str, files: dict[str, str]) -> "dict[str, Dataset]":
+def _splits(parse: Parse, task: str, files: dict[str, str]) -> "dict[str, Dataset]":
     features = choice_features()
-    rows = {split: read_rows(file, check, features, context=task) for split, file in files.items()}
+    rows = {split: read_rows(file, parse, features, context=task) for split, file in files.items()}
     # lm_eval hashes whole records: a path in them would make the hash another on every machine.
     return {split: read.select_columns(["question", "choices", "answer"]) for split, read in rows.items()}

@@ -1,6 +1,8 @@
 import pytest
 
-from moka_pl.data.formats.choice import parse_choice, parse_llm_adapters
+from moka_pl.data.formats.choice import parse_choice
+from moka_pl.data.formats.llm_adapters import LLM_ADAPTERS
+from moka_pl.data.reading import parse_record
 from moka_pl.errors import DataError
 
 # Questions of our own in the eight tasks' forms.
@@ -74,16 +76,16 @@ def test_all_eight_forms(task):
         "output": f"the correct answer is {answer}",
         "answer": answer,
     }
-    assert parse_llm_adapters(record, "x") == expected
-    row = parse_choice(record, "x", task)
+    assert LLM_ADAPTERS.parse(record)[:3] == expected
+    row = parse_choice(record, task)
     question, choices, right = expected
     choices = [choice.replace(" [title]", ".") for choice in choices]
     assert (row["task"], row["question"], row["choices"], row["answer"]) == (task, question, choices, right)
 
 
 def test_common_form():
-    assert parse_choice(common(), "x", "folder") == common(location="x")
-    assert parse_choice(common(task=None), "x", "folder")["task"] == "folder"
+    assert parse_choice(common(), "folder") == common()
+    assert parse_choice(common(task=None), "folder")["task"] == "folder"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,6 @@ def test_common_form():
 )
 def test_wrong_records(record, part):
     with pytest.raises(DataError) as caught:
-        parse_choice(record, "f.json, item 3", "t")
+        parse_record(parse_choice, record, "f.json, item 3", "t")
     assert str(caught.value).startswith("f.json, item 3: ")
     assert part in str(caught.value)

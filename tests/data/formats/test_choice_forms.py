@@ -6,7 +6,9 @@ import pytest
 
 from moka_pl.data import CommonsenseData, DataError
 from moka_pl.data.catalog import CHOICE_TASKS, fill_blank, task_name
-from moka_pl.data.formats.choice import hub_task, parse_choice
+from moka_pl.data.formats.choice import parse_choice
+from moka_pl.data.formats.hub_tasks import hub_task
+from moka_pl.data.reading import parse_record
 from moka_pl.lm.scoring import IGNORE_INDEX
 
 QUESTION = "Please choose the correct answer to the question: "
@@ -155,35 +157,35 @@ def ready(module, tokenizer):
 @pytest.mark.parametrize("task", TASKS)
 def test_both_forms_give_the_same_item(task):
     original, _, _, (question, choices, answer) = TASKS[task]
-    item = {"location": "x", "task": task, "question": question, "choices": choices, "answer": answer}
-    assert parse_choice(original, "x", task) == item
-    assert parse_choice(llm_adapters(task), "x", task) == item
+    item = {"task": task, "question": question, "choices": choices, "answer": answer}
+    assert parse_choice(original, task) == item
+    assert parse_choice(llm_adapters(task), task) == item
 
 
 def test_hub_columns_tell_the_task():
     for task, (original, *_) in TASKS.items():
         assert hub_task(original) == ("arc" if task.startswith("arc") else task)
         expected = "folder" if task.startswith("arc") else task
-        assert parse_choice(original, "x", "folder")["task"] == expected
+        assert parse_choice(original, "folder")["task"] == expected
     assert hub_task({"question": "x", "choices": ["a", "b"], "answer": 0}) is None
 
 
 def test_numbers_and_truth_values_as_text():
-    assert parse_choice(TASKS["boolq"][0] | {"answer": "False"}, "x", "boolq")["answer"] == 1
-    assert parse_choice(TASKS["piqa"][0] | {"label": "1"}, "x", "piqa")["answer"] == 1
+    assert parse_choice(TASKS["boolq"][0] | {"answer": "False"}, "boolq")["answer"] == 1
+    assert parse_choice(TASKS["piqa"][0] | {"label": "1"}, "piqa")["answer"] == 1
     objects = [{"text": "ice", "label": "A"}, {"text": "air", "label": "B"}]
     record = TASKS["arc_easy"][0] | {"choices": objects, "answerKey": "B"}
-    assert parse_choice(record, "x", "arc_easy")["choices"] == ["ice", "air"]
+    assert parse_choice(record, "arc_easy")["choices"] == ["ice", "air"]
     record = {"question": "q", "choices": '["a", "b"]', "answer": "1"}
-    assert parse_choice(record, "x", "t")["answer"] == 1
-    assert parse_choice(record | {"answer": "B"}, "x", "t")["answer"] == 1
+    assert parse_choice(record, "t")["answer"] == 1
+    assert parse_choice(record | {"answer": "B"}, "t")["answer"] == 1
 
 
 @pytest.mark.parametrize(
     ("task", "change", "part"),
     [
         ("boolq", {"answer": "maybe"}, "'answer' of boolq must be true or false, found 'maybe'"),
-        ("boolq", {"question": 3}, "'question' must be text, found 3"),
+        ("boolq", {"question": 3}, "'question' must be text, found int 3"),
         ("piqa", {"label": -1}, "'label' is -1, outside of the options 0, 1. Sets without labels"),
         ("piqa", {"sol2": " "}, "choice 2 of 2 is empty"),
         ("piqa", {"sol1": None}, "'sol1' of piqa is empty"),
@@ -200,7 +202,7 @@ def test_numbers_and_truth_values_as_text():
 )
 def test_wrong_originals(task, change, part):
     with pytest.raises(DataError) as caught:
-        parse_choice(TASKS[task][0] | change, "f.jsonl, line 2", task)
+        parse_record(parse_choice, TASKS[task][0] | change, "f.jsonl, line 2", task)
     assert str(caught.value).startswith("f.jsonl, line 2: ")
     assert part in str(caught.value)
 

@@ -7,6 +7,7 @@ import pytest
 
 from moka_pl.data import DataError, InstructionData
 from moka_pl.data.formats.instruction import parse_instruction
+from moka_pl.data.reading import parse_record
 from moka_pl.lm.scoring import IGNORE_INDEX
 
 END = "<|im_end|>"
@@ -134,9 +135,9 @@ def test_empty_columns_of_other_forms_do_not_count():
     empty = dict.fromkeys(
         ["messages", "conversations", "text", "instruction", "output", "prompt", "response"]
     )
-    row = parse_instruction({**empty, "inputs": "a", "targets": "b"}, "x", "")
+    row = parse_instruction({**empty, "inputs": "a", "targets": "b"})
     assert (row["instruction"], row["output"]) == ("a", "b")
-    row = parse_instruction({**empty, "instruction": "a", "response": "b"}, "x", "")
+    row = parse_instruction({**empty, "instruction": "a", "response": "b"})
     assert (row["instruction"], row["output"]) == ("a", "b")
 
 
@@ -152,7 +153,10 @@ def test_pieces_without_an_answer_are_counted_as_dropped(tiny_tokenizer, write_j
 @pytest.mark.parametrize(
     ("record", "parts"),
     [
-        ({"question": "a", "reply": "b"}, ["'instruction' is missing; found: question, reply.", "`columns`"]),
+        (
+            {"question": "a", "reply": "b"},
+            ["no format has these fields: question, reply.", "instruction, input, output", "`columns`"],
+        ),
         ({"prompt": "a", "reply": "b"}, ["'completion' is missing; found: prompt, reply."]),
         ({"inputs": "a", "targets": 3}, ["'targets' must be text, found int 3"]),
         ({"text": "No turns here."}, ["'text' does not begin with '### Human:'"]),
@@ -167,7 +171,7 @@ def test_pieces_without_an_answer_are_counted_as_dropped(tiny_tokenizer, write_j
 )
 def test_wrong_records(record, parts):
     with pytest.raises(DataError) as caught:
-        parse_instruction(record, "f.jsonl, line 3", "")
+        parse_record(parse_instruction, record, "f.jsonl, line 3")
     assert str(caught.value).startswith("f.jsonl, line 3: ")
     for part in parts:
         assert part in str(caught.value)
@@ -186,7 +190,7 @@ def test_own_columns(tiny_tokenizer, tmp_path):
         DataError, match=r"a\.csv, line 2: column 'reply' .*'output' in `columns`.*frage, antw"
     ):
         ready(InstructionData(path, columns={"instruction": "frage", "output": "reply"}), tiny_tokenizer)
-    with pytest.raises(DataError, match=r"maps the field 'outptu', which no form has.*instruction"):
+    with pytest.raises(DataError, match=r"maps the field 'outptu', which no format has.*instruction"):
         InstructionData(path, columns={"outptu": "antwort"})
     with pytest.raises(DataError, match="'output' to the name of a column, found ''"):
         InstructionData(path, columns={"output": ""})
