@@ -219,7 +219,7 @@ def test_errors_in_the_middle_are_one_message(tiny_tokenizer, write_jsonl, worke
     path = write_jsonl("a.jsonl", [*records(0, 9), {"instruction": "x", "output": 3}])
     with pytest.raises(DataError) as caught:
         list(streamed(tiny_tokenizer, path, num_workers=workers))
-    assert str(caught.value).startswith(f"{path}, line 10: field 'output' must be text, found int 3.")
+    assert str(caught.value).startswith(f"{path}, line 10: field 'output' must be text, found int 3")
     assert "Traceback" not in str(caught.value)
 
 
