@@ -6,14 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl._compat import hook_count
-from moka_pl.backbone.quantization import dense_weight, is_4bit
+from moka_pl.backbone.quantization import dense_weight, is_4bit, kernel_weight, layer_compute_dtype
 from moka_pl.ops.dispatch import DECODE_TOKENS, Backend, can_fuse, resolve_backend
 from moka_pl.ops.gating import Gating
 from moka_pl.ops.layout import Shape
 from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates, Updates
-
-#: Bytes of a 4-bit weight from which on bitsandbytes' own kernel reads uneven layers faster, launch included.
-_LARGE = 2**20
 
 
 class ForwardPlan(NamedTuple):
@@ -60,10 +57,7 @@ def plan_forward(
         return None
     compute: torch.dtype
     if is_4bit(layer):
-        if not layer.compute_type_is_set:  # what its own first call would do
-            layer.set_compute_type(x)
-            layer.compute_type_is_set = True
-        compute, result = layer.compute_dtype or x.dtype, x.dtype
+        compute, result = layer_compute_dtype(layer, x), x.dtype
     elif type(layer) is nn.Linear:
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
@@ -113,15 +107,9 @@ def _fused(
     scaling: float,
     gating: Gating,
 ) -> Updates:
-    from moka_pl.ops.triton import make_plan, weight_source
+    from moka_pl.ops.triton import make_plan
     from moka_pl.ops.triton.autograd import FusedUpdates
 
-    state = layer.weight.quant_state if is_4bit(layer) else None
-    source = None
-    # W in another half precision would be rounded twice, as its own dequantisation does.
-    if state is None or state.dtype in (compute, torch.float32):
-        source = weight_source(layer.weight.data, state)
     plan = make_plan(shapes, layer.out_features, layer.in_features, device)
-    if state is not None and not plan.side and not plan.even and layer.weight.numel() > _LARGE:
-        source = None
+    source = kernel_weight(layer, compute, even=plan.side > 0 or plan.even)
     return FusedUpdates(plan, scaling, source, lambda: dense_weight(layer), gating)

@@ -1,9 +1,14 @@
 """The configuration of a frozen base model."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from moka_pl.backbone.quantization import Quantization
 from moka_pl.errors import ConfigError
+
+Weights = Literal["pretrained", "random"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 
 @dataclass
@@ -30,11 +35,11 @@ class BackboneConfig:
 
     name: str = "smollm2-135m-instruct"
     revision: str | None = None
-    weights: Literal["pretrained", "random"] = "pretrained"
-    quantization: Literal["nf4", "fp4", "none"] = "nf4"
+    weights: Weights = "pretrained"
+    quantization: Quantization = "nf4"
     double_quantization: bool = True
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    compute_dtype: ComputeDtype = "auto"
+    attention: Attention = "sdpa"
     cache_dir: str | None = None
     seed: int = 0
 
@@ -45,13 +50,13 @@ class BackboneConfig:
             ConfigError: Naming the option, its value and what it may be.
         """
         choices = {
-            "weights": ("pretrained", "random"),
-            "quantization": ("nf4", "fp4", "none"),
-            "compute_dtype": ("auto", "float32", "bfloat16", "float16"),
-            "attention": ("sdpa", "eager", "flash_attention_2"),
+            "weights": Weights,
+            "quantization": Quantization,
+            "compute_dtype": ComputeDtype,
+            "attention": Attention,
         }
-        for option, allowed in choices.items():
-            if getattr(self, option) not in allowed:
+        for option, literal in choices.items():
+            if getattr(self, option) not in (allowed := get_args(literal)):
                 raise ConfigError(
                     f"backbone.{option} is {getattr(self, option)!r}; choose one of {', '.join(allowed)}"
                 )

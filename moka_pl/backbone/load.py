@@ -10,7 +10,7 @@ from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.hub import reach_model
 from moka_pl.backbone.loading import cache_root, loading, progress_bars
-from moka_pl.backbone.quantization import import_bitsandbytes, keep_weights
+from moka_pl.backbone.quantization import import_quantiser, keep_weights, loading_options
 from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model
 from moka_pl.backbone.smollm2 import SHORT_NAME, bundled_gguf
 from moka_pl.errors import BackboneError
@@ -55,7 +55,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     device = torch.device(device)
     dtype = compute_dtype(config, device)
     if config.quantization != "none":
-        import_bitsandbytes()
+        import_quantiser()
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
     if config.weights == "random":
         with loading(config.name):
@@ -115,7 +115,7 @@ def resolve_source(config: BackboneConfig) -> str:
 
 
 def _pretrained(config: BackboneConfig, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {
         **_where(config),
@@ -123,14 +123,8 @@ def _pretrained(config: BackboneConfig, dtype: torch.dtype, device: torch.device
         "attn_implementation": config.attention,
         "device_map": {"": device.index or 0} if device.type == "cuda" else {"": device.type},
         "output_loading_info": True,
+        **loading_options(config.quantization, config.double_quantization, dtype),
     }
-    if config.quantization != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.quantization,
-            bnb_4bit_use_double_quant=config.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
-        )
     folder = Path(options["pretrained_model_name_or_path"]).is_dir()  # nothing to download: no bar needed
     with loading(config.name), progress_bars(show=not folder):
         model, info = AutoModelForCausalLM.from_pretrained(**options)

@@ -1,9 +1,12 @@
-"""bitsandbytes' 4-bit layers: which they are, and that they compute with the weights they hold."""
+"""The one place that knows a quantiser: bitsandbytes' 4-bit linear layers.
+
+Everything else asks the functions here, so that another quantiser is supported by teaching it to them.
+"""
 
 import logging
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +17,70 @@ from moka_pl.utils import silenced
 if TYPE_CHECKING:
     from typing import TypeGuard
 
+    from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
+    from moka_pl.ops.triton import WeightSource
 
-def import_bitsandbytes() -> None:
+Quantization = Literal["nf4", "fp4", "none"]
+
+#: Bytes of a 4-bit weight from which on bitsandbytes' own kernel reads uneven layers faster, launch included.
+_LARGE = 2**20
+
+
+def import_quantiser() -> None:
     """Imports bitsandbytes, ahead of the libraries that would.
 
     On some CPUs it asks for a package that would fetch a kernel for evaluations from the hub.
     """
     with silenced("bitsandbytes.backends.cpu.ops", below=logging.ERROR):
         import_module("bitsandbytes")
+
+
+def loading_options(quantization: Quantization, double: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the options that make transformers quantise a model while it is loaded.
+
+    Args:
+        quantization: How linear weights are stored.
+        double: Whether the block scales are quantised, too.
+        dtype: Compute dtype.
+    """
+    if quantization == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config}
+
+
+def quantised_linear(
+    layer: nn.Linear, weight: Tensor, quantization: Quantization, double: bool, dtype: torch.dtype
+) -> nn.Module:
+    """Builds a quantised layer with the sizes of ``layer``, and a bias of zeros where that has one.
+
+    Args:
+        layer: The layer whose place it is to take, perhaps without a weight.
+        weight: W, shape (m, n), on the device of the new layer.
+        quantization: How the weight is stored.
+        double: Whether the block scales are quantised, too.
+        dtype: Compute dtype.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    bias = layer.bias is not None
+    with torch.device("meta"):
+        quantised = Linear4bit(layer.in_features, layer.out_features, bias=bias, compute_dtype=dtype)
+    quantised.weight = Params4bit(
+        weight, requires_grad=False, quant_type=quantization, compress_statistics=double, module=quantised
+    ).to(weight.device)
+    if bias:
+        quantised.bias = nn.Parameter(torch.zeros_like(layer.bias, device=weight.device), requires_grad=False)
+    return quantised  # type: ignore[no-any-return]
 
 
 def is_4bit(layer: nn.Module) -> "TypeGuard[Linear4bit]":
@@ -63,17 +120,26 @@ def keep_weights(model: nn.Module) -> None:
 @cache
 def _reads_rows(entries: int, blocksize: int, quant_type: str) -> bool:
     """Whether rows of this size are dequantised as the same numbers in a single long row."""
-    import torch
     from bitsandbytes import functional
 
     rows = torch.randn(blocksize, entries, generator=torch.Generator().manual_seed(0))
     data, state = functional.quantize_4bit(rows, blocksize=blocksize, quant_type=quant_type)
-    found = functional.dequantize_4bit(data, state)
+    by_rows = functional.dequantize_4bit(data, state)
     state.shape = torch.Size([1, rows.numel()])
-    return torch.equal(found, functional.dequantize_4bit(data, state).view_as(rows))
+    return torch.equal(by_rows, functional.dequantize_4bit(data, state).view_as(rows))
 
 
-# The dense weight of a frozen linear layer, whatever its storage.
+def layer_compute_dtype(layer: "Linear4bit", x: Tensor | None = None) -> torch.dtype:
+    """Returns the dtype in which a 4-bit layer computes; it takes any other and returns it.
+
+    Args:
+        layer: The layer.
+        x: An input, by which a layer that was told no dtype settles on one, as its own first call does.
+    """
+    if x is not None and not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    return layer.compute_dtype or (torch.float32 if x is None else x.dtype)
 
 
 def dense_weight(layer: nn.Linear) -> Tensor:
@@ -101,6 +167,50 @@ def dense_weight(layer: nn.Linear) -> Tensor:
             "merging knows floating-point and bitsandbytes 4-bit layers"
         )
     return layer.weight.detach()
+
+
+def kernel_weight(layer: nn.Linear, compute: torch.dtype, even: bool) -> "WeightSource | None":
+    """Describes the layer's weight as the Triton kernels read it, or returns None where they should not.
+
+    Args:
+        layer: An ``nn.Linear`` or a ``bitsandbytes.nn.Linear4bit``.
+        compute: Dtype of W + ΔW.
+        even: Whether the kernels' squares or tiles fill the layer.
+    """
+    data, state = layer.weight.data, layer.weight.quant_state if is_4bit(layer) else None
+    # W in another half precision would be rounded twice, as its own dequantisation does.
+    if state is not None and state.dtype not in (compute, torch.float32):
+        return None
+    if state is not None and not even and data.numel() > _LARGE:
+        return None
+    return weight_source(data, state)
+
+
+def weight_source(data: Tensor, state: "QuantState | None") -> "WeightSource | None":
+    """Describes a weight for the kernels, or returns None for a storage that they do not read.
+
+    Args:
+        data: A dense weight, or two 4-bit numbers a byte.
+        state: bitsandbytes' description of the 4-bit numbers; None for a dense weight.
+    """
+    from moka_pl.ops.triton import WeightSource
+
+    if state is None:
+        return WeightSource(data)
+    if state.quant_type != "nf4" or state.blocksize % 16 or getattr(state, "packing_format_for_cpu", False):
+        return None
+    nested = None
+    if state.nested:
+        if state.state2.blocksize != 256:
+            return None
+        nested = (state.state2.code, state.state2.absmax, state.offset)
+    return WeightSource(data, state.absmax, state.code, state.blocksize, nested)
+
+
+def weight_count(parameter: Tensor) -> int:
+    """Returns the number of weights of a parameter; 4-bit ones, which lie two to a byte, count singly."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def merged_linear(layer: nn.Linear, delta: Tensor) -> nn.Linear:

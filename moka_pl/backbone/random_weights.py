@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moka_pl.backbone.config import BackboneConfig
+from moka_pl.backbone.quantization import quantised_linear
 from moka_pl.errors import BackboneError
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def random_model(config: BackboneConfig, dtype: torch.dtype, device: torch.devic
 
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head and config.quantization != "none":
-            model.set_submodule(name, _quantised(module, draw(module.weight), config, dtype))
+            kind, double = config.quantization, config.double_quantization
+            model.set_submodule(name, quantised_linear(module, draw(module.weight), kind, double, dtype))
         elif isinstance(module, nn.Linear | nn.Embedding):
             module.weight = nn.Parameter(draw(module.weight), requires_grad=False)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -122,27 +124,6 @@ def random_model(config: BackboneConfig, dtype: torch.dtype, device: torch.devic
                 setattr(module, key, nn.Parameter(ones, requires_grad=False))
     model.tie_weights()
     return model
-
-
-def _quantised(
-    layer: nn.Linear, weight: torch.Tensor, config: BackboneConfig, dtype: torch.dtype
-) -> nn.Module:
-    import bitsandbytes as bnb
-
-    with torch.device("meta"):
-        quantised = bnb.nn.Linear4bit(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype
-        )
-    quantised.weight = bnb.nn.Params4bit(
-        weight,
-        requires_grad=False,
-        quant_type=config.quantization,
-        compress_statistics=config.double_quantization,
-        module=quantised,
-    ).to(weight.device)
-    if layer.bias is not None:
-        quantised.bias = nn.Parameter(torch.zeros_like(layer.bias, device=weight.device), requires_grad=False)
-    return quantised  # type: ignore[no-any-return]
 
 
 # A tokenizer over single bytes, for models with random weights, which have none of their own.

@@ -7,6 +7,7 @@ from shlex import quote
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from moka_pl.backbone.quantization import weight_count
 from moka_pl.callbacks.checkpoints import AdapterCheckpoint, is_trial
 from moka_pl.callbacks.throughput import BatchStatistics, Throughput, peak_memory
 from moka_pl.training.module import MokaModule
@@ -127,10 +128,5 @@ def _is_short(name: str) -> bool:
 
 
 def base_size(pl_module: MokaModule) -> int:
-    """Number of frozen weights, with 4-bit ones counted singly (they are stored two to a byte)."""
-    total = 0
-    for parameter in pl_module.parameters():
-        if not parameter.requires_grad:
-            packed = getattr(parameter, "quant_state", None)
-            total += packed.shape.numel() if packed is not None else parameter.numel()
-    return total
+    """Number of frozen weights, with quantised ones counted singly."""
+    return sum(weight_count(p) for p in pl_module.parameters() if not p.requires_grad)

@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 
 from moka_pl.adapters import FullFineTuning, MokaConfig
-from moka_pl.backbone.quantization import import_bitsandbytes
+from moka_pl.backbone.quantization import import_quantiser
 from moka_pl.errors import ConfigError
 from moka_pl.training.module import MokaModule
 
@@ -82,7 +82,7 @@ def adapter_class(class_path: str) -> type:
             break
         try:
             if not home.startswith("moka_pl"):
-                import_bitsandbytes()  # which PEFT imports
+                import_quantiser()  # which PEFT imports
             kind = getattr(import_module(home), name, None)
         except ImportError as error:
             raise ConfigError(

@@ -9,7 +9,7 @@ from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import quantization
-from moka_pl.backbone.quantization import is_4bit, keep_weights
+from moka_pl.backbone.quantization import is_4bit, keep_weights, weight_source
 from moka_pl.errors import BackboneError
 
 
@@ -86,7 +86,13 @@ def test_its_hint_at_another_package_is_kept_back(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         quantization, "import_module", lambda name: hints.warning("%s: install kernels", name)
     )
-    quantization.import_bitsandbytes()
+    quantization.import_quantiser()
     assert not caplog.records
     hints.warning("something else, later")
     assert [record.getMessage() for record in caplog.records] == ["something else, later"]
+
+
+def test_other_storages_are_left_to_bitsandbytes() -> None:
+    pytest.importorskip("triton")
+    packed, state = bnb.functional.quantize_4bit(torch.randn(32, 128), quant_type="fp4")
+    assert weight_source(packed, state) is None

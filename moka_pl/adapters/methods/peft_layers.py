@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moka_pl.backbone.quantization import is_4bit
+from moka_pl.backbone.quantization import is_4bit, layer_compute_dtype
 from moka_pl.errors import AdapterError
 
 
@@ -40,8 +40,7 @@ def merge_layer(layer: Any, name: str) -> None:
     base = layer.get_base_layer()
     if not isinstance(base, nn.Linear):
         raise AdapterError(f"{name} is a {type(base).__name__}; only linear layers can be merged")
-    dtype = base.compute_dtype if is_4bit(base) else base.weight.dtype
-    dtype = dtype or torch.float32
+    dtype = layer_compute_dtype(base) if is_4bit(base) else base.weight.dtype
     was_training = layer.training
     layer.eval()
     with torch.no_grad():

@@ -6,7 +6,7 @@ from run to run.
 """
 
 from moka_pl.ops.triton.autograd import FusedSum
-from moka_pl.ops.triton.base_weight import WeightSource, weight_source
+from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.decode import add_decode_update_
 from moka_pl.ops.triton.delta import fused_delta, fused_weight
 from moka_pl.ops.triton.gates import Gates, layer_gates
@@ -24,5 +24,4 @@ __all__ = [
     "fused_weight",
     "layer_gates",
     "make_plan",
-    "weight_source",
 ]

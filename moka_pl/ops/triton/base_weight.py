@@ -1,12 +1,10 @@
-"""Where a kernel reads the frozen weight from: a dense matrix, or NF4 as bitsandbytes stores it."""
+"""How a kernel reads the frozen weight: from a dense matrix, or from 4-bit numbers with scales (NF4)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import triton
+import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from bitsandbytes.functional import QuantState
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +16,7 @@ class WeightSource:
         absmax: Scale of every ``blocksize`` entries, float32, or uint8 where the scales are quantised too.
         code: Values of the sixteen 4-bit numbers; None for a dense matrix.
         blocksize: Entries that share a scale.
-        nested: Values, scales and offset of quantised scales, or None.
+        nested: Values, scales (of 256 each) and offset of quantised scales, or None.
     """
 
     data: Tensor
@@ -28,20 +26,24 @@ class WeightSource:
     nested: tuple[Tensor, Tensor, Tensor] | None = None
 
 
-def weight_source(data: Tensor, state: "QuantState | None") -> WeightSource | None:
-    """Describes a weight for the kernels, or returns None for a storage that they do not read.
+@triton.jit  # type: ignore[untyped-decorator]
+def frozen_weight(  # type: ignore[no-untyped-def]
+    data, absmax, code, outer_code, outer_absmax, offset, place, run,
+    DTYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    """W at flat places, all inside; those that start at the same entry of ``run`` share one scale.
 
-    Args:
-        data: A dense weight, or the packed numbers of a 4-bit one.
-        state: bitsandbytes' description of a 4-bit weight; None for a dense one.
+    Reference: :func:`moka_pl.backbone.quantization.dense_weight`, rounded to DTYPE.
     """
-    if state is None:
-        return WeightSource(data)
-    if state.quant_type != "nf4" or state.blocksize % 16 or getattr(state, "packing_format_for_cpu", False):
-        return None
-    nested = None
-    if state.nested:
-        if state.state2.blocksize != 256:
-            return None
-        nested = (state.state2.code, state.state2.absmax, state.offset)
-    return WeightSource(data, state.absmax, state.code, state.blocksize, nested)
+    if BLOCKSIZE > 0:
+        number = (tl.load(data + place // 2).to(tl.int32) >> (4 - 4 * (place % 2))) & 15
+        block = run // BLOCKSIZE
+        if NESTED:
+            largest = tl.load(outer_code + tl.load(absmax + block).to(tl.int32))
+            largest = largest * tl.load(outer_absmax + block // 256) + tl.load(offset)
+        else:
+            largest = tl.load(absmax + block)
+        value = tl.load(code + number) * largest
+    else:
+        value = tl.load(data + place).to(tl.float32)
+    return value.to(DTYPE).to(tl.float32)

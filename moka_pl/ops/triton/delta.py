@@ -5,30 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moka_pl.ops.triton.base_weight import WeightSource
+from moka_pl.ops.triton.base_weight import WeightSource, frozen_weight
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.plan import BLOCKS, TILE, Plan
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _frozen(  # type: ignore[no-untyped-def]
-    data, absmax, code, outer_code, outer_absmax, offset, place, run,
-    DTYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-):  # fmt: skip
-    # W at flat places, all inside; those that start at the same entry of `run` share one scale.
-    if BLOCKSIZE > 0:
-        number = (tl.load(data + place // 2).to(tl.int32) >> (4 - 4 * (place % 2))) & 15
-        block = run // BLOCKSIZE
-        if NESTED:
-            largest = tl.load(outer_code + tl.load(absmax + block).to(tl.int32))
-            largest = largest * tl.load(outer_absmax + block // 256) + tl.load(offset)
-        else:
-            largest = tl.load(absmax + block)
-        value = tl.load(code + number) * largest
-    else:
-        value = tl.load(data + place).to(tl.float32)
-    return value.to(DTYPE).to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -62,7 +42,7 @@ def _put_square(  # type: ignore[no-untyped-def]
     run = i * n + begin
     place = run + across
     if READ:
-        total += _frozen(
+        total += frozen_weight(
             data, absmax, code, outer_code, outer_absmax, offset, place, run,
             out.dtype.element_ty, BLOCKSIZE, NESTED,
         )  # fmt: skip
@@ -180,7 +160,7 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
             value = tl.load(right + (row_right[:, None] + column_right[None, :]), mask=met, other=0.0)
             total += scale * value
     if READ:
-        total += _frozen(
+        total += frozen_weight(
             data, absmax, code, outer_code, outer_absmax, offset, place, run,
             out.dtype.element_ty, BLOCKSIZE, NESTED,
         )  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moka_pl.adapters.filters import filter_shapes
+from moka_pl.backbone.quantization import weight_source
 from moka_pl.ops.dense import project
 from moka_pl.ops.gating import Gating, gates_of
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear
@@ -91,7 +92,7 @@ def test_adding_to_a_dense_weight(problem, dtype: torch.dtype) -> None:
     factors, weights, shapes, m, n = problem
     plan = kernels.make_plan(shapes, m, n, DEVICE)
     base = torch.randn(m, n).to(dtype)
-    source = kernels.weight_source(base.clone(), None)
+    source = kernels.WeightSource(base.clone())
     found = kernels.fused_weight(plan, *pack(factors), kernels.Gates(weights), source, dtype)
     assert torch.equal(source.data, base)
     expected = base.double() + delta_weight(weights.double(), _double(factors), shapes, m, n)
@@ -112,7 +113,7 @@ def test_a_4bit_weight_is_read_as_bitsandbytes_reads_it(case: str, nested: bool)
     zeros = pack(
         [(None if s.identity else torch.randn(s.m_a, s.n_a), torch.zeros(s.m_b, s.n_b)) for s in shapes]
     )
-    source = kernels.weight_source(packed, state)
+    source = weight_source(packed, state)
     found = kernels.fused_weight(plan, *zeros, kernels.Gates(torch.ones(len(shapes))), source, torch.float32)
     assert torch.equal(found, bnb.functional.dequantize_4bit(packed, state))  # bit for bit
 
@@ -152,16 +153,11 @@ def test_decoding(problem, dtype: torch.dtype) -> None:
     )
 
 
-def test_other_storages_are_left_to_bitsandbytes() -> None:
-    packed, state = bnb.functional.quantize_4bit(torch.randn(32, 128), quant_type="fp4")
-    assert kernels.weight_source(packed, state) is None
-
-
 def test_rounding_is_that_of_its_reference(problem) -> None:
     factors, weights, shapes, m, n = problem
     plan = kernels.make_plan(shapes, m, n, DEVICE)
     base = torch.randn(m, n).bfloat16()
-    source, gates = kernels.weight_source(base, None), kernels.Gates(weights / 100)
+    source, gates = kernels.WeightSource(base), kernels.Gates(weights / 100)
     found = kernels.fused_weight(plan, *pack(factors), gates, source, torch.bfloat16)
     total = base.float() + kernels.fused_delta(plan, *pack(factors), gates, torch.float32)
     assert torch.equal(found, round_by_thresholds(total))
@@ -175,7 +171,7 @@ def test_updates_below_half_a_step_are_kept_on_average() -> None:
     left, right = pack([(torch.ones(s.m_a, s.n_a), torch.ones(s.m_b, s.n_b)) for s in shapes])
     for share in (0.01, 0.1, 0.4):
         weights = torch.full((2,), share * step / 2)
-        source = kernels.weight_source(base, None)
+        source = kernels.WeightSource(base)
         total = kernels.fused_weight(plan, left, right, kernels.Gates(weights), source, base.dtype).double()
         assert set(total.unique().tolist()) == {1.0, 1.0 + step}
         expected, spread = share * step, step * (share * (1 - share) / (m * n)) ** 0.5
@@ -218,7 +214,7 @@ def test_non_finite_values_show(bad: float, dtype: torch.dtype) -> None:
         assert not found.isfinite().all()
     factors[1][1][0, 0] = bad
     assert not kernels.fused_delta(plan, *pack(factors), kernels.Gates(weights), dtype).isfinite().all()
-    source = kernels.weight_source(torch.ones(8, 8, dtype=dtype), None)
+    source = kernels.WeightSource(torch.ones(8, 8, dtype=dtype))
     total = kernels.fused_weight(plan, *pack(factors), kernels.Gates(weights), source, dtype)
     assert not total.isfinite().all()
 
