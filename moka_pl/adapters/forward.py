@@ -1,4 +1,4 @@
-"""Whether a frozen layer and its update can be computed as one product, and how."""
+"""Chooses how an adapted layer is computed: frozen layer and update apart, merged, or by decoding kernels."""
 
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class ForwardPlan(NamedTuple):
 def plan_forward(
     layer: nn.Linear,
     x: Tensor,
-    factors: torch.dtype,
+    dtype: torch.dtype,
     shapes: tuple[Shape, ...],
     scaling: float,
     backend: Backend,
@@ -44,7 +44,7 @@ def plan_forward(
     Args:
         layer: The frozen layer.
         x: Its input, which is also the update's.
-        factors: Dtype of the factors.
+        dtype: Dtype of the factors.
         shapes: r shapes.
         scaling: s.
         backend: The backend asked for.
@@ -67,10 +67,10 @@ def plan_forward(
     else:
         return None
     m, n = layer.out_features, layer.in_features
-    resolved = resolve_backend(backend, x, factors, shapes, m, n)
+    resolved = resolve_backend(backend, x, dtype, shapes, m, n)
     if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
-        return ForwardPlan(_fused(layer, x.device, compute, shapes, scaling, gating), compute, result)
-    if resolved != "fused" and compute == factors and compute.itemsize >= 4:
+        return ForwardPlan(_fused_updates(layer, x.device, compute, shapes, scaling, gating), compute, result)
+    if resolved != "fused" and compute == dtype and compute.itemsize >= 4:
         updates_of = DenseUpdates if resolved == "dense" else StructuredUpdates
         updates = updates_of(shapes, scaling, lambda: dense_weight(layer), is_4bit(layer), gating)
         return ForwardPlan(updates, compute, result)
@@ -83,12 +83,12 @@ def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:
     return trained or hook_count(layer) > 0 or layer.weight.device != device
 
 
-def is_decoding(x: Tensor, factors: torch.dtype, m: int, backend: Backend) -> bool:
+def is_decoding(x: Tensor, dtype: torch.dtype, m: int, backend: Backend) -> bool:
     """Whether the kernels for decoding serve this call: on a GPU, without gradients, as in generating.
 
     Args:
         x: Input, shape (..., n).
-        factors: Dtype of the factors.
+        dtype: Dtype of the factors.
         m: Output features.
         backend: The backend asked for.
     """
@@ -96,10 +96,10 @@ def is_decoding(x: Tensor, factors: torch.dtype, m: int, backend: Backend) -> bo
     if torch.is_grad_enabled() or not 0 < x.numel() // n < DECODE_TOKENS:
         return False
     asked = backend == "fused" or (backend == "auto" and x.is_cuda)
-    return asked and can_fuse(x, factors, m, n)
+    return asked and can_fuse(x, dtype, m, n)
 
 
-def _fused(
+def _fused_updates(
     layer: nn.Linear,
     device: torch.device,
     compute: torch.dtype,

@@ -1,4 +1,37 @@
-"""A frozen linear layer with a gated mixture of Kronecker adapters beside it."""
+"""A frozen linear layer with a gated mixture of Kronecker adapters beside it.
+
+::
+
+                                y                                           (m)
+                                ▲
+                  ┌──────────── + ◄──────────── × s
+                  │                             ▲
+                  │                 ┌────────── Σ ──────────┐
+                  │                 │                       │
+                  │               × α_1         …         × α_r             α from the gate logits g (r)
+                  │                 │                       │
+        ┌─────────┴─────────┐ ┌─────┴─────┐           ┌─────┴─────┐
+        │                   │ │           │           │           │
+        │  W, frozen, m × n │ │ A_1 ⊗ B_1 │     …     │ A_r ⊗ B_r │         trained
+        │  (4-bit or dense) │ │           │           │           │
+        └─────────┬─────────┘ └─────┬─────┘           └─────┬─────┘
+                  └─────────────────┴───────────┬───────────┘
+                                                x                           (n)
+
+One component is the matrix of m_a × n_a blocks, each the whole of B times an entry of A::
+
+                     n_a blocks of n_b columns
+                  ┌─────────┬─────────┬─────────┐
+                  │ a_11 B  │ a_12 B  │ a_13 B  │                           A starts random, m_a × n_a
+        A ⊗ B  =  ├─────────┼─────────┼─────────┤  m_a blocks of m_b rows
+                  │ a_21 B  │ a_22 B  │ a_23 B  │                           B starts at 0,  m_b × n_b
+                  └─────────┴─────────┴─────────┘
+
+It should cover the layer: m_a m_b ≈ m and n_a n_b ≈ n (entries that stand out are cut, missing ones are 0). A
+4096 × 4096 layer is covered by a 64 × 64 and a 64 × 64 factor: 8,192 entries for 16.8 million, at full rank.
+Components differ in their block sizes (``filters``), so that each can express what the others cannot. With
+``filters: prime`` (MoKA_s) A is the identity: blocks of one B along the diagonal.
+"""
 
 import math
 
@@ -114,23 +147,19 @@ class MokaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x of shape (..., n) to (..., m); the update is computed in the dtype of x (or of autocast)."""
-        if self.merged_layer is not None and self.enabled:
+        if not self.enabled:
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        if self.merged_layer is not None:
             if is_4bit(self.base_layer):  # takes any input dtype and returns it; so must its dense copy
                 return self.merged_layer(x.to(self.merged_layer.weight.dtype)).to(x.dtype)  # type: ignore[no-any-return]
             return self.merged_layer(x)  # type: ignore[no-any-return]
-        if not self.enabled:
-            return self.base_layer(x)  # type: ignore[no-any-return]
-        dropping = self.training and self.dropout.p > 0  # then the update's input is not the frozen layer's
-        plan = None
-        if not dropping:
-            decoding = is_decoding(x, self.moka_B.dtype, self.out_features, self.backend)
-            if decoding and not mixed_kinds(self.shapes):
-                return self._decode(x)
-            dtype = self.moka_B.dtype
-            plan = plan_forward(
-                self.base_layer, x, dtype, self.shapes, self.scaling, self.backend, self.gating
-            )
-        return self._separate(x) if plan is None else self._merged_forward(x, plan)
+        if self.training and self.dropout.p > 0:  # the update's input is not the frozen layer's
+            return self._separate_forward(x)
+        dtype, backend = self.moka_B.dtype, self.backend
+        if is_decoding(x, dtype, self.out_features, backend) and not mixed_kinds(self.shapes):
+            return self._decode(x)
+        plan = plan_forward(self.base_layer, x, dtype, self.shapes, self.scaling, backend, self.gating)
+        return self._separate_forward(x) if plan is None else self._merged_forward(x, plan)
 
     def _merged_forward(self, x: Tensor, plan: ForwardPlan) -> Tensor:
         """``(W + ΔW) x + bias``, (..., m)."""
@@ -165,7 +194,7 @@ class MokaLinear(nn.Module):
     def _left(self) -> Tensor:
         return self.moka_B.new_empty(0) if self.moka_A is None else self.moka_A
 
-    def _separate(self, x: Tensor) -> Tensor:
+    def _separate_forward(self, x: Tensor) -> Tensor:
         """``W x + bias + ΔW x``, (..., m)."""
         result: Tensor = self.base_layer(x)  # (..., m)
         kind = x.device.type
