@@ -1,15 +1,20 @@
-"""What the benchmark runs on: device and versions."""
+"""What studies have in common: their command line, device and versions, memory, logged curves, and files."""
 
+import argparse
 import contextlib
+import json
+import os
 import platform
 import re
+import sys
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
-
+    from transformers import PreTrainedModel
 
 _PACKAGES = (
     "moka_pl",
@@ -21,6 +26,29 @@ _PACKAGES = (
     "triton",
     "liger-kernel",
 )
+_PROCESS = Path("/proc/self")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose description keeps its lines, and whose errors are one line: usage would hide them.
+
+    Args:
+        name: The command's name, as errors begin with.
+        description: What it does.
+    """
+
+    def __init__(self, name: str, description: str | None) -> None:
+        super().__init__(
+            prog=f"{name}.py",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.name = name
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2."""
+        print(f"{self.name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def device_name(device: str) -> str:
@@ -32,34 +60,54 @@ def device_name(device: str) -> str:
     return f"{_processor()} ({torch.get_num_threads()} threads)"
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, the packages that are installed, and CUDA if this torch has it."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python, the installed ones of the packages that matter, and CUDA if this torch has it.
+
+    Args:
+        *more: Further packages.
+    """
     import torch
 
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    numbers = {"python": platform.python_version()}
+    for package in (*_PACKAGES, *more):
+        with contextlib.suppress(PackageNotFoundError):
+            numbers[package] = version(package)
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        numbers["cuda"] = torch.version.cuda
+    return numbers
 
 
-def _processor() -> str:
-    try:  # Linux, where the platform module knows the architecture only
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine() or "CPU"
+def write_atomically(file: Path, text: str) -> None:
+    """Writes a file under another name and renames it; its folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
 
 
-# Peak memory of a stretch of work.
+def write_json(file: Path, content: Any, indent: int | None = None) -> None:
+    """Writes JSON; a file that is there is replaced only by a whole one.
+
+    Args:
+        file: The file.
+        content: What JSON can hold, and paths.
+        indent: Spaces of an indentation; None for one line.
+    """
+    write_atomically(file, json.dumps(content, indent=indent, ensure_ascii=False, default=os.fspath) + "\n")
 
 
-_PROCESS = Path("/proc/self")
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error, shortened."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return textwrap.shorten(text, 160, placeholder=" …")
+
+
+def structure(model: "PreTrainedModel") -> list[tuple[object, ...]]:
+    """Names, types and numbers of hooks of all modules: what an adapter could have changed."""
+    from moka_pl._compat import hook_count
+
+    return [(name, type(module), hook_count(module)) for name, module in model.named_modules()]
 
 
 def reset_peak(device: "torch.device") -> None:
@@ -79,9 +127,9 @@ def peak_gib(device: "torch.device") -> float:
 
     if device.type != "cuda":
         with contextlib.suppress(OSError):
-            found = re.search(r"^VmHWM:\s+(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
-            if found is not None:
-                return int(found[1]) / 2**20
+            line = re.search(r"^VmHWM:\s+(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
+            if line is not None:
+                return int(line[1]) / 2**20
     return peak_memory(device)
 
 
@@ -96,20 +144,23 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-# Reads what a run logged to TensorBoard.
-
-
-def scalar_events(run: Path, tag: str) -> list[tuple[int, float]]:
-    """The (step, value) pairs of a tag, in their order; none where it was not logged.
+def scalar_events(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """The (step, value) pairs of every scalar that a run logged to TensorBoard, in their order, by tag.
 
     Args:
         run: Folder of the event files.
-        tag: Such as ``train/loss``.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run))
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    if tag not in events.Tags()["scalars"]:
-        return []
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def _processor() -> str:
+    try:  # Linux, where the platform module knows the architecture only
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine() or "CPU"

@@ -1,4 +1,4 @@
-"""Singular values of trained updates, and the effective ranks that they have.
+"""Singular values of trained updates, and the effective ranks that they have; ``scripts/spectra.py`` runs it.
 
 For ΔW with singular values σ_1 ≥ σ_2 ≥ … and shares p_i = σ_i² / Σ_j σ_j²:
     stable rank     ‖ΔW‖_F² / ‖ΔW‖_2² = 1 / p_1
@@ -12,14 +12,29 @@ and R. Vershynin, "Sampling from large matrices" (2007), for the stable rank.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moka_pl.errors import AdapterError
+from moka_pl.errors import AdapterError, MokaError
+from moka_pl.studies.common import Parser, write_json
+
+DESCRIPTION = """\
+Effective ranks and singular spectra of trained updates.
+
+    python scripts/spectra.py lightning_logs/smollm2/version_0/adapters/best other_adapter \\
+        --json spectra.json --figure spectra.png
+
+Loads each adapter with its base and prints, layer by layer, the numerical, stable and entropy rank of ΔW and
+its Frobenius norm. The figure shows the mean spectrum of each adapter, relative to its largest value.
+"""
+
+#: Singular values that are kept of a mean spectrum, closest together at the largest.
+POINTS = 64
 
 
 class Spectrum(NamedTuple):
@@ -84,13 +99,6 @@ def model_spectra(model: nn.Module) -> Iterator[tuple[str, Spectrum]]:
         yield name, spectrum(torch.stack(parts).sum(0))
 
 
-# The ranks that trained updates have, small enough for a report.
-
-
-#: Singular values that are kept of a mean spectrum, closest together at the largest.
-POINTS = 64
-
-
 def spectra_summary(model: nn.Module) -> dict[str, Any]:
     """Effective ranks of every adapted layer's ΔW and the mean spectrum of every kind of layer.
 
@@ -102,16 +110,16 @@ def spectra_summary(model: nn.Module) -> dict[str, Any]:
         of the layers' names ``index`` (of singular values, from 1) and ``size`` (σ_i / σ_1, mean over the
         layers). Empty lists where no layer has an update of its own.
     """
-    found = dict(model_spectra(model))
+    layers = dict(model_spectra(model))
     kinds: dict[str, list[Spectrum]] = {}
-    for name, spectrum in found.items():
+    for name, spectrum in layers.items():
         if spectrum.rank:
             kinds.setdefault(name.rpartition(".")[2], []).append(spectrum)
     return {
-        "layers": list(found),
-        "stable_rank": [round(spectrum.stable_rank, 3) for spectrum in found.values()],
-        "entropy_rank": [round(spectrum.entropy_rank, 3) for spectrum in found.values()],
-        "norm": [round(spectrum.norm, 4) for spectrum in found.values()],
+        "layers": list(layers),
+        "stable_rank": [round(spectrum.stable_rank, 3) for spectrum in layers.values()],
+        "entropy_rank": [round(spectrum.entropy_rank, 3) for spectrum in layers.values()],
+        "norm": [round(spectrum.norm, 4) for spectrum in layers.values()],
         "kinds": {kind: _mean_spectrum(spectra) for kind, spectra in kinds.items()},
     }
 
@@ -121,3 +129,73 @@ def _mean_spectrum(spectra: Sequence[Spectrum]) -> dict[str, list[float]]:
     index = sorted({round(math.exp(math.log(length) * i / (POINTS - 1))) for i in range(POINTS)})
     sizes = [fmean(float(s.sizes[i - 1] / s.sizes[0]) for s in spectra) for i in index]
     return {"index": [float(i) for i in index], "size": [float(f"{size:.3g}") for size in sizes]}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints Markdown tables, writes JSON and a figure.
+
+    Args:
+        arguments: Default: the process's.
+    """
+    from moka_pl.inference import load_model
+
+    parser = Parser("spectra", DESCRIPTION)
+    parser.add_argument("adapters", type=Path, nargs="+", help="adapter directories")
+    parser.add_argument("--base", help="where the base model lies, if not under its remembered name")
+    parser.add_argument("--json", type=Path, help="file to write all numbers to")
+    parser.add_argument("--figure", type=Path, help="PNG to draw the mean spectra into")
+    args = parser.parse_args(arguments)
+    spectra: dict[str, dict[str, Spectrum]] = {}
+    for path in args.adapters:
+        try:
+            model, _ = load_model(path, "cpu", args.base)
+            spectra[str(path)] = dict(model_spectra(model))
+        except MokaError as error:
+            parser.error(str(error))
+        print(f"\n{path}\n\n{markdown(spectra[str(path)])}")
+    if args.json:
+        write_json(
+            args.json,
+            {
+                adapter: {
+                    name: spec._asdict() | {"sizes": [float(f"{s:.4g}") for s in spec.sizes.tolist()]}
+                    for name, spec in layers.items()
+                }
+                for adapter, layers in spectra.items()
+            },
+        )
+    if args.figure:
+        draw(spectra, args.figure)
+
+
+def markdown(layers: Mapping[str, Spectrum]) -> str:
+    """A table with a line a layer, and the means of every kind of layer below."""
+    lines = ["| layer | rank | stable rank | entropy rank | norm |", "|---|---|---|---|---|"]
+    for name, spec in layers.items():
+        lines.append(
+            f"| {name} | {spec.rank} | {spec.stable_rank:.2f} | {spec.entropy_rank:.2f} | {spec.norm:.3g} |"
+        )
+    for kind in sorted({name.rpartition(".")[2] for name in layers}):
+        of_kind = [spec[1:] for name, spec in layers.items() if name.endswith(kind)]
+        means = [fmean(values) for values in zip(*of_kind, strict=True)]
+        lines.append(f"| **{kind}, mean** | " + " | ".join(f"{value:.3g}" for value in means) + " |")
+    return "\n".join(lines)
+
+
+def draw(spectra: Mapping[str, Mapping[str, Spectrum]], file: Path) -> None:
+    """Draws the mean relative spectrum of every adapter, cut to the length of the smallest layer's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    for adapter, layers in spectra.items():
+        trained = [spec.sizes for spec in layers.values() if spec.rank]
+        if not trained:
+            continue
+        length = min(len(sizes) for sizes in trained)
+        mean = torch.stack([sizes[:length] / sizes[0] for sizes in trained]).mean(0)  # (length,)
+        axis.semilogy(range(1, length + 1), mean.clamp(min=1e-8), label=adapter)
+    axis.set_xlabel("i")
+    axis.set_ylabel("σ_i / σ_1, mean over layers")
+    axis.legend(fontsize=7)
+    figure.savefig(file)

@@ -15,8 +15,8 @@ TIE = 1e-5
 _HEAD = (
     "task",
     "items",
-    "acc ours / harness",
-    "acc_norm ours / harness",
+    "acc package / harness",
+    "acc_norm package / harness",
     "acc / acc_norm of `test`",
     "ties",
     "items that differ",
@@ -67,14 +67,14 @@ class Difference:
     Attributes:
         index: Its number in the file, from 0.
         what: What differs: ``tokens``, ``answer``, ``acc``, ``acc_norm`` or ``log-likelihood``.
-        ours: Our log-likelihoods of the options, nats.
-        theirs: The harness'.
+        package: The package's log-likelihoods of the options, nats.
+        harness: The harness'.
     """
 
     index: int
     what: str
-    ours: list[float]
-    theirs: list[float]
+    package: list[float]
+    harness: list[float]
 
 
 @dataclass
@@ -84,12 +84,12 @@ class Agreement:
     Attributes:
         task: Its name.
         items: Number of questions.
-        acc: Share of right answers, ours and the harness'.
+        acc: Share of right answers, the package's and the harness'.
         acc_norm: The same with log-likelihoods per character.
-        ties: Questions with two options tied for the best score, in either way of scoring.
+        ties: Questions with two options tied for the best score, by either score.
         largest: Largest difference of a log-likelihood, nats.
         differences: The questions on which the sides differ.
-        reported: Metrics of our own evaluation of the same questions: ``accuracy`` and ``acc_norm``.
+        reported: Metrics of the package's ``test`` on the same questions: ``accuracy`` and ``acc_norm``.
         notes: What else disagrees.
     """
 
@@ -110,26 +110,27 @@ class Agreement:
 
 
 def compare(
-    task: str, ours: Sequence[Item], theirs: Sequence[Item], reported: dict[str, float] | None = None
+    task: str, package: Sequence[Item], harness: Sequence[Item], reported: dict[str, float] | None = None
 ) -> Agreement:
     """Compares the two sides' scores of the same questions in the same order.
 
     Args:
         task: The task's name.
-        ours: Our scores.
-        theirs: The harness'.
-        reported: Metrics of our own evaluation, to be compared with the harness'.
+        package: The package's scores.
+        harness: The harness'.
+        reported: Metrics of the package's ``test``, to be compared with the harness'.
 
     Raises:
         ConfigError: If the sides hold different numbers of questions, or none.
     """
-    if len(ours) != len(theirs) or not ours:
+    if len(package) != len(harness) or not package:
         raise ConfigError(
-            f"{task}: {len(ours)} questions on our side, {len(theirs)} on the harness'; nothing to compare"
+            f"{task}: nothing to compare between {len(package)} questions of the package and "
+            f"{len(harness)} of the harness"
         )
-    pairs = list(zip(ours, theirs, strict=True))
+    pairs = list(zip(package, harness, strict=True))
     count = len(pairs)
-    found = Agreement(
+    agreement = Agreement(
         task=task,
         items=count,
         acc=(sum(a.right() for a, _ in pairs) / count, sum(b.right() for _, b in pairs) / count),
@@ -137,7 +138,7 @@ def compare(
             sum(a.right_norm() for a, _ in pairs) / count,
             sum(b.right_norm() for _, b in pairs) / count,
         ),
-        ties=sum(_tied(a.log_likelihoods) or _tied(a.normalised) for a in ours),
+        ties=sum(_tied(a.log_likelihoods) or _tied(a.normalised) for a in package),
         largest=max(_distance(a, b) for a, b in pairs),
         differences=[
             Difference(index, what, a.log_likelihoods, b.log_likelihoods)
@@ -146,17 +147,19 @@ def compare(
         ],
         reported=dict(reported or {}),
     )
-    for name, value in (("accuracy", found.acc[1]), ("acc_norm", found.acc_norm[1])):
-        own = found.reported.get(name)
-        if own is not None and abs(own - value) > 0.5 / count:
-            found.notes.append(f"{name} of our evaluation is {own:.4f}, of the harness {value:.4f}")
-    return found
+    for name, value in (("accuracy", agreement.acc[1]), ("acc_norm", agreement.acc_norm[1])):
+        tested = agreement.reported.get(name)
+        if tested is not None and abs(tested - value) > 0.5 / count:
+            agreement.notes.append(
+                f"{name} is {tested:.4f} by the package's test, {value:.4f} by the harness"
+            )
+    return agreement
 
 
-def agreement_table(found: Sequence[Agreement]) -> str:
+def agreement_table(agreements: Sequence[Agreement]) -> str:
     """A Markdown table, a row a task; below it every question on which the sides differ."""
     rows: list[tuple[str, ...]] = [_HEAD, ("---",) * len(_HEAD)]
-    for task in found:
+    for task in agreements:
         reported = [task.reported.get(name) for name in ("accuracy", "acc_norm")]
         rows.append(
             (
@@ -171,34 +174,34 @@ def agreement_table(found: Sequence[Agreement]) -> str:
             )
         )
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    for task in found:
+    for task in agreements:
         lines += [f"{task.task}: {note}" for note in task.notes]
         lines += [
-            f"{task.task}, item {item.index}: {item.what}; ours {_scores(item.ours)}, harness "
-            f"{_scores(item.theirs)}"
+            f"{task.task}, item {item.index}: {item.what}; package {_scores(item.package)}, harness "
+            f"{_scores(item.harness)}"
             for item in task.differences
         ]
     return "\n".join(lines)
 
 
-def _difference(ours: Item, theirs: Item) -> str:
+def _difference(package: Item, harness: Item) -> str:
     """What differs first, in the order of causes; empty if nothing does."""
-    if (ours.tokens, ours.borders) != (theirs.tokens, theirs.borders):
+    if (package.tokens, package.borders) != (harness.tokens, harness.borders):
         return "tokens"
-    if (ours.answer, ours.chars) != (theirs.answer, theirs.chars):
+    if (package.answer, package.chars) != (harness.answer, harness.chars):
         return "answer"
     # Both before the scores themselves: they are what an evaluation is about.
-    if ours.right() != theirs.right():
+    if package.right() != harness.right():
         return "acc"
-    if ours.right_norm() != theirs.right_norm():
+    if package.right_norm() != harness.right_norm():
         return "acc_norm"
-    return "" if _distance(ours, theirs) <= TOLERANCE else "log-likelihood"
+    return "" if _distance(package, harness) <= TOLERANCE else "log-likelihood"
 
 
-def _distance(ours: Item, theirs: Item) -> float:
-    if len(ours.log_likelihoods) != len(theirs.log_likelihoods):
+def _distance(package: Item, harness: Item) -> float:
+    if len(package.log_likelihoods) != len(harness.log_likelihoods):
         return math.inf
-    gaps = [abs(a - b) for a, b in zip(ours.log_likelihoods, theirs.log_likelihoods, strict=True)]
+    gaps = [abs(a - b) for a, b in zip(package.log_likelihoods, harness.log_likelihoods, strict=True)]
     # `max` may pass over a NaN.
     return math.inf if any(map(math.isnan, gaps)) else max(gaps)
 

@@ -1,16 +1,20 @@
-"""The command behind ``scripts/harness_agreement.py``."""
+"""The command behind ``scripts/harness_agreement.py``: compares task by task, and prints a table."""
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import MokaError
 from moka_pl.studies.agreement.agreement import TOLERANCE, Agreement, agreement_table, compare
+from moka_pl.studies.common import Parser, versions, write_json
+
+if TYPE_CHECKING:
+    from moka_pl.data import MokaDataModule
+    from moka_pl.training.module import MokaModule
 
 DESCRIPTION = f"""\
 Compares moka_pl's evaluation with the lm-evaluation-harness, item for item, on the same model, questions and
@@ -18,23 +22,26 @@ prompts, and exits with status 1 if they disagree: in the tokens of a question, 
 log-likelihood by more than {TOLERANCE:g} nats, or in what Lightning's test reports.
 """
 TASKS = ["arc_easy", "arc_challenge", "openbookqa", "boolq"]
+_REPORTED = ("accuracy", "acc_norm")
 SUBJECTS = ["astronomy", "global_facts", "philosophy"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the options (default: the process's), compares, and prints the table."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
     if args.data is None and args.mmlu is None:
-        _parser().error("nothing to compare; give --data, --mmlu, or both")
+        parser.error("nothing to compare; give --data, --mmlu, or both")
     try:
-        found = list(compare_all(args))
+        agreements = list(compare_all(args))
     except MokaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(agreement_table(found))
+        parser.error(str(error))
+    print(agreement_table(agreements))
     if args.json is not None:
-        _write(args, found)
-    if not all(task.agrees for task in found):
+        tasks = [asdict(agreement) for agreement in agreements]
+        packages = versions("lm_eval", "datasets")
+        write_json(args.json, {"versions": packages, "options": vars(args), "tasks": tasks}, 2)
+    if not all(agreement.agrees for agreement in agreements):
         sys.exit(1)
 
 
@@ -48,48 +55,42 @@ def compare_all(args: argparse.Namespace) -> Iterator[Agreement]:
 
     require_lm_eval()
     from moka_pl.data import CommonsenseData, MmluData
-    from moka_pl.evaluation.lm_eval.tasks import select_tasks
-    from moka_pl.studies.agreement.sides import (
-        copy_mmlu_questions,
-        copy_questions,
-        harness_items,
-        own_items,
-        reported,
-    )
+    from moka_pl.studies.agreement.sides import copy_mmlu_questions, copy_questions
 
     chosen = range(args.skip, args.skip + args.items)
+    options = {"max_length": args.max_length, "eval_batch_size": args.batch_size}
     module = build_module(args.model, args.random, args.adapter)
     with tempfile.TemporaryDirectory(prefix="moka_pl-agreement-") as scratch:
         if args.data is not None:
             folder = copy_questions(args.data, args.tasks, chosen, Path(scratch, "cloze"))
-            theirs = harness_items(module, select_tasks(args.tasks, folder), args.max_length, args.batch_size)
-            for task in args.tasks:
-                data = CommonsenseData(
-                    folder / task / "test.json",
-                    validation_path=folder / task / "test.json",
-                    max_length=args.max_length,
-                    eval_batch_size=args.batch_size,
-                )
-                ours = own_items(module, data, args.batch_size)
-                values = {} if args.no_test else reported(module, data)
-                yield compare(task, ours, theirs[task], _of_task(values, task))
+            files = {task: folder / task / "test.json" for task in args.tasks}
+            data: dict[str, MokaDataModule] = {
+                task: CommonsenseData(file, validation_path=file, **options) for task, file in files.items()
+            }
+            yield from _compare_tasks(module, folder, data, args)
         if args.mmlu is not None:
             folder = copy_mmlu_questions(args.mmlu, args.subjects, chosen, Path(scratch, "mmlu"))
-            names = [f"mmlu_{subject}" for subject in args.subjects]
-            theirs = harness_items(module, select_tasks(names, folder), args.max_length, args.batch_size)
-            for subject, name in zip(args.subjects, names, strict=True):
-                mmlu = MmluData(
-                    folder,
-                    subjects=[subject],
-                    max_length=args.max_length,
-                    eval_batch_size=args.batch_size,
-                )
-                ours = own_items(module, mmlu, args.batch_size)
-                values = {} if args.no_test else reported(module, mmlu)
-                yield compare(name, ours, theirs[name], _of_task(values, name))
+            data = {f"mmlu_{s}": MmluData(folder, subjects=[s], **options) for s in args.subjects}
+            yield from _compare_tasks(module, folder, data, args)
 
 
-def build_module(model: str, random: bool, adapter: Path | None) -> Any:
+def _compare_tasks(
+    module: "MokaModule", folder: Path, data: "dict[str, MokaDataModule]", args: argparse.Namespace
+) -> Iterator[Agreement]:
+    """Compares tasks of one folder, whose data modules are given by the tasks' names."""
+    from moka_pl.evaluation.lm_eval.tasks import select_tasks
+    from moka_pl.studies.agreement import sides
+
+    selection = select_tasks(list(data), folder)
+    harness = sides.harness_items(module, selection, args.max_length, args.batch_size)
+    for task, questions in data.items():
+        package = sides.package_items(module, questions, args.batch_size)
+        values = {} if args.no_test else sides.reported(module, questions)
+        reported = {name: values[f"{name}/{task}"] for name in _REPORTED if f"{name}/{task}" in values}
+        yield compare(task, package, harness[task], reported)
+
+
+def build_module(model: str, random: bool, adapter: Path | None) -> "MokaModule":
     """A module with its model built, in float32 and without quantisation, on the CPU.
 
     Args:
@@ -112,21 +113,8 @@ def build_module(model: str, random: bool, adapter: Path | None) -> Any:
     return module
 
 
-def _of_task(values: dict[str, float], task: str) -> dict[str, float]:
-    names = ("accuracy", "acc_norm")
-    return {name: values[f"{name}/{task}"] for name in names if f"{name}/{task}" in values}
-
-
-def _write(args: argparse.Namespace, found: Sequence[Agreement]) -> None:
-    from moka_pl.evaluation.lm_eval.results import versions
-
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    content = {"versions": versions(), "options": options, "tasks": [asdict(task) for task in found]}
-    args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=DESCRIPTION)
+def _parser() -> Parser:
+    parser = Parser("harness_agreement", DESCRIPTION)
     parser.add_argument(
         "--data", type=Path, help="folder with a sub-folder for every task, each with test.json"
     )
@@ -138,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="base model, as in BackboneConfig")
     parser.add_argument("--random", action="store_true", help="random weights of that shape")
     parser.add_argument("--adapter", type=Path, help="adapter directory; its base replaces --model")
-    parser.add_argument("--batch_size", type=int, default=8, help="questions (ours) or sequences (harness)")
+    parser.add_argument("--batch_size", type=int, default=8, help="questions (package), sequences (harness)")
     parser.add_argument("--max_length", type=int, default=4096, help="tokens of a question and its option")
     parser.add_argument("--no_test", action="store_true", help="leave out what Lightning's test reports")
     parser.add_argument("--json", type=Path, help="file for the comparison's numbers")

@@ -1,4 +1,7 @@
-"""The two sides of a comparison: our own scores of the questions, and the harness'."""
+"""The two sides of a comparison: the package's scores of the questions, and the harness'.
+
+Both read copies of local data with some questions of every task only.
+"""
 
 import csv
 import json
@@ -25,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def own_items(module: MokaModule, data: MokaDataModule, batch_size: int = 8) -> list[Item]:
-    """Our scores of a data module's test questions, by ``predict_step``.
+def package_items(module: MokaModule, data: MokaDataModule, batch_size: int = 8) -> list[Item]:
+    """The package's scores of a data module's test questions, by ``predict_step``.
 
     Args:
         module: A module whose model is built.
@@ -37,8 +40,8 @@ def own_items(module: MokaModule, data: MokaDataModule, batch_size: int = 8) -> 
         The questions in the order of the data.
 
     Raises:
-        DataError: If a question does not fit into ``max_length``: it would be cut in another way than the
-            harness cuts it.
+        DataError: If a question does not fit into ``max_length``: the harness would
+            cut it elsewhere.
     """
     data.connect(module.tokenizer)
     encoded = data.encode("test")
@@ -48,7 +51,7 @@ def own_items(module: MokaModule, data: MokaDataModule, batch_size: int = 8) -> 
     if report.dropped or report.truncated or report.left_out:
         raise DataError(
             "the comparison needs every question whole, but some are longer than max_length "
-            f"({data.max_length} tokens; the longest has {report.longest}). Raise max_length."
+            f"({data.max_length} tokens; the longest has {report.longest}); raise max_length"
         )
     return _score(
         module, encoded.rows, BatchRows(encoded.rows, data._pad_id(), data.share_prefix), batch_size
@@ -62,15 +65,16 @@ def _score(module: MokaModule, rows: "Dataset", batches: BatchRows, batch_size: 
     order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
     scores: dict[int, list[float]] = {}
     module.eval()
-    with torch.inference_mode(), tqdm(total=len(rows), desc="Our own scores", unit="question") as bar:
+    with torch.inference_mode(), tqdm(total=len(rows), desc="The package's scores", unit="question") as bar:
         for number, start in enumerate(range(0, len(order), batch_size)):
             chosen = order[start : start + batch_size]
             batch = move_data_to_device(batches[chosen], module.device)
-            found = module.predict_step(batch, number)
-            for item, score in zip(found["item"].tolist(), found["log_likelihood"].tolist(), strict=True):
+            predicted = module.predict_step(batch, number)
+            pairs = zip(predicted["item"].tolist(), predicted["log_likelihood"].tolist(), strict=True)
+            for item, score in pairs:
                 scores.setdefault(chosen[item], []).append(score)
             bar.update(len(chosen))
-    return [_own(row, scores[index]) for index, row in enumerate(rows)]
+    return [_package_item(row, scores[index]) for index, row in enumerate(rows)]
 
 
 def harness_items(
@@ -97,7 +101,9 @@ def harness_items(
         log_samples=True,
     )
     return {
-        task: [_theirs(sample, module.tokenizer) for sample in sorted(samples, key=lambda s: s["doc_id"])]
+        task: [
+            _harness_item(sample, module.tokenizer) for sample in sorted(samples, key=lambda s: s["doc_id"])
+        ]
         for task, samples in results["samples"].items()
     }
 
@@ -122,7 +128,7 @@ def reported(module: MokaModule, data: MokaDataModule) -> dict[str, float]:
     return {name.removeprefix("test/"): value for name, value in module.eval_values.items()}
 
 
-def _own(row: dict[str, Any], scores: Sequence[float]) -> Item:
+def _package_item(row: dict[str, Any], scores: Sequence[float]) -> Item:
     prompt, options = row["prompt_ids"], row["option_ids"]
     return Item(
         tokens=[prompt + option for option in options],
@@ -133,7 +139,7 @@ def _own(row: dict[str, Any], scores: Sequence[float]) -> Item:
     )
 
 
-def _theirs(sample: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Item:
+def _harness_item(sample: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Item:
     # lm_eval's rule: the prompt's tokens are as many as the prompt has alone, and both texts get whatever
     # special tokens the tokenizer adds by itself.
     pairs = [tuple(pair) for pair in sample["arguments"]]
@@ -147,9 +153,6 @@ def _theirs(sample: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Ite
         # Tasks whose options are letters have no score per character.
         acc_norm=bool(sample["acc_norm"]) if "acc_norm" in sample else None,
     )
-
-
-# Copies of local data with some questions of every task only, so that two evaluations read the same.
 
 
 def copy_questions(source: Path, tasks: Sequence[str], chosen: range, target: Path) -> Path:
@@ -189,12 +192,12 @@ def copy_mmlu_questions(source: Path, subjects: Sequence[str], chosen: range, ta
     Raises:
         DataError: If a file is missing or cannot be read, or has none of the questions.
     """
-    for part in ("dev", "test"):
-        (target / part).mkdir(parents=True)
+    for split in ("dev", "test"):
+        (target / split).mkdir(parents=True)
     for subject in subjects:
         shots = Path("dev", f"{subject}_dev.csv")
         if not (source / shots).is_file():
-            raise DataError(f"{source / shots} does not exist. Correct the subject, or give MMLU's folder.")
+            raise DataError(f"{source / shots} does not exist; correct the subject, or give MMLU's folder")
         shutil.copyfile(source / shots, target / shots)
         questions = Path("test", f"{subject}_test.csv")
         records = _records(source / questions, chosen)
@@ -208,5 +211,5 @@ def copy_mmlu_questions(source: Path, subjects: Sequence[str], chosen: range, ta
 def _records(file: Path, chosen: range) -> list[dict[str, Any]]:
     records = [record for _, record in islice(stream(file), chosen.start, chosen.stop)]
     if not records:
-        raise DataError(f"{file} has no questions from number {chosen.start} on; take fewer off.")
+        raise DataError(f"{file} has no questions from number {chosen.start} on; lower --skip")
     return records

@@ -1,23 +1,18 @@
-"""One frozen model that rows are put into one after another."""
+"""What was measured, its file, and the one frozen model that rows are put into one after another."""
 
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moka_pl._compat import hook_count
 from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark.cases import FROZEN, Row
-from moka_pl.studies.common import free_memory
+from moka_pl.studies.common import first_line, free_memory, structure, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# What was measured, and its file.
 
 
 FORMAT = 1
@@ -75,10 +70,7 @@ class Results:
 
     def save(self, file: Path) -> None:
         """Writes a JSON file; one that is there is replaced only by a whole one."""
-        text = json.dumps({"format": FORMAT} | asdict(self), indent=1, ensure_ascii=False) + "\n"
-        part = file.with_name(f"{file.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        write_json(file, {"format": FORMAT} | asdict(self), 1)
 
 
 def load_results(file: Path) -> Results:
@@ -102,9 +94,6 @@ def load_results(file: Path) -> Results:
         return Results(**data)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged: {error}") from error
-
-
-# One frozen model that rows are put into one after another.
 
 
 Work = Callable[["PreTrainedModel"], Values]
@@ -200,15 +189,3 @@ class Bench:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self._model, self._structure = model, structure(model)
         return self._model
-
-
-def structure(model: "PreTrainedModel") -> list[tuple[object, ...]]:
-    """Names, types and numbers of hooks of all modules: what an adapter could have changed."""
-    return [(name, type(module), hook_count(module)) for name, module in model.named_modules()]
-
-
-def first_line(error: BaseException) -> str:
-    """Kind and first line of an error, shortened."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return textwrap.shorten(text, 160, placeholder=" …")

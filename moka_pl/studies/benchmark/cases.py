@@ -1,4 +1,7 @@
-"""The rows of the benchmark: what is put into the frozen model, and how it is taken out again."""
+"""The cases of the benchmark: presets of model, batch and device, and the rows that run on them.
+
+A row is what is put into the frozen model, and how it is taken out again.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -60,12 +63,25 @@ def moka(name: str, **options: Any) -> Row:
 
 
 def lora(name: str, rank: int, modules: list[str] | str, **options: Any) -> Row:
-    """PEFT's LoRA, or a variant of it that ``options`` choose."""
+    """PEFT's LoRA, or a variant of it that ``options`` choose.
+
+    Args:
+        name: The row's name.
+        rank: The rank; the scaling is 2.
+        modules: Target modules.
+        **options: Further options of ``LoraConfig``.
+    """
     return _peft(name, "LoraConfig", r=rank, lora_alpha=2 * rank, target_modules=modules, **options)
 
 
 def lokr(name: str, rank: int, modules: list[str]) -> Row:
-    """PEFT's LoKr."""
+    """PEFT's LoKr.
+
+    Args:
+        name: The row's name.
+        rank: The rank; the scaling is 1.
+        modules: Target modules.
+    """
     return _peft(name, "LoKrConfig", r=rank, alpha=rank, target_modules=modules)
 
 
@@ -116,7 +132,7 @@ def _peft(name: str, kind: str, **options: Any) -> Row:
         try:
             import peft
         except ImportError as error:
-            raise ConfigError("PEFT is not installed; pip install 'moka_pl[bench]'") from error
+            raise ConfigError("PEFT is not installed; pip install 'moka_pl[studies]'") from error
         config = getattr(peft, kind)(**options)
         # A model with random weights lacks the mark by which PEFT chooses its layers for 4-bit weights.
         model.is_loaded_in_4bit = True
@@ -134,9 +150,6 @@ def _peft(name: str, kind: str, **options: Any) -> Row:
         return remove
 
     return Row(name, put)
-
-
-# Which model, batch and device a benchmark runs on.
 
 
 _SIZES = ("smollm2-135m", "llama3-1b", "llama2-7b", "llama3-8b", "llama2-13b")
@@ -228,19 +241,16 @@ def find_preset(name: str) -> Preset:
     return preset
 
 
-# Rows with Liger's kernels for norms, rotary embeddings and gated MLPs, by transformers' own switch.
+LIGER_MISSING = "rows with Liger are left out: liger_kernel is not installed; pip install 'moka_pl[liger]'"
 
 
-MISSING = "rows with Liger are left out: liger_kernel is not installed; pip install 'moka_pl[liger]'"
-
-
-def installed() -> bool:
-    """Whether the package is there."""
+def liger_installed() -> bool:
+    """Whether Liger is there."""
     return find_spec("liger_kernel") is not None
 
 
 def with_liger(row: Row) -> Row:
-    """The row on a model with Liger's kernels."""
+    """The row on a model with Liger's kernels for norms, rotary embeddings and gated MLPs."""
 
     def put(model: "PreTrainedModel") -> Remove:
         from transformers.integrations.liger import apply_liger_kernel

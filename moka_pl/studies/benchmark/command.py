@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 from moka_pl.errors import ConfigError, MokaError, end_interrupted
 from moka_pl.studies.benchmark import cases, fit, growth, steps
@@ -15,6 +14,7 @@ from moka_pl.studies.benchmark.bench import Bench, Record, Results
 from moka_pl.studies.benchmark.cases import PRESETS, Preset, find_preset
 from moka_pl.studies.benchmark.steps import measure_steps
 from moka_pl.studies.benchmark.tables import markdown, milliseconds, write_figures
+from moka_pl.studies.common import Parser, device_name, versions
 
 GROWTH = ("components", "tokens", "sizes")
 MEASURES = ("steps", *GROWTH, "fit", "decode")
@@ -51,13 +51,6 @@ class Plan:
     names: tuple[str, ...]
     liger: bool
     command: str
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Ends with one line: the page of usage would hide it."""
-        print(f"benchmark: error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,7 +105,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def row_names(device: str, measures: Sequence[str], with_liger: bool) -> list[str]:
-    """Names of all rows of these measures."""
+    """Names of all rows of these measures.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        measures: Some of ``MEASURES``.
+        with_liger: Whether there are rows with Liger.
+    """
     names: list[str] = []
     if "steps" in measures:
         names += [row.name for row in [*cases.step_rows(device), *(_liger_rows() if with_liger else [])]]
@@ -138,7 +137,6 @@ def run(plan: Plan, file: Path | None = None) -> Results:
     import torch
 
     from moka_pl.backbone import BackboneConfig, compute_dtype
-    from moka_pl.studies.common import device_name, versions
 
     preset = plan.preset
     dtype = compute_dtype(BackboneConfig(), torch.device(preset.device))
@@ -149,9 +147,9 @@ def run(plan: Plan, file: Path | None = None) -> Results:
         dtype=str(dtype).removeprefix("torch."),
         versions=versions(),
     )
-    if plan.liger and not cases.installed():
-        results.notes.append(cases.MISSING)
-        print(f"Note: {cases.MISSING}", file=sys.stderr)
+    if plan.liger and not cases.liger_installed():
+        results.notes.append(cases.LIGER_MISSING)
+        print(f"Note: {cases.LIGER_MISSING}", file=sys.stderr)
     with warnings.catch_warnings():
         # What PEFT and Lightning use that transformers and torch will rename one day.
         warnings.simplefilter("ignore", FutureWarning)
@@ -172,7 +170,7 @@ def records(plan: Plan) -> Iterator[Record]:
         bench = Bench(preset.shape, preset.device, checkpointing)
         if "steps" in plan.measures:
             listed = cases.step_rows(preset.device)
-            listed += _liger_rows() if plan.liger and cases.installed() else []
+            listed += _liger_rows() if plan.liger and cases.liger_installed() else []
             yield from measure_steps(bench, preset, cases.choose(listed, names))
         if "components" in plan.measures:
             yield from growth.grow_components(bench, preset, names)
@@ -219,10 +217,8 @@ def _command(args: argparse.Namespace) -> str:
     return shlex.join(parts)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="benchmark.py", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser("benchmark", _DESCRIPTION)
     parser.add_argument(
         "--preset",
         default="smollm2-cpu",

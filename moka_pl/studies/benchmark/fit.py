@@ -7,9 +7,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 
-from moka_pl.studies.benchmark.bench import Record, Values, first_line
+from moka_pl.studies.benchmark.bench import Record, Values
 from moka_pl.studies.benchmark.cases import Preset
-from moka_pl.studies.common import free_memory
+from moka_pl.studies.common import first_line, free_memory
 
 ROW = "MoKA r10 fit"
 

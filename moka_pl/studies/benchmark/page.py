@@ -1,6 +1,5 @@
 """Writes the tables of ``docs/benchmarks.md`` from results of the benchmark."""
 
-import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.studies.benchmark.bench import Record, Results, load_results
 from moka_pl.studies.benchmark.tables import GROWTH, failure, growth_table, milliseconds, render
+from moka_pl.studies.common import Parser
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 
@@ -59,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Arguments, default those of the process. Ends the process with status 1 where a checked
             page differs, and with status 2 on an error.
     """
-    parser = argparse.ArgumentParser(
-        prog="benchmark_page.py",
-        description=f"Rewrites what stands between {BEGIN} and {END} from results of scripts/benchmark.py.",
+    parser = Parser(
+        "benchmark_page",
+        f"Rewrites what stands between {BEGIN} and {END} from results of scripts/benchmark.py.",
     )
     parser.add_argument("results", nargs="+", type=Path, help="files that benchmark.py --json has written")
     parser.add_argument("--page", type=Path, default=_PAGE, help=f"default {_PAGE}")
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         new = section([load_results(file) for file in args.results])
         changed = _change(args.page, new, args.check)
     except MokaError as error:
-        parser.exit(2, f"benchmark_page: error: {error}\n")
+        parser.error(str(error))
     if changed and args.check:
         given = " ".join(map(str, args.results))
         parser.exit(1, f"{args.page} differs from the results; run scripts/benchmark_page.py {given}\n")
@@ -128,11 +128,11 @@ def _steps(records: Sequence[Record]) -> str:
         heads += [f"step ms{suffix}", f"ratio{suffix}", f"peak GiB{suffix}"]
     lines = []
     for name in dict.fromkeys(record.row for record in records):
-        mine = {record.checkpointing: record for record in records if record.row == name}
-        sizes = [record.values["trainable"] for record in mine.values() if record.error is None]
+        by_kind = {record.checkpointing: record for record in records if record.row == name}
+        sizes = [record.values["trainable"] for record in by_kind.values() if record.error is None]
         line = [name, f"{sizes[0]:,}" if sizes else ""]
         for kind in kinds:
-            line += _step_cells(mine.get(kind))
+            line += _step_cells(by_kind.get(kind))
         lines.append(line)
     return render(heads, lines)
 

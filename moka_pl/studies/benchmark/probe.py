@@ -1,4 +1,7 @@
-"""The callback that times a whole ``fit`` and, around it, a bare loop over the same model and batches."""
+"""What a benchmarked ``fit`` is given: a callback that times it, and synthetic data.
+
+Around the ``fit`` the callback times a bare loop over the same model and batches.
+"""
 
 import random
 import time
@@ -92,9 +95,6 @@ class Probe(Callback):
                     synchronise(device)
                 ends.append(time.perf_counter())
         return [1e3 * (after - before) for before, after in pairwise(ends[self.warmup - 1 :])]
-
-
-# Random rows of one length, already tokens, through the package's own data module and loader.
 
 
 #: Ids that every tokenizer and vocabulary has.

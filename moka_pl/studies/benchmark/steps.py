@@ -1,18 +1,14 @@
-"""Times training steps: forward and backward."""
+"""Times training steps, forward and backward, and tokens of greedy generation."""
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from moka_pl.studies.benchmark.bench import Bench, Record, Values
 from moka_pl.studies.benchmark.cases import FROZEN, QV, Preset, Row, frozen, lora, moka
 from moka_pl.studies.common import peak_gib, reset_peak
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +34,14 @@ class Batch(NamedTuple):
 
 
 def random_batch(vocabulary: int, batch: int, length: int, device: "torch.device") -> Batch:
-    """Draws a batch of random tokens."""
+    """Draws a batch of random tokens.
+
+    Args:
+        vocabulary: Number of different tokens.
+        batch: Rows B.
+        length: Tokens T of a row.
+        device: Where the batch lies.
+    """
     import torch
 
     labels = torch.randint(vocabulary, (batch, length + 1), device=device)
@@ -86,18 +89,14 @@ def time_steps(
 
     Returns:
         ``step_ms`` (median) with ``step_q1_ms`` and ``step_q3_ms``, ``forward_ms`` (median; not where a graph
-        holds both passes),
-        ``tokens_per_s``, ``peak_gib``, ``trainable`` and ``steps``, the number that was measured.
+        holds both passes), ``tokens_per_s``, ``peak_gib``, ``trainable`` and ``steps``, the measured ones.
     """
     model.train()
     device = model.get_input_embeddings().weight.device
     data = random_batch(model.config.vocab_size, batch, length, device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     loss = _captured_loss(model, data) if captured else _plain_loss(model, data)
-    hook = None
-    if not trainable:
-        hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())
-    try:
+    with _gradient_to_embeddings(model, not trainable):
         for _ in range(warmup):
             _step(loss, device, trainable)
         reset_peak(device)
@@ -108,9 +107,6 @@ def time_steps(
             if len(times) >= _FEWEST and time.perf_counter() - begun > seconds:
                 break
         peak = peak_gib(device)
-    finally:
-        if hook is not None:
-            hook.remove()
     first, median, third = quartiles([step for _, step in times])
     passes: Values = {} if captured else {"forward_ms": statistics.median(forward for forward, _ in times)}
     return passes | {
@@ -122,6 +118,18 @@ def time_steps(
         "trainable": sum(p.numel() for p in trainable),
         "steps": len(times),
     }
+
+
+@contextmanager
+def _gradient_to_embeddings(model: "PreTrainedModel", wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _plain_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
@@ -141,10 +149,10 @@ def _captured_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
     batch = FixedBatch(data.ids, everywhere, data.labels[:, 1:].flatten(), data.ids.numel())
 
     def loss() -> "Tensor":
-        found = capture(batch) / batch.tokens
+        value = capture(batch) / batch.tokens
         if capture.unsupported_reason is not None:
             raise ConfigError(f"the step cannot be recorded: {capture.unsupported_reason}")
-        return found
+        return value
 
     return loss
 
@@ -181,9 +189,6 @@ def _step(loss: "Loss", device: "torch.device", trainable: list["Tensor"]) -> tu
     return forward, 1e3 * (ended - begun)
 
 
-# The table: a training step of every row.
-
-
 def measure_steps(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterator[Record]:
     """Measures the rows one after another on the same model and batch.
 
@@ -201,9 +206,6 @@ def measure_steps(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterator
         return time_steps(model, *size, captured=row.captured)
 
     return bench.compare("steps", rows, "step_ms", work)
-
-
-# Milliseconds for a generated token.
 
 
 PROMPT = 16

@@ -1,4 +1,4 @@
-"""Markdown tables of results."""
+"""Markdown tables of results, and pictures of the growth measurements."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,8 +90,8 @@ def markdown(results: Results) -> str:
 
 def tables(results: Results) -> dict[str, str]:
     """The tables of what was measured, by measure."""
-    found = {measure: results.of(measure) for measure in TITLES}
-    return {measure: _table(measure, records) for measure, records in found.items() if records}
+    by_measure = {measure: results.of(measure) for measure in TITLES}
+    return {measure: _table(measure, records) for measure, records in by_measure.items() if records}
 
 
 def _table(measure: str, records: Sequence[Record]) -> str:
@@ -139,9 +139,6 @@ def render(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"| {' | '.join(heads)} |", f"|{rule}|", *body])
 
 
-# Pictures of the growth measurements.
-
-
 class _Look(NamedTuple):
     file: str
     label: str
@@ -178,15 +175,13 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
 
 
 def _draw(results: Results, measure: str, records: Sequence[Record], file: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     look, key = _LOOKS[measure], GROWTH[measure]
     # Without pyplot: no global state, no display.
     figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    places = list(dict.fromkeys(record.setting[key] for record in records if record.setting[key] != 0))
+    settings = list(dict.fromkeys(record.setting[key] for record in records if record.setting[key] != 0))
     curves = list(dict.fromkeys((record.row, record.checkpointing) for record in records))
     rows = list(dict.fromkeys(row for row, _ in curves))
     panels: Any = figure.subplots(1, len(_PANELS))
@@ -201,14 +196,14 @@ def _draw(results: Results, measure: str, records: Sequence[Record], file: Path)
             if points[0].setting[key] == 0:  # the frozen base has no components: a level to compare with
                 axis.axhline(points[0].values[value], **style | {"linestyle": ":"})
                 continue
-            x = [p.setting[key] if look.log_x else places.index(p.setting[key]) for p in points]
+            x = [p.setting[key] if look.log_x else settings.index(p.setting[key]) for p in points]
             axis.plot(x, [p.values[value] for p in points], marker="o", markersize=4, **style)
         if look.log_x:
             axis.set_xscale("log", base=2)
-            axis.set_xticks(places, [f"{place:,}" for place in places])
+            axis.set_xticks(settings, [f"{setting:,}" for setting in settings])
             axis.minorticks_off()
         else:
-            axis.set_xticks(range(len(places)), places)
+            axis.set_xticks(range(len(settings)), settings)
         if look.log_y and value == "step_ms":
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

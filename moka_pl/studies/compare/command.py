@@ -1,4 +1,4 @@
-"""The command behind ``scripts/compare.py``."""
+"""The command behind ``scripts/compare.py``: trains what a suite compares, and reports."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moka_pl.errors import INTERRUPTED, MokaError, end_interrupted
+from moka_pl.studies.common import Parser, write_json
 from moka_pl.studies.compare.suite import Suite, find_suite, keep_methods, read_suite
 from moka_pl.utils import make_folder
 
@@ -35,7 +36,8 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
         suites: Folder of the suites that are known by name.
         arguments: Default: the process's.
     """
-    args = _parser(suites).parse_args(arguments)
+    parser = _parser(suites)
+    args = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if args.jobs < 1:
@@ -51,8 +53,7 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
         else:
             _run(_read(suites, args), args)
     except MokaError as error:
-        print(f"compare: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(error))
     except KeyboardInterrupt:  # before anything was done, or a second one while the report is written
         end_interrupted()
 
@@ -60,7 +61,7 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
 def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     from moka_pl.studies.compare.build import check_suite
     from moka_pl.studies.compare.drive import run_suites
-    from moka_pl.studies.compare.runs import Store, write_atomically
+    from moka_pl.studies.compare.runs import Store
     from moka_pl.studies.compare.schedule import Clock
     from moka_pl.studies.compare.train import prepare_data
 
@@ -72,7 +73,7 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
         check_suite(suite)
         if args.jobs > 1 and suite.data.get("init_args", {}).get("num_workers"):
             raise MokaError(
-                f"{suite.name}: processes of --jobs cannot have processes of their own to load data: set "
+                f"{suite.name}: processes of --jobs cannot start further ones to load data; set "
                 "data.init_args.num_workers to 0"
             )
     store = Store(args.out)
@@ -83,12 +84,12 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     make_folder(args.out, "--out")
     if args.results is not None:
         make_folder(args.results, "--results")
-    _let_sigterm_interrupt()
+    _interrupt_on_sigterm()
 
     def begin() -> None:
         prepare_data(suites)  # tokenised once for all processes; what is wrong with them shows here
         for suite in whole:  # later reports are of all methods
-            write_atomically(args.out / suite.name / _SUITE, json.dumps(asdict(suite), indent=1) + "\n")
+            write_json(args.out / suite.name / _SUITE, asdict(suite), 1)
 
     try:
         run_suites(suites, store, args.jobs, devices, clock, begin)
@@ -124,13 +125,13 @@ def _report(suites: Sequence[Suite], args: argparse.Namespace) -> bool:
 def _plan(suites: Sequence[Suite], store: Any) -> None:
     from moka_pl.studies.compare.schedule import Plan
 
-    left = Plan(suites, store).left()
-    if not left.tasks:
+    remaining = Plan(suites, store).remaining()
+    if not remaining.tasks:
         print("everything is done")
         return
-    for task in left.tasks:
+    for task in remaining.tasks:
         print(f"to do  {task.run}{': train and test' if task.test and task.run.rate is not None else ''}")
-    print(f"then {len(left.later)} runs with the picked learning rates and their tests")
+    print(f"then {len(remaining.later)} runs with the picked learning rates and their tests")
 
 
 def _read(folder: Path, args: argparse.Namespace) -> list[Suite]:
@@ -179,24 +180,22 @@ def _devices(written: str | None) -> list[int] | None:
     devices = list(range(numbers[0])) if len(numbers) == 1 and "," not in written else numbers
     if not devices or min(devices) < 0:
         raise MokaError(f"--devices {written}: give a number of GPUs, or their numbers with commas: 0,2")
-    there = torch.cuda.device_count()
-    if max(devices) >= there:
-        raise MokaError(f"--devices {written}: this machine has {there} GPUs that can be used")
+    count = torch.cuda.device_count()
+    if max(devices) >= count:
+        raise MokaError(f"--devices {written}: only {count} GPUs can be used here")
     return devices
 
 
-def _let_sigterm_interrupt() -> None:
+def _interrupt_on_sigterm() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def _parser(suites: Path) -> argparse.ArgumentParser:
+def _parser(suites: Path) -> Parser:
     known = ", ".join(sorted(file.stem for file in suites.glob("*.yaml")))
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("compare", DESCRIPTION)
     parser.add_argument(
         "--suite",
         nargs="+",

@@ -33,30 +33,30 @@ def run_suites(
         KeyboardInterrupt: On Ctrl-C; what was done by then is kept.
         ConfigError: If processes cannot work at all.
     """
-    work = _Work(Plan(suites, store), clock or Clock(), jobs)
-    if not work.plan.left().tasks:
+    work = _TimedPlan(Plan(suites, store), clock or Clock(), jobs)
+    if not work.plan.remaining().tasks:
         print("everything is done")
     elif jobs == 1 and devices is None:
         begin()
-        _here(work, store)
+        _run_here(work, store)
     else:
-        _elsewhere(work, store, jobs, devices, begin)
+        _run_in_workers(work, store, jobs, devices, begin)
     work.close()
-    if count := len((left := work.plan.left()).tasks) + len(left.later):
+    if count := len((remaining := work.plan.remaining()).tasks) + len(remaining.later):
         warn(f"the time is up with {count} runs left; the same command goes on")
     for suite in suites:
         for name in matched_order(collect(suite, store)):
             warn(f"{suite.name}: the runs of {name} were not on the same batches as those of other methods")
 
 
-class _Work:
+class _TimedPlan:
     """The plan, with what is known of how long its tasks take."""
 
     def __init__(self, plan: Plan, clock: Clock, jobs: int) -> None:
         self.plan, self.clock, self._times = plan, clock, Times()
         for task, outcome in plan.known():
             self._times.add(task, outcome, {})
-        self._progress = Progress(plan.left, lambda task: plan.outcome(task.run), self._times, jobs)
+        self._progress = Progress(plan.remaining, lambda task: plan.outcome(task.run), self._times, jobs)
 
     def next(self) -> Task | None:
         """The next task that will probably end in time."""
@@ -65,7 +65,13 @@ class _Work:
         )
 
     def end(self, task: Task, outcome: Outcome, seconds: float) -> None:
-        """Notes and tells what became of a task."""
+        """Notes and tells what became of a task.
+
+        Args:
+            task: The task.
+            outcome: What is known of its run now.
+            seconds: How long it took.
+        """
         self._times.add(task, outcome, self.plan.outcome(task.run))
         self.plan.end(task, outcome)
         self._progress.add(task, outcome, seconds)
@@ -75,7 +81,7 @@ class _Work:
         self._progress.close()
 
 
-def _here(work: _Work, store: Store) -> None:
+def _run_here(work: _TimedPlan, store: Store) -> None:
     execute = _executor(store)
     while (task := work.next()) is not None:
         start = time.monotonic()
@@ -83,17 +89,18 @@ def _here(work: _Work, store: Store) -> None:
         try:
             outcome = execute(task.run, task.test)
         except SystemExit as error:
-            # Lightning ends the process on Ctrl-C, and lets no second one through.
+            # Lightning ends the process on Ctrl-C, and ignores a second one.
             signal.signal(signal.SIGINT, handler)
             raise KeyboardInterrupt from error
         work.end(task, outcome, time.monotonic() - start)
 
 
-def _elsewhere(
-    work: _Work, store: Store, jobs: int, devices: Sequence[int] | None, begin: Callable[[], None]
+def _run_in_workers(
+    work: _TimedPlan, store: Store, jobs: int, devices: Sequence[int] | None, begin: Callable[[], None]
 ) -> None:
-    left = work.plan.left()
-    workers = Workers(store.folder.parent, min(jobs, len(left.tasks) + len(left.later)), devices)
+    remaining = work.plan.remaining()
+    jobs = min(jobs, len(remaining.tasks) + len(remaining.later))
+    workers = Workers(store.folder.parent, jobs, devices)
     try:
         begin()
         while True:

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: scores over trainable parameters, and loss curves."""
+"""Pictures of a comparison: scores over trainable parameters, losses, gates, and ranks of the updates."""
 
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -11,18 +11,12 @@ if TYPE_CHECKING:
     from moka_pl.studies.compare.report import Gates, Report, Row
 
 
-# What all figures of a comparison have in common.
-
-
 def new_figure(width: float, height: float) -> Any:
     """A figure of some inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Without pyplot: no global state, no display.
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def style_of(index: int) -> dict[str, str]:
@@ -31,7 +25,14 @@ def style_of(index: int) -> dict[str, str]:
 
 
 def finish(figure: Any, axis: Any, title: str, file: Path) -> None:
-    """Puts the legend of an axis below, and writes the file."""
+    """Puts the legend of an axis below, and writes the file.
+
+    Args:
+        figure: The figure.
+        axis: The axis whose lines the legend names.
+        title: Title of the figure.
+        file: A PNG file.
+    """
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=11)
@@ -53,9 +54,6 @@ def title_of(report: "Report") -> str:
     count = len(report.suite.seeds)
     seeds = f"{count} seeds" if count > 1 else "one seed"
     return f"{report.suite.name}, {seeds}, {'; '.join(report.devices)}"
-
-
-# Pictures of the gates: entropy over steps, and gates by the shape of the component.
 
 
 #: Methods whose gates get a panel.
@@ -88,20 +86,17 @@ def draw_gates(report: "Report", file: Path) -> None:
 
 def _draw_shapes(axis: "object", gates: "Gates") -> None:
     kinds = list(dict.fromkeys(name.partition(" ")[0] for name in gates.shapes))
-    places = dict.fromkeys(kinds, 0)
+    drawn = dict.fromkeys(kinds, 0)
     for name, values in gates.shapes.items():
         kind = name.partition(" ")[0]
-        style = {"color": f"C{places[kind] % 10}", "linestyle": ["-", "--", ":", "-."][kinds.index(kind) % 4]}
-        places[kind] += 1
+        style = {"color": f"C{drawn[kind] % 10}", "linestyle": ["-", "--", ":", "-."][kinds.index(kind) % 4]}
+        drawn[kind] += 1
         axis.plot(gates.steps, _drawable(values), label=name, linewidth=1.2, **style)  # type: ignore[attr-defined]
     axis.legend(fontsize=5, ncols=2)  # type: ignore[attr-defined]
 
 
 def _drawable(values: list[float | None]) -> list[float]:
     return [float("nan") if value is None else value for value in values]
-
-
-# Pictures of the trained updates' ranks: spectra of a suite, and ranks over suites.
 
 
 #: Panels beside each other.
@@ -142,13 +137,13 @@ def draw_ranks(reports: Sequence["Report"], file: Path) -> None:
     for axis, which in zip(axes, ("stable", "entropy"), strict=True):
         for index, method in enumerate(methods):
             points = [
-                (place, *getattr(row.ranks, which))
-                for place, report in enumerate(reports)
+                (x, *getattr(row.ranks, which))
+                for x, report in enumerate(reports)
                 for row in report.rows
                 if row.entry.name == method and row.ranks is not None
             ]
-            places, means, spreads = zip(*points, strict=True)
-            axis.errorbar(places, means, spreads, marker="o", capsize=3, label=method, **style_of(index))
+            xs, means, spreads = zip(*points, strict=True)
+            axis.errorbar(xs, means, spreads, marker="o", capsize=3, label=method, **style_of(index))
         axis.set_yscale("log")
         axis.set_xticks(range(len(reports)), [report.suite.name for report in reports], fontsize=8)
         axis.set_title(f"{which} rank of ΔW, mean over layers", fontsize=10)
@@ -157,15 +152,12 @@ def draw_ranks(reports: Sequence["Report"], file: Path) -> None:
     finish(figure, axes[0], f"ranks reached, {'; '.join(devices)}", file)
 
 
-# Pictures of a comparison: scores over trainable parameters, and loss curves.
-
-
 def write_figures(report: "Report", folder: Path) -> list[Path]:
     """Draws what there is to draw.
 
     Args:
         report: The comparison.
-        folder: Where `scores.png`, `losses.png`, `gates.png` and `spectra.png` go.
+        folder: Where ``scores.png``, ``losses.png``, ``gates.png`` and ``spectra.png`` go.
 
     Returns:
         The files.

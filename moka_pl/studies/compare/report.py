@@ -1,4 +1,7 @@
-"""What a comparison found: its rows, the paired differences, and the files that tell them."""
+"""What a comparison gives: a row a method, averaged over seeds, and the paired differences.
+
+Entries say what became of every method; gates and ranks are means over the seeds that were tested.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +25,6 @@ from moka_pl.studies.compare.runs import (
 )
 from moka_pl.studies.compare.statistics import Comparison, Items, compare, resample, stack_items
 from moka_pl.studies.compare.suite import Method, Suite
-
-# What became of a suite's methods.
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def matched_order(entries: list[Entry]) -> list[str]:
 
 def _frozen(suite: Suite, store: Store) -> Entry:
     run = frozen_run(suite)
-    known = _Known([run], store)
+    known = _StoredRuns([run], store)
     missing = () if known.outcomes or known.errors else (f"{run}: test",)
     return Entry(run.method, None, False, (), known.outcomes, known.items, known.errors, missing)
 
@@ -80,10 +81,10 @@ def _entry(suite: Suite, method: Method, store: Store) -> Entry:
     tried = trials(suite, method, store.read)
     rate = pick(method, tried)
     swept = [run for run in sweep(suite, method) if run.rate != rate or run.seed not in suite.seeds]
-    others = _Known(swept, store)
+    others = _StoredRuns(swept, store)
     missing = [str(run) for run in swept if not others.is_trained(run) and str(run) not in others.errors]
     runs = [] if rate is None else [run_of(suite, method, rate, seed) for seed in suite.seeds]
-    known = _Known(runs, store)
+    known = _StoredRuns(runs, store)
     untested = [run for run in runs if run.seed not in known.outcomes and str(run) not in known.errors]
     if missing:  # what is picked of some rates may not be what is picked of all
         missing.append(
@@ -96,7 +97,7 @@ def _entry(suite: Suite, method: Method, store: Store) -> Entry:
     return Entry(method.name, rate, edge, tried, known.outcomes, known.items, errors, tuple(missing))
 
 
-class _Known:
+class _StoredRuns:
     """What the store knows of some runs."""
 
     def __init__(self, runs: list[Run], store: Store) -> None:
@@ -119,10 +120,7 @@ class _Known:
         return run.key in self._trained
 
 
-# What the gates did, averaged over seeds.
-
-
-#: Points of a course that are kept.
+#: Points of the gates' curves that are kept.
 _GATE_POINTS = 40
 
 
@@ -146,10 +144,10 @@ class Gates:
 
 
 def mean_gates(seeds: Sequence[dict[str, Any]]) -> Gates | None:
-    """The mean course over seeds at the steps that all of them have.
+    """The mean over seeds at the steps that all of them have.
 
     Args:
-        seeds: What `moka_pl.studies.compare.recorder.Series.gates` noted, by seed.
+        seeds: What :meth:`~moka_pl.studies.compare.train.RunRecorder.gates` noted, by seed.
 
     Returns:
         The mean; None without any.
@@ -159,7 +157,7 @@ def mean_gates(seeds: Sequence[dict[str, Any]]) -> Gates | None:
     steps = sorted(set.intersection(*(set(seed["steps"]) for seed in seeds)))
     kept = sorted({steps[round(i * (len(steps) - 1) / (_GATE_POINTS - 1))] for i in range(_GATE_POINTS)})
 
-    def course(series: Sequence[Sequence[float | None]]) -> list[float | None]:
+    def curve(series: Sequence[Sequence[float | None]]) -> list[float | None]:
         known = [dict(zip(s["steps"], values, strict=True)) for s, values in zip(seeds, series, strict=True)]
         return [_mean([values[step] for values in known]) for step in kept]
 
@@ -168,8 +166,8 @@ def mean_gates(seeds: Sequence[dict[str, Any]]) -> Gates | None:
     last = [value for seed in seeds for value in seed["final_entropy"] if value is not None]
     return Gates(
         kept,
-        course([seed["entropy"] for seed in seeds]),
-        {name: course([seed["shapes"][name] for seed in seeds]) for name in names},
+        curve([seed["entropy"] for seed in seeds]),
+        {name: curve([seed["shapes"][name] for seed in seeds]) for name in names},
         {name: (_mean(values), _spread(values)) for name, values in finals.items()},
         {"mean": fmean(last), "lowest": min(last), "highest": max(last)} if last else {},
     )
@@ -183,9 +181,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _spread(values: Sequence[float | None]) -> float:
     known = [value for value in values if value is not None]
     return round(stdev(known), 5) if len(known) > 1 else 0.0
-
-
-# The ranks that trained updates have, averaged over layers and seeds.
 
 
 _RANKS = ("stable_rank", "entropy_rank")
@@ -214,7 +209,7 @@ def mean_ranks(seeds: Sequence[dict[str, Any]]) -> Ranks | None:
     """The means over seeds.
 
     Args:
-        seeds: What `moka_pl.studies.spectra.spectra_summary` found, by seed.
+        seeds: What :func:`~moka_pl.studies.spectra.spectra_summary` returned, by seed.
 
     Returns:
         The means; None where no layer has an update.
@@ -224,14 +219,14 @@ def mean_ranks(seeds: Sequence[dict[str, Any]]) -> Ranks | None:
     names = seeds[0]["layers"]
     kinds = {}
     for kind in dict.fromkeys(name.rpartition(".")[2] for name in names):
-        own = [i for i, name in enumerate(names) if name.rpartition(".")[2] == kind]
-        means = [fmean(seed[which][i] for seed in seeds for i in own) for which in _RANKS]
+        layers = [i for i, name in enumerate(names) if name.rpartition(".")[2] == kind]
+        means = [fmean(seed[which][i] for seed in seeds for i in layers) for which in _RANKS]
         kinds[kind] = (round(means[0], 3), round(means[1], 3))
     stable, entropy, norm = (
         _over_seeds([fmean(seed[which]) for seed in seeds]) for which in (*_RANKS, "norm")
     )
     spectra = {kind: _mean_spectrum([seed["kinds"].get(kind) for seed in seeds]) for kind in kinds}
-    return Ranks(stable, entropy, norm, kinds, {k: found for k, found in spectra.items() if found})
+    return Ranks(stable, entropy, norm, kinds, {kind: values for kind, values in spectra.items() if values})
 
 
 def _over_seeds(values: Sequence[float]) -> tuple[float, float]:
@@ -244,9 +239,6 @@ def _mean_spectrum(spectra: Sequence[dict[str, list[float]] | None]) -> dict[str
         return {}
     sizes = zip(*(spectrum["size"] for spectrum in known), strict=True)
     return {"index": known[0]["index"], "size": [float(f"{fmean(values):.3g}") for values in sizes]}
-
-
-# What a comparison found: its rows, the paired differences, and the files that tell them.
 
 
 #: Points of a loss curve that are kept.
@@ -267,7 +259,7 @@ class Row:
         nll: Negative log-likelihood per token of the right answers; None if nothing worked.
         validation: Validation loss of every seed; None for one that diverged.
         curve: Mean training loss over the seeds, by step.
-        gates: The gates' course; None without trained gates.
+        gates: The gates over the steps; None without trained gates.
         ranks: Effective ranks of the trained updates; None where they are not known.
     """
 
@@ -298,11 +290,11 @@ class Report:
     @property
     def versions(self) -> dict[str, list[str]]:
         """Versions that the runs ran with, by package; usually one of each."""
-        found: dict[str, set[str]] = {}
+        by_package: dict[str, set[str]] = {}
         for outcome in self._outcomes():
             for package, version in outcome["trained"].get("versions", {}).items():
-                found.setdefault(package, set()).add(version)
-        return {package: sorted(versions) for package, versions in found.items()}
+                by_package.setdefault(package, set()).add(version)
+        return {package: sorted(versions) for package, versions in by_package.items()}
 
     @property
     def dates(self) -> list[str]:

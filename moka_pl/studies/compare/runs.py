@@ -1,4 +1,7 @@
-"""Single trainings of a suite, told apart by a hash of everything that decides about them."""
+"""Single trainings of a suite: what tells them apart, what is stored of them, and how a rate is picked.
+
+A hash of everything that decides about a run identifies it; JSON in its folder tells what became of it.
+"""
 
 import hashlib
 import json
@@ -11,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moka_pl.studies.common import write_json
 from moka_pl.studies.compare.suite import FROZEN, Method, Settings, Suite, merged
 
 #: Part of every hash: raised when the same settings come to mean another training.
@@ -66,7 +70,14 @@ class Run:
 
 
 def run_of(suite: Suite, method: Method, rate: float, seed: int) -> Run:
-    """The training of a method with a rate and a seed."""
+    """The training of a method.
+
+    Args:
+        suite: Where base, data and training are from.
+        method: What is trained.
+        rate: Learning rate.
+        seed: Seed of data and start.
+    """
     settings: dict[str, Any] = {
         "backbone": merged(suite.backbone, method.backbone),
         "adapter": method.adapter,
@@ -89,9 +100,6 @@ def frozen_run(suite: Suite) -> Run:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-# What is known of every run, as JSON in its folder; a file is there whole or not at all.
 
 
 Outcome = dict[str, Any]
@@ -135,9 +143,9 @@ class Store:
         """
         folder = self.path(run)
         if items is not None:  # first: a run counts as tested once its outcome says so
-            write_atomically(folder / _ITEMS, json.dumps(items) + "\n")
+            write_json(folder / _ITEMS, items)
         about = {"method": run.method, "rate": run.rate, "seed": run.seed, "settings": run.settings}
-        write_atomically(folder / _FILE, json.dumps(about | outcome) + "\n")
+        write_json(folder / _FILE, about | outcome)
 
 
 def tested_with(outcome: Outcome, run: Run) -> bool:
@@ -145,23 +153,12 @@ def tested_with(outcome: Outcome, run: Run) -> bool:
     return bool(outcome.get("tested", {}).get("key") == run.test_key)
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Writes a file under another name and renames it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-
-
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-# How a method's learning rate is picked.
+    return content if isinstance(content, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -185,14 +182,20 @@ def sweep(suite: Suite, method: Method) -> list[Run]:
 
 
 def trials(suite: Suite, method: Method, outcome_of: Callable[[Run], Outcome]) -> tuple[Trial, ...]:
-    """What every learning rate of a method gave on the validation data, as far as it is known."""
-    found = []
+    """What every learning rate of a method gave on the validation data, as far as it is known.
+
+    Args:
+        suite: The suite, whose seeds pick the rate.
+        method: The method.
+        outcome_of: Tells what is known of a run.
+    """
+    tried = []
     for rate in method.learning_rates:
         outcomes = [outcome_of(run_of(suite, method, rate, seed)) for seed in suite.pick_seeds]
         losses = [outcome.get("trained", {}).get("validation_loss") for outcome in outcomes]
         known = [loss for loss in losses if loss is not None]
-        found.append(Trial(rate, statistics.fmean(known) if len(known) == len(losses) else None))
-    return tuple(found)
+        tried.append(Trial(rate, statistics.fmean(known) if len(known) == len(losses) else None))
+    return tuple(tried)
 
 
 def pick(method: Method, tried: tuple[Trial, ...]) -> float | None:
@@ -201,9 +204,6 @@ def pick(method: Method, tried: tuple[Trial, ...]) -> float | None:
         return method.learning_rates[0]
     worked = [(trial.loss, trial.rate) for trial in tried if trial.loss is not None]
     return min(worked)[1] if worked else None
-
-
-# Warnings of a comparison.
 
 
 def warn(text: str) -> None:

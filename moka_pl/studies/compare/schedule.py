@@ -1,4 +1,4 @@
-"""What is left to do of several suites, and what of it comes next."""
+"""What is left to do of several suites, what of it comes next, and how long it will take."""
 
 import json
 import time
@@ -29,8 +29,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Left:
-    """What is left.
+class Remaining:
+    """What is still to be done.
 
     Attributes:
         tasks: Tasks that are known.
@@ -44,9 +44,9 @@ class Left:
 class Plan:
     """The order of the work.
 
-    A method's learning rates are tried first; as soon as its own are known, the picked one is trained with
-    the other seeds and tested. Suites and their methods come in their order, so that what is left out when
-    time runs out is the last. A run that two suites have in common is done once.
+    A method's learning rates are tried first; as soon as all of them are known, the picked one is trained
+    with the other seeds and tested. Suites and their methods come in their order, so that what is left out
+    when time runs out is the last. A run that two suites have in common is done once.
 
     Args:
         suites: What is compared.
@@ -58,10 +58,10 @@ class Plan:
         self._outcomes: dict[str, Outcome] = {}
         self._failed: set[str] = set()
         self._busy: dict[str, Task] = {}
-        self._flows: list[Frozen | Flow] = []
+        self._queues: list[FrozenTasks | MethodTasks] = []
         for suite in suites:
-            flows: list[Frozen | Flow] = [Frozen(suite)] if suite.frozen else []
-            self._flows += [*flows, *(Flow(suite, method) for method in suite.methods)]
+            queues: list[FrozenTasks | MethodTasks] = [FrozenTasks(suite)] if suite.frozen else []
+            self._queues += [*queues, *(MethodTasks(suite, method) for method in suite.methods)]
 
     def next(self, fits: Callable[[Task], bool] = lambda task: True) -> Task | None:
         """The next task that can be begun.
@@ -85,18 +85,18 @@ class Plan:
         if "error" in outcome:
             self._failed.add(task.run.key)
 
-    def left(self) -> Left:
+    def remaining(self) -> Remaining:
         """Everything that is not done yet, with what is being done; every run once."""
         tasks: dict[str, Task] = {}
         later: dict[tuple[str, ...], list[Task]] = {}
-        for flow in self._flows:
-            for task in flow.tasks(self):
+        for queue in self._queues:
+            for task in queue.tasks(self):
                 old = tasks.get(task.run.key)
                 tasks[task.run.key] = task if old is None or task.test else old
-            expected = flow.later(self)
+            expected = queue.later(self)
             # Suites with the same method, rates and seeds will pick the same.
             later[tuple(task.run.key for task in expected)] = expected
-        return Left(list(tasks.values()), [task for expected in later.values() for task in expected])
+        return Remaining(list(tasks.values()), [task for expected in later.values() for task in expected])
 
     def outcome(self, run: Run) -> Outcome:
         """What is known of a run."""
@@ -106,9 +106,9 @@ class Plan:
 
     def known(self) -> list[tuple[Task, Outcome]]:
         """The runs that were done before, as far as they have been asked for, with their outcomes."""
-        runs = {run.key: run for flow in self._flows for run in flow.runs()}
+        runs = {run.key: run for queue in self._queues for run in queue.runs()}
         outcomes = [(run, self.outcome(run)) for run in runs.values()]
-        return [(Task(run, "tested" in found), found) for run, found in outcomes if "trained" in found]
+        return [(Task(run, "tested" in known), known) for run, known in outcomes if "trained" in known]
 
     def is_open(self, task: Task) -> bool:
         """Whether something of a task is left; not if it has failed here."""
@@ -117,11 +117,11 @@ class Plan:
         return not done and task.run.key not in self._failed
 
     def _open(self) -> Iterator[Task]:
-        for flow in self._flows:
-            yield from flow.tasks(self)
+        for queue in self._queues:
+            yield from queue.tasks(self)
 
 
-class Frozen:
+class FrozenTasks:
     """The test of a suite's base without training."""
 
     def __init__(self, suite: Suite) -> None:
@@ -140,7 +140,7 @@ class Frozen:
         return [self._task.run]
 
 
-class Flow:
+class MethodTasks:
     """The runs of a method in a suite: its learning rates, then every seed of the picked one."""
 
     def __init__(self, suite: Suite, method: Method) -> None:
@@ -170,9 +170,6 @@ class Flow:
 
     def _tests(self, rate: float) -> list[Task]:
         return [Task(run_of(self._suite, self._method, rate, seed), True) for seed in self._suite.seeds]
-
-
-# How long runs take, how much time is left, and the lines that tell it.
 
 
 #: A run may take this much longer than expected.
@@ -246,16 +243,16 @@ class Progress:
     """Prints a line a task, with the time that all that are left will take.
 
     Args:
-        left: Tells what is left, with what is being done.
+        remaining: Tells what is left, with what is being done.
         outcome: Tells what is known of a task's run.
         times: Estimates.
         jobs: Tasks at a time.
     """
 
     def __init__(
-        self, left: Callable[[], Left], outcome: Callable[[Task], Outcome], times: Times, jobs: int
+        self, remaining: Callable[[], Remaining], outcome: Callable[[Task], Outcome], times: Times, jobs: int
     ) -> None:
-        self._left, self._outcome, self._times, self._jobs = left, outcome, times, jobs
+        self._remaining, self._outcome, self._times, self._jobs = remaining, outcome, times, jobs
         self._begin = time.monotonic()
         self.done = 0
 
@@ -268,13 +265,13 @@ class Progress:
             seconds: How long it took.
         """
         self.done += 1
-        left = self._left()
-        count = len(left.tasks) + len(left.later)
-        found = _words(outcome) if "error" not in outcome else f"FAILED: {outcome['error']}"
-        line = f"[{self.done}/{self.done + count}] {task.run}: {found} ({duration(seconds)})"
-        if count:
-            total = sum(self._times.expected(task, self._outcome(task)) for task in left.tasks + left.later)
-            line += f"; about {duration(total / min(self._jobs, count))} left"
+        remaining = self._remaining()
+        tasks = remaining.tasks + remaining.later
+        told = _words(outcome) if "error" not in outcome else f"FAILED: {outcome['error']}"
+        line = f"[{self.done}/{self.done + len(tasks)}] {task.run}: {told} ({duration(seconds)})"
+        if tasks:
+            total = sum(self._times.expected(task, self._outcome(task)) for task in tasks)
+            line += f"; about {duration(total / min(self._jobs, len(tasks)))} left"
         print(line, flush=True)
 
     def close(self) -> None:

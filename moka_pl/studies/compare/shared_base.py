@@ -1,4 +1,4 @@
-"""One frozen base that adapters are put into and taken out of again."""
+"""One frozen base that adapters are put into and taken out of again, and the module that trains on it."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ from moka_pl.evaluation.metrics import ItemTable
 from moka_pl.evaluation.module import Batch
 from moka_pl.evaluation.results import Counts
 from moka_pl.lm.scoring import TokenScores, row_sums
-from moka_pl.studies.benchmark.bench import structure
-from moka_pl.studies.common import free_memory
+from moka_pl.studies.common import free_memory, structure
 from moka_pl.training.module import MokaModule
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class SharedBase:
         """Takes out whatever a run put in.
 
         The layers that adapters took the place of are put back; if the model then still differs in a module,
-        a hook, a parameter or its way of attention, it is given up and loaded again for the next run.
+        a hook, a parameter or its attention, it is given up and loaded again for the next run.
 
         Returns:
             Whether the base is as it was.
@@ -118,21 +117,18 @@ def _sum(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(whole).sum(dtype=torch.int64)
 
 
-# The module that runs are trained with: it takes a base that is there, and keeps every item's scores.
-
-
 class ComparedModule(MokaModule):
     """A :class:`MokaModule` whose base is shared with other runs.
 
     Attributes:
         shared: Where the base comes from; None loads one.
-        place: Where the base lies; None where the module does, which without a trainer is the CPU.
+        base_device: Device of the base; None is the module's, which without a trainer is the CPU.
         batches: Digest of all training batches in their order, so that runs can be seen to have had the same.
         items: What every item of the last evaluation scored, in the order of the evaluation.
     """
 
     shared: SharedBase | None = None
-    place: torch.device | None = None
+    base_device: torch.device | None = None
     items: dict[str, list[Any]] | None = None
     _digest: Any = None
 
@@ -140,7 +136,7 @@ class ComparedModule(MokaModule):
         """The shared base."""
         if self.shared is None:
             return super().load_base()
-        return self.shared.get(self.backbone, self.place or self.device)
+        return self.shared.get(self.backbone, self.base_device or self.device)
 
     def on_train_start(self) -> None:
         """Begins with no counted batches, too."""
@@ -195,15 +191,15 @@ def columns(choices: list[ItemTable], plain: list[Tensor], sets: list[list[str]]
         fillers (texts without a token) are left out.
     """
     names = list(Counts.__dataclass_fields__)
-    found: dict[str, list[Any]] = {"task": [], "correct": [], "correct_norm": [], "nll": [], "tokens": []}
+    table: dict[str, list[Any]] = {"task": [], "correct": [], "correct_norm": [], "nll": [], "tokens": []}
     for batch in choices:
-        found["task"] += [sets[batch.set][task] for task in batch.task.tolist()]
+        table["task"] += [sets[batch.set][task] for task in batch.task.tolist()]
         for name in ("correct", "correct_norm", "tokens"):
-            found[name] += batch.counts[:, names.index(name)].int().tolist()
-        found["nll"] += [round(value, 5) for value in batch.counts[:, names.index("nll")].tolist()]
+            table[name] += batch.counts[:, names.index(name)].int().tolist()
+        table["nll"] += [round(value, 5) for value in batch.counts[:, names.index("nll")].tolist()]
     for rows in plain:
         kept = rows[rows[:, 1] > 0]
-        found["task"] += [""] * len(kept)
-        found["nll"] += [round(value, 5) for value in kept[:, 0].tolist()]
-        found["tokens"] += kept[:, 1].int().tolist()
-    return found
+        table["task"] += [""] * len(kept)
+        table["nll"] += [round(value, 5) for value in kept[:, 0].tolist()]
+        table["tokens"] += kept[:, 1].int().tolist()
+    return table

@@ -1,4 +1,4 @@
-"""Differences between methods on the same items: a paired bootstrap, and a sign test."""
+"""Scores of single test items, and the methods' differences on them: a paired bootstrap and a sign test."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from moka_pl.errors import ConfigError
 from moka_pl.evaluation.results import Share, over_seeds
 
-# What single test items scored, as arrays over seeds and items.
-
+#: Samples of the bootstrap, and how many of them are counted at once.
+SAMPLES = 10_000
+_CHUNK = 500
 
 Floats = NDArray[numpy.float64]
 
@@ -44,8 +45,8 @@ class Items:
     @property
     def task_weights(self) -> Floats:
         """Weight of every item in the plain mean over tasks, shape (n,)."""
-        _, place, counts = numpy.unique(self.task, return_inverse=True, return_counts=True)
-        weights: Floats = 1.0 / (len(counts) * counts[place])
+        _, task_index, counts = numpy.unique(self.task, return_inverse=True, return_counts=True)
+        weights: Floats = 1.0 / (len(counts) * counts[task_index])
         return weights
 
     def nll_per_token(self) -> Share:
@@ -64,7 +65,7 @@ def stack_items(by_seed: Mapping[int, Mapping[str, list[Any]]]) -> Items:
     """Puts the items of several seeds together.
 
     Args:
-        by_seed: What `moka_pl.studies.compare.shared_base.columns` returned, by seed.
+        by_seed: What :func:`~moka_pl.studies.compare.shared_base.columns` returned, by seed.
 
     Raises:
         ConfigError: If they are not the same items.
@@ -90,13 +91,6 @@ def stack_items(by_seed: Mapping[int, Mapping[str, list[Any]]]) -> Items:
 def same_items(one: Items, other: Items) -> bool:
     """Whether two methods were tested on the same items, as far as tasks and tokens tell."""
     return bool(numpy.array_equal(one.task, other.task) and numpy.array_equal(one.tokens, other.tokens))
-
-
-# Differences between methods on the same items: a paired bootstrap, and a sign test.
-
-
-SAMPLES = 10_000
-_CHUNK = 500
 
 
 @dataclass(frozen=True)
@@ -175,26 +169,25 @@ def resample(methods: Mapping[str, Items], samples: int = SAMPLES, seed: int = 0
             raise ConfigError(f"{name} was tested on other items than {next(iter(methods))}: nothing to pair")
     random = numpy.random.default_rng(seed)
     columns = numpy.concatenate([_columns(items) for items in methods.values()], axis=1)  # (n, all columns)
-    parts = [numpy.flatnonzero(first.task == task) for task in first.tasks]
+    by_task = [numpy.flatnonzero(first.task == task) for task in first.tasks]
     sums = numpy.empty((samples, columns.shape[1]))
     for start in range(0, samples, _CHUNK):
         size = min(_CHUNK, samples - start)
         counts = numpy.zeros((size, len(first.task)))
-        for part in parts:
-            draws = (
-                random.integers(len(part), size=(size, len(part))) + len(part) * numpy.arange(size)[:, None]
-            )
-            drawn = numpy.bincount(draws.ravel(), minlength=size * len(part))
-            counts[:, part] = drawn.reshape(size, len(part))
+        for task_items in by_task:
+            n = len(task_items)
+            draws = random.integers(n, size=(size, n)) + n * numpy.arange(size)[:, None]
+            drawn = numpy.bincount(draws.ravel(), minlength=size * n)
+            counts[:, task_items] = drawn.reshape(size, n)
         sums[start : start + size] = counts @ columns
-    found, place = {}, 0
+    resampled, column = {}, 0
     for name, items in methods.items():
         width = len(items.seeds)
-        own = sums[:, place : place + 2 * width + 1]
-        place += 2 * width + 1
-        accuracy = None if items.correct is None else own[:, :width]
-        found[name] = Resampled(items, accuracy, own[:, width : 2 * width] / own[:, -1:])
-    return found
+        totals = sums[:, column : column + 2 * width + 1]
+        column += 2 * width + 1
+        accuracy = None if items.correct is None else totals[:, :width]
+        resampled[name] = Resampled(items, accuracy, totals[:, width : 2 * width] / totals[:, -1:])
+    return resampled
 
 
 def compare(methods: Mapping[str, Resampled], one: str, other: str, seed: int = 0) -> Comparison | None:
@@ -205,7 +198,7 @@ def compare(methods: Mapping[str, Resampled], one: str, other: str, seed: int = 
     narrow where that matters.
 
     Args:
-        methods: What `resample` returned.
+        methods: What :func:`resample` returned.
         one: Name of a method.
         other: Name of another.
         seed: Seed of the draws.
@@ -217,8 +210,8 @@ def compare(methods: Mapping[str, Resampled], one: str, other: str, seed: int = 
     seeds = tuple(s for s in left.items.seeds if s in right.items.seeds)
     if not seeds:
         return None
-    mine = [left.items.seeds.index(s) for s in seeds]
-    theirs = [right.items.seeds.index(s) for s in seeds]
+    left_rows = [left.items.seeds.index(s) for s in seeds]
+    right_rows = [right.items.seeds.index(s) for s in seeds]
     draws = numpy.random.default_rng(seed).multinomial(
         len(seeds), [1 / len(seeds)] * len(seeds), size=len(left.nll)
     )
@@ -232,14 +225,14 @@ def compare(methods: Mapping[str, Resampled], one: str, other: str, seed: int = 
         return Difference(value, float(low), float(high), p)
 
     tokens = left.items.tokens.sum()
-    nll = float((left.items.nll[mine] - right.items.nll[theirs]).sum(1).mean() / tokens)
+    nll = float((left.items.nll[left_rows] - right.items.nll[right_rows]).sum(1).mean() / tokens)
     accuracy, wins, losses, sign_p = None, 0, 0, None
     if left.acc_norm is not None and right.acc_norm is not None:
         assert left.items.correct is not None
         assert right.items.correct is not None
-        by_item = (left.items.correct[mine] - right.items.correct[theirs]).mean(0)  # (n,)
+        by_item = (left.items.correct[left_rows] - right.items.correct[right_rows]).mean(0)  # (n,)
         value = float(by_item @ left.items.task_weights)
-        accuracy = difference(left.acc_norm[:, mine] - right.acc_norm[:, theirs], value)
+        accuracy = difference(left.acc_norm[:, left_rows] - right.acc_norm[:, right_rows], value)
         wins, losses = int((by_item > 0).sum()), int((by_item < 0).sum())
         sign_p = sign_test(wins, losses)
     return Comparison(
@@ -247,7 +240,7 @@ def compare(methods: Mapping[str, Resampled], one: str, other: str, seed: int = 
         other,
         seeds,
         accuracy,
-        difference(left.nll[:, mine] - right.nll[:, theirs], nll),
+        difference(left.nll[:, left_rows] - right.nll[:, right_rows], nll),
         wins,
         losses,
         sign_p,

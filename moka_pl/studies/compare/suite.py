@@ -1,4 +1,4 @@
-"""What is compared: methods × learning rates × seeds."""
+"""What is compared, methods × learning rates × seeds, and the YAML files that say it."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ class Suite:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Suite":
-        """A suite of what `dataclasses.asdict` made of it, and JSON perhaps kept."""
+        """A suite of what :func:`dataclasses.asdict` made of it, and JSON perhaps kept."""
         methods = (Method(**{**r, "learning_rates": tuple(r["learning_rates"])}) for r in stored["methods"])
         return cls(**{**stored, "seeds": tuple(stored["seeds"]), "methods": tuple(methods)})
 
@@ -95,9 +95,6 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Settings:
 
 def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
     return "class_path" in above and below.get("class_path") != above["class_path"]
-
-
-# Reads suites from YAML files.
 
 
 _PICKS = ("first", "all")
@@ -147,8 +144,8 @@ def read_suite(
     for change in changes:
         _put(written, change)
     if data is not None:
-        own = Path(data) / str(written.get("corpus", "."))
-        _put(written, f"data.init_args.path={own if own.exists() else data}")
+        corpus = Path(data) / str(written.get("corpus", "."))
+        _put(written, f"data.init_args.path={corpus if corpus.exists() else data}")
     try:
         return _suite(written, file.stem)
     except ConfigError as error:
@@ -287,13 +284,13 @@ def _put(written: Settings, change: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {change}: write it as key.key=value")
     *path, last = key.split(".")
-    place: Any = written
-    for part in path:
-        place = place.setdefault(part, {})
-        if not isinstance(place, dict):
-            raise ConfigError(f"--set {change}: {part} holds no options that could be set")
+    options: Any = written
+    for name in path:
+        options = options.setdefault(name, {})
+        if not isinstance(options, dict):
+            raise ConfigError(f"--set {change}: {name} holds no options that could be set")
     try:
-        place[last] = yaml.safe_load(value)
+        options[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {change}: the value is not YAML") from error
 

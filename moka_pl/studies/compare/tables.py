@@ -85,8 +85,8 @@ def _notes(report: Report) -> list[str]:
         notes.append(same)
     if any(row.entry.edge for row in report.rows):
         notes.append("\\* lowest or highest of the rates that were tried: a better one may lie beyond.")
-    found = report.versions
-    shown = ", ".join(f"{name} {' and '.join(found[name])}" for name in _SHOWN_VERSIONS if name in found)
+    versions = {name: report.versions[name] for name in _SHOWN_VERSIONS if name in report.versions}
+    shown = ", ".join(f"{name} {' and '.join(numbers)}" for name, numbers in versions.items())
     if report.devices:
         where = f"Device: {'; '.join(report.devices)}. {shown}."
         notes.append(f"{where} {' and '.join(report.dates)}." if report.dates else where)
@@ -135,9 +135,9 @@ def _rank_lines(rows: Sequence[Row]) -> list[str]:
     cells = []
     for row in rows:
         assert row.ranks is not None
-        means = [_spread(*found, 2) for found in (row.ranks.stable, row.ranks.entropy)]
-        own = [row.ranks.kinds.get(kind) for kind in kinds]
-        each = [f"{pair[0]:.1f}, {pair[1]:.1f}" if pair else "" for pair in own]
+        means = [_spread(*mean, 2) for mean in (row.ranks.stable, row.ranks.entropy)]
+        pairs = [row.ranks.kinds.get(kind) for kind in kinds]
+        each = [f"{pair[0]:.1f}, {pair[1]:.1f}" if pair else "" for pair in pairs]
         cells.append([row.entry.name, *means, f"{row.ranks.norm[0]:.3f}", *each])
     told = "Means over layers; ± is the standard deviation over seeds. Of DoRA it is the low-rank part alone."
     return [*_table(heads, cells), "", told]

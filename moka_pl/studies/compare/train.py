@@ -1,4 +1,7 @@
-"""Trains and tests single runs in this process, with one base and one set of tokenised data."""
+"""Trains and tests single runs in this process, with one base and one set of tokenised data.
+
+What is kept of a training, its losses, gates and ranks, is small enough for a report.
+"""
 
 import json
 import math
@@ -7,17 +10,20 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from torch import Tensor
 
-from moka_pl.adapters import save_adapter
+from moka_pl.adapters import moka_layers, save_adapter
 from moka_pl.callbacks import GateMonitor
 from moka_pl.callbacks.evaluation import results_dict
+from moka_pl.callbacks.gates import gate_matrix
+from moka_pl.callbacks.throughput import log_interval
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError
-from moka_pl.studies.benchmark.bench import first_line
-from moka_pl.studies.common import device_name, free_memory, versions
+from moka_pl.ops.gating import normalised_entropy
+from moka_pl.studies.common import device_name, first_line, free_memory, versions
 from moka_pl.studies.compare.build import backbone_of, build_data, build_module, build_trainer
-from moka_pl.studies.compare.recorder import Series
 from moka_pl.studies.compare.runs import Outcome, Run, Store, tested_with, warn
 from moka_pl.studies.compare.shared_base import ComparedModule, SharedBase
 from moka_pl.studies.compare.suite import Settings, Suite, merged
@@ -28,7 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Data that are read and tokenised once for all runs.
+#: Folder of the trained adapter in the run's folder.
+ADAPTER = "adapter"
 
 
 class PreparedData(LightningDataModule):
@@ -97,11 +104,74 @@ def prepare_data(suites: Sequence[Suite]) -> None:
                     PreparedData(build_data(settings), tokenizer, stage)
 
 
-# Trains and tests single runs in this process, with one base and one set of tokenised data.
+class RunRecorder(Callback):
+    """Notes the training loss and the gates at every logged step.
 
+    Attributes:
+        losses: (step, loss in nats per token), on the training's device until they are asked for.
+    """
 
-#: Folder of the trained adapter in the run's folder.
-ADAPTER = "adapter"
+    def __init__(self) -> None:
+        self.losses: list[tuple[int, Tensor]] = []
+        self._gates: list[tuple[int, Tensor]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the gates as they are before the first step."""
+        self.losses, self._gates = [], []
+        self._note_gates(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Notes loss and gates."""
+        step = trainer.global_step
+        if step % log_interval(trainer) or (self.losses and self.losses[-1][0] == step):
+            return
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None:
+            self.losses.append((step, loss.detach().clone()))
+        self._note_gates(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the last gates."""
+        if self._gates and self._gates[-1][0] != trainer.global_step:
+            self._note_gates(trainer, pl_module)
+
+    def loss_values(self) -> list[tuple[int, float]]:
+        """The losses as numbers."""
+        return [(step, float(loss)) for step, loss in self.losses]
+
+    def gates(self, model: torch.nn.Module) -> dict[str, Any] | None:
+        """The gates over the steps.
+
+        Args:
+            model: The trained model, whose layers know the shapes of their components.
+
+        Returns:
+            ``steps``; ``entropy``, the mean normalised entropy of all layers at each; ``shapes``, the mean
+            gate of every kind of layer and shape of component at each, as shares of the uniform gate 1/r;
+            ``final_entropy`` of every layer. None without trained gates.
+        """
+        if not self._gates:
+            return None
+        history = torch.stack([gates for _, gates in self._gates])  # (steps, layers, r)
+        columns: dict[str, list[Tensor]] = {}
+        for index, (name, layer) in enumerate(moka_layers(model).items()):
+            for i, label in enumerate(layer.shapes):
+                columns.setdefault(f"{name.rpartition('.')[2]} {label}", []).append(history[:, index, i])
+        entropy = normalised_entropy(history)  # (steps, layers)
+        r = history.shape[2]
+        return {
+            "steps": [step for step, _ in self._gates],
+            "entropy": _rounded(entropy.mean(1)),
+            "shapes": {name: _rounded(torch.stack(gates).mean(0) * r) for name, gates in columns.items()},
+            "final_entropy": _rounded(entropy[-1]),
+        }
+
+    def _note_gates(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        gates = gate_matrix(pl_module)
+        if gates is not None:
+            self._gates.append((trainer.global_step, gates))
 
 
 class Executor:
@@ -148,15 +218,15 @@ class Executor:
         module.shared = self.base
         if not trained:
             shutil.rmtree(folder, ignore_errors=True)  # curves of an attempt that did not end
-        series = Series()
+        recorder = RunRecorder()
         gated = run.rate is not None and "class_path" not in run.settings["adapter"]
-        monitors = [series, GateMonitor(heatmap=False)] if gated else [series]
+        monitors = [recorder, GateMonitor(heatmap=False)] if gated else [recorder]
         trainer = build_trainer(run, folder, monitors)
-        module.place = trainer.strategy.root_device
+        module.base_device = trainer.strategy.root_device
         # First of all, so that no random number is drawn between the seed and the adapters' start.
         tokenizer = self.base.get(module.backbone, trainer.strategy.root_device).tokenizer
         if not trained:
-            outcome["trained"] = self._train(run, module, trainer, series, tokenizer)
+            outcome["trained"] = self._train(run, module, trainer, recorder, tokenizer)
             self.store.write(run, outcome)
         elif test:
             module.configure_model()
@@ -165,12 +235,12 @@ class Executor:
             data = self._prepared(run.test, run, tokenizer, "test")
             trainer.test(module, datamodule=data, verbose=False)
             assert module.eval_results is not None
-            found = results_dict(module.eval_results)
-            outcome["tested"] = {"key": run.test_key, "seconds": time.monotonic() - start, **found}
+            scores = results_dict(module.eval_results)
+            outcome["tested"] = {"key": run.test_key, "seconds": time.monotonic() - start, **scores}
             self.store.write(run, outcome, module.items)
 
     def _train(
-        self, run: Run, module: ComparedModule, trainer: Trainer, series: Series, tokenizer: Any
+        self, run: Run, module: ComparedModule, trainer: Trainer, recorder: RunRecorder, tokenizer: Any
     ) -> dict[str, Any]:
         device = device_name(trainer.strategy.root_device.type)
         about = {"device": device, "versions": versions(), "date": time.strftime("%Y-%m-%d")}
@@ -196,8 +266,8 @@ class Executor:
             "batches": module.batches,
             "validation_loss": _number(values["val/loss"]),
             "validation_acc_norm": values.get("val/acc_norm"),
-            "losses": [(step, _number(loss)) for step, loss in series.loss_values()],
-            "gates": series.gates(module.causal_lm),
+            "losses": [(step, _number(loss)) for step, loss in recorder.loss_values()],
+            "gates": recorder.gates(module.causal_lm),
             "spectra": _spectra(module),
             "seconds": time.monotonic() - start,
         }
@@ -222,3 +292,8 @@ def _spectra(module: ComparedModule) -> dict[str, Any] | None:
 def _number(value: float) -> float | None:
     """None for what JSON has no number for: a run that has diverged."""
     return value if math.isfinite(value) else None
+
+
+def _rounded(values: Tensor) -> list[float | None]:
+    """None for what JSON has no number for: gates of a run that has diverged."""
+    return [round(value, 5) if math.isfinite(value) else None for value in values.tolist()]

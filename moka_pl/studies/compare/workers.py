@@ -24,7 +24,7 @@ _PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedTask:
     """A task that has ended, its outcome, and the seconds that it took."""
 
     task: Task
@@ -49,7 +49,7 @@ class Workers:
     in any state.
 
     Args:
-        folder: Folder of the suites; what the processes print goes to its `logs`.
+        folder: Folder of the suites; what the processes print goes to its ``logs``.
         jobs: Number of processes.
         devices: Numbers of the GPUs, each process seeing one of them; None leaves them as they are.
     """
@@ -83,7 +83,7 @@ class Workers:
         with suppress(OSError):  # it has died; to wait for it tells
             worker.pipe.send(task)
 
-    def wait(self, seconds: float | None = None) -> list[Ended]:
+    def wait(self, seconds: float | None = None) -> list[EndedTask]:
         """Waits until a worker has become idle.
 
         Args:
@@ -112,7 +112,7 @@ class Workers:
                 continue
             outcome = message if message is not None else self._after_death(worker)
             if worker.task is not None:
-                ended.append(Ended(worker.task, outcome, time.monotonic() - worker.begun))
+                ended.append(EndedTask(worker.task, outcome, time.monotonic() - worker.begun))
             worker.task = None
             if "error" in outcome:
                 self._replace(worker)
@@ -133,14 +133,14 @@ class Workers:
         self._workers.clear()
 
     def _start(self, number: int) -> _Worker:
-        ours, theirs = self._context.Pipe()
+        parent_end, worker_end = self._context.Pipe()
         threads = max(1, (os.cpu_count() or 1) // self._jobs)
-        arguments = (theirs, self._folder, _log(self._folder, number), threads)
+        arguments = (worker_end, self._folder, _log(self._folder, number), threads)
         process = self._context.Process(target=_serve, args=arguments, daemon=True)
         with _environment(worker_environment(number, threads, self._devices)):
             process.start()
-        theirs.close()
-        return _Worker(number, process, ours)
+        worker_end.close()
+        return _Worker(number, process, parent_end)
 
     def _replace(self, worker: _Worker) -> None:
         worker.process.kill()
@@ -161,7 +161,7 @@ class Workers:
     def _death(self, worker: _Worker) -> str:
         worker.process.join(5)
         log = _log(self._folder, worker.number)
-        what = f"died with status {worker.process.exitcode}, perhaps for want of memory; see {log}"
+        what = f"died with status {worker.process.exitcode}, probably out of memory; see {log}"
         if worker.task is None:
             self.stop()
             raise ConfigError(f"a process of --jobs {what}. Try fewer jobs; what was done is kept")

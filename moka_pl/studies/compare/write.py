@@ -1,4 +1,4 @@
-"""A comparison's report on disk: Markdown, JSON and pictures."""
+"""A comparison's report on disk: Markdown, JSON and pictures; and ranks of several suites side by side."""
 
 import json
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moka_pl.studies.common import write_atomically
 from moka_pl.studies.compare.figures import write_figures
 from moka_pl.studies.compare.report import Report
-from moka_pl.studies.compare.runs import write_atomically
 from moka_pl.studies.compare.tables import markdown
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Writes `report.md`, `report.json` and the figures.
+    """Writes ``report.md``, ``report.json`` and the figures.
 
     Args:
         report: What to write.
@@ -72,15 +72,12 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-# What suites that were run together show side by side: the ranks that methods reach on different data.
-
-
 #: Suites whose names begin so are set side by side.
 PREFIX = "rank-"
 
 
 def write_across(reports: Sequence[Report], folder: Path) -> list[Path]:
-    """Writes `ranks.md`, `ranks.json` and `ranks.png` of the suites about ranks, if there are several.
+    """Writes ``ranks.md``, ``ranks.json`` and ``ranks.png`` of the suites about ranks, if there are several.
 
     Args:
         reports: The reports, in the order of what their data ask for.

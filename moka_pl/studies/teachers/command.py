@@ -1,7 +1,6 @@
-"""The command behind ``scripts/teachers.py``."""
+"""The command behind ``scripts/teachers.py``: trains, prints tables, and writes JSON and figures."""
 
 import argparse
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -10,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from moka_pl.studies.common import Parser, write_json
 from moka_pl.studies.teachers.model import HARDER, TEACHERS
 from moka_pl.studies.teachers.study import (
     KINDS,
     PAIRS,
     STARTS,
-    Found,
+    ResultRow,
     TeacherStudy,
     draw_choices,
     draw_gates,
@@ -45,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     shown = args.rates[len(args.rates) // 2] if args.shown is None else args.shown
     if shown not in args.rates:
-        parser.error(f"--shown {shown} is none of --rates")
-    own = {field.name: getattr(args, field.name) for field in fields(TeacherStudy)}
-    study = TeacherStudy(**own | {"rates": tuple(args.rates)})
+        parser.error(f"--shown {shown} is not among --rates")
+    options = {field.name: getattr(args, field.name) for field in fields(TeacherStudy)}
+    study = TeacherStudy(**options | {"rates": tuple(args.rates)})
     began = time.perf_counter()
-    rows: list[Found] = []
-    choices: list[Found] = []
+    rows: list[ResultRow] = []
+    choices: list[ResultRow] = []
     if "gates" in args.parts:
         rows = _gates_table(args.teachers, study, shown, args.figure)
         _write(args, began, rows, [])  # the choices below take as long again
@@ -62,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _gates_table(
     teachers: Sequence[str], study: TeacherStudy, shown: float, figure: Path | None
-) -> list[Found]:
+) -> list[ResultRow]:
     """Trains students with all shapes on offer, prints a row each, and draws their gates."""
-    rows: list[Found] = []
+    rows: list[ResultRow] = []
     curves = {}
     print(
         "| teacher | start | lr | found by gates | by energy | gates on right (uniform) "
@@ -74,10 +74,10 @@ def _gates_table(
     at = study.rates.index(shown) * study.seeds
     for name in teachers:
         for start in STARTS:
-            found, runs = run_offered(name, start, study)
+            of_start, runs = run_offered(name, start, study)
             curves[name, start] = runs.steps, runs.gates[:, at : at + study.seeds]
-            rows += found
-            for row in found:
+            rows += of_start
+            for row in of_start:
                 print(
                     f"| {name} | {start} | {row['lr']:g} | {row['found_by_gates']}/{row['seeds']} "
                     f"| {row['found_by_energy']}/{row['seeds']} "
@@ -90,24 +90,24 @@ def _gates_table(
     return rows
 
 
-def _choices_table(teachers: Sequence[str], study: TeacherStudy, figure: Path | None) -> list[Found]:
+def _choices_table(teachers: Sequence[str], study: TeacherStudy, figure: Path | None) -> list[ResultRow]:
     """Chooses shapes for every teacher, with white and with correlated inputs, and prints a row each."""
     print(
         f"\n| teacher | inputs | first chosen is right | all parts chosen | outer products | parameters "
         f"| {' | '.join(KINDS)} | {' | '.join(f'{one} beats {other}' for one, other in PAIRS)} |"
     )
     print("|---" * (6 + len(KINDS) + len(PAIRS)) + "|", flush=True)
-    choices: list[Found] = []
+    choices: list[ResultRow] = []
     for correlated in (False, True):
         for name in (*teachers, *HARDER):
-            found = run_chosen(name, correlated, study)
-            choices.append(found)
+            choice = run_chosen(name, correlated, study)
+            choices.append(choice)
             print(
-                f"| {name} | {found['inputs']} | {found['first_is_right']}/{found['seeds']} "
-                f"| {found['all_are_chosen']}/{found['seeds']} | {found['outer_products']:.0%} "
-                f"| {found['parameters']:.0f} of {found['budget']} "
-                f"| {' | '.join(f'{value:.1e}' for value in found['error'].values())} "
-                f"| {' | '.join(f'{wins}/{study.trained}' for wins in found['wins'].values())} |",
+                f"| {name} | {choice['inputs']} | {choice['first_is_right']}/{choice['seeds']} "
+                f"| {choice['all_are_chosen']}/{choice['seeds']} | {choice['outer_products']:.0%} "
+                f"| {choice['parameters']:.0f} of {choice['budget']} "
+                f"| {' | '.join(f'{value:.1e}' for value in choice['error'].values())} "
+                f"| {' | '.join(f'{wins}/{study.trained}' for wins in choice['wins'].values())} |",
                 flush=True,
             )
     if figure is not None:
@@ -115,21 +115,20 @@ def _choices_table(teachers: Sequence[str], study: TeacherStudy, figure: Path | 
     return choices
 
 
-def _write(args: argparse.Namespace, began: float, rows: list[Found], choices: list[Found]) -> dict[str, str]:
+def _write(
+    args: argparse.Namespace, began: float, rows: list[ResultRow], choices: list[ResultRow]
+) -> dict[str, str]:
     """Writes all numbers, if asked to; returns the versions that it tells with them."""
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "device": "cpu"}
+    about = {"torch": torch.__version__, "python": platform.python_version(), "device": "cpu"}
     if args.json:
-        told = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
         seconds = round(time.perf_counter() - began, 1)
-        report = {"options": told, "versions": versions, "seconds": seconds, "gates": rows, "choice": choices}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return versions
+        report = {"options": vars(args), "versions": about, "seconds": seconds}
+        write_json(args.json, report | {"gates": rows, "choice": choices}, 1)
+    return about
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser("teachers", DESCRIPTION)
     parser.add_argument(
         "--parts",
         nargs="+",

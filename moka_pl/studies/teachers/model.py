@@ -38,8 +38,6 @@ TEACHERS: dict[str, tuple[int, ...]] = {
     "low rank (2)": (8, 9),
     "mixture": (2, 7, 8),
 }
-
-
 #: Teachers that no few products hold: of rank 16, and without structure.
 HARDER: dict[str, tuple[Shape, ...]] = {"low rank (16)": (OFFERED[8],) * 16, "unstructured": ()}
 
@@ -115,9 +113,10 @@ class Students:
         """Starts the left factors along each run's gradient ∂L/∂W, (S, m, n); ΔW stays 0."""
         with torch.no_grad():
             for run, gradient in enumerate(gradients):
-                for own, found in zip(self.left, initial_left_factors(gradient, self.shapes), strict=True):
-                    if own is not None and found is not None:
-                        own[run] = found
+                starts = initial_left_factors(gradient, self.shapes)
+                for left, start in zip(self.left, starts, strict=True):
+                    if left is not None and start is not None:
+                        left[run] = start
 
     def delta(self) -> Tensor:
         """ΔW of every run with s = r, (S, m, n)."""
@@ -156,13 +155,23 @@ def correlation(side: int, decay: float = 1.0) -> Tensor:
 def first_gradients(
     targets: Tensor, seeds: Sequence[int], tokens: int, mixing: Tensor | None = None
 ) -> Tensor:
-    """∂L/∂W at ΔW = 0 of each run on inputs of its own, (S, m, n): ``−2 ΔW* Σ_t x_t x_tᵀ / (m T)``."""
-    found = []
+    """∂L/∂W at ΔW = 0 of each run on inputs of its own: ``−2 ΔW* Σ_t x_t x_tᵀ / (m T)``.
+
+    Args:
+        targets: ΔW* of every run, (S, m, n).
+        seeds: Seed of every run's inputs.
+        tokens: Number T of inputs.
+        mixing: Inputs are M x with this M; None is the identity.
+
+    Returns:
+        The gradients, (S, m, n).
+    """
+    gradients = []
     for target, seed in zip(targets, seeds, strict=True):
         x = torch.randn(tokens, target.shape[1], generator=torch.Generator().manual_seed(20_000 + seed))
         x = x if mixing is None else x @ mixing.mT  # (T, n)
-        found.append(-2 * target @ (x.mT @ x) / (len(target) * tokens))
-    return torch.stack(found)
+        gradients.append(-2 * target @ (x.mT @ x) / (len(target) * tokens))
+    return torch.stack(gradients)
 
 
 def train(
@@ -182,7 +191,7 @@ def train(
         rates: Learning rate of every run, S.
         steps: Optimizer steps.
         tokens: Random inputs a step; all runs see the same.
-        points: Points of time at which gates are kept.
+        points: Number of steps at which gates are kept.
         mixing: Inputs are M x with this M; None is the identity. The error is then that of the outputs.
 
     Returns:
@@ -203,10 +212,10 @@ def train(
         x = x if mixing is None else mixing @ x  # (n, T)
         missing = (students.delta() - targets) @ x  # (S, m, T)
         loss = missing.square().mean((1, 2)).sum()  # a sum: each run has gradients of its own
-        found = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, parameters)
         decay = 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
-            for p, g, (first, second) in zip(parameters, found, moments, strict=True):
+            for p, g, (first, second) in zip(parameters, gradients, moments, strict=True):
                 first.lerp_(g, 0.1)
                 second.lerp_(g.square(), 0.001)
                 size = (second / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)

@@ -1,4 +1,4 @@
-"""Do gates find structure? Students of synthetic teachers, over many seeds."""
+"""Do gates find structure? Students of synthetic teachers, over many seeds, and figures of them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from moka_pl.studies.teachers.model import (
     train,
 )
 
-Found = dict[str, Any]
+ResultRow = dict[str, Any]
 #: MoKA's own start, and left factors along the first gradient.
 STARTS = ("random", "gradient")
 #: Students whose errors are compared, all of about as many parameters, and which with which.
@@ -62,12 +62,12 @@ class TeacherStudy:
     trained: int = 20
 
 
-def run_offered(name: str, start: str, study: TeacherStudy) -> tuple[list[Found], Runs]:
+def run_offered(name: str, start: str, study: TeacherStudy) -> tuple[list[ResultRow], Runs]:
     """Trains students with all shapes on offer, all seeds at all learning rates on one teacher.
 
     Args:
-        name: One of `TEACHERS`.
-        start: One of `STARTS`.
+        name: One of ``TEACHERS``.
+        start: One of ``STARTS``.
         study: What is trained.
 
     Returns:
@@ -87,36 +87,36 @@ def run_offered(name: str, start: str, study: TeacherStudy) -> tuple[list[Found]
     shares = runs.energy / runs.energy.sum(1, keepdim=True)
     rows = []
     for i, rate in enumerate(study.rates):
-        own = slice(i * study.seeds, (i + 1) * study.seeds)
+        of_rate = slice(i * study.seeds, (i + 1) * study.seeds)
         rows.append(
             {
                 "teacher": name,
                 "start": start,
                 "lr": rate,
-                "found_by_gates": int(found_parts(gates[own], right).sum()),
-                "found_by_energy": int(found_parts(runs.energy[own], right).sum()),
+                "found_by_gates": int(found_parts(gates[of_rate], right).sum()),
+                "found_by_energy": int(found_parts(runs.energy[of_rate], right).sum()),
                 "seeds": study.seeds,
-                "gates_on_right": float(gates[own][:, fitting].sum(1).mean()),
+                "gates_on_right": float(gates[of_rate][:, fitting].sum(1).mean()),
                 "uniform": len(fitting) / len(OFFERED),
-                "energy_on_right": float(shares[own][:, fitting].sum(1).mean()),
-                "error": float(runs.error[own].mean()),
-                "error_std": float(runs.error[own].std()),
+                "energy_on_right": float(shares[of_rate][:, fitting].sum(1).mean()),
+                "error": float(runs.error[of_rate].mean()),
+                "error_std": float(runs.error[of_rate].std()),
             }
         )
     return rows, runs
 
 
-def run_chosen(name: str, correlated: bool, study: TeacherStudy) -> Found:
+def run_chosen(name: str, correlated: bool, study: TeacherStudy) -> ResultRow:
     """Chooses shapes from each seed's first gradient, and trains students of them beside diverse ones.
 
     Args:
-        name: One of `TEACHERS` or `HARDER`.
+        name: One of ``TEACHERS`` or ``HARDER``.
         correlated: Whether inputs are correlated rather than white.
         study: What is trained.
 
     Returns:
-        What was chosen, and for each of `KINDS` the geometric mean over the seeds of the relative error at
-        its best rate; for each of `PAIRS` in how many seeds the one beats the other.
+        What was chosen, and for each of ``KINDS`` the geometric mean over the seeds of the relative error at
+        its best rate; for each of ``PAIRS`` in how many seeds the one beats the other.
     """
     parts = HARDER[name] if name in HARDER else tuple(OFFERED[i] for i in TEACHERS[name])
     mixing = correlation(SIDE) if correlated else None
@@ -132,16 +132,16 @@ def run_chosen(name: str, correlated: bool, study: TeacherStudy) -> Found:
         shapes = [chosen[seed] if kind.startswith("auto") else diverse for seed in seeds]
         errors[kind] = [[0.0] * len(study.rates) for _ in range(study.trained)]
         for same in dict.fromkeys(shapes[: study.trained]):  # runs of the same shapes are trained at once
-            own = [seed for seed in range(study.trained) if shapes[seed] == same]
-            many = [seed for seed in own for _ in study.rates]
+            alike = [seed for seed in range(study.trained) if shapes[seed] == same]
+            many = [seed for seed in alike for _ in study.rates]
             students = Students(same, SIDE, many)
             if kind.endswith("gradient start"):
                 students.start_along(gradients[many])
-            rates = [*study.rates] * len(own)
-            found = train(students, targets[many], rates, study.steps, study.tokens, mixing=mixing).error
-            for seed, row in zip(own, found.view(len(own), -1).tolist(), strict=True):
+            rates = [*study.rates] * len(alike)
+            error = train(students, targets[many], rates, study.steps, study.tokens, mixing=mixing).error
+            for seed, row in zip(alike, error.view(len(alike), -1).tolist(), strict=True):
                 errors[kind][seed] = row
-    best = {kind: _best_rate(found) for kind, found in errors.items()}
+    best = {kind: _best_rate(rows) for kind, rows in errors.items()}
     return {
         "teacher": name,
         "inputs": "correlated" if correlated else "white",
@@ -177,15 +177,18 @@ def _geometric_mean(errors: list[list[float]], rate: int) -> float:
     return math.exp(sum(math.log(max(row[rate], 1e-30)) for row in errors) / len(errors))
 
 
-# Figures of the study of teachers.
-
-
 #: Of a teacher and a start: the steps, and all gates at them, (T, S, r).
 Curves = Mapping[tuple[str, str], tuple[Sequence[int], Tensor]]
 
 
 def draw_gates(curves: Curves, rate: float, file: Path) -> None:
-    """Draws the mean gates of all components over the steps, a panel a teacher and start."""
+    """Draws the mean gates of all components over the steps, a panel a teacher and start.
+
+    Args:
+        curves: The gates.
+        rate: The learning rate that they are of.
+        file: A picture; its folder is made if need be.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5.5), dpi=90)
@@ -216,7 +219,7 @@ def draw_gates(curves: Curves, rate: float, file: Path) -> None:
     figure.savefig(file)
 
 
-def draw_choices(choices: Sequence[Found], file: Path) -> None:
+def draw_choices(choices: Sequence[ResultRow], file: Path) -> None:
     """Draws every seed's error at the best rate, a panel a teacher."""
     from matplotlib.figure import Figure
 
@@ -225,16 +228,16 @@ def draw_choices(choices: Sequence[Found], file: Path) -> None:
     axes = figure.subplots(math.ceil(len(choices) / columns), columns, squeeze=False)
     for axis in axes.flat[len(choices) :]:
         axis.set_axis_off()
-    for axis, found in zip(axes.flat, choices, strict=False):
+    for axis, choice in zip(axes.flat, choices, strict=False):
         for i, kind in enumerate(KINDS):
-            at = found["options"].index(found["best_rate"][kind])
-            values = [row[at] for row in found["errors"][kind]]
+            at = choice["options"].index(choice["best_rate"][kind])
+            values = [row[at] for row in choice["errors"][kind]]
             spread = [i + 0.3 * (n / len(values) - 0.5) for n in range(len(values))]
             axis.plot(spread, values, "o", markersize=3, color=f"C{i}")
-            axis.hlines(found["error"][kind], i - 0.3, i + 0.3, color="black", linewidth=1)
+            axis.hlines(choice["error"][kind], i - 0.3, i + 0.3, color="black", linewidth=1)
         axis.set_yscale("log")
         axis.set_xticks(range(len(KINDS)), [kind.replace(", ", ",\n") for kind in KINDS], fontsize=6)
-        axis.set_title(f"{found['teacher']}, {found['inputs']} inputs", fontsize=8)
+        axis.set_title(f"{choice['teacher']}, {choice['inputs']} inputs", fontsize=8)
         axis.tick_params(axis="y", labelsize=7)
         axis.set_ylabel("relative error", fontsize=7)
     file.parent.mkdir(parents=True, exist_ok=True)

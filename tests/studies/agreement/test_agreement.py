@@ -57,19 +57,19 @@ def test_what_differs_is_told(change: dict, what: str) -> None:
     assert not found.agrees
     (difference,) = found.differences
     assert (difference.index, difference.what) == (1, what)
-    assert f"x, item 1: {what}; ours [-3.0000, -2.0000]" in agreement_table([found])
+    assert f"x, item 1: {what}; package [-3.0000, -2.0000]" in agreement_table([found])
 
 
-def test_what_our_evaluation_reports_is_compared_with_the_harness() -> None:
+def test_what_the_package_reports_is_compared_with_the_harness() -> None:
     found = compare("x", [ITEM], [ITEM], {"accuracy": 0.0})
     assert not found.agrees
-    assert "x: accuracy of our evaluation is 0.0000, of the harness 1.0000" in agreement_table([found])
+    assert "x: accuracy is 0.0000 by the package's test, 1.0000 by the harness" in agreement_table([found])
 
 
 def test_sides_of_different_lengths_cannot_be_compared() -> None:
-    for ours, theirs in (([ITEM], [ITEM, ITEM]), ([], [])):
+    for package, harness in (([ITEM], [ITEM, ITEM]), ([], [])):
         with pytest.raises(ConfigError, match="nothing to compare"):
-            compare("x", ours, theirs)
+            compare("x", package, harness)
 
 
 def test_the_table() -> None:

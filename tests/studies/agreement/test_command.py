@@ -45,14 +45,14 @@ def test_disagreement_is_status_1(
 ) -> None:
     from dataclasses import replace
 
-    own = sides.own_items
+    package_items = sides.package_items
 
     def shifted(*args: object) -> list:
-        items = own(*args)
+        items = package_items(*args)
         scores = [score - 0.01 for score in items[1].log_likelihoods]
         return [items[0], replace(items[1], log_likelihoods=scores), *items[2:]]
 
-    monkeypatch.setattr(sides, "own_items", shifted)
+    monkeypatch.setattr(sides, "package_items", shifted)
     options = ["--data", questions, "--tasks", "boolean", "--items", 3, "--adapter", adapter, "--no_test"]
     with pytest.raises(SystemExit) as caught:
         main([str(option) for option in options])

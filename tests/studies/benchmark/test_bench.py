@@ -1,12 +1,15 @@
 """A row that fails leaves no trace."""
 
+import json
 import weakref
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark import cases
-from moka_pl.studies.benchmark.bench import first_line
+from moka_pl.studies.benchmark.bench import load_results
 
 MOKA = cases.moka("MoKA r10")
 
@@ -92,7 +95,35 @@ def test_a_model_that_cannot_be_built_is_a_failure_of_its_rows() -> None:
     assert error.startswith("BackboneError: weights: random knows no shape 'no-such'")
 
 
-def test_first_line() -> None:
-    assert first_line(ValueError("")) == "ValueError"
-    assert first_line(ValueError("\none\ntwo")) == "ValueError: one"
-    assert len(first_line(ValueError("word " * 100))) <= 160
+def test_round_trip(results, tmp_path) -> None:
+    file = tmp_path / "results.json"
+    results.save(file)
+    results.save(file)
+    assert load_results(file) == results
+    assert asdict(load_results(file)) == asdict(results)
+    assert json.loads(file.read_text())["format"] == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds no results of format 1; write it with"),
+        ('{"format": 2}', "holds no results of format 1"),
+        ('{"format": 1}', "is damaged: 'records'"),
+        ('{"format": 1, "records": [{"row": "x"}]}', "is damaged"),
+        ('{"format": 1, "records": [], "preset": {}}', "is damaged"),
+    ],
+)
+def test_other_files_are_refused(content: str, message: str, tmp_path) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_results(file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_file(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.json cannot be read: No such file"):
+        load_results(tmp_path / "no.json")

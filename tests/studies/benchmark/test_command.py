@@ -11,7 +11,7 @@ SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
 def test_a_run(preset, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("moka_pl.studies.benchmark.cases.installed", lambda: False)
+    monkeypatch.setattr("moka_pl.studies.benchmark.cases.liger_installed", lambda: False)
     file = tmp_path / "results.json"
     arguments = ["--preset", preset.name, "--checkpointing", "both", "--steps", "3", "--liger"]
     command.main([*arguments, "--json", str(file), "--rows", "MoKA r10", "frozen base"])

@@ -102,3 +102,25 @@ def test_peak_memory_begins_anew() -> None:
     block = torch.ones(2**26)  # a quarter GiB
     assert peak_gib(device) > low + 0.2
     del block
+
+
+def test_decode(bench, preset) -> None:
+    records = list(steps.measure_decode(bench, preset, steps.decode_rows()))
+    assert [r.row for r in records] == ["frozen base", "MoKA r10", "LoRA r64 q,v", "frozen base (again)"]
+    for record in records:
+        assert record.error is None
+        assert all(math.isfinite(value) for value in record.values.values())
+        assert record.values["token_q1_ms"] <= record.values["token_ms"] <= record.values["token_q3_ms"]
+    assert records[0].values["ratio"] == 1
+
+
+def test_decoding_uses_the_cache(bench) -> None:
+    lengths = []
+
+    def work(model):
+        model.get_input_embeddings().register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
+        return steps.time_decode(model, 3)
+
+    _, error = bench.measure(cases.frozen(), work)
+    assert error is None
+    assert lengths == [16, 1, 1, 1] * 2  # once to warm up

@@ -49,7 +49,7 @@ def test_data_that_are_not_there_are_refused_before_anything_is_written(capsys, 
 
 
 def test_folders_that_cannot_be_written_to_are_refused_at_once(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(drive, "_here", lambda *arguments: pytest.fail("something ran"))
+    monkeypatch.setattr(drive, "_run_here", lambda *arguments: pytest.fail("something ran"))
     file = tmp_path / "file"
     file.touch()
     for option in ("--out", "--results"):
@@ -73,7 +73,7 @@ def test_an_interrupted_suite_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(drive, "_here", stop)
+    monkeypatch.setattr(drive, "_run_here", stop)
     with pytest.raises(SystemExit) as end:
         run("--suite", "tiny", "--out", tmp_path)
     assert end.value.code == 130
@@ -93,7 +93,7 @@ def test_ctrl_c_before_the_first_run_ends_in_one_line(capsys, tmp_path, monkeypa
 
 
 def test_reports_are_written_again_from_the_folder_alone(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(drive, "_here", lambda *arguments: None)
+    monkeypatch.setattr(drive, "_run_here", lambda *arguments: None)
     with pytest.raises(SystemExit) as end:  # nothing has a result
         run("--suite", "tiny", "--out", tmp_path / "out", "--methods", "MoKA", "--data", "sample")
     assert end.value.code == 1
@@ -107,7 +107,7 @@ def test_reports_are_written_again_from_the_folder_alone(capsys, tmp_path, monke
 
 def test_gpus_that_are_not_there_are_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert "has 2 GPUs" in refused(capsys, "--suite=tiny", "--devices=3", "--out", tmp_path)
+    assert "only 2 GPUs" in refused(capsys, "--suite=tiny", "--devices=3", "--out", tmp_path)
     assert "0,2" in refused(capsys, "--suite=tiny", "--devices=a", "--out", tmp_path)
     assert [command._devices(text) for text in ("2", "1,", "0,1")] == [[0, 1], [1], [0, 1]]
 

@@ -60,4 +60,4 @@ def test_tables_json_and_figures(tmp_path, capsys) -> None:
 def test_a_rate_to_show_must_be_one_that_is_tried(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--rates", "1e-2", "--shown", "3e-2"])
-    assert "--shown 0.03 is none of --rates" in capsys.readouterr().err
+    assert "--shown 0.03 is not among --rates" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-from moka_pl.studies.benchmark.tables import markdown, milliseconds, tables
+from moka_pl.studies.benchmark.tables import markdown, milliseconds, tables, write_figures
 
 
 def test_a_line_a_row(results) -> None:
@@ -34,3 +34,17 @@ def test_only_what_was_measured_is_shown(results) -> None:
 
 def test_milliseconds() -> None:
     assert [milliseconds(ms) for ms in (1234.5, 99.94, 1.234)] == ["1,234", "99.9", "1.23"]
+
+
+def test_time_and_memory_over_what_was_varied(results, tmp_path) -> None:
+    written = write_figures(results, tmp_path / "new" / "folder")
+    names = ["growth_components.png", "growth_tokens.png", "growth_sizes.png"]
+    assert [file.name for file in written] == names
+    for file in written:
+        assert file.read_bytes().startswith(b"\x89PNG")
+        assert file.stat().st_size > 10_000
+
+
+def test_nothing_measured_nothing_drawn(results, tmp_path) -> None:
+    results.records = results.of("steps") + [r for r in results.of("tokens") if r.error is not None]
+    assert write_figures(results, tmp_path) == []

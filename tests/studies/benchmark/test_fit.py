@@ -3,7 +3,7 @@ import math
 import pytest
 
 from moka_pl.callbacks import AdapterCheckpoint, GateMonitor, GracefulInterrupt, RunSummary, Throughput
-from moka_pl.studies.benchmark import fit, steps
+from moka_pl.studies.benchmark import fit
 from moka_pl.studies.benchmark.probe import Probe, SyntheticData
 
 
@@ -59,27 +59,3 @@ def test_synthetic_batches_have_the_shape_asked_for() -> None:
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(3, 16), (3, 16)]
     assert all((batch["labels"] == batch["input_ids"]).all() for batch in batches)
     assert data.val_dataloader() == []
-
-
-def test_decode(bench, preset) -> None:
-    records = list(steps.measure_decode(bench, preset, steps.decode_rows()))
-    assert [r.row for r in records] == ["frozen base", "MoKA r10", "LoRA r64 q,v", "frozen base (again)"]
-    for record in records:
-        assert record.error is None
-        assert all(math.isfinite(value) for value in record.values.values())
-        assert record.values["token_q1_ms"] <= record.values["token_ms"] <= record.values["token_q3_ms"]
-    assert records[0].values["ratio"] == 1
-
-
-def test_decoding_uses_the_cache(bench) -> None:
-    lengths = []
-
-    def work(model):
-        model.get_input_embeddings().register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
-        return steps.time_decode(model, 3)
-
-    from moka_pl.studies.benchmark.cases import frozen
-
-    _, error = bench.measure(frozen(), work)
-    assert error is None
-    assert lengths == [16, 1, 1, 1] * 2  # once to warm up

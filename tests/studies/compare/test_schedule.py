@@ -79,18 +79,19 @@ def test_runs_in_common_are_done_once_and_suites_come_in_their_order(suites, sto
     assert len({(task.run.key, task.test) for task in begun}) == len(begun)
     assert list(dict.fromkeys(task.run.method for task in begun)) == ["one", "two", "new"]
     assert [words(task) for task in begun][2:4] == [("one", 0.1, 0, True), ("one", 0.1, 1, True)]
-    assert plan.left().tasks == []
+    assert plan.remaining().tasks == []
 
 
 def test_what_is_left_is_counted_once(suites, store):
     plan = Plan(suites, store)
-    left = plan.left()
-    assert (len(left.tasks), len(left.later)) == (6, 6)  # three methods that differ, two rates, two seeds
+    remaining = plan.remaining()
+    # three methods that differ, two rates, two seeds
+    assert (len(remaining.tasks), len(remaining.later)) == (6, 6)
     for _ in range(2):
         plan.end(plan.next(), trained(1.0))
-    left = plan.left()
-    assert (len(left.tasks), len(left.later)) == (6, 4)
-    assert [task for task in left.tasks if task.test] == [
+    remaining = plan.remaining()
+    assert (len(remaining.tasks), len(remaining.later)) == (6, 4)
+    assert [task for task in remaining.tasks if task.test] == [
         Task(run_of(suites[0], suites[0].methods[0], 0.1, seed), True) for seed in (0, 1)
     ]
 

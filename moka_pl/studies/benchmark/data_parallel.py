@@ -1,0 +1,81 @@
+"""How training speed grows with the number of GPUs; ``scripts/data_parallel_speed.py`` runs it."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from moka_pl.studies.common import Parser, scalar_events
+
+DESCRIPTION = """\
+Measures how training speed grows with the number of GPUs, through the command line that users run.
+
+    python scripts/data_parallel_speed.py --devices 1 2
+
+Trains a 4-bit model of LLaMA2-7B's shape with random weights (nothing is downloaded) on the package's sample
+instructions, once for each number of devices, and prints the median of the logged tokens per second.
+"""
+#: Steps at the beginning whose speed does not count.
+_WARMUP = 20
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints a table and JSON.
+
+    Args:
+        arguments: Default: the process's.
+    """
+    parser = Parser("data_parallel_speed", DESCRIPTION)
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of GPUs")
+    parser.add_argument("--shape", default="llama2-7b", help="shape of the model (see BackboneConfig.name)")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples per GPU")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
+    args = parser.parse_args(arguments)
+    rows = [measure(devices, args.shape, args.batch_size, args.steps) for devices in args.devices]
+    first = rows[0]["tokens_per_second"]
+    print(f"{'devices':>8}{'tokens/s':>12}{'ratio':>8}{'peak GiB':>10}")
+    for row in rows:
+        speed = row["tokens_per_second"]
+        print(f"{row['devices']:>8}{speed:>12,.0f}{speed / first:>8.2f}{row['peak_memory_gib']:>10.2f}")
+    print(json.dumps(rows))
+
+
+def measure(devices: int, shape: str, batch_size: int, steps: int) -> dict[str, float]:
+    """Runs one training and reads its speed from the TensorBoard events, without the first steps.
+
+    Args:
+        devices: Number of GPUs.
+        shape: Shape of the model.
+        batch_size: Examples per GPU.
+        steps: Optimizer steps.
+
+    Returns:
+        ``devices``, ``tokens_per_second`` (median) and ``peak_memory_gib``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "moka_pl", "fit", "--config", "configs/llama2_ddp.yaml"]
+        options = {
+            "model.backbone.name": shape,
+            "model.backbone.weights": "random",
+            "data.init_args.path": "sample",
+            "data.init_args.prompt": "chat",
+            "data.init_args.batch_size": batch_size,
+            "data.init_args.packing": False,
+            "trainer.devices": devices,
+            "trainer.accumulate_grad_batches": 1,
+            "trainer.max_epochs": -1,
+            "trainer.max_steps": steps,
+            "trainer.limit_val_batches": 0,
+            "trainer.val_check_interval": 1.0,
+            "trainer.log_every_n_steps": 5,
+            "trainer.logger.init_args.save_dir": folder,
+        }
+        command += [f"--{name}={value}" for name, value in options.items()]
+        subprocess.run(command, check=True)
+        logged = scalar_events(next(Path(folder).glob("*/version_0")))
+    speeds = [value for step, value in logged["speed/tokens_per_second"] if step > _WARMUP]
+    peak = max(value for _, value in logged["speed/peak_memory_gib"])
+    return {"devices": devices, "tokens_per_second": median(speeds), "peak_memory_gib": peak}

@@ -1,0 +1,75 @@
+"""Chooses filters from the gradient of a run's own data; ``scripts/choose_filters.py`` runs it."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from moka_pl.errors import MokaError
+from moka_pl.studies.common import Parser, write_json
+
+DESCRIPTION = """\
+Chooses each layer's filters from the gradient of a few batches of a run's own training data.
+
+    python scripts/choose_filters.py --config configs/smollm2.yaml --out filters.json
+    python -m moka_pl fit --config configs/smollm2.yaml --model.adapter.filters filters.json
+
+The budget is that of `diverse` unless --parameters gives another. The file lists every layer's shapes, and so
+does the adapter directory of a run that uses it. Options that are not listed here go to the run.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the file and prints how often which shapes were chosen.
+
+    Args:
+        arguments: Default: the process's.
+    """
+    parser = Parser("choose_filters", DESCRIPTION)
+    parser.add_argument("--config", type=Path, required=True, help="configuration of the run (YAML)")
+    parser.add_argument("--out", type=Path, default=Path("filters.json"), help="file to write")
+    parser.add_argument("--batches", type=int, default=4, help="training batches whose gradient is taken")
+    parser.add_argument("--parameters", type=int, help="budget of all factors' entries; default: diverse's")
+    parser.add_argument(
+        "--identities",
+        action="store_true",
+        help="offer block-diagonal components, too; layers that mix them with others train slower on a GPU",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    args, rest = parser.parse_known_args(arguments)
+    sys.argv[1:] = []  # Lightning warns of a command line beside arguments
+
+    from moka_pl.adapters import find_targets
+    from moka_pl.adapters.filter_search import choose_filters
+    from moka_pl.backbone import load_backbone
+    from moka_pl.cli.lightning import build
+    from moka_pl.lm.scoring import score_tokens
+
+    try:
+        cli = build(["fit", "--config", str(args.config), *rest])
+        module, data = cli.model, cli.datamodule
+        loaded = load_backbone(module.backbone, args.device)
+        data.connect(loaded.tokenizer)
+        data.prepare_data()
+        data.setup("fit")
+    except MokaError as error:
+        parser.error(str(error))
+
+    def loss(batch: dict[str, Any]) -> Any:
+        ids, labels = (batch[key].to(args.device) for key in ("input_ids", "labels"))
+        return score_tokens(loaded.model, ids, labels).nll.sum()
+
+    names = find_targets(loaded.model, module.adapter)
+    batches = list(islice(data.train_dataloader(), args.batches))
+    options = module.adapter.components, args.parameters, args.identities
+    filters, used = {}, Counter[tuple[int, ...]]()
+    for name, shapes, share in choose_filters(loaded.model, names, batches, loss, *options):
+        filters[name] = shapes
+        used.update(map(tuple, shapes))
+        print(f"{name:<44} first {shapes[0]}, captures {share:.1%} of the gradient's energy", flush=True)
+    write_json(args.out, filters)
+    print(f"{args.out}: {len(filters)} layers; most used:")
+    for shape, count in used.most_common(12):
+        print(f"  {list(shape)} {count} times")

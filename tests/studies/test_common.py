@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from moka_pl.studies.common import (
+    Parser,
+    device_name,
+    first_line,
+    scalar_events,
+    versions,
+    write_json,
+)
+
+
+def test_the_machine() -> None:
+    assert "threads)" in device_name("cpu")
+    assert {"python", "torch", "transformers", "bitsandbytes", "peft", "lightning"} <= set(versions())
+    assert "lm_eval" in versions("lm_eval", "no-such-package")
+
+
+def test_first_line() -> None:
+    assert first_line(ValueError("")) == "ValueError"
+    assert first_line(ValueError("\none\ntwo")) == "ValueError: one"
+    assert len(first_line(ValueError("word " * 100))) <= 160
+
+
+def test_an_error_of_the_command_line_is_one_line(capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        Parser("study", "What it does.").parse_args(["--unknown"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "study: error: unrecognized arguments: --unknown\n"
+
+
+def test_json_is_there_whole_with_paths_as_text(tmp_path) -> None:
+    file = tmp_path / "new" / "file.json"
+    for content in ({"α": 1, "file": tmp_path}, {"α": 2, "file": tmp_path}):
+        write_json(file, content)
+    assert json.loads(file.read_text(encoding="utf-8")) == {"α": 2, "file": str(tmp_path)}
+    assert list(file.parent.iterdir()) == [file]
+    with pytest.raises(TypeError):
+        write_json(file, {"α": object()})
+
+
+def test_scalars_of_a_run(tmp_path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(3):
+            writer.add_scalar("train/loss", step / 2, step)
+    assert scalar_events(tmp_path) == {"train/loss": [(0, 0.0), (1, 0.5), (2, 1.0)]}
