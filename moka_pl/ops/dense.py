@@ -1,4 +1,4 @@
-"""ΔW and the pull-back of its gradient by a few large operations of PyTorch.
+"""ΔW and the projection of its gradient by a few large operations of PyTorch.
 
 Components of one shape lie side by side here, so that they share one matrix product: with the rows vec(A_c)
 in L and w_c vec(B_c) in R, ``Lᵀ R`` is their part of ΔW in another order of entries. For ∂L/∂ΔW in that
@@ -20,16 +20,18 @@ from moka_pl.ops.layout import ComponentIndex, Shape, group_equal, left_sizes, r
 
 
 class _Rows(NamedTuple):
-    """Where the factors of a group lie in a packed vector: ``members`` rows, ``step`` entries apart."""
+    """A group's factors in a packed vector: ``members`` rows from ``start`` on, ``step`` entries apart."""
 
-    at: int
+    start: int
     members: int
     size: int
     step: int
 
     def of(self, packed: Tensor) -> Tensor:
         """The factors as rows, (members, size); a view."""
-        return packed.as_strided((self.members, self.size), (self.step, 1), packed.storage_offset() + self.at)
+        return packed.as_strided(
+            (self.members, self.size), (self.step, 1), packed.storage_offset() + self.start
+        )
 
 
 class _Group(NamedTuple):
@@ -66,7 +68,7 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
 
 
 def _even_runs(members: list[int], begins: list[list[int]]) -> list[list[int]]:
-    """Cuts the members into runs whose factors begin at equal distances, on both sides."""
+    """Cuts the components of one shape into runs whose factors begin at equal distances, on both sides."""
     runs: list[list[int]] = []
     for i in members:
         run = runs[-1] if runs else []
@@ -119,7 +121,7 @@ def add_delta_(
 def project(
     grad: Tensor, left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pulls D = ∂L/∂ΔW back to the packed factors and the weights.
+    """Projects D = ∂L/∂ΔW to the packed factors and the weights.
 
     For D as a tensor D[a, b, p, q] of sizes (m_a, m_b, n_a, n_b): ``dA[a,p] = w Σ_bq D[a,b,p,q] B[b,q]``,
     ``dB[b,q] = w Σ_ap D[a,b,p,q] A[a,p]``, ``dw = <dB / w, B>``.
@@ -142,7 +144,7 @@ def project(
         full = grad
         if (shape.rows, shape.cols) != (m, n):
             full = F.pad(full, (0, shape.cols - n, 0, shape.rows - m))  # negative pads cut
-        blocks = full.reshape(shape.m_a, shape.m_b, shape.n_a, shape.n_b)
+        blocks = full.reshape(shape.m_a, shape.m_b, shape.n_a, shape.n_b)  # D[a, b, p, q]
         if shape.identity:
             # Only the diagonal blocks count, and all components of this shape share them.
             rights.of(grad_right).copy_(blocks.diagonal(dim1=0, dim2=2).sum(-1).flatten())

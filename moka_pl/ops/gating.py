@@ -34,7 +34,7 @@ def gates_of(logits: Tensor, gating: Gating) -> Tensor:
 
 
 def logits_gradient(gates: Tensor, grad: Tensor, gating: Gating) -> Tensor:
-    """Pulls a gradient with respect to α back to the logits.
+    """Computes the gradient of the gate logits from that of α.
 
     Args:
         gates: α, shape (r,).

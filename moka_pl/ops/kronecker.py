@@ -1,12 +1,4 @@
-"""Pure tensor functions of a weighted sum of Kronecker products.
-
-Notation:
-    x       input, shape (..., n)
-    A_i     left factor, shape (m_a, n_a); ``None`` stands for an identity matrix (MoKA_s)
-    B_i     right factor, shape (m_b, n_b)
-    w       weights of the components, shape (r,); the caller folds gates and scaling into them
-    ΔW      Σ_i w_i (A_i ⊗ B_i), cut or zero-filled to m × n
-    T       number of tokens, the product of the leading dimensions of x
+"""A weighted sum of Kronecker products as a matrix, and its product with an input.
 
 With row-major reshapes, ``(A ⊗ B) x = flatten(A X Bᵀ)`` where X is x as an n_a × n_b matrix. Where
 n_a·n_b > n the input is zero-padded, where it is smaller the input's tail is dropped; where m_a·m_b > m the
@@ -92,7 +84,7 @@ class _KroneckerSum(torch.autograd.Function):
             wide = torch.promote_types(x.dtype, right.dtype)
             out = torch.zeros(m, x.shape[0], dtype=wide, device=x.device)
             add_update_(out, transposed(x, wide), left.to(wide), right.to(wide), weights.to(wide), shapes)
-            return transposed(out, x.dtype)
+            return transposed(out, x.dtype)  # (T, m)
 
     @staticmethod
     @once_differentiable
@@ -103,13 +95,13 @@ class _KroneckerSum(torch.autograd.Function):
         if ctx.dense:
             if ctx.needs_input_grad[0]:
                 grad_x = grad @ _delta(left, right, weights, shapes, m, n).to(x.dtype)  # (T, n)
-            found = project(grad.mT @ x, left, right, weights, shapes)
+            grads = project(grad.mT @ x, left, right, weights, shapes)
         else:
             wide = torch.promote_types(x.dtype, right.dtype)
             total = (
                 torch.zeros(n, x.shape[0], dtype=wide, device=x.device) if ctx.needs_input_grad[0] else None
             )
-            found = update_backward(
+            grads = update_backward(
                 transposed(grad, wide),
                 transposed(x, wide),
                 left.to(wide),
@@ -118,8 +110,8 @@ class _KroneckerSum(torch.autograd.Function):
                 shapes,
                 total,
             )
-            grad_x = None if total is None else transposed(total, x.dtype)
-        grad_left, grad_right, grad_weights = found
+            grad_x = None if total is None else transposed(total, x.dtype)  # (T, n)
+        grad_left, grad_right, grad_weights = grads
         return (
             grad_x,
             grad_weights.to(weights.dtype),
@@ -168,7 +160,20 @@ def packed_linear(
     out_features: int,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Computes the same as :func:`kronecker_linear` from packed factors (see :mod:`moka_pl.ops.layout`)."""
+    """Computes the same as :func:`kronecker_linear` from packed factors (see :mod:`moka_pl.ops.layout`).
+
+    Args:
+        x: Input, shape (..., n).
+        weights: Weights w, shape (r,).
+        left: Packed left factors.
+        right: Packed right factors.
+        shapes: r shapes.
+        out_features: m.
+        backend: As there.
+
+    Returns:
+        The product, shape (..., m).
+    """
     tokens = x.shape[:-1]
     flat = x.reshape(-1, x.shape[-1])  # (T, n)
     # Mixed dtypes are not for the kernels.

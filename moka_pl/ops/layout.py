@@ -1,4 +1,9 @@
-"""The sizes of one Kronecker component."""
+"""Sizes of Kronecker components, and how the factors of a layer are packed.
+
+All left factors lie in one flat vector and all right ones in a second: few large parameters in place of
+twenty small ones. A step then costs few optimizer, autograd and launch calls, which is what bounds small
+models on a GPU.
+"""
 
 from collections.abc import Sequence
 from functools import cache
@@ -46,12 +51,7 @@ def group_equal(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
     return groups
 
 
-# Factors of one layer as two flat vectors: all left ones in the first, all right ones in the second.
-#
-# Few large parameters in place of twenty small ones: a step then costs few optimizer, autograd and launch
-# calls, which is what bounds small models on a GPU.
-
-
+#: r pairs (A_i or None for an identity, B_i).
 Pairs = list[tuple[Tensor | None, Tensor]]
 
 
@@ -73,23 +73,26 @@ def starts(sizes: Sequence[int]) -> list[int]:
 
 
 def pack(factors: Sequence[tuple[Tensor | None, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Packs r pairs (A_i or None, B_i) into the two vectors."""
+    """Packs r pairs (A_i or None, B_i) into the vectors of left and of right factors."""
     right = torch.cat([b.reshape(-1) for _, b in factors])
     left = [a.reshape(-1) for a, _ in factors if a is not None]
     return torch.cat(left) if left else right.new_empty(0), right
 
 
 def unpack(left: Tensor | None, right: Tensor, shapes: tuple[Shape, ...]) -> Pairs:
-    """Views of the two vectors as r pairs (A_i of (m_a, n_a) or None, B_i of (m_b, n_b))."""
+    """Views packed factors as r pairs (A_i of (m_a, n_a) or None, B_i of (m_b, n_b)).
+
+    Args:
+        left: Packed left factors; None if all are identities.
+        right: Packed right factors.
+        shapes: r shapes.
+    """
     rights = torch.split(right, right_sizes(shapes))
     lefts = rights if left is None else torch.split(left, left_sizes(shapes))
     return [
         (None if s.identity else a.view(s.m_a, s.n_a), b.view(s.m_b, s.n_b))
         for a, b, s in zip(lefts, rights, shapes, strict=True)
     ]
-
-
-# Which component each entry of a packed vector belongs to.
 
 
 class ComponentIndex(NamedTuple):
@@ -110,13 +113,13 @@ class ComponentIndex(NamedTuple):
         return cls(sizes[0] if len(set(sizes)) == 1 else 0, component)
 
     def scale(self, packed: Tensor, weights: Tensor) -> Tensor:
-        """Multiplies each entry by its component's weight."""
+        """Multiplies each packed entry by its component's weight; weights have shape (r,)."""
         if self.size:
             return (packed.view(-1, self.size) * weights[:, None]).view(-1)
         return packed * weights[self.component]
 
     def sums(self, packed: Tensor, components: int) -> Tensor:
-        """Sums the entries of each component, (r,)."""
+        """Sums the packed entries of each component, shape (r,)."""
         if self.size:
             return packed.view(-1, self.size).sum(1)
         return packed.new_zeros(components).index_add_(0, self.component, packed)

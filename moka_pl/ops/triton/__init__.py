@@ -1,5 +1,7 @@
 """Triton kernels: ΔW built, or added to a frozen weight, in one launch; its gradient projected in two.
 
+Every kernel names its plain reference in :mod:`moka_pl.ops`, which the tests hold it to.
+
 They work on a layer's factors as two flat vectors (see :mod:`moka_pl.ops.layout`) and serve any mixture of
 shapes, whether they divide the layer or not. Sums run in float32 and in a fixed order: results do not change
 from run to run.

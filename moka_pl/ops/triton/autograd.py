@@ -25,7 +25,16 @@ class FusedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, left: Tensor, right: Tensor, plan: Plan) -> Tensor:
-        """Maps x of shape (T, n) to (T, m)."""
+        """Maps x of shape (T, n) to (T, m).
+
+        Args:
+            ctx: Autograd's context.
+            x: Input in the compute dtype.
+            weights: w, (r,), float32.
+            left: Packed left factors, float32.
+            right: Packed right factors, float32.
+            plan: The layer's plan.
+        """
         ctx.save_for_backward(x, weights, left, right)
         ctx.plan = plan
         return x @ fused_delta(plan, left, right, Gates(weights), x.dtype).mT  # (T, m)

@@ -28,15 +28,15 @@ class WeightSource:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def frozen_weight(  # type: ignore[no-untyped-def]
-    data, absmax, code, outer_code, outer_absmax, offset, place, run,
+    data, absmax, code, outer_code, outer_absmax, offset, flat, run,
     DTYPE: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """W at flat places, all inside; those that start at the same entry of ``run`` share one scale.
+    """W at flat indices, all inside; those that start at the same entry of ``run`` share one scale.
 
     Reference: :func:`moka_pl.backbone.quantization.dense_weight`, rounded to DTYPE.
     """
     if BLOCKSIZE > 0:
-        number = (tl.load(data + place // 2).to(tl.int32) >> (4 - 4 * (place % 2))) & 15
+        number = (tl.load(data + flat // 2).to(tl.int32) >> (4 - 4 * (flat % 2))) & 15
         block = run // BLOCKSIZE
         if NESTED:
             largest = tl.load(outer_code + tl.load(absmax + block).to(tl.int32))
@@ -45,5 +45,5 @@ def frozen_weight(  # type: ignore[no-untyped-def]
             largest = tl.load(absmax + block)
         value = tl.load(code + number) * largest
     else:
-        value = tl.load(data + place).to(tl.float32)
+        value = tl.load(data + flat).to(tl.float32)
     return value.to(DTYPE).to(tl.float32)

@@ -2,6 +2,8 @@
 
 For one block row a of a component, ``y[a m_b + b] = w Σ_q B[b, q] h[q]`` with ``h[q] = Σ_p A[a, p] X[p, q]``,
 X being x as an n_a × n_b matrix: hardly any work, so that launches are all that counts.
+
+Reference: :func:`moka_pl.ops.structured.add_update_`, with tokens in columns.
 """
 
 import torch
@@ -25,6 +27,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr,
     ROWS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
+    """Rows of every ``w_i (A_i ⊗ B_i) x``, parts of (T, r, m); reference: ``add_update_`` (see above)."""
     item = work + tl.program_id(0) * 9
     component, a, first = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     n_a, m_b, n_b = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
@@ -58,6 +61,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 def _add_kernel(  # type: ignore[no-untyped-def]
     out, parts, ends, m, R: tl.constexpr, OUT: tl.constexpr
 ):
+    """Adds the components' rows of ``parts``, (T, r, m), to ``out``, (T, m)."""
     token = tl.program_id(1)
     i = tl.program_id(0) * OUT + tl.arange(0, OUT)
     inside = i < m
@@ -87,7 +91,7 @@ def add_decode_update_(
     """
     values, scaling, gating = gates
     tokens, r = len(x), len(plan.shapes)
-    parts = torch.empty(tokens, r, plan.m, dtype=torch.float32, device=x.device)
+    parts = torch.empty(tokens, r, plan.m, dtype=torch.float32, device=x.device)  # (T, r, m)
     launch(
         _rows_kernel, plan.compiled, ("rows", x.dtype, gating), (len(plan.decode), tokens, 1),
         (x, left, right, values),

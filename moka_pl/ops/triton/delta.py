@@ -1,4 +1,7 @@
-"""ΔW = Σ_i w_i (A_i ⊗ B_i) in one launch: alone, or added to a frozen weight on the way."""
+"""ΔW = Σ_i w_i (A_i ⊗ B_i) in one launch, alone or added to a frozen weight.
+
+Reference: :func:`moka_pl.ops.dense.add_delta_`.
+"""
 
 import torch
 import triton
@@ -13,9 +16,7 @@ from moka_pl.ops.triton.plan import BLOCKS, TILE, Plan
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _round(total, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr):  # type: ignore[no-untyped-def]
-    # Rounding to nearest would lose every update smaller than half a step of W's own value. With a threshold
-    # that differs from entry to entry (and is always the same for one entry) the mean over entries is kept,
-    # and a W that is exact in DTYPE stays exactly itself where the update is zero.
+    """Rounds to DTYPE; reference: :func:`moka_pl.ops.triton.reference.round_by_thresholds`."""
     rounded = total.to(DTYPE)
     if DITHER:
         row = i.to(tl.uint32) * 0x9E3779B1
@@ -35,22 +36,23 @@ def _put_square(  # type: ignore[no-untyped-def]
     SIDE: tl.constexpr, FULL: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
+    """Adds W to BLOCKS squares of ΔW, (SIDE, BLOCKS, SIDE), rounds and stores them."""
     i = (top + tl.arange(0, SIDE))[:, None, None]
     across = tl.arange(0, SIDE)[None, None, :]
     begin = tl.multiple_of(corner, SIDE)[None, :, None]
     j = begin + across
     run = i * n + begin
-    place = run + across
+    flat = run + across
     if READ:
         total += frozen_weight(
-            data, absmax, code, outer_code, outer_absmax, offset, place, run,
+            data, absmax, code, outer_code, outer_absmax, offset, flat, run,
             out.dtype.element_ty, BLOCKSIZE, NESTED,
         )  # fmt: skip
     rounded = _round(total, i, j, out.dtype.element_ty, DITHER)
     if FULL:
-        tl.store(out + place, rounded)
+        tl.store(out + flat, rounded)
     else:
-        tl.store(out + place, rounded, mask=inside[None, :, None])
+        tl.store(out + flat, rounded, mask=inside[None, :, None])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -61,11 +63,14 @@ def _squares_kernel(  # type: ignore[no-untyped-def]
     SIDE: tl.constexpr, BLOCKS: tl.constexpr, REPEATS: tl.constexpr, PERIOD: tl.constexpr,
     READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
-    # Where SIDE divides m_b and n_b, a SIDE x SIDE square of the result meets one entry of the left factor,
-    # and the entries of the right factor that it needs lie side by side. PERIOD is a multiple of every m_b:
-    # squares that many rows apart need the same right entries, which are read once for all REPEATS.
-    # FULL: this holds for all components, and squares fill the layer. Otherwise those beyond its right end
-    # are built at its left one and not stored.
+    """W + ΔW or ΔW, (m, n), by squares; reference: :func:`moka_pl.ops.dense.add_delta_`.
+
+    Where SIDE divides m_b and n_b, a SIDE x SIDE square of the result meets one entry of the left factor, and
+    the entries of the right factor that it needs lie side by side. PERIOD is a multiple of every m_b: squares
+    that many rows apart need the same right entries, which are read once for all REPEATS. FULL: this holds
+    for all components, and squares fill the layer. Otherwise those beyond its right end are built at its left
+    one and not stored.
+    """
     stripes = PERIOD // SIDE
     top = tl.program_id(0) % stripes * SIDE + tl.program_id(0) // stripes * (REPEATS * PERIOD)
     corner = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)) * SIDE  # first column of each square
@@ -125,8 +130,11 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
     WHOLE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
-    # Any shapes, by tables of where each row and column lies in the packed factors; -1 beyond their end.
-    # WHOLE: no component ends early. EVEN: tiles fill the layer, and BN divides the runs that share a scale.
+    """W + ΔW or ΔW, (m, n), for any shapes; reference: :func:`moka_pl.ops.dense.add_delta_`.
+
+    Tables say where each row and column lies in the packed factors, -1 beyond their end. WHOLE: no component
+    ends early. EVEN: tiles fill the layer, and BN divides the runs that share a scale.
+    """
     cell = cells + tl.program_id(0) * 3
     i = tl.load(cell) + tl.arange(0, BM)
     j = tl.load(cell + 1) + tl.arange(0, BN)
@@ -135,10 +143,10 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
     inside = in_rows[:, None] & in_columns[None, :]
     if EVEN:
         run = tl.multiple_of(i * n + tl.load(cell + 1), 16)[:, None]
-        place = run + tl.arange(0, BN)[None, :]
+        flat = run + tl.arange(0, BN)[None, :]
     else:
-        place = tl.where(inside, i[:, None] * n + j[None, :], 0)
-        run = place
+        flat = tl.where(inside, i[:, None] * n + j[None, :], 0)
+        run = flat
     total = tl.zeros((BM, BN), tl.float32)
     if touched != 0:
         highest, sum_ = softmax_parts(values, R, PADDED, GATING)
@@ -161,14 +169,14 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
             total += scale * value
     if READ:
         total += frozen_weight(
-            data, absmax, code, outer_code, outer_absmax, offset, place, run,
+            data, absmax, code, outer_code, outer_absmax, offset, flat, run,
             out.dtype.element_ty, BLOCKSIZE, NESTED,
         )  # fmt: skip
     rounded = _round(total, i[:, None], j[None, :], out.dtype.element_ty, DITHER)
     if EVEN:
-        tl.store(out + place, rounded)
+        tl.store(out + flat, rounded)
     else:
-        tl.store(out + place, rounded, mask=inside)
+        tl.store(out + flat, rounded, mask=inside)
 
 
 def fused_delta(plan: Plan, left: Tensor, right: Tensor, gates: Gates, dtype: torch.dtype) -> Tensor:

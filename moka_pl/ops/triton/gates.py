@@ -1,4 +1,7 @@
-"""The components' weights w from gate logits, inside a kernel."""
+"""The components' weights w from gate logits, inside a kernel.
+
+Reference: :func:`moka_pl.ops.gating.gates_of`, times the scaling.
+"""
 
 from typing import NamedTuple
 
@@ -26,7 +29,14 @@ class Gates(NamedTuple):
 
 
 def layer_gates(plan: Plan, logits: Tensor | None, scaling: float, gating: Gating = "softmax") -> Gates:
-    """The weights s α of a layer's components; s/r where it has no gates."""
+    """Returns the weights s α of a layer's components; s/r where it has no gates.
+
+    Args:
+        plan: The layer's plan.
+        logits: Gate logits g, (r,), or None.
+        scaling: s.
+        gating: How gate logits make α.
+    """
     if logits is None:
         return Gates(plan.uniform, scaling)
     if gating == "sigmoid":  # α_i = (2/r) sigmoid(g_i)

@@ -31,7 +31,7 @@ def launch(
         grid: Numbers of programs.
         outside: Tensors among the arguments that somebody else has made.
         args: All arguments in order, constants too.
-        options: Triton's compile options.
+        **options: Triton's compile options.
     """
     device = outside[0].device
     if device.type != "cuda":  # the interpreter
@@ -46,6 +46,6 @@ def launch(
     if ready is not None:
         ready[grid](*args)
         return
-    found = kernel[grid](*args, **options)
+    fresh = kernel[grid](*args, **options)
     if aligned:
-        compiled[key] = found
+        compiled[key] = fresh

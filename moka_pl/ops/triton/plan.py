@@ -45,7 +45,8 @@ class Plan:
         repeats: Periods that one program builds.
         padded: r, rounded up to a power of two.
         uniform: 1/r for every component, the weights without gates.
-        rows: For every component and row of ΔW its place in A and in B (-1 beyond), (2 r, m); None if side.
+        rows: Where every row of ΔW begins in A and in B of every component (-1 beyond), (2 r, m); None if
+            side.
         columns: The same for columns, (2 r, n).
         cells: First row and column of every tile of ΔW, and whether a component touches it, (cells, 3).
         tiles: Work list of the projection, one stretch of right entries of one group of components a row.
@@ -54,8 +55,8 @@ class Plan:
         chunks: Work list of the projection's last step.
         dots: For every component the first of its parts of ∂L/∂w and their number, (2, r).
         most: Most tiles of a group.
-        decode: Work list for decoding: component, block row, first row in it, n_a, m_b, n_b, identity, places
-            in A and B.
+        decode: Work list for decoding: component, block row, first row in it, n_a, m_b, n_b, identity, and
+            where A and B begin.
         ends: Rows of every component, (r,).
         whole: Whether every component covers the layer exactly.
         even: Whether tiles fill the layer.
@@ -92,7 +93,14 @@ class Plan:
 @cache
 @torch.inference_mode(False)  # what an evaluation builds first serves training, too
 def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> Plan:
-    """Makes the plan of an m × n layer for a device."""
+    """Makes the plan of an m × n layer.
+
+    Args:
+        shapes: r shapes.
+        m: Output features.
+        n: Input features.
+        device: Where the kernels run.
+    """
     left_at, right_at = starts(left_sizes(shapes)), starts(right_sizes(shapes))
     whole = all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
     side = _side(shapes, m, n)
@@ -100,42 +108,26 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
     full = whole and all(aligned) and n % (side * BLOCKS) == 0
     rows = columns = cells = None
     if not side:
-        rows, columns = (table.to(device) for table in _places(shapes, m, n, left_at, right_at))
+        rows, columns = (table.to(device) for table in _factor_tables(shapes, m, n, left_at, right_at))
         cells = _cells(shapes, m, n).to(device)
 
     groups = _groups(shapes)
-    number = sum(-(-shape.m_b * shape.n_b // ENTRIES) for shape, _ in groups)
-    pairs = max(min(s.m_a, s.n_a) if s.identity else s.m_a * s.n_a for s in shapes)
-    wanted = min(_PROGRAMS // number, -(-pairs // PAIRS), 64)
-    splits = 1 << max(wanted, 1).bit_length() - 1
-    tiles, chunks, dots, most = _work(groups, left_at, right_at, splits, n)
+    splits = _splits(groups)
+    tiles, chunks, dots, most = _projection_work(groups, left_at, right_at, splits, n)
     exact = whole and all(
         s.m_b * s.n_b % ENTRIES == 0 and s.m_a * s.n_a % (splits * PAIRS) == 0 and s.n_b % 8 == 0
         for s in shapes
     )
 
-    decode = [
-        [c, a, b, s.n_a, s.m_b, s.n_b, int(s.identity), left_at[c], right_at[c]]
-        for c, s in enumerate(shapes)
-        for a in range(min(s.m_a, s.n_a) if s.identity else s.m_a)
-        for b in range(0, s.m_b, DECODE_ROWS)
-    ]
-
     period = math.lcm(*(s.m_b for s in shapes))
     repeats = next((k for k in (4, 2) if full and m % (k * period) == 0), 1)
     if repeats == 1:
         period = m
-
-    components = tuple(
-        value
-        for s, left, right in zip(shapes, left_at, right_at, strict=True)
-        for value in (s.m_a, s.n_a, s.m_b, s.n_b, left, right)
-    )
     return Plan(
         shapes=shapes,
         m=m,
         n=n,
-        components=components,
+        components=_components(shapes, left_at, right_at),
         side=side,
         aligned=aligned,
         full=full,
@@ -152,7 +144,7 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
         chunks=chunks.to(device),
         dots=dots.to(device),
         most=most,
-        decode=_table(decode).to(device),
+        decode=_decode_work(shapes, left_at, right_at).to(device),
         ends=_table([s.rows for s in shapes]).to(device),
         whole=whole,
         even=m % TILE[0] == 0 and n % TILE[1] == 0,
@@ -173,9 +165,10 @@ def _side(shapes: tuple[Shape, ...], m: int, n: int) -> int:
     return best
 
 
-def _places(
+def _factor_tables(
     shapes: tuple[Shape, ...], m: int, n: int, left_at: list[int], right_at: list[int]
 ) -> tuple[Tensor, Tensor]:
+    """:attr:`Plan.rows`, (2 r, m), and :attr:`Plan.columns`, (2 r, n)."""
     rows, columns = [], []
     i, j = torch.arange(m), torch.arange(n)
     for s, left, right in zip(shapes, left_at, right_at, strict=True):
@@ -206,20 +199,28 @@ def _cells(shapes: tuple[Shape, ...], m: int, n: int) -> Tensor:
 def _groups(shapes: tuple[Shape, ...]) -> list[tuple[Shape, list[int]]]:
     """Components of one shape, at most ``MEMBERS`` in a group."""
     return [
-        (shape, found[k : k + MEMBERS])
-        for shape, found in group_equal(shapes).items()
-        for k in range(0, len(found), MEMBERS)
+        (shape, members[k : k + MEMBERS])
+        for shape, members in group_equal(shapes).items()
+        for k in range(0, len(members), MEMBERS)
     ]
 
 
-def _work(
+def _splits(groups: list[tuple[Shape, list[int]]]) -> int:
+    """Shares of the pairs, a power of two, that keep a large GPU busy."""
+    number = sum(-(-shape.m_b * shape.n_b // ENTRIES) for shape, _ in groups)
+    pairs = max(min(s.m_a, s.n_a) if s.identity else s.m_a * s.n_a for s, _ in groups)
+    wanted = min(_PROGRAMS // number, -(-pairs // PAIRS), 64)
+    return 1 << max(wanted, 1).bit_length() - 1
+
+
+def _projection_work(
     groups: list[tuple[Shape, list[int]]], left_at: list[int], right_at: list[int], splits: int, n: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Rows for the projection and for its last step.
 
     A tile: m_a, n_a, m_b, n_b, identity, first entry, number in its group, whether 8 entries always lie side
-    by side in a row of D, then ``MEMBERS`` places in A and as many in B, -1 for none. A chunk: side (0 left,
-    1 right), component, first place, entries, parts to add up.
+    by side in a row of D, then where ``MEMBERS`` left factors begin and as many right ones, -1 for none. A
+    chunk: side (0 left, 1 right), component, first packed entry, entries, parts to add up.
     """
     tiles: list[list[int]] = []
     chunks: list[list[int]] = []
@@ -230,20 +231,41 @@ def _work(
         wide = int(n % 8 == shape.n_b % 8 == 0)
         stretches = range(0, entries, ENTRIES)
         fill = [-1] * (MEMBERS - len(members))
-        places = [left_at[i] for i in members] + fill + [right_at[i] for i in members] + fill
+        begins = [left_at[i] for i in members] + fill + [right_at[i] for i in members] + fill
         first = len(tiles)
         for number, start in enumerate(stretches):
-            tiles.append([*shape[:4], int(shape.identity), start, number, wide, *places])
+            tiles.append([*shape[:4], int(shape.identity), start, number, wide, *begins])
         most = max(most, len(stretches))
-        for place, i in enumerate(members):
+        for number, i in enumerate(members):
             left = 0 if shape.identity else shape.m_a * shape.n_a
             for side, at, size, parts in (
                 (0, left_at[i], left, len(stretches)),
                 (1, right_at[i], entries, splits),
             ):
                 chunks += [[side, i, at + k, min(CHUNK, size - k), parts] for k in range(0, size, CHUNK)]
-            dots[0][i], dots[1][i] = first * splits * MEMBERS + place, len(stretches) * splits
+            dots[0][i], dots[1][i] = first * splits * MEMBERS + number, len(stretches) * splits
     return _table(tiles), _table(chunks), _table(dots), most
+
+
+def _decode_work(shapes: tuple[Shape, ...], left_at: list[int], right_at: list[int]) -> Tensor:
+    """Rows for decoding, as :attr:`Plan.decode` says."""
+    return _table(
+        [
+            [c, a, b, s.n_a, s.m_b, s.n_b, int(s.identity), left_at[c], right_at[c]]
+            for c, s in enumerate(shapes)
+            for a in range(min(s.m_a, s.n_a) if s.identity else s.m_a)
+            for b in range(0, s.m_b, DECODE_ROWS)
+        ]
+    )
+
+
+def _components(shapes: tuple[Shape, ...], left_at: list[int], right_at: list[int]) -> tuple[int, ...]:
+    """Six numbers of every component, as :attr:`Plan.components` says."""
+    return tuple(
+        value
+        for s, left, right in zip(shapes, left_at, right_at, strict=True)
+        for value in (s.m_a, s.n_a, s.m_b, s.n_b, left, right)
+    )
 
 
 def _table(values: list[Any]) -> Tensor:

@@ -1,4 +1,6 @@
-"""A gradient with respect to ΔW pulled back to the packed factors and the weights, in two launches.
+"""A gradient with respect to ΔW projected to the packed factors and the weights, in two launches.
+
+Reference: :func:`moka_pl.ops.dense.project`.
 
 For D = ∂L/∂ΔW and a component with pair index t = (a, p) and entry index e = (b, q):
     dA[t] = w Σ_e D[a m_b + b, p n_b + q] B[e],   dB[e] = w Σ_t D[…] A[t],   dw = Σ_e (dB[e] / w) B[e]
@@ -19,7 +21,7 @@ from moka_pl.ops.triton.plan import CHUNK, ENTRIES, MEMBERS, PAIRS, Plan
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _halves(value, second, LOW: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    # Columns of the first kind hold the value rounded, those of the second what the rounding left.
+    """The value rounded, in columns of the first kind, and what the rounding left, in those of the second."""
     rounded = value.to(DTYPE)
     rest = value - rounded.to(tl.float32) if LOW else tl.zeros_like(value)
     return tl.where(second, rest.to(DTYPE), rounded)
@@ -27,7 +29,7 @@ def _halves(value, second, LOW: tl.constexpr, DTYPE: tl.constexpr):  # type: ign
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _product(a, b, total, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    # Triton's interpreter takes bfloat16 factors for whole numbers.
+    """``total + a @ b``; Triton's interpreter would take bfloat16 factors for whole numbers."""
     kind: tl.constexpr = tl.float32 if UPCAST else a.dtype
     return tl.dot(a.to(kind), b.to(kind), total, input_precision="ieee")
 
@@ -38,6 +40,7 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     EXACT: tl.constexpr, WHOLE: tl.constexpr, LOW: tl.constexpr, UPCAST: tl.constexpr, SPLITS: tl.constexpr,
     ENTRIES: tl.constexpr, PAIRS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
+    """Sums of ∂L/∂A, ∂L/∂B and ∂L/∂w over a share of D, without w; reference: ``project`` (see above)."""
     tile = tiles + tl.program_id(0) * (8 + 2 * MEMBERS)
     m_a, n_a, m_b, n_b = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     identity, start = tl.load(tile + 4), tl.load(tile + 5)
@@ -75,17 +78,17 @@ def _project_kernel(  # type: ignore[no-untyped-def]
             d = tl.load(grad + (corner[:, None] + within[None, :]))  # (PAIRS, ENTRIES)
         else:
             row = a[:, None] * m_b + b[None, :]
-            place = p[:, None] * n_b + q[None, :]
+            d_column = p[:, None] * n_b + q[None, :]
             inside = real[:, None] & held[None, :]
             if not WHOLE:
-                inside = inside & (row < m) & (place < n)
+                inside = inside & (row < m) & (d_column < n)
             if wide != 0:
                 # Nothing ends within 8 entries. A mask of its own: the other branch must not take the hint.
                 whole = tl.max_constancy(inside & (row >= 0), [1, 8])
-                spot = tl.max_contiguous(tl.multiple_of(row * n + place, [1, 8]), [1, 8])
-                d = tl.load(grad + spot, mask=whole, other=0.0)
+                flat = tl.max_contiguous(tl.multiple_of(row * n + d_column, [1, 8]), [1, 8])
+                d = tl.load(grad + flat, mask=whole, other=0.0)
             else:
-                d = tl.load(grad + row * n + place, mask=inside, other=0.0)
+                d = tl.load(grad + row * n + d_column, mask=inside, other=0.0)
         keep = real[None, :] & used[:, None]
         alone = (t * 0 + identity != 0)[None, :]
         scale = tl.load(left + lefts[:, None] + t[None, :], mask=keep & (alone == 0), other=0.0)
@@ -97,11 +100,11 @@ def _project_kernel(  # type: ignore[no-untyped-def]
             at = number.to(tl.int64) * left_size + member_left[None, :] + t[:, None]
             sums = tl.sum(tl.reshape(sums, (PAIRS, 2, MEMBERS)), 1)  # (PAIRS, MEMBERS)
             tl.store(parts + at, sums, mask=real[:, None] & known[None, :])
-    found = tl.sum(tl.reshape(total, (2, MEMBERS, ENTRIES)), 0)  # (MEMBERS, ENTRIES)
+    sums_right = tl.sum(tl.reshape(total, (2, MEMBERS, ENTRIES)), 0)  # (MEMBERS, ENTRIES)
     keep = known[:, None] & held[None, :]
-    spot = member_right[:, None] + e[None, :]
-    tl.store(parts + begin_right + split.to(tl.int64) * right_size + spot, found, mask=keep)
-    product = tl.sum(found * tl.load(right + spot, mask=keep, other=0.0), 1)  # (MEMBERS,)
+    entry = member_right[:, None] + e[None, :]
+    tl.store(parts + begin_right + split.to(tl.int64) * right_size + entry, sums_right, mask=keep)
+    product = tl.sum(sums_right * tl.load(right + entry, mask=keep, other=0.0), 1)  # (MEMBERS,)
     tl.store(parts + begin_weights + (tl.program_id(0) * SPLITS + split) * MEMBERS + member, product)
 
 
@@ -111,6 +114,10 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     left_size, right_size, begin_right, begin_weights,
     R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr, CHUNK: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
+    """Adds up the sums of ``_project_kernel``, times w, and takes ∂L/∂w back to the gate logits.
+
+    References: :func:`moka_pl.ops.dense.project`, :func:`moka_pl.ops.gating.logits_gradient`.
+    """
     program = tl.program_id(0)
     highest, sum_ = softmax_parts(values, R, PADDED, GATING)
     if program == programs:  # the last one: the weights' gradients, all components at once
@@ -120,8 +127,8 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         sums = tl.zeros((PADDED, CHUNK), tl.float32)
         for start in range(0, tl.max(count, 0), CHUNK):
             part = start + tl.arange(0, CHUNK)
-            place = begin_weights + first[:, None] + part[None, :] * MEMBERS
-            sums += tl.load(parts + place, mask=real[:, None] & (part[None, :] < count[:, None]), other=0.0)
+            index = begin_weights + first[:, None] + part[None, :] * MEMBERS
+            sums += tl.load(parts + index, mask=real[:, None] & (part[None, :] < count[:, None]), other=0.0)
         grad = tl.sum(sums, 1) * scaling  # (PADDED,)
         if GATING == "softmax":
             # dα_i/dg_j = α_i (δ_ij - α_j)
@@ -150,7 +157,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
 def fused_projection(
     plan: Plan, grad: Tensor, left: Tensor, right: Tensor, gates: Gates
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pulls D = ∂L/∂ΔW back to the packed factors and the gates.
+    """Projects D = ∂L/∂ΔW to the packed factors and the gates.
 
     Args:
         plan: The layer's plan.
@@ -166,7 +173,7 @@ def fused_projection(
     tiles, splits = len(plan.tiles), plan.splits
     sizes = left.numel(), right.numel()
     # Sums over parts: left entries of every tile, right entries of every split, weights of every program.
-    # Every place that is read is written before: each tile writes its pairs, each split its entries.
+    # Every entry that is read is written before: each tile writes its pairs, each split its entries.
     begin_right = plan.most * sizes[0]
     begin_weights = begin_right + splits * sizes[1]
     parts = torch.empty(begin_weights + tiles * splits * MEMBERS, dtype=torch.float32, device=right.device)

@@ -1,10 +1,8 @@
-"""Rounding W + ΔW to bfloat16 so that updates far below W's own precision are kept on average.
+"""The reference of the kernels' rounding: W + ΔW to bfloat16, with small updates kept on average.
 
-Rounding to nearest would lose every update smaller than half a step. Here each entry has a threshold of its
-own, always the same one, and the thresholds are spread evenly: of entries that lie a share p of a step above
-their lower neighbour a share p is rounded up. A value that is exact in bfloat16 stays itself.
-
-The kernels do the same; this is their reference.
+Rounding to nearest would lose every update smaller than half a step of W's value. Here each entry has a
+threshold, always the same one, and the thresholds are spread evenly: of entries that lie a share p of a step
+above their lower neighbour a share p is rounded up. A value that is exact in bfloat16 stays itself.
 """
 
 import torch
@@ -14,7 +12,16 @@ _WORD = 0xFFFFFFFF
 
 
 def thresholds(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """Every entry's threshold, whole numbers from 0 to 65535 in units of 2^-16 steps, (rows, columns)."""
+    """Returns every entry's threshold, whole numbers from 0 to 65535 in units of 2^-16 steps.
+
+    Args:
+        rows: m.
+        columns: n.
+        device: Where they are computed.
+
+    Returns:
+        Shape (m, n), int64.
+    """
     row = torch.arange(rows, device=device) * 0x9E3779B1 & _WORD
     row = (row ^ (row >> 15)) * 0x85EBCA77 & _WORD
     column = torch.arange(columns, device=device) * 0xC2B2AE3D & _WORD
