@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -124,6 +124,15 @@ def disable_adapters(layer: Any, disabled: bool) -> None:
 
 
 # Lightning
+
+
+def trainer_of(module: "LightningModule") -> "Trainer | None":
+    """The trainer that a module is attached to, if any.
+
+    Seen in Lightning 2.6, whose public ``module.trainer`` raises an error where there is none. Without it one
+    would have to catch that, and with it whatever else goes wrong in that property.
+    """
+    return module._trainer
 
 
 def training_loader(trainer: "Trainer") -> Callable[[], Any] | None:

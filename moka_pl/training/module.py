@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from moka_pl._compat import leave_out_of_ddp, multiply_all_
+from moka_pl._compat import leave_out_of_ddp, multiply_all_, trainer_of
 from moka_pl.adapters import (
     BaseModel,
     MokaConfig,
@@ -133,7 +133,7 @@ class MokaModule(EvaluatedModule):
             ConfigError: If there are no batches to take a gradient of.
         """
         if self.model is not None:
-            if self._deferred.is_due(self._trainer, self.resumes):
+            if self._deferred.is_due(trainer_of(self), self.resumes):
                 unload(self.model)
                 self._inject(self.model)
             return
@@ -167,7 +167,7 @@ class MokaModule(EvaluatedModule):
     def _inject(self, model: "PreTrainedModel") -> None:
         """Puts the adapters into a plain model."""
         self.adapter, self.adapted = self._deferred.inject(
-            model, self.adapter, self._trainer, self.device, self.resumes
+            model, self.adapter, trainer_of(self), self.device, self.resumes
         )
         # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
