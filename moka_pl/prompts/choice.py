@@ -12,14 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moka_pl.errors import DataError
 from moka_pl.prompts.segments import Segment
-from moka_pl.prompts.templates import (
-    cloze_prompt,
-    lettered,
-    letters_prompt,
-    llm_adapters_names,
-    llm_adapters_prompt,
-    mmlu_header,
-)
+from moka_pl.prompts.templates import alpaca_prompt, cloze_prompt
 
 Row = Mapping[str, Any]
 
@@ -56,16 +49,14 @@ def _cloze(row: Row) -> str:
     return cloze_prompt(row["question"])
 
 
-def _letters(row: Row) -> str:
-    return letters_prompt(row["question"], row["choices"])
-
-
 def _mmlu(row: Row) -> str:
-    return lettered(row["question"], row["choices"])
+    """Returns a question, its options on lines of their own behind A., B., ..., and ``Answer:``."""
+    options = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, row["choices"], strict=False)]
+    return "\n".join([row["question"], *options, "Answer:"])
 
 
-def _llm_adapters(row: Row) -> str:
-    return llm_adapters_prompt(row["question"], row["choices"], row["task"])
+def _letters(row: Row) -> str:
+    return f"Question: {_mmlu(row)}"
 
 
 def _option_texts(row: Row) -> list[str]:
@@ -82,18 +73,58 @@ def _option_letters(row: Row) -> list[str]:
     return [f" {letter}" for letter in ascii_uppercase[:count]]
 
 
-def _names(row: Row) -> list[str]:
-    return llm_adapters_names(row["choices"], row["task"])
+# What the LLM-Adapters corpora call the options of a task, and how they ask; the others have answers.
+_LLM_ADAPTERS = {
+    "piqa": ("solution", "Please choose the correct solution to the question"),
+    "hellaswag": ("ending", "Please choose the correct ending to complete the given sentence"),
+    "winogrande": (
+        "option",
+        "Please choose the correct answer to fill in the blank to complete the given sentence",
+    ),
+}
+_LLM_ADAPTERS_OTHER = ("answer", "Please choose the correct answer to the question")
 
 
-def _sentences(row: Row) -> list[str]:
-    return [f"the correct answer is {name}" for name in _names(row)]
+def _llm_adapters_words(row: Row) -> tuple[str, str]:
+    task = row["task"].lower()
+    return next((words for name, words in _LLM_ADAPTERS.items() if name in task), _LLM_ADAPTERS_OTHER)
+
+
+def _llm_adapters_names(row: Row) -> list[str]:
+    """Returns what LLM-Adapters calls the options: ``answer1``, ..., or ``true`` and ``false`` themselves."""
+    if sorted(row["choices"]) == ["false", "true"]:
+        return list(row["choices"])
+    word, _ = _llm_adapters_words(row)
+    return [f"{word}{number}" for number in range(1, len(row["choices"]) + 1)]
+
+
+def _llm_adapters(row: Row) -> str:
+    """Returns the LLM-Adapters format: the options are listed by name in an Alpaca instruction.
+
+    The task decides between answer1, solution1 (piqa), ending1 (hellaswag) and option1 (winogrande). Options
+    ``true`` and ``false`` are asked for without a list.
+    """
+    names = _llm_adapters_names(row)
+    _, lead = _llm_adapters_words(row)
+    listed = (f"{name.capitalize()}: {text}" for name, text in zip(names, row["choices"], strict=True))
+    body = " ".join(listed) + "\n\n"
+    if sorted(names) == ["false", "true"]:
+        lead, body, names = (
+            "Please answer the following question with true or false, question",
+            "",
+            sorted(names, reverse=True),
+        )
+    return alpaca_prompt(f"{lead}: {row['question']}\n\n{body}Answer format: {'/'.join(names)}")
+
+
+def _llm_adapters_answers(row: Row) -> list[str]:
+    return [f"the correct answer is {name}" for name in _llm_adapters_names(row)]
 
 
 CHOICE_PROMPTS: dict[str, ChoicePrompt] = {
     "cloze": ChoicePrompt(_cloze, _option_texts),
     "letters": ChoicePrompt(_letters, _option_letters),
-    "llm_adapters": ChoicePrompt(_llm_adapters, _sentences, _names),
+    "llm_adapters": ChoicePrompt(_llm_adapters, _llm_adapters_answers, _llm_adapters_names),
 }
 """The formats by the name that options and adapters know them by."""
 
@@ -102,6 +133,17 @@ MMLU_PROMPTS: dict[str, ChoicePrompt] = {
     "text": CHOICE_PROMPTS["cloze"],
 }
 """How MMLU asks one question, by the way of scoring it."""
+
+
+def mmlu_header(subject: str, *, listed: bool = True) -> str:
+    """Returns the line that opens a prompt of MMLU.
+
+    Args:
+        subject: Its name with underscores, such as ``high_school_physics``.
+        listed: Whether the options are listed under the questions.
+    """
+    kind = "multiple choice questions" if listed else "questions"
+    return f"The following are {kind} (with answers) about {subject.replace('_', ' ')}."
 
 
 @dataclass(frozen=True)

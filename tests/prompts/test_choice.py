@@ -4,7 +4,7 @@ from moka_pl.data import CommonsenseData, DataError, InstructionData, MixtureDat
 from moka_pl.data.formats.choice import parse_choice
 from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.prompts.choice import CHOICE_PROMPTS, resolve_prompt
-from moka_pl.prompts.templates import alpaca_prompt, llm_adapters_prompt
+from moka_pl.prompts.templates import alpaca_prompt
 
 
 def row(question="Why?", choices=("So.", "Not so."), answer=1, task="arc_easy"):
@@ -77,8 +77,7 @@ def test_llm_adapters():
 def test_the_form_is_the_corpora_s_own(task, instruction):
     answer = instruction.rsplit("/", 1)[1]
     checked = parse_choice({"instruction": instruction, "answer": answer}, task)
-    prompt = llm_adapters_prompt(checked["question"], checked["choices"], task)
-    assert prompt == alpaca_prompt(instruction)
+    assert CHOICE_PROMPTS["llm_adapters"].before(checked) == alpaca_prompt(instruction)
     assert CHOICE_PROMPTS["llm_adapters"].options(checked)[checked["answer"]].endswith(f" {answer}")
 
 

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.formats.choice import choice_features, parse_choice
 from moka_pl.data.formats.mmlu import mmlu_groups, parse_mmlu
-from moka_pl.data.reading import Parse, read_rows
+from moka_pl.data.reading import read_rows
 from moka_pl.errors import DataError
-from moka_pl.prompts.choice import CHOICE_PROMPTS, MMLU_PROMPTS
-from moka_pl.prompts.templates import mmlu_header
+from moka_pl.prompts.choice import CHOICE_PROMPTS, MMLU_PROMPTS, mmlu_header
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -98,7 +97,7 @@ def _mmlu(folder: Path, subject: str, num_fewshot: int | None) -> dict[str, Any]
         raise DataError(
             f"{shots} is missing: the worked examples come from it. Add it, or set num_fewshot to 0"
         )
-    return content | {"dataset_kwargs": {"task": subject, "files": files}}
+    return content | {"dataset_kwargs": {"task": subject, "files": files, "mmlu": True}}
 
 
 def _groups(tasks: list[str]) -> dict[str, dict[str, Any]]:
@@ -113,12 +112,15 @@ def _groups(tasks: list[str]) -> dict[str, dict[str, Any]]:
     return {name: {"group": name, "task": members, **shared} for name, members in groups.items()}
 
 
-def choice_splits(task: str, files: dict[str, str], **metadata: Any) -> "dict[str, Dataset]":
-    """Returns the splits of a multiple-choice task.
+def choice_splits(
+    task: str, files: dict[str, str], mmlu: bool = False, **metadata: Any
+) -> "dict[str, Dataset]":
+    """Returns the splits of a task, read and parsed as in training.
 
     Args:
-        task: The task's name, for records that do not name one.
-        files: File of every split, in a format of multiple-choice questions.
+        task: The task's name, for records that do not name one, or the subject of MMLU.
+        files: File of every split.
+        mmlu: Whether the files are MMLU's.
         **metadata: What lm_eval adds for such functions; not needed.
 
     Returns:
@@ -127,28 +129,7 @@ def choice_splits(task: str, files: dict[str, str], **metadata: Any) -> "dict[st
     Raises:
         DataError: A file cannot be used.
     """
-    return _splits(parse_choice, task, files)
-
-
-def mmlu_splits(task: str, files: dict[str, str], **metadata: Any) -> "dict[str, Dataset]":
-    """Returns the splits of an MMLU subject from CSV files.
-
-    Args:
-        task: The subject.
-        files: File of every split, with the columns question, choice0 … choice3, answer.
-        **metadata: What lm_eval adds for such functions; not needed.
-
-    Returns:
-        As ``choice_splits``.
-
-    Raises:
-        DataError: A file cannot be used.
-    """
-    return _splits(parse_mmlu, task, files)
-
-
-def _splits(parse: Parse, task: str, files: dict[str, str]) -> "dict[str, Dataset]":
-    features = choice_features()
+    parse, features = parse_mmlu if mmlu else parse_choice, choice_features()
     rows = {split: read_rows(file, parse, features, context=task) for split, file in files.items()}
     # lm_eval hashes whole records: a path in them would make the hash another on every machine.
     return {split: read.select_columns(["question", "choices", "answer"]) for split, read in rows.items()}

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,7 @@ _LIBRARIES = ("lm_eval", "torch", "transformers", "bitsandbytes", "datasets")
 
 
 def results_path(output: Path | None, folder: Path) -> Path:
-    """Where the results go; checked before anything is computed.
+    """Returns where the results go; checked before anything is computed.
 
     Args:
         output: A file, or a folder that exists already; None takes ``folder``.
@@ -61,23 +62,21 @@ def write_results(results: Mapping[str, Any], path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of those that the numbers depend on."""
-    found = {"moka_pl": __version__}
+    """Returns the versions of this package and of those that the numbers depend on."""
+    known = {"moka_pl": __version__}
     for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            known[name] = version(name)
+    return known
 
 
 def weights_fingerprint(adapter: Path) -> str:
-    """A hash of an adapter's weights (16 hexadecimal digits): results stay tied to the very weights."""
+    """Returns a hash of an adapter's weights, 16 hexadecimal digits, which ties results to them."""
     return sha256((adapter / WEIGHTS_NAME).read_bytes()).hexdigest()[:16]
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results as a table to read; tasks stand under their groups."""
+    """Returns the results as a table to read; tasks stand under their groups."""
     from lm_eval.utils import make_table
 
     return str(make_table(results)).strip()

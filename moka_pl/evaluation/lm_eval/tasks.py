@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,7 @@ from moka_pl.utils import silenced
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-
-# The library lm_eval: whether it is there, and its talk at times when it has nothing to tell.
+_NEAR, _LISTED = 5, 30
 
 
 def require_lm_eval() -> None:
@@ -34,16 +34,11 @@ def require_lm_eval() -> None:
 
 
 def silenced_lm_eval() -> AbstractContextManager[None]:
-    """Without lm_eval's warnings (that a task is local, that a model is built already)."""
+    """Silences lm_eval's warnings (that a task is local, that a model is built already)."""
     return silenced("lm_eval", below=logging.ERROR)
 
 
-# From the names that a user gives to lm_eval's tasks, with their data read.
-
-
-_NEAR, _LISTED = 5, 30
-
-
+@dataclass(frozen=True)
 class Selection:
     """Tasks that are ready to run.
 
@@ -53,10 +48,9 @@ class Selection:
         manager: A manager of lm_eval's, which its functions ask for.
     """
 
-    def __init__(self, names: list[str], tasks: list[Any], manager: "TaskManager") -> None:
-        self.names = names
-        self.tasks = tasks
-        self.manager = manager
+    names: list[str]
+    tasks: list[Any]
+    manager: "TaskManager"
 
 
 def select_tasks(
@@ -66,8 +60,8 @@ def select_tasks(
 
     Args:
         wanted: Names of tasks or groups, or patterns such as ``mmlu_*``.
-        data: A folder of local data, see :mod:`moka_pl.evaluation.lm_eval.local_data`. Its tasks take the
-            place of tasks of lm_eval of the same name.
+        data: A folder of local data, see ``local_data``. Its tasks take the place of
+            tasks of lm_eval of the same name.
         num_fewshot: Worked examples before every question; None takes each task's own number.
 
     Raises:
@@ -84,27 +78,26 @@ def select_tasks(
     with tempfile.TemporaryDirectory(prefix="moka_pl-tasks-") as folder, silenced_lm_eval():
         write_task_files(local, Path(folder))
         ours = TaskManager(include_path=folder, include_defaults=False)
-        found = [pair for name in wanted for pair in _match(name, ours, local)]
-        managers = dict(found)
+        managers = dict(pair for name in wanted for pair in _match(name, ours, local))
         return Selection(list(managers), _load(managers), ours)
 
 
 @cache
-def _own_tasks() -> "TaskManager":
-    """The manager of the tasks that come with lm_eval; looking through their thousands takes seconds."""
+def _library_tasks() -> "TaskManager":
+    """Returns the manager of lm_eval's tasks; looking through their thousands takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def _match(name: str, ours: "TaskManager", local: dict[str, Any]) -> list[tuple[str, "TaskManager"]]:
-    """The tasks that a name or pattern means, each with the manager that loads it."""
-    if found := ours.match_tasks([name]):
-        return [(task, ours) for task in found]
-    if found := _own_tasks().match_tasks([name]):
-        return [(task, _own_tasks()) for task in found]
+    """Returns the tasks that a name or pattern means, each with the manager that loads it."""
+    if matched := ours.match_tasks([name]):
+        return [(task, ours) for task in matched]
+    if matched := _library_tasks().match_tasks([name]):
+        return [(task, _library_tasks()) for task in matched]
     near = difflib.get_close_matches(name, local, _NEAR, 0.5) or difflib.get_close_matches(
-        name, _own_tasks().all_tasks, _NEAR
+        name, _library_tasks().all_tasks, _NEAR
     )
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     raise ConfigError(f"there is no task named {name!r}{hint}{_listing(local)}")
@@ -123,21 +116,20 @@ def _load(managers: "dict[str, TaskManager]") -> list[Any]:
     chosen_by: dict[str, str] = {}
     for name, manager in managers.items():
         try:
-            found = manager.load([name])
+            content = manager.load([name])
         except MokaError:
             raise
-        except (
-            Exception
-        ) as error:  # the hub's client, `datasets` and tasks of others raise whatever they like
+        # The hub's client, `datasets` and tasks of others raise whatever they like.
+        except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ConfigError(
                 f"the task {name} of lm_eval cannot be loaded: {reason}. Connect to the network, or give "
                 "local data by --data"
             ) from error
-        for task in found["tasks"]:
+        for task in content["tasks"]:
             if task in chosen_by:
                 raise ConfigError(f"the task {task} is asked for twice: by {chosen_by[task]} and by {name}")
             chosen_by[task] = name
-        groups = found.get("groups", {})
-        loaded += [groups[name]] if name in groups else found["tasks"].values()
+        groups = content.get("groups", {})
+        loaded += [groups[name]] if name in groups else content["tasks"].values()
     return loaded

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from moka_pl.errors import DataError
-from moka_pl.evaluation.lm_eval.local_data import choice_splits, mmlu_splits
+from moka_pl.evaluation.lm_eval.local_data import choice_splits
 
 
 def test_questions_of_both_forms(questions: Path) -> None:
@@ -19,7 +19,8 @@ def test_questions_of_both_forms(questions: Path) -> None:
 
 
 def test_questions_of_mmlu(mmlu: Path) -> None:
-    rows = mmlu_splits("astronomy", {"test": str(mmlu / "test" / "astronomy_test.csv")})["test"]
+    files = {"test": str(mmlu / "test" / "astronomy_test.csv")}
+    rows = choice_splits("astronomy", files, mmlu=True)["test"]
     assert rows["answer"][:] == [0, 1, 2, 3]
     assert rows[1] == {
         "question": 'test, "1": how many astronomy?',
@@ -32,4 +33,4 @@ def test_rows_of_no_use(mmlu: Path) -> None:
     file = mmlu / "test" / "astronomy_test.csv"
     file.write_text(file.read_text(encoding="utf-8").replace("two", ""), encoding="utf-8")
     with pytest.raises(DataError, match=r"astronomy_test\.csv, line 2: choice 2 of 4 is empty"):
-        mmlu_splits("astronomy", {"test": str(file)})
+        choice_splits("astronomy", {"test": str(file)}, mmlu=True)
