@@ -222,8 +222,13 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
     remedy = "It was made for other target_modules, components or filters, or for another base model"
     check_tensors(state, adapter_state(model), source, remedy)
     method = method_in(model)
-    if method is not None:
-        method.load_state(model, dict(state))
+    if method is None:
+        return
+    method.copy_state(model, dict(state))
+    for layer in method.layers(model).values():
+        if layer.merged_layer is not None:  # what was folded in is out of date
+            layer.unmerge()
+            layer.merge()
 
 
 def check_tensors(

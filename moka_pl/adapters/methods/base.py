@@ -1,42 +1,127 @@
-"""What every kind of adapter must be able to do."""
+"""What every adapter method must be able to do."""
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from moka_pl.adapters.injection import replace_module
 
-class AdapterMethod(Protocol):
-    """One way to adapt a model: MoKA, a method of PEFT, or training the base itself.
+
+class AdaptedLayer(Protocol):
+    """A frozen layer with an adapter beside it.
 
     Attributes:
-        kind: The method's name on disk, ``peft_type`` in ``adapter_config.json``.
-        title: Its name for people.
+        enabled: Whether the adapter is applied; without it the layer is the frozen one.
     """
 
+    enabled: bool
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The frozen layer."""
+
+    @property
+    def merged_layer(self) -> nn.Linear | None:
+        """The dense layer that stands for both; None where they are not merged."""
+
+    def merge(self) -> None:
+        """Folds the update into a dense copy of the weight."""
+
+    def unmerge(self) -> None:
+        """Drops the dense copy."""
+
+
+class AdapterMethod(ABC):
+    """One way to adapt a model: MoKA, a method of PEFT, or training the base itself.
+
+    A new one is a subclass in a file of its own, and a name in ``METHODS`` of
+    :mod:`moka_pl.adapters.methods.registry`.
+
+    Args:
+        config: The method's configuration.
+
+    Attributes:
+        config_type: Class of the configuration, a dataclass whose fields are stored by their names.
+        kind: The method's name on disk, ``peft_type`` in ``adapter_config.json``.
+        title: Its name for people.
+        keeps_base: Whether the base stays frozen, so that one can go back to it.
+    """
+
+    config_type: ClassVar[type[Any]]
     kind: str
     title: str
+    keeps_base: ClassVar[bool] = True
 
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @classmethod
+    def accepts(cls, config: Any) -> bool:
+        """Whether a configuration is one of this method."""
+        return isinstance(config, cls.config_type)
+
+    @classmethod
+    def read_config(cls, stored: Mapping[str, Any]) -> Any | None:
+        """Builds a configuration from ``adapter_config.json``; None where that is of another method.
+
+        Raises:
+            AdapterError: If something that the method needs is not installed.
+        """
+        if stored["peft_type"] != cls.kind:
+            return None
+        return cls.config_type(
+            **{f.name: stored[f.name] for f in fields(cls.config_type) if f.name in stored}
+        )
+
+    @classmethod
+    def in_model(cls, model: nn.Module) -> Self | None:
+        """Returns this method where it adapted the model, of whatever options; else None."""
+        return cls(cls.config_type()) if cls.layers(model) else None
+
+    @classmethod
+    @abstractmethod
+    def layers(cls, model: nn.Module) -> Mapping[str, AdaptedLayer]:
+        """Returns the adapted layers by name, in model order."""
+
+    @abstractmethod
     def inject(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """Freezes the model and puts trainable tensors of ``dtype`` in; returns the adapted modules' names.
 
         Raises:
             AdapterError: If this model cannot be adapted in this way.
         """
-        ...
 
+    @abstractmethod
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The trained tensors of an injected model by their names on disk, detached."""
-        ...
+        """Returns the trained tensors of an injected model by their names on disk, detached."""
 
-    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        """Puts tensors back that have the names and shapes of :meth:`state`."""
-        ...
-
+    @abstractmethod
     def options(self) -> dict[str, Any]:
-        """All options as plain JSON values, enough to build the configuration again."""
-        ...
+        """Returns all options as plain JSON values, enough to build the configuration again."""
 
+    @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What to tell people of the options."""
-        ...
+        """Returns what to tell people of the options."""
+
+    def copy_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Copies tensors into the model that have the names and shapes of :meth:`state`."""
+        for name, tensor in self.state(model).items():
+            tensor.copy_(state[name])
+
+    def unload(self, model: nn.Module, merge: bool) -> None:
+        """Puts the merged layers, or the frozen ones, in the place of the adapted ones."""
+        for name, layer in self.layers(model).items():
+            if merge:
+                layer.merge()
+            kept = layer.merged_layer if merge else layer.base_layer
+            assert kept is not None
+            replace_module(model, name, kept)
+
+
+def name_targets(target_modules: list[str] | str) -> str:
+    """Returns ``target_modules`` as a line of text."""
+    return target_modules if isinstance(target_modules, str) else ", ".join(target_modules)

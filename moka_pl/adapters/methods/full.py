@@ -1,12 +1,13 @@
 """Training the base itself: the ceiling that adapters are measured by."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.injection import matches
+from moka_pl.adapters.methods.base import AdapterMethod, name_targets
 from moka_pl.backbone.quantization import is_4bit
 from moka_pl.errors import AdapterError
 
@@ -29,18 +30,24 @@ class FullFineTuning:
     target_modules: list[str] | str = "all"
 
 
-class FullMethod:
-    """Full fine-tuning; see :class:`moka_pl.adapters.methods.base.AdapterMethod`.
+class FullMethod(AdapterMethod):
+    """Full fine-tuning, which has no adapters: the trained model is its own merged one."""
 
-    Args:
-        config: What to train.
-    """
-
+    config_type = FullFineTuning
+    config: FullFineTuning
     kind = "FULL"
     title = "full fine-tuning"
+    keeps_base = False
 
-    def __init__(self, config: FullFineTuning) -> None:
-        self.config = config
+    @classmethod
+    def in_model(cls, model: nn.Module) -> Self | None:
+        """Returns the method where a model remembers what was trained."""
+        return cls(FullFineTuning()) if is_trained(model) else None
+
+    @classmethod
+    def layers(cls, model: nn.Module) -> dict[str, Any]:
+        """Returns none: no layer holds an adapter."""
+        return {}
 
     def inject(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """Makes the target modules trainable."""
@@ -70,29 +77,18 @@ class FullMethod:
         setattr(model, _MARK, trained)
         return names if targets != "all" else [name for name, m in every.items() if isinstance(m, nn.Linear)]
 
-    @staticmethod
-    def state(model: nn.Module) -> dict[str, Tensor]:
-        """All trained parameters by name."""
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns all trained parameters by name."""
         parameters = dict(model.named_parameters())
         return {name: parameters[name].detach() for name in getattr(model, _MARK, [])}
 
-    @classmethod
-    def load_state(cls, model: nn.Module, state: dict[str, Tensor]) -> None:
-        """Copies the weights."""
-        for name, tensor in cls.state(model).items():
-            tensor.copy_(state[name])
-
     def options(self) -> dict[str, Any]:
-        """The configuration's fields."""
+        """Returns the configuration's fields."""
         return {"peft_type": self.kind, **asdict(self.config)}
 
     def facts(self) -> dict[str, Any]:
-        """What is trained."""
-        targets = self.config.target_modules
-        return {
-            "method": self.title,
-            "target modules": targets if isinstance(targets, str) else ", ".join(targets),
-        }
+        """Returns what is trained."""
+        return {"method": self.title, "target modules": name_targets(self.config.target_modules)}
 
 
 def is_trained(model: nn.Module) -> bool:

@@ -1,17 +1,21 @@
-"""The methods of PEFT: LoRA, rsLoRA, DoRA, LoHa, LoKr and whatever else it puts into layers."""
+"""The methods of PEFT: LoRA, rsLoRA, DoRA, LoHa, LoKr and whatever else it puts into layers.
+
+PEFT is imported only where it is used already, or asked for: it need not be installed.
+"""
 
 import copy
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from moka_pl.adapters.injection import replace_module
-from moka_pl.adapters.methods.peft_layers import peft_layers
-from moka_pl.backbone.quantization import is_4bit
+from moka_pl._compat import disable_adapters
+from moka_pl.adapters.methods.base import AdapterMethod, name_targets
+from moka_pl.backbone.quantization import is_4bit, layer_compute_dtype
 from moka_pl.errors import AdapterError, ConfigError
 
 #: PEFT's own prefix of tensor names on disk: such a folder can be read by PEFT, too.
@@ -22,8 +26,8 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
 _PASSING = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
 
 
-class PeftMethod:
-    """A method of PEFT; see :class:`moka_pl.adapters.methods.base.AdapterMethod`.
+class PeftMethod(AdapterMethod):
+    """A method of PEFT.
 
     Args:
         config: A configuration of PEFT's, such as ``peft.LoraConfig``.
@@ -43,9 +47,42 @@ class PeftMethod:
             raise ConfigError(
                 f"{type(config).__name__} adapts the prompt; only methods of PEFT that adapt layers are taken"
             )
-        self.config = config
+        super().__init__(config)
         self.kind = str(getattr(config.peft_type, "value", config.peft_type))
         self.title = _title(config)
+
+    @classmethod
+    def accepts(cls, config: Any) -> bool:
+        """Whether it is a configuration of PEFT's."""
+        if "peft" not in sys.modules:
+            return False
+        from peft import PeftConfig
+
+        return isinstance(config, PeftConfig)
+
+    @classmethod
+    def read_config(cls, stored: Mapping[str, Any]) -> Any:
+        """Builds a configuration of PEFT's; what is no option of that type is left aside."""
+        kind = stored["peft_type"]
+        try:
+            from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        except ImportError as error:
+            raise AdapterError(f"{kind} needs PEFT: pip install 'moka_pl[peft]'") from error
+        config = {str(k.value): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
+        if config is None:
+            raise AdapterError(f"this version of PEFT knows no method {kind!r}; upgrade PEFT")
+        names = {field.name for field in fields(config) if field.init} - {*_PASSING, "peft_type"}
+        return config(**{name: value for name, value in stored.items() if name in names})
+
+    @classmethod
+    def in_model(cls, model: nn.Module) -> Self | None:
+        """Returns the method that PEFT remembers in the model."""
+        return cls(model.peft_config["default"]) if peft_layers(model) else None  # type: ignore[index]
+
+    @classmethod
+    def layers(cls, model: nn.Module) -> "dict[str, PeftLayer]":
+        """Returns PEFT's layers."""
+        return peft_layers(model)
 
     def inject(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """Lets PEFT wrap the target layers, with its own random start."""
@@ -64,9 +101,7 @@ class PeftMethod:
                     parameter.data = parameter.data.to(dtype)
             self._try(model)
         except Exception as error:  # PEFT and bitsandbytes raise all kinds
-            for name, layer in peft_layers(model).items():  # the model is left as it was
-                replace_module(model, name, layer.get_base_layer())
-            model.__dict__.pop("peft_config", None)
+            self.unload(model, merge=False)  # the model is left as it was
             raise AdapterError(self._refusal(error, four_bit)) from error
         finally:
             if four_bit and not marked:
@@ -76,8 +111,8 @@ class PeftMethod:
     def _try(self, model: nn.Module) -> None:
         """One token through a layer of each kind: what cannot work shows before any training."""
         kinds = set()
-        for layer in peft_layers(model).values():
-            base = layer.get_base_layer()
+        for wrapped in peft_layers(model).values():
+            layer, base = wrapped.module, wrapped.base_layer
             kind = (type(layer), type(base), getattr(base, "weight", torch.empty(0)).shape)
             if not isinstance(base, nn.Linear) or kind in kinds:
                 continue
@@ -96,63 +131,140 @@ class PeftMethod:
         return f"PEFT cannot put {self.title} into this model: {type(error).__name__}: {reason}.{remedy}"
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """What PEFT itself would save, under its own names."""
-        return {f"{_PREFIX}{name}": tensor.detach() for name, tensor in _saved(model).items()}
+        """Returns what PEFT itself would save, under its own names."""
+        from peft import get_peft_model_state_dict
 
-    def load_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        """Lets PEFT put the tensors back; merged layers are merged anew."""
+        saved: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return {f"{_PREFIX}{name}": tensor.detach() for name, tensor in saved.items()}
+
+    def copy_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Lets PEFT put the tensors back."""
         from peft import set_peft_model_state_dict
 
-        from moka_pl.adapters.methods.peft_layers import is_merged, merge_layer, unmerge_layer
-
         set_peft_model_state_dict(model, {name.removeprefix(_PREFIX): t for name, t in state.items()})
-        for name, layer in peft_layers(model).items():
-            if is_merged(layer):
-                unmerge_layer(layer)
-                merge_layer(layer, name)
+
+    def unload(self, model: nn.Module, merge: bool) -> None:
+        """Takes PEFT's layers out, and its note on them, which would make it warn of a second adapter."""
+        super().unload(model, merge)
+        model.__dict__.pop("peft_config", None)
 
     def options(self) -> dict[str, Any]:
-        """PEFT's own dictionary, with plain values."""
-        found: dict[str, Any] = json.loads(json.dumps(self.config.to_dict(), default=_plain))
-        return {name: value for name, value in found.items() if name not in _PASSING}
+        """Returns PEFT's own dictionary, with plain values."""
+        return {name: value for name, value in _plain_options(self.config).items() if name not in _PASSING}
 
     def facts(self) -> dict[str, Any]:
-        """The method, its size, and the options that are not the method's defaults."""
-        defaults = json.loads(json.dumps(type(self.config)().to_dict(), default=_plain))
-        told = {
-            n: v for n, v in self.options().items() if (v != defaults.get(n) and n != "peft_type") or n == "r"
+        """Returns the method, its size, and the options that are not the method's defaults."""
+        defaults = _plain_options(type(self.config)())
+        facts = {
+            name: value
+            for name, value in self.options().items()
+            if name == "r" or (name != "peft_type" and value != defaults.get(name))
         }
-        targets = told.pop("target_modules", None)
+        targets = facts.pop("target_modules", None)
         if targets is not None:
-            told["target modules"] = targets if isinstance(targets, str) else ", ".join(targets)
-        return {"method": self.title} | told
+            facts["target modules"] = name_targets(targets)
+        return {"method": self.title} | facts
 
 
-def peft_config(described: Mapping[str, Any]) -> Any:
-    """Builds a configuration of PEFT's from its options.
+def peft_layers(model: nn.Module) -> "dict[str, PeftLayer]":
+    """Returns all of PEFT's adapted layers by name, in model order."""
+    if "peft" not in sys.modules:
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = model.named_modules()
+    return {name: PeftLayer(name, module) for name, module in modules if isinstance(module, BaseTunerLayer)}
+
+
+class PeftLayer:
+    """A layer of PEFT's, as an :class:`moka_pl.adapters.methods.base.AdaptedLayer`.
 
     Args:
-        described: At least ``peft_type``; what is no option of that type is left aside.
-
-    Raises:
-        AdapterError: If PEFT is not installed or does not know the type.
+        name: Its name, for messages.
+        module: PEFT's module.
     """
-    try:
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    except ImportError as error:
-        raise AdapterError(f"{described['peft_type']} needs PEFT: pip install 'moka_pl[peft]'") from error
-    kind = {str(k.value): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(described["peft_type"])
-    if kind is None:
-        raise AdapterError(f"this version of PEFT knows no method {described['peft_type']!r}; upgrade PEFT")
-    names = {field.name for field in fields(kind) if field.init} - {*_PASSING, "peft_type"}
-    return kind(**{name: value for name, value in described.items() if name in names})
+
+    def __init__(self, name: str, module: Any) -> None:
+        self.name = name
+        self.module = module
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter is applied."""
+        return not self.module.disable_adapters
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        # Not PEFT's enable_adapters, which changes what requires gradients.
+        disable_adapters(self.module, not enabled)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The frozen layer."""
+        base: nn.Module = self.module.get_base_layer()
+        return base
+
+    @property
+    def merged_layer(self) -> nn.Linear | None:
+        """The dense layer that stands for both, if they are merged."""
+        forward = self.module.__dict__.get("forward")
+        return forward.dense if isinstance(forward, _MergedForward) else None
+
+    def merge(self) -> None:
+        """Lets the layer compute as one dense layer, without touching its frozen weight.
+
+        PEFT's own merging changes the frozen weight, which in four bits is rounded again and cannot be had
+        back. Every linear layer with an adapter maps x to ``W' x + b'``: W' is what it makes of the identity.
+
+        Raises:
+            AdapterError: If what it wraps is no linear layer.
+        """
+        if self.merged_layer is not None:
+            return
+        layer, base = self.module, self.base_layer
+        if not isinstance(base, nn.Linear):
+            raise AdapterError(f"{self.name} is a {type(base).__name__}; only linear layers can be merged")
+        dtype = layer_compute_dtype(base) if is_4bit(base) else base.weight.dtype
+        was_training = layer.training
+        layer.eval()
+        with torch.no_grad():
+            eye = torch.eye(base.in_features, dtype=dtype, device=base.weight.device)
+            bias = layer(eye.new_zeros(1, base.in_features))  # (1, m)
+            weight = layer(eye) - bias  # (n, m)
+        layer.train(was_training)
+        dense = nn.Linear(base.in_features, base.out_features, device="meta")
+        dense.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+        dense.bias = nn.Parameter(bias[0], requires_grad=False)
+        layer.__dict__["forward"] = _MergedForward(layer, dense, any_dtype=is_4bit(base))
+
+    def unmerge(self) -> None:
+        """Undoes :meth:`merge`."""
+        if self.merged_layer is not None:
+            del self.module.__dict__["forward"]
 
 
-def _saved(model: nn.Module) -> dict[str, Tensor]:
-    from peft import get_peft_model_state_dict
+class _MergedForward:
+    """Stands in for a layer's ``forward``."""
 
-    found: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return found
+    def __init__(self, layer: Any, dense: nn.Linear, any_dtype: bool) -> None:
+        self.layer = layer
+        self.dense = dense
+        self.any_dtype = any_dtype  # 4-bit layers take any dtype and return it
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor
+        if self.layer.disable_adapters:
+            out = type(self.layer).forward(self.layer, x, *args, **kwargs)
+        elif self.any_dtype:
+            out = self.dense(x.to(self.dense.weight.dtype)).to(x.dtype)
+        else:
+            out = self.dense(x)
+        return out
+
+
+def _plain_options(config: Any) -> dict[str, Any]:
+    options: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain))
+    return options
 
 
 def _plain(value: Any) -> Any:

@@ -1,26 +1,24 @@
-"""Which method a configuration, a model or a directory speaks of, and what all methods have in common."""
+"""All adapter methods, and what is done to a model whichever of them adapted it."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from moka_pl._compat import disable_adapters
-from moka_pl.adapters.config import MokaConfig
-from moka_pl.adapters.injection import moka_layers, replace_module
-from moka_pl.adapters.methods.base import AdapterMethod
-from moka_pl.adapters.methods.full import FullFineTuning, FullMethod, is_trained
+from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod
+from moka_pl.adapters.methods.full import FullMethod
 from moka_pl.adapters.methods.moka import MokaMethod
-from moka_pl.adapters.methods.peft_layers import merge_layer, merged_linear_of, peft_layers, unmerge_layer
+from moka_pl.adapters.methods.peft import PeftMethod
 from moka_pl.errors import AdapterError, ConfigError
+
+#: In the order in which they are asked; PEFT's take every kind that the others do not know.
+METHODS: tuple[type[AdapterMethod], ...] = (MokaMethod, FullMethod, PeftMethod)
 
 
 def method_of(config: Any) -> AdapterMethod:
-    """The method that a configuration configures.
+    """Returns the method that a configuration configures.
 
     Args:
         config: A ``MokaConfig``, a ``FullFineTuning`` or a configuration of PEFT's.
@@ -28,17 +26,9 @@ def method_of(config: Any) -> AdapterMethod:
     Raises:
         ConfigError: If it is something else.
     """
-    if isinstance(config, MokaConfig):
-        return MokaMethod(config)
-    if isinstance(config, FullFineTuning):
-        return FullMethod(config)
-    if "peft" in sys.modules:
-        from peft import PeftConfig
-
-        if isinstance(config, PeftConfig):
-            from moka_pl.adapters.methods.peft import PeftMethod
-
-            return PeftMethod(config)
+    for method in METHODS:
+        if method.accepts(config):
+            return method(config)
     raise ConfigError(
         f"adapter is a {type(config).__name__}; give a MokaConfig, a FullFineTuning or a configuration of "
         "PEFT such as peft.LoraConfig"
@@ -46,27 +36,23 @@ def method_of(config: Any) -> AdapterMethod:
 
 
 def method_in(model: nn.Module) -> AdapterMethod | None:
-    """The method by which a model was adapted; None for a plain one."""
-    if moka_layers(model):
-        return MokaMethod(MokaConfig())  # what it does to a model does not depend on the options
-    if peft_layers(model):
-        return method_of(model.peft_config["default"])  # type: ignore[index]
-    return FullMethod(FullFineTuning()) if is_trained(model) else None
+    """Returns the method by which a model was adapted; None for a plain one."""
+    return next((used for method in METHODS if (used := method.in_model(model)) is not None), None)
 
 
-def config_from(described: Mapping[str, Any]) -> Any:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Returns the adapted layers of any method by name."""
+    return {name: layer for method in METHODS for name, layer in method.layers(model).items()}
+
+
+def config_from(stored: Mapping[str, Any]) -> Any:
     """Builds a configuration from the contents of ``adapter_config.json``.
 
     Raises:
         AdapterError: If the method needs PEFT and PEFT does not know it.
     """
-    kinds: dict[str, type] = {"MOKA": MokaConfig, "FULL": FullFineTuning}
-    kind = kinds.get(described["peft_type"])
-    if kind is None:
-        from moka_pl.adapters.methods.peft import peft_config
-
-        return peft_config(described)
-    return kind(**{f.name: described[f.name] for f in fields(kind) if f.name in described})
+    configs = (method.read_config(stored) for method in METHODS)
+    return next(config for config in configs if config is not None)
 
 
 def inject_adapter(model: nn.Module, config: Any, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -84,9 +70,8 @@ def inject_adapter(model: nn.Module, config: Any, dtype: torch.dtype = torch.flo
         AdapterError: If nothing matches, a match cannot be adapted, or the model has adapters already.
         ConfigError: Where a listed filter does not fit into a layer (the message names it).
     """
-    present = [*moka_layers(model), *peft_layers(model)]
-    if present:
-        raise AdapterError(f"the model has adapters already (at {present[0]}); unload them first")
+    if present := adapted_layers(model):
+        raise AdapterError(f"the model has adapters already (at {next(iter(present))}); unload them first")
     return method_of(config).inject(model, dtype)
 
 
@@ -95,18 +80,14 @@ def merge(model: nn.Module) -> None:
 
     A fully fine-tuned model is its own merged model.
     """
-    for layer in moka_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.merge()
-    for name, other in peft_layers(model).items():
-        merge_layer(other, name)
 
 
 def unmerge(model: nn.Module) -> None:
     """Undoes :func:`merge`, bit for bit."""
-    for layer in moka_layers(model).values():
+    for layer in adapted_layers(model).values():
         layer.unmerge()
-    for other in peft_layers(model).values():
-        unmerge_layer(other)
 
 
 def unload(model: nn.Module, merge: bool = False) -> None:
@@ -119,21 +100,10 @@ def unload(model: nn.Module, merge: bool = False) -> None:
     Raises:
         AdapterError: If the base itself was trained and is wanted back.
     """
-    if is_trained(model) and not merge:
-        raise AdapterError("full fine-tuning has changed the base itself; load the base anew")
-    for name, layer in moka_layers(model).items():
-        if merge:
-            layer.merge()
-        kept = layer.merged_layer if merge else layer.base_layer
-        assert kept is not None
-        replace_module(model, name, kept)
-    others = peft_layers(model)
-    for name, other in others.items():
-        if merge:
-            merge_layer(other, name)
-        replace_module(model, name, merged_linear_of(other) if merge else other.get_base_layer())
-    if others:
-        del model.peft_config  # PEFT would warn of a second adapter
+    if not merge:
+        _check_base_is_frozen(model)
+    if (method := method_in(model)) is not None:
+        method.unload(model, merge)
 
 
 @contextmanager
@@ -143,23 +113,18 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         AdapterError: If the base itself was trained.
     """
-    if is_trained(model):
-        raise AdapterError("full fine-tuning has changed the base itself; load the base anew to compare")
-    layers = moka_layers(model).values()
-    others = peft_layers(model).values()
-    before = [layer.enabled for layer in layers]
-    # Not PEFT's enable_adapters, which changes what requires gradients.
-    hidden = [(other, other.disable_adapters, other.__dict__.pop("forward", None)) for other in others]
-    for layer in layers:
+    _check_base_is_frozen(model)
+    before = [(layer, layer.enabled) for layer in adapted_layers(model).values()]
+    for layer, _ in before:
         layer.enabled = False
-    for other in others:
-        disable_adapters(other, True)
     try:
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
+        for layer, enabled in before:
             layer.enabled = enabled
-        for other, disabled, merged in hidden:
-            disable_adapters(other, disabled)
-            if merged is not None:
-                other.__dict__["forward"] = merged
+
+
+def _check_base_is_frozen(model: nn.Module) -> None:
+    method = method_in(model)
+    if method is not None and not method.keeps_base:
+        raise AdapterError(f"{method.title} has changed the base itself; load the base anew")
