@@ -1,4 +1,4 @@
-"""Prompts: what the model reads for a record, and which parts of it are learned."""
+"""What the model reads for an instruction or a chat, and which parts of it are learned."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of the text of an example.
+    """A stretch of the text of an example.
 
     Attributes:
-        text: The piece.
+        text: The text.
         trained: Whether its tokens enter the loss.
-        end: Whether the tokenizer's end-of-sequence token follows it, trained as the piece is. Only the last
+        end: Whether the tokenizer's end-of-sequence token follows it, trained as the text is. Only the last
             segment of an example may have one.
     """
 
@@ -28,7 +28,7 @@ class Segment:
 
 
 def alpaca(row: Mapping[str, Any]) -> list[Segment]:
-    """The Alpaca prompt, then the answer and the end-of-sequence token, both trained.
+    """Returns the Alpaca prompt, then the answer and the end-of-sequence token, both trained.
 
     Args:
         row: A checked instruction row. A chat of one question and one answer is taken as instruction and
@@ -47,7 +47,7 @@ def alpaca(row: Mapping[str, Any]) -> list[Segment]:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"{row['location']}: the alpaca prompt holds one instruction and one output, but this chat "
-                f"has the messages {roles}. Use `prompt: chat`."
+                f"has the messages {roles}. Use `prompt: chat`"
             )
         instruction, output, trained = messages[0]["content"], messages[1]["content"], messages[1]["trained"]
     prompt = alpaca_prompt(instruction, context)
@@ -55,7 +55,7 @@ def alpaca(row: Mapping[str, Any]) -> list[Segment]:
 
 
 def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[Segment]:
-    """The tokenizer's chat template; every assistant turn with its end-of-turn token is trained.
+    """Returns the chat template's rendering; every assistant turn with its end-of-turn token is trained.
 
     The span of a turn is what the rendering of the messages up to and including it adds to the rendering of
     the messages before it (with the generation prompt), without the white space after the end-of-turn token.
@@ -78,31 +78,28 @@ def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[S
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     full = _render(tokenizer, turns, location, prompt=False)
     segments: list[Segment] = []
-    done = 0
+    end = 0
     for index, message in enumerate(messages):
         if not message["trained"]:
             continue
         before = _render(tokenizer, turns[:index], location, prompt=True)
         after = _render(tokenizer, turns[: index + 1], location, prompt=False)
-        if not (full.startswith(after) and after.startswith(before) and len(before) >= done):
+        if not (full.startswith(after) and after.startswith(before) and len(before) >= end):
             raise DataError(
                 f"{location}: the tokenizer's chat template renders message {index + 1} of {len(turns)} "
                 "differently when more messages follow, so it cannot be told which tokens are the answer. "
                 "Keep one assistant message per chat, mark the others with loss_weight 0, or use `prompt: "
-                "alpaca`."
+                "alpaca`"
             )
+        segments.append(Segment(full[end : len(before)], trained=False))
         end = len(before) + len(after[len(before) :].rstrip())
-        segments += [
-            Segment(full[done : len(before)], trained=False),
-            Segment(full[len(before) : end], trained=True),
-        ]
-        done = end
-    segments.append(Segment(full[done:], trained=False))
+        segments.append(Segment(full[len(before) : end], trained=True))
+    segments.append(Segment(full[end:], trained=False))
     return [segment for segment in segments if segment.text]
 
 
 def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a tokenizer without a chat template.
+    """Refuses a tokenizer without a chat template.
 
     Raises:
         DataError: It has none.
@@ -110,8 +107,8 @@ def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     if not tokenizer.chat_template:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise DataError(
-            f"The tokenizer ({name}) has no chat template, so `prompt: chat` cannot be rendered. Use "
-            "`prompt: alpaca`, or the tokenizer of the model's chat variant."
+            f"the tokenizer ({name}) has no chat template, so `prompt: chat` cannot be rendered. Use "
+            "`prompt: alpaca`, or the tokenizer of the model's chat variant"
         )
 
 
@@ -134,6 +131,6 @@ def _render(
         roles = ", ".join(turn["role"] for turn in turns) or "no message"
         raise DataError(
             f"{location}: the tokenizer's chat template refuses these messages ({roles}): {error}. Change "
-            "the order of the roles, or use `prompt: alpaca`."
+            "the order of the roles, or use `prompt: alpaca`"
         ) from error
     return str(text)

@@ -1,10 +1,12 @@
+from typing import get_args
+
 import pytest
 
 from moka_pl.data import CommonsenseData, DataError, InstructionData, MixtureData
 from moka_pl.data.formats.choice import parse_choice
 from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.prompts.choice import CHOICE_PROMPTS, resolve_prompt
-from moka_pl.prompts.templates import alpaca_prompt
+from moka_pl.prompts.templates import ChoicePromptName, alpaca_prompt
 
 
 def row(question="Why?", choices=("So.", "Not so."), answer=1, task="arc_easy"):
@@ -167,3 +169,7 @@ def test_another_prompt_is_warned_of_once():
 def test_wrong_options(options, message):
     with pytest.raises(DataError, match=message):
         CommonsenseData(**options)
+
+
+def test_every_prompt_has_its_name():
+    assert tuple(CHOICE_PROMPTS) == get_args(ChoicePromptName)

@@ -7,13 +7,10 @@ from moka_pl.errors import DataError
 
 
 def sample_path(name: str) -> Path:
-    """Where the sample file `name` lies.
+    """Returns the path of a sample file.
 
     Args:
-        name: File name with or without its suffix, for example `"chat_train"` or `"chat_train.jsonl"`.
-
-    Returns:
-        The path of the file inside the installed package.
+        name: File name with or without its suffix, for example ``"chat_train"``.
 
     Raises:
         DataError: No sample has this name.
@@ -22,5 +19,5 @@ def sample_path(name: str) -> Path:
     path = folder / f"{name.removesuffix('.jsonl')}.jsonl"
     if not path.is_file():
         known = ", ".join(sorted(sample.stem for sample in folder.glob("*.jsonl")))
-        raise DataError(f"There is no sample named {name!r}. Choose one of: {known}.")
+        raise DataError(f"there is no sample named {name!r}. Choose one of: {known}")
     return path
