@@ -1,6 +1,6 @@
 """MoKA adapters and their rivals: configuration, layers, injection into a model, and form on disk."""
 
-from moka_pl.adapters.config import KronA, MokaConfig, MokaS, MokaUngated
+from moka_pl.adapters.config import AdapterConfig, KronA, MokaConfig, MokaS, MokaUngated
 from moka_pl.adapters.directory import (
     AdapterInfo,
     BaseModel,
@@ -24,6 +24,7 @@ from moka_pl.adapters.methods.registry import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "AdapterInfo",
     "AdapterMethod",
     "BaseModel",

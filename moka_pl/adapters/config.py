@@ -1,7 +1,9 @@
-"""The configuration of a MoKA adapter."""
+"""The configuration of an adapter, and of MoKA."""
 
 import json
 import math
+import sys
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +15,25 @@ from moka_pl.ops.gating import GATINGS, Gating
 from moka_pl.ops.layout import Shape
 
 
+class AdapterConfig(ABC):
+    """What a configuration of any adapter is: one of this package's classes, or of PEFT's.
+
+    PEFT's do not derive from it, but count as if they did, once PEFT is imported.
+    """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        peft = sys.modules.get("peft")
+        counts = cls is AdapterConfig and peft is not None and issubclass(other, peft.PeftConfig)
+        return True if counts else NotImplemented
+
+
 @dataclass
-class MokaConfig:
+class MokaConfig(AdapterConfig):
     """A gated mixture of Kronecker adapters: ``y = W x + scaling · Σ_i α_i (A_i ⊗ B_i) x``.
 
     Args:

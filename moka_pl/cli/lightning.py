@@ -1,10 +1,9 @@
 """LightningCLI with this package's module, data modules, callbacks and logs."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -23,11 +22,12 @@ from moka_pl.callbacks import (
     RunSummary,
     Throughput,
 )
-from moka_pl.cli.adapter_class import module_class, named_class
 from moka_pl.cli.functions import FUNCTIONS, function_parser
+from moka_pl.cli.parser import MokaParser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.training.checkpoint import find_last
+from moka_pl.training.module import MokaModule
 from moka_pl.utils import make_folder
 
 _LOGGER = {
@@ -53,7 +53,7 @@ def build(arguments: Sequence[str]) -> "MokaCLI":
 def _make(kind: "type[MokaCLI]", arguments: Sequence[str] | None) -> "MokaCLI":
     try:
         return kind(
-            module_class(named_class(sys.argv[1:] if arguments is None else arguments)),
+            MokaModule,
             MokaDataModule,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -77,20 +77,6 @@ def _make(kind: "type[MokaCLI]", arguments: Sequence[str] | None) -> "MokaCLI":
         if cause is None:
             raise
         raise cause from None
-
-
-class MokaParser(LightningArgumentParser):
-    """Reports a wrong option without the page of usage that would hide the message."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the process with status 2."""
-        if not self.exit_on_error:  # the parser of a class inside, whose message becomes part of another
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        program = parser.prog.replace(" [options]", "")
-        print(f"{program}: error: {message}\nAll options: {program} --help", file=sys.stderr)
-        self.exit(2)
-        raise AssertionError  # exit does not return
 
 
 class MokaCLI(LightningCLI):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moka_pl._compat import leave_out_of_ddp, multiply_all_, trainer_of
 from moka_pl.adapters import (
+    AdapterConfig,
     BaseModel,
     MokaConfig,
     load_adapter_state,
@@ -40,11 +41,6 @@ if TYPE_CHECKING:
 
 # Not None: the command line's help would then list none of their options.
 _BACKBONE, _ADAPTER, _RATIOS = BackboneConfig(), MokaConfig(), LearningRateRatios()
-
-if TYPE_CHECKING:
-    Adapter = Any
-else:
-    Adapter = MokaConfig  # what the command line lists the options of; lightning_cli.py sees to other classes
 
 
 class MokaModule(EvaluatedModule):
@@ -80,7 +76,7 @@ class MokaModule(EvaluatedModule):
     def __init__(
         self,
         backbone: BackboneConfig = _BACKBONE,
-        adapter: Adapter = _ADAPTER,
+        adapter: AdapterConfig = _ADAPTER,
         adapter_path: str | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupDecay(o),

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from moka_pl.adapters.config import AdapterConfig
 from moka_pl.adapters.injection import matches
 from moka_pl.adapters.methods.base import AdapterMethod, name_targets
 from moka_pl.backbone.quantization import is_4bit
@@ -16,7 +17,7 @@ _MARK = "_moka_fully_trained"
 
 
 @dataclass
-class FullFineTuning:
+class FullFineTuning(AdapterConfig):
     """Trains the weights of an unquantised base (``quantization: none``) instead of adapters.
 
     The trained weights are kept in float32; for half-precision products choose ``trainer.precision:
@@ -28,6 +29,10 @@ class FullFineTuning:
     """
 
     target_modules: list[str] | str = "all"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain JSON values."""
+        return asdict(self)
 
 
 class FullMethod(AdapterMethod):
@@ -84,7 +89,7 @@ class FullMethod(AdapterMethod):
 
     def options(self) -> dict[str, Any]:
         """Returns the configuration's fields."""
-        return {"peft_type": self.kind, **asdict(self.config)}
+        return {"peft_type": self.kind, **self.config.to_dict()}
 
     def facts(self) -> dict[str, Any]:
         """Returns what is trained."""

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moka_pl.backbone import BackboneConfig
-from moka_pl.cli.adapter_class import module_class
+from moka_pl.cli.parser import MokaParser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.studies.compare.runs import Run, run_of
@@ -56,8 +56,7 @@ def build_module(run: Run, adapter: Path | None = None) -> ComparedModule:
         model["learning_rate_ratios"] = run.settings["learning_rate_ratios"]
     if adapter is not None:
         model["adapter_path"] = str(adapter)
-    parser = _module_parser(run.settings["adapter"].get("class_path"))
-    built = _instantiate(parser, {"model": model}, f"method {run.method}").model
+    built = _instantiate(_module_parser(), {"model": model}, f"method {run.method}").model
     assert isinstance(built, ComparedModule)
     return built
 
@@ -79,9 +78,7 @@ def backbone_of(settings: Settings) -> BackboneConfig:
     Raises:
         ConfigError: If an option is unknown or has a wrong value.
     """
-    backbone = _instantiate(
-        _module_parser(None), {"model": {"backbone": settings}}, "backbone"
-    ).model.backbone
+    backbone = _instantiate(_module_parser(), {"model": {"backbone": settings}}, "backbone").model.backbone
     assert isinstance(backbone, BackboneConfig)
     return backbone
 
@@ -129,9 +126,9 @@ def _make_trainer(options: Settings) -> Trainer:
 
 
 @cache
-def _module_parser(class_path: str | None) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(module_class(class_path, ComparedModule), "model")
+def _module_parser() -> MokaParser:
+    parser = MokaParser(exit_on_error=False)
+    parser.add_class_arguments(ComparedModule, "model")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Other methods through the command line and Lightning: parsing, training, resuming."""
+"""The option ``model.adapter``, and other methods through Lightning: parsing, training, resuming."""
 
 import subprocess
 import sys
@@ -9,11 +9,10 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from moka_pl.adapters import FullFineTuning, KronA, MokaConfig, adapter_state
+from moka_pl.adapters import AdapterConfig, FullFineTuning, MokaConfig, adapter_state
 from moka_pl.backbone import BackboneConfig
 from moka_pl.callbacks import AdapterCheckpoint, GateMonitor
-from moka_pl.cli.adapter_class import adapter_class, module_class, named_class
-from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.errors import AdapterError
 from moka_pl.inference import load_model
 from moka_pl.training.module import MokaModule
 
@@ -41,38 +40,83 @@ def write(tmp_path):
         ),
         ({"class_path": "peft.LoKrConfig", "init_args": {"alpha": 3}}, [], {"alpha": 3}),
         ({"class_path": "moka_pl.adapters.KronA"}, [], {"components": 1, "gating": "none"}),
+        ({"class_path": "MokaS"}, ["--model.adapter.components=4"], {"components": 4, "filters": "prime"}),
+        ({"class_path": "peft.LoraConfig"}, [], {"r": 8, "target_modules": None}),
         ({"class_path": "FullFineTuning"}, [], {"target_modules": "all"}),
         ({"components": 4}, ["--model.adapter.filters=square"], {"components": 4, "filters": "square"}),
+        ({"components": 4}, ["--model.adapter=KronA"], {"components": 4, "gating": "none"}),
+        (None, ["--model.adapter=KronA"], {"components": 1, "gating": "none", "scaling": 1.0}),
     ],
 )
 def test_parses(build_cli, write, adapter, options, expected):
-    found = build_cli("fit", write(adapter), *options, *DATA, "--trainer.accelerator=cpu").model.adapter
+    given = [] if adapter is None else [write(adapter)]
+    found = build_cli("fit", *given, *options, *DATA, "--trainer.accelerator=cpu").model.adapter
+    assert isinstance(found, AdapterConfig)
     assert {name: getattr(found, name) for name in expected} == expected
-    if "class_path" in adapter:
+    if adapter and "class_path" in adapter:
         assert type(found).__name__ == adapter["class_path"].rpartition(".")[2]
 
 
-def test_a_wrong_option_or_class_is_told(build_cli, write, capsys):
-    for adapter, message in [
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
         ({"class_path": "peft.LoraConfig", "init_args": {"rr": 8}}, "Option 'rr' is not accepted"),
-        ({"class_path": "peft.Nothing"}, "peft.Nothing is no configuration of an adapter"),
-        ({"class_path": "torch.nn.Linear"}, "torch.nn.Linear is no configuration of an adapter"),
-    ]:
-        with pytest.raises(SystemExit):
-            build_cli("fit", write(adapter), *DATA)
-        assert message in capsys.readouterr().err
+        ({"class_path": "peft.Nothing"}, "module 'peft' has no attribute 'Nothing'"),
+        ({"class_path": "peft.no.Such"}, "module 'peft' has no attribute 'no'"),
+        ({"class_path": "torch.nn.Linear"}, "torch.nn.Linear does not correspond to a subclass of Adapter"),
+        ({"class_path": "AdapterConfig"}, "AdapterConfig is abstract"),
+        ({"componets": 3}, "Option 'componets' is not accepted"),
+        ({"components": "many"}, "Expected a <class 'int'>. Got value: many"),
+    ],
+)
+def test_a_wrong_option_or_class_is_told_in_one_line(build_cli, write, capsys, adapter, message):
+    with pytest.raises(SystemExit) as end:
+        build_cli("fit", write(adapter), *DATA)
+    assert end.value.code == 2
+    line, hint = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert line.startswith("moka_pl fit: error: ")
+    assert hint == "All options: moka_pl fit --help"
 
 
-def test_the_named_class_is_found(write):
-    assert named_class(["fit", "--model.adapter=peft.LoraConfig"]) == "peft.LoraConfig"
-    assert named_class(["fit", "--model.adapter", "KronA"]) == "KronA"
-    assert named_class(["fit", write({"class_path": "A"}), "--model.adapter.class_path=B"]) == "B"
-    assert named_class(["fit", write({"components": 3})]) is None
-    assert adapter_class("LoraConfig") is peft.LoraConfig
-    assert adapter_class("KronA") is KronA
-    assert module_class("moka_pl.adapters.MokaConfig") is MokaModule
-    with pytest.raises(ConfigError, match="No module named"):
-        adapter_class("peft.no.Such")
+class NoPeft:
+    """Finds no PEFT, as if it were not installed."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "peft":
+            raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+
+def test_a_missing_peft_is_told_with_its_remedy(build_cli, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "peft")
+    monkeypatch.setattr(sys, "meta_path", [NoPeft, *sys.meta_path])
+    with pytest.raises(SystemExit):
+        build_cli("fit", "--model.adapter=peft.LoraConfig", *DATA)
+    assert "pip install 'moka_pl[peft]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.adapter.components=5"],
+        ["--model.adapter=KronA"],
+        ["--model.adapter=peft.LoraConfig", "--model.adapter.r=3"],
+        ["--model.adapter=FullFineTuning"],
+    ],
+    ids=lambda options: options[0].partition("=")[2],
+)
+def test_a_printed_configuration_is_read_back(build_cli, capsys, tmp_path, options):
+    with pytest.raises(SystemExit):
+        build_cli("fit", *options, *DATA, "--print_config")
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
+    first = build_cli("fit", *options, *DATA).model.adapter
+    again = build_cli("fit", f"--config={tmp_path / 'printed.yaml'}").model.adapter
+    assert again == first
+    with pytest.raises(SystemExit):
+        build_cli("fit", f"--config={tmp_path / 'printed.yaml'}", "--print_config")
+    assert capsys.readouterr().out == printed
 
 
 def test_parsing_without_a_class_needs_no_peft():

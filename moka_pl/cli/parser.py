@@ -1,0 +1,62 @@
+"""The parser of Lightning's commands: how ``model.adapter`` is read, and how mistakes are reported.
+
+``model.adapter`` names a class like every other option, ``class_path`` with ``init_args``. Without a class it
+is MoKA: ``--model.adapter.components 5`` and ``adapter: {components: 5}`` need no ``class_path``.
+"""
+
+import logging
+import re
+import warnings
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from moka_pl.adapters import MokaConfig
+
+_ADAPTER = "model.adapter"
+
+
+class MokaParser(LightningArgumentParser):
+    """Reads ``model.adapter``, and reports a wrong option in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # PEFT's own default for it, written out by the parser.
+        warnings.filterwarnings("ignore", message=".loftq_config. specified but will be ignored")
+        # Importing PEFT imports bitsandbytes, which on some CPUs asks for a package with a kernel of its own.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Leaves out the options of the default adapter.
+
+        Another class would take over their values, whatever its own defaults. The options of the class that
+        is chosen in the end are added after parsing.
+        """
+        defaults: Namespace = super().get_defaults(*args, **kwargs)
+        if _ADAPTER in defaults:
+            defaults[_ADAPTER].pop("init_args", None)
+        return defaults
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Lists MoKA's options, too, which the option of a class alone does not."""
+        text: str = super().format_help(*args, **kwargs)
+        if _ADAPTER not in self.get_defaults():
+            return text
+        moka = ArgumentParser(usage="", add_help=False)
+        moka.add_class_arguments(MokaConfig, _ADAPTER)
+        options = str(moka.format_help()).partition("\n\n")[2]
+        return f"{text}\n{options}"
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the process with status 2, without the page of usage that would hide the message."""
+        if not self.exit_on_error:  # the parser of a class inside, whose message becomes part of another
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        # A class may be given as a file, too, but nobody means one.
+        line = re.sub(r"- Expected a path but \S+ either .*? invalid - ", "", " ".join(message.split()))
+        if "No module named 'peft'" in line:
+            line += "; install it by pip install 'moka_pl[peft]'"
+        self.exit(2, f"{program}: error: {line}\nAll options: {program} --help\n")
+        raise AssertionError  # exit does not return
