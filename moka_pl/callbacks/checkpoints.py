@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl._compat import save_last_checkpoint
 from moka_pl.adapters import save_adapter
+from moka_pl.data.types import data_of
 from moka_pl.training.checkpoint import VERSION_KEY
 from moka_pl.training.module import MokaModule
 
@@ -96,7 +97,7 @@ class AdapterCheckpoint(Callback):
                 "metrics": pl_module.eval_values,
                 # Less than "step" where steps have followed the last validation.
                 "metrics_step": pl_module.eval_step,
-                "prompt": getattr(getattr(trainer, "datamodule", None), "prompt", None),
+                "prompt": data_of(trainer).prompt,
             }
             save_adapter(path, pl_module.causal_lm, pl_module.adapter, pl_module.base, extra)
         return path

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from moka_pl.data.types import data_of
 from moka_pl.evaluation.results import Counts, Results, Share, flat, macro
 from moka_pl.training.module import MokaModule
 
@@ -124,21 +125,18 @@ def _described(counts: Counts) -> dict[str, float]:
 def _about(trainer: Trainer, pl_module: MokaModule) -> dict[str, Any]:
     """The model and the data that were evaluated."""
     assert pl_module.base is not None
-    data = getattr(trainer, "datamodule", None)
+    module = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     return {
         "base": pl_module.base.name,
         "base_fingerprint": pl_module.base.fingerprint,
         "quantization": pl_module.backbone.quantization,
         "adapter": pl_module.adapter_path,
         "checkpoint": trainer.ckpt_path and str(trainer.ckpt_path),
-        "data": None if data is None else type(data).__name__,
-        "prompt": getattr(data, "prompt", None),
+        "data": None if module is None else type(module).__name__,
+        "prompt": data.prompt,
         # What was read, cut and left out; of a mixture by its parts.
-        "examples": [
-            {"split": split, **asdict(report)}
-            for part in getattr(data, "parts", [data])
-            for split, report in getattr(part, "report", {}).items()
-        ],
+        "examples": [{"split": split, **asdict(report)} for split, report in data.reports],
     }
 
 

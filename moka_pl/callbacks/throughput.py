@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moka_pl.data.types import data_of
+
 
 class Throughput(Callback):
     """Logs real tokens per second over all ranks, and the peak memory of this process or GPU.
@@ -120,9 +122,9 @@ class BatchStatistics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what became of the examples."""
-        report = getattr(getattr(trainer, "datamodule", None), "report", {}).get("train")
+        report = data_of(trainer).report.get("train")
         if report is not None and trainer.global_step == 0:
-            counts = {
+            counts: dict[str, float] = {
                 "data/examples": report.kept,
                 "data/truncated": report.truncated,
                 "data/dropped": report.dropped,

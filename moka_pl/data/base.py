@@ -1,6 +1,7 @@
-"""What all data modules have in common: options, caching, reports and loaders."""
+"""What all data modules have in common: options, splits, caching, reports and loaders."""
 
 from abc import abstractmethod
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from moka_pl._compat import rows_fingerprint
 from moka_pl.data.batching.collate import MULTIPLE, BatchRows, SharePrefix, padded
 from moka_pl.data.batching.loader import ResumableDataLoader
 from moka_pl.data.batching.report import epoch_report
@@ -18,10 +20,12 @@ from moka_pl.data.batching.samplers import (
     TokenSampler,
     TrainSampler,
 )
-from moka_pl.data.encoding.examples import Encoded, tokenizer_digest
+from moka_pl.data.encoding.examples import Encoded, Encoder, encode_rows, tokenizer_digest
 from moka_pl.data.encoding.report import EncodingReport
-from moka_pl.data.splits import warn_of_overlap
+from moka_pl.data.splits import HoldOut, warn_of_overlap
+from moka_pl.data.types import DataDefaults, HasTokenizer, ModuleProtocol
 from moka_pl.errors import DataError
+from moka_pl.prompts.choice import resolve_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,11 +39,13 @@ _SPLITS = {
     "test": ("test",),
     "predict": ("test",),
 }
-_ALL_SPLITS = ("train", "validation", "test")
+ALL_SPLITS = ("train", "validation", "test")
 
 
-class MokaDataModule(LightningDataModule):
+class MokaDataModule(DataDefaults, LightningDataModule):
     """Base of the data modules: subclasses encode splits, this class caches, reports and loads them.
+
+    What it offers to the LightningModule and the callbacks is ``moka_pl.data.types.DataModuleProtocol``.
 
     Args:
         batch_size: Examples per device and micro-batch; with packing, rows of up to max_length tokens.
@@ -60,18 +66,18 @@ class MokaDataModule(LightningDataModule):
     Attributes:
         name: Short name, part of metric names.
         streaming: Whether the training data are read while they are trained on.
+        separate_test: Whether validation and test data have nothing in common.
         prompt: Name of the prompt that the examples are written in, if there is one for all of them; trained
-            adapters keep it, so that `moka_pl generate` can ask in the same words.
+            adapters keep it, so that ``moka_pl generate`` can ask in the same words.
         share_prefix: Whether options of multiple-choice items may share their prompt's computation.
-        generated_tokens: Most tokens of a generated answer, for prompts that are evaluated so.
-        report: What became of the examples, by split (`"train"`, `"validation"`, `"test"`), once set up.
+        report: What became of the examples, by split (``"train"``, ``"validation"``, ``"test"``), once set
+            up.
     """
 
     name: str = "data"
     streaming: bool = False
-    prompt: str | None = None
+    separate_test: bool = False
     share_prefix: SharePrefix = "auto"
-    generated_tokens: int = 0
 
     def __init__(
         self,
@@ -86,10 +92,10 @@ class MokaDataModule(LightningDataModule):
         max_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        _at_least(1, batch_size=batch_size, num_proc=num_proc, eval_batch_size=eval_batch_size)
-        _at_least(1, max_tokens=max_tokens)
-        _at_least(0, num_workers=num_workers, seed=seed)
-        _at_least(2, max_length=max_length)
+        check_at_least(1, batch_size=batch_size, num_proc=num_proc, eval_batch_size=eval_batch_size)
+        check_at_least(1, max_tokens=max_tokens)
+        check_at_least(0, num_workers=num_workers, seed=seed)
+        check_at_least(2, max_length=max_length)
         self.batch_size = batch_size
         self.max_length = max_length
         self.num_workers = num_workers
@@ -107,10 +113,11 @@ class MokaDataModule(LightningDataModule):
         self._trained_prompt: str | None = None
         self._encoded_prompt: str | None = None
         self._digest: tuple[PreTrainedTokenizerBase, str] | None = None
+        self._warned_of: set[str] = set()  # prompts of adapters that are not those of the data
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks that the column `task` counts; empty for plain text."""
+        """Names of the tasks that the column ``task`` counts; empty for plain text."""
         return []
 
     @property
@@ -121,11 +128,6 @@ class MokaDataModule(LightningDataModule):
         return [] if missing else [(self.name, self.tasks)]
 
     @property
-    def task_groups(self) -> dict[str, list[str]]:
-        """Tasks that are reported together, too, by the name of the group."""
-        return {}
-
-    @property
     def prompt_key(self) -> str | None:
         """What of the prompt decides about the encoded examples."""
         return self.prompt
@@ -133,17 +135,24 @@ class MokaDataModule(LightningDataModule):
     @property
     def trained_prompt(self) -> str | None:
         """Name of the prompt that the model's adapter was trained with, as far as it is known."""
-        if self._trained_prompt is not None:
-            return self._trained_prompt
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        return getattr(module, "adapter_prompt", None)
+        module = self._lightning_module()
+        if self._trained_prompt is None and isinstance(module, ModuleProtocol):
+            return module.adapter_prompt
+        return self._trained_prompt
+
+    def _lightning_module(self) -> object:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    def _resolve_prompt(self, chosen: str | None, known: Collection[str], default: str) -> str:
+        """The chosen prompt, else that of the model's adapter, else the default."""
+        return resolve_prompt(chosen, self.trained_prompt, known, default, warned=self._warned_of)
 
     @abstractmethod
     def encode(self, split: str) -> Encoded | None:
-        """Encode a split, or take it from the cache.
+        """Encodes a split, or takes it from the cache.
 
         Args:
-            split: `"train"`, `"validation"` or `"test"`.
+            split: ``"train"``, ``"validation"`` or ``"test"``.
 
         Returns:
             The encoded rows and counts; None where there is no such split.
@@ -152,8 +161,15 @@ class MokaDataModule(LightningDataModule):
             DataError: The data cannot be used.
         """
 
+    def _encode(self, split: str, rows: "Dataset | None", encoder: Encoder, key: str) -> Encoded | None:
+        """Encodes checked rows; ``key`` names what decides on their tokens beside the encoder."""
+        if rows is None:
+            return None
+        label = f"{self.name} {split}"
+        return encode_rows(rows, encoder, key=key, label=label, num_proc=self.num_proc, digest=self.digest)
+
     def connect(self, tokenizer: "PreTrainedTokenizerBase", trained_prompt: str | None = None) -> None:
-        """Use this tokenizer; needed only without a trainer, whose module brings its own.
+        """Takes this tokenizer; needed only without a trainer, whose module brings its own.
 
         Args:
             tokenizer: A fast tokenizer.
@@ -173,14 +189,13 @@ class MokaDataModule(LightningDataModule):
             DataError: There is neither.
         """
         if self._tokenizer is None:
-            module = self.trainer.lightning_module if self.trainer is not None else None
-            tokenizer = getattr(module, "tokenizer", None)
-            if tokenizer is None:
+            module = self._lightning_module()
+            if not isinstance(module, HasTokenizer) or module.tokenizer is None:
                 raise DataError(
                     f"{type(self).__name__} has no tokenizer: the LightningModule has no `tokenizer`. "
                     "Without a trainer call `connect(tokenizer)` first."
                 )
-            self._tokenizer = tokenizer
+            self._tokenizer = module.tokenizer
         return self._tokenizer
 
     @property
@@ -191,16 +206,16 @@ class MokaDataModule(LightningDataModule):
         return self._digest[1]
 
     def prepare_data(self) -> None:
-        """Encode what the run needs once (Lightning calls this on one rank), which fills the cache."""
+        """Encodes what the run needs once (Lightning calls this on one rank), which fills the cache."""
         stage = self.trainer.state.fn if self.trainer is not None else None
         for split in self._splits(stage):
             self.encode(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the splits of a stage and report them once.
+        """Loads the splits of a stage and reports them once.
 
         Args:
-            stage: `"fit"`, `"validate"`, `"test"`, `"predict"`, or None for all.
+            stage: ``"fit"``, ``"validate"``, ``"test"``, ``"predict"``, or None for all.
         """
         if self.prompt_key != self._encoded_prompt:  # another adapter, whose own prompt is another
             self._encoded.clear()
@@ -212,7 +227,7 @@ class MokaDataModule(LightningDataModule):
             if encoded is not None:
                 self.report[split] = encoded.report
                 rank_zero_info(f"{self.name} {split}: {encoded.report}")
-        if "train" in self._splits(stage) and self._place()[0] == 0:
+        if "train" in self._splits(stage) and self._rank_and_world()[0] == 0:
             train, held = self.compared_rows()
             for rows in held:
                 warn_of_overlap(self.name, train, rows)
@@ -227,7 +242,7 @@ class MokaDataModule(LightningDataModule):
         sampler = self._train_sampler(encoded.rows["length"][:])
         rank_zero_info(f"{self.name} train: {epoch_report(sampler)}")
         return ResumableDataLoader(
-            BatchRows(encoded.rows, self._pad_id()),
+            BatchRows(encoded.rows, self.pad_id),
             sampler=sampler,
             epoch_batches=self._epoch_batches(len(sampler)),
             **self._loading(),
@@ -235,9 +250,8 @@ class MokaDataModule(LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Lets the module prepare a batch while it is on the CPU."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        prepare = getattr(module, "prepare_batch", None)
-        return batch if prepare is None else prepare(batch)
+        module = self._lightning_module()
+        return module.prepare_batch(batch) if isinstance(module, ModuleProtocol) else batch
 
     @property
     def row_length(self) -> int:
@@ -245,7 +259,7 @@ class MokaDataModule(LightningDataModule):
         return self.max_length
 
     def _train_sampler(self, lengths: list[int]) -> GlobalBatchSampler:
-        rank, world = self._place()
+        rank, world = self._rank_and_world()
         width = padded(self.row_length)
         if self.max_tokens is not None and self.max_tokens < width:
             raise DataError(
@@ -271,9 +285,8 @@ class MokaDataModule(LightningDataModule):
         """The test examples."""
         return self._eval_loader("test")
 
-    def _splits(self, stage: Any) -> tuple[str, ...]:
-        # `setup` is given the stage as text, the trainer's state holds it as an enum.
-        return _ALL_SPLITS if stage is None else _SPLITS[getattr(stage, "value", stage)]
+    def _splits(self, stage: str | None) -> tuple[str, ...]:
+        return ALL_SPLITS if stage is None else _SPLITS[stage]
 
     def _get(self, split: str) -> Encoded:
         if split not in self._encoded:
@@ -287,22 +300,24 @@ class MokaDataModule(LightningDataModule):
         if split in self._encoded and self._encoded[split] is None:
             return []
         encoded = self._get(split)
-        rank, world = self._place()
+        rank, world = self._rank_and_world()
         rows = encoded.rows
-        share = self.share_prefix == "auto" and "shared" in rows.column_names
-        length, slots = ("shared", "shared") if share else ("length", "slots")
-        sampler = EvalSampler(rows[length][:], self.eval_batch_size, world, rank, slots=rows[slots][:])
-        batches = BatchRows(rows, self._pad_id(), self.share_prefix)
+        share = self.share_prefix == "auto" and "shared_tokens" in rows.column_names
+        length, size = ("shared_tokens", "shared_tokens") if share else ("length", "padded_tokens")
+        sampler = EvalSampler(rows[length][:], self.eval_batch_size, world, rank, padded_tokens=rows[size][:])
+        batches = BatchRows(rows, self.pad_id, self.share_prefix)
         return DataLoader(batches, sampler=sampler, generator=torch.Generator(), **self._loading())
 
     def _loading(self) -> dict[str, Any]:
         return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
 
-    def _place(self) -> tuple[int, int]:
+    def _rank_and_world(self) -> tuple[int, int]:
         """This rank and the number of ranks."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _pad_id(self) -> int:
+    @property
+    def pad_id(self) -> int:
+        """Token id of the padding."""
         pad = self.tokenizer.pad_token_id
         # Any id will do: neither attention nor the loss sees it.
         return 0 if pad is None else int(pad)
@@ -314,7 +329,69 @@ class MokaDataModule(LightningDataModule):
         return limit if isinstance(limit, int) else int(total * limit) if limit < 1.0 else None
 
 
-def _at_least(least: int, **options: int | None) -> None:
+class SplitDataModule(MokaDataModule):
+    """Base of data modules whose evaluation data are of their own, or a share of the training data.
+
+    Args:
+        validation_share: Share of the examples to hold out where there are no evaluation data; 0 trains
+            without validation. Which ones depends on the data alone, not on the seed.
+        separate_test: Validate on ``validation_share`` of the training data in any case; evaluation data then
+            serve tests only, and where there are none, as large a share again is held out for them.
+        **options: See MokaDataModule.
+    """
+
+    def __init__(self, validation_share: float = 0.05, separate_test: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._hold_out, self._hold_out_test = HoldOut(validation_share), HoldOut(validation_share)
+        if separate_test and validation_share == 0:
+            raise DataError("separate_test validates on a share: set validation_share above 0.")
+        self.validation_share = validation_share
+        self.separate_test = separate_test
+
+    @abstractmethod
+    def _shards(self, split: str) -> list[Any]:
+        """The files, or splits of hub data sets, of training or of evaluation data of their own."""
+
+    @abstractmethod
+    def _read(self, shard: Any) -> "Dataset":
+        """The checked rows of a shard."""
+
+    def _read_all(self, shards: list[Any]) -> "Dataset":
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets([self._read(shard) for shard in shards])
+
+    def _split_rows(self, split: str) -> "Dataset | None":
+        """The checked rows of a split; None where there are none."""
+        train = self._shards("train")
+        held = self._shards("validation" if split == "validation" and not self.separate_test else "test")
+        if self.separate_test:
+            rows, tests = (
+                (self._read_all(train), self._read_all(held))
+                if held
+                else self._hold_out_test(self._read_all(train))
+            )
+            return tests if split == "test" else self._hold_out(rows)[0 if split == "train" else 1]
+        if held or self.streaming or self.validation_share == 0:
+            shards = train if split == "train" else held
+            return self._read_all(shards) if shards else None
+        return self._hold_out(self._read_all(train))[0 if split == "train" else 1]
+
+    def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
+        """Training rows and the evaluation sets that are not a share of them; see the base class."""
+        if self.streaming or not self._shards("test"):
+            return None, []
+        train, *held = [self._split_rows(split) for split in ALL_SPLITS]
+        different = {rows_fingerprint(rows): rows for rows in held if rows is not None}
+        return train, list(different.values())
+
+
+def check_at_least(least: int, **options: int | None) -> None:
+    """Refuses options below the least that they may be; None passes.
+
+    Raises:
+        DataError: Naming the option.
+    """
     for name, value in options.items():
         if value is not None and value < least:
             raise DataError(f"{name} must be at least {least}, got {value}.")

@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from moka_pl.data.base import MokaDataModule
+from moka_pl.data.base import SplitDataModule
 from moka_pl.data.batching.streaming import StreamedBatches, StreamedRecords, StreamLoader
 from moka_pl.data.catalog import find_corpus
-from moka_pl.data.encoding.examples import Encoded, SegmentEncoder, adds_bos, encode_rows
+from moka_pl.data.encoding.examples import Encoded, SegmentEncoder, adds_bos
 from moka_pl.data.formats.instruction import INSTRUCTION_FIELDS, instruction_features, parse_instruction
 from moka_pl.data.formats.trees import TreePaths, join_trees
 from moka_pl.data.reading import parse_columns, read_rows
 from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Shard, Sources, as_list, find_shards
-from moka_pl.data.splits import HoldOut, ThreeParts
 from moka_pl.errors import DataError
-from moka_pl.prompts.choice import resolve_prompt
 from moka_pl.prompts.segments import alpaca, chat, require_template
 from moka_pl.prompts.templates import PromptName
 
@@ -27,16 +25,18 @@ if TYPE_CHECKING:
     from moka_pl.data.batching.loader import ResumableDataLoader
 
 
-class InstructionData(MokaDataModule):
-    """Instructions with answers and chats; which form a record has is told by its columns, record by record.
+class InstructionData(SplitDataModule):
+    """Instructions with answers and chats; the columns of each record tell which format it has.
 
-    Instructions: `instruction`, `input` (may be absent) and `output` (Alpaca), or `instruction`, `context`
-    and `response` (Dolly), or a prompt and its completion (`prompt` with `completion` or `response`,
-    `inputs` with `targets` as in FLAN). Chats: `messages`, each with `role` (system, user, assistant, tool),
-    `content` (text, or a list of parts with `type` "text" and `text` or `value`) and, if wanted,
-    `loss_weight` (0: this turn is not trained); `conversations` with `from` and `value` (ShareGPT); `text` of
-    turns "### Human: ..." and "### Assistant: ..." (Guanaco); flat messages with `message_id`, `parent_id`,
-    `role` and `text` that make up trees (OASST1). Test data are the validation data.
+    Instructions: ``instruction``, ``input`` (may be absent) and ``output`` (Alpaca), or ``instruction``,
+        ``context``
+    and ``response`` (Dolly), or a prompt and its completion (``prompt`` with ``completion`` or ``response``,
+    ``inputs`` with ``targets`` as in FLAN). Chats: ``messages``, each with ``role`` (system, user, assistant,
+    tool), ``content`` (text, or a list of parts with ``type`` "text" and ``text`` or ``value``) and, if
+    wanted, ``loss_weight`` (0: this turn is not trained); ``conversations`` with ``from`` and ``value``
+    (ShareGPT); ``text`` of turns "### Human: ..." and "### Assistant: ..." (Guanaco); flat messages with
+    ``message_id``, ``parent_id``, ``role`` and ``text`` that make up trees (OASST1). Test data are the
+    validation data.
 
     Without streaming the examples are encoded once and kept on disk, from where they are mapped into memory:
     they may be larger than the memory already. Streaming is worth it where reading and encoding everything
@@ -48,30 +48,26 @@ class InstructionData(MokaDataModule):
         path: A local .json, .jsonl, .csv or .parquet file, a folder of such files, a hub data set id, the
             name of a corpus on the hub (alpaca, alpaca_cleaned, dolly, flan, guanaco, oasst1, sharegpt,
             ultrachat), or several of these; or "sample" for the corpora that come with the package
-            (instructions and chats; with `prompt: alpaca` instructions only).
+            (instructions and chats; with ``prompt: alpaca`` instructions only).
         validation_path: The same for validation. None takes the validation (else test) files of a folder or
             the split of a named corpus; where there is none it holds a share of the training data out (of the
-            samples: takes their own held-out files).
-        validation_share: Share of the examples to hold out where there are no validation data; 0 trains
-            without validation, whatever there is. Which ones depends on the data alone, not on the seed.
+            samples: takes their own held-out files). With a validation_share of 0 None is none at all.
         split: Which split of a hub data set to train on; None takes "train", or what the named corpus calls
             it.
         prompt: "chat" renders the tokenizer's chat template and trains every assistant turn; "alpaca" writes
             the Alpaca prompt and trains the answer. None takes the prompt that the model's adapter was
             trained with, else the one that fits the named corpus, else "chat".
-        columns: Own names of columns, as field: column (`{instruction: question, output: reply}`); then only
-            these columns are read.
+        columns: Own names of columns, as field: column (``{instruction: question, output: reply}``); then
+            only these columns are read.
         tree_paths: Of message trees, "best" takes the chat of the best-ranked replies, "all" one chat for
             every last reply.
-        tree_language: Of message trees, takes those in this language (`lang`); None takes all.
-        streaming: Read and encode the training data while training. It needs `trainer.max_steps`, begins the
-            data again when they end, and holds nothing out: give a validation_path, whose data are read
+        tree_language: Of message trees, takes those in this language (``lang``); None takes all.
+        streaming: Read and encode the training data while training. It needs ``trainer.max_steps``, begins
+            the data again when they end, and holds nothing out: give a validation_path, whose data are read
             whole.
         stream_buffer: Examples per device (and worker) that are shuffled, and sorted by length, together.
-        separate_test: Validate on `validation_share` of the training data in any case; evaluation data then
-            serve tests only, and where there are none, as large a share again is held out for them.
-        **options: batch_size, max_length, num_workers, num_proc, seed, bucket, eval_batch_size, packing,
-            max_tokens (see MokaDataModule).
+        **options: validation_share and separate_test (see SplitDataModule); batch_size, max_length,
+            num_workers, num_proc, seed, bucket, eval_batch_size, packing, max_tokens (see MokaDataModule).
     """
 
     name = "instruction"
@@ -80,7 +76,6 @@ class InstructionData(MokaDataModule):
         self,
         path: Sources = "sample",
         validation_path: Sources | None = None,
-        validation_share: float = 0.05,
         split: str | None = None,
         prompt: PromptName | None = None,
         columns: dict[str, str] | None = None,
@@ -88,12 +83,9 @@ class InstructionData(MokaDataModule):
         tree_language: str | None = "en",
         streaming: bool = False,
         stream_buffer: int = 10_000,
-        separate_test: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if separate_test and not validation_share > 0:
-            raise DataError("separate_test validates on a share: set validation_share above 0.")
         if prompt not in (None, "chat", "alpaca"):
             raise DataError(f"prompt must be 'chat' or 'alpaca', got {prompt!r}.")
         if tree_paths not in ("best", "all"):
@@ -102,31 +94,25 @@ class InstructionData(MokaDataModule):
             raise DataError(
                 f"stream_buffer must be at least batch_size ({self.batch_size}), got {stream_buffer}."
             )
-        if separate_test and streaming:
+        if self.separate_test and streaming:
             raise DataError("separate_test holds training data out, which streaming: true cannot.")
         self.streaming = streaming
         self.stream_buffer = stream_buffer
         self.path = path
         self.validation_path = validation_path
-        self.validation_share = validation_share
         self.split = split
         self.columns = parse_columns(columns, INSTRUCTION_FIELDS)
         self.tree_paths = tree_paths
         self.tree_language = tree_language
         self._prompt = prompt
-        self._warned: set[str] = set()
-        self._hold_out = HoldOut(validation_share)
-        self.separate_test = separate_test
-        self._three_parts = ThreeParts(validation_share) if separate_test else None
 
     @property
     def prompt(self) -> str:  # type: ignore[override]
         """Name of the prompt: the chosen one, else the adapter's, else the one that fits the corpus."""
-        known, fitting = get_args(PromptName), fitting_prompt(self.path)
-        return resolve_prompt(self._prompt, self.trained_prompt, known, fitting, warned=self._warned)
+        return self._resolve_prompt(self._prompt, get_args(PromptName), fitting_prompt(self.path))
 
     def prepare_data(self) -> None:
-        """Encode what the run needs once; of a stream, look at the first record."""
+        """Encodes what the run needs once; of a stream, looks at the first record."""
         fits = self.trainer is None or self.trainer.state.fn == "fit"
         if self.streaming and fits:
             self._stream_length()
@@ -137,7 +123,7 @@ class InstructionData(MokaDataModule):
         """Shuffled batches; resumable in the middle of an epoch."""
         if not self.streaming:
             return super().train_dataloader()
-        rank, world = self._place()
+        rank, world = self._rank_and_world()
         batches = StreamedBatches(
             self._stream(),
             self._encoder(),
@@ -147,7 +133,7 @@ class InstructionData(MokaDataModule):
             world,
             seed=self.seed,
             bucket=self.bucket,
-            pad_id=self._pad_id(),
+            pad_id=self.pad_id,
         )
         label = f"{self.name} train"
         rank_zero_info(f"{label}: streamed; its examples are counted as they come")
@@ -175,7 +161,7 @@ class InstructionData(MokaDataModule):
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def encode(self, split: str) -> Encoded | None:
-        """Encode `"train"`, `"validation"` or `"test"` (the validation data); see the base class.
+        """Encodes ``"train"``, ``"validation"`` or ``"test"`` (the validation data); see the base class.
 
         A stream has no encoded training rows.
         """
@@ -183,13 +169,7 @@ class InstructionData(MokaDataModule):
             return None
         if self.prompt == "chat":
             require_template(self.tokenizer)  # before anything is read
-        rows = self._rows(split)
-        if rows is None:
-            return None
-        label = f"{self.name} {split}"
-        return encode_rows(
-            rows, self._encoder(), key=self.prompt, label=label, num_proc=self.num_proc, digest=self.digest
-        )
+        return self._encode(split, self._split_rows(split), self._encoder(), self.prompt)
 
     def _encoder(self) -> SegmentEncoder:
         return SegmentEncoder(
@@ -199,74 +179,49 @@ class InstructionData(MokaDataModule):
             bos=self.prompt != "chat" and adds_bos(self.tokenizer),
         )
 
-    def _rows(self, split: str) -> "Dataset | None":
-        """The checked rows of a split."""
-        train, own = self._shards("train"), self._validation_shards()
-        if self._three_parts is not None:
-            return self._three_parts(split, self._read(train), self._read(own) if own else None)
-        if own:
-            return self._read(train if split == "train" else own)
-        if self.streaming:
-            return None
-        if self.validation_share == 0:
-            return self._read(train) if split == "train" else None
-        return self._hold_out(self._read(train))[0 if split == "train" else 1]
+    def _shards(self, split: str) -> list[Shard]:
+        """What holds the training data, or the validation data; for tests the same."""
+        if split == "train":
+            return self._training_shards()
+        if self.validation_path is None:
+            # The samples' own are so few and so near that nobody means to do without them.
+            if self.path == "sample":
+                return self._samples("heldout")
+            return find_shards(self.path, "validation") if self.validation_share > 0 else []
+        if self.validation_path == "sample":
+            return self._samples("heldout")
+        sources = as_list(self.validation_path)
+        found = [find_shards(s, "validation") or find_shards(s, "train", self.split) for s in sources]
+        return [shard for shards in found for shard in shards]
 
-    def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
-        """Training rows and the evaluation set that is not a share of them; see the base class."""
-        own = [] if self.streaming else self._validation_shards()
-        return (self._read(self._shards("train")), [self._read(own)]) if own else (None, [])
-
-    def _shards(self, part: str) -> list[Shard]:
-        """What holds the training data, or the validation data that `path` itself has."""
-        if self.path == "sample":
-            return self._sample("train" if part == "train" else "heldout")
-        shards = find_shards(self.path, part, self.split if part == "train" else None)
-        if part == "train" and not shards:
+    def _training_shards(self) -> list[Shard]:
+        shards = (
+            self._samples("train") if self.path == "sample" else find_shards(self.path, "train", self.split)
+        )
+        if not shards:
             raise DataError(
                 f"{self.path} has no training data. Name its files train..., or give another path."
             )
         return shards
 
-    def _validation_shards(self) -> list[Shard]:
-        """What holds the validation data; empty where a share of the training data, or nothing, is wanted."""
-        if self.validation_path is None:
-            # The samples' own are so few and so near that nobody means to do without them.
-            wanted = self.validation_share > 0 or self.path == "sample"
-            return self._shards("validation") if wanted else []
-        if self.validation_path == "sample":
-            return self._sample("heldout")
-        shards: list[Shard] = []
-        for source in as_list(self.validation_path):
-            shards += find_shards(source, "validation") or find_shards(source, "train", self.split)
-        return shards
-
-    def _sample(self, part: str) -> list[Shard]:
+    def _samples(self, split: str) -> list[Shard]:
         kinds = ("instruction",) if self.prompt == "alpaca" else ("instruction", "chat")
-        return [Shard(sample_path(f"{kind}_{part}")) for kind in kinds]
+        return [Shard(sample_path(f"{kind}_{split}")) for kind in kinds]
 
-    def _read(self, shards: list[Shard]) -> "Dataset":
-        from datasets import concatenate_datasets
-
-        features = instruction_features()
-        gather = partial(join_trees, paths=self.tree_paths, language=self.tree_language)
-        parts = [
-            read_rows(
-                shard.source,
-                parse_instruction,
-                features,
-                split=shard.split,
-                options=shard.options,
-                columns=self.columns,
-                gather=gather,
-            )
-            for shard in shards
-        ]
-        return concatenate_datasets(parts)
+    def _read(self, shard: Shard) -> "Dataset":
+        return read_rows(
+            shard.source,
+            parse_instruction,
+            instruction_features(),
+            split=shard.split,
+            options=shard.options,
+            columns=self.columns,
+            gather=partial(join_trees, paths=self.tree_paths, language=self.tree_language),
+        )
 
 
 def fitting_prompt(path: Sources) -> PromptName:
-    """The prompt that fits the named corpora of `path`, "chat" where they disagree or there are none."""
+    """The prompt that fits the named corpora of ``path``, "chat" where they disagree or there are none."""
     corpora = [find_corpus(source) for source in as_list(path)]
     prompts = {corpus.prompt for corpus in corpora if corpus is not None}
     return prompts.pop() if len(prompts) == 1 and None not in corpora else "chat"

@@ -1,6 +1,6 @@
 """Several data modules as one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any
@@ -12,14 +12,13 @@ from torch.utils.data import DataLoader
 
 from moka_pl.data.base import EvalLoaders, MokaDataModule
 from moka_pl.data.encoding.examples import Encoded
+from moka_pl.data.encoding.report import EncodingReport
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS
 
-# How often the examples of each part of a mixture are used in an epoch.
-
 
 def check_weights(weights: Sequence[float] | None, parts: int) -> None:
-    """Refuse weights that no mixture can have.
+    """Refuses weights that no mixture can have.
 
     Raises:
         DataError: There are not as many as parts, or one is not above 0.
@@ -60,9 +59,6 @@ def repeated(size: int, count: int, seed: Sequence[int]) -> NDArray[numpy.int64]
     times, rest = divmod(count, size)
     whole = numpy.tile(numpy.arange(size, dtype=numpy.int64), times)  # (times * size,)
     return numpy.concatenate([whole, numpy.random.default_rng(list(seed)).permutation(size)[:rest]])
-
-
-# Several data modules as one.
 
 
 class MixtureData(MokaDataModule):
@@ -116,9 +112,14 @@ class MixtureData(MokaDataModule):
         return max(part.generated_tokens for part in self.parts)
 
     @property
-    def task_groups(self) -> dict[str, list[str]]:
+    def task_groups(self) -> Mapping[str, Sequence[str]]:
         """The groups of all parts."""
         return {name: tasks for part in self.parts for name, tasks in part.task_groups.items()}
+
+    @property
+    def reports(self) -> list[tuple[str, EncodingReport]]:
+        """The reports of all parts."""
+        return [report for part in self.parts for report in part.reports]
 
     @property
     def eval_sets(self) -> list[tuple[str, list[str]]]:
@@ -165,7 +166,7 @@ class MixtureData(MokaDataModule):
         ]
 
     def setup(self, stage: str | None = None) -> None:
-        """Set the parts up, then the mixture of their training rows."""
+        """Sets the parts up, then the mixture of their training rows."""
         for part in self._connected():
             part.setup(stage)
         super().setup(stage)

@@ -5,13 +5,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moka_pl.data.base import MokaDataModule
+from moka_pl.data.base import MokaDataModule, check_at_least
 from moka_pl.data.batching.collate import SharePrefix
-from moka_pl.data.encoding.examples import ChoiceEncoder, Encoded, adds_bos, encode_rows
+from moka_pl.data.encoding.choices import ChoiceEncoder
+from moka_pl.data.encoding.examples import Encoded, adds_bos
 from moka_pl.data.formats.choice import choice_features
 from moka_pl.data.formats.mmlu import mmlu_groups, parse_mmlu
 from moka_pl.data.reading import is_local, read_rows
-from moka_pl.data.splits import spread
+from moka_pl.data.splits import subsample
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import MMLU_PROMPTS, FewShot
 
@@ -24,13 +25,13 @@ Scoring = Literal["letters", "text"]
 class MmluData(MokaDataModule):
     """MMLU, for evaluation only: on its own, or as a part of a mixture beside training data.
 
-    A prompt is "The following are multiple choice questions (with answers) about SUBJECT.", the first `shots`
-    questions of the subject's dev split with their answers, and the question. Reported are every subject (as
-    the task `mmlu_SUBJECT`), the four categories (`mmlu_stem`, ...) and `mmlu`, these over all of their items
-    and, as `..._macro`, as the mean over their subjects.
+    A prompt is "The following are multiple choice questions (with answers) about SUBJECT.", the first
+    ``shots`` questions of the subject's dev split with their answers, and the question. Reported are every
+    subject (as the task ``mmlu_SUBJECT``), the four categories (``mmlu_stem``, ...) and ``mmlu``, these over
+    all of their items and, as ``..._macro``, as the mean over their subjects.
 
     Args:
-        path: A folder with `dev/SUBJECT_dev.csv` and `test/SUBJECT_test.csv` (header
+        path: A folder with ``dev/SUBJECT_dev.csv`` and ``test/SUBJECT_test.csv`` (header
             question,choice0,choice1,choice2,choice3,answer; the answer counted from 0), or a hub data set id
             whose configuration "all" has the splits dev and test.
         subjects: Names of the subjects, such as high_school_physics; None takes all that are there.
@@ -41,7 +42,7 @@ class MmluData(MokaDataModule):
         validation_limit: Most questions per subject in validation, evenly spread over the subject's test
             questions; None takes all. Tests always take all.
         share_prefix: "auto" computes what an item's options have in common once, where that takes fewer
-            slots and the model allows it; "never" scores every option whole. The scores are the same.
+            tokens and the model allows it; "never" scores every option whole. The scores are the same.
         max_length: Most tokens of a prompt with its longest option.
         **options: batch_size, num_workers, num_proc, seed, bucket, eval_batch_size (see MokaDataModule).
     """
@@ -60,12 +61,10 @@ class MmluData(MokaDataModule):
         **options: Any,
     ) -> None:
         super().__init__(max_length=max_length, **options)
-        if shots < 0:
-            raise DataError(f"shots must be at least 0, got {shots}.")
+        check_at_least(0, shots=shots)
+        check_at_least(1, validation_limit=validation_limit)
         if scoring not in ("letters", "text"):
             raise DataError(f"scoring must be 'letters' or 'text', got {scoring!r}.")
-        if validation_limit is not None and validation_limit < 1:
-            raise DataError(f"validation_limit must be at least 1, got {validation_limit}.")
         if subjects is not None and (not subjects or len(set(subjects)) < len(subjects)):
             raise DataError(f"subjects must be different names, at least one, got {subjects}.")
         self.path = path
@@ -78,7 +77,7 @@ class MmluData(MokaDataModule):
 
     @property
     def tasks(self) -> list[str]:
-        """`mmlu_SUBJECT` of every subject: those asked for, else all that are there."""
+        """``mmlu_SUBJECT`` of every subject: those asked for, else all that are there."""
         subjects = self._subjects
         if subjects is not None:
             return [f"mmlu_{subject}" for subject in subjects]
@@ -90,82 +89,81 @@ class MmluData(MokaDataModule):
         return mmlu_groups(self.tasks) | {"mmlu": self.tasks}
 
     def encode(self, split: str) -> Encoded | None:
-        """Encode `"validation"` or `"test"`; there is nothing to train on."""
+        """Encodes ``"validation"`` or ``"test"``; there is nothing to train on."""
         if split == "train":
             return None
         rows = self._rows("test")
         if split == "validation" and self.validation_limit is not None:
-            rows = spread(rows, self.validation_limit)
-        form = FewShot(self.scoring, self._solved() if self.shots else {})
+            rows = subsample(rows, self.validation_limit)
+        few_shot = FewShot(self.scoring, self._solved() if self.shots else {})
         tasks = tuple(self.tasks)
         encoder = ChoiceEncoder(
             self.tokenizer,
-            form.full,
+            few_shot.full,
             MMLU_PROMPTS[self.scoring].options,
             self.max_length,
             adds_bos(self.tokenizer),
             tasks,
-            shorter=form.shorter if self.shots else None,
+            shorter=few_shot.shorter if self.shots else None,
         )
-        digest = sha256(repr(sorted(form.solved.items())).encode()).hexdigest()
+        digest = sha256(repr(sorted(few_shot.solved.items())).encode()).hexdigest()
         key = f"mmlu {self.scoring} {tasks} {digest}"
-        label = f"{self.name} {split}"
-        return encode_rows(rows, encoder, key=key, label=label, num_proc=self.num_proc, digest=self.digest)
+        return self._encode(split, rows, encoder, key)
 
     def _solved(self) -> dict[str, list[str]]:
         """The first questions of every task's dev split with their answers."""
         solved: dict[str, list[str]] = {task: [] for task in self.tasks}
         for row in self._rows("dev"):
-            found = solved.get(row["task"])
-            if found is not None and len(found) < self.shots:
-                found.append(MMLU_PROMPTS[self.scoring].solved(row))
-        for task, found in solved.items():
-            if len(found) < self.shots:
+            questions = solved.get(row["task"])
+            if questions is not None and len(questions) < self.shots:
+                questions.append(MMLU_PROMPTS[self.scoring].solved(row))
+        for task, questions in solved.items():
+            if len(questions) < self.shots:
                 raise DataError(
-                    f"{self.path}: the dev split has {len(found)} questions of {task.removeprefix('mmlu_')}, "
-                    f"fewer than the {self.shots} shots. Lower `shots`."
+                    f"{self.path}: the dev split has {len(questions)} questions of "
+                    f"{task.removeprefix('mmlu_')}, fewer than the {self.shots} shots. Lower `shots`."
                 )
         return solved
 
-    def _rows(self, part: str) -> "Dataset":
-        """The checked questions of `"dev"` or `"test"`, of the wanted subjects only."""
-        if part not in self._read_splits:
+    def _rows(self, split: str) -> "Dataset":
+        """The checked questions of ``"dev"`` or ``"test"``, of the wanted subjects only."""
+        if split not in self._read_splits:
             local = is_local(self.path)
-            self._read_splits[part] = self._read_folder(part) if local else self._read_hub(part)
-        return self._read_splits[part]
+            self._read_splits[split] = self._read_folder(split) if local else self._read_hub(split)
+        return self._read_splits[split]
 
-    def _read_folder(self, part: str) -> "Dataset":
+    def _read_folder(self, split: str) -> "Dataset":
         from datasets import concatenate_datasets
 
         folder = Path(self.path).expanduser()
-        ending = f"_{part}.csv"
-        found = sorted(file.name.removesuffix(ending) for file in (folder / part).glob(f"*{ending}"))
-        if not found:
+        ending = f"_{split}.csv"
+        known = sorted(file.name.removesuffix(ending) for file in (folder / split).glob(f"*{ending}"))
+        if not known:
             raise DataError(
-                f"{folder} has no files {part}/SUBJECT{ending}. Give a folder with dev/SUBJECT_dev.csv and "
+                f"{folder} has no files {split}/SUBJECT{ending}. Give a folder with dev/SUBJECT_dev.csv and "
                 "test/SUBJECT_test.csv, or the id of a hub data set."
             )
-        wanted = found
-        if self._subjects is not None or part == "dev":
+        wanted = known
+        if self._subjects is not None or split == "dev":
             wanted = [task.removeprefix("mmlu_") for task in self.tasks]
-        self._refuse_unknown(wanted, found, f"{folder / part}")
-        files = [(folder / part / f"{subject}{ending}", subject) for subject in wanted]
+        self._check_known(wanted, known, f"{folder / split}")
+        files = [(folder / split / f"{subject}{ending}", subject) for subject in wanted]
         features = choice_features()
         return concatenate_datasets(
             [read_rows(file, parse_mmlu, features, context=subject) for file, subject in files]
         )
 
-    def _read_hub(self, part: str) -> "Dataset":
-        rows = read_rows(self.path, parse_mmlu, choice_features(), split=part, options={"name": "all"})
+    def _read_hub(self, split: str) -> "Dataset":
+        rows = read_rows(self.path, parse_mmlu, choice_features(), split=split, options={"name": "all"})
         if self._subjects is None:
             return rows
-        found = rows["task"][:]
-        known = sorted({task.removeprefix("mmlu_") for task in found})
-        self._refuse_unknown(self._subjects, known, f"{self.path} ({part})")
+        tasks = rows["task"][:]
+        known = sorted({task.removeprefix("mmlu_") for task in tasks})
+        self._check_known(self._subjects, known, f"{self.path} ({split})")
         wanted = set(self.tasks)
-        return rows.select([index for index, task in enumerate(found) if task in wanted])
+        return rows.select([index for index, task in enumerate(tasks) if task in wanted])
 
-    def _refuse_unknown(self, wanted: Sequence[str], known: Sequence[str], source: str) -> None:
+    def _check_known(self, wanted: Sequence[str], known: Sequence[str], source: str) -> None:
         unknown = [subject for subject in wanted if subject not in known]
         if unknown:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Split rows into a training and a held-out part by their content."""
+"""Which rows are held out, a few rows of every task, and evaluation items that were trained on."""
 
 import json
 from collections import defaultdict
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def hold_out(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
-    """Hold about `share` of the rows out.
+    """Holds about ``share`` of the rows out.
 
     Which rows are held out depends on their content alone: not on a seed, so runs with other seeds are
     compared on the same rows; and rows that are equal stay together, so nothing that was trained on is
     validated on.
 
     Args:
-        rows: Checked rows; the column `where` is no part of their content.
+        rows: Checked rows; the column ``where`` is no part of their content.
         share: Share of the rows to hold out, between 0 and 1.
 
     Returns:
@@ -67,46 +67,17 @@ class HoldOut:
         self._last: tuple[str, tuple[Dataset, Dataset]] | None = None
 
     def __call__(self, rows: "Dataset") -> tuple["Dataset", "Dataset"]:
-        """`hold_out(rows, share)`."""
+        """``hold_out(rows, share)``."""
         if self._last is None or self._last[0] != rows_fingerprint(rows):
             self._last = (rows_fingerprint(rows), hold_out(rows, self.share))
         return self._last[1]
 
 
-class ThreeParts:
-    """Training, validation and test rows that have nothing in common.
+def subsample(rows: "Dataset", limit: int) -> "Dataset":
+    """Takes at most ``limit`` rows of every task, evenly spread over its rows.
 
     Args:
-        share: Share of the rows for validation, and, where there are no test rows of their own, the same
-            share for the test.
-    """
-
-    def __init__(self, share: float) -> None:
-        self._test, self._validation = HoldOut(share), HoldOut(share)
-
-    def __call__(self, split: str, train: "Dataset", own: "Dataset | None") -> "Dataset":
-        """The rows of a split.
-
-        Args:
-            split: `"train"`, `"validation"` or `"test"`.
-            train: Rows to train on, of which a share is held out.
-            own: Test rows of their own.
-        """
-        if own is None:
-            train, own = self._test(train)
-        if split == "test":
-            return own
-        return self._validation(train)[0 if split == "train" else 1]
-
-
-# A few rows of every task.
-
-
-def spread(rows: "Dataset", limit: int) -> "Dataset":
-    """At most `limit` rows of every task, evenly spread over its rows.
-
-    Args:
-        rows: With the column `task`.
+        rows: With the column ``task``.
         limit: Most rows of a task.
 
     Returns:
@@ -122,14 +93,11 @@ def spread(rows: "Dataset", limit: int) -> "Dataset":
     return rows.select(sorted(chosen))
 
 
-# Warn of evaluation items that were trained on.
-
-
 _CHUNK = 10_000
 
 
 def warn_of_overlap(name: str, train: "Dataset | None", held: "Dataset") -> int:
-    """Warn if items of an evaluation set are also in the training data.
+    """Warns if items of an evaluation set are also in the training data.
 
     Items are the same if their texts are, whatever the case, the white space and the order of the options.
 

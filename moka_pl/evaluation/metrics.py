@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from moka_pl.data.types import ChoiceBatch
 from moka_pl.evaluation.results import Counts, Results, SetCounts
 
 TIE = 1e-5
@@ -128,7 +129,7 @@ class EvalMetrics:
         self,
         index: int,
         log_likelihood: Tensor,
-        batch: Mapping[str, Tensor],
+        batch: ChoiceBatch,
         tokens: Tensor | None = None,
         generated: Tensor | None = None,
     ) -> None:
@@ -137,8 +138,7 @@ class EvalMetrics:
         Args:
             index: Number of the set.
             log_likelihood: Of every option, shape (B,).
-            batch: With ``item``, ``task`` (-1 for fillers), ``option_chars`` and ``is_answer``, shape (B,)
-                each.
+            batch: The items; only what it tells of its B rows is looked at.
             tokens: Tokens of every option, shape (B,), for the right options' likelihood by task.
             generated: Whether the generated answer of each item is right, shape (I,).
         """

@@ -1,7 +1,6 @@
 """The part of the module that evaluates: validation, test and prediction."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from moka_pl.backbone import BackboneConfig
+from moka_pl.data.types import DataDefaults, EvalBatch, data_of
 from moka_pl.evaluation.metrics import EvalMetrics
 from moka_pl.evaluation.results import Results
 from moka_pl.evaluation.shared_prompt import can_share, fits_window, score_shared
@@ -18,8 +18,6 @@ from moka_pl.lm.scoring import TokenScores, row_sums, score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Batch = dict[str, Any]
 
 
 class EvaluatedModule(LightningModule):
@@ -57,11 +55,11 @@ class EvaluatedModule(LightningModule):
         """Begins the metrics anew."""
         self._start_metrics()
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the metrics."""
         self._evaluate(batch, dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the metrics."""
         self._evaluate(batch, dataloader_idx)
 
@@ -73,32 +71,33 @@ class EvaluatedModule(LightningModule):
         """Logs the metrics as ``test/…``."""
         self._end_metrics("test")
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Returns ``log_likelihood`` of every row's completion, and what the batch tells of the rows.
 
         For multiple choice that is ``item``, ``task``, ``is_answer`` and ``option_chars``.
         """
         scores = self._score(batch)
-        names = ("item", "task", "is_answer", "option_chars")
-        known = {key: batch[key] for key in batch if key in names}
-        return known | {"log_likelihood": -row_sums(scores, len(batch["input_ids"]))}
+        predicted: dict[str, Any] = {"log_likelihood": -row_sums(scores, len(batch["input_ids"]))}
+        if "item" in batch:
+            predicted |= {"item": batch["item"], "task": batch["task"]}
+            predicted |= {"is_answer": batch["is_answer"], "option_chars": batch["option_chars"]}
+        return predicted
 
     def _start_metrics(self) -> None:
-        data = getattr(self.trainer, "datamodule", None)
-        sets: Sequence[tuple[str, Sequence[str]]] = getattr(data, "eval_sets", None) or [("data", [])]
-        groups: dict[str, list[str]] = getattr(data, "task_groups", {})
+        data = data_of(self.trainer)
+        sets, groups = data.eval_sets or DataDefaults().eval_sets, data.task_groups
         # The next evaluation may be of other data, or on another device.
         if self._metrics is None or not self._metrics.fits(sets, self.device, groups):
             self._metrics = EvalMetrics(sets, self.device, groups)
         self._metrics.reset()
 
-    def _evaluate(self, batch: Batch, index: int) -> None:
+    def _evaluate(self, batch: EvalBatch, index: int) -> None:
         assert self._metrics is not None
         scores = self._score(batch)
         if "item" not in batch:
             tokens = scores.nll.new_tensor(scores.nll.numel())
-            counts = {name: batch[name] for name in ("words", "bytes") if name in batch}
-            self._metrics.update_loss(index, scores.nll.sum(), tokens, **counts)
+            words, size = batch.get("words", 0), batch.get("bytes", 0)
+            self._metrics.update_loss(index, scores.nll.sum(), tokens, words=words, bytes=size)
             return
         answers = batch["is_answer"][scores.row]  # (N,)
         self._metrics.update_loss(index, (scores.nll * answers).sum(), answers.sum().float())
@@ -107,12 +106,11 @@ class EvaluatedModule(LightningModule):
         tokens = torch.bincount(scores.row, minlength=options)  # (B,)
         self._metrics.update_choices(index, log_likelihood, batch, tokens, self._generate(batch))
 
-    def _score(self, batch: Batch) -> TokenScores:
+    def _score(self, batch: EvalBatch) -> TokenScores:
         """Scores the labelled tokens; of options that share a prompt, where the model can, in one row."""
-        shared = batch.get("shared")
         longest = batch["input_ids"].shape[1]
-        if shared is not None and self._can_share() and fits_window(self.causal_lm, longest):
-            return score_shared(self.causal_lm, shared)
+        if "shared" in batch and self._can_share() and fits_window(self.causal_lm, longest):
+            return score_shared(self.causal_lm, batch["shared"])
         return score_tokens(self.causal_lm, batch["input_ids"], batch["labels"])
 
     def _can_share(self) -> bool:
@@ -124,13 +122,12 @@ class EvaluatedModule(LightningModule):
                 )
         return self._shares
 
-    def _generate(self, batch: Batch) -> Tensor | None:
+    def _generate(self, batch: EvalBatch) -> Tensor | None:
         """Whether each item's generated answer is right, shape (I,); None where nothing is generated."""
         # While training goes on, the likelihoods have to do.
         if "questions" not in batch or self.trainer.state.fn == "fit":
             return None
-        data = getattr(self.trainer, "datamodule", None)
-        limit = getattr(data, "generated_tokens", 0)
+        limit = data_of(self.trainer).generated_tokens
         if limit < 1:
             return None
         found = generate_texts(self.causal_lm, self.tokenizer, **batch["questions"], max_new_tokens=limit)

@@ -3,10 +3,12 @@
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from moka_pl._compat import attention_implementation
-from moka_pl.data.batching.collate import share_prefix, shared_tensors
+from moka_pl.data.batching.collate import share_prompts
+from moka_pl.data.types import SharedPrompts
 from moka_pl.lm.architecture import decoder_inputs, sliding_window
 from moka_pl.lm.attention import VARLEN
 from moka_pl.lm.scoring import IGNORE_INDEX, TokenScores, logits_at, row_sums, score_tokens
@@ -18,27 +20,27 @@ ATTENTIONS = ("sdpa", "eager", VARLEN)
 """The implementations of attention that take a mask of any pattern."""
 
 
-def score_shared(model: "PreTrainedModel", shared: dict[str, Tensor]) -> TokenScores:
+def score_shared(model: "PreTrainedModel", shared: SharedPrompts) -> TokenScores:
     """Scores the tokens of options that stand behind their prompt in one row.
 
     Every option sees the prompt and itself, and its positions go on from the prompt's end, so that each token
     gets the score that it has in a row of its own.
 
     Args:
-        model: A causal language model for which `can_share` is true.
-        shared: Tensors of `moka_pl.data.batching.collate.shared_tensors`.
+        model: A causal language model for which ``can_share`` is true.
+        shared: The items, each with its prompt once.
 
     Returns:
-        The scores of the N tokens; `row` is the option's number in the batch.
+        The scores of the N tokens; ``row`` is the option's number in the batch.
     """
     inputs = {"input_ids": shared["input_ids"]}
     if "segments" in shared:
         inputs["position_ids"] = shared["position_ids"]
         inputs["attention_mask"] = block_mask(model, shared["segments"])
-    logits = logits_at(model, shared["place_row"], shared["place_column"], **inputs).float()  # (P, V)
-    # The first tokens of all options have one place in common, so that the normaliser is computed once.
-    place, target = shared["place"], shared["target"]
-    nll = logits.logsumexp(-1)[place] - logits[place, target]  # (N,)
+    logits = logits_at(model, shared["predictor_row"], shared["predictor_column"], **inputs).float()  # (P, V)
+    # The first tokens of all options have one predictor in common: the normaliser is computed once.
+    predictor, target = shared["predictor"], shared["target"]
+    nll = logits.logsumexp(-1)[predictor] - logits[predictor, target]  # (N,)
     return TokenScores(nll, shared["option"])
 
 
@@ -79,8 +81,8 @@ def can_share(model: "PreTrainedModel") -> bool:
     if not {"position_ids", "attention_mask"} <= decoder_inputs(model):
         return False
     prompt, options = [9, 4, 21, 12, 6, 30], [[7, 11, 13], [17, 5, 29], [3, 19, 2]]
-    rows = share_prefix([{"prompt_ids": prompt, "option_ids": options}], [False])
-    shared = {name: tensor.to(model.device) for name, tensor in shared_tensors(rows, 0).items()}
+    rows = share_prompts([{"prompt_ids": prompt, "option_ids": options}], [False], pad_id=0)
+    shared = move_data_to_device(rows, model.device)
     ids = torch.tensor([prompt + option for option in options], device=model.device)  # (3, 9)
     labels = ids.clone()
     labels[:, : len(prompt)] = IGNORE_INDEX
@@ -94,6 +96,6 @@ def can_share(model: "PreTrainedModel") -> bool:
 
 
 def fits_window(model: "PreTrainedModel", longest: int) -> bool:
-    """Whether rows of `longest` tokens lie within the model's sliding window, which a mask would replace."""
+    """Whether rows of ``longest`` tokens fit into the model's sliding window, which a mask would replace."""
     window = sliding_window(model)
     return window is None or longest <= window

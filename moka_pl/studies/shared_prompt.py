@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from moka_pl.backbone import BackboneConfig, load_backbone
@@ -117,7 +118,7 @@ def score(model: Any, batch: dict[str, Any], device: str) -> Tensor:
         device: Where the model lies.
     """
     if "shared" in batch:
-        scores = score_shared(model, {name: tensor.to(device) for name, tensor in batch["shared"].items()})
+        scores = score_shared(model, move_data_to_device(batch["shared"], torch.device(device)))
     else:
         scores = score_tokens(model, batch["input_ids"].to(device), batch["labels"].to(device))
     return -row_sums(scores, len(batch["input_ids"])).cpu()

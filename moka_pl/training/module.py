@@ -23,8 +23,9 @@ from moka_pl.adapters import (
 )
 from moka_pl.adapters.directory import check_base, read_adapter_state
 from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
+from moka_pl.data.types import Batch, data_of
 from moka_pl.errors import ConfigError
-from moka_pl.evaluation.module import Batch, EvaluatedModule
+from moka_pl.evaluation.module import EvaluatedModule
 from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
 from moka_pl.lm.scoring import score_tokens
@@ -219,7 +220,7 @@ class MokaModule(EvaluatedModule):
 
     def on_fit_start(self) -> None:
         """Prepares for packed batches, and warns of a trainer precision that would round the adapters."""
-        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+        if data_of(self.trainer).packing:
             self._prepare_packing()
         if self.trainer.precision in ("bf16-true", "16-true"):
             rank_zero_warn(
@@ -260,7 +261,9 @@ class MokaModule(EvaluatedModule):
         """Adds the batch in a size that can be recorded; on a GPU the GPU would have to be waited for."""
         if self._capture is None or self._capture.unsupported_reason is not None:
             return batch
-        return batch if "position_ids" in batch or "fixed" in batch else {**batch, "fixed": fix_size(batch)}
+        if "position_ids" in batch or "item" in batch or "fixed" in batch:
+            return batch
+        return {**batch, "fixed": fix_size(batch)}
 
     def _set_schedule(self) -> None:
         """Tells the schedule the number of steps.

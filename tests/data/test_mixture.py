@@ -175,7 +175,7 @@ def weighted(tokenizer, write_jsonl, weights, sizes=(40, 10), rank=0, world=1, *
         path = write_jsonl(f"{letter}.jsonl", rows)
         parts.append(InstructionData(path, validation_share=0, prompt="alpaca"))
     mixture = MixtureData(parts, weights, batch_size=4, **options)
-    mixture._place = lambda: (rank, world)
+    mixture._rank_and_world = lambda: (rank, world)
     mixture.connect(tokenizer)
     mixture.prepare_data()
     mixture.setup("fit")

@@ -3,11 +3,10 @@ import json
 import pytest
 
 from moka_pl.data import CommonsenseData, DataError, InstructionData
-from moka_pl.data.splits import ThreeParts
 
 
 def rows(data, split):
-    return {json.dumps({k: v for k, v in row.items() if k != "location"}) for row in data._rows(split)}
+    return {json.dumps({k: v for k, v in row.items() if k != "location"}) for row in data._split_rows(split)}
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -38,4 +37,3 @@ def test_it_needs_a_share():
             kind(separate_test=True, validation_share=0)
     with pytest.raises(DataError, match="streaming"):
         InstructionData(separate_test=True, streaming=True)
-    assert callable(ThreeParts(0.1))

@@ -108,12 +108,12 @@ def test_a_neighbours_tokens_change_nothing(tiny_llama):
     assert before[0] != after[0]
 
 
-def test_single_tokens_take_no_slots(tiny_llama):
+def test_single_tokens_take_no_room(tiny_llama):
     letters = [item([5, 9, 2, 8, 1], [[7], [8], [9], [10]]), item([3, 1], [[7], [8], [9], [10]])]
     shared = collate_choices(letters, [False, False], 0, "auto")["shared"]
     assert "segments" not in shared
     assert shared["input_ids"].shape == (2, 8)
-    assert len(shared["place_row"]) == 2  # one row of logits an item
+    assert len(shared["predictor_row"]) == 2  # one row of logits an item
     alone, together = both(tiny_llama, letters)
     torch.testing.assert_close(together, alone)
 

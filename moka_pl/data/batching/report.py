@@ -15,7 +15,7 @@ class EpochReport:
         rows: Rows of all batches.
         examples: Examples in them.
         tokens: Tokens of the examples.
-        slots: Tokens with the padding.
+        padded_tokens: Tokens with the padding.
         widest: Tokens of the widest row, with its padding.
     """
 
@@ -23,33 +23,34 @@ class EpochReport:
     rows: int
     examples: int
     tokens: int
-    slots: int
+    padded_tokens: int
     widest: int
 
     @property
     def padding_share(self) -> float:
         """Share of the tokens that are padding."""
-        return 1 - self.tokens / self.slots if self.slots else 0.0
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     def __str__(self) -> str:
         rows = f" packed into {self.rows:,} rows" if self.rows < self.examples else ""
         return (
             f"{self.examples:,} examples{rows} in {self.batches:,} batches an epoch, rows of up to "
-            f"{self.widest:,} tokens, {100 * self.padding_share:.1f}% of all {self.slots:,} tokens padding"
+            f"{self.widest:,} tokens, {100 * self.padding_share:.1f}% of all {self.padded_tokens:,} tokens "
+            "padding"
         )
 
 
 def epoch_report(sampler: GlobalBatchSampler) -> EpochReport:
     """Counts what the batches of a sampler's current epoch will hold (fillers left aside)."""
     batches = sampler.global_batches()
-    rows = slots = widest = 0
+    rows = padded_tokens = widest = 0
     for batch in batches:
         lengths = sampler.row_lengths(batch)
         rows += len(lengths)
         for rank in range(min(sampler.num_replicas, len(lengths))):
             share = lengths[rank :: sampler.num_replicas]
             width = padded(max(share))
-            slots += width * len(share)
+            padded_tokens += width * len(share)
             widest = max(widest, width)
     examples, tokens = len(sampler.lengths), int(sampler.lengths.sum())
-    return EpochReport(len(batches), rows, examples, tokens, slots, widest)
+    return EpochReport(len(batches), rows, examples, tokens, padded_tokens, widest)

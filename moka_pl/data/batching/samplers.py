@@ -1,8 +1,8 @@
 """Which examples stand in which batch, the same whatever the number of ranks.
 
-The samplers subclass `DistributedSampler`, so that Lightning neither replaces nor wraps them and tells them
-the epoch, but they yield whole batches: lists of indices. A `DataLoader(batch_size=None, sampler=...)` hands
-such a list to the data set's `__getitem__`.
+The samplers subclass ``DistributedSampler``, so that Lightning neither replaces nor wraps them and tells them
+the epoch, but they yield whole batches: lists of indices. A ``DataLoader(batch_size=None, sampler=...)``
+hands such a list to the data set's ``__getitem__``.
 """
 
 import math
@@ -22,16 +22,16 @@ Indices = NDArray[numpy.int64]
 
 
 def filler(index: int) -> int:
-    """The index that stands for row `index` with all of its labels masked; its own inverse."""
+    """The index that stands for row ``index`` with all of its labels masked; its own inverse."""
     return -1 - index
 
 
 class GlobalBatchSampler(DistributedSampler[list[Any]]):
     """Forms global batches and yields this rank's share of each.
 
-    A global batch holds `batch_size * num_replicas` examples; rank r takes elements r, r + num_replicas, ...
-    of it. Shares of the last, incomplete batch are filled up with `filler` indices, so that all ranks yield
-    equally many batches of equal sizes and no example counts twice.
+    A global batch holds ``batch_size * num_replicas`` examples; rank r takes elements r, r + num_replicas,
+    ... of it. Shares of the last, incomplete batch are filled up with ``filler`` indices, so that all ranks
+    yield equally many batches of equal sizes and no example counts twice.
 
     Args:
         lengths: Length of every example (tokens).
@@ -88,6 +88,11 @@ class GlobalBatchSampler(DistributedSampler[list[Any]]):
         """A row that fills a share of this global batch up: its shortest example, which costs the least."""
         return filler(int(batch[self.lengths[batch].argmin()]))
 
+    def _shuffled(self) -> tuple[numpy.random.Generator, Indices]:
+        """The generator of this epoch, and all examples in its order."""
+        random = numpy.random.default_rng([self.seed, self.epoch])
+        return random, random.permutation(len(self.lengths))
+
     def _cut(self, order: Indices) -> list[Indices]:
         return [order[start : start + self.global_size] for start in range(0, len(order), self.global_size)]
 
@@ -96,11 +101,11 @@ class TrainSampler(GlobalBatchSampler):
     """Shuffled batches; every epoch has its own order, which depends on seed, epoch and lengths only.
 
     Args:
-        *args: As for `GlobalBatchSampler`.
+        *args: As for ``GlobalBatchSampler``.
         bucket: Put examples of similar length together: the shuffled examples are cut into mega-batches of 50
             global batches, each of these is sorted by length and cut into global batches, and the order of
             all global batches is shuffled.
-        **kwargs: As for `GlobalBatchSampler`.
+        **kwargs: As for ``GlobalBatchSampler``.
     """
 
     def __init__(self, *args: Any, bucket: bool = True, **kwargs: Any) -> None:
@@ -109,8 +114,7 @@ class TrainSampler(GlobalBatchSampler):
 
     def global_batches(self) -> list[Indices]:
         """All global batches of the current epoch, the same on every rank."""
-        random = numpy.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))
+        random, order = self._shuffled()
         if not self.bucket:
             return self._cut(order)
         size = MEGA * self.global_size
@@ -125,26 +129,24 @@ class EvalSampler(GlobalBatchSampler):
     """Every example once, the largest first: what does not fit into memory shows at once.
 
     Args:
-        *args: As for `GlobalBatchSampler`.
-        slots: Tokens an example takes in a batch, where that is more than its length (the padded rows of a
-            multiple-choice item). Batches hold examples of similar length, and those with most slots come
-            first.
-        **kwargs: As for `GlobalBatchSampler`.
+        *args: As for ``GlobalBatchSampler``.
+        padded_tokens: Tokens an example takes in a batch, where that is more than its length (the padded rows
+            of a multiple-choice item). Batches hold examples of similar length, and those with most padded
+            tokens come first.
+        **kwargs: As for ``GlobalBatchSampler``.
     """
 
-    def __init__(self, *args: Any, slots: Sequence[int] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, padded_tokens: Sequence[int] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.slots = self.lengths if slots is None else numpy.asarray(slots, dtype=numpy.int64)
+        sizes = self.lengths if padded_tokens is None else padded_tokens
+        self.padded_tokens = numpy.asarray(sizes, dtype=numpy.int64)
 
     def global_batches(self) -> list[Indices]:
         """All global batches, the same on every rank and in every epoch."""
         batches = self._cut(numpy.argsort(-self.lengths, kind="stable"))
         full = len(self.lengths) // self.global_size
-        largest_first = sorted(batches[:full], key=lambda batch: -int(self.slots[batch].sum()))
+        largest_first = sorted(batches[:full], key=lambda batch: -int(self.padded_tokens[batch].sum()))
         return largest_first + batches[full:]
-
-
-# Batches of similar lengths that hold as many examples as fit into a number of tokens.
 
 
 class TokenSampler(GlobalBatchSampler):
@@ -157,10 +159,9 @@ class TokenSampler(GlobalBatchSampler):
     Args:
         lengths: Length of every example (tokens).
         max_tokens: Most tokens of a batch per rank, padding included.
-        num_replicas: Number of ranks.
-        rank: This rank, from 0.
-        seed: Seed of the shuffling, 0 or above.
+        *args: Ranks and seed as for ``GlobalBatchSampler``.
         multiple: Batches are padded to a multiple of this many tokens.
+        **kwargs: The same.
 
     Raises:
         ValueError: If an example is longer than a batch may be.
@@ -170,12 +171,11 @@ class TokenSampler(GlobalBatchSampler):
         self,
         lengths: Sequence[int],
         max_tokens: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 0,
+        *args: Any,
         multiple: int = 1,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(lengths, 1, num_replicas, rank, seed)
+        super().__init__(lengths, 1, *args, **kwargs)
         self._widths = -(-self.lengths // multiple) * multiple
         descending = numpy.sort(self._widths)[::-1]
         if len(descending) and descending[0] > max_tokens:
@@ -186,7 +186,7 @@ class TokenSampler(GlobalBatchSampler):
         start = 0
         while start < len(descending):
             self._cuts.append(start)
-            start += num_replicas * (max_tokens // int(descending[start]))
+            start += self.num_replicas * (max_tokens // int(descending[start]))
 
     def __len__(self) -> int:
         """Number of batches of an epoch, for every rank and in every epoch."""
@@ -194,28 +194,24 @@ class TokenSampler(GlobalBatchSampler):
 
     def global_batches(self) -> list[Indices]:
         """All global batches of the current epoch, the same on every rank."""
-        random = numpy.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))
+        random, order = self._shuffled()
         order = order[numpy.argsort(-self._widths[order], kind="stable")]
         batches = numpy.split(order, self._cuts[1:])
         return [batches[number] for number in random.permutation(len(batches))]
-
-
-# Which lengths share a row.
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Packs lengths into rows: the longest first, each into the fullest row that still has room for it.
 
     How many rows there are, and which lengths stand in each, depends on how often each length occurs alone,
-    not on the order of `lengths`.
+    not on the order of ``lengths``.
 
     Args:
-        lengths: Lengths (tokens), from 1 to `capacity`.
+        lengths: Lengths (tokens), from 1 to ``capacity``.
         capacity: Room of a row (tokens).
 
     Returns:
-        Per row the indices into `lengths`, the longest first.
+        Per row the indices into ``lengths``, the longest first.
 
     Raises:
         ValueError: If a length is out of range.
@@ -243,9 +239,6 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return rows
 
 
-# Packed batches: rows that hold several examples.
-
-
 Pack = list[int]
 """Indices of the examples of a row."""
 
@@ -259,25 +252,13 @@ class PackSampler(GlobalBatchSampler):
     in every epoch.
 
     Args:
-        lengths: Length of every example (tokens).
-        batch_size: Packs per rank and batch.
-        num_replicas: Number of ranks.
-        rank: This rank, from 0.
-        seed: Seed of the shuffling, 0 or above.
+        *args: As for ``GlobalBatchSampler``; the batch size counts packs.
         capacity: Most tokens of a pack.
+        **kwargs: The same.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        batch_size: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        *,
-        capacity: int,
-    ) -> None:
-        super().__init__(lengths, batch_size, num_replicas, rank, seed)
+    def __init__(self, *args: Any, capacity: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         descending = numpy.sort(self.lengths)[::-1]
         self._packs = best_fit_decreasing(descending.tolist(), capacity)
 
@@ -287,8 +268,7 @@ class PackSampler(GlobalBatchSampler):
 
     def global_batches(self) -> list[list[Pack]]:
         """All global batches of the current epoch, the same on every rank."""
-        random = numpy.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))
+        random, order = self._shuffled()
         # Shuffled among equals, each index stands where its length was packed.
         order = order[numpy.argsort(-self.lengths[order], kind="stable")]
         packs: list[Pack] = [

@@ -20,14 +20,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from moka_pl.data.batching.collate import Batch, collate_tokens
-from moka_pl.data.encoding.examples import DROPPED, TRUNCATED, EncodedRow, SegmentEncoder
-from moka_pl.data.encoding.report import EncodingReport
+from moka_pl.data.batching.collate import collate_tokens
+from moka_pl.data.encoding.examples import EncodedRow, SegmentEncoder
+from moka_pl.data.encoding.report import COUNTED, DROPPED, EncodingReport, count_rows
 from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.data.formats.trees import is_tree_message
 from moka_pl.data.readers import located, stream
 from moka_pl.data.reading import Columns, is_local, load_hub, parse_record, rename
 from moka_pl.data.sources import Shard
+from moka_pl.data.types import Batch
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
 
@@ -35,27 +36,24 @@ if TYPE_CHECKING:
     from datasets import IterableDataset as HFIterableDataset
 
 
-# Records of corpora larger than memory, one after another, from files or the hub.
-
-
 @dataclass(frozen=True)
 class StreamedRecords:
     """A corpus that is read while it is trained on.
 
     Attributes:
-        pieces: Local files, or one split on the hub.
+        shards: Local files, or one split on the hub.
         columns: Own names of the columns.
         seed: Seed of the order of the files.
     """
 
-    pieces: Sequence[Shard]
+    shards: Sequence[Shard]
     columns: Columns = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        on_hub = [piece for piece in self.pieces if not is_local(piece.source)]
-        if on_hub and len(self.pieces) > 1:
-            names = ", ".join(str(piece.source) for piece in self.pieces)
+        on_hub = [shard for shard in self.shards if not is_local(shard.source)]
+        if on_hub and len(self.shards) > 1:
+            names = ", ".join(str(shard.source) for shard in self.shards)
             raise DataError(
                 f"streaming: true reads local files or one data set of the hub at a time, not {names}. Give "
                 "one of them, or download the data."
@@ -68,17 +66,17 @@ class StreamedRecords:
             epoch: Number of the pass over the data, from 0.
 
         Returns:
-            Items with `record` and, from files, `where`; every file (or shard of the hub) is a shard.
+            Items with `record` and, from files, `location`; every file (or shard of the hub) is a shard.
 
         Raises:
             DataError: The hub data set cannot be had.
         """
         from datasets import IterableDataset as HFIterableDataset
 
-        if not is_local(self.pieces[0].source):
-            piece = self.pieces[0]
-            return load_hub(str(piece.source), piece.split, {**piece.options, "streaming": True})
-        files = [str(Path(piece.source).expanduser()) for piece in self.pieces]
+        if not is_local(self.shards[0].source):
+            shard = self.shards[0]
+            return load_hub(str(shard.source), shard.split, {**shard.options, "streaming": True})
+        files = [str(Path(shard.source).expanduser()) for shard in self.shards]
         order = numpy.random.default_rng([self.seed, epoch]).permutation(len(files))
         return HFIterableDataset.from_generator(_items, gen_kwargs={"files": [files[i] for i in order]})
 
@@ -95,18 +93,21 @@ class StreamedRecords:
         Raises:
             DataError: The record is wrong, or a message of a tree, which a stream cannot put together.
         """
-        if is_local(self.pieces[0].source):
-            where, record = item["where"], item["record"]
+        if is_local(self.shards[0].source):
+            location, record = item["location"], item["record"]
         else:
-            where, record = f"{self.pieces[0].source} ({self.pieces[0].split}), example {number}", dict(item)
-        with located(where):
+            location, record = (
+                f"{self.shards[0].source} ({self.shards[0].split}), example {number}",
+                dict(item),
+            )
+        with located(location):
             record = rename(record, self.columns)
         if is_tree_message(record):
             raise DataError(
-                f"{where}: message trees cannot be streamed, their messages may stand far apart. Use "
+                f"{location}: message trees cannot be streamed, their messages may stand far apart. Use "
                 "streaming: false."
             )
-        return parse_record(parse_instruction, record, where)
+        return parse_record(parse_instruction, record, location)
 
     def check_first(self) -> None:
         """Read and check the first record, so that a wrong path or form shows at once.
@@ -116,27 +117,17 @@ class StreamedRecords:
         """
         first = next(iter(self.open(0)), None)
         if first is None:
-            raise DataError(f"{self.pieces[0].source} holds no records. Give another split.")
+            raise DataError(f"{self.shards[0].source} holds no records. Give another split.")
         self.check(first, 1)
 
 
 def _items(files: list[str]) -> Iterator[dict[str, Any]]:
     for file in files:
-        for where, record in stream(Path(file)):
-            yield {"where": where, "record": record}
-
-
-# Batches of a stream: shuffled and bucketed block by block, shared out to ranks and workers, resumable.
-#
-# The unit is a block: the next `buffer` examples per rank. All ranks read the same blocks and encode their
-# own share of each, so that every rank has equally many batches without asking the others, and no example is
-# on two of them. Files (shards) are shared out to the workers of a rank. The order inside a block depends on
-# seed, pass, worker and block alone; a state is therefore the position of a block in the stream and the
-# number of its batches that were served, and a resumed run fills the block again.
+        for location, record in stream(Path(file)):
+            yield {"location": location, "record": record}
 
 
 State = dict[str, Any]
-NOTHING = EncodingReport(read=0, kept=0, truncated=0, dropped=0, tokens=0, trained=0, longest=0)
 
 
 class Served(NamedTuple):
@@ -209,7 +200,8 @@ class StreamedBatches(IterableDataset[Served]):
         if state["rows"] is not None:
             rows.load_state_dict(state["rows"])
         items = iter(rows)
-        skip, block, read, report = state["served"], state["block"], state["read"], _report(state["report"])
+        skip, block, read = state["served"], state["block"], state["read"]
+        report = EncodingReport(**state["report"])
         position = state["rows"]
         while raw := list(islice(items, self.buffer * self.world)):
             checked = [self.records.check(item, read + number) for number, item in enumerate(raw, start=1)]
@@ -244,7 +236,8 @@ class StreamedBatches(IterableDataset[Served]):
         count = math.ceil(size / self.batch_size)
         shares = numpy.array_split(numpy.arange(len(kept)), count) if count else []
         batches = [self._collate([kept[index] for index in share]) for share in shares]
-        return [batches[index] for index in random.permutation(count)], _count(encoded)
+        report = count_rows({name: [row[name] for row in encoded] for name in COUNTED})
+        return [batches[index] for index in random.permutation(count)], report
 
     def _collate(self, rows: list[EncodedRow]) -> Batch:
         if not rows:  # all of this rank's share was dropped, but the other ranks wait for its part of a step
@@ -308,9 +301,9 @@ class StreamLoader(DataLoader[Any]):
     @property
     def report(self) -> EncodingReport:
         """Counts over the blocks that were begun in this pass, of all workers of this rank."""
-        total = NOTHING
+        total = EncodingReport()
         for state in self._workers.values():
-            total = total + _report(state["report"]) + _report(state["counts"])
+            total = total + EncodingReport(**state["report"]) + EncodingReport(**state["counts"])
         return total
 
     def state_dict(self) -> State:
@@ -367,20 +360,3 @@ class StreamLoader(DataLoader[Any]):
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _report(counts: dict[str, int]) -> EncodingReport:
-    return EncodingReport(**counts) if counts else NOTHING
-
-
-def _count(encoded: list[EncodedRow]) -> EncodingReport:
-    kept = [row for row in encoded if row["status"] != DROPPED]
-    return EncodingReport(
-        read=len(encoded),
-        kept=len(kept),
-        truncated=sum(row["status"] == TRUNCATED for row in kept),
-        dropped=len(encoded) - len(kept),
-        tokens=sum(row["tokens"] for row in kept),
-        trained=sum(row["trained"] for row in kept),
-        longest=max((row["full_length"] for row in encoded), default=0),
-    )

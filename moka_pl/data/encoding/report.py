@@ -1,6 +1,16 @@
 """What became of the examples of a split."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy
+from numpy.typing import NDArray
+
+KEPT, TRUNCATED, DROPPED = 0, 1, 2
+"""Values of the column ``status`` of encoded rows."""
+
+COUNTED = ("status", "tokens", "trained", "full_length")
+"""Columns of encoded rows that a report counts."""
 
 
 @dataclass(frozen=True)
@@ -10,22 +20,22 @@ class EncodingReport:
     Attributes:
         read: Examples read.
         kept: Examples that are used, truncated ones included.
-        truncated: Used examples that lost tokens to `max_length`.
-        dropped: Examples left out because no trained (or scorable) token fits into `max_length`.
+        truncated: Used examples that lost tokens to ``max_length``.
+        dropped: Examples left out because no trained (or scorable) token fits into ``max_length``.
         tokens: Tokens of the kept examples; for multiple choice over all rows (prompt and option).
         trained: Those of them that are trained or scored.
         longest: Tokens of the longest example read, before any cut.
-        shortened: Questions whose prompt lost solved examples (shots) to `max_length`.
+        shortened: Questions whose prompt lost solved examples (shots) to ``max_length``.
         left_out: Shots that they lost, together.
     """
 
-    read: int
-    kept: int
-    truncated: int
-    dropped: int
-    tokens: int
-    trained: int
-    longest: int
+    read: int = 0
+    kept: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    tokens: int = 0
+    trained: int = 0
+    longest: int = 0
     shortened: int = 0
     left_out: int = 0
 
@@ -38,15 +48,30 @@ class EncodingReport:
         )
 
     def __add__(self, other: "EncodingReport") -> "EncodingReport":
-        """The counts of both splits together."""
-        return EncodingReport(
-            read=self.read + other.read,
-            kept=self.kept + other.kept,
-            truncated=self.truncated + other.truncated,
-            dropped=self.dropped + other.dropped,
-            tokens=self.tokens + other.tokens,
-            trained=self.trained + other.trained,
-            longest=max(self.longest, other.longest),
-            shortened=self.shortened + other.shortened,
-            left_out=self.left_out + other.left_out,
-        )
+        """Returns the counts of both splits together."""
+        theirs = asdict(other)
+        sums = {name: count + theirs[name] for name, count in asdict(self).items()}
+        return replace(EncodingReport(**sums), longest=max(self.longest, other.longest))
+
+
+def count_rows(columns: Mapping[str, Sequence[int] | NDArray[numpy.int64]]) -> EncodingReport:
+    """Counts what became of encoded rows.
+
+    Args:
+        columns: The columns ``COUNTED`` of all rows, the lost ones included; of multiple choice ``left_out``,
+            too.
+    """
+    values = {name: numpy.asarray(column, dtype=numpy.int64) for name, column in columns.items()}
+    kept = values["status"] != DROPPED
+    left_out = values.get("left_out", numpy.zeros(0))
+    return EncodingReport(
+        read=len(kept),
+        kept=int(kept.sum()),
+        truncated=int((values["status"] == TRUNCATED).sum()),
+        dropped=int((~kept).sum()),
+        tokens=int(values["tokens"][kept].sum()),
+        trained=int(values["trained"][kept].sum()),
+        longest=int(values["full_length"].max(initial=0)),
+        shortened=int((left_out > 0).sum()),
+        left_out=int(left_out.sum()),
+    )

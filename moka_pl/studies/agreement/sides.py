@@ -53,9 +53,7 @@ def package_items(module: MokaModule, data: MokaDataModule, batch_size: int = 8)
             "the comparison needs every question whole, but some are longer than max_length "
             f"({data.max_length} tokens; the longest has {report.longest}); raise max_length"
         )
-    return _score(
-        module, encoded.rows, BatchRows(encoded.rows, data._pad_id(), data.share_prefix), batch_size
-    )
+    return _score(module, encoded.rows, BatchRows(encoded.rows, data.pad_id, data.share_prefix), batch_size)
 
 
 def _score(module: MokaModule, rows: "Dataset", batches: BatchRows, batch_size: int) -> list[Item]:

@@ -131,7 +131,9 @@ class SyntheticData(MokaDataModule):
         count = self.batch_size * self.batches
         rows = [[draw.randint(_FIRST, _LAST) for _ in range(self.length)] for _ in range(count)]
         sizes = [self.length] * count
-        table = Dataset.from_dict({"input_ids": rows, "labels": rows, "length": sizes, "slots": sizes})
+        table = Dataset.from_dict(
+            {"input_ids": rows, "labels": rows, "length": sizes, "padded_tokens": sizes}
+        )
         tokens = count * self.length
         report = EncodingReport(
             read=count,

@@ -111,7 +111,7 @@ def check_suite(suite: Suite) -> None:
     for settings in (suite.data, suite.test):
         if settings is not None:
             build_data(settings)
-    if suite.test is None and not getattr(build_data(suite.data), "separate_test", False):
+    if suite.test is None and not build_data(suite.data).separate_test:
         raise ConfigError(
             "the learning rate would be picked on the test data: set data.init_args.separate_test: true, or "
             "name other data by test"

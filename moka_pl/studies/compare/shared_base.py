@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from moka_pl._compat import attention_implementation
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.backbone.load import Backbone
+from moka_pl.data.types import Batch, EvalBatch
 from moka_pl.evaluation.metrics import ItemTable
-from moka_pl.evaluation.module import Batch
 from moka_pl.evaluation.results import Counts
 from moka_pl.lm.scoring import TokenScores, row_sums
 from moka_pl.studies.common import free_memory, structure
@@ -161,7 +161,7 @@ class ComparedModule(MokaModule):
         self._metrics.items = []
         self._plain: list[Tensor] = []
 
-    def _score(self, batch: Batch) -> TokenScores:
+    def _score(self, batch: EvalBatch) -> TokenScores:
         scores = super()._score(batch)
         if "item" not in batch:
             rows = len(batch["input_ids"])

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from moka_pl.callbacks.evaluation import results_dict
 from moka_pl.callbacks.gates import gate_matrix
 from moka_pl.callbacks.throughput import log_interval
 from moka_pl.data import MokaDataModule
+from moka_pl.data.types import DataDefaults
 from moka_pl.errors import ConfigError
 from moka_pl.ops.gating import normalised_entropy
 from moka_pl.studies.common import device_name, first_line, free_memory, versions
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 ADAPTER = "adapter"
 
 
-class PreparedData(LightningDataModule):
+class PreparedData(DataDefaults, LightningDataModule):
     """Loaders of a data module that is set up already, in an order that a seed decides.
 
     Args:
@@ -53,8 +54,16 @@ class PreparedData(LightningDataModule):
         data.setup(stage)
         self.data = data
         self.packing = data.packing
-        self.eval_sets = data.eval_sets
-        self.task_groups = data.task_groups
+
+    @property
+    def eval_sets(self) -> Sequence[tuple[str, Sequence[str]]]:
+        """Those of the data."""
+        return self.data.eval_sets
+
+    @property
+    def task_groups(self) -> Mapping[str, Sequence[str]]:
+        """Those of the data."""
+        return self.data.task_groups
 
     def order(self, seed: int) -> "PreparedData":
         """Sets the seed of the training order."""

@@ -3,10 +3,11 @@ from torch.utils.data import DataLoader
 
 from moka_pl.data.batching.collate import BatchRows, collate_packs
 from moka_pl.data.batching.samplers import EvalSampler, filler
-from moka_pl.data.encoding.examples import choice_item_features, token_features
+from moka_pl.data.encoding.choices import choice_item_features
+from moka_pl.data.encoding.examples import token_features
 from moka_pl.lm.scoring import IGNORE_INDEX
 
-COUNTS = {"length": 0, "slots": 0, "full_length": 0, "tokens": 0, "trained": 0, "status": 0}
+COUNTS = {"length": 0, "padded_tokens": 0, "full_length": 0, "tokens": 0, "trained": 0, "status": 0}
 
 
 def plain():
@@ -28,7 +29,7 @@ def choices():
             "option_ids": [[4], [5, 6]],
             "option_chars": [1, 7],
             "option_names": [],
-            "shared": 0,
+            "shared_tokens": 0,
             "left_out": 0,
             "answer": 1,
             "task": 2,
@@ -39,7 +40,7 @@ def choices():
             "option_ids": [[8], [9], [10, 11]],
             "option_chars": [3, 4, 5],
             "option_names": [],
-            "shared": 0,
+            "shared_tokens": 0,
             "left_out": 0,
             "answer": 0,
             "task": 0,

@@ -97,11 +97,11 @@ def test_reports_what_an_epoch_holds():
     assert (padded.batches, padded.rows, padded.examples, padded.tokens) == (3, 6, 6, 64)
     batches = list(TrainSampler(lengths, 2, bucket=False))
     widths = [-(-max(lengths[i] for i in batch) // 8) * 8 for batch in batches]
-    assert padded.slots == 2 * sum(widths)
+    assert padded.padded_tokens == 2 * sum(widths)
     packed = epoch_report(PackSampler(lengths, 2, capacity=32))
-    assert (packed.batches, packed.rows, packed.slots, packed.widest) == (1, 2, 64, 32)
+    assert (packed.batches, packed.rows, packed.padded_tokens, packed.widest) == (1, 2, 64, 32)
     assert packed.padding_share == 0
     assert "6 examples packed into 2 rows in 1 batches" in str(packed)
     # Ranks pad their own shares.
     two = epoch_report(TrainSampler([8, 16], 1, num_replicas=2))
-    assert (two.batches, two.slots) == (1, 24)
+    assert (two.batches, two.padded_tokens) == (1, 24)

@@ -89,9 +89,9 @@ def test_evaluation_starts_with_the_largest():
     assert [[lengths[i] for i in batch] for batch in batches] == [[9, 8, 7], [7, 3, 2], [1]]
 
 
-def test_evaluation_puts_the_batch_with_most_slots_first():
-    lengths, slots = [9, 8, 7, 6, 1], [18, 16, 70, 60, 1]
-    assert list(EvalSampler(lengths, 2, slots=slots)) == [[2, 3], [0, 1], [4]]
+def test_evaluation_puts_the_batch_with_most_padded_tokens_first():
+    lengths, padded_tokens = [9, 8, 7, 6, 1], [18, 16, 70, 60, 1]
+    assert list(EvalSampler(lengths, 2, padded_tokens=padded_tokens)) == [[2, 3], [0, 1], [4]]
 
 
 def test_skip_is_used_once():

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moka_pl.data import DataError, InstructionData, MixtureData
 from moka_pl.data.batching.streaming import StreamedBatches, StreamLoader
-from moka_pl.data.encoding.examples import DROPPED, KEPT
+from moka_pl.data.encoding.report import DROPPED, KEPT
 from moka_pl.lm.scoring import IGNORE_INDEX
 
 
@@ -32,7 +32,7 @@ def streamed(tokenizer, folder, rank=0, world=1, **options):
     """A loader without a trainer: an iteration is one pass."""
     defaults = {"streaming": True, "prompt": "alpaca", "batch_size": 2, "stream_buffer": 4}
     module = InstructionData(folder, **(defaults | options))
-    module._place = lambda: (rank, world)
+    module._rank_and_world = lambda: (rank, world)
     module.connect(tokenizer)
     module.prepare_data()
     module.setup("fit")

@@ -306,7 +306,7 @@ def test_commonsense_170k(tiny_tokenizer, hub):
     assert hub[0] == ("zwhe99/commonsense_170k", "train", {})
     assert module.report["train"].read == 24
     assert items(module, "test", tiny_tokenizer)[::2] == expected_items(CHOICE_TASKS)
-    rows = module._rows("train")
+    rows = module._split_rows("train")
     assert rows["task"][:8] == [told(task) for task in TASKS]
 
 
@@ -336,7 +336,7 @@ def test_files_of_one_task_keep_its_name(tmp_path, write_jsonl):
         path = write_jsonl(name, records)
         assert CommonsenseData(path, path).tasks == [task]
     write_jsonl("tasks/biology/train.jsonl", [*records, llm_adapters("boolq")])
-    assert CommonsenseData(tmp_path / "tasks", path)._rows("train").unique("task") == ["biology"]
+    assert CommonsenseData(tmp_path / "tasks", path)._split_rows("train").unique("task") == ["biology"]
 
 
 def test_folders_of_both_forms_give_the_same_items(tiny_tokenizer, tmp_path, write_jsonl):
@@ -347,7 +347,7 @@ def test_folders_of_both_forms_give_the_same_items(tiny_tokenizer, tmp_path, wri
             for part in ("train", "test"):
                 write_jsonl(f"{form}/{task}/{part}.jsonl", [record])
         module = CommonsenseData(tmp_path / str(form))
-        found.append([module._rows("train").remove_columns("location").to_list(), module.tasks])
+        found.append([module._split_rows("train").remove_columns("location").to_list(), module.tasks])
     assert found[0] == found[1]
     assert len(found[0][0]) == 8
 
@@ -357,7 +357,7 @@ def test_hub_download_of_one_task(tmp_path, write_jsonl):
     for part, count in (("train", 3), ("validation", 2), ("test", 1)):
         write_jsonl(f"ARC-Easy/{part}-00000-of-00001.jsonl", [record] * count)
     module = CommonsenseData(tmp_path / "ARC-Easy")
-    assert [len(module._rows(part)) for part in ("train", "validation", "test")] == [3, 2, 1]
+    assert [len(module._split_rows(part)) for part in ("train", "validation", "test")] == [3, 2, 1]
     assert module.tasks == ["arc_easy"]
 
 

@@ -59,7 +59,7 @@ def test_it_is_the_adapted_model_that_is_scored(questions: Path, module: MokaMod
 
 
 def test_a_wrong_border_shows(questions: Path, module: MokaModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moka_pl.data.encoding.examples import ChoiceEncoder
+    from moka_pl.data.encoding.choices import ChoiceEncoder
 
     split = ChoiceEncoder._split
 
