@@ -1,4 +1,4 @@
-"""MoKA adapters and their rivals: configuration, layers, injection into a model, and form on disk."""
+"""MoKA adapters and other methods: configuration, layers, injection into a model, and form on disk."""
 
 from moka_pl.adapters.config import AdapterConfig, KronA, MokaConfig, MokaS, MokaUngated
 from moka_pl.adapters.directory import (

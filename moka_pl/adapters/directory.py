@@ -18,8 +18,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
-from moka_pl.adapters.methods.base import AdapterMethod
-from moka_pl.adapters.methods.full import is_trained
 from moka_pl.adapters.methods.registry import config_from, inject_adapter, method_in, method_of, unload
 from moka_pl.adapters.model_card import model_card
 from moka_pl.errors import AdapterError, ConfigError
@@ -58,7 +56,7 @@ class AdapterInfo:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors by name: what was trained in every adapted layer, nothing frozen."""
+    """Returns the adapter's tensors by name: what was trained in every adapted layer, nothing frozen."""
     method = method_in(model)
     return {} if method is None else method.state(model)
 
@@ -94,20 +92,7 @@ def save_adapter(
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     if not state:
         raise AdapterError("the model has no adapters to save")
-    method = method_of(config)
-    described = {
-        **method.options(),
-        "format_version": _format_of(config),
-        "peft_type": method.kind,
-        "moka_pl_version": __version__,
-        "base_model_name_or_path": base.name,
-        "revision": base.revision,
-        "base_fingerprint": base.fingerprint,
-        "base_options": base.options,
-        "trainable_parameters": sum(tensor.numel() for tensor in state.values()),
-        **_told(config, method),
-        "extra": dict(extra or {}),
-    }
+    stored = _contents(config, base, sum(tensor.numel() for tensor in state.values()), extra or {})
     try:
         if path.exists() and not _replaceable(path):
             raise AdapterError(
@@ -120,8 +105,8 @@ def save_adapter(
             new.mkdir()
             # Not save_file: it hides OSErrors and makes a file that only its owner may read.
             (new / WEIGHTS_NAME).write_bytes(save(state, metadata={"format": "pt"}))
-            (new / CONFIG_NAME).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-            (new / CARD_NAME).write_text(model_card(described, method), encoding="utf-8")
+            (new / CONFIG_NAME).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+            (new / CARD_NAME).write_text(model_card(stored, method_of(config)), encoding="utf-8")
             for file in new.iterdir():
                 _sync(file)
             if path.exists():
@@ -161,9 +146,9 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         raise AdapterError(f"{file} is damaged: {error}. Copy the adapter again") from error
     ours = isinstance(stored, dict) and (stored.get("peft_type") == "MOKA" or "method" in stored)
     if not ours or not isinstance(stored.get("peft_type"), str):
-        found = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
+        kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
         raise AdapterError(
-            f"{file} describes no MoKA adapter (peft_type is {found!r}, expected 'MOKA', or another method's "
+            f"{file} describes no MoKA adapter (peft_type is {kind!r}, expected 'MOKA', or another method's "
             "in a folder that moka_pl wrote)"
         )
     version = stored.get("format_version")
@@ -282,7 +267,8 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
     try:
         load_adapter_state(model, state, path)
     except AdapterError:
-        if not is_trained(model):
+        method = method_in(model)
+        if method is not None and method.keeps_base:
             unload(model)
         raise
     return info
@@ -290,6 +276,11 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
 
 def check_base(info: AdapterInfo, fingerprint: str | None, path: str | Path) -> None:
     """Refuses a base model other than the adapter's own.
+
+    Args:
+        info: The adapter.
+        fingerprint: The base's fingerprint; None where it is not known.
+        path: The adapter directory, for messages.
 
     Raises:
         AdapterError: If both fingerprints are known and differ.
@@ -301,15 +292,34 @@ def check_base(info: AdapterInfo, fingerprint: str | None, path: str | Path) -> 
         )
 
 
-def _told(config: Any, method: AdapterMethod) -> dict[str, Any]:
-    """What only people read, and, of other methods than MoKA, what marks a folder as written here."""
-    if isinstance(config, MokaConfig):
-        return {"effective_scaling": config.effective_scaling}
-    return {"method": method.title}
+def _contents(
+    config: Any, base: BaseModel, trainable_parameters: int, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what ``adapter_config.json`` holds."""
+    method = method_of(config)
+    # For people only; of other methods than MoKA, what marks a folder as written here.
+    told = (
+        {"effective_scaling": config.effective_scaling}
+        if isinstance(config, MokaConfig)
+        else {"method": method.title}
+    )
+    return {
+        **method.options(),
+        "format_version": _format_of(config),
+        "peft_type": method.kind,
+        "moka_pl_version": __version__,
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
+        "base_fingerprint": base.fingerprint,
+        "base_options": base.options,
+        "trainable_parameters": trainable_parameters,
+        **told,
+        "extra": dict(extra),
+    }
 
 
 def _format_of(config: Any) -> int:
-    """The oldest format that can say this.
+    """Returns the oldest format that can say this.
 
     2 has identities and layers of their own in ``filters``, 3 sigmoid gates.
     """

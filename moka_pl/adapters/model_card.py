@@ -1,70 +1,49 @@
 """The README.md of an adapter directory."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from moka_pl.adapters.methods.base import AdapterMethod
-from moka_pl.ops.gating import GATINGS
+
+_USAGE = """```python
+from moka_pl import load_model
+
+model, tokenizer = load_model("path/to/this/folder")
+```"""
 
 
-def model_card(described: Mapping[str, Any], method: AdapterMethod) -> str:
+def model_card(stored: Mapping[str, Any], method: AdapterMethod) -> str:
     """Writes a model card from the contents of ``adapter_config.json``.
 
     Args:
-        described: The dictionary that is stored as ``adapter_config.json``.
-        method: The method of the adapter.
+        stored: The contents.
+        method: The adapter's method.
 
     Returns:
         Markdown with the YAML header that model hubs read.
     """
-    moka = method.kind == "MOKA"
-    options = described["base_options"]
-    header = [
-        "---",
-        f"base_model: {json.dumps(described['base_model_name_or_path'])}",
-        "library_name: moka_pl",
-        "tags: [moka, kronecker, adapter]" if moka else f"tags: [{method.kind.lower()}, adapter]",
-        "---",
-    ]
-    rows = {
+    from huggingface_hub import ModelCardData
+
+    base, extra = stored["base_model_name_or_path"], stored["extra"]
+    tags = [method.kind.lower(), *method.tags, "adapter"]
+    header = ModelCardData(base_model=base, library_name="moka_pl", tags=tags).to_yaml()
+    facts = {
         **method.facts(),
-        "trainable parameters": f"{described['trainable_parameters']:,}",
-        "quantization of the base": options.get("quantization", "none"),
+        "trainable parameters": f"{stored['trainable_parameters']:,}",
+        "quantization of the base": stored["base_options"].get("quantization", "none"),
     }
-    extra = described["extra"]
-    metrics = extra.get("metrics", {})
-    base = described["base_model_name_or_path"]
-    gates = GATINGS[described["gating"]] if moka else ""
-    what = (
-        f"A gated mixture of Kronecker adapters for `{base}`: `y = W x + s Σ α_i (A_i ⊗ B_i) x`, `{gates}`."
-    )
-    body = [
-        "# MoKA adapter" if moka else f"# {method.title}",
-        "",
-        what if moka else f"Trained weights of {method.title} for `{base}`.",
-        "",
-        "| option | value |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
-    ]
-    if metrics:
-        body += ["", "| metric | value |", "|---|---|"]
-        body += [f"| {name} | {value:.4f} |" for name, value in sorted(metrics.items())]
-        step, found_at = extra.get("step"), extra.get("metrics_step")
-        if found_at is not None and found_at != step:
-            body += [
-                "",
-                f"The metrics were found after step {found_at}; the weights are those of step {step}.",
-            ]
-    body += [
-        "",
-        "```python",
-        "from moka_pl import load_model",
-        "",
-        'model, tokenizer = load_model("path/to/this/folder")',
-        "```",
-        "",
-        f"Written by moka_pl {described['moka_pl_version']}.",
-    ]
-    return "\n".join([*header, *body]) + "\n"
+    parts = [f"---\n{header}\n---\n# {method.title}", method.about(base), _table("option", facts)]
+    if metrics := extra.get("metrics"):
+        parts.append(_table("metric", {name: f"{value:.4f}" for name, value in sorted(metrics.items())}))
+        step, metrics_step = extra.get("step"), extra.get("metrics_step")
+        if metrics_step is not None and metrics_step != step:
+            parts.append(
+                f"The metrics were found after step {metrics_step}; the weights are those of step {step}."
+            )
+    parts += [_USAGE, f"Written by moka_pl {stored['moka_pl_version']}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> str:
+    lines = [f"| {title} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(lines)

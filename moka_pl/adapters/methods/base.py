@@ -48,12 +48,14 @@ class AdapterMethod(ABC):
         config_type: Class of the configuration, a dataclass whose fields are stored by their names.
         kind: The method's name on disk, ``peft_type`` in ``adapter_config.json``.
         title: Its name for people.
+        tags: What model hubs shall find it by, beside its kind.
         keeps_base: Whether the base stays frozen, so that one can go back to it.
     """
 
     config_type: ClassVar[type[Any]]
     kind: str
     title: str
+    tags: ClassVar[tuple[str, ...]] = ()
     keeps_base: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
@@ -106,6 +108,14 @@ class AdapterMethod(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Returns what to tell people of the options."""
+
+    def about(self, base: str) -> str:
+        """Returns a sentence on an adapter of this method, in Markdown.
+
+        Args:
+            base: Name of the base model.
+        """
+        return f"Trained weights of {self.title} for `{base}`."
 
     def copy_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         """Copies tensors into the model that have the names and shapes of :meth:`state`."""

@@ -10,6 +10,7 @@ from moka_pl.adapters.filters import describe_filters
 from moka_pl.adapters.injection import inject_moka, moka_layers
 from moka_pl.adapters.layer import MokaLinear
 from moka_pl.adapters.methods.base import AdapterMethod, name_targets
+from moka_pl.ops.gating import GATINGS
 
 
 class MokaMethod(AdapterMethod):
@@ -19,6 +20,7 @@ class MokaMethod(AdapterMethod):
     config: MokaConfig
     kind = "MOKA"
     title = "MoKA"
+    tags = ("kronecker",)
 
     @classmethod
     def layers(cls, model: nn.Module) -> dict[str, MokaLinear]:
@@ -50,3 +52,10 @@ class MokaMethod(AdapterMethod):
             "scaling": self.config.effective_scaling,
             "target modules": name_targets(self.config.target_modules),
         }
+
+    def about(self, base: str) -> str:
+        """Returns the equation of the adapted layers."""
+        return (
+            f"A gated mixture of Kronecker adapters for `{base}`: `y = W x + s Σ α_i (A_i ⊗ B_i) x`, "
+            f"`{GATINGS[self.config.gating]}`."
+        )
