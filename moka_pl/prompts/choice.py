@@ -132,7 +132,7 @@ MMLU_PROMPTS: dict[str, ChoicePrompt] = {
     "letters": ChoicePrompt(_mmlu, _option_letters),
     "text": CHOICE_PROMPTS["cloze"],
 }
-"""How MMLU asks one question, by the way of scoring it."""
+"""How MMLU asks one question, by how it is scored."""
 
 
 def mmlu_header(subject: str, *, listed: bool = True) -> str:

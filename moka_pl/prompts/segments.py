@@ -70,7 +70,7 @@ def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[S
 
     Raises:
         DataError: The tokenizer has no template, the template refuses the messages, or it renders the
-            beginning of a chat in another way than the whole, so that no span can be told.
+            beginning of a chat differently from the whole, so that no span can be told.
     """
     require_template(tokenizer)
     messages = row["messages"] or _as_messages(row)

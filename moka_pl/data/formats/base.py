@@ -72,7 +72,12 @@ def require(record: Record, field: str, label: str = "") -> Any:
 
 
 def require_text(record: Record, field: str, label: str = "") -> str:
-    """Returns a field that must be text; see ``require``.
+    """Returns a field that must be text.
+
+    Args:
+        record: The record.
+        field: Name of the field.
+        label: What messages call it, if not by its name in quotes.
 
     Raises:
         DataError: The field is missing or no text.

@@ -2,8 +2,8 @@
 
 Known folders are those of ``CommonsenseData`` (a sub-folder with test.json for every task) and MMLU's (test/
 and dev/ with a CSV file for every subject). A written task file names its task and its data, and includes one
-of the package's own in ``task_files/``. Those call back here: for questions that are read and parsed as in
-training, and for the texts that the package's own evaluation shows.
+of the package's in ``task_files/``. Its prompt is the one of the package's own evaluation, rendered with
+lm_eval's placeholders; the questions are read and parsed as in training.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.formats.choice import choice_features, parse_choice
-from moka_pl.data.formats.mmlu import mmlu_groups, parse_mmlu
+from moka_pl.data.formats.mmlu import LETTERS, mmlu_groups, parse_mmlu
 from moka_pl.data.reading import read_rows
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS, MMLU_PROMPTS, mmlu_header
@@ -21,22 +21,24 @@ if TYPE_CHECKING:
 
 TASK_FILES = Path(__file__).with_name("task_files")
 
-cloze_text, cloze_options = CHOICE_PROMPTS["cloze"].before, CHOICE_PROMPTS["cloze"].bare_options
-mmlu_text, mmlu_options = MMLU_PROMPTS["letters"].before, MMLU_PROMPTS["letters"].bare_options
+cloze_options = CHOICE_PROMPTS["cloze"].bare_options
+"""Named by ``cloze.yaml``: how many options there are is known question by question."""
+
+_CHOICES = [f"{{{{choices[{number}]}}}}" for number in range(len(LETTERS))]
 
 
 def local_tasks(folder: Path, num_fewshot: int | None = None) -> dict[str, dict[str, Any]]:
     """Returns what lm_eval needs to know of every task in a folder.
 
     Args:
-        folder: A folder of a known form.
+        folder: A folder of a known layout.
         num_fewshot: Worked examples before every question; None takes each task's own number.
 
     Returns:
         The contents of a task file by task name; for MMLU also its categories, and ``mmlu`` over all.
 
     Raises:
-        DataError: The folder has another form, or has no examples to put before the questions.
+        DataError: The folder has another layout, or has no examples to put before the questions.
     """
     folder = folder.expanduser().absolute()
     if not folder.is_dir():
@@ -68,7 +70,11 @@ def write_task_files(tasks: dict[str, dict[str, Any]], folder: Path) -> None:
 
 def _cloze(folder: Path, num_fewshot: int | None) -> dict[str, Any]:
     files = {"test": str(folder / "test.json")}
-    content: dict[str, Any] = {"include": str(TASK_FILES / "cloze.yaml"), "task": folder.name}
+    content: dict[str, Any] = {
+        "include": str(TASK_FILES / "cloze.yaml"),
+        "task": folder.name,
+        "doc_to_text": CHOICE_PROMPTS["cloze"].before({"question": "{{question}}"}),
+    }
     if num_fewshot:
         files["train"] = str(folder / "train.json")
         if not (folder / "train.json").is_file():
@@ -82,11 +88,14 @@ def _cloze(folder: Path, num_fewshot: int | None) -> dict[str, Any]:
 
 def _mmlu(folder: Path, subject: str, num_fewshot: int | None) -> dict[str, Any]:
     files = {"test": str(folder / "test" / f"{subject}_test.csv")}
+    prompt, row = MMLU_PROMPTS["letters"], {"question": "{{question.strip()}}", "choices": _CHOICES}
     content: dict[str, Any] = {
         "include": str(TASK_FILES / "mmlu.yaml"),
         "task": f"mmlu_{subject}",
         "task_alias": subject,
         "description": f"{mmlu_header(subject)}\n\n",
+        "doc_to_text": prompt.before(row),
+        "doc_to_choice": prompt.bare_options(row),
     }
     shots = folder / "dev" / f"{subject}_dev.csv"
     if num_fewshot == 0:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a JSON file in lm_eval's form, with what was evaluated, and a table."""
+"""What an evaluation leaves: a JSON file as lm_eval writes it, with what was evaluated, and a table."""
 
 import json
 import os

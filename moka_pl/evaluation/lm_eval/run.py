@@ -34,7 +34,7 @@ def run_harness(
         max_length: Most tokens of a sequence; None takes the model's own limit.
 
     Returns:
-        The results in lm_eval's own form.
+        The results as lm_eval gives them.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM

@@ -9,6 +9,7 @@ from moka_pl.errors import DataError
 from moka_pl.evaluation.lm_eval import local_data
 from moka_pl.evaluation.lm_eval.local_data import local_tasks, write_task_files
 from moka_pl.evaluation.lm_eval.tasks import select_tasks
+from moka_pl.prompts.choice import CHOICE_PROMPTS
 
 
 def test_folders_are_tasks(questions: Path) -> None:
@@ -80,20 +81,22 @@ def test_written_files_include_ours(questions: Path, tmp_path: Path) -> None:
 ROW = {"question": "Why {{x}}?", "choices": ["So.", "Not so.", "{3}", "Who knows?"], "answer": 1}
 
 
-def test_prompts_are_those_of_the_harness(mmlu: Path) -> None:
+def test_prompts_are_those_of_the_harness(questions: Path, mmlu: Path) -> None:
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import apply_template
 
     theirs = Path(lm_eval.tasks.__file__).parent
-    cloze = load_yaml(local_data.TASK_FILES / "cloze.yaml")
-    original = load_yaml(theirs / "arc" / "arc_easy.yaml")
-    assert cloze["doc_to_text"](ROW) == apply_template(original["doc_to_text"], ROW)
+    cloze = load_yaml(local_data.TASK_FILES / "cloze.yaml") | local_tasks(questions)["physical"]
+    assert cloze["doc_to_text"] == load_yaml(theirs / "arc" / "arc_easy.yaml")["doc_to_text"]
+    assert apply_template(cloze["doc_to_text"], ROW) == CHOICE_PROMPTS["cloze"].before(ROW)
     assert cloze["doc_to_choice"](ROW) == ROW["choices"]
     for subject in ("astronomy", "world_religions"):
         task = load_yaml(local_data.TASK_FILES / "mmlu.yaml") | local_tasks(mmlu)[f"mmlu_{subject}"]
         original = load_yaml(theirs / "mmlu" / "default" / f"mmlu_{subject}.yaml")
         names = (
+            "doc_to_text",
+            "doc_to_choice",
             "doc_to_target",
             "description",
             "output_type",
@@ -102,8 +105,6 @@ def test_prompts_are_those_of_the_harness(mmlu: Path) -> None:
             "test_split",
         )
         assert {name: task[name] for name in names} == {name: original[name] for name in names}
-        assert task["doc_to_text"](ROW) == apply_template(original["doc_to_text"], ROW)
-        assert task["doc_to_choice"](ROW) == original["doc_to_choice"]
         assert json.dumps(task["metric_list"]) == json.dumps(original["metric_list"])
 
 
