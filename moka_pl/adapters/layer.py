@@ -43,7 +43,7 @@ from moka_pl.adapters.forward import ForwardPlan, is_decoding, plan_forward
 from moka_pl.backbone.quantization import is_4bit, keep_weights, merged_linear
 from moka_pl.ops.dispatch import mixed_kinds
 from moka_pl.ops.gating import gates_of
-from moka_pl.ops.kronecker import delta_weight, packed_linear
+from moka_pl.ops.kronecker import delta_weight, kronecker_linear
 from moka_pl.ops.layout import Pairs, left_sizes, right_sizes, unpack
 from moka_pl.ops.merged_forward import MergedForward
 
@@ -143,7 +143,8 @@ class MokaLinear(nn.Module):
     def get_delta_weight(self) -> Tensor:
         """Returns ``ΔW = s · Σ_i α_i (A_i ⊗ B_i)``, shape (m, n), in the factors' dtype."""
         weights = self.gates() * self.scaling  # (r,)
-        return delta_weight(weights, self.factors(), self.shapes, self.out_features, self.in_features)
+        sizes = self.out_features, self.in_features
+        return delta_weight(weights, self._left(), self.moka_B, self.shapes, *sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x of shape (..., n) to (..., m); the update is computed in the dtype of x (or of autocast)."""
@@ -200,7 +201,7 @@ class MokaLinear(nn.Module):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        update = packed_linear(
+        update = kronecker_linear(
             self.dropout(x),
             self.gates() * self.scaling,
             self._left(),

@@ -1,14 +1,10 @@
 """The configuration of a frozen base model."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moka_pl.backbone.quantization import Quantization
 from moka_pl.errors import ConfigError
-
-Weights = Literal["pretrained", "random"]
-ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 
 @dataclass
@@ -35,11 +31,11 @@ class BackboneConfig:
 
     name: str = "smollm2-135m-instruct"
     revision: str | None = None
-    weights: Weights = "pretrained"
+    weights: Literal["pretrained", "random"] = "pretrained"
     quantization: Quantization = "nf4"
     double_quantization: bool = True
-    compute_dtype: ComputeDtype = "auto"
-    attention: Attention = "sdpa"
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     cache_dir: str | None = None
     seed: int = 0
 
@@ -49,17 +45,10 @@ class BackboneConfig:
         Raises:
             ConfigError: Naming the option, its value and what it may be.
         """
-        choices = {
-            "weights": Weights,
-            "quantization": Quantization,
-            "compute_dtype": ComputeDtype,
-            "attention": Attention,
-        }
-        for option, literal in choices.items():
-            if getattr(self, option) not in (allowed := get_args(literal)):
-                raise ConfigError(
-                    f"backbone.{option} is {getattr(self, option)!r}; choose one of {', '.join(allowed)}"
-                )
+        for option, kind in get_type_hints(type(self)).items():
+            value, choices = getattr(self, option), get_args(kind)
+            if get_origin(kind) is Literal and value not in choices:
+                raise ConfigError(f"backbone.{option} is {value!r}; choose one of {', '.join(choices)}")
         if not self.name:
             raise ConfigError("backbone.name is empty; give a hub id, a folder, a .gguf file or a short name")
 

@@ -27,6 +27,6 @@ def fingerprint(model: "PreTrainedModel") -> str:
     digest = hashlib.sha256()
     digest.update(repr([getattr(model.config, key, None) for key in _SIZES]).encode())
     embedding = model.get_input_embeddings().weight.detach()  # (vocabulary, hidden)
-    spread = torch.arange(_ROWS, device=embedding.device) * (embedding.shape[0] - 1) // (_ROWS - 1)
-    digest.update(embedding[spread].signbit().cpu().numpy().tobytes())
+    rows = torch.arange(_ROWS, device=embedding.device) * (embedding.shape[0] - 1) // (_ROWS - 1)
+    digest.update(embedding[rows].signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

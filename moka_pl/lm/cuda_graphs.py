@@ -43,9 +43,9 @@ class FixedBatch(NamedTuple):
     """A batch in one of few sizes.
 
     Attributes:
-        ids: Token ids, padded on the right to a multiple of `WIDTH`, shape (B, T).
+        ids: Token ids, padded on the right to a multiple of ``WIDTH``, shape (B, T).
         positions: Flat positions b·T + t that predict a token, filled up with zeros to a power of two, (N,).
-        targets: The predicted tokens; `IGNORE_INDEX` where filled up, (N,).
+        targets: The predicted tokens; ``IGNORE_INDEX`` where filled up, (N,).
         tokens: Number of predicted tokens.
     """
 
@@ -67,17 +67,17 @@ def fix_size(batch: Mapping[str, Any]) -> FixedBatch:
     Padding stands on the right, where causal attention never looks; what stands there predicts nothing.
 
     Args:
-        batch: `input_ids` (B, T) and `labels` (B, T), best on the CPU: a GPU would have to be waited for.
+        batch: ``input_ids`` (B, T) and ``labels`` (B, T), best on the CPU: a GPU would have to be waited for.
     """
     ids: Tensor = batch["input_ids"]
     length = ids.shape[1]
     width = -(-length // WIDTH) * WIDTH
     row, column = (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,)
-    found = len(row)
-    size = max(_FEWEST_LABELS, 1 << max(0, found - 1).bit_length())
-    positions = F.pad(row * width + column, (0, size - found))  # (N',)
-    targets = F.pad(batch["labels"][row, column + 1], (0, size - found), value=IGNORE_INDEX)  # (N',)
-    return FixedBatch(F.pad(ids, (0, width - length)), positions, targets, found)
+    tokens = len(row)
+    size = max(_FEWEST_LABELS, 1 << max(0, tokens - 1).bit_length())
+    positions = F.pad(row * width + column, (0, size - tokens))  # (N',)
+    targets = F.pad(batch["labels"][row, column + 1], (0, size - tokens), value=IGNORE_INDEX)  # (N',)
+    return FixedBatch(F.pad(ids, (0, width - length)), positions, targets, tokens)
 
 
 class StepCapture:
@@ -111,7 +111,7 @@ class StepCapture:
         return len(self._graphs)
 
     def __call__(self, batch: FixedBatch) -> Tensor:
-        """The summed negative log-likelihood of the batch's predicted tokens, differentiable once."""
+        """Returns the summed negative log-likelihood of the batch's predicted tokens, differentiable once."""
         size = batch.size
         self._seen[size] += 1
         if size not in self._graphs and self._worth_recording(size):
@@ -127,7 +127,7 @@ class StepCapture:
         return loss
 
     def result(self) -> tuple[Tensor, list[Tensor]]:
-        """Loss and gradients of the last replay; the next one overwrites them."""
+        """Returns loss and gradients of the last replay; the next one overwrites them."""
         assert self._loss is not None
         return self._loss, self._grads
 
@@ -254,18 +254,18 @@ def _fresh_leaves(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     which recording forbids.
     """
     fresh = {id(p): nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
-    places = [
+    trained = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         if parameter.requires_grad
     ]
-    for module, name, parameter in places:
+    for module, name, parameter in trained:
         setattr(module, name, fresh[id(parameter)])
     try:
         yield list(fresh.values())
     finally:
-        for module, name, parameter in places:
+        for module, name, parameter in trained:
             setattr(module, name, parameter)
 
 

@@ -38,7 +38,7 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **
         model: A causal language model.
         input_ids: Token ids, shape (B, T).
         labels: The ids to predict at their own positions, -100 elsewhere, shape (B, T).
-        **inputs: What else the model is to be given (for packed rows what `PackedAttention` makes).
+        **inputs: What else the model is to be given (for packed rows what ``PackedAttention`` makes).
 
     Returns:
         The scores of the N labelled tokens (the first position of a row cannot be predicted).

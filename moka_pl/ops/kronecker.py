@@ -13,7 +13,6 @@ Three backends compute the same product:
 Source: MoKA, arXiv 2508.03527; the identity is Van Loan, "The ubiquitous Kronecker product" (2000).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,38 +21,26 @@ from torch.autograd.function import once_differentiable
 
 from moka_pl.ops.dense import add_delta_, project
 from moka_pl.ops.dispatch import Backend, resolve_backend
-from moka_pl.ops.layout import Shape, pack
+from moka_pl.ops.layout import Shape
 from moka_pl.ops.structured import add_update_, transposed, update_backward
 
 
 def delta_weight(
-    weights: Tensor,
-    factors: Sequence[tuple[Tensor | None, Tensor]],
-    shapes: Sequence[Shape],
-    m: int,
-    n: int,
-    dtype: torch.dtype | None = None,
+    weights: Tensor, left: Tensor, right: Tensor, shapes: tuple[Shape, ...], m: int, n: int
 ) -> Tensor:
-    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, cut or zero-filled to m × n.
+    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, cut or zero-filled to m × n; differentiable.
 
     Args:
         weights: Weights w, shape (r,).
-        factors: r pairs (A_i or None, B_i).
+        left: Packed left factors (see :mod:`moka_pl.ops.layout`).
+        right: Packed right factors.
         shapes: r shapes.
         m: Rows of the layer (output features).
         n: Columns of the layer (input features).
-        dtype: Result dtype; the sum itself runs in the factors' dtype.
 
     Returns:
-        ΔW, shape (m, n).
+        ΔW, shape (m, n), in the factors' dtype.
     """
-    left, right = pack(factors)
-    total = _delta(left, right, weights, tuple(shapes), m, n)
-    return total.to(dtype or total.dtype)  # (m, n)
-
-
-def _delta(left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...], m: int, n: int) -> Tensor:
-    """ΔW, (m, n), in the factors' dtype."""
     return add_delta_(right.new_zeros(m, n), left, right, weights, shapes)
 
 
@@ -80,7 +67,7 @@ class _KroneckerSum(torch.autograd.Function):
         # Every product here has the dtype it should have; autocast would build ΔW in half precision.
         with torch.autocast(x.device.type, enabled=False):
             if dense:
-                return x @ _delta(left, right, weights, shapes, m, x.shape[1]).to(x.dtype).mT  # (T, m)
+                return x @ delta_weight(weights, left, right, shapes, m, x.shape[1]).to(x.dtype).mT  # (T, m)
             wide = torch.promote_types(x.dtype, right.dtype)
             out = torch.zeros(m, x.shape[0], dtype=wide, device=x.device)
             add_update_(out, transposed(x, wide), left.to(wide), right.to(wide), weights.to(wide), shapes)
@@ -94,7 +81,7 @@ class _KroneckerSum(torch.autograd.Function):
         grad_x = None
         if ctx.dense:
             if ctx.needs_input_grad[0]:
-                grad_x = grad @ _delta(left, right, weights, shapes, m, n).to(x.dtype)  # (T, n)
+                grad_x = grad @ delta_weight(weights, left, right, shapes, m, n).to(x.dtype)  # (T, n)
             grads = project(grad.mT @ x, left, right, weights, shapes)
         else:
             wide = torch.promote_types(x.dtype, right.dtype)
@@ -126,17 +113,19 @@ class _KroneckerSum(torch.autograd.Function):
 def kronecker_linear(
     x: Tensor,
     weights: Tensor,
-    factors: Sequence[tuple[Tensor | None, Tensor]],
-    shapes: Sequence[Shape],
+    left: Tensor,
+    right: Tensor,
+    shapes: tuple[Shape, ...],
     out_features: int,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Computes ``Σ_i w_i (A_i ⊗ B_i) x``, differentiable in x, w and all factors.
+    """Computes ``Σ_i w_i (A_i ⊗ B_i) x``, differentiable in x, w and both packed vectors.
 
     Args:
         x: Input, shape (..., n), in the compute dtype (the result and the products have it too).
         weights: Weights w, shape (r,): gates times scaling.
-        factors: r pairs (A_i or None for an identity, B_i), usually float32.
+        left: Packed left factors (see :mod:`moka_pl.ops.layout`), usually float32.
+        right: Packed right factors, likewise.
         shapes: r shapes.
         out_features: m.
         backend: ``"structured"``, ``"dense"``, ``"fused"`` (falls back to dense, with a warning, where Triton
@@ -147,32 +136,6 @@ def kronecker_linear(
 
     Raises:
         ConfigError: For an unknown backend.
-    """
-    return packed_linear(x, weights, *pack(factors), tuple(shapes), out_features, backend)
-
-
-def packed_linear(
-    x: Tensor,
-    weights: Tensor,
-    left: Tensor,
-    right: Tensor,
-    shapes: tuple[Shape, ...],
-    out_features: int,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Computes the same as :func:`kronecker_linear` from packed factors (see :mod:`moka_pl.ops.layout`).
-
-    Args:
-        x: Input, shape (..., n).
-        weights: Weights w, shape (r,).
-        left: Packed left factors.
-        right: Packed right factors.
-        shapes: r shapes.
-        out_features: m.
-        backend: As there.
-
-    Returns:
-        The product, shape (..., m).
     """
     tokens = x.shape[:-1]
     flat = x.reshape(-1, x.shape[-1])  # (T, n)

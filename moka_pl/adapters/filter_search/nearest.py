@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moka_pl.ops.kronecker import delta_weight
-from moka_pl.ops.layout import Pairs, Shape
+from moka_pl.ops.layout import Pairs, Shape, pack
 
 #: Beyond this many entries on the shorter side of R(M), leading singular pairs are found by iteration.
 _EXACT = 256
@@ -88,7 +88,7 @@ def captured_share(matrix: Tensor, shape: Shape, count: int = 1) -> float:
 
 def product_matrix(pair: tuple[Tensor | None, Tensor], shape: Shape, like: Tensor) -> Tensor:
     """Returns ``A ⊗ B`` cut or zero-filled to the size of ``like``, (m, n)."""
-    return delta_weight(like.new_ones(1), [pair], [shape], *like.shape)
+    return delta_weight(like.new_ones(1), *pack([pair]), (shape,), *like.shape)
 
 
 def _blocks(matrix: Tensor, shape: Shape) -> Tensor:

@@ -10,7 +10,7 @@ from run to run.
 from moka_pl.ops.triton.autograd import FusedSum
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.decode import add_decode_update_
-from moka_pl.ops.triton.delta import fused_delta, fused_weight
+from moka_pl.ops.triton.delta import fused_weight
 from moka_pl.ops.triton.gates import Gates, layer_gates
 from moka_pl.ops.triton.plan import Plan, make_plan
 from moka_pl.ops.triton.projection import fused_projection
@@ -21,7 +21,6 @@ __all__ = [
     "Plan",
     "WeightSource",
     "add_decode_update_",
-    "fused_delta",
     "fused_projection",
     "fused_weight",
     "layer_gates",

@@ -14,14 +14,14 @@ from torch.autograd.function import once_differentiable
 from moka_pl.ops.gating import Gating
 from moka_pl.ops.merged_forward import Updates
 from moka_pl.ops.triton.base_weight import WeightSource
-from moka_pl.ops.triton.delta import fused_delta, fused_weight
+from moka_pl.ops.triton.delta import fused_weight
 from moka_pl.ops.triton.gates import Gates, layer_gates
 from moka_pl.ops.triton.plan import Plan
 from moka_pl.ops.triton.projection import fused_projection
 
 
 class FusedSum(torch.autograd.Function):
-    """``Σ_i w_i (A_i ⊗ B_i) x`` through :func:`fused_delta`; saves x, w and the packed factors."""
+    """``Σ_i w_i (A_i ⊗ B_i) x`` through :func:`fused_weight`; saves x, w and the packed factors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, left: Tensor, right: Tensor, plan: Plan) -> Tensor:
@@ -37,7 +37,7 @@ class FusedSum(torch.autograd.Function):
         """
         ctx.save_for_backward(x, weights, left, right)
         ctx.plan = plan
-        return x @ fused_delta(plan, left, right, Gates(weights), x.dtype).mT  # (T, m)
+        return x @ fused_weight(plan, left, right, Gates(weights), x.dtype).mT  # (T, m)
 
     @staticmethod
     @once_differentiable
@@ -46,7 +46,7 @@ class FusedSum(torch.autograd.Function):
         x, weights, left, right = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ fused_delta(ctx.plan, left, right, Gates(weights), x.dtype)  # (T, n)
+            grad_x = grad @ fused_weight(ctx.plan, left, right, Gates(weights), x.dtype)  # (T, n)
         delta = grad.mT @ x  # (m, n)
         grad_left, grad_right, grad_weights = fused_projection(ctx.plan, delta, left, right, Gates(weights))
         return grad_x, grad_weights, grad_left, grad_right, None
@@ -74,7 +74,7 @@ class FusedUpdates(Updates):
         """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
         source = self.source or WeightSource(self.base_weight())
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
-        return fused_weight(self.plan, left, right, gates, source, dtype)
+        return fused_weight(self.plan, left, right, gates, dtype, source)
 
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None

@@ -179,42 +179,31 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + flat, rounded, mask=inside)
 
 
-def fused_delta(plan: Plan, left: Tensor, right: Tensor, gates: Gates, dtype: torch.dtype) -> Tensor:
-    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, shape (m, n), rounded once to ``dtype``.
-
-    Args:
-        plan: The layer's plan.
-        left: Packed left factors, float32.
-        right: Packed right factors, float32.
-        gates: The weights w.
-        dtype: Result dtype; the sum runs in float32.
-    """
-    return _build(plan, left, right, gates, None, dtype)
-
-
 def fused_weight(
-    plan: Plan, left: Tensor, right: Tensor, gates: Gates, source: WeightSource, dtype: torch.dtype
+    plan: Plan,
+    left: Tensor,
+    right: Tensor,
+    gates: Gates,
+    dtype: torch.dtype,
+    source: WeightSource | None = None,
 ) -> Tensor:
-    """Builds ``W + ΔW``, shape (m, n), from a frozen weight in one launch.
+    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, or ``W + ΔW`` from a frozen weight, in one launch.
 
-    Each entry of W is what its own dequantisation rounds it to in ``dtype``. In bfloat16 the sum is rounded
-    with a threshold that differs from entry to entry, so that small updates are kept on average; where ΔW is
-    zero the result is W bit for bit.
+    Sums run in float32 and are rounded once. Each entry of W is what its own dequantisation rounds it to in
+    ``dtype``. In bfloat16 ``W + ΔW`` is rounded with a threshold that differs from entry to entry, so that
+    small updates are kept on average; where ΔW is zero the result is W bit for bit.
 
     Args:
         plan: The layer's plan.
         left: Packed left factors, float32.
         right: Packed right factors, float32.
         gates: The weights w.
-        source: The frozen weight.
-        dtype: bfloat16 or float32.
+        dtype: Result dtype; with a frozen weight bfloat16 or float32.
+        source: The frozen weight; None for ΔW alone.
+
+    Returns:
+        Shape (m, n).
     """
-    return _build(plan, left, right, gates, source, dtype)
-
-
-def _build(
-    plan: Plan, left: Tensor, right: Tensor, gates: Gates, source: WeightSource | None, dtype: torch.dtype
-) -> Tensor:
     out = torch.empty(plan.m, plan.n, dtype=dtype, device=right.device)
     # Pointers that a variant does not read are filled with any tensor.
     data = absmax = code = outer_code = outer_absmax = offset = right

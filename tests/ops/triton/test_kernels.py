@@ -69,8 +69,8 @@ def test_an_identity_touches_a_band_only() -> None:
 def test_delta_weight_in_one_launch(problem) -> None:
     factors, weights, shapes, m, n = problem
     plan = kernels.make_plan(shapes, m, n, DEVICE)
-    found = kernels.fused_delta(plan, *pack(factors), kernels.Gates(weights), torch.float32)
-    expected = delta_weight(weights.double(), _double(factors), shapes, m, n)
+    found = kernels.fused_weight(plan, *pack(factors), kernels.Gates(weights), torch.float32)
+    expected = delta_weight(weights.double(), *pack(_double(factors)), shapes, m, n)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
 
 
@@ -93,9 +93,9 @@ def test_adding_to_a_dense_weight(problem, dtype: torch.dtype) -> None:
     plan = kernels.make_plan(shapes, m, n, DEVICE)
     base = torch.randn(m, n).to(dtype)
     source = kernels.WeightSource(base.clone())
-    found = kernels.fused_weight(plan, *pack(factors), kernels.Gates(weights), source, dtype)
+    found = kernels.fused_weight(plan, *pack(factors), kernels.Gates(weights), dtype, source)
     assert torch.equal(source.data, base)
-    expected = base.double() + delta_weight(weights.double(), _double(factors), shapes, m, n)
+    expected = base.double() + delta_weight(weights.double(), *pack(_double(factors)), shapes, m, n)
     bound = 2**-7 if dtype is torch.bfloat16 else 1e-5  # dithering may round to either neighbour
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=bound)
 
@@ -114,7 +114,7 @@ def test_a_4bit_weight_is_read_as_bitsandbytes_reads_it(case: str, nested: bool)
         [(None if s.identity else torch.randn(s.m_a, s.n_a), torch.zeros(s.m_b, s.n_b)) for s in shapes]
     )
     source = weight_source(packed, state)
-    found = kernels.fused_weight(plan, *zeros, kernels.Gates(torch.ones(len(shapes))), source, torch.float32)
+    found = kernels.fused_weight(plan, *zeros, kernels.Gates(torch.ones(len(shapes))), torch.float32, source)
     assert torch.equal(found, bnb.functional.dequantize_4bit(packed, state))  # bit for bit
 
 
@@ -128,8 +128,8 @@ def test_gates_are_taken_from_their_logits(case: str, gating: Gating) -> None:
     logits, grad = torch.randn(len(shapes)), torch.randn(m, n)
     gates = kernels.layer_gates(plan, logits, 1.7, gating)
     exact = logits.double().requires_grad_()
-    delta = delta_weight(gates_of(exact, gating) * 1.7, _double(factors), shapes, m, n)
-    found = kernels.fused_delta(plan, *pack(factors), gates, torch.float32)
+    delta = delta_weight(gates_of(exact, gating) * 1.7, *pack(_double(factors)), shapes, m, n)
+    found = kernels.fused_weight(plan, *pack(factors), gates, torch.float32)
     torch.testing.assert_close(found.double(), delta.detach(), atol=1e-4, rtol=1e-5)
     (expected,) = torch.autograd.grad(delta, exact, grad.double())
     _, right, found = kernels.fused_projection(plan, grad, *pack(factors), gates)
@@ -146,7 +146,9 @@ def test_decoding(problem, dtype: torch.dtype) -> None:
     x, base = torch.randn(2, n).to(dtype), torch.randn(2, m).to(dtype)
     out = base.clone()
     kernels.add_decode_update_(plan, out, x, *pack(factors), kernels.Gates(weights))
-    exact = base.double() + x.double() @ delta_weight(weights.double(), _double(factors), shapes, m, n).mT
+    exact = (
+        base.double() + x.double() @ delta_weight(weights.double(), *pack(_double(factors)), shapes, m, n).mT
+    )
     bound = 2**-7 if dtype is torch.bfloat16 else 1e-5  # the interpreter cuts bfloat16 off
     torch.testing.assert_close(
         out.double() / exact.abs().max(), exact / exact.abs().max(), atol=bound, rtol=0
@@ -158,8 +160,8 @@ def test_rounding_is_that_of_its_reference(problem) -> None:
     plan = kernels.make_plan(shapes, m, n, DEVICE)
     base = torch.randn(m, n).bfloat16()
     source, gates = kernels.WeightSource(base), kernels.Gates(weights / 100)
-    found = kernels.fused_weight(plan, *pack(factors), gates, source, torch.bfloat16)
-    total = base.float() + kernels.fused_delta(plan, *pack(factors), gates, torch.float32)
+    found = kernels.fused_weight(plan, *pack(factors), gates, torch.bfloat16, source)
+    total = base.float() + kernels.fused_weight(plan, *pack(factors), gates, torch.float32)
     assert torch.equal(found, round_by_thresholds(total))
 
 
@@ -172,7 +174,7 @@ def test_updates_below_half_a_step_are_kept_on_average() -> None:
     for share in (0.01, 0.1, 0.4):
         weights = torch.full((2,), share * step / 2)
         source = kernels.WeightSource(base)
-        total = kernels.fused_weight(plan, left, right, kernels.Gates(weights), source, base.dtype).double()
+        total = kernels.fused_weight(plan, left, right, kernels.Gates(weights), base.dtype, source).double()
         assert set(total.unique().tolist()) == {1.0, 1.0 + step}
         expected, spread = share * step, step * (share * (1 - share) / (m * n)) ** 0.5
         assert abs((total - 1).mean() - expected) < 5 * spread
@@ -191,7 +193,7 @@ def test_the_whole_product_with_all_gradients() -> None:
     def run(backend: str, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         own = [leaf.to(dtype).requires_grad_() for leaf in leaves]
         pairs = list(zip(own[2:5], own[5:8], strict=True))
-        out = kronecker_linear(own[0], own[1], pairs, shapes, 12, backend)
+        out = kronecker_linear(own[0], own[1], *pack(pairs), shapes, 12, backend)
         return out, torch.autograd.grad(out, own, upstream.to(dtype))
 
     out, gradients = run("fused", torch.float32)
@@ -213,9 +215,9 @@ def test_non_finite_values_show(bad: float, dtype: torch.dtype) -> None:
     for found in kernels.fused_projection(plan, grad, *pack(factors), kernels.Gates(weights)):
         assert not found.isfinite().all()
     factors[1][1][0, 0] = bad
-    assert not kernels.fused_delta(plan, *pack(factors), kernels.Gates(weights), dtype).isfinite().all()
+    assert not kernels.fused_weight(plan, *pack(factors), kernels.Gates(weights), dtype).isfinite().all()
     source = kernels.WeightSource(torch.ones(8, 8, dtype=dtype))
-    total = kernels.fused_weight(plan, *pack(factors), kernels.Gates(weights), source, dtype)
+    total = kernels.fused_weight(plan, *pack(factors), kernels.Gates(weights), dtype, source)
     assert not total.isfinite().all()
 
 
@@ -229,5 +231,5 @@ def test_fused_falls_back_where_its_kernels_cannot_run() -> None:
     ]
     x, weights = torch.randn(4, 6).double(), torch.randn(2).double()
     with pytest.warns(UserWarning, match="backend dense"):  # float64 factors
-        found = kronecker_linear(x, weights, factors, shapes, 6, "fused")
-    torch.testing.assert_close(found, x @ delta_weight(weights, factors, shapes, 6, 6).mT)
+        found = kronecker_linear(x, weights, *pack(factors), shapes, 6, "fused")
+    torch.testing.assert_close(found, x @ delta_weight(weights, *pack(factors), shapes, 6, 6).mT)
