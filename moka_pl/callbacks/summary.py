@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from shlex import quote
+from typing import TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -11,6 +12,8 @@ from moka_pl.backbone.quantization import weight_count
 from moka_pl.callbacks.checkpoints import AdapterCheckpoint, is_trial
 from moka_pl.callbacks.throughput import BatchStatistics, Throughput, peak_memory
 from moka_pl.training.module import MokaModule
+
+C = TypeVar("C", bound=Callback)
 
 
 class RunSummary(Callback):
@@ -40,7 +43,7 @@ class RunSummary(Callback):
                 logger.log_metrics(self.before, step=0)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """The base's metrics: a resumed run does not evaluate it again."""
+        """Returns the base's metrics: a resumed run does not evaluate it again."""
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
@@ -70,7 +73,27 @@ def summary_text(
     Returns:
         Several lines of text.
     """
-    step, steps = pl_module.eval_step, trainer.global_step
+    lines = _comparison(pl_module, before, trainer.global_step)
+    facts = _facts(trainer, pl_module)
+    checkpoint = _callback(trainer, AdapterCheckpoint)
+    paths = {"best": checkpoint.best_path, "last": checkpoint.last_path} if checkpoint is not None else {}
+    facts |= {f"{name} adapter": str(path) for name, path in paths.items() if path is not None}
+    if log_dir:
+        facts["TensorBoard logs"] = log_dir
+    lines += ["", *(f"{name:<22}{value}" for name, value in facts.items()), "", "Next:"]
+    if log_dir:
+        lines.append(f"  tensorboard --logdir {quote(str(Path(log_dir).parent))}")
+    if adapter := paths.get("best") or paths.get("last"):
+        program = f"{Path(sys.executable).name} -m moka_pl"
+        lines.append(f"  {program} inspect {quote(str(adapter))}")
+        lines.append(f"  {program} generate {quote(str(adapter))} 'Why does bread rise?'")
+    rule = "-" * 64
+    return "\n".join(["", rule, *lines, rule])
+
+
+def _comparison(pl_module: MokaModule, before: dict[str, float], steps: int) -> list[str]:
+    """Returns the lines that compare the last validation's metrics with those of the base."""
+    step = pl_module.eval_step
     # Training may have ended between two validations, or before the first.
     after = pl_module.eval_values if step else {}
     title = "after" if step == steps else f"step {step}"
@@ -88,36 +111,29 @@ def summary_text(
         lines.append(f"{name.removeprefix('val/'):<28}{shown[0]:>12}{shown[1]:>12}{change:>12}")
     if before and step != steps:
         lines.append(f"not validated after the last of {steps} steps; --trainer.val_check_interval sets when")
+    return lines
+
+
+def _facts(trainer: Trainer, pl_module: MokaModule) -> dict[str, str]:
+    """Returns size, speed, padding and memory by name."""
     trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
     share = trainable / (trainable + base_size(pl_module))
     facts = {"trainable parameters": f"{trainable:,} ({100 * share:.2f}% of the base and adapter)"}
-    speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+    speed, batches = _callback(trainer, Throughput), _callback(trainer, BatchStatistics)
     if speed is not None and speed.total_tokens:
         rate = speed.tokens_per_second * trainer.world_size
         facts["training speed"] = f"{rate:,.0f} tokens/s over {trainer.world_size} process(es)"
-    batches = next((c for c in trainer.callbacks if isinstance(c, BatchStatistics)), None)  # type: ignore[attr-defined]
-    if batches is not None and batches.slots:
+    if batches is not None and batches.padded_tokens:
         facts["padding"] = f"{100 * batches.padding_share:.1f}% of the tokens in the training batches"
     # Lightning has moved the module off its GPU by now.
     device = trainer.strategy.root_device
-    facts["peak memory"] = f"{peak_memory(device):.2f} GiB ({device})"
-    saved = next((c for c in trainer.callbacks if isinstance(c, AdapterCheckpoint)), None)  # type: ignore[attr-defined]
-    adapter = None
-    if saved is not None:
-        adapter = saved.best_path or saved.last_path
-        paths = {"best adapter": saved.best_path, "last adapter": saved.last_path}
-        facts |= {name: str(path) for name, path in paths.items() if path is not None}
-    if log_dir:
-        facts["TensorBoard logs"] = log_dir
-    lines += ["", *(f"{name:<22}{value}" for name, value in facts.items()), "", "Next:"]
-    if log_dir:
-        lines.append(f"  tensorboard --logdir {quote(str(Path(log_dir).parent))}")
-    if adapter is not None:
-        program = f"{Path(sys.executable).name} -m moka_pl"
-        lines.append(f"  {program} inspect {quote(str(adapter))}")
-        lines.append(f"  {program} generate {quote(str(adapter))} 'Why does bread rise?'")
-    rule = "-" * 64
-    return "\n".join(["", rule, *lines, rule])
+    return facts | {"peak memory": f"{peak_memory(device):.2f} GiB ({device})"}
+
+
+def _callback(trainer: Trainer, kind: type[C]) -> C | None:
+    """Returns the trainer's first callback of a class."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def _is_short(name: str) -> bool:
@@ -128,5 +144,5 @@ def _is_short(name: str) -> bool:
 
 
 def base_size(pl_module: MokaModule) -> int:
-    """Number of frozen weights, with quantised ones counted singly."""
+    """Returns the number of frozen weights, with quantised ones counted singly."""
     return sum(weight_count(p) for p in pl_module.parameters() if not p.requires_grad)

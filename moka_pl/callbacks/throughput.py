@@ -1,8 +1,8 @@
-"""Speed and memory of a run."""
+"""Speed and memory of a run, and how full its batches are."""
 
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Throughput(Callback):
         self.total_tokens = 0
         self.train_seconds = 0.0
         self._recent: deque[tuple[float, int]] = deque(maxlen=window)
-        self._begun = 0.0
+        self._started = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -37,15 +37,15 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock: a run that is resumed within an epoch starts none."""
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock again."""
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
 
     def on_train_batch_end(
         self,
@@ -60,7 +60,7 @@ class Throughput(Callback):
         From end to end, because a GPU still computes when a batch's own calls have returned.
         """
         now = time.perf_counter()
-        seconds, self._begun = now - self._begun, now
+        seconds, self._started = now - self._started, now
         tokens = int(batch.get("num_tokens", 0))
         self.total_tokens += tokens
         self.train_seconds += seconds
@@ -74,12 +74,12 @@ class Throughput(Callback):
 
 
 def log_interval(trainer: Trainer) -> int:
-    """Optimizer steps between two logs (the trainer's ``log_every_n_steps``, at least 1)."""
+    """Returns the optimizer steps between two logs (the trainer's ``log_every_n_steps``, at least 1)."""
     return int(getattr(trainer, "log_every_n_steps", 0)) or 1
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory so far in GiB: allocated on the GPU, or resident in this process on the CPU."""
+    """Returns the peak memory so far in GiB: allocated on the GPU, or resident in this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
@@ -90,9 +90,6 @@ def peak_memory(device: torch.device) -> float:
         return float(psutil.Process().memory_info().rss) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-# How full the training batches are, and what became of the training examples.
 
 
 class BatchStatistics(Callback):
@@ -107,18 +104,18 @@ class BatchStatistics(Callback):
 
     Attributes:
         tokens: Real tokens of all training batches of this process.
-        slots: The same with the padding.
+        padded_tokens: The same with the padding.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.slots = 0
-        self._recent = _Counts()
+        self.padded_tokens = 0
+        self._recent: Counter[str] = Counter()
 
     @property
     def padding_share(self) -> float:
         """Share of padding in all training batches of this process, 0 to 1."""
-        return 1 - self.tokens / self.slots if self.slots else 0.0
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what became of the examples."""
@@ -144,31 +141,15 @@ class BatchStatistics(Callback):
         if "num_tokens" not in batch:  # of another's data module
             return
         rows, width = batch["input_ids"].shape
-        self.tokens += batch["num_tokens"]
-        self.slots += rows * width
-        self._recent.add(batch["num_tokens"], rows * width, rows, batch["num_examples"])
-        if trainer.global_step % log_interval(trainer) == 0:
-            for name, value in self._recent.means().items():
-                pl_module.log(name, value)
-            self._recent = _Counts()
-
-
-class _Counts:
-    """Sums over some batches."""
-
-    def __init__(self) -> None:
-        self.batches = self.tokens = self.slots = self.rows = self.examples = 0
-
-    def add(self, tokens: int, slots: int, rows: int, examples: int) -> None:
-        self.batches += 1
+        tokens, padded_tokens = batch["num_tokens"], rows * width
         self.tokens += tokens
-        self.slots += slots
-        self.rows += rows
-        self.examples += examples
-
-    def means(self) -> dict[str, float]:
-        return {
-            "batch/padding_share": 1 - self.tokens / self.slots,
-            "batch/rows": self.rows / self.batches,
-            "batch/examples": self.examples / self.batches,
-        }
+        self.padded_tokens += padded_tokens
+        recent = self._recent
+        recent.update(
+            batches=1, tokens=tokens, padded_tokens=padded_tokens, rows=rows, examples=batch["num_examples"]
+        )
+        if trainer.global_step % log_interval(trainer) == 0:
+            pl_module.log("batch/padding_share", 1 - recent["tokens"] / recent["padded_tokens"])
+            pl_module.log("batch/rows", recent["rows"] / recent["batches"])
+            pl_module.log("batch/examples", recent["examples"] / recent["batches"])
+            recent.clear()

@@ -96,15 +96,15 @@ def test_logs_how_full_batches_are(fit, tmp_path, capsys):
     recorder, _, data = fit(counts, speed, RunSummary(), data=data, logger=logger)
     lengths = data._encoded["train"].rows["length"][:]
     assert counts.tokens == speed.total_tokens == sum(lengths)
-    slots = [batch["input_ids"].numel() for batch in recorder.batches]
-    assert counts.padding_share == pytest.approx(1 - sum(lengths) / sum(slots))
+    padded = [batch["input_ids"].numel() for batch in recorder.batches]
+    assert counts.padding_share == pytest.approx(1 - sum(lengths) / sum(padded))
     share = f"{100 * counts.padding_share:.1f}%"
     assert share != "0.0%"
     assert f"padding               {share} of the tokens" in capsys.readouterr().out
     found = EventAccumulator(logger.log_dir)
     found.Reload()
     shares = [event.value for event in found.Scalars("batch/padding_share")]
-    expected = [1 - batch["num_tokens"] / n for batch, n in zip(recorder.batches, slots, strict=True)]
+    expected = [1 - batch["num_tokens"] / n for batch, n in zip(recorder.batches, padded, strict=True)]
     assert shares == pytest.approx(expected, abs=1e-6)
     values = [event.value for event in found.Scalars("batch/examples")]
     assert sum(values) == len(lengths)
