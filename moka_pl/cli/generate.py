@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from moka_pl.errors import ConfigError
-from moka_pl.prompts.templates import PromptFormat, alpaca_prompt, chat_prompt, cloze_prompt
+from moka_pl.prompts.choice import CHOICE_PROMPTS, PromptFormat
+from moka_pl.prompts.templates import alpaca_prompt, chat_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,6 +93,6 @@ def _around(prompt: str, prompt_format: PromptFormat, tokenizer: "PreTrainedToke
     """The text that the model is to continue."""
     if prompt_format == "chat":
         return chat_prompt(prompt, tokenizer)
-    if prompt_format in ("alpaca", "llm_adapters"):
+    if prompt_format == "alpaca":
         return alpaca_prompt(prompt)
-    return cloze_prompt(prompt) if prompt_format in ("cloze", "letters") else prompt
+    return prompt if prompt_format == "raw" else CHOICE_PROMPTS[prompt_format].asked(prompt)

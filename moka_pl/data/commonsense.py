@@ -13,8 +13,7 @@ from moka_pl.data.reading import parse_columns, read_rows
 from moka_pl.data.sources import ChoiceShard, Sources, as_list, find_choice_shards, hub_tasks, refuse_unknown
 from moka_pl.data.splits import subsample
 from moka_pl.errors import DataError
-from moka_pl.prompts.choice import CHOICE_PROMPTS
-from moka_pl.prompts.templates import ChoicePromptName
+from moka_pl.prompts.choice import CHOICE_PROMPTS, ChoicePromptName
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,13 +6,17 @@ The package's own scoring and the tasks of lm_eval take their texts from the sam
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
-from typing import Any
-
-from lightning.pytorch.utilities import rank_zero_warn
+from typing import Any, Literal
 
 from moka_pl.errors import DataError
 from moka_pl.prompts.segments import Segment
-from moka_pl.prompts.templates import alpaca_prompt, cloze_prompt
+from moka_pl.prompts.templates import PromptName, alpaca_prompt, cloze_prompt
+
+ChoicePromptName = Literal["cloze", "letters", "llm_adapters"]
+"""The formats of a multiple-choice question: the names of ``CHOICE_PROMPTS``."""
+
+PromptFormat = Literal[PromptName, ChoicePromptName, "raw"]
+"""What may stand around a question: the tokenizer's chat template, a training prompt, or nothing."""
 
 Row = Mapping[str, Any]
 
@@ -24,11 +28,13 @@ class ChoicePrompt:
     Attributes:
         before: The text before the options of a row.
         options: The texts that continue it, one for each option.
+        asked: A question that somebody asks, without known options, in this format.
         names: For formats that are evaluated by generating: what the answer calls each option.
     """
 
     before: Callable[[Row], str]
     options: Callable[[Row], list[str]]
+    asked: Callable[[str], str]
     names: Callable[[Row], list[str]] | None = None
 
     def segments(self, row: Row) -> list[Segment]:
@@ -122,14 +128,14 @@ def _llm_adapters_answers(row: Row) -> list[str]:
 
 
 CHOICE_PROMPTS: dict[str, ChoicePrompt] = {
-    "cloze": ChoicePrompt(_cloze, _option_texts),
-    "letters": ChoicePrompt(_letters, _option_letters),
-    "llm_adapters": ChoicePrompt(_llm_adapters, _llm_adapters_answers, _llm_adapters_names),
+    "cloze": ChoicePrompt(_cloze, _option_texts, cloze_prompt),
+    "letters": ChoicePrompt(_letters, _option_letters, cloze_prompt),
+    "llm_adapters": ChoicePrompt(_llm_adapters, _llm_adapters_answers, alpaca_prompt, _llm_adapters_names),
 }
 """The formats by the name that options and adapters know them by."""
 
 MMLU_PROMPTS: dict[str, ChoicePrompt] = {
-    "letters": ChoicePrompt(_mmlu, _option_letters),
+    "letters": ChoicePrompt(_mmlu, _option_letters, cloze_prompt),
     "text": CHOICE_PROMPTS["cloze"],
 }
 """How MMLU asks one question, by how it is scored."""
@@ -188,6 +194,8 @@ def resolve_prompt(
     if chosen is None:
         return adapters or default
     if adapters is not None and adapters != chosen and adapters not in warned:
+        from lightning.pytorch.utilities import rank_zero_warn  # the command line needs the names only
+
         warned.add(adapters)
         rank_zero_warn(
             f"the adapter was trained with `prompt: {adapters}`, but the data are asked for with `prompt: "

@@ -10,12 +10,6 @@ if TYPE_CHECKING:
 PromptName = Literal["chat", "alpaca"]
 """The formats of an instruction or a chat."""
 
-ChoicePromptName = Literal["cloze", "letters", "llm_adapters"]
-"""The formats of a multiple-choice question."""
-
-PromptFormat = Literal[PromptName, ChoicePromptName, "raw"]
-"""What may stand around a question: the tokenizer's chat template, a training prompt, or nothing."""
-
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"

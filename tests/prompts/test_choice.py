@@ -5,8 +5,8 @@ import pytest
 from moka_pl.data import CommonsenseData, DataError, InstructionData, MixtureData
 from moka_pl.data.formats.choice import parse_choice
 from moka_pl.lm.scoring import IGNORE_INDEX
-from moka_pl.prompts.choice import CHOICE_PROMPTS, resolve_prompt
-from moka_pl.prompts.templates import ChoicePromptName, alpaca_prompt
+from moka_pl.prompts.choice import CHOICE_PROMPTS, ChoicePromptName, resolve_prompt
+from moka_pl.prompts.templates import alpaca_prompt
 
 
 def row(question="Why?", choices=("So.", "Not so."), answer=1, task="arc_easy"):
