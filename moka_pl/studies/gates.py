@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("gates.png"), help="picture to write")
     parser.add_argument("--layers", nargs="*", default=[], help="layers to show, such as layer03.q_proj")
     args = parser.parse_args(arguments)
-    gates = read_gates(args.run)
+    gates = read_gates(args.run) if args.run.is_dir() else {}
     if not gates:
         parser.error(f"{args.run} holds no gate curves")
     chosen = args.layers or sorted(gates, key=lambda layer: -spread(gates[layer]))[:6]

@@ -9,31 +9,41 @@ from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers
 from moka_pl.studies.backends import distance, finished_runs, main, rounding
 
 TINY = ["--model", "tiny", "--random", "--device", "cpu", "--dtype", "float32"]
-TINY += ["--steps", "3", "--batch_size", "2", "--max_length", "1024"]
+TINY += ["--steps", "2", "--batch_size", "1", "--max_length", "320"]
 
 
-def test_runs_are_printed_kept_and_not_repeated(
-    tmp_path, one_thread, dataset_cache, monkeypatch, capsys
-) -> None:
+@pytest.mark.slow
+def test_rounding_shows_in_a_training(tmp_path, one_thread, dataset_cache, monkeypatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", dataset_cache)
     file = tmp_path / "agreement.json"
-    main([*TINY, "--backends", "dense", "rounded", "--json", str(file)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-3].startswith("noise, dense, seed 0 against 1: curve 0.")
-    assert lines[-1].startswith("rounded against dense, seed 1: curve 0.0")
-    stored = json.loads(file.read_text())
-    assert [(run["backend"], run["seed"], len(run["losses"])) for run in stored["runs"]] == [
-        (backend, seed, 3) for backend in ("dense", "rounded") for seed in (0, 1)
-    ]
-    exact, rounded = (
-        next(r for r in stored["runs"] if (r["backend"], r["seed"]) == (b, 0)) for b in ("dense", "rounded")
-    )
+    main([*TINY, "--backends", "dense", "rounded", "--seeds", "0", "--json", str(file)])
+    exact, rounded = json.loads(file.read_text())["runs"]
+    assert len(exact["losses"]) == len(rounded["losses"]) == 2
     assert exact["losses"] != rounded["losses"]
-    monkeypatch.setattr("moka_pl.studies.backends.train", lambda *_: pytest.fail("a run is repeated"))
-    main([*TINY, "--backends", "rounded", "--json", str(file)])
+    assert exact["losses"] == pytest.approx(rounded["losses"], rel=0.05)
+
+
+def test_runs_are_printed_kept_and_not_repeated(tmp_path, monkeypatch, capsys) -> None:
+    file = tmp_path / "agreement.json"
+    trained = []
+
+    def train(args, backend, seed):
+        trained.append((backend, seed))
+        loss = 1 + seed / 100 + (backend == "rounded") / 1000
+        return {"backend": backend, "seed": seed, "losses": [loss] * args.steps, "held_out": 2 * loss}
+
+    monkeypatch.setattr("moka_pl.studies.backends.train", train)
+    for _ in range(2):
+        main([*TINY, "--backends", "dense", "rounded", "--json", str(file)])
+    assert trained == [(backend, seed) for backend in ("dense", "rounded") for seed in (0, 1)]
     assert len(json.loads(file.read_text())["runs"]) == 4
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "noise, dense, seed 0 against 1: curve 0.0100, held out 0.0200",
+        "rounded against dense, seed 0: curve 0.0010, held out 0.0020",
+        "rounded against dense, seed 1: curve 0.0010, held out 0.0020",
+    ]
 
 
 def test_runs_of_other_options_do_not_count(tmp_path) -> None:

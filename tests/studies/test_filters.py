@@ -13,7 +13,7 @@ model:
   adapter: {components: 2}
 data:
   class_path: moka_pl.data.InstructionData
-  init_args: {path: sample, prompt: alpaca, batch_size: 2, max_length: 1024}
+  init_args: {path: sample, prompt: alpaca, batch_size: 1, max_length: 320}
 trainer: {accelerator: cpu, logger: false}
 """
 

@@ -12,6 +12,7 @@ from moka_pl.studies.agreement.command import main
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_the_real_model_agrees(
     questions: Path, mmlu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

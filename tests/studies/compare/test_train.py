@@ -26,6 +26,7 @@ def suite(one_thread, dataset_cache, monkeypatch):
     return read_suite(TINY, [*changes, "data.init_args.tasks=[boolean, physical]"])
 
 
+@pytest.mark.slow
 def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     store = Store(tmp_path)
     execute = Executor(store)
@@ -73,6 +74,7 @@ def test_runs_share_base_and_batches_and_can_be_tested_later(suite, tmp_path):
     assert store.read_items(frozen)["nll"] != items["nll"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_adapter_is_gone_is_trained_again_for_its_test(suite, tmp_path):
     store = Store(tmp_path)
     run = run_of(suite, suite.methods[0], 0.01, 0)
@@ -83,6 +85,7 @@ def test_a_run_whose_adapter_is_gone_is_trained_again_for_its_test(suite, tmp_pa
     assert second["tested"]["key"] == run.test_key
 
 
+@pytest.mark.slow
 def test_runs_choose_their_filters_and_are_tested_with_them_later(suite, tmp_path):
     execute = Executor(Store(tmp_path))
     moka = suite.methods[0]

@@ -34,6 +34,7 @@ def test_a_task_for_a_worker_that_has_died_is_left_to_the_wait():
     assert workers.busy == ["task"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_with_nothing_to_do_is_replaced(tmp_path):
     workers = Workers(tmp_path, 1)
     try:
@@ -78,6 +79,7 @@ class Command:
         return [line.partition("] ")[2].partition(":")[0] for line in self.lines if line.startswith("[")]
 
 
+@pytest.mark.slow
 def test_a_killed_command_takes_its_processes_along_and_goes_on(tmp_path, dataset_cache):
     out = tmp_path / "out"
     command = Command(out, dataset_cache)

@@ -43,6 +43,7 @@ def test_geometric_mean() -> None:
     assert _geometric_mean([[1e-4, 1.0], [1e-2, 4.0]], 1) == pytest.approx(2.0)
 
 
+@pytest.mark.slow
 def test_tables_json_and_figures(tmp_path, capsys) -> None:
     files = [tmp_path / name for name in ("all.json", "gates.png", "choices.png")]
     options = ["--json", files[0], "--figure", files[1], "--choices-figure", files[2]]
