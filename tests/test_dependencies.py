@@ -103,3 +103,8 @@ def test_the_lowest_environment_is_read_from_the_lower_bounds() -> None:
     assert lowest.keys() == declared.keys()
     for name, version in lowest.items():
         assert declared[name].specifier.contains(version), name
+
+
+def test_the_tests_of_the_lowest_environment_are_there() -> None:
+    for path in (ROOT / ".ci" / "lowest-tests").read_text(encoding="utf-8").split():
+        assert (ROOT / path).exists(), path
