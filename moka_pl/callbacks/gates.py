@@ -1,4 +1,4 @@
-"""Shows the gates α_i of every layer in TensorBoard, and warns when they collapse."""
+"""Logs the gates α_i of every layer, as scalars and as a heat map, and warns when they collapse."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moka_pl._compat import event_writer
-from moka_pl.adapters import moka_layers
+from moka_pl.adapters import MokaLinear, moka_layers
 from moka_pl.callbacks.checkpoints import is_trial
 from moka_pl.callbacks.throughput import log_interval
 from moka_pl.ops.gating import Gating, gates_of, normalised_entropy
@@ -20,65 +20,6 @@ from moka_pl.training.module import MokaModule
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-
-# The gate heat map: layers × components as an image.
-
-
-def gate_heatmap(gates: Tensor, labels: list[str]) -> "npt.NDArray[np.uint8]":
-    """Draws the gates of all layers.
-
-    Args:
-        gates: α, shape (layers, r).
-        labels: One name a layer.
-
-    Returns:
-        The picture, (height, width, 3).
-    """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Without pyplot: no global state, no display.
-    figure = Figure(figsize=(1.5 + 0.45 * gates.shape[1], 1.2 + 0.16 * gates.shape[0]), dpi=90)
-    canvas = FigureCanvasAgg(figure)
-    axes: Any = figure.subplots()
-    start = 1 / gates.shape[1]
-    image = axes.imshow(gates.numpy(), aspect="auto", cmap="viridis")
-    axes.set_xticks(range(gates.shape[1]), [str(i) for i in range(gates.shape[1])])
-    axes.set_yticks(range(len(labels)), labels, fontsize=6)
-    axes.set_xlabel("component i")
-    axes.set_title(f"gates α_i (start: {start:.3f})", fontsize=9)
-    figure.colorbar(image)
-    figure.tight_layout()
-    canvas.draw()  # type: ignore[no-untyped-call]
-    picture: npt.NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
-    return picture[..., :3].copy()
-
-
-# Writing many scalars at once.
-
-
-def log_scalars(logger: Logger, values: Mapping[str, float], step: int) -> None:
-    """Logs all values of a step; for TensorBoard as a single event, which is many times faster than one each.
-
-    Args:
-        logger: Any of Lightning's loggers.
-        values: Values by tag.
-        step: The optimizer step.
-    """
-    if not isinstance(logger, TensorBoardLogger):
-        logger.log_metrics(dict(values), step=step)
-        return
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    rows = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-    writer = event_writer(logger.experiment)
-    writer.add_summary(Summary(value=rows), global_step=step)
-
-
-# Shows the gates α_i of every layer in TensorBoard, and warns when they collapse.
-
 
 #: Share of the run after which gates that are still uniform are worth a warning.
 _LATE = 0.5
@@ -115,8 +56,7 @@ class GateMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the gates as they are before the first step."""
-        names = list(moka_layers(_model(pl_module)))
-        self._labels = layer_labels(names)
+        self._labels = layer_labels(list(_layers(pl_module)))
         self._log(trainer, pl_module)
 
     def on_train_batch_end(
@@ -178,20 +118,20 @@ class GateMonitor(Callback):
                 "learning rate or use fewer components",
             )
 
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
+    def _warn_once(self, reason: str, message: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
             rank_zero_warn(message)
 
 
 def layer_labels(names: list[str]) -> list[str]:
-    """Short labels of all layers; layers that would share one (the experts of a layer) keep their names."""
-    short = [layer_label(name) for name in names]
+    """Returns short labels; layers that would share one (the experts of a layer) keep their names."""
+    short = [_layer_label(name) for name in names]
     count = Counter(short)
     return [label if count[label] == 1 else name for label, name in zip(short, names, strict=True)]
 
 
-def layer_label(name: str) -> str:
+def _layer_label(name: str) -> str:
     """Shortens a module name for tags: ``model.layers.3.self_attn.q_proj`` → ``layer03.q_proj``."""
     parts = name.split(".")
     number = next((part for part in parts if part.isdigit()), None)
@@ -199,9 +139,8 @@ def layer_label(name: str) -> str:
 
 
 def gate_matrix(pl_module: LightningModule) -> Tensor | None:
-    """All gates as one matrix (layers, r) on the CPU, with a single copy; None without trained gates."""
-    layers = moka_layers(_model(pl_module)).values()
-    logits = [layer.moka_gate for layer in layers if layer.moka_gate is not None]
+    """Returns all gates, (layers, r), on the CPU, by a single copy; None without trained gates."""
+    logits = [layer.moka_gate for layer in _layers(pl_module).values() if layer.moka_gate is not None]
     if not logits:
         return None
     with torch.no_grad():
@@ -209,12 +148,18 @@ def gate_matrix(pl_module: LightningModule) -> Tensor | None:
 
 
 def gate_scalars(gates: Tensor, labels: list[str], gating: Gating) -> dict[str, float]:
-    """The scalars of one step by tag."""
-    found = {"gate_entropy": normalised_entropy(gates)}  # (layers,)
+    """Returns the scalars of one step by tag.
+
+    Args:
+        gates: α, shape (layers, r).
+        labels: One name a layer.
+        gating: How gate logits make α.
+    """
+    columns = {"gate_entropy": normalised_entropy(gates)}  # (layers,)
     if gating == "sigmoid":
-        found["gate_sum"] = gates.sum(1)  # (layers,)
+        columns["gate_sum"] = gates.sum(1)  # (layers,)
     values = {}
-    for tag, column in found.items():
+    for tag, column in columns.items():
         values[f"{tag}/mean"] = float(column.mean())
         values |= {f"{tag}/{label}": value for label, value in zip(labels, column.tolist(), strict=True)}
     for label, row in zip(labels, gates.tolist(), strict=True):
@@ -222,12 +167,60 @@ def gate_scalars(gates: Tensor, labels: list[str], gating: Gating) -> dict[str, 
     return values
 
 
+def gate_heatmap(gates: Tensor, labels: list[str]) -> "npt.NDArray[np.uint8]":
+    """Draws the gates of all layers.
+
+    Args:
+        gates: α, shape (layers, r).
+        labels: One name a layer.
+
+    Returns:
+        The picture, (height, width, 3).
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot: no global state, no display.
+    figure = Figure(figsize=(1.5 + 0.45 * gates.shape[1], 1.2 + 0.16 * gates.shape[0]), dpi=90)
+    canvas = FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    start = 1 / gates.shape[1]
+    image = axes.imshow(gates.numpy(), aspect="auto", cmap="viridis")
+    axes.set_xticks(range(gates.shape[1]), [str(i) for i in range(gates.shape[1])])
+    axes.set_yticks(range(len(labels)), labels, fontsize=6)
+    axes.set_xlabel("component i")
+    axes.set_title(f"gates α_i (start: {start:.3f})", fontsize=9)
+    figure.colorbar(image)
+    figure.tight_layout()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    picture: npt.NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    return picture[..., :3].copy()
+
+
+def log_scalars(logger: Logger, values: Mapping[str, float], step: int) -> None:
+    """Logs all values of a step; for TensorBoard as a single event, many times faster than one for each.
+
+    Args:
+        logger: Any of Lightning's loggers.
+        values: Values by tag.
+        step: The optimizer step.
+    """
+    if not isinstance(logger, TensorBoardLogger):
+        logger.log_metrics(dict(values), step=step)
+        return
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    rows = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+    writer = event_writer(logger.experiment)
+    writer.add_summary(Summary(value=rows), global_step=step)
+
+
 def _gating(pl_module: LightningModule) -> Gating:
-    """The layers' gating; all have the same."""
-    return next(iter(moka_layers(_model(pl_module)).values())).gating
+    """Returns the layers' gating; all have the same."""
+    return next(iter(_layers(pl_module).values())).gating
 
 
-def _model(pl_module: LightningModule) -> torch.nn.Module:
+def _layers(pl_module: LightningModule) -> dict[str, MokaLinear]:
     assert isinstance(pl_module, MokaModule)
-    model: torch.nn.Module = pl_module.causal_lm
-    return model
+    return moka_layers(pl_module.causal_lm)
