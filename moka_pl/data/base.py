@@ -22,6 +22,7 @@ from moka_pl.data.batching.samplers import (
 )
 from moka_pl.data.encoding.examples import Encoded, Encoder, encode_rows, tokenizer_digest
 from moka_pl.data.encoding.report import EncodingReport
+from moka_pl.data.sources import Shard
 from moka_pl.data.splits import HoldOut, warn_of_overlap
 from moka_pl.data.types import DataDefaults, HasTokenizer, ModuleProtocol
 from moka_pl.errors import DataError
@@ -349,14 +350,14 @@ class SplitDataModule(MokaDataModule):
         self.separate_test = separate_test
 
     @abstractmethod
-    def _shards(self, split: str) -> list[Any]:
+    def _shards(self, split: str) -> list[Shard]:
         """The files, or splits of hub data sets, of training or of evaluation data of their own."""
 
     @abstractmethod
-    def _read(self, shard: Any) -> "Dataset":
+    def _read(self, shard: Shard) -> "Dataset":
         """The checked rows of a shard."""
 
-    def _read_all(self, shards: list[Any]) -> "Dataset":
+    def _read_all(self, shards: list[Shard]) -> "Dataset":
         from datasets import concatenate_datasets
 
         return concatenate_datasets([self._read(shard) for shard in shards])

@@ -10,7 +10,7 @@ from moka_pl.data.encoding.examples import Encoded, Encoder, SegmentEncoder, add
 from moka_pl.data.formats.choice import CHOICE_FIELDS, choice_features, parse_choice, with_filled_blank
 from moka_pl.data.formats.llm_adapters import name_tasks
 from moka_pl.data.reading import parse_columns, read_rows
-from moka_pl.data.sources import ChoiceShard, Sources, as_list, find_choice_shards, hub_tasks, refuse_unknown
+from moka_pl.data.sources import Shard, Sources, as_list, find_choice_shards, hub_tasks, refuse_unknown
 from moka_pl.data.splits import subsample
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS, ChoicePromptName
@@ -137,7 +137,7 @@ class CommonsenseData(SplitDataModule):
         refuse_unknown(self._wanted, set(known), f"{source} ({split})")
         return rows.select([index for index, task in enumerate(known) if task in self._wanted])
 
-    def _shards(self, split: str) -> list[ChoiceShard]:
+    def _shards(self, split: str) -> list[Shard]:
         """What holds a split of the sources; nothing unless all of them have it."""
         if split == "train" or self.validation_path is None:
             return find_choice_shards(self.path, split, self._wanted)
@@ -145,14 +145,11 @@ class CommonsenseData(SplitDataModule):
             self.validation_path, "train", self._wanted
         )
 
-    def _read(self, shard: ChoiceShard) -> "Dataset":
+    def _read(self, shard: Shard) -> "Dataset":
         rows = read_rows(
-            shard.source,
+            shard,
             parse_choice,
             choice_features(),
-            context=shard.context,
-            split=shard.split,
-            options=shard.options,
             columns=self.columns,
             gather=name_tasks if shard.mixed else None,
         )

@@ -210,11 +210,9 @@ class InstructionData(SplitDataModule):
 
     def _read(self, shard: Shard) -> "Dataset":
         return read_rows(
-            shard.source,
+            shard,
             parse_instruction,
             instruction_features(),
-            split=shard.split,
-            options=shard.options,
             columns=self.columns,
             gather=partial(join_trees, paths=self.tree_paths, language=self.tree_language),
         )

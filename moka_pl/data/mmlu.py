@@ -12,6 +12,7 @@ from moka_pl.data.encoding.examples import Encoded, adds_bos
 from moka_pl.data.formats.choice import choice_features
 from moka_pl.data.formats.mmlu import mmlu_groups, parse_mmlu
 from moka_pl.data.reading import is_local, read_rows
+from moka_pl.data.sources import Shard
 from moka_pl.data.splits import subsample
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import MMLU_PROMPTS, FewShot
@@ -150,11 +151,11 @@ class MmluData(MokaDataModule):
         files = [(folder / split / f"{subject}{ending}", subject) for subject in wanted]
         features = choice_features()
         return concatenate_datasets(
-            [read_rows(file, parse_mmlu, features, context=subject) for file, subject in files]
+            [read_rows(Shard(file, context=subject), parse_mmlu, features) for file, subject in files]
         )
 
     def _read_hub(self, split: str) -> "Dataset":
-        rows = read_rows(self.path, parse_mmlu, choice_features(), split=split, options={"name": "all"})
+        rows = read_rows(Shard(self.path, split, {"name": "all"}), parse_mmlu, choice_features())
         if self._subjects is None:
             return rows
         tasks = rows["task"][:]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from moka_pl.data.catalog import CHOICE_TASKS, CORPORA
 from moka_pl.data.formats.base import Record, names
 from moka_pl.data.readers import READERS, Located, located, stream, suffix_of
+from moka_pl.data.sources import Shard
 from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -123,55 +124,42 @@ def is_local(source: str | Path) -> bool:
 
 
 def read_rows(
-    source: str | Path,
-    parse: Parse,
-    features: "Features",
-    *,
-    context: str = "",
-    split: str = "train",
-    options: Mapping[str, Any] | None = None,
-    columns: Columns = (),
-    gather: Gather | None = None,
+    shard: Shard, parse: Parse, features: "Features", *, columns: Columns = (), gather: Gather | None = None
 ) -> "Dataset":
-    """Reads and parses every record of a source.
+    """Reads and parses every record of a shard.
 
     The result is memory-mapped from the cache folder of ``datasets`` (``HF_DATASETS_CACHE``); a second call
     for an unchanged file reads nothing but this cache. A file counts as unchanged while its path, its
     modification time and its size are.
 
     Args:
-        source: A local file, or a hub data set id.
+        shard: A local file, or a split of a hub data set.
         parse: A module-level function that turns a record into a row with the columns of ``features``, all
-            but ``location``.
+            but ``location``; it is given the shard's context, too.
         features: Columns of the result.
-        context: Handed to ``parse``, for what a record alone does not say (its task, for instance).
-        split: Which split of a hub data set; ignored for files.
-        options: What else ``datasets.load_dataset`` is given for a hub data set (``name``, ``revision``,
-            ...).
         columns: Names of the columns, by field.
         gather: A module-level function, or a ``partial`` of one, that all records pass through first.
 
     Returns:
-        The rows, in the order of the source.
+        The rows, in the order of the shard.
 
     Raises:
-        DataError: The source cannot be read, or ``parse`` refused a record.
+        DataError: The shard cannot be read, or ``parse`` refused a record.
     """
     records: Callable[..., Iterator[Located]]
-    if is_local(source):
-        path = Path(source).expanduser()
+    if is_local(shard.source):
+        path = Path(shard.source).expanduser()
         if not path.is_file() or suffix_of(path) is None:
             next(stream(path))  # raises the message that fits
         stat = path.stat()
         key = {"path": str(path), "state": (str(path.absolute()), stat.st_mtime_ns, stat.st_size)}
         records, show = _file_records, stat.st_size >= SILENT_BYTES
     else:
-        options = options or {}
-        raw = load_hub(str(source), split, options)
-        config = f"{options['name']}, " if "name" in options else ""
-        key = {"name": f"{source} ({config}{split})", "rows": raw}
+        raw = load_hub(str(shard.source), shard.split, shard.options)
+        config = f"{shard.options['name']}, " if "name" in shard.options else ""
+        key = {"name": f"{shard.source} ({config}{shard.split})", "rows": raw}
         records, show = _hub_records, len(raw) >= SILENT_ROWS
-    arguments = {"parse": parse, "context": context, "columns": columns, "gather": gather}
+    arguments = {"parse": parse, "context": shard.context, "columns": columns, "gather": gather}
     return _cached(
         {"records": records, "key": key, "version": READING_VERSION, **arguments}, features, show=show
     )

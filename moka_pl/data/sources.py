@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from moka_pl.data.catalog import CHOICE_TASKS, COMMONSENSE_170K, ChoiceTask, find_corpus, task_name
 from moka_pl.data.formats.llm_adapters import SCIENCE
@@ -24,7 +24,6 @@ HUB = "hub"
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _INSTEAD = {"train": "train", "validation": "test", "test": "validation"}
 
-AnyShard = TypeVar("AnyShard", bound="Shard")
 Source = str | Path
 Sources = Source | list[Source]
 
@@ -36,23 +35,14 @@ class Shard:
     Attributes:
         source: Path of the file, or id on the hub.
         split: Split on the hub.
-        options: What else ``datasets.load_dataset`` is given.
+        options: What else ``datasets.load_dataset`` is given (``name``, ``revision``, ...).
+        context: What its records alone do not say, such as the task of multiple-choice questions.
+        mixed: Whether its prompts may tell other tasks than its name, which says none of the eight.
     """
 
     source: Source
     split: str = "train"
     options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ChoiceShard(Shard):
-    """One file, or one split of a hub data set, of multiple-choice questions.
-
-    Attributes:
-        context: Task of the records that do not name one.
-        mixed: Whether its prompts may tell other tasks: its own name says none of the eight.
-    """
-
     context: str = ""
     mixed: bool = False
 
@@ -122,7 +112,7 @@ def find_shards(sources: Sources, split: str, hub_split: str | None = None) -> l
     return _joined([_shards(source, split, hub_split) for source in as_list(sources)])
 
 
-def _joined(shards: list[list[AnyShard]]) -> list[AnyShard]:
+def _joined(shards: list[list[Shard]]) -> list[Shard]:
     return [shard for part in shards for shard in part] if all(shards) else []
 
 
@@ -139,7 +129,7 @@ def _shards(source: Source, split: str, hub_split: str | None) -> list[Shard]:
     return [Shard(source)] if split == "train" else []
 
 
-def find_choice_shards(sources: Sources, split: str, wanted: list[str] | None) -> list[ChoiceShard]:
+def find_choice_shards(sources: Sources, split: str, wanted: list[str] | None) -> list[Shard]:
     """Returns the shards of one split of some sources of multiple-choice questions.
 
     Args:
@@ -158,9 +148,9 @@ def find_choice_shards(sources: Sources, split: str, wanted: list[str] | None) -
     return _joined([_choice_shards(source, split, wanted) for source in as_list(sources)])
 
 
-def _choice_shards(source: Source, split: str, wanted: list[str] | None) -> list[ChoiceShard]:
+def _choice_shards(source: Source, split: str, wanted: list[str] | None) -> list[Shard]:
     if source == "sample":
-        return [ChoiceShard(sample_path("commonsense_train" if split == "train" else "commonsense_heldout"))]
+        return [Shard(sample_path("commonsense_train" if split == "train" else "commonsense_heldout"))]
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder_shards(path, split, wanted)
@@ -170,14 +160,14 @@ def _choice_shards(source: Source, split: str, wanted: list[str] | None) -> list
         if wanted is not None:
             refuse_unknown(wanted, {task.name for task in tasks}, source)
         return [
-            ChoiceShard(task.hub, task.splits[split], task.options, context=task.name)
+            Shard(task.hub, task.splits[split], task.options, context=task.name)
             for task in tasks
             if wanted is None or task.name in wanted
         ]
     if split != "train":
         return []
     if named and source in ("commonsense_170k", COMMONSENSE_170K):
-        return [ChoiceShard(COMMONSENSE_170K, context=SCIENCE, mixed=True)]
+        return [Shard(COMMONSENSE_170K, context=SCIENCE, mixed=True)]
     return [_file_shard(source)]
 
 
@@ -210,7 +200,7 @@ def refuse_unknown(wanted: list[str], known: set[str], source: object) -> None:
         )
 
 
-def _file_shard(source: Source) -> ChoiceShard:
+def _file_shard(source: Source) -> Shard:
     """Returns a file of the task that its folder or its own name says, else of its folder's name."""
     path = Path(source).expanduser().absolute()
     words = re.split(r"[_\-. ]", path.stem)
@@ -219,10 +209,10 @@ def _file_shard(source: Source) -> ChoiceShard:
     ]  # arc_easy_train, arc_easy, arc
     known = [task_name(name) for name in (path.parent.name, *beginnings)]
     context = next((name for name in known if name in CHOICE_TASKS), path.parent.name)
-    return ChoiceShard(source, context=context, mixed=context not in CHOICE_TASKS)
+    return Shard(source, context=context, mixed=context not in CHOICE_TASKS)
 
 
-def _folder_shards(folder: Path, split: str, wanted: list[str] | None) -> list[ChoiceShard]:
+def _folder_shards(folder: Path, split: str, wanted: list[str] | None) -> list[Shard]:
     children = [child for child in sorted(folder.iterdir()) if not child.name.startswith(".")]
     if any(child.is_file() for child in children):
         files = split_files(folder, split)
@@ -246,4 +236,4 @@ def _folder_shards(folder: Path, split: str, wanted: list[str] | None) -> list[C
         )
     if not files_of:
         refuse_unknown(wanted or [], {task_name(child.name) for child in children}, folder)
-    return [ChoiceShard(file, context=name) for name, files in files_of.items() for file in files]
+    return [Shard(file, context=name) for name, files in files_of.items() for file in files]

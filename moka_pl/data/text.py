@@ -8,6 +8,7 @@ from moka_pl.data.encoding.examples import Encoded
 from moka_pl.data.encoding.windows import WindowEncoder
 from moka_pl.data.formats.text import parse_text, read_text_file, text_features
 from moka_pl.data.reading import read_rows
+from moka_pl.data.sources import Shard
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,16 +74,16 @@ class TextData(SplitDataModule):
         """Nothing: texts are not looked through for those that were trained on."""
         return None, []
 
-    def _shards(self, split: str) -> list[tuple[str | Path, str]]:
+    def _shards(self, split: str) -> list[Shard]:
+        options = {"name": self.config} if self.config else {}
         if split == "train":
-            return [(self.path, self.split)]
-        return [] if self.validation_path is None else [(self.validation_path, self.validation_split)]
+            return [Shard(self.path, self.split, options, self.column)]
+        if self.validation_path is None:
+            return []
+        return [Shard(self.validation_path, self.validation_split, options, self.column)]
 
-    def _read(self, shard: tuple[str | Path, str]) -> "Dataset":
-        source, split = shard
-        if Path(source).suffix.lower() == ".txt":
-            return read_text_file(Path(source).expanduser())
-        options = {"name": self.config} if self.config else None
-        return read_rows(
-            source, parse_text, text_features(), context=self.column, split=split, options=options
-        )
+    def _read(self, shard: Shard) -> "Dataset":
+        path = Path(shard.source).expanduser()
+        if path.suffix.lower() == ".txt":
+            return read_text_file(path)
+        return read_rows(shard, parse_text, text_features())

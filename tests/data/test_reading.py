@@ -7,14 +7,14 @@ from moka_pl.data.formats.instruction import instruction_features, parse_instruc
 from moka_pl.data.readers import READERS
 from moka_pl.data.reading import is_local, read_rows
 from moka_pl.data.samples import sample_path
-from moka_pl.data.sources import find_shards
+from moka_pl.data.sources import Shard, find_shards
 from moka_pl.errors import DataError
 
 GOOD = {"instruction": "Say hello.", "input": "", "output": "Hello!"}
 
 
 def read(path):
-    return read_rows(path, parse_instruction, instruction_features())
+    return read_rows(Shard(path), parse_instruction, instruction_features())
 
 
 def refuse(path, *parts):

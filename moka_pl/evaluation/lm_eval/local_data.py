@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moka_pl.data.formats.choice import choice_features, parse_choice
 from moka_pl.data.formats.mmlu import LETTERS, mmlu_groups, parse_mmlu
 from moka_pl.data.reading import read_rows
+from moka_pl.data.sources import Shard
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS, MMLU_PROMPTS, mmlu_header
 
@@ -139,6 +140,6 @@ def choice_splits(
         DataError: A file cannot be used.
     """
     parse, features = parse_mmlu if mmlu else parse_choice, choice_features()
-    rows = {split: read_rows(file, parse, features, context=task) for split, file in files.items()}
+    rows = {split: read_rows(Shard(file, context=task), parse, features) for split, file in files.items()}
     # lm_eval hashes whole records: a path in them would make the hash another on every machine.
     return {split: read.select_columns(["question", "choices", "answer"]) for split, read in rows.items()}
