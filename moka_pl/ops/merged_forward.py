@@ -34,7 +34,18 @@ class Updates(ABC):
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> Tensor:
-        """Returns ``(W + ΔW) x + bias``, shape (T, m), for x of shape (T, n)."""
+        """Computes ``(W + ΔW) x + bias``.
+
+        Args:
+            x: Input, shape (T, n).
+            bias: Bias of the frozen layer, (m,), or None.
+            left: Packed left factors.
+            right: Packed right factors.
+            gate: Gate logits, (r,), or None.
+
+        Returns:
+            Shape (T, m).
+        """
         return F.linear(x, self.weight(left, right, gate, x.dtype), bias)
 
     def backward(
@@ -58,13 +69,33 @@ class Updates(ABC):
 
     @abstractmethod
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
+        """Builds ``W + ΔW``.
+
+        Args:
+            left: Packed left factors.
+            right: Packed right factors.
+            gate: Gate logits, (r,), or None.
+            dtype: Dtype of the result.
+
+        Returns:
+            Shape (m, n).
+        """
 
     @abstractmethod
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
+        """Projects a gradient of ΔW to its parts.
+
+        Args:
+            grad: D = ∂L/∂ΔW, shape (m, n).
+            left: Packed left factors.
+            right: Packed right factors.
+            gate: Gate logits, (r,), or None.
+
+        Returns:
+            The gradients of ``left``, ``right`` and ``gate``.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +118,7 @@ class DenseUpdates(Updates):
     gating: Gating = "softmax"
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
+        """As :meth:`Updates.weight`."""
         total = self.base_weight().to(dtype, copy=not self.fresh)  # (m, n)
         weights = self._alpha(gate, right) * self.scaling  # (r,)
         return add_delta_(total, left, right, weights, self.shapes)
@@ -95,7 +126,7 @@ class DenseUpdates(Updates):
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
+        """As :meth:`Updates.project`."""
         alpha = self._alpha(gate, right)  # (r,)
         grad_left, grad_right, grad_weights = project(grad, left, right, alpha * self.scaling, self.shapes)
         return grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
@@ -117,7 +148,7 @@ class StructuredUpdates(DenseUpdates):
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> Tensor:
-        """Returns ``(W + ΔW) x + bias``, shape (T, m), for x of shape (T, n)."""
+        """As :meth:`Updates.product`."""
         x = transposed(x, x.dtype)  # (n, T)
         weight = self.base_weight().to(x.dtype)  # (m, n)
         out = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)  # (m, T)
@@ -127,7 +158,7 @@ class StructuredUpdates(DenseUpdates):
     def backward(
         self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """Computes the gradients of :meth:`product`, as :meth:`Updates.backward`."""
+        """As :meth:`Updates.backward`."""
         grad, x = transposed(grad, x.dtype), transposed(x, x.dtype)  # (m, T), (n, T)
         grad_x = self.base_weight().to(x.dtype).mT @ grad if needs_x else None  # (n, T)
         alpha = self._alpha(gate, right)  # (r,)

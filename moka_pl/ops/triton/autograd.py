@@ -54,7 +54,7 @@ class FusedSum(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class FusedUpdates(Updates):
-    """By one launch for the weight and two for the gradient.
+    """By one launch for the weight and two for the gradient; reference: :class:`DenseUpdates`.
 
     Args:
         plan: The layer's plan.
@@ -71,7 +71,7 @@ class FusedUpdates(Updates):
     gating: Gating = "softmax"
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Returns ``W + ΔW``, shape (m, n), in ``dtype``."""
+        """As :meth:`Updates.weight`."""
         source = self.source or WeightSource(self.base_weight())
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
         return fused_weight(self.plan, left, right, gates, dtype, source)
@@ -79,7 +79,7 @@ class FusedUpdates(Updates):
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the gradients of ``left``, ``right`` and ``gate`` for ∂L/∂ΔW of shape (m, n)."""
+        """As :meth:`Updates.project`."""
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
         grad_left, grad_right, grad_gate = fused_projection(self.plan, grad, left, right, gates)
         return grad_left, grad_right, None if gate is None else grad_gate

@@ -26,6 +26,23 @@ class WeightSource:
     nested: tuple[Tensor, Tensor, Tensor] | None = None
 
 
+def frozen_arguments(source: WeightSource | None, filler: Tensor) -> tuple[tuple[Tensor, ...], int, bool]:
+    """Returns what :func:`frozen_weight` reads W by: six pointers, BLOCKSIZE and NESTED.
+
+    Args:
+        source: The frozen weight, or None.
+        filler: Any tensor, for pointers that a variant does not read.
+    """
+    if source is None:
+        return (filler,) * 6, 0, False
+    if source.code is None:
+        return (source.data, *(filler,) * 5), 0, False
+    assert source.absmax is not None
+    nested = source.nested or (filler,) * 3
+    pointers = (source.data, source.absmax, source.code, *nested)
+    return pointers, source.blocksize, source.nested is not None
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def frozen_weight(  # type: ignore[no-untyped-def]
     data, absmax, code, outer_code, outer_absmax, offset, flat, run,

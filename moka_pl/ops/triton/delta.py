@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moka_pl.ops.triton.base_weight import WeightSource, frozen_weight
+from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments, frozen_weight
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.plan import BLOCKS, TILE, Plan
@@ -205,21 +205,12 @@ def fused_weight(
         Shape (m, n).
     """
     out = torch.empty(plan.m, plan.n, dtype=dtype, device=right.device)
-    # Pointers that a variant does not read are filled with any tensor.
-    data = absmax = code = outer_code = outer_absmax = offset = right
-    blocksize, nested = 0, False
-    if source is not None:
-        data = source.data
-        if source.code is not None:
-            assert source.absmax is not None
-            absmax, code, blocksize = source.absmax, source.code, source.blocksize
-            if source.nested is not None:
-                outer_code, outer_absmax, offset = source.nested
-                nested = True
+    frozen_pointers, blocksize, nested = frozen_arguments(source, right)
+    data, absmax = frozen_pointers[:2]
     read = source is not None
     dither = read and dtype is torch.bfloat16
     values, scaling, gating = gates
-    pointers = (left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset)
+    pointers = (left, right, values, scaling, *frozen_pointers)
     outside = (right, left, values, data, absmax)
     key = (dtype, gating, data.dtype, blocksize, nested)
     frozen = (read, blocksize, nested, dither)
