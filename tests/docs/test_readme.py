@@ -266,12 +266,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["-m", "moka_pl", "--help"],
         ["-m", "moka_pl", "inspect", "DIR"],
         ["-m", "moka_pl", "generate", "DIR", "What is snow?", "--compare", "--max_new_tokens", "3"],
         ["-m", "moka_pl", "validate", "--config", "configs/smollm2.yaml", "--model.adapter_path", "DIR"],
         ["scripts/compare.py", "--suite", "tiny"],
-        ["examples/plain_loop.py"],
     ],
     ids=" ".join,
 )  # fmt: skip
