@@ -65,7 +65,7 @@ class PeftMethod(AdapterMethod):
         """Builds a configuration of PEFT's; what is no option of that type is left aside."""
         kind = stored["peft_type"]
         try:
-            from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+            from peft import PEFT_TYPE_TO_CONFIG_MAPPING
         except ImportError as error:
             raise AdapterError(f"{kind} needs PEFT: pip install 'moka_pl[peft]'") from error
         config = {str(k.value): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
