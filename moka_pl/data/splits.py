@@ -23,7 +23,7 @@ def hold_out(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
     validated on.
 
     Args:
-        rows: Checked rows; the column ``where`` is no part of their content.
+        rows: Checked rows; the column ``location`` is no part of their content.
         share: Share of the rows to hold out, between 0 and 1.
 
     Returns:
@@ -110,7 +110,7 @@ def warn_of_overlap(name: str, train: "Dataset | None", held: "Dataset") -> int:
         How many of the evaluation items are in the training data.
     """
     known = dict(_contents(train)) if train is not None else {}
-    shared = [(where, known[content]) for content, where in _contents(held) if content in known]
+    shared = [(location, known[content]) for content, location in _contents(held) if content in known]
     if shared:
         here, there = shared[0]
         rank_zero_warn(
@@ -122,7 +122,7 @@ def warn_of_overlap(name: str, train: "Dataset | None", held: "Dataset") -> int:
 
 
 def _contents(rows: "Dataset") -> Iterator[tuple[int, str]]:
-    """A hash of every row's texts, and where the row stands."""
+    """A hash of every row's texts, and the location of the row."""
     for start in range(0, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
         for values in zip(*chunk.values(), strict=True):
