@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl._compat import hook_count
-from moka_pl.backbone.quantization import dense_weight, is_4bit, kernel_weight, layer_compute_dtype
+from moka_pl.backbone.quantization import dense_weight, is_quantised, kernel_weight, layer_compute_dtype
 from moka_pl.ops.dispatch import DECODE_TOKENS, Backend, can_fuse, resolve_backend
 from moka_pl.ops.gating import Gating
 from moka_pl.ops.layout import Shape
@@ -56,7 +56,7 @@ def plan_forward(
     if _must_run_itself(layer, x.device):
         return None
     compute: torch.dtype
-    if is_4bit(layer):
+    if is_quantised(layer):
         compute, result = layer_compute_dtype(layer, x), x.dtype
     elif type(layer) is nn.Linear:
         kind = x.device.type
@@ -72,7 +72,7 @@ def plan_forward(
         return ForwardPlan(_fused_updates(layer, x.device, compute, shapes, scaling, gating), compute, result)
     if resolved != "fused" and compute == dtype and compute.itemsize >= 4:
         updates_of = DenseUpdates if resolved == "dense" else StructuredUpdates
-        updates = updates_of(shapes, scaling, lambda: dense_weight(layer), is_4bit(layer), gating)
+        updates = updates_of(shapes, scaling, lambda: dense_weight(layer), is_quantised(layer), gating)
         return ForwardPlan(updates, compute, result)
     return None
 

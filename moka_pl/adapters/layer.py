@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.forward import ForwardPlan, is_decoding, plan_forward
-from moka_pl.backbone.quantization import is_4bit, keep_weights, merged_linear
+from moka_pl.backbone.quantization import is_quantised, keep_weights, merged_linear
 from moka_pl.ops.dispatch import mixed_kinds
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear
@@ -151,7 +151,7 @@ class MokaLinear(nn.Module):
         if not self.enabled:
             return self.base_layer(x)  # type: ignore[no-any-return]
         if self.merged_layer is not None:
-            if is_4bit(self.base_layer):  # takes any input dtype and returns it; so must its dense copy
+            if is_quantised(self.base_layer):  # takes any input dtype and returns it; so must its dense copy
                 return self.merged_layer(x.to(self.merged_layer.weight.dtype)).to(x.dtype)  # type: ignore[no-any-return]
             return self.merged_layer(x)  # type: ignore[no-any-return]
         if self.training and self.dropout.p > 0:  # the update's input is not the frozen layer's

@@ -83,8 +83,11 @@ def quantised_linear(
     return quantised  # type: ignore[no-any-return]
 
 
-def is_4bit(layer: nn.Module) -> "TypeGuard[Linear4bit]":
-    """Whether the layer is a bitsandbytes 4-bit layer (without importing bitsandbytes for others)."""
+def is_quantised(layer: nn.Module) -> "TypeGuard[Linear4bit]":
+    """Whether the layer is quantised (without importing bitsandbytes for others).
+
+    Such a layer takes inputs of any dtype and returns that dtype.
+    """
     return any(kind.__name__ == "Linear4bit" for kind in type(layer).__mro__)
 
 
@@ -102,7 +105,7 @@ def keep_weights(model: nn.Module) -> None:
         BackboneError: Where bitsandbytes reads the rows of a layer wrongly on this CPU.
     """
     for name, layer in model.named_modules():
-        if not is_4bit(layer):
+        if not is_quantised(layer):
             continue
         layer.support_avx512bf16_for_cpu = False
         state = layer.weight.quant_state
@@ -130,7 +133,7 @@ def _reads_rows(entries: int, blocksize: int, quant_type: str) -> bool:
 
 
 def layer_compute_dtype(layer: "Linear4bit", x: Tensor | None = None) -> torch.dtype:
-    """Returns the dtype in which a 4-bit layer computes; it takes any other and returns it.
+    """Returns the dtype in which a quantised layer computes.
 
     Args:
         layer: The layer.
@@ -154,7 +157,7 @@ def dense_weight(layer: nn.Linear) -> Tensor:
     Raises:
         AdapterError: For a quantised layer of another kind.
     """
-    if is_4bit(layer):
+    if is_quantised(layer):
         import bitsandbytes as bnb
 
         state = layer.weight.quant_state
@@ -177,7 +180,7 @@ def kernel_weight(layer: nn.Linear, compute: torch.dtype, even: bool) -> "Weight
         compute: Dtype of W + ΔW.
         even: Whether the kernels' squares or tiles fill the layer.
     """
-    data, state = layer.weight.data, layer.weight.quant_state if is_4bit(layer) else None
+    data, state = layer.weight.data, layer.weight.quant_state if is_quantised(layer) else None
     # W in another half precision would be rounded twice, as its own dequantisation does.
     if state is not None and state.dtype not in (compute, torch.float32):
         return None

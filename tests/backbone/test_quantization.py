@@ -9,7 +9,7 @@ from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import quantization
-from moka_pl.backbone.quantization import is_4bit, keep_weights, weight_source
+from moka_pl.backbone.quantization import is_quantised, keep_weights, weight_source
 from moka_pl.errors import BackboneError
 
 
@@ -76,7 +76,7 @@ def test_the_trial_says_what_a_layer_does(entries: int) -> None:
 
 def test_other_layers_are_left_alone() -> None:
     layer = nn.Linear(96, 8)
-    assert not is_4bit(layer)
+    assert not is_quantised(layer)
     keep_weights(layer)
     assert not hasattr(layer, "support_avx512bf16_for_cpu")
 

@@ -174,7 +174,7 @@ def test_building_never_holds_the_model_in_full_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = write_config(tmp_path / "mid", hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
-    quantised, shapes, used = random_weights._quantised, [], []
+    quantised, shapes, used = random_weights.quantised_linear, [], []
     gc.collect()
     before = live_bytes()
 
@@ -184,7 +184,7 @@ def test_building_never_holds_the_model_in_full_precision(
             used.append(live_bytes() - before)  # the weight is there, its quantised form not yet
         return quantised(layer, weight, *rest)
 
-    monkeypatch.setattr(random_weights, "_quantised", measured)
+    monkeypatch.setattr(random_weights, "quantised_linear", measured)
     load_backbone(BackboneConfig(name, weights="random"))
     full = 4 * sum(shape.numel() for shape in shapes)
     assert len(used) == 6

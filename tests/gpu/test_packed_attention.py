@@ -6,7 +6,7 @@ from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.backbone.quantization import is_4bit
+from moka_pl.backbone.quantization import is_quantised
 from moka_pl.data.batching.collate import collate_packs, collate_tokens
 from moka_pl.lm.attention import VARLEN, PackedAttention
 from moka_pl.lm.scoring import score_tokens
@@ -66,7 +66,7 @@ def _widen(model: nn.Module) -> None:
     """Lets a model compute in float32 with the same weights."""
     nn.Module.float(model)  # transformers' own refuses where there are 4-bit weights
     for module in model.modules():
-        if is_4bit(module):
+        if is_quantised(module):
             module.compute_dtype = torch.float32
 
 

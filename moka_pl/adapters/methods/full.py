@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moka_pl.adapters.config import AdapterConfig
 from moka_pl.adapters.injection import matches
 from moka_pl.adapters.methods.base import AdapterMethod, name_targets
-from moka_pl.backbone.quantization import is_4bit
+from moka_pl.backbone.quantization import is_quantised
 from moka_pl.errors import AdapterError
 
 #: Where a model remembers which of its parameters were trained.
@@ -64,7 +64,9 @@ class FullMethod(AdapterMethod):
         if is_trained(model):
             raise AdapterError("the model has been fine-tuned already; load it anew")
         quantised = [
-            name for name, module in every.items() if is_4bit(module) and any(_within(name, n) for n in names)
+            name
+            for name, module in every.items()
+            if is_quantised(module) and any(_within(name, n) for n in names)
         ]
         if quantised:
             raise AdapterError(

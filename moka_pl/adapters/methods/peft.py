@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moka_pl._compat import disable_adapters
 from moka_pl.adapters.methods.base import AdapterMethod, name_targets
-from moka_pl.backbone.quantization import is_4bit, layer_compute_dtype
+from moka_pl.backbone.quantization import is_quantised, layer_compute_dtype
 from moka_pl.errors import AdapterError, ConfigError
 
 #: PEFT's own prefix of tensor names on disk: such a folder can be read by PEFT, too.
@@ -88,7 +88,7 @@ class PeftMethod(AdapterMethod):
         """Lets PEFT wrap the target layers, with its own random start."""
         from peft import inject_adapter_in_model
 
-        four_bit = any(is_4bit(module) for module in model.modules())
+        four_bit = any(is_quantised(module) for module in model.modules())
         marked = "is_loaded_in_4bit" in vars(model)
         if four_bit and not marked:
             model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT chooses its layers by this mark
@@ -117,7 +117,7 @@ class PeftMethod(AdapterMethod):
             if not isinstance(base, nn.Linear) or kind in kinds:
                 continue
             kinds.add(kind)
-            dtype = torch.float32 if is_4bit(base) else base.weight.dtype
+            dtype = torch.float32 if is_quantised(base) else base.weight.dtype
             x = torch.zeros(1, base.in_features, dtype=dtype, device=base.weight.device, requires_grad=True)
             training = layer.training
             layer.eval()  # no dropout: no random number is drawn
@@ -224,7 +224,7 @@ class PeftLayer:
         layer, base = self.module, self.base_layer
         if not isinstance(base, nn.Linear):
             raise AdapterError(f"{self.name} is a {type(base).__name__}; only linear layers can be merged")
-        dtype = layer_compute_dtype(base) if is_4bit(base) else base.weight.dtype
+        dtype = layer_compute_dtype(base) if is_quantised(base) else base.weight.dtype
         was_training = layer.training
         layer.eval()
         with torch.no_grad():
@@ -235,7 +235,7 @@ class PeftLayer:
         dense = nn.Linear(base.in_features, base.out_features, device="meta")
         dense.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
         dense.bias = nn.Parameter(bias[0], requires_grad=False)
-        layer.__dict__["forward"] = _MergedForward(layer, dense, any_dtype=is_4bit(base))
+        layer.__dict__["forward"] = _MergedForward(layer, dense, any_dtype=is_quantised(base))
 
     def unmerge(self) -> None:
         """Undoes :meth:`merge`."""
