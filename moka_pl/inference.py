@@ -1,4 +1,4 @@
-"""Loads a trained adapter with its base model, ready to use."""
+"""Loads a trained adapter with its base model, continues prompts, and reads an option out of an answer."""
 
 import re
 from pathlib import Path
@@ -14,6 +14,9 @@ from moka_pl.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: What the form of LLM-Adapters calls an option.
+_OPTION = re.compile(r"\b(?:(?:answer|solution|ending|option) ?\d+|true|false)\b", re.IGNORECASE)
 
 
 def load_model(
@@ -47,19 +50,6 @@ def load_model(
     load_adapter(loaded.model, path, fingerprint(loaded.model))
     loaded.model.config.use_cache = True
     return loaded.model.eval(), loaded.tokenizer
-
-
-# Answers by greedy generation, and whether they name the right option.
-
-
-NAMED = re.compile(r"\b(?:(?:answer|solution|ending|option) ?\d+|true|false)\b", re.IGNORECASE)
-"""What the LLM-Adapters form calls an option."""
-
-
-def named_option(text: str) -> str:
-    """The first option that a text names, such as `answer2` or `true`; empty where it names none."""
-    found = NAMED.search(text)
-    return found[0].lower().replace(" ", "") if found else ""
 
 
 @torch.no_grad()
@@ -96,3 +86,9 @@ def generate_texts(
         top_k=None,
     )
     return list(tokenizer.batch_decode(out[:, input_ids.shape[1] :], skip_special_tokens=True))
+
+
+def named_option(text: str) -> str:
+    """Returns the first option that a text names, such as ``answer2`` or ``true``, or an empty text."""
+    match = _OPTION.search(text)
+    return match[0].lower().replace(" ", "") if match else ""

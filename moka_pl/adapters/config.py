@@ -23,7 +23,7 @@ class AdapterConfig(ABC):
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """All options as plain values."""
+        """Returns all options as plain values."""
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
@@ -156,7 +156,7 @@ class MokaConfig(AdapterConfig):
         return filter_shapes(filters, self.components, m, n)
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as plain JSON values."""
+        """Returns all options as plain JSON values."""
         return asdict(self)
 
 

@@ -76,7 +76,14 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
 def count_parameters(
     layers: Sequence[tuple[int, int]], filters: Filters, components: int, gated: bool = True
 ) -> int:
-    """Counts trainable entries over layers of sizes (m, n): all factors, and r gates a layer if gated."""
+    """Counts trainable entries over layers.
+
+    Args:
+        layers: Sizes (m, n) of the layers.
+        filters: As for :func:`filter_shapes`.
+        components: r of every layer.
+        gated: Whether each layer has r gates.
+    """
     factors = sum(
         shape.num_parameters for m, n in layers for shape in filter_shapes(filters, components, m, n)
     )
@@ -84,12 +91,12 @@ def count_parameters(
 
 
 def listed(shape: Shape) -> list[int]:
-    """A shape as it is written in a list of filters."""
+    """Returns a shape as it is written in a list of filters."""
     return [shape.m_a, shape.m_b, shape.n_b] if shape.identity else list(shape[:4])
 
 
 def describe_filters(filters: "Filters | Mapping[str, Filters]") -> str:
-    """Filters in a few words, for people."""
+    """Describes filters in a few words."""
     if isinstance(filters, Mapping):
         return f"listed layer by layer ({len(filters)} layers)"
     return filters if isinstance(filters, str) else str([list(sizes) for sizes in filters])
@@ -97,14 +104,14 @@ def describe_filters(filters: "Filters | Mapping[str, Filters]") -> str:
 
 @cache
 def divisors(number: int) -> tuple[int, ...]:
-    """All divisors of a positive whole number, ascending."""
+    """Returns all divisors of a positive whole number, ascending."""
     low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return tuple(sorted({*low, *(number // d for d in low)}))
 
 
 @cache
 def _aspect_shape(m: int, n: int, ratio: float) -> Shape:
-    """The shape with A near √m·√ratio × √n/√ratio, from divisors where near ones exist.
+    """Returns the shape with A near √m·√ratio × √n/√ratio, from divisors where near ones exist.
 
     Both factors then have √(mn) entries, and B has the inverse aspect ratio.
     """
@@ -140,7 +147,7 @@ def _sides(size: int, target: float) -> list[tuple[int, int]]:
 
 
 def _prime_shapes(m: int, n: int, components: int) -> tuple[Shape, ...]:
-    """MoKA_s: I_k ⊗ B_i, the longer side of B_i a different prime in every component.
+    """Returns MoKA_s's shapes: I_k ⊗ B_i, the longer side of B_i another prime in every component.
 
     Different primes keep the block borders of different components from ever lining up. The primes are
     consecutive and then spread upwards, as large as the budget of ``PRIME_BUDGET`` times the entries of the
@@ -170,7 +177,7 @@ def _entries(m: int, n: int, chosen: Sequence[int], primes: Sequence[int]) -> in
 
 
 def _prime_shape(m: int, n: int, prime: int) -> Shape:
-    """I_k ⊗ B with the prime on the longer side of the layer and k blocks that cover it."""
+    """Returns I_k ⊗ B with the prime on the longer side of the layer and k blocks that cover it."""
     blocks = math.ceil(max(m, n) / prime)
     other = math.ceil(min(m, n) / blocks)
     if m == n:

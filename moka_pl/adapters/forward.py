@@ -59,9 +59,9 @@ def plan_forward(
     if is_quantised(layer):
         compute, result = layer_compute_dtype(layer, x), x.dtype
     elif type(layer) is nn.Linear:
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        compute = result = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        compute = result = torch.get_autocast_dtype(device) if autocast else x.dtype
         if compute != layer.weight.dtype and not autocast:
             return None
     else:

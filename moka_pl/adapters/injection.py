@@ -29,7 +29,7 @@ def matches(name: str, pattern: list[str] | str | None) -> bool:
 
 
 def find_targets(model: nn.Module, config: MokaConfig) -> list[str]:
-    """Names of the layers that ``config`` adapts, in model order.
+    """Finds the layers that ``config`` adapts, in model order.
 
     Args:
         model: The model to look through.
@@ -55,18 +55,18 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[str]:
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     if config.target_modules == "all-linear":
         head = _output_head(model)
-        wanted = [name for name in linear if modules[name] is not head]
+        targets = [name for name in linear if modules[name] is not head]
     else:
-        wanted = [name for name in modules if name and matches(name, config.target_modules)]
-    found = [name for name in wanted if not matches(name, config.exclude_modules)]
-    if not found:
-        raise AdapterError(_nothing_matches(config, linear, excluded=bool(wanted)))
-    for name in found:
+        targets = [name for name in modules if name and matches(name, config.target_modules)]
+    kept = [name for name in targets if not matches(name, config.exclude_modules)]
+    if not kept:
+        raise AdapterError(_nothing_matches(config, linear, excluded=bool(targets)))
+    for name in kept:
         if not isinstance(modules[name], nn.Linear):
             raise AdapterError(
                 f"target {name} is a {type(modules[name]).__name__}; only linear layers can be adapted"
             )
-    return found
+    return kept
 
 
 def inject_moka(model: nn.Module, config: MokaConfig, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -100,7 +100,7 @@ def inject_moka(model: nn.Module, config: MokaConfig, dtype: torch.dtype = torch
 
 
 def moka_layers(model: nn.Module) -> dict[str, MokaLinear]:
-    """All adapted layers by name, in model order."""
+    """Returns the layers of MoKA by name, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MokaLinear)}
 
 
@@ -110,7 +110,13 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one with this name."""
+    """Puts a module in the place of the one with this name.
+
+    Args:
+        model: The model, which is changed.
+        name: Full dotted name.
+        module: The new module.
+    """
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -122,9 +128,9 @@ def _nothing_matches(config: MokaConfig, linear: list[str], excluded: bool) -> s
             f"target_modules {config.target_modules!r} names"
         )
     suffixes = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-    wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     near = [
-        match for target in wanted for match in difflib.get_close_matches(target, suffixes, n=3, cutoff=0.4)
+        match for target in targets for match in difflib.get_close_matches(target, suffixes, n=3, cutoff=0.4)
     ]
     named = list(dict.fromkeys(near)) or suffixes
     return (

@@ -163,7 +163,7 @@ class MokaLinear(nn.Module):
         return self._separate_forward(x) if plan is None else self._merged_forward(x, plan)
 
     def _merged_forward(self, x: Tensor, plan: ForwardPlan) -> Tensor:
-        """``(W + ΔW) x + bias``, (..., m)."""
+        """Returns ``(W + ΔW) x + bias``, (..., m)."""
         bias = self.base_layer.bias
         with torch.autocast(x.device.type, enabled=False):
             out: Tensor = MergedForward.apply(  # type: ignore[no-untyped-call]
@@ -177,7 +177,7 @@ class MokaLinear(nn.Module):
         return out.to(plan.result).view(*x.shape[:-1], self.out_features)  # (..., m)
 
     def _decode(self, x: Tensor) -> Tensor:
-        """``W x + bias + ΔW x``, (..., m), for a few tokens on a GPU."""
+        """Returns ``W x + bias + ΔW x``, (..., m), for a few tokens on a GPU."""
         from moka_pl.ops.triton import add_decode_update_, layer_gates, make_plan
 
         result: Tensor = self.base_layer(x).contiguous()  # (..., m)
@@ -196,11 +196,11 @@ class MokaLinear(nn.Module):
         return self.moka_B.new_empty(0) if self.moka_A is None else self.moka_A
 
     def _separate_forward(self, x: Tensor) -> Tensor:
-        """``W x + bias + ΔW x``, (..., m)."""
+        """Returns ``W x + bias + ΔW x``, (..., m)."""
         result: Tensor = self.base_layer(x)  # (..., m)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         update = kronecker_linear(
             self.dropout(x),
             self.gates() * self.scaling,
@@ -226,7 +226,7 @@ class MokaLinear(nn.Module):
         self.merged_layer = None
 
     def extra_repr(self) -> str:
-        """Sizes, components and gating for printing."""
+        """Returns sizes, components and gating for printing."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"components={self.components}, gating={self.gating}, scaling={self.scaling:g}"

@@ -1,4 +1,4 @@
-"""Keeps the best and the last adapter of a run as adapter directories."""
+"""Keeps the best and the last adapter of a run, and the checkpoint that it can be continued from."""
 
 import math
 from pathlib import Path
@@ -74,7 +74,7 @@ class AdapterCheckpoint(Callback):
             rank_zero_info(f"Adapter at step {trainer.global_step}: {self.last_path}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score and where its adapter lies."""
+        """Returns the best score and where its adapter lies."""
         return {
             "best_score": self.best_score,
             "best_path": None if self.best_path is None else str(self.best_path),
@@ -108,9 +108,6 @@ def is_trial(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-# Lightning's checkpoints, so that ``last.ckpt`` is where a run ended and can be continued exactly.
-
-
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, with ``last.ckpt`` written at the end of every epoch and of the run, too.
 
@@ -128,7 +125,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._version = trainer.logger.version if trainer.logger is not None else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's state and the version of the logs."""
+        """Returns Lightning's state and the version of the logs."""
         return super().state_dict() | {VERSION_KEY: self._version}
 
     def on_train_batch_end(

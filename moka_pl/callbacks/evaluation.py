@@ -15,12 +15,12 @@ from moka_pl.training.module import MokaModule
 
 
 class EvaluationTable(Callback):
-    """Prints what `validate` or `test` found, and writes it as JSON into the run's log folder.
+    """Prints what ``validate`` or ``test`` measured, and writes it as JSON into the run's log folder.
 
     A line a task with its items, accuracy, accuracy by length-normalised likelihood (both with standard
     errors), and the negative log-likelihood of the right option per token; then groups of tasks over all
-    their items, and the mean of the tasks. Plain text has its perplexities. The file is `validate.json` or
-    `test.json`.
+    their items, and the mean of the tasks. Plain text has its perplexities. The file is ``validate.json``
+    or ``test.json``.
     """
 
     def __init__(self) -> None:
@@ -31,12 +31,12 @@ class EvaluationTable(Callback):
         self._log_dir = trainer.log_dir if trainer.loggers else None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reports `validate`."""
+        """Reports ``validate``."""
         if trainer.state.fn == "validate":
             self._report(trainer, pl_module, "validate")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reports `test`."""
+        """Reports ``test``."""
         self._report(trainer, pl_module, "test")
 
     @rank_zero_only
@@ -58,7 +58,7 @@ def results_text(results: Results) -> str:
     """Writes the results as a table.
 
     Args:
-        results: What an evaluation found.
+        results: What an evaluation measured.
 
     Returns:
         Several lines of text.
@@ -90,14 +90,14 @@ def results_text(results: Results) -> str:
             lines.append(f"{title:<{width}}{items:>7,.0f}{shown}{nll:>9}")
     for part in results.sets:
         if part.tokens and not part.tasks:
-            found = {"loss": part.nll / part.tokens, **part.perplexities()}
-            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
+            metrics = {"loss": part.nll / part.tokens, **part.perplexities()}
+            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
             lines.append(f"{part.name}: {shown} ({part.tokens:,.0f} tokens)")
     return "\n".join(lines)
 
 
 def results_dict(results: Results) -> dict[str, Any]:
-    """The results as JSON values: `tasks`, `groups` (over items, and as `macro`), `mean` and `sets`."""
+    """Returns JSON values: ``tasks``, ``groups`` (over items, and as ``macro``), ``mean`` and ``sets``."""
     tasks = results.tasks
     groups = {
         name: _described(sum(members, Counts()))
@@ -123,7 +123,7 @@ def _described(counts: Counts) -> dict[str, float]:
 
 
 def _about(trainer: Trainer, pl_module: MokaModule) -> dict[str, Any]:
-    """The model and the data that were evaluated."""
+    """Returns the model and the data that were evaluated."""
     assert pl_module.base is not None
     module = trainer.datamodule  # type: ignore[attr-defined]
     data = data_of(trainer)

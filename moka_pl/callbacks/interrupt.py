@@ -96,7 +96,7 @@ class GracefulInterrupt(Callback):
 
 
 def last_path(trainer: Trainer) -> str:
-    """Where the run keeps its ``last.ckpt``: in the folder of its own checkpoints, if it writes any."""
+    """Returns where the run keeps its ``last.ckpt``: beside its own checkpoints, if it writes any."""
     saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
     # Ours before the user's: ``--ckpt_path last`` looks there.
     saving.sort(key=lambda callback: not isinstance(callback, RunCheckpoint))

@@ -31,7 +31,7 @@ class ProgressBar(TQDMProgressBar):
         return "Before going on" if self.trainer.global_step else "Frozen base, before training"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The shown metrics, without the logger's version."""
+        """Returns the shown metrics, without the logger's version."""
         items = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
         speed = items.get("tok/s")

@@ -196,7 +196,7 @@ def _resolve_on_this_rank(
 
 
 def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
-    """The first training batches of this rank, on the CPU, from a loader that the training does not use.
+    """Reads the first training batches of this rank, on the CPU, by a loader that the training does not use.
 
     Raises:
         ConfigError: If there is none, or batches are none of token ids and labels.

@@ -81,10 +81,10 @@ def make_optimizer(
     """
     if ratios.alike:
         return build([parameter for _, parameter in parameters])
-    found: dict[str, list[nn.Parameter]] = {part: [] for part in asdict(ratios)}
+    by_part: dict[str, list[nn.Parameter]] = {part: [] for part in asdict(ratios)}
     for name, parameter in parameters:
-        found[_PARTS[name.rpartition(".")[2]]].append(parameter)
-    groups = [{"params": members, "name": part} for part, members in found.items() if members]
+        by_part[_PARTS[name.rpartition(".")[2]]].append(parameter)
+    groups = [{"params": members, "name": part} for part, members in by_part.items() if members]
     try:
         optimizer = build(groups)
     except (TypeError, ValueError) as error:
@@ -117,8 +117,8 @@ def check_scheduler(scheduler: object, optimizer: Optimizer, rates: list[Any]) -
             f"{type(scheduler).__name__} with eta_min {lowest} ends all parts at one learning rate, and "
             "learning_rate_ratios would be lost; set eta_min to 0"
         )
-    begun = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    if any(float(a) != float(b) for a, b in zip(begun, rates, strict=True)):
+    initial = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    if any(float(a) != float(b) for a, b in zip(initial, rates, strict=True)):
         raise ConfigError(
             f"{type(scheduler).__name__} sets learning rates of its own, and learning_rate_ratios would be "
             "lost; choose a scheduler that starts from the optimizer's, such as WarmupDecay"
@@ -126,7 +126,7 @@ def check_scheduler(scheduler: object, optimizer: Optimizer, rates: list[Any]) -
 
 
 def logged_rates(optimizer: Optimizer, ratios: LearningRateRatios) -> dict[str, float]:
-    """The present rates by tag: ``train/lr`` before the ratios, and with ratios ``train/lr_<part>``."""
+    """Returns the rates by tag: ``train/lr`` before the ratios, and with ratios ``train/lr_<part>``."""
     groups = optimizer.param_groups
     if ratios.alike:
         return {"train/lr": groups[0]["lr"]}

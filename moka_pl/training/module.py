@@ -254,7 +254,7 @@ class MokaModule(EvaluatedModule):
         self._capture = None
 
     def prepare_batch(self, batch: Batch) -> Batch:
-        """What the data modules of this package do with a batch while it is still on the CPU."""
+        """Prepares a batch while it is still on the CPU; the data modules of this package call it."""
         return self._fixed(batch) if self.trainer.training else batch
 
     def _fixed(self, batch: Batch) -> Batch:

@@ -50,7 +50,7 @@ class WarmupDecay(LambdaLR):
         super().__init__(optimizer, self.factor)
 
     def factor(self, step: int) -> float:
-        """The factor on the learning rate at optimizer step ``step``, counted from 0."""
+        """Returns the factor on the learning rate at optimizer step ``step``, counted from 0."""
         total = self.total_steps or 1
         warmup = math.ceil(self.warmup * total) if self.warmup < 1 else int(self.warmup)
         if step < warmup:

@@ -97,7 +97,7 @@ def _of_batch(
 
 
 def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers of these names.
+    """Returns the linear layers of these names.
 
     Raises:
         AdapterError: If one is something else.

@@ -75,7 +75,12 @@ def nearest_products(matrix: Tensor, shape: Shape, count: int = 1) -> tuple[Pair
 
 
 def captured_share(matrix: Tensor, shape: Shape, count: int = 1) -> float:
-    """Share of M's energy ``‖M‖_F²`` that the nearest sum of ``count`` products of one shape captures.
+    """Computes the share of M's energy ``‖M‖_F²`` that the nearest sum of products of one shape captures.
+
+    Args:
+        matrix: M, shape (m, n).
+        shape: Sizes of the products.
+        count: How many.
 
     Returns:
         A number from 0 to 1; 1 for M = 0, of which nothing is missed.
@@ -87,7 +92,13 @@ def captured_share(matrix: Tensor, shape: Shape, count: int = 1) -> float:
 
 
 def product_matrix(pair: tuple[Tensor | None, Tensor], shape: Shape, like: Tensor) -> Tensor:
-    """Returns ``A ⊗ B`` cut or zero-filled to the size of ``like``, (m, n)."""
+    """Returns ``A ⊗ B`` cut or zero-filled to the size of a layer.
+
+    Args:
+        pair: A (None for an identity), shape (m_a, n_a), and B, (m_b, n_b).
+        shape: Their sizes.
+        like: A tensor of the layer's shape (m, n).
+    """
     return delta_weight(like.new_ones(1), *pack([pair]), (shape,), *like.shape)
 
 
@@ -98,7 +109,7 @@ def _blocks(matrix: Tensor, shape: Shape) -> Tensor:
 
 
 def _nearest_blocks(matrix: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """B of the nearest ``I ⊗ B``: the mean of the diagonal blocks, over the entries that are in the layer."""
+    """Returns B of the nearest ``I ⊗ B``: the mean of the diagonal blocks, over the layer's entries."""
     blocks = _blocks(matrix, shape).diagonal(dim1=0, dim2=2)  # (m_b, n_b, k)
     inside = _blocks(torch.ones_like(matrix), shape).diagonal(dim1=0, dim2=2).sum(-1)  # (m_b, n_b)
     total = blocks.sum(-1)  # (m_b, n_b)
@@ -107,7 +118,7 @@ def _nearest_blocks(matrix: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count`` leading singular triplets (U, σ, V), exact for float64."""
+    """Returns the ``count`` leading singular triplets (U, σ, V), exact for float64."""
     short = min(matrix.shape)
     count = min(count, short)
     if matrix.dtype == torch.float64:
@@ -125,7 +136,7 @@ def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _leading_pair(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplet, by Lanczos' iteration from the longest row: few operations, all small.
+    """Finds the leading singular triplet by Lanczos' iteration from the longest row: few, small operations.
 
     σ is never too large, and within a few per cent of the largest where that hardly stands out (noise).
     """
@@ -157,7 +168,7 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 def _of_gram(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets from the eigenvectors of the shorter side's products, in float64."""
+    """Finds leading singular triplets from the eigenvectors of the shorter side's products, in float64."""
     if matrix.shape[0] > matrix.shape[1]:
         v, sizes, u = _of_gram(matrix.mT, count)
         return u, sizes, v

@@ -25,7 +25,7 @@ SHORTLIST = 24
 def candidate_shapes(
     m: int, n: int, largest: int | None = None, identities: bool = True
 ) -> tuple[Shape, ...]:
-    """All shapes that divide an m × n layer evenly and have at most ``largest`` parameters.
+    """Returns all shapes that divide an m × n layer evenly and have at most ``largest`` parameters.
 
     Args:
         m: Output features.
@@ -98,7 +98,7 @@ def choose_shapes(
 
 
 def _shortlist(gradient: Tensor, offered: Sequence[Shape], fair_share: float) -> dict[Shape, float]:
-    """The shapes worth fitting again, with the energy of the gradient that one product of each captures."""
+    """Returns the shapes worth fitting again, with the energy that one product of each captures."""
     shares = {shape: captured_share(gradient, shape) for shape in offered}
     ranked = sorted(offered, key=lambda shape: -shares[shape] / (shape.num_parameters + fair_share))
     # The smallest is what the last components may still afford.
@@ -153,7 +153,7 @@ def layer_budgets(
 def choose_within(
     gradient: Tensor, components: int, parameters: int, identities: bool = False
 ) -> list[Shape]:
-    """:func:`choose_shapes` among all shapes that a layer's budget suggests.
+    """Chooses shapes (:func:`choose_shapes`) among all that a layer's budget suggests.
 
     Those are the even ones of up to a component's share, and for layers that divide badly ``diverse``'s own.
 
@@ -175,7 +175,7 @@ def choose_within(
 
 
 def initial_left_factors(gradient: Tensor, shapes: Sequence[Shape]) -> list[Tensor | None]:
-    """Left factors along the gradient: A_i from the nearest products, with the usual start's size.
+    """Makes left factors along the gradient: A_i from the nearest products, with the usual start's size.
 
     With the right factors at zero, ΔW = 0 still, and the first step of each B_i goes along
     ``R(−∂L/∂W)ᵀ vec(A_i)``, which this A_i makes as large as a unit vector can. (The sign of A_i is that of

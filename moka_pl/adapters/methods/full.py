@@ -31,7 +31,7 @@ class FullFineTuning(AdapterConfig):
     target_modules: list[str] | str = "all"
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as plain JSON values."""
+        """Returns all options as plain JSON values."""
         return asdict(self)
 
 

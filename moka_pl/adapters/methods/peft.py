@@ -109,14 +109,14 @@ class PeftMethod(AdapterMethod):
         return names
 
     def _try(self, model: nn.Module) -> None:
-        """One token through a layer of each kind: what cannot work shows before any training."""
-        kinds = set()
+        """Runs one token through a layer of each kind: what cannot work shows before any training."""
+        tried = set()
         for wrapped in peft_layers(model).values():
             layer, base = wrapped.module, wrapped.base_layer
-            kind = (type(layer), type(base), getattr(base, "weight", torch.empty(0)).shape)
-            if not isinstance(base, nn.Linear) or kind in kinds:
+            layout = (type(layer), type(base), getattr(base, "weight", torch.empty(0)).shape)
+            if not isinstance(base, nn.Linear) or layout in tried:
                 continue
-            kinds.add(kind)
+            tried.add(layout)
             dtype = torch.float32 if is_quantised(base) else base.weight.dtype
             x = torch.zeros(1, base.in_features, dtype=dtype, device=base.weight.device, requires_grad=True)
             training = layer.training

@@ -108,7 +108,7 @@ def unload(model: nn.Module, merge: bool = False) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block the model computes as its frozen base.
+    """Lets the model compute as its frozen base within the block.
 
     Raises:
         AdapterError: If the base itself was trained.
