@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     gates = read_gates(args.run) if args.run.is_dir() else {}
     if not gates:
-        parser.error(f"{args.run} holds no gate curves")
+        parser.error(f"{args.run} holds no gate curves; name the log folder of a run with gates")
     chosen = args.layers or sorted(gates, key=lambda layer: -spread(gates[layer]))[:6]
     unknown = [layer for layer in chosen if layer not in gates]
     if unknown:

@@ -94,9 +94,8 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     try:
         run_suites(suites, store, args.jobs, devices, clock, begin)
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted; what was done is kept in {args.out}: the same command goes on", file=sys.stderr
-        )
+        told = f"finished runs are kept in {args.out}; run the same command again to continue"
+        print(f"\ninterrupted; {told}", file=sys.stderr)
         _report(suites, args)
         sys.exit(INTERRUPTED)
     if not _report(suites, args):

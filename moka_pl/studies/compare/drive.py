@@ -43,7 +43,7 @@ def run_suites(
         _run_in_workers(work, store, jobs, devices, begin)
     work.close()
     if count := len((remaining := work.plan.remaining()).tasks) + len(remaining.later):
-        warn(f"the time is up with {count} runs left; the same command goes on")
+        warn(f"time is up with {count} runs left; run the same command again to continue")
     for suite in suites:
         for name in matched_order(collect(suite, store)):
             warn(f"{suite.name}: the runs of {name} were not on the same batches as those of other methods")
@@ -113,7 +113,7 @@ def _run_in_workers(
                 work.end(ended.task, ended.outcome, ended.seconds)
             if work.clock.left() == 0:
                 for task in workers.busy:
-                    warn(f"the time is up before the end of {task.run}; another call begins it again")
+                    warn(f"time is up before {task.run} has ended; the next call starts it again")
                 return
     finally:
         workers.stop()

@@ -230,9 +230,9 @@ def _suite(written: Settings, stem: str) -> Suite:
     read = tuple(_method(method, written.get("learning_rates"), i) for i, method in enumerate(methods))
     name = str(written.get("name", stem))
     if name in ("runs", "logs"):
-        raise ConfigError(f"the suite cannot be called {name!r}, as the folder of all suites' {name}")
+        raise ConfigError(f"name is {name!r}, the folder of all suites' {name}; choose another name")
     if name != Path(name).name:
-        raise ConfigError(f"name is {name!r}, but its reports' folder is called so: leave out slashes")
+        raise ConfigError(f"name is {name!r}; leave out slashes, as its reports' folder bears the name")
     names = [method.name for method in read]
     twice = {n for n in names if names.count(n) > 1} | ({FROZEN} & set(names))
     if twice:

@@ -77,7 +77,7 @@ def test_an_interrupted_suite_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as end:
         run("--suite", "tiny", "--out", tmp_path)
     assert end.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert "not run yet" in (tmp_path / "tiny" / "report.md").read_text()
 
 

@@ -200,7 +200,7 @@ def test_time_that_is_up_leaves_an_honest_report(read, store, fake, capsys):
     suite = read()
     # A second at least; these runs tell that they take 1.0, and tests 0.5.
     run_suites([suite], store, clock=Clock(minutes=0))
-    assert f"the time is up with {8 - len(fake.calls)} runs left" in capsys.readouterr().err
+    assert f"time is up with {8 - len(fake.calls)} runs left" in capsys.readouterr().err
     report = make_report(suite, collect(suite, store))
     assert 0 < len(fake.calls) < 8
     assert "- bad, lr 0.1, seed 1" in markdown(report).partition("## Not done yet")[2].splitlines()
