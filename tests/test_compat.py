@@ -21,17 +21,7 @@ ROOT = Path(__file__).parents[1]
 FENCE = "moka_pl/_compat.py"
 
 #: Private names of other libraries outside the fence, by file: methods that a class has to override in place.
-ALLOWED = {
-    "moka_pl/callbacks/progress.py": {"_should_update"},
-    "moka_pl/cli/functions.py": {"_actions"},
-    "moka_pl/cli/lightning.py": {
-        "_add_subcommands",
-        "_instantiate_trainer",
-        "_parse_ckpt_path",
-        "_run_subcommand",
-        "_subcommands_action",
-    },
-}
+ALLOWED = {"moka_pl/callbacks/progress.py": {"_should_update"}}
 #: Named tuples and ``os`` have these as public names.
 PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}
 

@@ -25,7 +25,7 @@ def imported(code: str) -> set[str]:
 def test_importing_the_package_or_the_command_line_is_light() -> None:
     code = (
         "import moka_pl, moka_pl.cli.main, moka_pl.errors, moka_pl.version\n"
-        "moka_pl.cli.functions.function_parser('generate')"
+        "moka_pl.cli.main.function_parser('generate')"
     )
     assert imported(code) == set()
 

@@ -1,12 +1,16 @@
 """LightningCLI with this package's module, data modules, callbacks and logs."""
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import lightning
+import torch
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,7 +26,7 @@ from moka_pl.callbacks import (
     RunSummary,
     Throughput,
 )
-from moka_pl.cli.functions import FUNCTIONS, function_parser
+from moka_pl.cli.configs import find_config
 from moka_pl.cli.parser import MokaParser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
@@ -36,36 +40,40 @@ _LOGGER = {
 }
 
 
+#: Callbacks with options of their own, by the options' names.
+_CALLBACKS = {"gates": GateMonitor, "adapters": AdapterCheckpoint, "checkpoint": RunCheckpoint}
+
+
 def run(arguments: Sequence[str] | None = None) -> None:
     """Parses the arguments (default: the process's) and runs the Lightning command they name.
 
     Raises:
         ConfigError: For what Lightning finds wrong with the trainer's options.
     """
-    _make(MokaCLI, arguments)
+    _make(arguments)
 
 
 def build(arguments: Sequence[str]) -> "MokaCLI":
-    """Parses the arguments and makes model, data and trainer (its attributes) without running anything."""
-    return _make(_Built, arguments)
+    """Makes model, data and trainer (its attributes) without running anything.
+
+    Args:
+        arguments: The arguments of a command, without the command.
+    """
+    return _make(arguments, run=False)
 
 
-def _make(kind: "type[MokaCLI]", arguments: Sequence[str] | None) -> "MokaCLI":
+def _make(arguments: Sequence[str] | None, run: bool = True) -> "MokaCLI":
     try:
-        return kind(
+        return MokaCLI(
             MokaModule,
             MokaDataModule,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_class=MokaParser,
-            parser_kwargs={
-                "prog": "moka_pl",
-                "description": "Fine-tune 4-bit LLaMA models with MoKA.",
-                "allow_abbrev": False,
-            },
+            parser_kwargs={"prog": "moka_pl", "allow_abbrev": False},
             args=None if arguments is None else list(arguments),
+            run=run,
         )
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from error
@@ -79,14 +87,31 @@ def _make(kind: "type[MokaCLI]", arguments: Sequence[str] | None) -> "MokaCLI":
         raise cause from None
 
 
+class _ConfigFile(ActionConfigFile):
+    """Finds the package's configurations by their names, too."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, find_config(values), option_string)  # type: ignore[no-untyped-call]
+
+
 class MokaCLI(LightningCLI):
     """Adds the callbacks' options, a TensorBoard logger, and resuming by ``--ckpt_path last``."""
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Makes a parser whose ``--config`` takes names of the package's configurations, too."""
+        parser = MokaParser(dump_header=[f"lightning.pytorch=={lightning.__version__}"], **kwargs)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=_ConfigFile,
+            help="A YAML file, or the name of one that 'moka_pl configs' lists, such as llama2.",
+        )
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds options and defaults beside Lightning's own."""
-        parser.add_lightning_class_args(GateMonitor, "gates")
-        parser.add_lightning_class_args(AdapterCheckpoint, "adapters")
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        for name, kind in _CALLBACKS.items():
+            parser.add_class_arguments(kind, name, fail_untyped=False, sub_configs=True)
         parser.set_defaults(
             {
                 # With save_top_k: 0 Lightning (2.6) writes last.ckpt only when training ends; with its
@@ -104,26 +129,31 @@ class MokaCLI(LightningCLI):
         # One seed for everything: the order of the data as well as the start of the adapters.
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
 
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Lists the plain functions in ``--help`` beside Lightning's commands."""
-        super()._add_subcommands(parser, **kwargs)
-        listed: Any = parser._subcommands_action
-        for name in FUNCTIONS:
-            command = function_parser(name)
-            listed.add_subcommand(name, command, help=command.description)
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses them, and reports a damaged checkpoint, or one that is none, before Lightning reads it.
 
-    def _parse_ckpt_path(self) -> None:
-        """Reports a damaged checkpoint, or one that is none, which Lightning looks into first."""
+        Raises:
+            ConfigError: If ``ckpt_path`` cannot be read.
+        """
+        super().parse_arguments(parser, args)
+        path = self._options(self.config).get("ckpt_path")
+        if path is None or not Path(path).is_file():
+            return
         try:
-            super()._parse_ckpt_path()
+            torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (RuntimeError, UnpicklingError, EOFError) as error:
-            path = self.config[self.config.subcommand].ckpt_path
             reason = str(error).split("\n", 1)[0].strip()
             raise ConfigError(f"--ckpt_path {path} is damaged or no checkpoint ({reason})") from error
 
+    @staticmethod
+    def _options(config: Namespace) -> Namespace:
+        """Returns the options of the command; where none is to run, they stand alone."""
+        command = config.get("subcommand")
+        return config[command] if command else config
+
     def before_instantiate_classes(self) -> None:
         """Resolves ``ckpt_path: last`` to the newest run of the same name, and continues its logs."""
-        config = self.config[self.subcommand]
+        config = self._options(self.config)
         config.weights_only = True  # nothing is unpickled from a path that the user gives
         if "verbose" in config:
             config.verbose = False  # EvaluationTable prints what was found, in a form to be read
@@ -148,26 +178,22 @@ class MokaCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Tells the module whether a checkpoint follows; Lightning (2.6) says so only when it is built."""
-        self.model.resumes = self.config[self.subcommand].get("ckpt_path") is not None
+        self.model.resumes = self._options(self.config).get("ckpt_path") is not None
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Adds our callbacks, but none of a kind that the user has chosen or switched off."""
-        given = config["callbacks"] or []
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Makes the trainer with our callbacks, but none of a kind that the user gave or switched off."""
+        built = self._options(self.config_init)
+        options = built.trainer
+        given = options.callbacks or []
         kinds = [type(callback) for callback in (given if isinstance(given, list) else [given])]
         ours = [Throughput(), BatchStatistics(), RunSummary(), GracefulInterrupt(), EvaluationTable()]
-        if config["enable_progress_bar"] is not False and not any(issubclass(k, LightningBar) for k in kinds):
+        if options.enable_progress_bar is not False and not any(issubclass(k, LightningBar) for k in kinds):
             ours.insert(0, ProgressBar())
-        if config["enable_checkpointing"] is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
-        self.trainer_defaults["callbacks"] = [c for c in ours if type(c) not in kinds]
-        return super()._instantiate_trainer(config, callbacks)
-
-
-class _Built(MokaCLI):
-    """Stops where a command would begin."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
+        configured = [built[name] for name in _CALLBACKS]
+        if options.enable_checkpointing is False:
+            configured = [callback for callback in configured if not isinstance(callback, Checkpoint)]
+        self.trainer_defaults["callbacks"] = configured + [c for c in ours if type(c) not in kinds]
+        return super().instantiate_trainer(**kwargs)
 
 
 def _save_dir(logger: object) -> Path | None:

@@ -1,15 +1,42 @@
 """The command line: Lightning's own commands on :class:`MokaModule`, and a few plain functions.
 
-Only what parsing needs is imported here; the plain functions never import Lightning.
+A command is added by a file with a function and a line in ``FUNCTIONS``: its arguments and its help are made
+from the function's signature and docstring. Only what parsing needs is imported here; the functions import
+the rest when they are called, and only Lightning's commands import Lightning.
 """
 
+import argparse
 import os
 import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import TYPE_CHECKING, NoReturn
 
-from moka_pl.cli.functions import FUNCTIONS, run_function
-from moka_pl.errors import MokaError, end_interrupted
+from moka_pl.cli.configs import configs
+from moka_pl.cli.evaluate import evaluate
+from moka_pl.cli.generate import generate
+from moka_pl.cli.inspect import inspect
+from moka_pl.errors import ConfigError, MokaError, end_interrupted
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+#: Commands of Lightning's trainer; see ``lightning.py``.
+LIGHTNING = {
+    "fit": "Train adapters.",
+    "validate": "Evaluate on the validation data.",
+    "test": "Evaluate on the test data.",
+    "predict": "Answer the questions of the data.",
+}
+
+#: Commands that are plain functions.
+FUNCTIONS: dict[str, Callable[..., None]] = {
+    "inspect": inspect,
+    "generate": generate,
+    "evaluate": evaluate,
+    "configs": configs,
+}
 
 _STDOUT = 1
 #: The status that a shell reports of programs that, unlike Python, are ended by writing to a closed pipe.
@@ -38,22 +65,63 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(_KILLED_BY_SIGPIPE)
 
 
+def function_parser(name: str) -> "ArgumentParser":
+    """Makes the parser of a plain function's command; its flags are given as ``--flag``, without a value."""
+    from docstring_parser import parse
+    from jsonargparse import ActionYesNo, ArgumentParser
+
+    function = FUNCTIONS[name]
+    described = parse(function.__doc__ or "")
+    flags = [p.name for p in signature(function).parameters.values() if p.annotation is bool]
+    parser = ArgumentParser(prog=f"moka_pl {name}", description=described.short_description)
+    parser.add_function_arguments(function, as_positional=True, skip=set(flags))
+    for argument in described.params:
+        if argument.arg_name in flags:
+            parser.add_argument(
+                f"--{argument.arg_name}", action=ActionYesNo, default=False, help=argument.description
+            )
+    return parser
+
+
 def _run(args: Sequence[str] | None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
+    command = arguments[0] if arguments else ""
     # Threads of tokenisation and of data loading workers would otherwise warn about each other.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        if arguments and arguments[0] in FUNCTIONS:
-            run_function(arguments[0], arguments[1:])
-        else:
+        if command in FUNCTIONS:
+            FUNCTIONS[command](**function_parser(command).parse_args(arguments[1:]).as_dict())
+        elif command in ("-h", "--help"):
+            _print_help()
+        elif command in LIGHTNING or command.startswith("-"):  # options may come first
             from moka_pl.cli.lightning import run
 
             run(None if args is None else arguments)
+        else:
+            known = ", ".join([*LIGHTNING, *FUNCTIONS])
+            raise ConfigError(
+                f"no command {command!r}; choose one of {known}" if command else f"give a command: {known}"
+            )
     except MokaError as error:
         print(f"moka_pl: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # outside of training, which sees to its own
         end_interrupted()
+
+
+def _print_help() -> NoReturn:
+    """Prints all commands with a line each, and ends the process."""
+    parser = argparse.ArgumentParser(
+        "moka_pl",
+        description="Fine-tune 4-bit LLaMA models with MoKA.",
+        epilog="All options of a command: moka_pl COMMAND --help",
+    )
+    commands = parser.add_subparsers(title="commands")
+    summaries = {name: (function.__doc__ or "").partition("\n")[0] for name, function in FUNCTIONS.items()}
+    for name, summary in (LIGHTNING | summaries).items():
+        commands.add_parser(name, help=summary)
+    parser.print_help()
+    sys.exit(0)
 
 
 def _flush() -> None:

@@ -10,7 +10,7 @@ from tensorboard.program import TensorBoard
 from moka_pl.adapters import adapters_disabled
 from moka_pl.callbacks import AdapterCheckpoint, RunSummary, Throughput
 from moka_pl.callbacks.summary import base_size
-from moka_pl.cli.functions import FUNCTIONS, function_parser
+from moka_pl.cli.main import FUNCTIONS, function_parser
 from moka_pl.data import MixtureData
 
 

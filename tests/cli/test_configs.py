@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from moka_pl import callbacks
+from moka_pl.cli.main import main
 from moka_pl.data import MokaDataModule
 from moka_pl.training.module import MokaModule
 from moka_pl.training.schedule import WarmupDecay
@@ -71,3 +72,52 @@ def test_rates_are_numbers(path):
     # YAML reads 4e-3 as text; every rate must be written with a point.
     for value in re.findall(r"^\s+lr:\s+(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE):
         assert isinstance(yaml.safe_load(value), float)
+
+
+# The shipped files
+
+
+@pytest.mark.parametrize("given", ["llama2", "configs/llama2.yaml", "llama2.yaml"])
+def test_a_shipped_file_is_found_where_none_is_here(given, build_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert build_cli("fit", "--config", given, *ON_CPU).model.backbone.name == "meta-llama/Llama-2-7b-hf"
+    file = tmp_path / given
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("model: {backbone: {name: mine}}")
+    if given != "llama2":
+        given = f"--config={given}"
+        assert build_cli("fit", given, "--data=InstructionData").model.backbone.name == "mine"
+
+
+def test_an_unknown_name_is_told_with_those_there_are(build_cli, capsys):
+    with pytest.raises(SystemExit) as end:
+        build_cli("fit", "--config", "lama2")
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("moka_pl: error: --config lama2: no such file; name a file, or one of llama2, ")
+    assert error.count("\n") == 1
+
+
+def test_the_command_lists_and_copies(tmp_path, capsys):
+    main(["configs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [path.stem for path in CONFIGS]
+    assert lines[0].endswith("LLaMA2-7B on instructions with the paper's recipe, on one GPU of 16 GB or more")
+
+    folder = tmp_path / "new/mine"
+    main(["configs", "--copy", str(folder)])
+    assert capsys.readouterr().out.split() == [str(folder / path.name) for path in CONFIGS]
+    assert all((folder / path.name).read_text() == path.read_text() for path in CONFIGS)
+
+    (folder / "llama3.yaml").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["configs", "--copy", str(folder)])
+    assert "llama3.yaml" in (error := capsys.readouterr().err)
+    assert "add --overwrite" in error
+    assert (folder / "llama3.yaml").read_text() == "mine"
+    main(["configs", "--copy", str(folder), "--overwrite"])
+    assert (folder / "llama3.yaml").read_text() == (ROOT / "configs/llama3.yaml").read_text()
+
+    with pytest.raises(SystemExit):
+        main(["configs", "--copy", str(folder / "llama3.yaml")])
+    assert "cannot write to" in capsys.readouterr().err

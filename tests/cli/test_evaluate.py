@@ -192,7 +192,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_its_options_are_parsed_without_heavy_imports() -> None:
     code = (
-        "import sys; from moka_pl.cli.functions import function_parser\n"
+        "import sys; from moka_pl.cli.main import function_parser\n"
         "function_parser('evaluate').parse_args(['--base=x', '--tasks=y', '--limit=3'])\n"
         "assert not {'lm_eval', 'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from moka_pl.adapters.directory import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_state
-from moka_pl.cli.functions import FUNCTIONS
 from moka_pl.cli.inspect import _by_number, inspect
-from moka_pl.cli.main import main
+from moka_pl.cli.main import FUNCTIONS, main
 
 
 def facts(output: str) -> dict[str, str]:

@@ -1,0 +1,64 @@
+"""``moka-pl configs``: the configurations that come with the package, found by their names."""
+
+import shutil
+from pathlib import Path
+
+from moka_pl.errors import ConfigError
+
+
+def configs(copy: Path | None = None, overwrite: bool = False) -> None:
+    """List the configurations that come with the package, or copy them.
+
+    Args:
+        copy: A folder to copy them to; it is made if it is missing.
+        overwrite: Replace files that are there already.
+
+    Raises:
+        ConfigError: If a file is there already, or none can be written.
+    """
+    files = shipped_configs()
+    if copy is None:
+        width = max(map(len, files)) + 2
+        for name, file in files.items():
+            print(f"{name:<{width}}{_first_line(file)}")
+        return
+    present = [file.name for file in files.values() if (copy / file.name).exists()]
+    if present and not overwrite:
+        raise ConfigError(f"{copy} has {', '.join(present)} already; add --overwrite to replace them")
+    try:
+        copy.mkdir(parents=True, exist_ok=True)
+        for file in files.values():
+            print(shutil.copy(file, copy))
+    except OSError as error:
+        raise ConfigError(f"cannot write to {copy}: {error.strerror or error}") from error
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Returns the configurations by their names: the package's, or in a checkout those beside it."""
+    package = Path(__file__).parents[1]
+    folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(given: str) -> str:
+    """Returns the path of a configuration.
+
+    Args:
+        given: A file, or the name of a shipped one, as ``llama2`` or ``configs/llama2.yaml``. A file in the
+            current folder comes first. What is no name at all (YAML itself) is returned as it is.
+
+    Raises:
+        ConfigError: If there is no such file.
+    """
+    if Path(given).is_file() or ":" in given:
+        return given
+    shipped = shipped_configs()
+    name = given.removeprefix("configs/").removesuffix(".yaml")
+    if name not in shipped:
+        raise ConfigError(f"--config {given}: no such file; name a file, or one of {', '.join(shipped)}")
+    return str(shipped[name])
+
+
+def _first_line(file: Path) -> str:
+    """Returns what the comment at the head of a configuration says that it is for."""
+    return file.read_text(encoding="utf-8").partition("\n")[0].strip("# :")

@@ -1,0 +1,5 @@
+"""Adds ``configs/`` to the packages, as ``moka_pl.configs``; all else is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(packages=[*find_packages(include=["moka_pl*"]), "moka_pl.configs"])
