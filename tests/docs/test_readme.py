@@ -20,7 +20,7 @@ import yaml
 
 from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, save_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
-from moka_pl.cli.functions import FUNCTIONS, function_parser
+from moka_pl.cli.main import FUNCTIONS, function_parser
 from moka_pl.data import CommonsenseData, InstructionData
 
 ROOT = Path(__file__).parents[2]
