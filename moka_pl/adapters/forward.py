@@ -107,8 +107,7 @@ def _fused_updates(
     scaling: float,
     gating: Gating,
 ) -> Updates:
-    from moka_pl.ops.triton import make_plan
-    from moka_pl.ops.triton.autograd import FusedUpdates
+    from moka_pl.ops.triton import FusedUpdates, make_plan
 
     plan = make_plan(shapes, layer.out_features, layer.in_features, device)
     source = kernel_weight(layer, compute, even=plan.side > 0 or plan.even)

@@ -132,17 +132,13 @@ class StepCapture:
         return self._loss, self._grads
 
     def _worth_recording(self, size: tuple[int, int, int]) -> bool:
-        if (
-            self.unsupported_reason is not None
-            or self._seen[size] <= PATIENCE
-            or len(self._graphs) >= _MOST_GRAPHS
-        ):
+        if self.unsupported_reason is not None or len(self._graphs) >= _MOST_GRAPHS:
+            return False
+        if self._seen[size] <= PATIENCE:
             return False
         if torch.is_autocast_enabled("cuda"):
-            self.unsupported_reason = "autocast keeps copies of weights from step to step"
-            warnings.warn(
-                f"no CUDA graphs: {self.unsupported_reason}; leave the trainer at 32-true", stacklevel=2
-            )
+            reason = self.unsupported_reason = "autocast keeps copies of weights from step to step"
+            warnings.warn(f"no CUDA graphs: {reason}; leave the trainer at 32-true", stacklevel=2)
             return False
         return torch.is_grad_enabled()
 

@@ -13,7 +13,7 @@ Three backends compute the same product:
 Source: MoKA, arXiv 2508.03527; the identity is Van Loan, "The ubiquitous Kronecker product" (2000).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from moka_pl.ops.dense import add_delta_, project
 from moka_pl.ops.dispatch import Backend, resolve_backend
 from moka_pl.ops.layout import Shape
 from moka_pl.ops.structured import add_update_, transposed, update_backward
+
+if TYPE_CHECKING:
+    from moka_pl.ops.triton import Plan
 
 
 def delta_weight(
@@ -60,14 +63,28 @@ class _KroneckerSum(torch.autograd.Function):
         right: Tensor,
         shapes: tuple[Shape, ...],
         m: int,
-        dense: bool,
+        structured: bool,
+        plan: "Plan | None",
     ) -> Tensor:
+        """Maps x of shape (T, n) to (T, m).
+
+        Args:
+            ctx: Autograd's context.
+            x: Input in the compute dtype.
+            weights: w, (r,).
+            left: Packed left factors.
+            right: Packed right factors.
+            shapes: r shapes.
+            m: Output features.
+            structured: Whether ΔW is not built.
+            plan: The layer's plan where the kernels build ΔW.
+        """
         ctx.save_for_backward(x, weights, left, right)
-        ctx.shapes, ctx.dense = shapes, dense
+        ctx.shapes, ctx.structured, ctx.plan = shapes, structured, plan
         # Every product here has the dtype it should have; autocast would build ΔW in half precision.
         with torch.autocast(x.device.type, enabled=False):
-            if dense:
-                return x @ delta_weight(weights, left, right, shapes, m, x.shape[1]).to(x.dtype).mT  # (T, m)
+            if not structured:
+                return x @ _delta(ctx, x, weights, left, right, m).mT  # (T, m)
             wide = torch.promote_types(x.dtype, right.dtype)
             out = torch.zeros(m, x.shape[0], dtype=wide, device=x.device)
             add_update_(out, transposed(x, wide), left.to(wide), right.to(wide), weights.to(wide), shapes)
@@ -76,38 +93,38 @@ class _KroneckerSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, w and the packed factors, for that of the result, (T, m)."""
         x, weights, left, right = ctx.saved_tensors
-        shapes, m, n = ctx.shapes, grad.shape[1], x.shape[1]
-        grad_x = None
-        if ctx.dense:
-            if ctx.needs_input_grad[0]:
-                grad_x = grad @ delta_weight(weights, left, right, shapes, m, n).to(x.dtype)  # (T, n)
-            grads = project(grad.mT @ x, left, right, weights, shapes)
-        else:
+        needs_x, grad_x = ctx.needs_input_grad[0], None
+        if ctx.structured:
             wide = torch.promote_types(x.dtype, right.dtype)
-            total = (
-                torch.zeros(n, x.shape[0], dtype=wide, device=x.device) if ctx.needs_input_grad[0] else None
-            )
-            grads = update_backward(
-                transposed(grad, wide),
-                transposed(x, wide),
-                left.to(wide),
-                right.to(wide),
-                weights.to(wide),
-                shapes,
-                total,
-            )
+            tokens, n = x.shape
+            total = torch.zeros(n, tokens, dtype=wide, device=x.device) if needs_x else None
+            columns = transposed(grad, wide), transposed(x, wide)  # (m, T), (n, T)
+            parts = left.to(wide), right.to(wide), weights.to(wide)
+            grads = update_backward(*columns, *parts, ctx.shapes, total)
             grad_x = None if total is None else transposed(total, x.dtype)  # (T, n)
+        else:
+            if needs_x:
+                grad_x = grad @ _delta(ctx, x, weights, left, right, grad.shape[1])  # (T, n)
+            if ctx.plan is None:
+                grads = project(grad.mT @ x, left, right, weights, ctx.shapes)
+            else:
+                from moka_pl.ops.triton import Gates, fused_projection
+
+                grads = fused_projection(ctx.plan, grad.mT @ x, left, right, Gates(weights))
         grad_left, grad_right, grad_weights = grads
-        return (
-            grad_x,
-            grad_weights.to(weights.dtype),
-            grad_left.to(left.dtype),
-            grad_right.to(right.dtype),
-            None,
-            None,
-            None,
-        )
+        leaves = grad_weights.to(weights.dtype), grad_left.to(left.dtype), grad_right.to(right.dtype)
+        return grad_x, *leaves, None, None, None, None
+
+
+def _delta(ctx: Any, x: Tensor, weights: Tensor, left: Tensor, right: Tensor, m: int) -> Tensor:
+    """ΔW, (m, n), in the dtype of x; by the kernels where there is a plan."""
+    if ctx.plan is None:
+        return delta_weight(weights, left, right, ctx.shapes, m, x.shape[1]).to(x.dtype)
+    from moka_pl.ops.triton import Gates, fused_weight
+
+    return fused_weight(ctx.plan, left, right, Gates(weights), x.dtype)
 
 
 def kronecker_linear(
@@ -142,14 +159,12 @@ def kronecker_linear(
     # Mixed dtypes are not for the kernels.
     dtype = right.dtype if weights.dtype == left.dtype == right.dtype else torch.float64
     resolved = resolve_backend(backend, flat, dtype, shapes, out_features, flat.shape[1])
+    plan = None
     if resolved == "fused":
-        from moka_pl.ops.triton import FusedSum, make_plan
+        from moka_pl.ops.triton import make_plan
 
         plan = make_plan(shapes, out_features, flat.shape[1], x.device)
-        with torch.autocast(x.device.type, enabled=False):
-            fused: Tensor = FusedSum.apply(flat, weights, left, right, plan)  # type: ignore[no-untyped-call]
-        return fused.reshape(*tokens, out_features)
     out: Tensor = _KroneckerSum.apply(  # type: ignore[no-untyped-call]
-        flat, weights, left, right, shapes, out_features, resolved == "dense"
+        flat, weights, left, right, shapes, out_features, resolved == "structured", plan
     )  # (T, m)
     return out.reshape(*tokens, out_features)

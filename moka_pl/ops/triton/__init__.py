@@ -7,7 +7,7 @@ shapes, whether they divide the layer or not. Sums run in float32 and in a fixed
 from run to run.
 """
 
-from moka_pl.ops.triton.autograd import FusedSum
+from moka_pl.ops.triton.autograd import FusedUpdates
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.decode import add_decode_update_
 from moka_pl.ops.triton.delta import fused_weight
@@ -16,7 +16,7 @@ from moka_pl.ops.triton.plan import Plan, make_plan
 from moka_pl.ops.triton.projection import fused_projection
 
 __all__ = [
-    "FusedSum",
+    "FusedUpdates",
     "Gates",
     "Plan",
     "WeightSource",

@@ -11,25 +11,6 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 
 
-def thresholds(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """Returns every entry's threshold, whole numbers from 0 to 65535 in units of 2^-16 steps.
-
-    Args:
-        rows: m.
-        columns: n.
-        device: Where they are computed.
-
-    Returns:
-        Shape (m, n), int64.
-    """
-    row = torch.arange(rows, device=device) * 0x9E3779B1 & _WORD
-    row = (row ^ (row >> 15)) * 0x85EBCA77 & _WORD
-    column = torch.arange(columns, device=device) * 0xC2B2AE3D & _WORD
-    column = (column ^ (column >> 13)) * 0x27D4EB2F & _WORD
-    mixed = (row[:, None] ^ column[None, :]) * 0x9E3779B1 & _WORD  # (rows, columns)
-    return mixed >> 16
-
-
 def round_by_thresholds(total: Tensor) -> Tensor:
     """Rounds a float32 matrix to bfloat16, each entry by its own threshold.
 
@@ -39,8 +20,15 @@ def round_by_thresholds(total: Tensor) -> Tensor:
     Returns:
         The same in bfloat16; entries that are no numbers stay so.
     """
+    (m, n), device = total.shape, total.device
+    row = torch.arange(m, device=device) * 0x9E3779B1 & _WORD
+    row = (row ^ (row >> 15)) * 0x85EBCA77 & _WORD
+    column = torch.arange(n, device=device) * 0xC2B2AE3D & _WORD
+    column = (column ^ (column >> 13)) * 0x27D4EB2F & _WORD
+    mixed = (row[:, None] ^ column[None, :]) * 0x9E3779B1 & _WORD  # (m, n)
+    thresholds = mixed >> 16  # whole numbers from 0 to 65535 in units of 2^-16 steps
     bits = total.contiguous().view(torch.int32).long() & _WORD
-    high = (bits + thresholds(*total.shape, device=total.device)) >> 16  # type: ignore[misc]
+    high = (bits + thresholds) >> 16
     # As a signed number of 16 bits.
     rounded = (high - ((high >> 15) << 16)).to(torch.int16).view(torch.bfloat16)
     return torch.where(total.isnan(), total.bfloat16(), rounded)
