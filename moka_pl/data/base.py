@@ -107,7 +107,7 @@ class MokaDataModule(DataDefaults, LightningDataModule):
         self.packing = packing
         self.max_tokens = max_tokens
         if max_tokens is not None and not packing and not bucket:
-            raise DataError("max_tokens makes batches of similar lengths; it cannot go with bucket: false.")
+            raise DataError("max_tokens makes batches of similar lengths; it cannot go with bucket: false")
         self.report: dict[str, EncodingReport] = {}
         self._encoded: dict[str, Encoded | None] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -194,7 +194,7 @@ class MokaDataModule(DataDefaults, LightningDataModule):
             if not isinstance(module, HasTokenizer) or module.tokenizer is None:
                 raise DataError(
                     f"{type(self).__name__} has no tokenizer: the LightningModule has no `tokenizer`. "
-                    "Without a trainer call `connect(tokenizer)` first."
+                    "Without a trainer call `connect(tokenizer)` first"
                 )
             self._tokenizer = module.tokenizer
         return self._tokenizer
@@ -265,7 +265,7 @@ class MokaDataModule(DataDefaults, LightningDataModule):
         if self.max_tokens is not None and self.max_tokens < width:
             raise DataError(
                 f"max_tokens is {self.max_tokens}, but an example may take {width} tokens (max_length, "
-                "rounded up to a multiple of 8). Raise max_tokens or lower max_length."
+                "rounded up to a multiple of 8). Raise max_tokens or lower max_length"
             )
         if self.packing:
             rows = self.batch_size if self.max_tokens is None else self.max_tokens // width
@@ -291,10 +291,10 @@ class MokaDataModule(DataDefaults, LightningDataModule):
 
     def _get(self, split: str) -> Encoded:
         if split not in self._encoded:
-            raise DataError(f"The {split} split is not loaded. Call `setup()` first.")
+            raise DataError(f"the {split} split is not loaded. Call `setup()` first")
         encoded = self._encoded[split]
         if encoded is None:
-            raise DataError(f"{type(self).__name__} has no {split} data.")
+            raise DataError(f"{type(self).__name__} has no {split} data")
         return encoded
 
     def _eval_loader(self, split: str) -> EvalLoaders:
@@ -345,7 +345,7 @@ class SplitDataModule(MokaDataModule):
         super().__init__(**options)
         self._hold_out, self._hold_out_test = HoldOut(validation_share), HoldOut(validation_share)
         if separate_test and validation_share == 0:
-            raise DataError("separate_test validates on a share: set validation_share above 0.")
+            raise DataError("separate_test validates on a share: set validation_share above 0")
         self.validation_share = validation_share
         self.separate_test = separate_test
 
@@ -395,4 +395,4 @@ def check_at_least(least: int, **options: int | None) -> None:
     """
     for name, value in options.items():
         if value is not None and value < least:
-            raise DataError(f"{name} must be at least {least}, got {value}.")
+            raise DataError(f"{name} must be at least {least}, got {value}")

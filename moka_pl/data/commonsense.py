@@ -78,7 +78,7 @@ class CommonsenseData(SplitDataModule):
         check_at_least(0, generated_tokens=generated_tokens)
         check_at_least(1, validation_limit=validation_limit)
         if prompt is not None and prompt not in CHOICE_PROMPTS:
-            raise DataError(f"prompt must be one of {', '.join(CHOICE_PROMPTS)}, got {prompt!r}.")
+            raise DataError(f"prompt must be one of {', '.join(CHOICE_PROMPTS)}, got {prompt!r}")
         self.path = path
         self.validation_path = validation_path
         self.validation_limit = validation_limit

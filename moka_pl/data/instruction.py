@@ -51,7 +51,7 @@ class InstructionData(SplitDataModule):
             (instructions and chats; with ``prompt: alpaca`` instructions only).
         validation_path: The same for validation. None takes the validation (else test) files of a folder or
             the split of a named corpus; where there is none it holds a share of the training data out (of the
-            samples: takes their own held-out files). With a validation_share of 0 None is none at all.
+            samples: takes their own held-out files). With a validation_share of 0, None means no validation.
         split: Which split of a hub data set to train on; None takes "train", or what the named corpus calls
             it.
         prompt: "chat" renders the tokenizer's chat template and trains every assistant turn; "alpaca" writes
@@ -87,15 +87,15 @@ class InstructionData(SplitDataModule):
     ) -> None:
         super().__init__(**options)
         if prompt not in (None, "chat", "alpaca"):
-            raise DataError(f"prompt must be 'chat' or 'alpaca', got {prompt!r}.")
+            raise DataError(f"prompt must be 'chat' or 'alpaca', got {prompt!r}")
         if tree_paths not in ("best", "all"):
-            raise DataError(f"tree_paths must be 'best' or 'all', got {tree_paths!r}.")
+            raise DataError(f"tree_paths must be 'best' or 'all', got {tree_paths!r}")
         if stream_buffer < self.batch_size:
             raise DataError(
-                f"stream_buffer must be at least batch_size ({self.batch_size}), got {stream_buffer}."
+                f"stream_buffer must be at least batch_size ({self.batch_size}), got {stream_buffer}"
             )
         if self.separate_test and streaming:
-            raise DataError("separate_test holds training data out, which streaming: true cannot.")
+            raise DataError("separate_test holds training data out, which streaming: true cannot")
         self.streaming = streaming
         self.stream_buffer = stream_buffer
         self.path = path
@@ -156,7 +156,7 @@ class InstructionData(SplitDataModule):
             raise DataError(
                 "streaming: true needs trainer.max_steps: how many examples there are is not known before "
                 "they are read, so neither the run's end nor the learning-rate schedule could be set. Set "
-                "--trainer.max_steps (optimizer steps), or streaming: false."
+                "--trainer.max_steps (optimizer steps), or streaming: false"
             )
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
@@ -191,8 +191,8 @@ class InstructionData(SplitDataModule):
         if self.validation_path == "sample":
             return self._samples("heldout")
         sources = as_list(self.validation_path)
-        found = [find_shards(s, "validation") or find_shards(s, "train", self.split) for s in sources]
-        return [shard for shards in found for shard in shards]
+        shards = [find_shards(s, "validation") or find_shards(s, "train", self.split) for s in sources]
+        return [shard for group in shards for shard in group]
 
     def _training_shards(self) -> list[Shard]:
         shards = (
@@ -200,7 +200,7 @@ class InstructionData(SplitDataModule):
         )
         if not shards:
             raise DataError(
-                f"{self.path} has no training data. Name its files train..., or give another path."
+                f"{self.path} has no training data. Name its files train..., or give another path"
             )
         return shards
 

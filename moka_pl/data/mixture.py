@@ -26,9 +26,9 @@ def check_weights(weights: Sequence[float] | None, parts: int) -> None:
     if weights is None:
         return
     if len(weights) != parts:
-        raise DataError(f"weights has {len(weights)} values, but there are {parts} parts. Give one per part.")
+        raise DataError(f"weights has {len(weights)} values, but there are {parts} parts. Give one per part")
     if not all(0 < weight < float("inf") for weight in weights):
-        raise DataError(f"weights must be above 0, got {list(weights)}. Leave out a part that is not wanted.")
+        raise DataError(f"weights must be above 0, got {list(weights)}. Leave out a part that is not wanted")
 
 
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -46,7 +46,7 @@ def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 def repeated(size: int, count: int, seed: Sequence[int]) -> NDArray[numpy.int64]:
-    """Indices of `count` examples out of `size`: every one equally often, up to one more for some.
+    """Indices of ``count`` examples out of ``size``: every one equally often, up to one more for some.
 
     Args:
         size: Number of examples.
@@ -54,7 +54,7 @@ def repeated(size: int, count: int, seed: Sequence[int]) -> NDArray[numpy.int64]
         seed: Which examples are taken once more depends on it alone.
 
     Returns:
-        `count` indices.
+        ``count`` indices.
     """
     times, rest = divmod(count, size)
     whole = numpy.tile(numpy.arange(size, dtype=numpy.int64), times)  # (times * size,)
@@ -70,11 +70,11 @@ class MixtureData(MokaDataModule):
     With weights, an epoch holds the parts' examples in the ratio of the weights, as many as it takes to use
     every example at least once: the part that is large for its weight comes once, the others are repeated as
     often as needed, a random remainder of them once more. What an epoch holds is the same in every epoch,
-    its order is not; `trainer.limit_train_batches` makes shorter epochs, each with other examples.
+    its order is not; ``trainer.limit_train_batches`` makes shorter epochs, each with other examples.
 
     Args:
         parts: The data modules, in the order of their validation dataloaders.
-        weights: Share of every part among the training examples, in any unit (`[3, 1]`: three of the first
+        weights: Share of every part among the training examples, in any unit (``[3, 1]``: three of the first
             for one of the second); None takes every example once.
         **options: batch_size, num_workers, seed, bucket, eval_batch_size, packing, max_tokens (see
             MokaDataModule); max_length and num_proc have no effect here: the longest of the parts' counts.
@@ -87,10 +87,10 @@ class MixtureData(MokaDataModule):
     ) -> None:
         super().__init__(**options)
         if not parts:
-            raise DataError("A mixture needs at least one part.")
+            raise DataError("a mixture needs at least one part")
         check_weights(weights, len(parts))
         if any(part.streaming for part in parts):
-            raise DataError("A mixture cannot stream. Set streaming: false, or train on one corpus.")
+            raise DataError("a mixture cannot stream. Set streaming: false, or train on one corpus")
         self.weights = weights
         self.parts = parts
 

@@ -65,9 +65,9 @@ class MmluData(MokaDataModule):
         check_at_least(0, shots=shots)
         check_at_least(1, validation_limit=validation_limit)
         if scoring not in ("letters", "text"):
-            raise DataError(f"scoring must be 'letters' or 'text', got {scoring!r}.")
+            raise DataError(f"scoring must be 'letters' or 'text', got {scoring!r}")
         if subjects is not None and (not subjects or len(set(subjects)) < len(subjects)):
-            raise DataError(f"subjects must be different names, at least one, got {subjects}.")
+            raise DataError(f"subjects must be different names, at least one, got {subjects}")
         self.path = path
         self.shots = shots
         self.scoring = scoring
@@ -122,7 +122,7 @@ class MmluData(MokaDataModule):
             if len(questions) < self.shots:
                 raise DataError(
                     f"{self.path}: the dev split has {len(questions)} questions of "
-                    f"{task.removeprefix('mmlu_')}, fewer than the {self.shots} shots. Lower `shots`."
+                    f"{task.removeprefix('mmlu_')}, fewer than the {self.shots} shots. Lower `shots`"
                 )
         return solved
 
@@ -142,7 +142,7 @@ class MmluData(MokaDataModule):
         if not known:
             raise DataError(
                 f"{folder} has no files {split}/SUBJECT{ending}. Give a folder with dev/SUBJECT_dev.csv and "
-                "test/SUBJECT_test.csv, or the id of a hub data set."
+                "test/SUBJECT_test.csv, or the id of a hub data set"
             )
         wanted = known
         if self._subjects is not None or split == "dev":
@@ -169,5 +169,5 @@ class MmluData(MokaDataModule):
         if unknown:
             raise DataError(
                 f"{source} has no subject {', '.join(unknown)}; it has: {', '.join(known)}. Correct "
-                "`subjects`."
+                "`subjects`"
             )

@@ -44,8 +44,8 @@ def hold_out(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
     kept = [index for index in range(len(rows)) if index not in held]
     if not kept:
         raise DataError(
-            f"Too few different examples ({len(groups)}) to hold {share:.0%} of {len(rows)} out for "
-            "validation. Give a validation_path, or validation_share: 0 to train without validation."
+            f"too few different examples ({len(groups)}) to hold {share:.0%} of {len(rows)} out for "
+            "validation. Give a validation_path, or validation_share: 0 to train without validation"
         )
     return rows.select(kept), rows.select(sorted(held))
 
@@ -62,7 +62,7 @@ class HoldOut:
 
     def __init__(self, share: float) -> None:
         if not 0 <= share < 1:
-            raise DataError(f"validation_share must be at least 0 and below 1, got {share}.")
+            raise DataError(f"validation_share must be at least 0 and below 1, got {share}")
         self.share = share
         self._last: tuple[str, tuple[Dataset, Dataset]] | None = None
 

@@ -48,7 +48,7 @@ class ItemTable:
     Attributes:
         set: Number of the evaluation set.
         task: Number of every item's task in the set, shape (I,).
-        counts: The fields of :class:`Counts` of every item, shape (I, 7).
+        counts: The fields of :class:``Counts`` of every item, shape (I, 7).
     """
 
     set: int
@@ -61,8 +61,9 @@ class EvalMetrics:
 
     The loss of a set is the mean negative log-likelihood per token; for multiple choice only the right
     option's tokens count. The accuracy of a task counts items whose right option has the highest summed
-    log-likelihood; `acc_norm` first divides the sums by the options' numbers of characters. Over several sets
-    the loss, and over several tasks the accuracy, is the plain mean: a large set does not drown a small one.
+    log-likelihood; ``acc_norm`` first divides the sums by the options' numbers of characters. Over several
+    sets the loss, and over several tasks the accuracy, is the plain mean: a large set does not drown a small
+    one.
 
     Of options that tie the first one counts as the answer, as in lm-evaluation-harness, so that both agree on
     items that hold the same option twice. What is the same but for rounding ties, too: the last bits depend
@@ -86,25 +87,15 @@ class EvalMetrics:
         device: torch.device | str = "cpu",
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.device = torch.device(device)
         self.sets = [(name, list(tasks)) for name, tasks in eval_sets]
         self.groups = {name: list(tasks) for name, tasks in (groups or {}).items()}
-        self.plain = Sums(len(self.sets), len(_PLAIN)).to(self.device)
+        self.plain = Sums(len(self.sets), len(_PLAIN)).to(device)
         # All tasks of all sets in one table: the subjects of MMLU alone are 57.
-        self.choices = Sums(sum(len(tasks) for _, tasks in self.sets), len(_COUNTS)).to(self.device)
+        self.choices = Sums(sum(len(tasks) for _, tasks in self.sets), len(_COUNTS)).to(device)
         self.items: list[ItemTable] | None = None
-        self.reset()
-
-    def fits(
-        self,
-        eval_sets: Sequence[tuple[str, Sequence[str]]],
-        device: torch.device,
-        groups: Mapping[str, Sequence[str]] | None = None,
-    ) -> bool:
-        """Whether these sums are for the same sets on the same device."""
-        same_groups = self.groups == {name: list(tasks) for name, tasks in (groups or {}).items()}
-        same_sets = self.sets == [(name, list(tasks)) for name, tasks in eval_sets]
-        return self.device == device and same_sets and same_groups
+        for sums in (self.plain, self.choices):
+            # torchmetrics warns of sums that nothing was added to; sets of plain text have no choices.
+            sums.update(slice(0, 0), sums.total[:0])
 
     def update_loss(
         self, index: int, nll_sum: Tensor, tokens: Tensor, *, words: int = 0, bytes: int = 0
@@ -159,28 +150,21 @@ class EvalMetrics:
             columns |= {"asked": torch.ones_like(zeros), "generated": generated.to(zeros)}
         table = torch.stack([columns.get(name, zeros) for name in _COUNTS], dim=1)  # (I, 7)
         task_of = torch.full_like(zeros, -1).long().scatter(0, item, task)  # (I,)
-        own = task_of >= 0
+        real = task_of >= 0  # (I,)
         if self.items is not None:
-            self.items.append(ItemTable(index, task_of[own], table[own]))
+            self.items.append(ItemTable(index, task_of[real], table[real]))
         rows = self._rows(index)
         sums = table.new_zeros(rows.stop - rows.start, len(_COUNTS))
-        self.choices.update(rows, sums.index_add(0, task_of[own], table[own]))
+        self.choices.update(rows, sums.index_add(0, task_of[real], table[real]))
 
     def compute(self) -> Results:
-        """The counts of everything added since the last reset, on all ranks."""
+        """The counts of everything added, on all ranks."""
         plain, choices = self.plain.compute().tolist(), self.choices.compute().tolist()
         sets = []
         for index, (name, tasks) in enumerate(self.sets):
             counts = [Counts(*row) for row in choices[self._rows(index)]]
             sets.append(SetCounts(name, dict(zip(tasks, counts, strict=True)), *plain[index]))
         return Results(sets, self.groups)
-
-    def reset(self) -> None:
-        """Forgets everything added."""
-        for sums in (self.plain, self.choices):
-            sums.reset()
-            # torchmetrics warns of sums that nothing was added to; sets of plain text have no choices.
-            sums.update(slice(0, 0), sums.total[:0])
 
     def _rows(self, index: int) -> slice:
         """The rows of a set's tasks."""

@@ -1,4 +1,4 @@
-"""The part of the module that evaluates: validation, test and prediction."""
+"""The evaluating half of the LightningModule: validation, test and prediction."""
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -51,17 +51,12 @@ class EvaluatedModule(LightningModule):
         """Begins the metrics anew."""
         self._start_metrics()
 
-    def on_test_epoch_start(self) -> None:
-        """Begins the metrics anew."""
-        self._start_metrics()
-
     def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the metrics."""
         self._evaluate(batch, dataloader_idx)
 
-    def test_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch to the metrics."""
-        self._evaluate(batch, dataloader_idx)
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics as ``val/…``."""
@@ -85,11 +80,8 @@ class EvaluatedModule(LightningModule):
 
     def _start_metrics(self) -> None:
         data = data_of(self.trainer)
-        sets, groups = data.eval_sets or DataDefaults().eval_sets, data.task_groups
-        # The next evaluation may be of other data, or on another device.
-        if self._metrics is None or not self._metrics.fits(sets, self.device, groups):
-            self._metrics = EvalMetrics(sets, self.device, groups)
-        self._metrics.reset()
+        sets = data.eval_sets or DataDefaults().eval_sets
+        self._metrics = EvalMetrics(sets, self.device, data.task_groups)
 
     def _evaluate(self, batch: EvalBatch, index: int) -> None:
         assert self._metrics is not None
@@ -130,9 +122,10 @@ class EvaluatedModule(LightningModule):
         limit = data_of(self.trainer).generated_tokens
         if limit < 1:
             return None
-        found = generate_texts(self.causal_lm, self.tokenizer, **batch["questions"], max_new_tokens=limit)
+        answers = generate_texts(self.causal_lm, self.tokenizer, **batch["questions"], max_new_tokens=limit)
         right = [
-            named_option(t) == name.lower() for t, name in zip(found, batch["answer_names"], strict=True)
+            named_option(answer) == name.lower()
+            for answer, name in zip(answers, batch["answer_names"], strict=True)
         ]
         return torch.tensor(right, device=self.device)
 

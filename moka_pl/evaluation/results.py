@@ -50,31 +50,32 @@ class Counts:
         return Counts(**{name: mine[name] + theirs[name] for name in mine})
 
     def shares(self) -> dict[str, Share]:
-        """Every score by its name; `generated` only where answers were generated.
+        """Every score by its name; ``generated`` only where answers were generated.
 
         The standard error is that of a mean of ones and zeros, sqrt(p (1 - p) / (n - 1)).
         """
-        found = {}
+        shares = {}
         for name, count in SCORES.items():
             total = self.asked if name == "generated" else self.items
             if total:
                 p = getattr(self, count) / total
                 # Rounding may leave a hair less than 0.
                 error = math.sqrt(max(0.0, p * (1 - p)) / (total - 1)) if total > 1 else None
-                found[name] = Share(p, error)
-        return found
+                shares[name] = Share(p, error)
+        return shares
 
 
-def macro(parts: Iterable[Mapping[str, Share]]) -> dict[str, Share]:
+def macro(tasks: Iterable[Mapping[str, Share]]) -> dict[str, Share]:
     """The plain means over tasks, and their standard errors, the tasks being independent of each other."""
-    parts = list(parts)
+    tasks = list(tasks)
     means = {}
     for name in SCORES:
-        found = [part[name] for part in parts if name in part]
-        if found:
-            errors = [share.stderr for share in found if share.stderr is not None]
-            error = math.sqrt(sum(e * e for e in errors)) / len(found) if len(errors) == len(found) else None
-            means[name] = Share(sum(share.value for share in found) / len(found), error)
+        shares = [task[name] for task in tasks if name in task]
+        if shares:
+            errors = [share.stderr for share in shares if share.stderr is not None]
+            known = len(errors) == len(shares)
+            error = math.sqrt(sum(e * e for e in errors)) / len(shares) if known else None
+            means[name] = Share(sum(share.value for share in shares) / len(shares), error)
     return means
 
 
@@ -132,40 +133,40 @@ class Results:
     @property
     def tasks(self) -> dict[str, Counts]:
         """Counts of every task with items; one task in two sets is the same task."""
-        found: dict[str, Counts] = {}
-        for part in self.sets:
-            for task, counts in part.tasks.items():
+        tasks: dict[str, Counts] = {}
+        for one in self.sets:
+            for task, counts in one.tasks.items():
                 if counts.items:
-                    found[task] = found.get(task, Counts()) + counts
-        return found
+                    tasks[task] = tasks.get(task, Counts()) + counts
+        return tasks
 
     def members(self) -> dict[str, list[Counts]]:
         """The counts of every group's tasks, of groups with items only."""
         tasks = self.tasks
-        found = {name: [tasks[t] for t in names if t in tasks] for name, names in self.groups.items()}
-        return {name: counts for name, counts in found.items() if counts}
+        groups = {name: [tasks[t] for t in names if t in tasks] for name, names in self.groups.items()}
+        return {name: counts for name, counts in groups.items() if counts}
 
     def values(self) -> dict[str, float]:
         """The metrics by name.
 
         Returns:
-            `loss`, and `accuracy` and `acc_norm` over all tasks; with several sets `<set>/loss` and so on;
-            `accuracy/<task>`, `acc_norm/<task>`, `generated/<task>` and `nll/<task>`; of groups
-            `accuracy/<group>` over all items and `accuracy/<group>_macro` over its tasks. Every share has its
-            `..._stderr`. Of plain text `perplexity`, `word_perplexity` and `byte_perplexity`. What has no
-            items is left out.
+            ``loss``, and ``accuracy`` and ``acc_norm`` over all tasks; with several sets ``<set>/loss`` and
+            so on; ``accuracy/<task>``, ``acc_norm/<task>``, ``generated/<task>`` and ``nll/<task>``; of
+            groups ``accuracy/<group>`` over all items and ``accuracy/<group>_macro`` over its tasks. Every
+            share has its ``..._stderr``. Of plain text ``perplexity``, ``word_perplexity`` and
+            ``byte_perplexity``. What has no items is left out.
         """
         values: dict[str, float] = {}
         losses = []
         several = len(self.sets) > 1
-        for part in self.sets:
-            before = f"{part.name}/" if several else ""
-            if part.tokens:
-                losses.append(part.nll / part.tokens)
+        for one in self.sets:
+            before = f"{one.name}/" if several else ""
+            if one.tokens:
+                losses.append(one.nll / one.tokens)
                 values |= {f"{before}loss": losses[-1]} if several else {}
-            values |= {f"{before}{name}": value for name, value in part.perplexities().items()}
+            values |= {f"{before}{name}": value for name, value in one.perplexities().items()}
             if several:
-                values |= flat(macro(c.shares() for c in part.tasks.values() if c.items), before=before)
+                values |= flat(macro(c.shares() for c in one.tasks.values() if c.items), before=before)
         tasks = self.tasks
         for task, counts in tasks.items():
             values |= flat(counts.shares(), after=f"/{task}")

@@ -74,7 +74,7 @@ def test_hold_out_follows_the_content(write_jsonl):
     assert 8 <= len(held) <= 9
     again = hold_out(Dataset.from_list(rows[::-1]), 0.2)[1]
     assert set(again["text"]) == set(held["text"])
-    with pytest.raises(DataError, match=r"Too few different examples \(1\)"):
+    with pytest.raises(DataError, match=r"too few different examples \(1\)"):
         hold_out(Dataset.from_list(rows[:1]), 0.2)
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from moka_pl.data import CommonsenseData, DataError, InstructionData
+from moka_pl.data import CommonsenseData, DataError, InstructionData, TextData
 
 
 def rows(data, split):
@@ -32,8 +32,19 @@ def test_training_validation_and_test_have_nothing_in_common(kind, own, request,
 
 
 def test_it_needs_a_share():
-    for kind in (CommonsenseData, InstructionData):
+    for kind in (CommonsenseData, InstructionData, TextData):
         with pytest.raises(DataError, match="validation_share"):
-            kind(separate_test=True, validation_share=0)
+            kind(path="sample", separate_test=True, validation_share=0)
     with pytest.raises(DataError, match="streaming"):
         InstructionData(separate_test=True, streaming=True)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_texts_have_a_separate_test_as_well(own, write_jsonl):
+    path = write_jsonl("train.jsonl", [{"text": f"text {number}"} for number in range(20)])
+    test = write_jsonl("test.jsonl", [{"text": f"test {number}"} for number in range(3)])
+    options = {"validation_path": test, "validation_split": "train"} if own else {}
+    data = TextData(path, separate_test=True, validation_share=0.2, **options)
+    parts = [rows(data, split) for split in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == ([16, 4, 3] if own else [13, 3, 4])
+    assert len(set.union(*parts)) == sum(map(len, parts))

@@ -96,14 +96,11 @@ def test_nothing_seen():
     assert computed(metrics) == {}
 
 
-def test_reset():
+def test_loss_and_choices_of_one_set():
     metrics = EvalMetrics([("plain", ["a"])])
     metrics.update_loss(0, torch.tensor(6.0), torch.tensor(2.0))
     metrics.update_choices(0, torch.tensor([-1.0, -2]), choices([0, 0], [0, 0], [1, 0]))
     assert computed(metrics) == {"loss": 3.0, "accuracy": 1.0, "accuracy/a": 1.0}
-    metrics.reset()
-    metrics.update_loss(0, torch.tensor(1.0), torch.tensor(4.0))
-    assert computed(metrics) == {"loss": 0.25}
 
 
 def test_nan_shows():

@@ -14,14 +14,14 @@ from moka_pl.errors import DataError
 class ResumableDataLoader(DataLoader[Any]):
     """Counts the batches it served and can start after as many.
 
-    Lightning saves `state_dict()` with the fit loop and restores it before the first `iter()` of a resumed
-    run. That `iter()` comes before Lightning tells the sampler the epoch, so nothing is drawn from the
-    sampler (and no worker is started) before the first batch is asked for.
+    Lightning saves ``state_dict()`` with the fit loop and restores it before the first ``iter()`` of a
+    resumed run. That ``iter()`` comes before Lightning tells the sampler the epoch, so nothing is drawn from
+    the sampler (and no worker is started) before the first batch is asked for.
 
     Args:
-        *args: As for `DataLoader`.
-        epoch_batches: Batches that make an epoch where that is fewer than all (`limit_train_batches`).
-        **kwargs: As for `DataLoader`.
+        *args: As for ``DataLoader``.
+        epoch_batches: Batches that make an epoch where that is fewer than all (``limit_train_batches``).
+        **kwargs: As for ``DataLoader``.
     """
 
     def __init__(self, *args: Any, epoch_batches: int | None = None, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ class ResumableDataLoader(DataLoader[Any]):
         return {"served": self._served}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next iteration start after the batches that were served; a finished epoch starts anew.
+        """Lets the next iteration start after the batches that were served; a finished epoch starts anew.
 
         Raises:
             DataError: The state counts more batches than an epoch has: data, batch size or number of devices
@@ -49,8 +49,8 @@ class ResumableDataLoader(DataLoader[Any]):
         total = len(self)
         if served > total:
             raise DataError(
-                f"The checkpoint was saved after {served} batches of an epoch, but an epoch of this run has "
-                f"{total}. Resume with the data, batch size, packing and number of devices of the saved run."
+                f"the checkpoint was saved after {served} batches of an epoch, but an epoch of this run has "
+                f"{total}. Resume with the data, batch size, packing and number of devices of the saved run"
             )
         finished = served >= (total if self.epoch_batches is None else min(total, self.epoch_batches))
         self._start = 0 if finished else served

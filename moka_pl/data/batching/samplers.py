@@ -48,7 +48,7 @@ class GlobalBatchSampler(DistributedSampler[list[Any]]):
         self, lengths: Sequence[int], batch_size: int, num_replicas: int = 1, rank: int = 0, seed: int = 0
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.lengths = numpy.asarray(lengths, dtype=numpy.int64)
         self.batch_size = batch_size
         self.skip = 0
@@ -180,7 +180,7 @@ class TokenSampler(GlobalBatchSampler):
         descending = numpy.sort(self._widths)[::-1]
         if len(descending) and descending[0] > max_tokens:
             raise ValueError(
-                f"max_tokens must be at least the longest example, {descending[0]}, got {max_tokens}."
+                f"max_tokens must be at least the longest example, {descending[0]}, got {max_tokens}"
             )
         self._cuts: list[int] = []
         start = 0
@@ -222,7 +222,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if not 1 <= length <= capacity:
-            raise ValueError(f"a length must be from 1 to {capacity}, got {length}.")
+            raise ValueError(f"a length must be from 1 to {capacity}, got {length}")
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1  # the least that is enough

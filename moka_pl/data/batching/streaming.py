@@ -1,8 +1,8 @@
 """Batches of a stream: shuffled and bucketed block by block, shared out to ranks and workers, resumable.
 
-The unit is a block: the next `buffer` examples per rank. All ranks read the same blocks and encode their own
-share of each, so that every rank has equally many batches without asking the others, and no example is on two
-of them. Files (shards) are shared out to the workers of a rank. The order inside a block depends on seed,
+The unit is a block: the next ``buffer`` examples per rank. All ranks read the same blocks and encode their
+own share of each, so that every rank has equally many batches without asking the others, and no example is on
+two of them. Files (shards) are shared out to the workers of a rank. The order inside a block depends on seed,
 pass, worker and block alone; a state is therefore the position of a block in the stream and the number of its
 batches that were served, and a resumed run fills the block again.
 """
@@ -56,7 +56,7 @@ class StreamedRecords:
             names = ", ".join(str(shard.source) for shard in self.shards)
             raise DataError(
                 f"streaming: true reads local files or one data set of the hub at a time, not {names}. Give "
-                "one of them, or download the data."
+                "one of them, or download the data"
             )
 
     def open(self, epoch: int) -> "HFIterableDataset":
@@ -66,7 +66,7 @@ class StreamedRecords:
             epoch: Number of the pass over the data, from 0.
 
         Returns:
-            Items with `record` and, from files, `location`; every file (or shard of the hub) is a shard.
+            Items with ``record`` and, from files, ``location``; every file (or shard of the hub) is a shard.
 
         Raises:
             DataError: The hub data set cannot be had.
@@ -80,15 +80,15 @@ class StreamedRecords:
         order = numpy.random.default_rng([self.seed, epoch]).permutation(len(files))
         return HFIterableDataset.from_generator(_items, gen_kwargs={"files": [files[i] for i in order]})
 
-    def check(self, item: Mapping[str, Any], number: int) -> dict[str, Any]:
-        """Check one item of the stream.
+    def parse(self, item: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """Parses one item of the stream.
 
         Args:
             item: What the stream gave.
-            number: How manieth it is, from 1, where the item does not say where it stands.
+            number: Its number, from 1, where the item does not say where it stands.
 
         Returns:
-            A row with the columns of `instruction_features`.
+            A row with the columns of ``instruction_features``.
 
         Raises:
             DataError: The record is wrong, or a message of a tree, which a stream cannot put together.
@@ -105,20 +105,20 @@ class StreamedRecords:
         if is_tree_message(record):
             raise DataError(
                 f"{location}: message trees cannot be streamed, their messages may stand far apart. Use "
-                "streaming: false."
+                "streaming: false"
             )
         return parse_record(parse_instruction, record, location)
 
     def check_first(self) -> None:
-        """Read and check the first record, so that a wrong path or form shows at once.
+        """Reads and parses the first record, so that a wrong path or format shows at once.
 
         Raises:
             DataError: It is wrong, or there is none.
         """
         first = next(iter(self.open(0)), None)
         if first is None:
-            raise DataError(f"{self.shards[0].source} holds no records. Give another split.")
-        self.check(first, 1)
+            raise DataError(f"{self.shards[0].source} holds no records. Give another split")
+        self.parse(first, 1)
 
 
 def _items(files: list[str]) -> Iterator[dict[str, Any]]:
@@ -204,13 +204,13 @@ class StreamedBatches(IterableDataset[Served]):
         report = EncodingReport(**state["report"])
         position = state["rows"]
         while raw := list(islice(items, self.buffer * self.world)):
-            checked = [self.records.check(item, read + number) for number, item in enumerate(raw, start=1)]
+            checked = [self.records.parse(item, read + number) for number, item in enumerate(raw, start=1)]
             batches, counts = self._batches(checked, worker, block)
             if block == 0 and counts.kept == 0:
                 raise DataError(
-                    f"All {counts.read} examples of the first buffer were dropped: within max_length="
+                    f"all {counts.read} examples of the first buffer were dropped: within max_length="
                     f"{self.encoder.max_length} tokens none has a token to learn (the longest has "
-                    f"{counts.longest} tokens). Raise max_length."
+                    f"{counts.longest} tokens). Raise max_length"
                 )
             # The block's counts come with its first batch, so that they are counted once.
             for number, batch in enumerate(batches[skip:], start=skip + 1):
@@ -257,7 +257,7 @@ class StreamLoader(DataLoader[Any]):
         num_workers: Worker processes; more than the corpus has files (shards) are idle.
         length: Batches after which the run ends; None makes an iteration one pass.
         label: What the examples are called in messages.
-        pin_memory: As for `DataLoader`.
+        pin_memory: As for ``DataLoader``.
 
     Attributes:
         report: What became of the examples of this rank in the current pass, block by block.
@@ -316,15 +316,15 @@ class StreamLoader(DataLoader[Any]):
         }
 
     def load_state_dict(self, state_dict: State) -> None:
-        """Go on from a saved state.
+        """Goes on from a saved state.
 
         Raises:
             DataError: It was saved with another number of workers.
         """
         if state_dict["num_workers"] != self.num_workers:
             raise DataError(
-                f"The checkpoint was saved with num_workers={state_dict['num_workers']}, this run has "
-                f"{self.num_workers}. A stream can only be resumed with the same number."
+                f"the checkpoint was saved with num_workers={state_dict['num_workers']}, this run has "
+                f"{self.num_workers}. A stream can only be resumed with the same number"
             )
         self._epoch, self._turn = state_dict["epoch"], state_dict["turn"]
         self._workers = {int(worker): state for worker, state in state_dict["workers"].items()}
@@ -337,7 +337,7 @@ class StreamLoader(DataLoader[Any]):
                 served = True
                 yield batch
             if not served:
-                raise DataError(f"{self.label} holds no records.")
+                raise DataError(f"{self.label} holds no records")
             rank_zero_info(f"{self.label}, pass {self._epoch + 1}, first rank: {self.report}")
             self._epoch, self._turn, self._workers = self._epoch + 1, 0, {}
 

@@ -226,7 +226,7 @@ def test_errors_in_the_middle_are_one_message(tiny_tokenizer, write_jsonl, worke
 def test_all_too_long(tiny_tokenizer, write_jsonl):
     path = write_jsonl("a.jsonl", [{"instruction": "word " * 100, "output": "x"}] * 9)
     with pytest.raises(
-        DataError, match=r"All 4 examples of the first buffer .*max_length=64.*longest has \d+"
+        DataError, match=r"all 4 examples of the first buffer .*max_length=64.*longest has \d+"
     ):
         list(streamed(tiny_tokenizer, path, max_length=64))
 
@@ -268,7 +268,7 @@ def test_refusals(tiny_tokenizer, folder, write_jsonl):
     loader = streamed(tiny_tokenizer, folder)
     with pytest.raises(DataError, match="num_workers=2, this run has 0"):
         loader.load_state_dict({"num_workers": 2})
-    with pytest.raises(DataError, match="A mixture cannot stream"):
+    with pytest.raises(DataError, match="a mixture cannot stream"):
         MixtureData([InstructionData(folder, streaming=True)])
     with pytest.raises(DataError, match="stream_buffer must be at least batch_size"):
         InstructionData(folder, streaming=True, batch_size=8, stream_buffer=4)
@@ -298,7 +298,7 @@ class Counted:
         shards = list(zip(self.starts, self.sizes, strict=True))
         return IterableDataset.from_generator(numbered, gen_kwargs={"shards": shards})
 
-    def check(self, item, number):
+    def parse(self, item, number):
         return item
 
 

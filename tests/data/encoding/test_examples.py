@@ -119,7 +119,7 @@ def test_report_counts(tiny_tokenizer):
 def test_all_dropped(tiny_tokenizer):
     encoder = SegmentEncoder(tiny_tokenizer, as_segments, 2, False)
     with pytest.raises(
-        DataError, match=r"All 2 examples of some train were dropped: .*max_length=2.*Raise max_length"
+        DataError, match=r"all 2 examples of some train were dropped: .*max_length=2.*Raise max_length"
     ):
         encode_rows(pairs(" one", " two"), encoder, key="k", label="some train")
 

@@ -421,7 +421,7 @@ def test_column_of_the_wrong_type(tiny_tokenizer, tmp_path):
 def test_all_too_long(tiny_tokenizer, write_jsonl):
     long = {"question": "Q", "choices": ["word " * 80, "word " * 90], "answer": 0}
     path = write_jsonl("t/a.jsonl", [long] * 3)
-    with pytest.raises(DataError, match=r"All 3 examples of commonsense .* dropped: within max_length=64"):
+    with pytest.raises(DataError, match=r"all 3 examples of commonsense .* dropped: within max_length=64"):
         ready(CommonsenseData(path, path, max_length=64), tiny_tokenizer)
 
 
