@@ -152,7 +152,7 @@ def varlen_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment of the flattened batch; SDPA where no segments are given.
+    """Attends causally inside each segment of the flattened batch; by SDPA where no segments are given.
 
     Args:
         module: The attention layer.
@@ -181,7 +181,19 @@ def varlen_attention(
 def sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Transformers' SDPA: (B, H, T, d) queries, (B, K, T, d) keys and values to (B, T, H, d), and None."""
+    """Attends by transformers' SDPA.
+
+    Args:
+        module: The attention layer.
+        query: Queries, shape (B, H, T, d).
+        key: Keys, shape (B, K, T, d); H is a multiple of K.
+        value: Values, shape (B, K, T, d).
+        attention_mask: As transformers builds it, or None.
+        **kwargs: What else the model hands to its attention.
+
+    Returns:
+        The attended values, shape (B, T, H, d), and None for the weights.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

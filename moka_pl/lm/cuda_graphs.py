@@ -268,7 +268,7 @@ def _fresh_leaves(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 def causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """SDPA (see :func:`moka_pl.lm.attention.sdpa`) in which every position sees all before it.
+    """Attends as :func:`moka_pl.lm.attention.sdpa`, with every position seeing all before it.
 
     Raises:
         RuntimeError: If there is a mask nevertheless.

@@ -12,7 +12,7 @@ from moka_pl.backbone.quantization import dense_weight
 from moka_pl.data import CommonsenseData
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear
 from moka_pl.ops.layout import pack
-from moka_pl.ops.triton.autograd import FusedUpdates
+from moka_pl.ops.triton import FusedUpdates
 from moka_pl.training.module import MokaModule
 
 pytestmark = pytest.mark.gpu

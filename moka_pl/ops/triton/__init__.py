@@ -7,11 +7,11 @@ shapes, whether they divide the layer or not. Sums run in float32 and in a fixed
 from run to run.
 """
 
-from moka_pl.ops.triton.autograd import FusedUpdates
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.decode import add_decode_update_
 from moka_pl.ops.triton.delta import fused_weight
 from moka_pl.ops.triton.gates import Gates, layer_gates
+from moka_pl.ops.triton.merged_forward import FusedUpdates
 from moka_pl.ops.triton.plan import Plan, make_plan
 from moka_pl.ops.triton.projection import fused_projection
 
