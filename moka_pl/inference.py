@@ -35,7 +35,7 @@ def load_model(
 
     Raises:
         AdapterError: If the directory is damaged, of a newer format, or of another base model.
-        BackboneError: If the base model cannot be had.
+        BackboneError: If the base model cannot be loaded.
     """
     info = read_adapter(path)
     if device is None:

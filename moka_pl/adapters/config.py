@@ -103,7 +103,7 @@ class MokaConfig(AdapterConfig):
             known = "diverse" if self.filters == AUTO else self.filters
             filter_shapes(known, self.components, size, size)
         if self.gating not in GATINGS:
-            raise ConfigError(f"unknown gating {self.gating!r}; choose {', '.join(GATINGS)}")
+            raise ConfigError(f"unknown gating {self.gating!r}; choose one of {', '.join(GATINGS)}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.scaling is not None and not 0 < self.scaling < math.inf:
@@ -116,16 +116,14 @@ class MokaConfig(AdapterConfig):
 
     def _check_start(self) -> None:
         if self.budget is not None and self.filters != AUTO:
-            raise ConfigError(
-                f"budget ({self.budget}) goes with filters: auto only; other filters have their size"
-            )
+            raise ConfigError(f"budget ({self.budget}) works only with filters: auto; leave it out")
         if self.budget is not None and self.budget < 1:
             raise ConfigError(f"budget must be at least 1, not {self.budget}")
         if self.start not in ("zero", "gradient"):
             raise ConfigError(f"unknown start {self.start!r}; choose zero or gradient")
         if self.start == "gradient" and self.filters == "prime":
             raise ConfigError(
-                "start: gradient sets left factors, and those of filters: prime are identities; "
+                "start: gradient sets left factors, but those of filters: prime are identities; "
                 "set start: zero"
             )
 

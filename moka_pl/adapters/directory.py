@@ -115,7 +115,7 @@ def save_adapter(
     except OSError as error:
         raise AdapterError(
             f"cannot save the adapter to {path}: {error.strerror or error}. "
-            "An adapter that was there before is unchanged; free some space or choose another folder"
+            "An older adapter there is unchanged; free some space or choose another folder"
         ) from error
     return path
 
@@ -148,8 +148,8 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     if not ours or not isinstance(stored.get("peft_type"), str):
         kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
         raise AdapterError(
-            f"{file} describes no MoKA adapter (peft_type is {kind!r}, expected 'MOKA', or another method's "
-            "in a folder that moka_pl wrote)"
+            f"{file} describes no MoKA adapter (peft_type is {kind!r}, expected 'MOKA', or another "
+            "method's in a folder that moka_pl wrote)"
         )
     version = stored.get("format_version")
     if not isinstance(version, int):

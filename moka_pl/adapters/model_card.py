@@ -38,7 +38,7 @@ def model_card(stored: Mapping[str, Any], method: AdapterMethod) -> str:
         step, metrics_step = extra.get("step"), extra.get("metrics_step")
         if metrics_step is not None and metrics_step != step:
             parts.append(
-                f"The metrics were found after step {metrics_step}; the weights are those of step {step}."
+                f"The metrics were measured after step {metrics_step}; the weights are those of step {step}."
             )
     parts += [_USAGE, f"Written by moka_pl {stored['moka_pl_version']}."]
     return "\n\n".join(parts) + "\n"

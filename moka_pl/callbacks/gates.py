@@ -113,7 +113,7 @@ class GateMonitor(Callback):
         if gates.shape[1] > 1 and bool(single.any()):
             self._warn_once(
                 "single",
-                f"in {int(single.sum())} of {len(single)} layers one component has all of the gate (first "
+                f"in {int(single.sum())} of {len(single)} layers one component holds the whole gate (first "
                 f"{self._labels[int(single.int().argmax())]}); the others no longer learn. Lower the "
                 "learning rate or use fewer components",
             )

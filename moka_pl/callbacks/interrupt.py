@@ -84,7 +84,7 @@ class GracefulInterrupt(Callback):
         if self._saved is not None:
             rank_zero_info(
                 f"\nInterrupted after step {trainer.global_step}; the run is saved in {self._saved}. "
-                "Go on with the same command and --ckpt_path last"
+                "Resume with the same command and --ckpt_path last"
             )
             raise KeyboardInterrupt
 

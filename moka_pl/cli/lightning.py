@@ -143,7 +143,7 @@ class MokaCLI(LightningCLI):
             torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (RuntimeError, UnpicklingError, EOFError) as error:
             reason = str(error).split("\n", 1)[0].strip()
-            raise ConfigError(f"--ckpt_path {path} is damaged or no checkpoint ({reason})") from error
+            raise ConfigError(f"--ckpt_path {path} is damaged or not a checkpoint ({reason})") from error
 
     @staticmethod
     def _options(config: Namespace) -> Namespace:

@@ -220,7 +220,7 @@ def _version(checkpoint: Path) -> int | str | None:
         stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, EOFError) as error:
         reason = str(error).split("\n", 1)[0].strip()
-        raise ConfigError(f"--ckpt_path {checkpoint} is damaged or no checkpoint ({reason})") from error
+        raise ConfigError(f"--ckpt_path {checkpoint} is damaged or not a checkpoint ({reason})") from error
     for state in stored.get("callbacks", {}).values():
         if isinstance(state, dict) and state.get(VERSION_KEY) is not None:
             version: int | str = state[VERSION_KEY]

@@ -125,7 +125,7 @@ class MokaModule(EvaluatedModule):
         What the configuration leaves to the first batches' gradient, a fit that begins chooses here.
 
         Raises:
-            BackboneError: If the base cannot be had.
+            BackboneError: If the base cannot be loaded.
             AdapterError: If the adapters do not fit it.
             ConfigError: If there are no batches to take a gradient of.
         """
@@ -225,7 +225,7 @@ class MokaModule(EvaluatedModule):
         if self.trainer.precision in ("bf16-true", "16-true"):
             rank_zero_warn(
                 f"precision {self.trainer.precision} rounds the adapters and their optimizer state; leave "
-                "the trainer at 32-true and choose the base's dtype by backbone.compute_dtype"
+                "the trainer at 32-true and set the base's dtype by backbone.compute_dtype"
             )
 
     def on_train_start(self) -> None:
@@ -236,7 +236,8 @@ class MokaModule(EvaluatedModule):
         """
         if self._deferred.pending:
             raise ConfigError(
-                "filters: auto or start: gradient was left to a checkpoint, but none was loaded"
+                "filters: auto and start: gradient wait for a checkpoint, but none was loaded; "
+                "set the module's resumes to False"
             )
         self._set_schedule()
         if self._rng is not None:

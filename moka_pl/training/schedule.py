@@ -36,7 +36,7 @@ class WarmupDecay(LambdaLR):
         total_steps: int | None = None,
     ) -> None:
         if warmup < 0:
-            raise ConfigError(f"warmup must not be negative, but is {warmup}")
+            raise ConfigError(f"warmup must be 0 or more, not {warmup}")
         if not 0 <= min_lr_ratio <= 1:
             raise ConfigError(f"min_lr_ratio must be from 0 to 1, not {min_lr_ratio}")
         if decay not in ("cosine", "linear", "constant"):

@@ -100,9 +100,9 @@ def test_steps_after_the_last_validation_are_in_last(train, tmp_path):
     assert (best["step"], best["metrics_step"]) == (2, 2)
     assert (last["step"], last["metrics_step"]) == (4, 2)
     assert last["metrics"] == best["metrics"]
-    said = "The metrics were found after step 2; the weights are those of step 4."
+    said = "The metrics were measured after step 2; the weights are those of step 4."
     assert said in (saved.last_path / "README.md").read_text()
-    assert "were found after" not in (saved.best_path / "README.md").read_text()
+    assert "were measured after" not in (saved.best_path / "README.md").read_text()
     assert same(saved.last_path, run.state)
 
 

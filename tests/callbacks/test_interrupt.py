@@ -67,7 +67,7 @@ def test_stops_at_the_next_step_and_goes_on_exactly(
     assert end.value.code == 1
     path = tmp_path / "checkpoints" / "last.ckpt"
     assert "Stopping after this step" in capsys.readouterr().out
-    said = f"Interrupted after step {stopped}; the run is saved in {path}. Go on with the same command and"
+    said = f"Interrupted after step {stopped}; the run is saved in {path}. Resume with the same command and"
     assert said in caplog.text
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == stopped

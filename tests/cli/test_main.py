@@ -253,7 +253,7 @@ def test_damaged_or_evil_checkpoint(refused, tmp_path):
     (tmp_path / "empty.ckpt").touch()
     for name in ("evil", "cut", "text", "empty"):
         error = refused("fit", "--ckpt_path", f"{name}.ckpt")
-        assert f"--ckpt_path {name}.ckpt is damaged or no checkpoint (" in error
+        assert f"--ckpt_path {name}.ckpt is damaged or not a checkpoint (" in error
         assert error.count("\n") == 1
     assert not (tmp_path / "unpickled").exists()
 
@@ -453,7 +453,7 @@ def test_interrupted_and_resumed(cli, interrupt, caplog, batch, number, stopped)
         cli("fit")
     assert end.value.code == 1
     assert f"Interrupted after step {stopped}; the run is saved in" in caplog.text
-    assert "Go on with the same command and --ckpt_path last" in caplog.text
+    assert "Resume with the same command and --ckpt_path last" in caplog.text
     assert read_adapter(RUN / "adapters/last").extra["step"] == stopped
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == stopped
     described = (RUN / "config.yaml").read_text()

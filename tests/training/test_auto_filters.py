@@ -240,7 +240,7 @@ def test_too_small_a_budget_is_told(fit) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 100}, r"budget \(100\) goes with filters: auto"),
+        ({"budget": 100}, r"budget \(100\) works only with filters: auto"),
         ({"filters": "auto", "budget": 0}, "at least 1, not 0"),
         ({"start": "warm"}, "'warm'; choose zero or gradient"),
         ({"start": "gradient", "filters": "prime"}, "identities; set start: zero"),

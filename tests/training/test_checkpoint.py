@@ -5,7 +5,7 @@ import torch
 
 from moka_pl.adapters import MokaConfig
 from moka_pl.errors import AdapterError
-from moka_pl.training.checkpoint import check_same_factors, rng_state, set_rng_state
+from moka_pl.training.checkpoint import StoredRun, check_same_factors, rng_state, set_rng_state
 
 CPU = torch.device("cpu")
 
@@ -51,3 +51,10 @@ def test_gates_of_another_kind_are_refused_though_their_logits_fit() -> None:
     own, written = MokaConfig(gating="sigmoid").to_dict(), MokaConfig(gating="softmax").to_dict()
     with pytest.raises(AdapterError, match=r"adapter.gating is 'softmax', here it is 'sigmoid'"):
         check_same_factors(written, own)
+
+
+def test_what_an_older_checkpoint_lacks_has_a_default() -> None:
+    assert StoredRun.read({"state_dict": {}}) == StoredRun()
+    stored = StoredRun.read({"moka_adapter": {"components": 3}, "moka_unknown": 1})
+    assert stored == StoredRun(adapter={"components": 3})
+    assert stored.learning_rate_ratios == {"left": 1.0, "right": 1.0, "gate": 1.0}

@@ -99,7 +99,7 @@ def test_checkpoints_in_a_folder_of_the_users(tmp_path, kept, version):
     assert find_last(logger(tmp_path), str(path.parent)) == (path, version)
     assert find_last(False, str(path.parent)) == (path, None)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(ConfigError, match="is damaged or no checkpoint"):
+    with pytest.raises(ConfigError, match="is damaged or not a checkpoint"):
         find_last(logger(tmp_path), str(path.parent))
 
 

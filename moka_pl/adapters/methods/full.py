@@ -62,7 +62,7 @@ class FullMethod(AdapterMethod):
         if not names:
             raise AdapterError(f"target_modules {targets!r} matches no module of this model")
         if is_trained(model):
-            raise AdapterError("the model has been fine-tuned already; load it anew")
+            raise AdapterError("the model has been fine-tuned already; load it again")
         quantised = [
             name
             for name, module in every.items()

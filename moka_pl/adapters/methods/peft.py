@@ -45,7 +45,8 @@ class PeftMethod(AdapterMethod):
             )
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise ConfigError(
-                f"{type(config).__name__} adapts the prompt; only methods of PEFT that adapt layers are taken"
+                f"{type(config).__name__} adapts the prompt; choose a method of PEFT that adapts layers, "
+                "such as LoraConfig"
             )
         super().__init__(config)
         self.kind = str(getattr(config.peft_type, "value", config.peft_type))

@@ -127,4 +127,4 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 def _check_base_is_frozen(model: nn.Module) -> None:
     method = method_in(model)
     if method is not None and not method.keeps_base:
-        raise AdapterError(f"{method.title} has changed the base itself; load the base anew")
+        raise AdapterError(f"{method.title} has changed the base itself; load the base again")
