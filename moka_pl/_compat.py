@@ -1,7 +1,7 @@
 """The private names of other libraries that the package cannot do without, each behind a function of ours.
 
 A private name may be gone with any release. So each is used here only, and says in which versions it was
-seen, what it does, and what would be missing without it. ``tests/test_compat.py`` finds private names
+seen, what it does, and what would be missing without it. A test of the same name finds private names
 elsewhere and tries each of these against the installed libraries; continuous integration runs it with the
 lowest and the newest versions that ``pyproject.toml`` allows.
 

@@ -1,5 +1,6 @@
 """What the package exports, and what importing it costs."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -64,3 +65,13 @@ def test_every_class_that_a_file_names_has_a_public_path() -> None:
         home = import_module(module)
         assert name in home.__all__, path
         assert Path(str(home.__file__)).name == "__init__.py", path
+
+
+def test_no_text_names_a_file_that_is_not_installed() -> None:
+    for file in (ROOT / "moka_pl").rglob("*.py"):
+        if "studies" in file.parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = re.search(r"\b(scripts|tests|docs|examples)/\S*", node.value)
+                assert named is None, f"{file}, line {node.lineno}: {named}"

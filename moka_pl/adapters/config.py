@@ -45,8 +45,7 @@ class MokaConfig(AdapterConfig):
             first rank's share of them; the choice is what the run then has and saves), or a list of
             ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]`` or, with an identity of size k on the left,
             ``[k, m_b, n_b]``: one for all components or one each. A mapping gives every layer, by its full
-            name, a list of its own; so does the path of a ``.json`` file of such a mapping, which
-            ``scripts/choose_filters.py`` of the repository writes.
+            name, a list of its own; so does the path of a ``.json`` file of such a mapping.
         gating: ``softmax`` trains one logit a component, α = softmax(g): the gates share a sum of 1.
             ``sigmoid`` trains independent gates, α_i = (2/r) · sigmoid(g_i), each from 0 to 2/r. Both start
             at α_i = 1/r; ``none`` fixes that (the paper's ungated ablation).

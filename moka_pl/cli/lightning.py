@@ -154,7 +154,8 @@ class MokaCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Resolves ``ckpt_path: last`` to the newest run of the same name, and continues its logs."""
         config = self._options(self.config)
-        config.weights_only = True  # nothing is unpickled from a path that the user gives
+        if "weights_only" in config:
+            config.weights_only = True  # nothing is unpickled from a path that the user gives
         if "verbose" in config:
             config.verbose = False  # EvaluationTable prints what was found, in a form to be read
         logger = config.trainer.logger

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Default: the process's.
     """
     parser = Parser("choose_filters", DESCRIPTION)
-    parser.add_argument("--config", type=Path, required=True, help="configuration of the run (YAML)")
+    parser.add_argument("--config", required=True, help="configuration of the run (YAML)")
     parser.add_argument("--out", type=Path, default=Path("filters.json"), help="file to write")
     parser.add_argument("--batches", type=int, default=4, help="training batches whose gradient is taken")
     parser.add_argument("--parameters", type=int, help="budget of all factors' entries; default: diverse's")
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from moka_pl.lm.scoring import score_tokens
 
     try:
-        cli = build(["fit", "--config", str(args.config), *rest])
+        cli = build(["--config", args.config, *rest])
         module, data = cli.model, cli.datamodule
         loaded = load_backbone(module.backbone, args.device)
         data.connect(loaded.tokenizer)
