@@ -17,20 +17,6 @@ from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS
 
 
-def check_weights(weights: Sequence[float] | None, parts: int) -> None:
-    """Refuses weights that no mixture can have.
-
-    Raises:
-        DataError: There are not as many as parts, or one is not above 0.
-    """
-    if weights is None:
-        return
-    if len(weights) != parts:
-        raise DataError(f"weights has {len(weights)} values, but there are {parts} parts. Give one per part")
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise DataError(f"weights must be above 0, got {list(weights)}. Leave out a part that is not wanted")
-
-
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     """Examples of each part in an epoch: in the ratio of the weights, and no part less than once.
 
@@ -88,7 +74,12 @@ class MixtureData(MokaDataModule):
         super().__init__(**options)
         if not parts:
             raise DataError("a mixture needs at least one part")
-        check_weights(weights, len(parts))
+        if weights is not None and len(weights) != len(parts):
+            raise DataError(
+                f"weights has {len(weights)} values, but there are {len(parts)} parts. Give one per part"
+            )
+        if weights is not None and not all(0 < weight < float("inf") for weight in weights):
+            raise DataError(f"weights must be above 0, got {weights}. Leave out a part that is not wanted")
         if any(part.streaming for part in parts):
             raise DataError("a mixture cannot stream. Set streaming: false, or train on one corpus")
         self.weights = weights
@@ -96,7 +87,7 @@ class MixtureData(MokaDataModule):
 
     @property
     def prompt(self) -> str | None:  # type: ignore[override]
-        """The parts' prompt, if it is one; beside instructions, the form of questions is not to ask in."""
+        """The parts' prompt, if it is one; beside instructions, the format of questions is not to ask in."""
         prompts = {part.prompt for part in self.parts if part.prompt is not None}
         prompts = prompts - CHOICE_PROMPTS.keys() or prompts
         return prompts.pop() if len(prompts) == 1 else None

@@ -15,43 +15,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def hold_out(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
-    """Holds about ``share`` of the rows out.
+class HoldOut:
+    """Holds about a share of rows out, and remembers the split of the rows it saw last.
 
     Which rows are held out depends on their content alone: not on a seed, so runs with other seeds are
     compared on the same rows; and rows that are equal stay together, so nothing that was trained on is
     validated on.
-
-    Args:
-        rows: Checked rows; the column ``location`` is no part of their content.
-        share: Share of the rows to hold out, between 0 and 1.
-
-    Returns:
-        The rows to train on and those held out, each in their old order.
-
-    Raises:
-        DataError: One of the parts would be empty.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows.remove_columns("location")):
-        groups[sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()].append(index)
-    wanted = max(1, round(share * len(rows)))
-    held: set[int] = set()
-    for content in sorted(groups):
-        if len(held) >= wanted:
-            break
-        held.update(groups[content])
-    kept = [index for index in range(len(rows)) if index not in held]
-    if not kept:
-        raise DataError(
-            f"too few different examples ({len(groups)}) to hold {share:.0%} of {len(rows)} out for "
-            "validation. Give a validation_path, or validation_share: 0 to train without validation"
-        )
-    return rows.select(kept), rows.select(sorted(held))
-
-
-class HoldOut:
-    """Holds a share out, and remembers the split of the rows it saw last.
 
     Args:
         share: Share of the rows to hold out, at least 0 and below 1.
@@ -67,10 +36,35 @@ class HoldOut:
         self._last: tuple[str, tuple[Dataset, Dataset]] | None = None
 
     def __call__(self, rows: "Dataset") -> tuple["Dataset", "Dataset"]:
-        """``hold_out(rows, share)``."""
+        """Splits checked rows, whose column ``location`` is no part of their content.
+
+        Returns:
+            The rows to train on and those held out, each in their old order.
+
+        Raises:
+            DataError: There would be no rows to train on.
+        """
         if self._last is None or self._last[0] != rows_fingerprint(rows):
-            self._last = (rows_fingerprint(rows), hold_out(rows, self.share))
+            self._last = (rows_fingerprint(rows), self._split(rows))
         return self._last[1]
+
+    def _split(self, rows: "Dataset") -> tuple["Dataset", "Dataset"]:
+        groups: dict[str, list[int]] = defaultdict(list)
+        for index, row in enumerate(rows.remove_columns("location")):
+            groups[sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()].append(index)
+        wanted = max(1, round(self.share * len(rows)))
+        held: set[int] = set()
+        for content in sorted(groups):
+            if len(held) >= wanted:
+                break
+            held.update(groups[content])
+        kept = [index for index in range(len(rows)) if index not in held]
+        if not kept:
+            raise DataError(
+                f"too few different examples ({len(groups)}) to hold {self.share:.0%} of {len(rows)} out for "
+                "validation. Give a validation_path, or validation_share: 0 to train without validation"
+            )
+        return rows.select(kept), rows.select(sorted(held))
 
 
 def subsample(rows: "Dataset", limit: int) -> "Dataset":

@@ -173,7 +173,13 @@ class EvalMetrics:
 
 
 def is_right(scores: Tensor, item: Tensor, is_answer: Tensor) -> Tensor:
-    """1 for options that are the answer and their item's first best, else 0, shape (B,)."""
+    """Returns 1 for options that are the answer and their item's first best, else 0, shape (B,).
+
+    Args:
+        scores: Score of every option, shape (B,).
+        item: Index of its item, shape (B,).
+        is_answer: Whether it is the right one, shape (B,).
+    """
     count = int(item.max()) + 1
     best = scores.new_full((count,), -torch.inf).scatter_reduce(0, item, scores, "amax")[item]  # (B,)
     order = torch.arange(len(scores), device=item.device)

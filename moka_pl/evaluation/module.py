@@ -52,7 +52,13 @@ class EvaluatedModule(LightningModule):
         self._start_metrics()
 
     def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch to the metrics."""
+        """Adds a batch to the metrics.
+
+        Args:
+            batch: Labelled rows, or multiple-choice items.
+            batch_idx: Not needed.
+            dataloader_idx: Number of the evaluation set.
+        """
         self._evaluate(batch, dataloader_idx)
 
     on_test_epoch_start = on_validation_epoch_start
@@ -70,6 +76,11 @@ class EvaluatedModule(LightningModule):
         """Returns ``log_likelihood`` of every row's completion, and what the batch tells of the rows.
 
         For multiple choice that is ``item``, ``task``, ``is_answer`` and ``option_chars``.
+
+        Args:
+            batch: Labelled rows, or multiple-choice items, in B rows.
+            batch_idx: Not needed.
+            dataloader_idx: Not needed.
         """
         scores = self._score(batch)
         predicted: dict[str, Any] = {"log_likelihood": -row_sums(scores, len(batch["input_ids"]))}

@@ -180,7 +180,13 @@ class Results:
 
 
 def flat(shares: Mapping[str, Share], *, before: str = "", after: str = "") -> dict[str, float]:
-    """Values and standard errors by name, with something put before and after each name."""
+    """Returns values and standard errors by name.
+
+    Args:
+        shares: The scores by name.
+        before: What is put before each name.
+        after: What is put after it.
+    """
     values = {}
     for name, share in shares.items():
         values[f"{before}{name}{after}"] = share.value

@@ -2,7 +2,7 @@ import pytest
 
 from moka_pl.data import DataError, InstructionData
 from moka_pl.data.encoding.examples import SegmentEncoder
-from moka_pl.data.splits import hold_out
+from moka_pl.data.splits import HoldOut
 from moka_pl.lm.scoring import IGNORE_INDEX
 
 
@@ -68,14 +68,14 @@ def test_hold_out_follows_the_content(write_jsonl):
     from datasets import Dataset
 
     rows = [{"location": str(n), "text": f"row {n % 30}"} for n in range(40)]
-    train, held = hold_out(Dataset.from_list(rows), 0.2)
+    train, held = HoldOut(0.2)(Dataset.from_list(rows))
     assert len(train) + len(held) == 40
     assert not set(train["text"]) & set(held["text"])
     assert 8 <= len(held) <= 9
-    again = hold_out(Dataset.from_list(rows[::-1]), 0.2)[1]
+    again = HoldOut(0.2)(Dataset.from_list(rows[::-1]))[1]
     assert set(again["text"]) == set(held["text"])
     with pytest.raises(DataError, match=r"too few different examples \(1\)"):
-        hold_out(Dataset.from_list(rows[:1]), 0.2)
+        HoldOut(0.2)(Dataset.from_list(rows[:1]))
 
 
 def test_no_validation(tiny_tokenizer, write_jsonl):
