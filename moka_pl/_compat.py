@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def hook_count(module: "nn.Module") -> int:
     """Number of hooks, of any kind, that are registered with a module.
 
-    Seen in torch 2.6 to 2.13; hooks are registered publicly, but there is no public way to ask for them.
+    Seen in torch 2.11 to 2.13; hooks are registered publicly, but there is no public way to ask for them.
     Without it a merged forward would pass a layer by and leave its hooks uncalled.
     """
     kinds = (
@@ -39,7 +39,7 @@ def hook_count(module: "nn.Module") -> int:
 def multiply_all_(tensors: "list[Tensor]", factor: "Tensor") -> None:
     """Multiplies tensors in place by one factor, in a few kernels for all of them.
 
-    Seen in torch 2.6 to 2.13, whose own optimizers use it. Without it a loop over ``tensor.mul_(factor)``
+    Seen in torch 2.11 to 2.13, whose own optimizers use it. Without it a loop over ``tensor.mul_(factor)``
     does the same, with a kernel for each tensor.
     """
     import torch
@@ -64,7 +64,7 @@ def copy_all_(targets: "list[Tensor]", sources: "Sequence[Tensor]") -> None:
 def leave_out_of_ddp(module: "nn.Module", names: Iterable[str]) -> None:
     """Has ``DistributedDataParallel`` neither broadcast nor reduce some parameters and buffers of a module.
 
-    Seen in torch 2.6 to 2.13, in which DDP reads this attribute. Without it every rank would broadcast the
+    Seen in torch 2.11 to 2.13, in which DDP reads this attribute. Without it every rank would broadcast the
     frozen base when training begins, and 4-bit weights cannot be broadcast everywhere.
 
     Args:
@@ -80,7 +80,7 @@ def leave_out_of_ddp(module: "nn.Module", names: Iterable[str]) -> None:
 def attention_implementation(model: "PreTrainedModel") -> str | None:
     """Name of the attention that a model computes with, such as ``sdpa``.
 
-    Seen in transformers 5.0 to 5.24; it is set publicly with ``set_attn_implementation``, but only this
+    Seen in transformers 5.14 to 5.24; it is set publicly with ``set_attn_implementation``, but only this
     tells it. Without it a model's own attention could not be put back after another one has been used.
     """
     name: str | None = getattr(model.config, "_attn_implementation", None)
@@ -90,7 +90,7 @@ def attention_implementation(model: "PreTrainedModel") -> str | None:
 def supports_flash_attention(model: "PreTrainedModel") -> bool:
     """Whether a model's class says that flash attention may take the place of its own.
 
-    Seen in transformers 5.0 to 5.24. Without it packed rows would be computed with a mask, which is slower.
+    Seen in transformers 5.14 to 5.24. Without it packed rows would be computed with a mask, which is slower.
     """
     return bool(getattr(model, "_supports_flash_attn", False))
 
@@ -129,8 +129,8 @@ def disable_adapters(layer: Any, disabled: bool) -> None:
 def trainer_of(module: "LightningModule") -> "Trainer | None":
     """The trainer that a module is attached to, if any.
 
-    Seen in Lightning 2.6, whose public ``module.trainer`` raises an error where there is none. Without it one
-    would have to catch that, and with it whatever else goes wrong in that property.
+    Seen in Lightning 2.6.0 to 2.6.6, whose public ``module.trainer`` raises an error where there is none.
+    Without it one would have to catch that, and with it whatever else goes wrong in that property.
     """
     return module._trainer
 
@@ -138,8 +138,9 @@ def trainer_of(module: "LightningModule") -> "Trainer | None":
 def training_loader(trainer: "Trainer") -> Callable[[], Any] | None:
     """What makes a loader of the training's batches, apart from the one that the training uses.
 
-    Seen in Lightning 2.6; ``trainer.train_dataloader`` is the loader in use, and not there before training.
-    Without it filters could not be chosen from the first batches where a loader was given to ``fit``.
+    Seen in Lightning 2.6.0 to 2.6.6; ``trainer.train_dataloader`` is the loader in use, and not there before
+    training. Without it filters could not be chosen from the first batches where a loader was given to
+    ``fit``.
 
     Returns:
         A function without arguments; None if the trainer has no training data.
@@ -151,8 +152,8 @@ def training_loader(trainer: "Trainer") -> Callable[[], Any] | None:
 def save_last_checkpoint(callback: "ModelCheckpoint", trainer: "Trainer") -> None:
     """Writes ``last.ckpt`` now, and whatever else is due at this step later.
 
-    Seen in Lightning 2.6, whose ModelCheckpoint writes it only together with another checkpoint. Without it
-    ``--ckpt_path last`` would go back to the last regular checkpoint instead of to a run's end.
+    Seen in Lightning 2.6.0 to 2.6.6, whose ModelCheckpoint writes it only together with another checkpoint.
+    Without it ``--ckpt_path last`` would go back to the last regular checkpoint instead of to a run's end.
     """
     saved = callback._last_global_step_saved
     callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
@@ -165,7 +166,7 @@ def save_last_checkpoint(callback: "ModelCheckpoint", trainer: "Trainer") -> Non
 def event_writer(experiment: Any) -> Any:
     """What writes a ``SummaryWriter``'s events, opened again if it was closed.
 
-    Seen in torch 2.6 to 2.13; ``SummaryWriter`` itself writes one event for each scalar. Without it the gates
-    of a large model would take many times as long to log.
+    Seen in torch 2.11 to 2.13; ``SummaryWriter`` itself writes one event for each scalar. Without it the
+    gates of a large model would take many times as long to log.
     """
     return experiment._get_file_writer()
