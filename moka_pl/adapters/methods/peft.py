@@ -100,7 +100,7 @@ class PeftMethod(AdapterMethod):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
-            self._try(model)
+            self._try_layers(model)
         except Exception as error:  # PEFT and bitsandbytes raise all kinds
             self.unload(model, merge=False)  # the model is left as it was
             raise AdapterError(self._refusal(error, four_bit)) from error
@@ -109,7 +109,7 @@ class PeftMethod(AdapterMethod):
                 del model.is_loaded_in_4bit
         return names
 
-    def _try(self, model: nn.Module) -> None:
+    def _try_layers(self, model: nn.Module) -> None:
         """Runs one token through a layer of each kind: what cannot work shows before any training."""
         tried = set()
         for wrapped in peft_layers(model).values():
@@ -280,4 +280,4 @@ def _title(config: Any) -> str:
         return "DoRA"
     if getattr(config, "use_rslora", False):
         return "rsLoRA"
-    return {"Lora": "LoRA", "LoHa": "LoHa", "LoKr": "LoKr"}.get(name, name)
+    return "LoRA" if name == "Lora" else name
