@@ -17,7 +17,6 @@ from moka_pl.utils import silenced
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-    from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
     from moka_pl.ops.triton import WeightSource
@@ -180,26 +179,14 @@ def kernel_weight(layer: nn.Linear, compute: torch.dtype, even: bool) -> "Weight
         compute: Dtype of W + ΔW.
         even: Whether the kernels' squares or tiles fill the layer.
     """
-    data, state = layer.weight.data, layer.weight.quant_state if is_quantised(layer) else None
-    # W in another half precision would be rounded twice, as its own dequantisation does.
-    if state is not None and state.dtype not in (compute, torch.float32):
-        return None
-    if state is not None and not even and data.numel() > _LARGE:
-        return None
-    return weight_source(data, state)
-
-
-def weight_source(data: Tensor, state: "QuantState | None") -> "WeightSource | None":
-    """Describes a weight for the kernels, or returns None for a storage that they do not read.
-
-    Args:
-        data: A dense weight, or two 4-bit numbers a byte.
-        state: bitsandbytes' description of the 4-bit numbers; None for a dense weight.
-    """
     from moka_pl.ops.triton import WeightSource
 
+    data, state = layer.weight.data, layer.weight.quant_state if is_quantised(layer) else None
     if state is None:
         return WeightSource(data)
+    # W in another half precision would be rounded twice, as its own dequantisation does.
+    if state.dtype not in (compute, torch.float32) or (not even and data.numel() > _LARGE):
+        return None
     if state.quant_type != "nf4" or state.blocksize % 16 or getattr(state, "packing_format_for_cpu", False):
         return None
     nested = None

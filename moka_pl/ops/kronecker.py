@@ -66,19 +66,7 @@ class _KroneckerSum(torch.autograd.Function):
         structured: bool,
         plan: "Plan | None",
     ) -> Tensor:
-        """Maps x of shape (T, n) to (T, m).
-
-        Args:
-            ctx: Autograd's context.
-            x: Input in the compute dtype.
-            weights: w, (r,).
-            left: Packed left factors.
-            right: Packed right factors.
-            shapes: r shapes.
-            m: Output features.
-            structured: Whether ΔW is not built.
-            plan: The layer's plan where the kernels build ΔW.
-        """
+        """Maps x of shape (T, n) to (T, m): structured, or with ΔW built (by the kernels if planned)."""
         ctx.save_for_backward(x, weights, left, right)
         ctx.shapes, ctx.structured, ctx.plan = shapes, structured, plan
         # Every product here has the dtype it should have; autocast would build ΔW in half precision.

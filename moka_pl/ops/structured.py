@@ -19,13 +19,7 @@ from moka_pl.ops.layout import ComponentIndex, Shape, group_equal, left_sizes, r
 
 
 class _Matrix(NamedTuple):
-    """A matrix within a gathered vector.
-
-    Attributes:
-        rows: Its rows.
-        columns: Its columns.
-        start: Where it begins.
-    """
+    """A matrix of (rows, columns) within a gathered vector, from entry ``start`` on."""
 
     rows: int
     columns: int
@@ -60,12 +54,7 @@ class _Group(NamedTuple):
 
 
 class _Order(NamedTuple):
-    """The order in which one side's entries are gathered.
-
-    Attributes:
-        gather: Where each gathered entry lies in the packed vector.
-        scatter: Where each packed entry lies in the gathered vector.
-    """
+    """Where each gathered entry lies in the packed vector, and each packed one in the gathered vector."""
 
     gather: Tensor
     scatter: Tensor
@@ -222,15 +211,9 @@ def update_backward(
 def _left_first_backward(
     group: _Group, grad: Tensor, grid: Tensor, factors: _Sides, grads: _Sides, to_x: Tensor | None
 ) -> None:
-    """Gradients of a group whose left factors come first.
+    """Puts into ``grads`` what ∂L/∂(its sum), (m_a, m_b, T), and its input, (n_a n_b, T), give for a group.
 
-    Args:
-        group: The group.
-        grad: Gradient of its sum, shape (m_a, m_b, T).
-        grid: Its input, shape (n_a n_b, T).
-        factors: All factors, the right ones times w.
-        grads: Where the group's gradients are put.
-        to_x: What to add the gradient of its input to, shape (n_a n_b, T), or None.
+    Left factors come first here. The right ones hold w already. ``to_x``: what to add ∂L/∂input to, or None.
     """
     (m_a, n_a, _, n_b, _), members, _, lefts, rights = group
     tokens = grid.shape[1]
@@ -248,7 +231,7 @@ def _left_first_backward(
 def _identity_backward(
     group: _Group, grad: Tensor, grid: Tensor, factors: _Sides, grads: _Sides, to_x: Tensor | None
 ) -> None:
-    """Gradients of a group whose left factors are identities; as :func:`_left_first_backward`."""
+    """As :func:`_left_first_backward`, with identities on the left."""
     (_, n_a, m_b, n_b, _), members, _, _, rights = group
     grid = grid.view(n_a, n_b, -1)  # (n_a, n_b, T)
     shared = torch.bmm(grad, grid.mT).sum(0)  # (m_b, n_b)
@@ -261,7 +244,7 @@ def _identity_backward(
 def _right_first_backward(
     group: _Group, grad: Tensor, grid: Tensor, factors: _Sides, grads: _Sides, to_x: Tensor | None
 ) -> None:
-    """Gradients of a group whose right factors come first; as :func:`_left_first_backward`."""
+    """As :func:`_left_first_backward`, with right factors first."""
     (m_a, n_a, m_b, n_b, _), members, _, lefts, rights = group
     tokens = grid.shape[1]
     grid = grid.view(n_a, n_b, tokens)

@@ -9,7 +9,7 @@ from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import quantization
-from moka_pl.backbone.quantization import is_quantised, keep_weights, weight_source
+from moka_pl.backbone.quantization import is_quantised, keep_weights, kernel_weight, quantised_linear
 from moka_pl.errors import BackboneError
 
 
@@ -94,5 +94,9 @@ def test_its_hint_at_another_package_is_kept_back(monkeypatch: pytest.MonkeyPatc
 
 def test_other_storages_are_left_to_bitsandbytes() -> None:
     pytest.importorskip("triton")
-    packed, state = bnb.functional.quantize_4bit(torch.randn(32, 128), quant_type="fp4")
-    assert weight_source(packed, state) is None
+    for kind, read in (("nf4", True), ("fp4", False)):
+        layer = quantised_linear(nn.Linear(128, 32), torch.randn(32, 128), kind, True, torch.float32)
+        assert (kernel_weight(layer, torch.float32, even=True) is not None) is read
+    # What is not float32 would be rounded twice.
+    half = quantised_linear(nn.Linear(128, 32), torch.randn(32, 128).half(), "nf4", True, torch.float16)
+    assert kernel_weight(half, torch.bfloat16, even=True) is None

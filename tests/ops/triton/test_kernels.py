@@ -1,12 +1,11 @@
 """The Triton kernels, under Triton's interpreter where there is no GPU (see conftest)."""
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moka_pl.adapters.filters import filter_shapes
-from moka_pl.backbone.quantization import weight_source
+from moka_pl.backbone.quantization import dense_weight, kernel_weight, quantised_linear
 from moka_pl.ops.dense import project
 from moka_pl.ops.gating import Gating, gates_of
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear
@@ -106,16 +105,14 @@ def test_a_4bit_weight_is_read_as_bitsandbytes_reads_it(case: str, nested: bool)
     # In float32: Triton's interpreter cuts bfloat16 off where a GPU rounds it (tests/gpu has that case).
     torch.manual_seed(0)
     shapes, m, n = CASES[case]
-    packed, state = bnb.functional.quantize_4bit(
-        torch.randn(m, n) / 50, compress_statistics=nested, quant_type="nf4"
-    )
+    layer = quantised_linear(nn.Linear(n, m), torch.randn(m, n) / 50, "nf4", nested, torch.float32)
     plan = kernels.make_plan(shapes, m, n, DEVICE)
     zeros = pack(
         [(None if s.identity else torch.randn(s.m_a, s.n_a), torch.zeros(s.m_b, s.n_b)) for s in shapes]
     )
-    source = weight_source(packed, state)
+    source = kernel_weight(layer, torch.float32, even=True)
     found = kernels.fused_weight(plan, *zeros, kernels.Gates(torch.ones(len(shapes))), torch.float32, source)
-    assert torch.equal(found, bnb.functional.dequantize_4bit(packed, state))  # bit for bit
+    assert torch.equal(found, dense_weight(layer))  # bit for bit
 
 
 @pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
