@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from moka_pl.data import CommonsenseData, MmluData
-from moka_pl.data.encoding.examples import ChoiceEncoder
+from moka_pl.data.encoding.choices import ChoiceEncoder
 from moka_pl.errors import DataError
 from moka_pl.evaluation.lm_eval import local_data
 from moka_pl.evaluation.lm_eval.local_data import local_tasks, write_task_files
