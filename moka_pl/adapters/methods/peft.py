@@ -22,6 +22,8 @@ from moka_pl.errors import AdapterError, ConfigError
 _PREFIX = "base_model.model."
 #: Starts that change the frozen weights, which an adapter directory does not hold.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
+#: Where a merged layer's ``forward`` waits while its adapter is disabled.
+_ASIDE = "_moka_merged_forward"
 #: Fields that say nothing of what is trained.
 _PASSING = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
 
@@ -198,6 +200,9 @@ class PeftLayer:
     def enabled(self, enabled: bool) -> None:
         # Not PEFT's enable_adapters, which changes what requires gradients.
         disable_adapters(self.module, not enabled)
+        source, target = (_ASIDE, "forward") if enabled else ("forward", _ASIDE)
+        if (forward := self.module.__dict__.pop(source, None)) is not None:
+            self.module.__dict__[target] = forward
 
     @property
     def base_layer(self) -> nn.Module:
@@ -208,8 +213,13 @@ class PeftLayer:
     @property
     def merged_layer(self) -> nn.Linear | None:
         """The dense layer that stands for both, if they are merged."""
-        forward = self.module.__dict__.get("forward")
-        return forward.dense if isinstance(forward, _MergedForward) else None
+        name = self._merged_name()
+        return None if name is None else self.module.__dict__[name].dense
+
+    def _merged_name(self) -> str | None:
+        """Returns the attribute that holds the merged layer's ``forward``."""
+        attributes = self.module.__dict__
+        return next((n for n in ("forward", _ASIDE) if isinstance(attributes.get(n), _MergedForward)), None)
 
     def merge(self) -> None:
         """Lets the layer compute as one dense layer, without touching its frozen weight.
@@ -236,30 +246,24 @@ class PeftLayer:
         dense = nn.Linear(base.in_features, base.out_features, device="meta")
         dense.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
         dense.bias = nn.Parameter(bias[0], requires_grad=False)
-        layer.__dict__["forward"] = _MergedForward(layer, dense, any_dtype=is_quantised(base))
+        layer.__dict__["forward"] = _MergedForward(dense, any_dtype=is_quantised(base))
 
     def unmerge(self) -> None:
         """Undoes :meth:`merge`."""
-        if self.merged_layer is not None:
-            del self.module.__dict__["forward"]
+        if (name := self._merged_name()) is not None:
+            del self.module.__dict__[name]
 
 
 class _MergedForward:
     """Stands in for a layer's ``forward``."""
 
-    def __init__(self, layer: Any, dense: nn.Linear, any_dtype: bool) -> None:
-        self.layer = layer
+    def __init__(self, dense: nn.Linear, any_dtype: bool) -> None:
         self.dense = dense
         self.any_dtype = any_dtype  # 4-bit layers take any dtype and return it
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         out: torch.Tensor
-        if self.layer.disable_adapters:
-            out = type(self.layer).forward(self.layer, x, *args, **kwargs)
-        elif self.any_dtype:
-            out = self.dense(x.to(self.dense.weight.dtype)).to(x.dtype)
-        else:
-            out = self.dense(x)
+        out = self.dense(x.to(self.dense.weight.dtype)).to(x.dtype) if self.any_dtype else self.dense(x)
         return out
 
 
