@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import runpy
 import sys
 import tomllib
@@ -95,6 +96,16 @@ def test_the_installed_versions_are_allowed() -> None:
     for name, requirement in requirements("test").items():
         if name in installed:
             assert requirement.specifier.contains(installed[name]), f"{requirement}: {installed[name]}"
+
+
+def test_the_versions_of_the_published_measurements_are_allowed() -> None:
+    allowed = requirements("test", "liger")
+    files = list((ROOT / "scripts" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        for name, version in json.loads(file.read_text(encoding="utf-8"))["versions"].items():
+            if (requirement := allowed.get(canonicalize_name(name))) is not None:
+                assert requirement.specifier.contains(version), f"{file.name}: {name} {version}"
 
 
 def test_the_lowest_environment_is_read_from_the_lower_bounds() -> None:
