@@ -23,6 +23,10 @@ class AdapterError(MokaError):
     """An adapter cannot be injected, read or written."""
 
 
+class DataError(MokaError):
+    """Data that cannot be used: the message names the file, the line or row, the field and the remedy."""
+
+
 def end_interrupted(kept: str = "") -> NoReturn:
     """Ends the process after Ctrl-C in one line.
 
@@ -31,10 +35,3 @@ def end_interrupted(kept: str = "") -> NoReturn:
     """
     print(f"\ninterrupted{'; ' if kept else ''}{kept}", file=sys.stderr)
     sys.exit(INTERRUPTED)
-
-
-# The error that every problem with a user's data is reported as.
-
-
-class DataError(MokaError):
-    """Data that cannot be used: the message names the file, the line or row, the field and the remedy."""

@@ -59,8 +59,9 @@ def generate_texts(
     input_ids: Tensor,
     attention_mask: Tensor,
     max_new_tokens: int,
+    temperature: float = 0.0,
 ) -> list[str]:
-    """Continues prompts greedily.
+    """Continues prompts.
 
     Args:
         model: A causal language model.
@@ -68,22 +69,24 @@ def generate_texts(
         input_ids: Prompts padded on the left, shape (I, T).
         attention_mask: 0 at the padding, shape (I, T).
         max_new_tokens: Most tokens of a continuation.
+        temperature: Sampling temperature; 0 always takes the likeliest token.
 
     Returns:
         The I continuations.
     """
+    # Where nothing is sampled, a chat model's own settings of sampling would be warned of.
+    sampling = (
+        {"temperature": temperature} if temperature else dict.fromkeys(("temperature", "top_p", "top_k"))
+    )
     out = model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        do_sample=temperature > 0,
         num_beams=1,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
-        # A chat model's own settings of sampling do not belong here.
-        temperature=None,
-        top_p=None,
-        top_k=None,
+        **sampling,
     )
     return list(tokenizer.batch_decode(out[:, input_ids.shape[1] :], skip_special_tokens=True))
 

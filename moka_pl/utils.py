@@ -1,4 +1,4 @@
-"""Other libraries' talk, silenced for a time."""
+"""Small helpers of all layers: other libraries silenced for a time, and folders that are written to later."""
 
 import logging
 import tempfile
@@ -37,9 +37,6 @@ def silenced_lightning() -> Iterator[None]:
     with silenced(*_LIGHTNING), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
-
-
-# Folders that are written to later.
 
 
 def make_folder(folder: Path, option: str) -> None:

@@ -2,9 +2,8 @@
 
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from moka_pl.errors import ConfigError
 
@@ -57,7 +56,7 @@ def evaluate(
     require_lm_eval()
     from moka_pl.adapters import read_adapter
     from moka_pl.evaluation.lm_eval.results import results_path, table, write_results
-    from moka_pl.evaluation.lm_eval.run import run_harness
+    from moka_pl.evaluation.lm_eval.run import load_described, run_harness
     from moka_pl.evaluation.lm_eval.tasks import select_tasks
 
     if adapter is not None:
@@ -67,7 +66,7 @@ def evaluate(
         home = Path("lightning_logs/evaluate") / re.sub(r"[^\w.-]+", "_", str(base)).strip("_.")
     path = results_path(output, home)
     selection = select_tasks(names, data, num_fewshot)
-    model, tokenizer, about = _load(adapter, base, quantization)
+    model, tokenizer, about = load_described(adapter, base, quantization)
     if apply_chat_template and not tokenizer.chat_template:
         raise ConfigError("apply_chat_template is set, but the base model's tokenizer has no chat template")
     results = run_harness(
@@ -107,34 +106,3 @@ def _check(
     ):
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, not {value}")
-
-
-def _load(adapter: Path | None, base: str | None, quantization: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Model, tokenizer, and what the results say about them."""
-    from moka_pl.adapters import method_of, read_adapter
-    from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
-    from moka_pl.evaluation.lm_eval.results import versions, weights_fingerprint
-    from moka_pl.inference import load_model
-
-    if adapter is None:
-        import torch
-
-        config = BackboneConfig(str(base), quantization=quantization or "nf4")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = load_backbone(config, device)
-        model, tokenizer = loaded.model, loaded.tokenizer
-        described: dict[str, Any] = {"name": base, "revision": None, "options": config.options()}
-        adapted = None
-    else:
-        info = read_adapter(adapter)
-        model, tokenizer = load_model(adapter, base=base)
-        described = asdict(info.base) | ({"name": base, "revision": None} if base else {})
-        adapted = {
-            "path": str(adapter.expanduser().absolute()),
-            "fingerprint": weights_fingerprint(adapter),
-            "config": method_of(info.config).options(),
-            "step": info.extra.get("step"),
-            "prompt": info.extra.get("prompt"),
-        }
-    described |= {"fingerprint": fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
-    return model, tokenizer, {"versions": versions(), "base": described, "adapter": adapted}

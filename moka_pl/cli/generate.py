@@ -47,10 +47,8 @@ def generate(
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature must be at least 0 and finite, not {temperature}")
     _check_format(prompt_format, "prompt_format")
-    import torch
-
     from moka_pl.adapters import adapters_disabled, read_adapter
-    from moka_pl.inference import load_model
+    from moka_pl.inference import generate_texts, load_model
 
     if prompt_format is None:
         prompt_format = read_adapter(adapter).extra.get("prompt")
@@ -62,18 +60,10 @@ def generate(
     text = _around(prompt, chosen, tokenizer)
     # A chat template writes the special tokens itself.
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=chosen != "chat").to(model.device)
-    sampling = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
 
     def answer() -> str:
-        with torch.no_grad():
-            out = model.generate(
-                input_ids=tokens["input_ids"],
-                attention_mask=tokens["attention_mask"],
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                **sampling,
-            )
-        return str(tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        return generate_texts(model, tokenizer, ids, mask, max_new_tokens, temperature)[0]
 
     if compare:
         with adapters_disabled(model):

@@ -1,7 +1,15 @@
-"""Runs lm_eval on a model that is loaded already."""
+"""Loads what is to be evaluated, and runs lm_eval on it."""
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
+from moka_pl import inference
+from moka_pl.adapters import method_of, read_adapter
+from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+from moka_pl.evaluation.lm_eval.results import versions, weights_fingerprint
 from moka_pl.evaluation.lm_eval.tasks import Selection, silenced_lm_eval
 
 if TYPE_CHECKING:
@@ -54,3 +62,38 @@ def run_harness(
         log_samples=log_samples,
     )
     return cast(dict[str, Any], results)
+
+
+def load_described(
+    adapter: Path | None, base: str | None, quantization: Any = None
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", dict[str, Any]]:
+    """Loads what is to be evaluated, and describes it for the results.
+
+    Args:
+        adapter: An adapter directory; None evaluates the base alone.
+        base: Where the base lies; with an adapter, None is where the adapter says.
+        quantization: How a base without an adapter is stored; None is ``nf4``.
+
+    Returns:
+        The model, its tokenizer, and what the results say about both and about the libraries.
+    """
+    if adapter is None:
+        config = BackboneConfig(str(base), quantization=quantization or "nf4")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = load_backbone(config, device)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        described: dict[str, Any] = {"name": base, "revision": None, "options": config.options()}
+        adapted = None
+    else:
+        info = read_adapter(adapter)
+        model, tokenizer = inference.load_model(adapter, base=base)
+        described = asdict(info.base) | ({"name": base, "revision": None} if base else {})
+        adapted = {
+            "path": str(adapter.expanduser().absolute()),
+            "fingerprint": weights_fingerprint(adapter),
+            "config": method_of(info.config).options(),
+            "step": info.extra.get("step"),
+            "prompt": info.extra.get("prompt"),
+        }
+    described |= {"fingerprint": fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
+    return model, tokenizer, {"versions": versions(), "base": described, "adapter": adapted}
