@@ -298,7 +298,7 @@ def _contents(
     """Returns what ``adapter_config.json`` holds."""
     method = method_of(config)
     # For people only; of other methods than MoKA, what marks a folder as written here.
-    told = (
+    notes = (
         {"effective_scaling": config.effective_scaling}
         if isinstance(config, MokaConfig)
         else {"method": method.title}
@@ -313,7 +313,7 @@ def _contents(
         "base_fingerprint": base.fingerprint,
         "base_options": base.options,
         "trainable_parameters": trainable_parameters,
-        **told,
+        **notes,
         "extra": dict(extra),
     }
 
