@@ -1,6 +1,6 @@
 """What all data modules have in common: options, splits, caching, reports and loaders."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ _SPLITS = {
 ALL_SPLITS = ("train", "validation", "test")
 
 
-class MokaDataModule(DataDefaults, LightningDataModule):
+class MokaDataModule(DataDefaults, LightningDataModule, ABC):
     """Base of the data modules: subclasses encode splits, this class caches, reports and loads them.
 
     What it offers to the LightningModule and the callbacks is ``moka_pl.data.types.DataModuleProtocol``.
