@@ -149,9 +149,9 @@ class StructuredUpdates(DenseUpdates):
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> Tensor:
         """As :meth:`Updates.product`."""
-        x = transposed(x, x.dtype)  # (n, T)
-        weight = self.base_weight().to(x.dtype)  # (m, n)
-        out = weight @ x if bias is None else torch.addmm(bias[:, None], weight, x)  # (m, T)
+        # The frozen layer's own product: W xᵀ rounds otherwise on some CPUs, and step 0 would differ.
+        frozen = F.linear(x, self.base_weight().to(x.dtype), bias)  # (T, m)
+        x, out = transposed(x, x.dtype), transposed(frozen, x.dtype)  # (n, T), (m, T)
         weights = self._alpha(gate, right) * self.scaling  # (r,)
         return transposed(add_update_(out, x, left, right, weights, self.shapes), x.dtype)  # (T, m)
 
