@@ -1,0 +1,124 @@
+"""The house keeps its rules: imports go one way, files and functions stay short, tests mirror the package."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "moka_pl"
+
+#: Rooms of the package by layer. A room may import from lower layers and from itself.
+LAYERS = {
+    "errors": 0,
+    "version": 0,
+    "_compat": 1,
+    "utils": 1,
+    "ops": 2,
+    "lm": 3,
+    "prompts": 3,
+    "backbone": 4,
+    "data": 5,
+    "adapters": 6,
+    "inference": 7,
+    "export": 7,
+    "evaluation": 8,
+    "training": 9,
+    "callbacks": 10,
+    "cli": 11,
+    "studies": 12,
+    "__main__": 13,
+    "__init__": 13,
+}
+
+MAX_LINES, MAX_FUNCTION_LINES, MAX_FILES, MAX_ROOT_FILES = 400, 60, 15, 8
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """Name of the top-level room of a file, as ``LAYERS`` has it."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every module of the package that a file imports, lazily or not."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            if node.module == "moka_pl":
+                yield from ((node.lineno, f"moka_pl.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, node.module or ""
+
+
+def test_every_room_has_a_layer() -> None:
+    rooms = {room(path) for path in modules()}
+    assert rooms <= set(LAYERS)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_only_go_down(path: Path) -> None:
+    source = room(path)
+    if source in ("__init__", "__main__"):
+        return
+    for line, name in imported(path):
+        package, _, rest = name.partition(".")
+        if package != "moka_pl" or not rest:
+            continue
+        target = rest.partition(".")[0]
+        # A public name such as ``moka_pl.MokaConfig`` would import the whole package's face.
+        assert target in LAYERS, f"{path}:{line}: import {name} from its own module"
+        down = LAYERS[target] < LAYERS[source] or target == source
+        assert down, f"{path}:{line}: {source} imports {target}, which is not below it"
+
+
+def test_nothing_outside_studies_imports_them() -> None:
+    for path in modules():
+        if room(path) != "studies":
+            for line, name in imported(path):
+                assert not name.startswith("moka_pl.studies"), f"{path}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{path} has {lines} lines"
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef) and not _may_be_long(path, node):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{path}:{node.lineno}: {node.name} has {length} lines"
+
+
+def _may_be_long(path: Path, node: ast.FunctionDef) -> bool:
+    """Kernels may be long, and commands whose help is their docstring."""
+    kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    return kernel or (room(path) == "cli" and node.name == path.stem)
+
+
+def test_folders_are_small() -> None:
+    for folder in [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())]:
+        files = [file for file in folder.iterdir() if file.is_file()]
+        most = MAX_ROOT_FILES if folder == PACKAGE else MAX_FILES
+        assert len(files) <= most, f"{folder} holds {len(files)} files"
+
+
+def test_tests_mirror_the_package() -> None:
+    """A folder of tests is a folder of the package, and a test file names a file, where there is one."""
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        folder = file.relative_to(ROOT / "tests").parent
+        if folder.parts[:1] in (("gpu",), ("docs",), ("examples",)):
+            continue
+        assert (PACKAGE / folder).is_dir(), f"{file} lies in a folder that moka_pl has not"
