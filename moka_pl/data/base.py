@@ -46,8 +46,6 @@ ALL_SPLITS = ("train", "validation", "test")
 class MokaDataModule(DataDefaults, LightningDataModule, ABC):
     """Base of the data modules: subclasses encode splits, this class caches, reports and loads them.
 
-    What it offers to the LightningModule and the callbacks is ``moka_pl.data.types.DataModuleProtocol``.
-
     Args:
         batch_size: Examples per device and micro-batch; with packing, rows of up to max_length tokens.
         max_length: Most tokens of an example, special tokens included.

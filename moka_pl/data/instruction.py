@@ -145,11 +145,7 @@ class InstructionData(SplitDataModule):
         return StreamedRecords(self._shards("train"), self.columns, self.seed)
 
     def _stream_length(self) -> int | None:
-        """Batches of the whole run, per device; None without a trainer.
-
-        Raises:
-            DataError: The trainer has no max_steps.
-        """
+        """Batches of the whole run, per device; None without a trainer."""
         if self.trainer is None:
             return None
         if self.trainer.max_steps < 0:

@@ -18,15 +18,7 @@ from moka_pl.prompts.choice import CHOICE_PROMPTS
 
 
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Examples of each part in an epoch: in the ratio of the weights, and no part less than once.
-
-    Args:
-        sizes: Examples of each part.
-        weights: Share of each part, in any unit.
-
-    Returns:
-        At least the size for every part, and exactly that for the part which its weight repeats least.
-    """
+    """Examples of each part in an epoch: in the ratio of the weights, and no part less than once."""
     length = max(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [max(size, round(weight * length)) for size, weight in zip(sizes, weights, strict=True)]
 
@@ -38,9 +30,6 @@ def repeated(size: int, count: int, seed: Sequence[int]) -> NDArray[numpy.int64]
         size: Number of examples.
         count: Number of indices.
         seed: Which examples are taken once more depends on it alone.
-
-    Returns:
-        ``count`` indices.
     """
     times, rest = divmod(count, size)
     whole = numpy.tile(numpy.arange(size, dtype=numpy.int64), times)  # (times * size,)

@@ -30,12 +30,7 @@ def located(location: str) -> Iterator[None]:
 def stream(path: Path) -> Iterator[Located]:
     """Reads the records of a file whose suffix is in ``READERS``.
 
-    Args:
-        path: A local file. Its suffix says how it is read.
-
-    Yields:
-        Pairs of a location and a record. Locations count from 1: lines for ``.jsonl`` and ``.csv``, items for
-        ``.json``, rows for ``.parquet``.
+    Locations count from 1: lines for ``.jsonl`` and ``.csv``, items for ``.json``, rows for ``.parquet``.
 
     Raises:
         DataError: The file is missing, empty, of an unknown kind, not UTF-8, or malformed.
@@ -63,11 +58,7 @@ def suffix_of(path: Path) -> str | None:
 
 
 def check_file(path: Path) -> None:
-    """Refuses a path that is no file.
-
-    Raises:
-        DataError: It is a folder, or does not exist.
-    """
+    """Raises ``DataError`` for a path that is no file."""
     if path.is_dir():
         raise DataError(f"{path} is a folder. Give a file, or a list of files")
     if not path.is_file():
@@ -77,11 +68,7 @@ def check_file(path: Path) -> None:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Reads the lines of a UTF-8 file, each with its number from 1 and its line break.
-
-    Raises:
-        DataError: A line is not UTF-8.
-    """
+    """Reads the lines of a file that must be UTF-8, each with its number from 1 and its line break."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:

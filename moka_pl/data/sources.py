@@ -48,11 +48,7 @@ class Shard:
 
 
 def as_list(sources: Sources) -> list[Source]:
-    """Returns one source or several as a list.
-
-    Raises:
-        DataError: The list is empty.
-    """
+    """Returns one source or several as a list; an empty one is refused."""
     listed = sources if isinstance(sources, list) else [sources]
     if not listed:
         raise DataError("the list of files is empty. Give at least one")
@@ -73,10 +69,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """Returns the data files of one split below a folder, sorted; files that name no split are training data.
 
     Hidden files and the hub's own info files are left out, and so are text files, which are more often notes.
-
-    Args:
-        folder: A folder of data files, for instance a downloaded hub data set.
-        split: ``"train"``, ``"validation"`` or ``"test"``; where only one of the last two exists it is both.
+    Where only one of validation and test exists it is both.
 
     Raises:
         DataError: There is no data file at all.
@@ -95,16 +88,13 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
 
 def find_shards(sources: Sources, split: str, hub_split: str | None = None) -> list[Shard]:
-    """Returns the shards of one split of some sources.
+    """Returns the shards of one split of some sources; none unless every source has such a split.
 
     Args:
         sources: Short names of corpora, hub ids, files or folders.
         split: ``"train"``, ``"validation"`` or ``"test"``. A file is training data; a folder's files and a
             named corpus's splits are told apart.
         hub_split: A split of the hub to take instead.
-
-    Returns:
-        The shards in the order of the sources; empty unless every source has such a split.
 
     Raises:
         DataError: A folder holds no data files.
@@ -130,17 +120,13 @@ def _shards(source: Source, split: str, hub_split: str | None) -> list[Shard]:
 
 
 def find_choice_shards(sources: Sources, split: str, wanted: list[str] | None) -> list[Shard]:
-    """Returns the shards of one split of some sources of multiple-choice questions.
+    """Returns the shards of one split of some multiple-choice sources; none unless every source has it.
 
     Args:
         sources: "sample", "hub", the name of one of the eight tasks or of commonsense_170k, a hub id, a file,
             a folder of one sub-folder per task, a folder of files of one task, or several of these.
         split: ``"train"``, ``"validation"`` or ``"test"``; where only one of the last two exists it is both.
         wanted: Read these tasks only, if they can be told before reading; None reads all.
-
-    Returns:
-        The shards in the order of the sources; empty unless every source has such a split, as files and most
-        hub data sets have none for evaluation.
 
     Raises:
         DataError: A folder lacks a file, or none of its tasks is wanted.
@@ -182,15 +168,12 @@ def hub_tasks(source: Source) -> list[ChoiceTask]:
 
 
 def refuse_unknown(wanted: list[str], known: set[str], source: object) -> None:
-    """Refuses tasks that a source does not have.
+    """Raises ``DataError`` if a wanted task is not known, or if there are no tasks at all.
 
     Args:
         wanted: Names of tasks.
         known: The tasks that there are.
         source: What messages call the source.
-
-    Raises:
-        DataError: One of the wanted tasks is not known, or there are no tasks at all.
     """
     unknown = [task for task in wanted if task not in known]
     if unknown or not known:

@@ -24,9 +24,6 @@ class HoldOut:
 
     Args:
         share: Share of the rows to hold out, at least 0 and below 1.
-
-    Raises:
-        DataError: The share is out of range.
     """
 
     def __init__(self, share: float) -> None:
@@ -36,10 +33,7 @@ class HoldOut:
         self._last: tuple[str, tuple[Dataset, Dataset]] | None = None
 
     def __call__(self, rows: "Dataset") -> tuple["Dataset", "Dataset"]:
-        """Splits checked rows, whose column ``location`` is no part of their content.
-
-        Returns:
-            The rows to train on and those held out, each in their old order.
+        """Returns the checked rows to train on and those held out, each in their old order.
 
         Raises:
             DataError: There would be no rows to train on.
@@ -68,18 +62,10 @@ class HoldOut:
 
 
 def subsample(rows: "Dataset", limit: int) -> "Dataset":
-    """Takes at most ``limit`` rows of every task, evenly spread over its rows.
-
-    Args:
-        rows: With the column ``task``.
-        limit: Most rows of a task.
-
-    Returns:
-        The chosen rows in their old order.
-    """
-    by_task: dict[str, list[int]] = {}
+    """Takes at most ``limit`` rows of every ``task``, evenly spread over its rows, in their old order."""
+    by_task: dict[str, list[int]] = defaultdict(list)
     for index, task in enumerate(rows["task"][:]):
-        by_task.setdefault(task, []).append(index)
+        by_task[task].append(index)
     chosen: list[int] = []
     for indices in by_task.values():
         count = min(limit, len(indices))
@@ -91,7 +77,7 @@ _CHUNK = 10_000
 
 
 def warn_of_overlap(name: str, train: "Dataset | None", held: "Dataset") -> int:
-    """Warns if items of an evaluation set are also in the training data.
+    """Warns if items of an evaluation set are also in the training data, and returns how many.
 
     Items are the same if their texts are, whatever the case, the white space and the order of the options.
 
@@ -99,9 +85,6 @@ def warn_of_overlap(name: str, train: "Dataset | None", held: "Dataset") -> int:
         name: What the data are called.
         train: Checked rows that are trained on, if any.
         held: Checked rows that are evaluated on.
-
-    Returns:
-        How many of the evaluation items are in the training data.
     """
     known = dict(_contents(train)) if train is not None else {}
     shared = [(location, known[content]) for content, location in _contents(held) if content in known]

@@ -134,43 +134,17 @@ Batch = PlainBatch | PackedBatch | ChoiceBatch
 EvalBatch = PlainBatch | ChoiceBatch
 
 
-class DataModuleProtocol(Protocol):
-    """What a data module offers to the LightningModule and the callbacks."""
-
-    @property
-    def packing(self) -> bool:
-        """Whether training rows hold several examples."""
-
-    @property
-    def eval_sets(self) -> Sequence[tuple[str, Sequence[str]]]:
-        """(name, tasks) of every validation or test dataloader, in their order; no tasks for plain text."""
-
-    @property
-    def task_groups(self) -> Mapping[str, Sequence[str]]:
-        """Tasks that are reported together, too, by the name of the group."""
-
-    @property
-    def generated_tokens(self) -> int:
-        """Most tokens of a generated answer; 0 generates none."""
-
-    @property
-    def prompt(self) -> str | None:
-        """Name of the prompt that the examples are written in, if there is one for all of them."""
-
-    @property
-    def report(self) -> Mapping[str, EncodingReport]:
-        """What became of the examples, by split."""
-
-    @property
-    def reports(self) -> Sequence[tuple[str, EncodingReport]]:
-        """The same of every part of the data, as (split, report)."""
-
-
 class DataDefaults:
-    """What holds of data that say nothing about themselves: one evaluation set without tasks, no packing.
+    """What a data module offers to module and callbacks; those that offer more than this inherit from it.
 
-    Plain loaders and other people's data modules are taken for such; a data module that offers more inherits
-    from this class.
+    The defaults hold for plain loaders and other people's data modules: one evaluation set without tasks, no
+    packing.
+
+    Attributes:
+        packing: Whether training rows hold several examples.
+        generated_tokens: Most tokens of a generated answer; 0 generates none.
+        prompt: Name of the prompt that the examples are written in, if there is one for all of them.
+        report: What became of the examples, by split.
     """
 
     packing: bool = False
@@ -180,21 +154,21 @@ class DataDefaults:
 
     @property
     def eval_sets(self) -> Sequence[tuple[str, Sequence[str]]]:
-        """One set of labelled tokens."""
+        """(name, tasks) of every validation or test dataloader, in their order; no tasks for plain text."""
         return [("data", [])]
 
     @property
     def task_groups(self) -> Mapping[str, Sequence[str]]:
-        """None."""
+        """Tasks that are reported together, too, by the name of the group."""
         return {}
 
     @property
     def reports(self) -> Sequence[tuple[str, EncodingReport]]:
-        """The report of every split."""
+        """What became of the examples of every part of the data, as (split, report)."""
         return list(self.report.items())
 
 
-def data_of(trainer: Trainer) -> DataModuleProtocol:
+def data_of(trainer: Trainer) -> DataDefaults:
     """The trainer's data module; the defaults for plain loaders and data modules that offer nothing."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data if isinstance(data, DataDefaults) else DataDefaults()

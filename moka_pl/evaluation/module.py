@@ -59,7 +59,19 @@ class EvaluatedModule(LightningModule):
             batch_idx: Not needed.
             dataloader_idx: Number of the evaluation set.
         """
-        self._evaluate(batch, dataloader_idx)
+        assert self._metrics is not None
+        scores = self._score(batch)
+        if "item" not in batch:
+            tokens = scores.nll.new_tensor(scores.nll.numel())
+            words, size = batch.get("words", 0), batch.get("bytes", 0)
+            self._metrics.update_loss(dataloader_idx, scores.nll.sum(), tokens, words=words, bytes=size)
+            return
+        answers = batch["is_answer"][scores.row]  # (N,)
+        self._metrics.update_loss(dataloader_idx, (scores.nll * answers).sum(), answers.sum().float())
+        options = len(batch["input_ids"])
+        log_likelihood = -row_sums(scores, options)  # (B,)
+        tokens = torch.bincount(scores.row, minlength=options)  # (B,)
+        self._metrics.update_choices(dataloader_idx, log_likelihood, batch, tokens, self._generate(batch))
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -73,9 +85,7 @@ class EvaluatedModule(LightningModule):
         self._end_metrics("test")
 
     def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Returns ``log_likelihood`` of every row's completion, and what the batch tells of the rows.
-
-        For multiple choice that is ``item``, ``task``, ``is_answer`` and ``option_chars``.
+        """Returns ``log_likelihood`` of every row's completion; for multiple choice what tells the rows, too.
 
         Args:
             batch: Labelled rows, or multiple-choice items, in B rows.
@@ -84,30 +94,13 @@ class EvaluatedModule(LightningModule):
         """
         scores = self._score(batch)
         predicted: dict[str, Any] = {"log_likelihood": -row_sums(scores, len(batch["input_ids"]))}
-        if "item" in batch:
-            predicted |= {"item": batch["item"], "task": batch["task"]}
-            predicted |= {"is_answer": batch["is_answer"], "option_chars": batch["option_chars"]}
-        return predicted
+        columns = ("item", "task", "is_answer", "option_chars")
+        return predicted | {name: value for name, value in batch.items() if name in columns}
 
     def _start_metrics(self) -> None:
         data = data_of(self.trainer)
         sets = data.eval_sets or DataDefaults().eval_sets
         self._metrics = EvalMetrics(sets, self.device, data.task_groups)
-
-    def _evaluate(self, batch: EvalBatch, index: int) -> None:
-        assert self._metrics is not None
-        scores = self._score(batch)
-        if "item" not in batch:
-            tokens = scores.nll.new_tensor(scores.nll.numel())
-            words, size = batch.get("words", 0), batch.get("bytes", 0)
-            self._metrics.update_loss(index, scores.nll.sum(), tokens, words=words, bytes=size)
-            return
-        answers = batch["is_answer"][scores.row]  # (N,)
-        self._metrics.update_loss(index, (scores.nll * answers).sum(), answers.sum().float())
-        options = len(batch["input_ids"])
-        log_likelihood = -row_sums(scores, options)  # (B,)
-        tokens = torch.bincount(scores.row, minlength=options)  # (B,)
-        self._metrics.update_choices(index, log_likelihood, batch, tokens, self._generate(batch))
 
     def _score(self, batch: EvalBatch) -> TokenScores:
         """Scores the labelled tokens; of options that share a prompt, where the model can, in one row."""

@@ -8,12 +8,12 @@ from torch.utils.data import DataLoader
 
 import moka_pl
 from moka_pl.data import CommonsenseData, InstructionData, MixtureData, MmluData, TextData
-from moka_pl.data.types import DataDefaults, DataModuleProtocol, HasTokenizer, ModuleProtocol, data_of
+from moka_pl.data.types import DataDefaults, HasTokenizer, ModuleProtocol, data_of
 from moka_pl.training.module import MokaModule
 
 OFFERED = {
     name
-    for protocol in (DataModuleProtocol, ModuleProtocol, HasTokenizer)
+    for protocol in (DataDefaults, ModuleProtocol, HasTokenizer)
     for name in vars(protocol)
     if not name.startswith("_")
 }

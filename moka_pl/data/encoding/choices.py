@@ -114,8 +114,7 @@ class ChoiceEncoder:
 def choice_item_features() -> "Features":
     """Columns of encoded multiple-choice items.
 
-    ``shared_tokens``: tokens the item takes where its prompt stands only once; ``left_out``: solved examples
-    that its prompt lost.
+    ``shared_tokens``: tokens of the item with its prompt once; ``left_out``: solved examples that it lost.
     """
     from datasets import Features, List, Value
 

@@ -223,11 +223,7 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The tokenizer's end-of-sequence token.
-
-    Raises:
-        DataError: It has none.
-    """
+    """The tokenizer's end-of-sequence token; a tokenizer without one is refused."""
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer {type(tokenizer).__name__} has no end-of-sequence token, so a model could not "

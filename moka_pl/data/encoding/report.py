@@ -55,12 +55,7 @@ class EncodingReport:
 
 
 def count_rows(columns: Mapping[str, Sequence[int] | NDArray[numpy.int64]]) -> EncodingReport:
-    """Counts what became of encoded rows.
-
-    Args:
-        columns: The columns ``COUNTED`` of all rows, the lost ones included; of multiple choice ``left_out``,
-            too.
-    """
+    """Counts what became of encoded rows by the columns ``COUNTED``; of multiple choice ``left_out``, too."""
     values = {name: numpy.asarray(column, dtype=numpy.int64) for name, column in columns.items()}
     kept = values["status"] != DROPPED
     left_out = values.get("left_out", numpy.zeros(0))

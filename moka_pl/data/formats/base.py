@@ -37,10 +37,6 @@ class MissingFieldError(DataError):
 def parse_as(formats: Sequence[Format[Parsed]], record: Record) -> Parsed:
     """Parses a record in the first format that it fits.
 
-    Args:
-        formats: The formats in the order in which they are tried.
-        record: The record as it was read.
-
     Raises:
         DataError: The record is wrong; where fields are missing, the message lists the formats.
     """
@@ -55,15 +51,12 @@ def parse_as(formats: Sequence[Format[Parsed]], record: Record) -> Parsed:
 
 
 def require(record: Record, field: str, label: str = "") -> Any:
-    """Returns a field of a record.
+    """Returns a field of a record, or raises ``DataError``.
 
     Args:
         record: The record.
         field: Name of the field.
         label: What messages call it, if not by its name in quotes.
-
-    Raises:
-        DataError: The record has no such field.
     """
     if field not in record:
         error = DataError if label else MissingFieldError
@@ -72,16 +65,7 @@ def require(record: Record, field: str, label: str = "") -> Any:
 
 
 def require_text(record: Record, field: str, label: str = "") -> str:
-    """Returns a field that must be text.
-
-    Args:
-        record: The record.
-        field: Name of the field.
-        label: What messages call it, if not by its name in quotes.
-
-    Raises:
-        DataError: The field is missing or no text.
-    """
+    """Returns a field that must be text; arguments and errors are those of ``require``."""
     value = require(record, field, label)
     if not isinstance(value, str):
         raise DataError(f"field {label or repr(field)} must be text, found {show(value)}")

@@ -34,19 +34,18 @@ def parse_choice(record: Record, context: str = "") -> dict[str, Any]:
     """Parses one multiple-choice record of any format.
 
     In the common format ``choices`` may also be a JSON list and ``answer`` a number as text, as CSV files
-    have them, and ``answer`` a capital letter.
+    have them, and ``answer`` a capital letter. Items of the eight tasks are brought to one wording
+    (``catalog.normalise``).
 
     Args:
         record: The record as it was read.
         context: Name of the task of records that do not name one.
 
     Returns:
-        A row with the columns of ``choice_features``, without its location; items of the eight tasks are
-        brought to one wording (``catalog.normalise``).
+        The columns of ``choice_features``, without the location.
 
     Raises:
-        DataError: A field is missing or of a wrong type, there are fewer than two choices, a choice is empty,
-            or the answer is none of the choices.
+        DataError: A field is missing or wrong.
     """
     question, choices, answer, told, published = parse_as(CHOICE_FORMATS, record)
     task: object = record.get("task") or task_name(context)

@@ -32,18 +32,11 @@ def instruction_features() -> "Features":
 
 
 def parse_instruction(record: Record, context: str = "") -> dict[str, Any]:
-    """Parses one record of any format.
+    """Parses one record of any format to the columns of ``instruction_features``, without the location.
 
     A record with the columns of several formats (Alpaca's ``text`` beside ``instruction``, or the empty
     columns that a Parquet file of mixed records has) is taken in the first format whose columns are not
-    empty.
-
-    Args:
-        record: The record as it was read.
-        context: Unused.
-
-    Returns:
-        A row with the columns of ``instruction_features``, without its location.
+    empty. ``context`` is not used.
 
     Raises:
         DataError: A field is missing, empty of answers, or has the wrong type.

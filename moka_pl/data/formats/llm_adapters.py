@@ -47,12 +47,6 @@ def name_tasks(records: Iterable[Located]) -> Iterator[Located]:
     ARC-Challenge and OpenBookQA share one wording: three options are taken for Social IQa's, and all else is
     ``science``. Whether a file mixes tasks can only be said after all of it was read. A file of one task
     passes unchanged, and so do records that name their task or are in another format.
-
-    Args:
-        records: All records of a file with their locations.
-
-    Yields:
-        Locations and records.
     """
     records = list(records)
     told: dict[int, tuple[str, str]] = {}

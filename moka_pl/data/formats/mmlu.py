@@ -11,19 +11,12 @@ LETTERS = "ABCD"
 
 
 def parse_mmlu(record: Record, context: str = "") -> dict[str, Any]:
-    """Parses one question of MMLU.
+    """Parses one question of MMLU as ``parse_choice`` does, without white space around the question.
 
     Args:
         record: With ``question``, ``choices`` or ``choice0`` to ``choice3``, and ``answer``: 0 to 3, or A to
             D.
         context: The subject; a record without one (of the hub's joint split) names it in ``subject``.
-
-    Returns:
-        A row with the columns of ``choice_features``, without its location; the question without white space
-        around it.
-
-    Raises:
-        DataError: A field is missing or of a wrong type, an option is empty, or the answer is none of them.
     """
     subject = context or record.get("subject")
     if not isinstance(subject, str) or not subject:

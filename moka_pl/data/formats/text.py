@@ -19,14 +19,7 @@ def text_features() -> "Features":
 
 
 def parse_text(record: Record, context: str) -> dict[str, str]:
-    """Parses one record of plain text.
-
-    Args:
-        record: The record as it was read.
-        context: Name of the field that holds the text.
-
-    Returns:
-        A row with the columns of ``text_features``, without its location.
+    """Returns the text of a record, which stands in the field named by ``context``.
 
     Raises:
         DataError: The field is missing or no text.

@@ -7,10 +7,7 @@ from moka_pl.errors import DataError
 
 
 def sample_path(name: str) -> Path:
-    """Returns the path of a sample file.
-
-    Args:
-        name: File name with or without its suffix, for example ``"chat_train"``.
+    """Returns the path of the sample file with this name, with or without its suffix (``"chat_train"``).
 
     Raises:
         DataError: No sample has this name.
