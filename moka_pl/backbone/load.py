@@ -39,18 +39,17 @@ def compute_dtype(config: BackboneConfig, device: torch.device) -> torch.dtype:
 
 
 def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") -> Backbone:
-    """Loads, converts or draws the base model onto one device, and quantises its linear layers.
+    """Loads the base model and its tokenizer onto one device, and quantises the linear layers.
 
     Args:
         config: What to load and how to store it.
-        device: Where the whole model lives (every rank of a data-parallel run has its own copy).
+        device: The device of the whole model; every rank of a data-parallel run has its own copy.
 
     Returns:
         Model and tokenizer; the model is frozen and in evaluation mode.
 
     Raises:
-        BackboneError: If the model is absent, gated, unreadable, or one that bitsandbytes misreads on this
-            CPU, with the remedy.
+        BackboneError: If the model is missing, gated, unreadable, or misread by bitsandbytes on this CPU.
     """
     device = torch.device(device)
     dtype = compute_dtype(config, device)
@@ -63,8 +62,8 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
         rows = model.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > rows:
             raise BackboneError(
-                f"{config.name}: vocab_size is {rows}, but its tokenizer has {len(tokenizer)} tokens; "
-                "set vocab_size in its config.json to at least that"
+                f"{config.name}: vocab_size is {rows}, but the tokenizer has {len(tokenizer)} tokens; "
+                f"set vocab_size in config.json to at least {len(tokenizer)}"
             )
     else:
         model = _pretrained(config, dtype, device)
@@ -78,7 +77,7 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
     """Loads the base model's tokenizer alone; it always has a padding token.
 
     Raises:
-        BackboneError: If the model or its tokenizer is absent, gated or unreadable, with the remedy.
+        BackboneError: If the model or its tokenizer is missing, gated or unreadable.
     """
     from transformers import AutoTokenizer
 
@@ -111,10 +110,10 @@ def resolve_source(config: BackboneConfig) -> str:
         return str(folder)
     if config.name in SHAPES:
         raise BackboneError(
-            f"{config.name!r} names a shape without weights; set weights: random, or give a hub id"
+            f"{config.name!r} is a shape without weights; set weights: random, or give a hub id"
         )
     if config.name.startswith(("/", ".", "~")) or config.name.count("/") > 1:
-        raise BackboneError(f"{config.name}: no such model folder")
+        raise BackboneError(f"{config.name}: no such model folder; check the path")
     return config.name
 
 
@@ -133,7 +132,7 @@ def _pretrained(config: BackboneConfig, dtype: torch.dtype, device: torch.device
     with loading(config.name), progress_bars(show=not folder):
         model, info = AutoModelForCausalLM.from_pretrained(**options)
     if info["missing_keys"]:
-        # transformers would go on with random values in their place.
+        # transformers would continue with random values instead.
         raise BackboneError(
             f"{config.name} cannot be loaded: {len(info['missing_keys'])} of its weights are missing "
             f"(first {min(info['missing_keys'])}). Copy the model again"

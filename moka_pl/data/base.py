@@ -1,4 +1,4 @@
-"""What all data modules have in common: options, splits, caching, reports and loaders."""
+"""The base classes of the data modules: options, splits, caching, reports and dataloaders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -44,33 +44,33 @@ ALL_SPLITS = ("train", "validation", "test")
 
 
 class MokaDataModule(DataDefaults, LightningDataModule, ABC):
-    """Base of the data modules: subclasses encode splits, this class caches, reports and loads them.
+    """Base class of the data modules. Subclasses encode the splits; this class caches and loads them.
 
     Args:
         batch_size: Examples per device and micro-batch; with packing, rows of up to max_length tokens.
-        max_length: Most tokens of an example, special tokens included.
-        num_workers: Processes per device that load batches; 0 loads in the training process.
+        max_length: Maximum number of tokens in an example, special tokens included.
+        num_workers: Dataloader workers per device; 0 loads in the training process.
         num_proc: Processes for tokenisation; None tokenises in this process.
-        seed: Seed of the shuffling, 0 or above.
-        bucket: Batches of examples of similar length (less padding, more speed).
-        eval_batch_size: Examples (for multiple choice: questions) per device and batch in validation, test
-            and prediction; None takes batch_size.
-        packing: Train on several examples in one row (hardly any padding, most speed). They do not attend to
-            each other, and the loss is the same as that of padded batches. The number of batches is the same
-            in every epoch. Bucket then has no effect.
-        max_tokens: Tokens per device and micro-batch, padding included, at least max_length; training batches
-            then hold as many examples (with packing: rows) as fit, instead of batch_size. Without packing
-            they hold examples of similar length of the whole data set.
+        seed: Seed for shuffling, 0 or more.
+        bucket: Batch examples of similar length (less padding, faster).
+        eval_batch_size: Examples (multiple choice: questions) per device and batch in validation, test and
+            prediction; None uses batch_size.
+        packing: Pack several examples into each training row (almost no padding, fastest). They do not attend
+            to each other, the loss equals that of padded batches, and every epoch has the same number of
+            batches. bucket is ignored.
+        max_tokens: Token budget per device and micro-batch, padding included; at least max_length. It
+            replaces batch_size: a training batch holds as many examples (with packing: rows) as fit. Without
+            packing, the examples of a batch have similar lengths, chosen from the whole dataset.
 
     Attributes:
-        name: Short name, part of metric names.
-        streaming: Whether the training data are read while they are trained on.
-        separate_test: Whether validation and test data have nothing in common.
-        prompt: Name of the prompt that the examples are written in, if there is one for all of them; trained
-            adapters keep it, so that ``moka_pl generate`` can ask in the same words.
-        share_prefix: Whether options of multiple-choice items may share their prompt's computation.
-        report: What became of the examples, by split (``"train"``, ``"validation"``, ``"test"``), once set
-            up.
+        name: Short name, used in metric names.
+        streaming: Whether the training data are read during training.
+        separate_test: Whether validation and test data are disjoint.
+        prompt: Name of the examples' prompt, if they all share one. Adapters store it, and
+            ``moka_pl generate`` uses it by default.
+        share_prefix: Whether the options of a multiple-choice item may share the computation of their prompt.
+        report: Counts of read, kept and dropped examples by split (``"train"``, ``"validation"``,
+            ``"test"``), available after ``setup``.
     """
 
     name: str = "data"
@@ -105,7 +105,9 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         self.packing = packing
         self.max_tokens = max_tokens
         if max_tokens is not None and not packing and not bucket:
-            raise DataError("max_tokens makes batches of similar lengths; it cannot go with bucket: false")
+            raise DataError(
+                "max_tokens batches examples of similar length and needs bucket: true or packing: true"
+            )
         self.report: dict[str, EncodingReport] = {}
         self._encoded: dict[str, Encoded | None] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -116,24 +118,24 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks that the column ``task`` counts; empty for plain text."""
+        """Names of the tasks, in the order of the column ``task``; empty for plain text."""
         return []
 
     @property
     def eval_sets(self) -> list[tuple[str, list[str]]]:
-        """(name, tasks) of every validation or test dataloader, in their order."""
+        """(name, tasks) of each validation or test dataloader, in order."""
         # Asked for before the data are loaded, too: only a set known to be missing is left out.
         missing = any(encoded is None for split, encoded in self._encoded.items() if split != "train")
         return [] if missing else [(self.name, self.tasks)]
 
     @property
     def prompt_key(self) -> str | None:
-        """What of the prompt decides about the encoded examples."""
+        """The part of the prompt that the encoded examples depend on."""
         return self.prompt
 
     @property
     def trained_prompt(self) -> str | None:
-        """Name of the prompt that the model's adapter was trained with, as far as it is known."""
+        """Name of the prompt that the model's adapter was trained with, if known."""
         module = self._lightning_module()
         if self._trained_prompt is None and isinstance(module, ModuleProtocol):
             return module.adapter_prompt
@@ -148,27 +150,27 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
 
     @abstractmethod
     def encode(self, split: str) -> Encoded | None:
-        """Encodes a split, or takes it from the cache.
+        """Encodes a split, or reads it from the cache.
 
         Args:
             split: ``"train"``, ``"validation"`` or ``"test"``.
 
         Returns:
-            The encoded rows and counts; None where there is no such split.
+            The encoded rows and counts; None if there is no such split.
 
         Raises:
             DataError: The data cannot be used.
         """
 
     def _encode(self, split: str, rows: "Dataset | None", encoder: Encoder, key: str) -> Encoded | None:
-        """Encodes checked rows; ``key`` names what decides on their tokens beside the encoder."""
+        """Encodes checked rows; ``key`` identifies everything but the encoder that affects their tokens."""
         if rows is None:
             return None
         label = f"{self.name} {split}"
         return encode_rows(rows, encoder, key=key, label=label, num_proc=self.num_proc, digest=self.digest)
 
     def connect(self, tokenizer: "PreTrainedTokenizerBase", trained_prompt: str | None = None) -> None:
-        """Takes this tokenizer; needed only without a trainer, whose module brings its own.
+        """Sets the tokenizer; needed only without a trainer, whose module has one.
 
         Args:
             tokenizer: A fast tokenizer.
@@ -182,7 +184,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The connected tokenizer, else the one of the trainer's LightningModule.
+        """The connected tokenizer, else that of the trainer's LightningModule.
 
         Raises:
             DataError: There is neither.
@@ -191,8 +193,8 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
             module = self._lightning_module()
             if not isinstance(module, HasTokenizer) or module.tokenizer is None:
                 raise DataError(
-                    f"{type(self).__name__} has no tokenizer: the LightningModule has no `tokenizer`. "
-                    "Without a trainer call `connect(tokenizer)` first"
+                    f"{type(self).__name__} has no tokenizer, nor has the LightningModule. "
+                    "Call `connect(tokenizer)` first"
                 )
             self._tokenizer = module.tokenizer
         return self._tokenizer
@@ -205,7 +207,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         return self._digest[1]
 
     def prepare_data(self) -> None:
-        """Encodes what the run needs once (Lightning calls this on one rank), which fills the cache."""
+        """Encodes what the run needs into the cache (Lightning calls this on one rank)."""
         stage = self.trainer.state.fn if self.trainer is not None else None
         for split in self._splits(stage):
             self.encode(split)
@@ -232,7 +234,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
                 warn_of_overlap(self.name, train, rows)
 
     def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
-        """Training rows, and the evaluation sets that are looked through for items out of them."""
+        """Training rows, and the evaluation sets to search for items of the training rows."""
         return None, []
 
     def train_dataloader(self) -> ResumableDataLoader:
@@ -262,7 +264,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         width = padded(self.row_length)
         if self.max_tokens is not None and self.max_tokens < width:
             raise DataError(
-                f"max_tokens is {self.max_tokens}, but an example may take {width} tokens (max_length, "
+                f"max_tokens is {self.max_tokens}, but an example may have {width} tokens (max_length "
                 "rounded up to a multiple of 8). Raise max_tokens or lower max_length"
             )
         if self.packing:
@@ -273,7 +275,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         return TrainSampler(lengths, self.batch_size, world, rank, seed=self.seed, bucket=self.bucket)
 
     def val_dataloader(self) -> EvalLoaders:
-        """Every validation example once; an empty list where there is no validation data."""
+        """Every validation example once; an empty list without validation data."""
         return self._eval_loader("validation")
 
     def test_dataloader(self) -> EvalLoaders:
@@ -329,13 +331,13 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
 
 
 class SplitDataModule(MokaDataModule):
-    """Base of data modules whose evaluation data are of their own, or a share of the training data.
+    """Base class of data modules with separate evaluation data, or a held-out share of the training data.
 
     Args:
-        validation_share: Share of the examples to hold out where there are no evaluation data; 0 trains
-            without validation. Which ones depends on the data alone, not on the seed.
-        separate_test: Validate on ``validation_share`` of the training data in any case; evaluation data then
-            serve tests only, and where there are none, as large a share again is held out for them.
+        validation_share: Share of the examples to hold out if there are no evaluation data; 0 trains without
+            validation. The choice depends on the data alone, not on the seed.
+        separate_test: Always validate on ``validation_share`` of the training data, and use evaluation data
+            for tests only. Without evaluation data, an equal share is held out for tests.
         **options: See MokaDataModule.
     """
 
@@ -343,13 +345,13 @@ class SplitDataModule(MokaDataModule):
         super().__init__(**options)
         self._hold_out, self._hold_out_test = HoldOut(validation_share), HoldOut(validation_share)
         if separate_test and validation_share == 0:
-            raise DataError("separate_test validates on a share: set validation_share above 0")
+            raise DataError("separate_test needs validation data: set validation_share above 0")
         self.validation_share = validation_share
         self.separate_test = separate_test
 
     @abstractmethod
     def _shards(self, split: str) -> list[Shard]:
-        """The files, or splits of hub data sets, of training or of evaluation data of their own."""
+        """The files or hub splits with training data or with separate evaluation data."""
 
     @abstractmethod
     def _read(self, shard: Shard) -> "Dataset":
@@ -361,7 +363,7 @@ class SplitDataModule(MokaDataModule):
         return concatenate_datasets([self._read(shard) for shard in shards])
 
     def _split_rows(self, split: str) -> "Dataset | None":
-        """The checked rows of a split; None where there are none."""
+        """The checked rows of a split; None if there are none."""
         train = self._shards("train")
         held = self._shards("validation" if split == "validation" and not self.separate_test else "test")
         if self.separate_test:
@@ -377,7 +379,7 @@ class SplitDataModule(MokaDataModule):
         return self._hold_out(self._read_all(train))[0 if split == "train" else 1]
 
     def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
-        """Training rows and the evaluation sets that are not a share of them; see the base class."""
+        """Training rows and the evaluation sets; see the base class."""
         if self.streaming or not self._shards("test"):
             return None, []
         train, *held = [self._split_rows(split) for split in ALL_SPLITS]
@@ -386,7 +388,7 @@ class SplitDataModule(MokaDataModule):
 
 
 def check_at_least(least: int, **options: int | None) -> None:
-    """Refuses options below the least that they may be; None passes.
+    """Refuses options below a minimum; None passes.
 
     Raises:
         DataError: Naming the option.

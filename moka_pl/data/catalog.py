@@ -16,16 +16,16 @@ from typing import Any
 from moka_pl.prompts.templates import PromptName
 
 PARQUET = "refs/convert/parquet"
-"""The hub's Parquet copy of data sets whose main branch holds a script, which ``datasets`` runs no more."""
+"""The hub's Parquet copy of datasets whose main branch holds a script, which ``datasets`` no longer runs."""
 
 _ALL = {"train": "train", "validation": "validation", "test": "test"}
 _NO_TEST = {"train": "train", "validation": "validation", "test": "validation"}
-"""Splits of data without public test labels: what others call their test set is the validation set."""
+"""Splits of data without public test labels, whose validation set commonly serves as the test set."""
 
 
 @dataclass(frozen=True)
 class HubData:
-    """A data set on the hub.
+    """A dataset on the hub.
 
     Attributes:
         hub: Its id.
@@ -85,7 +85,7 @@ CORPORA = {
         prompt="chat",
     ),
 }
-"""Corpora by short name. Their columns are those of the formats that records are told apart by."""
+"""Corpora by short name; their columns identify their formats."""
 
 _TASKS = (
     ChoiceTask("google/boolq", _NO_TEST, name="boolq", aliases=("bool_q",)),

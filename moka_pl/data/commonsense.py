@@ -1,4 +1,4 @@
-"""Multiple-choice questions: trained on the right option, evaluated by comparing all options."""
+"""Multiple-choice questions, trained on the right option and evaluated by comparing all options."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -20,41 +20,42 @@ if TYPE_CHECKING:
 
 
 class CommonsenseData(SplitDataModule):
-    """Commonsense questions with options; the columns of each record tell which format it has.
+    """Multiple-choice questions. The columns of a record determine its format.
 
-    Common format: ``task``, ``question``, ``choices`` (list), ``answer`` (index from 0, or a capital letter).
-    LLM-Adapters format: ``instruction`` ("... Answer1: ... Answer2: ... Answer format: answer1/answer2") and
-    ``answer``; its task is the name of the folder, and in a file that mixes the eight tasks
-    (commonsense_170k) it is told from the prompt. Hub originals: the columns of BoolQ, PIQA, SIQA, HellaSwag,
-    WinoGrande, ARC and OpenBookQA; they give the same items as the LLM-Adapters format
-    (``moka_pl.data.catalog`` says how). Training rows are question, right option and end-of-sequence token,
-    trained on the last two; evaluation items hold the question and all options, which are compared by their
-    likelihood.
+    - Common format: ``task``, ``question``, ``choices`` (list), ``answer`` (index from 0, or a capital
+      letter).
+    - LLM-Adapters format: ``instruction`` ("... Answer1: ... Answer2: ... Answer format: answer1/answer2")
+      and ``answer``. The folder's name is the task; in a file that mixes the eight tasks (commonsense_170k),
+      the prompt identifies it.
+    - Hub originals: the columns of BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC and OpenBookQA. They give
+      the same items as the LLM-Adapters format (see ``moka_pl.data.catalog``).
+
+    A training row is the question, the right option and an end-of-sequence token; the loss covers the last
+    two. An evaluation item holds the question and all options, which are compared by likelihood.
 
     Args:
-        path: A file of any format (.json, .jsonl, .csv, .parquet); a folder of one task, or one whose
-            sub-folders are the tasks, each with train and test files (train.json, test.json); the name of
-            a task (boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa), "hub" for
-            all eight of them, or commonsense_170k, to be had from the hub; a hub data set id; several of
-            these; or "sample" for the questions that come with the package.
-        validation_path: The same for validation and test. None takes, for a folder, its test files; for a
-            task on the hub, its validation split and, if its labels are public, its test split; for "sample",
-            the held-out sample; for a file and for commonsense_170k, a share of it.
-        validation_limit: Most validation questions per task, evenly spread over the task's file; None takes
-            all. Tests always take all.
+        path: A .json, .jsonl, .csv or .parquet file; a folder of one task; a folder with a sub-folder per
+            task, each with train and test files (train.json, test.json); a task on the hub (boolq, piqa,
+            siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa), "hub" for all eight, or
+            commonsense_170k; a hub dataset id; a list of these; or "sample" for the package's own questions.
+        validation_path: The same for validation and test. None uses a folder's test files; a hub task's
+            validation split and, if its labels are public, its test split; the held-out "sample"; or a share
+            of a file or of commonsense_170k.
+        validation_limit: Maximum number of validation questions per task, evenly spread; None uses all. Tests
+            always use all.
         tasks: Names of the tasks to use; None uses all.
-        columns: Own names of the columns of the common format, as field: column; ``choices`` may name several
-            columns (``{question: q, choices: [a, b, c, d], answer: key}``). Then only these columns are read.
-        fill_blank: Put WinoGrande's options into the blank of the sentence: the question is then what stands
-            before it, and the options go on to its end. False keeps the sentence with its blank.
-        prompt: How questions are asked. "cloze" is "Question: ... Answer:" and the option's text; "letters"
-            lists the options as A., B., ... and the answer is a letter; "llm_adapters" is the instruction of
-            the LLM-Adapters corpora, answered by "the correct answer is answer3", whose ``validate`` and
+        columns: Mapping of the common format's fields to your columns; ``choices`` may name several columns
+            (``{question: q, choices: [a, b, c, d], answer: key}``). Other columns are ignored.
+        fill_blank: Put WinoGrande's options into the blank: the question is then the text before the blank,
+            and each option continues to the end of the sentence. False keeps the sentence with its blank.
+        prompt: "cloze" is "Question: ... Answer:" followed by the option's text; "letters" lists the options
+            as A., B., ... and the answer is a letter; "llm_adapters" is the instruction of the LLM-Adapters
+            corpora, answered by "the correct answer is answer3". With "llm_adapters", ``validate`` and
             ``test`` also generate answers and report how many name the right option (``generated``). None
-            takes the prompt that the model's adapter was trained with, else "cloze".
-        share_prefix: "auto" computes what an item's options have in common once, where that takes fewer
-            tokens and the model allows it; "never" scores every option whole. The scores are the same.
-        generated_tokens: Most tokens of a generated answer; 0 generates none.
+            uses the prompt that the model's adapter was trained with, else "cloze".
+        share_prefix: "auto" computes the common prompt of an item's options once if that takes fewer tokens
+            and the model allows it; "never" scores every option whole. The scores are the same.
+        generated_tokens: Maximum number of tokens in a generated answer; 0 generates none.
         **options: validation_share and separate_test (see SplitDataModule); batch_size, max_length,
             num_workers, num_proc, seed, bucket, eval_batch_size, packing, max_tokens (see MokaDataModule).
     """
@@ -97,7 +98,7 @@ class CommonsenseData(SplitDataModule):
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks: those asked for, else all of the evaluation data in order of appearance."""
+        """Names of the chosen tasks; by default all tasks of the evaluation data, in order of appearance."""
         if self._wanted is not None:
             return list(self._wanted)
         if self._tasks is None:
@@ -138,7 +139,7 @@ class CommonsenseData(SplitDataModule):
         return rows.select([index for index, task in enumerate(known) if task in self._wanted])
 
     def _shards(self, split: str) -> list[Shard]:
-        """What holds a split of the sources; nothing unless all of them have it."""
+        """The shards of a split; none unless every source has the split."""
         if split == "train" or self.validation_path is None:
             return find_choice_shards(self.path, split, self._wanted)
         return find_choice_shards(self.validation_path, split, self._wanted) or find_choice_shards(

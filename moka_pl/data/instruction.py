@@ -26,45 +26,46 @@ if TYPE_CHECKING:
 
 
 class InstructionData(SplitDataModule):
-    """Instructions with answers and chats; the columns of each record tell which format it has.
+    """Instructions with answers, and chats. The columns of a record determine its format.
 
-    Instructions: ``instruction``, ``input`` (may be absent) and ``output`` (Alpaca), or ``instruction``,
-        ``context``
-    and ``response`` (Dolly), or a prompt and its completion (``prompt`` with ``completion`` or ``response``,
-    ``inputs`` with ``targets`` as in FLAN). Chats: ``messages``, each with ``role`` (system, user, assistant,
-    tool), ``content`` (text, or a list of parts with ``type`` "text" and ``text`` or ``value``) and, if
-    wanted, ``loss_weight`` (0: this turn is not trained); ``conversations`` with ``from`` and ``value``
-    (ShareGPT); ``text`` of turns "### Human: ..." and "### Assistant: ..." (Guanaco); flat messages with
-    ``message_id``, ``parent_id``, ``role`` and ``text`` that make up trees (OASST1). Test data are the
-    validation data.
+    Formats of instructions:
 
-    Without streaming the examples are encoded once and kept on disk, from where they are mapped into memory:
-    they may be larger than the memory already. Streaming is worth it where reading and encoding everything
-    first would take too long, or the disk cannot hold a second copy: corpora of many gigabytes of which a run
-    sees a part. It shuffles within a buffer only. Use .jsonl, .csv or .parquet (a .json list is read whole),
-    and several files if there are several workers.
+    - ``instruction``, ``input`` (optional) and ``output`` (Alpaca)
+    - ``instruction``, ``context`` and ``response`` (Dolly)
+    - ``prompt`` with ``completion`` or ``response``, or ``inputs`` with ``targets`` (FLAN)
+
+    Formats of chats:
+
+    - ``messages`` with ``role`` (system, user, assistant, tool), ``content`` (text, or a list of parts with
+      ``type`` "text" and ``text`` or ``value``) and an optional ``loss_weight`` (0 skips the turn's loss)
+    - ``conversations`` with ``from`` and ``value`` (ShareGPT)
+    - ``text`` with turns "### Human: ..." and "### Assistant: ..." (Guanaco)
+    - flat messages with ``message_id``, ``parent_id``, ``role`` and ``text``, which form trees (OASST1)
+
+    The validation data also serve as test data. Examples are encoded once and memory-mapped from disk, so
+    they need not fit into memory. Stream them if encoding everything first would take too long, or if the
+    disk cannot hold a second copy. A stream shuffles within a buffer only. Stream .jsonl, .csv or .parquet
+    files (a .json list is read whole), and several files if there are several workers.
 
     Args:
-        path: A local .json, .jsonl, .csv or .parquet file, a folder of such files, a hub data set id, the
-            name of a corpus on the hub (alpaca, alpaca_cleaned, dolly, flan, guanaco, oasst1, sharegpt,
-            ultrachat), or several of these; or "sample" for the corpora that come with the package
-            (instructions and chats; with ``prompt: alpaca`` instructions only).
-        validation_path: The same for validation. None takes the validation (else test) files of a folder or
-            the split of a named corpus; where there is none it holds a share of the training data out (of the
-            samples: takes their own held-out files). With a validation_share of 0, None means no validation.
-        split: Which split of a hub data set to train on; None takes "train", or what the named corpus calls
-            it.
-        prompt: "chat" renders the tokenizer's chat template and trains every assistant turn; "alpaca" writes
-            the Alpaca prompt and trains the answer. None takes the prompt that the model's adapter was
-            trained with, else the one that fits the named corpus, else "chat".
-        columns: Own names of columns, as field: column (``{instruction: question, output: reply}``); then
-            only these columns are read.
-        tree_paths: Of message trees, "best" takes the chat of the best-ranked replies, "all" one chat for
-            every last reply.
-        tree_language: Of message trees, takes those in this language (``lang``); None takes all.
-        streaming: Read and encode the training data while training. It needs ``trainer.max_steps``, begins
-            the data again when they end, and holds nothing out: give a validation_path, whose data are read
-            whole.
+        path: A .json, .jsonl, .csv or .parquet file, a folder of such files, a hub dataset id, the name of a
+            corpus on the hub (alpaca, alpaca_cleaned, dolly, flan, guanaco, oasst1, sharegpt, ultrachat), or
+            a list of these; "sample" uses the package's own instructions and chats (with ``prompt: alpaca``,
+            instructions only).
+        validation_path: The same for validation. None uses the validation (else test) files of a folder, the
+            split of a named corpus or the samples' held-out files; otherwise it holds out a share of the
+            training data. With ``validation_share: 0``, None disables validation.
+        split: Training split of a hub dataset; None uses "train", or the named corpus's equivalent.
+        prompt: "chat" renders the tokenizer's chat template and trains on every assistant turn; "alpaca"
+            writes the Alpaca prompt and trains on the answer. None uses the prompt that the model's adapter
+            was trained with, else the named corpus's prompt, else "chat".
+        columns: Mapping of fields to your columns (``{instruction: question, output: reply}``); other columns
+            are ignored.
+        tree_paths: For message trees, "best" follows the best-ranked replies to one chat; "all" makes a chat
+            of every path to a last reply.
+        tree_language: For message trees, their language (``lang``); None keeps all.
+        streaming: Read and encode the training data during training. It needs ``trainer.max_steps``, restarts
+            the data at their end, and holds nothing out: give a validation_path, whose data are read whole.
         stream_buffer: Examples per device (and worker) that are shuffled, and sorted by length, together.
         **options: validation_share and separate_test (see SplitDataModule); batch_size, max_length,
             num_workers, num_proc, seed, bucket, eval_batch_size, packing, max_tokens (see MokaDataModule).
@@ -95,7 +96,10 @@ class InstructionData(SplitDataModule):
                 f"stream_buffer must be at least batch_size ({self.batch_size}), got {stream_buffer}"
             )
         if self.separate_test and streaming:
-            raise DataError("separate_test holds training data out, which streaming: true cannot")
+            raise DataError(
+                "separate_test: true holds out training data, which streaming: true cannot; set one of "
+                "them to false"
+            )
         self.streaming = streaming
         self.stream_buffer = stream_buffer
         self.path = path
@@ -112,7 +116,7 @@ class InstructionData(SplitDataModule):
         return self._resolve_prompt(self._prompt, get_args(PromptName), fitting_prompt(self.path))
 
     def prepare_data(self) -> None:
-        """Encodes what the run needs once; of a stream, looks at the first record."""
+        """Encodes what the run needs; checks the first record of a stream."""
         fits = self.trainer is None or self.trainer.state.fn == "fit"
         if self.streaming and fits:
             self._stream_length()
@@ -136,7 +140,7 @@ class InstructionData(SplitDataModule):
             pad_id=self.pad_id,
         )
         label = f"{self.name} train"
-        rank_zero_info(f"{label}: streamed; its examples are counted as they come")
+        rank_zero_info(f"{label}: streaming; the number of examples is unknown in advance")
         return StreamLoader(
             batches, self.num_workers, self._stream_length(), label, pin_memory=torch.cuda.is_available()
         )
@@ -150,9 +154,9 @@ class InstructionData(SplitDataModule):
             return None
         if self.trainer.max_steps < 0:
             raise DataError(
-                "streaming: true needs trainer.max_steps: how many examples there are is not known before "
-                "they are read, so neither the run's end nor the learning-rate schedule could be set. Set "
-                "--trainer.max_steps (optimizer steps), or streaming: false"
+                "streaming: true needs trainer.max_steps: the number of examples is unknown in advance, but "
+                "the learning-rate schedule needs the length of the run. Set --trainer.max_steps (optimizer "
+                "steps), or streaming: false"
             )
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
@@ -176,7 +180,7 @@ class InstructionData(SplitDataModule):
         )
 
     def _shards(self, split: str) -> list[Shard]:
-        """What holds the training data, or the validation data; for tests the same."""
+        """The shards of the training data, or of the validation data (also used for tests)."""
         if split == "train":
             return self._training_shards()
         if self.validation_path is None:
@@ -196,7 +200,7 @@ class InstructionData(SplitDataModule):
         )
         if not shards:
             raise DataError(
-                f"{self.path} has no training data. Name its files train..., or give another path"
+                f"{self.path} has no training data. Name its training files train*, or give another path"
             )
         return shards
 
@@ -215,7 +219,7 @@ class InstructionData(SplitDataModule):
 
 
 def fitting_prompt(path: Sources) -> PromptName:
-    """The prompt that fits the named corpora of ``path``, "chat" where they disagree or there are none."""
+    """The prompt of the named corpora in ``path``; "chat" if they disagree or there are none."""
     corpora = [find_corpus(source) for source in as_list(path)]
     prompts = {corpus.prompt for corpus in corpora if corpus is not None}
     return prompts.pop() if len(prompts) == 1 and None not in corpora else "chat"

@@ -1,4 +1,4 @@
-"""Several data modules as one."""
+"""Combines several data modules into one."""
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -18,18 +18,18 @@ from moka_pl.prompts.choice import CHOICE_PROMPTS
 
 
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Examples of each part in an epoch: in the ratio of the weights, and no part less than once."""
+    """Examples of each part in an epoch: in the ratio of the weights, with every example at least once."""
     length = max(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [max(size, round(weight * length)) for size, weight in zip(sizes, weights, strict=True)]
 
 
 def repeated(size: int, count: int, seed: Sequence[int]) -> NDArray[numpy.int64]:
-    """Indices of ``count`` examples out of ``size``: every one equally often, up to one more for some.
+    """Indices of ``count`` examples out of ``size``, each as often as the others or once more.
 
     Args:
         size: Number of examples.
         count: Number of indices.
-        seed: Which examples are taken once more depends on it alone.
+        seed: Decides which examples appear once more.
     """
     times, rest = divmod(count, size)
     whole = numpy.tile(numpy.arange(size, dtype=numpy.int64), times)  # (times * size,)
@@ -37,22 +37,22 @@ def repeated(size: int, count: int, seed: Sequence[int]) -> NDArray[numpy.int64]
 
 
 class MixtureData(MokaDataModule):
-    """Trains on the examples of all parts, shuffled together, and evaluates every part on its own.
+    """Trains on the shuffled examples of all parts, and evaluates each part separately.
 
-    Each part encodes its examples with its own options (paths, prompt, max_length, num_proc); how batches are
-    made and loaded is this module's business, for training and evaluation.
+    Each part encodes its examples with its own options (paths, prompt, max_length, num_proc). The mixture's
+    own options set how batches are built and loaded, for training and evaluation.
 
-    With weights, an epoch holds the parts' examples in the ratio of the weights, as many as it takes to use
-    every example at least once: the part that is large for its weight comes once, the others are repeated as
-    often as needed, a random remainder of them once more. What an epoch holds is the same in every epoch,
-    its order is not; ``trainer.limit_train_batches`` makes shorter epochs, each with other examples.
+    With weights, an epoch holds the parts' examples in the ratio of the weights and uses every example at
+    least once: the part that is largest for its weight appears once, the others are repeated. Every epoch
+    holds the same examples in another order; ``trainer.limit_train_batches`` makes shorter epochs, each with
+    other examples.
 
     Args:
         parts: The data modules, in the order of their validation dataloaders.
-        weights: Share of every part among the training examples, in any unit (``[3, 1]``: three of the first
-            for one of the second); None takes every example once.
+        weights: Relative share of each part in the training examples (``[3, 1]``: three of the first for one
+            of the second); None uses every example once.
         **options: batch_size, num_workers, seed, bucket, eval_batch_size, packing, max_tokens (see
-            MokaDataModule); max_length and num_proc have no effect here: the longest of the parts' counts.
+            MokaDataModule). max_length and num_proc have no effect here; set them in the parts.
     """
 
     name = "mixture"
@@ -62,13 +62,11 @@ class MixtureData(MokaDataModule):
     ) -> None:
         super().__init__(**options)
         if not parts:
-            raise DataError("a mixture needs at least one part")
+            raise DataError("parts is empty; a mixture needs at least one part")
         if weights is not None and len(weights) != len(parts):
-            raise DataError(
-                f"weights has {len(weights)} values, but there are {len(parts)} parts. Give one per part"
-            )
+            raise DataError(f"weights has {len(weights)} values for {len(parts)} parts. Give one per part")
         if weights is not None and not all(0 < weight < float("inf") for weight in weights):
-            raise DataError(f"weights must be above 0, got {weights}. Leave out a part that is not wanted")
+            raise DataError(f"weights must be above 0, got {weights}. Remove parts that you do not want")
         if any(part.streaming for part in parts):
             raise DataError("a mixture cannot stream. Set streaming: false, or train on one corpus")
         self.weights = weights
@@ -76,7 +74,7 @@ class MixtureData(MokaDataModule):
 
     @property
     def prompt(self) -> str | None:  # type: ignore[override]
-        """The parts' prompt, if it is one; beside instructions, the format of questions is not to ask in."""
+        """The parts' prompt, if they share one; prompts of questions count only without others."""
         prompts = {part.prompt for part in self.parts if part.prompt is not None}
         prompts = prompts - CHOICE_PROMPTS.keys() or prompts
         return prompts.pop() if len(prompts) == 1 else None
@@ -88,7 +86,7 @@ class MixtureData(MokaDataModule):
 
     @property
     def generated_tokens(self) -> int:  # type: ignore[override]
-        """Most tokens of an answer that any part generates."""
+        """The parts' largest number of generated tokens."""
         return max(part.generated_tokens for part in self.parts)
 
     @property
@@ -103,7 +101,7 @@ class MixtureData(MokaDataModule):
 
     @property
     def eval_sets(self) -> list[tuple[str, list[str]]]:
-        """(name, tasks) of every part with evaluation data; equal names are numbered from the second on."""
+        """(name, tasks) of each part with evaluation data; repeated names get a number (``_2``, ...)."""
         sets: list[tuple[str, list[str]]] = []
         seen: dict[str, int] = {}
         for part in self.parts:
@@ -118,7 +116,7 @@ class MixtureData(MokaDataModule):
         return max(part.row_length for part in self.parts)
 
     def encode(self, split: str) -> Encoded | None:
-        """The parts' encoded rows one after another (training), or nothing of its own (evaluation)."""
+        """The parts' encoded training rows, concatenated; None for evaluation, where parts stay separate."""
         from datasets import concatenate_datasets
 
         parts = [encoded for part in self._connected() if (encoded := part.encode(split)) is not None]
@@ -130,13 +128,13 @@ class MixtureData(MokaDataModule):
         )
 
     def _weighted(self, parts: Sequence[Encoded]) -> list[Any]:
-        """The parts' training rows, repeated as the weights want."""
+        """The parts' training rows, repeated according to the weights."""
         rows = [encoded.rows for encoded in parts]
         if self.weights is None:
             return rows
         counts = epoch_counts([len(part) for part in rows], self.weights)
         shares = [
-            f"{part.name} {count:,} ({count / len(one):.2f} times each)"
+            f"{part.name} {count:,} (each {count / len(one):.2f} times)"
             for part, count, one in zip(self.parts, counts, rows, strict=True)
         ]
         rank_zero_info(f"{self.name}: an epoch has {sum(counts):,} examples: {', '.join(shares)}")

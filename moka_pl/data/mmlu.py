@@ -1,4 +1,4 @@
-"""MMLU: questions of 57 subjects, each after a few solved ones."""
+"""MMLU: multiple-choice questions of 57 subjects, asked few-shot."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -24,27 +24,27 @@ Scoring = Literal["letters", "text"]
 
 
 class MmluData(MokaDataModule):
-    """MMLU, for evaluation only: on its own, or as a part of a mixture beside training data.
+    """MMLU, for evaluation only: alone, or as a part of a mixture with training data.
 
     A prompt is "The following are multiple choice questions (with answers) about SUBJECT.", the first
-    ``shots`` questions of the subject's dev split with their answers, and the question. Reported are every
-    subject (as the task ``mmlu_SUBJECT``), the four categories (``mmlu_stem``, ...) and ``mmlu``, these over
-    all of their items and, as ``..._macro``, as the mean over their subjects.
+    ``shots`` questions of the subject's dev split with their answers, and the question. Metrics cover each
+    subject (task ``mmlu_SUBJECT``), the four categories (``mmlu_stem``, ...) and ``mmlu``; groups are scored
+    over all their items and, as ``..._macro``, as the mean over their subjects.
 
     Args:
         path: A folder with ``dev/SUBJECT_dev.csv`` and ``test/SUBJECT_test.csv`` (header
-            question,choice0,choice1,choice2,choice3,answer; the answer counted from 0), or a hub data set id
+            question,choice0,choice1,choice2,choice3,answer; the answer counted from 0), or a hub dataset id
             whose configuration "all" has the splits dev and test.
-        subjects: Names of the subjects, such as high_school_physics; None takes all that are there.
-        shots: Solved questions before each question. Where a prompt does not fit into max_length, the first
-            ones are left out, one after another; how many is reported.
-        scoring: "letters" lists the options and compares the likelihoods of the letters; "text" does not list
-            them and compares the likelihoods of their texts.
-        validation_limit: Most questions per subject in validation, evenly spread over the subject's test
-            questions; None takes all. Tests always take all.
-        share_prefix: "auto" computes what an item's options have in common once, where that takes fewer
-            tokens and the model allows it; "never" scores every option whole. The scores are the same.
-        max_length: Most tokens of a prompt with its longest option.
+        subjects: Names of the subjects, such as high_school_physics; None uses all.
+        shots: Solved questions before each question. If a prompt exceeds max_length, its first shots are
+            dropped and counted in the report.
+        scoring: "letters" lists the options and compares the likelihoods of their letters; "text" does not
+            list them and compares the likelihoods of their texts.
+        validation_limit: Maximum number of validation questions per subject, evenly spread over the subject's
+            test questions; None uses all. Tests always use all.
+        share_prefix: "auto" computes the common prompt of an item's options once if that takes fewer tokens
+            and the model allows it; "never" scores every option whole. The scores are the same.
+        max_length: Maximum number of tokens in a prompt with its longest option.
         **options: batch_size, num_workers, num_proc, seed, bucket, eval_batch_size (see MokaDataModule).
     """
 
@@ -67,7 +67,7 @@ class MmluData(MokaDataModule):
         if scoring not in ("letters", "text"):
             raise DataError(f"scoring must be 'letters' or 'text', got {scoring!r}")
         if subjects is not None and (not subjects or len(set(subjects)) < len(subjects)):
-            raise DataError(f"subjects must be different names, at least one, got {subjects}")
+            raise DataError(f"subjects must be a list of different names, got {subjects}")
         self.path = path
         self.shots = shots
         self.scoring = scoring
@@ -78,7 +78,7 @@ class MmluData(MokaDataModule):
 
     @property
     def tasks(self) -> list[str]:
-        """``mmlu_SUBJECT`` of every subject: those asked for, else all that are there."""
+        """``mmlu_SUBJECT`` for each chosen subject; all subjects by default."""
         subjects = self._subjects
         if subjects is not None:
             return [f"mmlu_{subject}" for subject in subjects]
@@ -122,7 +122,7 @@ class MmluData(MokaDataModule):
             if len(questions) < self.shots:
                 raise DataError(
                     f"{self.path}: the dev split has {len(questions)} questions of "
-                    f"{task.removeprefix('mmlu_')}, fewer than the {self.shots} shots. Lower `shots`"
+                    f"{task.removeprefix('mmlu_')}, fewer than shots ({self.shots}). Lower `shots`"
                 )
         return solved
 
@@ -142,7 +142,7 @@ class MmluData(MokaDataModule):
         if not known:
             raise DataError(
                 f"{folder} has no files {split}/SUBJECT{ending}. Give a folder with dev/SUBJECT_dev.csv and "
-                "test/SUBJECT_test.csv, or the id of a hub data set"
+                "test/SUBJECT_test.csv, or a hub dataset id"
             )
         wanted = known
         if self._subjects is not None or split == "dev":

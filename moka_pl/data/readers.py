@@ -39,7 +39,7 @@ def stream(path: Path) -> Iterator[Located]:
     suffix = suffix_of(path)
     if suffix is None:
         raise DataError(
-            f"{path} ends in {path.suffix!r}; known kinds are {', '.join(READERS)}. Convert the file"
+            f"{path} has the unknown file type {path.suffix!r}. Convert it to one of {', '.join(READERS)}"
         )
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes). Give a file with at least one record")
@@ -48,7 +48,7 @@ def stream(path: Path) -> Iterator[Located]:
         empty = False
         yield record
     if empty:
-        raise DataError(f"{path} holds no records. Give a file with at least one record")
+        raise DataError(f"{path} has no records. Give a file with at least one record")
 
 
 def suffix_of(path: Path) -> str | None:
@@ -58,7 +58,7 @@ def suffix_of(path: Path) -> str | None:
 
 
 def check_file(path: Path) -> None:
-    """Raises ``DataError`` for a path that is no file."""
+    """Raises ``DataError`` for a path that is not a file."""
     if path.is_dir():
         raise DataError(f"{path} is a folder. Give a file, or a list of files")
     if not path.is_file():

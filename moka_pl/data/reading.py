@@ -1,4 +1,4 @@
-"""Turns a local file or a hub data set into a parsed, disk-cached ``datasets.Dataset``."""
+"""Turns a local file or a hub dataset into a parsed, disk-cached ``datasets.Dataset``."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ SILENT_BYTES = 20_000_000
 """Files below this size (bytes) are read without a progress bar."""
 
 SILENT_ROWS = 50_000
-"""The same for the rows of a hub data set."""
+"""The same for the rows of a hub dataset."""
 
 Parse = Callable[[Record, str], dict[str, Any]]
 """``parse(record, context)`` returns the row to keep, or raises ``DataError``."""
@@ -40,19 +40,19 @@ def parse_columns(columns: ColumnNames | None, known: Iterable[str]) -> Columns:
     """Returns the option ``columns`` as a tuple.
 
     Args:
-        columns: As the user gave it; None and ``{}`` keep the names of the data.
+        columns: The user's mapping; None and ``{}`` keep the names in the data.
         known: Fields that may be named.
 
     Raises:
-        DataError: A field is not known, or a column is no name.
+        DataError: A field is unknown, or a column is not a name.
     """
     known = list(known)
     parsed: list[tuple[str, str | tuple[str, ...]]] = []
     for field, column in (columns or {}).items():
         if field not in known:
             raise DataError(
-                f"`columns` maps the field {field!r}, which no format has. Write it as field: column, with a "
-                f"field out of {', '.join(known)}"
+                f"`columns` has an unknown field {field!r}. Write field: column, with one of the fields "
+                f"{', '.join(known)}"
             )
         chosen = column if isinstance(column, list) else [column]
         if not chosen or not all(isinstance(name, str) and name for name in chosen):
@@ -87,7 +87,7 @@ def rename(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
         for name in (column,) if isinstance(column, str) else column:
             if name not in record:
                 raise DataError(
-                    f"column {name!r} (of the field {field!r} in `columns`) is missing; found: "
+                    f"column {name!r} (for the field {field!r} in `columns`) is missing; found: "
                     f"{names(record)}. Correct `columns`"
                 )
     if not columns:
@@ -118,7 +118,7 @@ def progress_bars(show: bool) -> Iterator[None]:
 
 
 def is_local(source: str | Path) -> bool:
-    """Returns whether a source means a local file or folder rather than the id of a hub data set."""
+    """Returns whether a source is a local file or folder rather than a hub dataset id."""
     path = Path(source).expanduser()
     return isinstance(source, Path) or path.exists() or path.is_absolute() or suffix_of(path) is not None
 
@@ -133,7 +133,7 @@ def read_rows(
     modification time and its size are.
 
     Args:
-        shard: A local file, or a split of a hub data set.
+        shard: A local file, or a split of a hub dataset.
         parse: A module-level function that turns a record into a row with the columns of ``features``, all
             but ``location``; it is given the shard's context, too.
         features: Columns of the result.
@@ -169,12 +169,12 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
     """Calls ``datasets.load_dataset``, and tells every failure in one message.
 
     Args:
-        name: Id of the data set.
+        name: Id of the dataset.
         split: Its split.
         options: What else ``datasets.load_dataset`` is given.
 
     Raises:
-        DataError: The data set, the split or the network is not there.
+        DataError: The dataset, the split or the network is not there.
     """
     import datasets
 
@@ -187,9 +187,9 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         known = f" (known names: {', '.join([*CORPORA, *CHOICE_TASKS])})" if "/" not in name else ""
         raise DataError(
-            f"{name!r} is neither a local file nor a data set that could be loaded from the hub (split "
-            f"{split!r}): {reason}. Check the spelling{known} and the network, or download the data and give "
-            f"the path of a {', '.join(READERS)} file"
+            f"{name!r} is not a local file and cannot be loaded from the hub (split {split!r}): {reason}. "
+            f"Check the spelling{known} and the network, or download the data and give the path of a "
+            f"{', '.join(READERS)} file"
         ) from error
 
 
@@ -240,4 +240,4 @@ def _hub_records(name: str, rows: "Dataset") -> Iterator[Located]:
     for number, record in enumerate(rows, start=1):
         yield f"{name}, row {number}", record
     if len(rows) == 0:
-        raise DataError(f"{name} holds no records. Give another split")
+        raise DataError(f"{name} has no records. Give another split")

@@ -30,7 +30,7 @@ Sources = Source | list[Source]
 
 @dataclass(frozen=True)
 class Shard:
-    """One file, or one split of a hub data set.
+    """One file, or one split of a hub dataset.
 
     Attributes:
         source: Path of the file, or id on the hub.
@@ -51,7 +51,7 @@ def as_list(sources: Sources) -> list[Source]:
     """Returns one source or several as a list; an empty one is refused."""
     listed = sources if isinstance(sources, list) else [sources]
     if not listed:
-        raise DataError("the list of files is empty. Give at least one")
+        raise DataError("the list of sources is empty. Give at least one")
     return listed
 
 
@@ -81,9 +81,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
         if suffix_of(path) and path.is_file() and not hidden and path.name not in _NO_DATA:
             files.setdefault(split_of(inner) or "train", []).append(path)
     if not files:
-        raise DataError(
-            f"{folder} holds no data file. Put {', '.join(READERS)} files into it, or give one of them"
-        )
+        raise DataError(f"{folder} has no data files ({', '.join(READERS)}). Add one, or give another path")
     return files.get(split) or files.get(_INSTEAD[split]) or []
 
 
@@ -179,7 +177,7 @@ def refuse_unknown(wanted: list[str], known: set[str], source: object) -> None:
     if unknown or not known:
         raise DataError(
             f"{source} has no task {', '.join(map(repr, unknown)) or 'at all'}; it has: "
-            f"{', '.join(sorted(known)) or 'no sub-folders'}. Correct `tasks`"
+            f"{', '.join(sorted(known)) or 'none'}. Correct `tasks`"
         )
 
 
@@ -204,8 +202,7 @@ def _folder_shards(folder: Path, split: str, wanted: list[str] | None) -> list[S
         return [_file_shard(file) for file in files]
     if not children:
         raise DataError(
-            f"{folder} has no sub-folders. Give a folder with one sub-folder per task ({split}.json in "
-            "each), or a file"
+            f"{folder} is empty. Give a folder with one sub-folder per task ({split}.json in each), or a file"
         )
     files_of = {
         child.name: split_files(child, split) if any(child.iterdir()) else []

@@ -55,8 +55,8 @@ class HoldOut:
         kept = [index for index in range(len(rows)) if index not in held]
         if not kept:
             raise DataError(
-                f"too few different examples ({len(groups)}) to hold {self.share:.0%} of {len(rows)} out for "
-                "validation. Give a validation_path, or validation_share: 0 to train without validation"
+                f"too few different examples ({len(groups)}) to hold out {self.share:.0%} of {len(rows)} for "
+                "validation. Give a validation_path, or set validation_share: 0 to train without validation"
             )
         return rows.select(kept), rows.select(sorted(held))
 
@@ -91,9 +91,9 @@ def warn_of_overlap(name: str, train: "Dataset | None", held: "Dataset") -> int:
     if shared:
         here, there = shared[0]
         rank_zero_warn(
-            f"{name}: {len(shared):,} of {len(held):,} evaluation items are also in the training data (the "
-            f"first: {here}, trained on as {there}). Their scores say little; take them out of one of "
-            "the two."
+            f"{name}: {len(shared):,} of {len(held):,} evaluation items are also in the training data "
+            f"(first: {here}, trained on as {there}). Their scores are not meaningful; remove them from one "
+            "of the two"
         )
     return len(shared)
 

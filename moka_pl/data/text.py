@@ -15,26 +15,25 @@ if TYPE_CHECKING:
 
 
 class TextData(SplitDataModule):
-    """Texts without questions: trained on every token, evaluated by perplexity.
+    """Plain texts, trained on every token and evaluated by perplexity.
 
     Each text is cut into windows of max_length tokens that begin with the tokenizer's beginning-of-sequence
-    token (or its end-of-sequence token where it has none), so that every token of the text counts exactly
-    once. In validation and test a window begins ``stride`` tokens after the one before it, and only the
-    tokens that the earlier windows have not counted are predicted: with a smaller stride each has more text
-    before it, for more computation. Training windows do not overlap, and an end-of-sequence token ends each
-    text. Reported are the perplexity per token (which depends on the tokenizer), per word (between white
-    space) and per UTF-8 byte. Test data are the validation data.
+    token (or else its end-of-sequence token). Evaluation windows start ``stride`` tokens apart and score only
+    tokens that no earlier window has scored, so each token counts exactly once; a smaller stride gives tokens
+    more context but costs more computation. Training windows do not overlap, and each text ends with an
+    end-of-sequence token. Metrics are the perplexity per token (which depends on the tokenizer), per word
+    (split at white space) and per UTF-8 byte. The validation data also serve as test data.
 
     Args:
-        path: A local .txt file (one text), a .json, .jsonl, .csv or .parquet file with a text a record, or a
-            hub data set id.
-        validation_path: The same for validation and test; None holds a share of the texts out.
-        column: Field of the records that holds the text.
-        split: Which split of a hub data set ``path`` names.
-        validation_split: Which split of a hub data set ``validation_path`` names.
-        config: Which configuration of a hub data set, if it has several.
-        stride: Tokens between the beginnings of validation windows; None is half of max_length, max_length or
-            more lets them not overlap.
+        path: A .txt file (one text), a .json, .jsonl, .csv or .parquet file with one text per record, or a
+            hub dataset id.
+        validation_path: The same for validation and test; None holds out a share of the texts.
+        column: Column of the records that holds the text.
+        split: Split of the hub dataset ``path``.
+        validation_split: Split of the hub dataset ``validation_path``.
+        config: Configuration of a hub dataset, if it has several.
+        stride: Tokens between the starts of evaluation windows; None is half of max_length. With max_length
+            or more, windows do not overlap.
         **options: validation_share and separate_test (see SplitDataModule); batch_size, max_length,
             num_workers, num_proc, seed, bucket, eval_batch_size (see MokaDataModule).
     """
@@ -71,7 +70,7 @@ class TextData(SplitDataModule):
         return self._encode(split, self._split_rows(split), encoder, f"windows {stride} {train}")
 
     def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
-        """Nothing: texts are not looked through for those that were trained on."""
+        """Nothing: texts are not searched for training data."""
         return None, []
 
     def _shards(self, split: str) -> list[Shard]:

@@ -11,7 +11,7 @@ from moka_pl.data.types import ChoiceBatch
 from moka_pl.evaluation.results import Counts, Results, SetCounts
 
 TIE = 1e-5
-"""Log-likelihoods that differ by less than this share of themselves are the same."""
+"""Relative difference below which log-likelihoods count as equal."""
 
 _COUNTS = [f.name for f in fields(Counts)]
 _PLAIN = ("nll", "tokens", "words", "bytes")

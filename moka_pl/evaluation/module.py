@@ -114,7 +114,8 @@ class EvaluatedModule(LightningModule):
             self._shares = can_share(self.causal_lm)
             if not self._shares:
                 rank_zero_info(
-                    f"{self.backbone.name} takes no mask of any pattern: every option is scored whole"
+                    f"{self.backbone.name} does not support custom attention masks; options are scored with "
+                    "their whole prompts"
                 )
         return self._shares
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 SCORES = {"accuracy": "correct", "acc_norm": "correct_norm", "generated": "generated"}
-"""Names of the shares of right items, and the count that each is made of."""
+"""Accuracy metrics, and the count that each is computed from."""
 
 
 @dataclass(frozen=True)

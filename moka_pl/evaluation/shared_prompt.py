@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTIONS = ("sdpa", "eager", VARLEN)
-"""The implementations of attention that take a mask of any pattern."""
+"""The attention implementations that support arbitrary masks."""
 
 
 def score_shared(model: "PreTrainedModel", shared: SharedPrompts) -> TokenScores:

@@ -44,16 +44,16 @@ def causal_unsupported_reason(model: "PreTrainedModel", implementation: str) -> 
     if current not in ("sdpa", implementation):
         return f"attention is {current}"
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        return f"{type(model).__name__} needs an attention of its own"
+        return f"{type(model).__name__} uses a custom attention"
     if sliding_window(model) is not None:
-        return "the model's attention has a sliding window"
+        return "the model uses sliding-window attention"
     return None
 
 
 def flash_unsupported_reason(model: "PreTrainedModel") -> str | None:
     """Returns why causal attention of the flash kind, without dropout, would not be the model's, or None."""
     if not supports_flash_attention(model):
-        return f"{type(model).__name__} needs an attention of its own"
+        return f"{type(model).__name__} does not support flash attention"
     if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
-        return "the model's attention has dropout"
+        return "the model uses attention dropout"
     return None

@@ -47,8 +47,8 @@ class PackedAttention:
     def __init__(self, model: "PreTrainedModel") -> None:
         if "position_ids" not in decoder_inputs(model):
             raise ConfigError(
-                f"{type(model).__name__} takes no position ids, so packed examples could not be told apart; "
-                "set the data's packing to false"
+                f"{type(model).__name__} takes no position ids, which packing needs; set packing: false in "
+                "the data"
             )
         self.unsupported_reason = _varlen_unsupported_reason(model)
         self._flash = (attention_implementation(model) or "").startswith("flash_attention")
@@ -61,8 +61,8 @@ class PackedAttention:
         if self.unsupported_reason is None:
             return "variable-length attention"
         if self._flash:
-            return "the attention's own variable-length form"
-        return f"attention with a block mask ({self.unsupported_reason})"
+            return "variable-length flash attention"
+        return f"block-diagonal attention mask ({self.unsupported_reason})"
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The model's inputs beside the token ids.
@@ -107,7 +107,7 @@ class PackedAttention:
         if (first - second).abs().max() > 1e-2 * first.abs().max():
             raise ConfigError(
                 f"{type(model).__name__} with attention {attention_implementation(model)!r} lets packed "
-                "examples see each other; set the data's packing to false, or backbone.attention to sdpa"
+                "examples attend to each other; set packing: false in the data, or backbone.attention: sdpa"
             )
 
 
@@ -123,13 +123,13 @@ def _varlen_unsupported_reason(model: "PreTrainedModel") -> str | None:
         return f"variable-length attention needs bfloat16 or float16, not {str(weight.dtype)[6:]}"
     capability = torch.cuda.get_device_capability(weight.device)
     if capability < (8, 0):
-        return "variable-length attention needs a GPU of compute capability 8.0"
+        return "variable-length attention needs a GPU of compute capability 8.0 or higher"
     # Consumer cards lack the shared memory for the backward pass of larger heads.
     largest = 256 if capability[0] >= 9 or capability == (8, 0) else 192
     if size % 8 or size > largest:
-        return f"variable-length attention has no heads of size {size}"
+        return f"variable-length attention does not support head size {size}"
     if find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} has no variable-length attention; 2.10 has"
+        return f"torch {torch.__version__} has no variable-length attention; upgrade to 2.10"
     return None
 
 

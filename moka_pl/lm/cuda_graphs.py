@@ -30,7 +30,7 @@ WIDTH = 32
 """Recorded batches are padded to a multiple of this many tokens a row."""
 
 PATIENCE = 3
-"""Times that a size is computed as usual before it is recorded, which takes as long as some such steps."""
+"""Number of ordinary steps of a size before it is captured; capturing costs about as much as a few steps."""
 
 _FEWEST_LABELS = 256
 _MOST_GRAPHS = 32
@@ -137,8 +137,8 @@ class StepCapture:
         if self._seen[size] <= PATIENCE:
             return False
         if torch.is_autocast_enabled("cuda"):
-            reason = self.unsupported_reason = "autocast keeps copies of weights from step to step"
-            warnings.warn(f"no CUDA graphs: {reason}; leave the trainer at 32-true", stacklevel=2)
+            reason = self.unsupported_reason = "autocast caches weights across steps"
+            warnings.warn(f"no CUDA graphs: {reason}; set --trainer.precision 32-true", stacklevel=2)
             return False
         return torch.is_grad_enabled()
 
@@ -167,7 +167,9 @@ class StepCapture:
             torch.cuda.synchronize(batch.ids.device)
             generator.graphsafe_set_state(random)
             self.unsupported_reason = _cause(error)
-            warnings.warn(f"the training step cannot be recorded: {self.unsupported_reason}", stacklevel=2)
+            warnings.warn(
+                f"cannot capture the training step as a CUDA graph: {self.unsupported_reason}", stacklevel=2
+            )
             return
         self._pool = graph.pool()
         self._graphs[batch.size] = _Recorded(graph, inputs)
@@ -215,7 +217,7 @@ class _Replayed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.turn != ctx.capture.turn:
-            raise RuntimeError("another batch was computed before this one's backward pass")
+            raise RuntimeError("another batch was computed before this batch's backward pass")
         return None, *multiplied(ctx.capture.result()[1], grad)
 
 
@@ -224,7 +226,7 @@ def capture_unsupported_reason(model: "PreTrainedModel") -> str | None:
     if model.get_input_embeddings().weight.device.type != "cuda":
         return "CUDA graphs need a GPU"
     if getattr(model, "is_gradient_checkpointing", False):
-        return "with gradient checkpointing the random generators are read while recording"
+        return "gradient checkpointing reads the state of random generators during capture"
     return causal_unsupported_reason(model, CAUSAL)
 
 
@@ -274,5 +276,5 @@ def causal_attention(
         RuntimeError: If there is a mask nevertheless.
     """
     if attention_mask is not None:
-        raise RuntimeError("a model that builds its own mask cannot be recorded")
+        raise RuntimeError("a model that builds its own attention mask cannot be captured")
     return sdpa(module, query, key, value, None, **kwargs)

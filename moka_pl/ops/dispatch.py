@@ -110,7 +110,7 @@ def _has_triton() -> bool:
 @cache
 def _warn_unfused() -> None:
     warnings.warn(
-        "backend fused needs a CUDA device, Triton, float32 factors, and left factors that are all "
-        "identities or none; using backend dense instead",
+        "backend: fused needs a CUDA device, Triton, float32 factors, and either only or no identity left "
+        "factors; using backend: dense instead",
         stacklevel=3,
     )

@@ -16,7 +16,7 @@ ChoicePromptName = Literal["cloze", "letters", "llm_adapters"]
 """The formats of a multiple-choice question: the names of ``CHOICE_PROMPTS``."""
 
 PromptFormat = Literal[PromptName, ChoicePromptName, "raw"]
-"""What may stand around a question: the tokenizer's chat template, a training prompt, or nothing."""
+"""What may surround a question: the tokenizer's chat template, a training prompt, or nothing."""
 
 Row = Mapping[str, Any]
 
@@ -132,13 +132,13 @@ CHOICE_PROMPTS: dict[str, ChoicePrompt] = {
     "letters": ChoicePrompt(_letters, _option_letters, cloze_prompt),
     "llm_adapters": ChoicePrompt(_llm_adapters, _llm_adapters_answers, alpaca_prompt, _llm_adapters_names),
 }
-"""The formats by the name that options and adapters know them by."""
+"""The formats by the name that options and adapters use."""
 
 MMLU_PROMPTS: dict[str, ChoicePrompt] = {
     "letters": ChoicePrompt(_mmlu, _option_letters, cloze_prompt),
     "text": CHOICE_PROMPTS["cloze"],
 }
-"""How MMLU asks one question, by how it is scored."""
+"""MMLU's prompt by scoring."""
 
 
 def mmlu_header(subject: str, *, listed: bool = True) -> str:
@@ -198,7 +198,7 @@ def resolve_prompt(
 
         warned.add(adapters)
         rank_zero_warn(
-            f"the adapter was trained with `prompt: {adapters}`, but the data are asked for with `prompt: "
-            f"{chosen}`; leave the option out to use the adapter's own"
+            f"the adapter was trained with `prompt: {adapters}`, but the data use `prompt: {chosen}`; remove "
+            "the option to use the adapter's prompt"
         )
     return chosen

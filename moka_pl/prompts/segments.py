@@ -46,8 +46,8 @@ def alpaca(row: Mapping[str, Any]) -> list[Segment]:
         if [message["role"] for message in messages] != ["user", "assistant"]:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"{row['location']}: the alpaca prompt holds one instruction and one output, but this chat "
-                f"has the messages {roles}. Use `prompt: chat`"
+                f"{row['location']}: the alpaca prompt takes one user and one assistant message, but this "
+                f"chat has the messages {roles}. Use `prompt: chat`"
             )
         instruction, output, trained = messages[0]["content"], messages[1]["content"], messages[1]["trained"]
     prompt = alpaca_prompt(instruction, context)
@@ -87,9 +87,8 @@ def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[S
         if not (full.startswith(after) and after.startswith(before) and len(before) >= end):
             raise DataError(
                 f"{location}: the tokenizer's chat template renders message {index + 1} of {len(turns)} "
-                "differently when more messages follow, so it cannot be told which tokens are the answer. "
-                "Keep one assistant message per chat, mark the others with loss_weight 0, or use `prompt: "
-                "alpaca`"
+                "differently when more messages follow, so the answer's tokens cannot be located. Keep one "
+                "assistant message per chat, give the others loss_weight 0, or use `prompt: alpaca`"
             )
         segments.append(Segment(full[end : len(before)], trained=False))
         end = len(before) + len(after[len(before) :].rstrip())
@@ -107,8 +106,8 @@ def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     if not tokenizer.chat_template:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise DataError(
-            f"the tokenizer ({name}) has no chat template, so `prompt: chat` cannot be rendered. Use "
-            "`prompt: alpaca`, or the tokenizer of the model's chat variant"
+            f"the tokenizer ({name}) has no chat template, which `prompt: chat` needs. Use `prompt: alpaca`, "
+            "or the tokenizer of the model's chat variant"
         )
 
 
@@ -130,7 +129,7 @@ def _render(
     except (TemplateError, ValueError, IndexError, TypeError) as error:
         roles = ", ".join(turn["role"] for turn in turns) or "no message"
         raise DataError(
-            f"{location}: the tokenizer's chat template refuses these messages ({roles}): {error}. Change "
-            "the order of the roles, or use `prompt: alpaca`"
+            f"{location}: the tokenizer's chat template rejects these messages ({roles}): {error}. Change "
+            "the order of the messages, or use `prompt: alpaca`"
         ) from error
     return str(text)

@@ -42,8 +42,8 @@ def chat_prompt(question: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """
     if not tokenizer.chat_template:
         raise ConfigError(
-            "the prompt format is chat, but the base model's tokenizer has no chat template; choose another "
-            "one by --prompt_format, such as alpaca or raw"
+            "--prompt_format is chat, but the base model's tokenizer has no chat template; choose another, "
+            "such as alpaca or raw"
         )
     chat = [{"role": "user", "content": question}]
     return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))

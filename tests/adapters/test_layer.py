@@ -156,14 +156,14 @@ def test_a_merged_4bit_layer_takes_every_dtype_that_the_4bit_layer_takes(bias: b
 
 def test_a_4bit_layer_that_is_not_quantised_yet_cannot_be_merged() -> None:
     layer = adapt(bnb.nn.Linear4bit(64, M))
-    with pytest.raises(AdapterError, match="not been quantised"):
+    with pytest.raises(AdapterError, match="not quantised yet"):
         layer.merge()
 
 
 def test_an_integer_weight_of_another_kind_cannot_be_merged() -> None:
     base = linear()
     base.weight = nn.Parameter(torch.ones(M, N, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(AdapterError, match=r"Linear stores its weight as torch\.int8"):
+    with pytest.raises(AdapterError, match=r"cannot merge into a Linear with torch\.int8 weights"):
         adapt(base).merge()
 
 

@@ -107,7 +107,7 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing", "a/b/c"])
 def test_a_folder_that_does_not_exist_is_not_looked_up(name: str) -> None:
-    assert failure(name) == f"{name}: no such model folder"
+    assert failure(name) == f"{name}: no such model folder; check the path"
 
 
 def test_the_name_of_a_shape_has_no_weights() -> None:

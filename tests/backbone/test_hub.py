@@ -28,7 +28,7 @@ def refusal(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPE
 
 
 FAILURES = {
-    "gated": (refusal(errors.GatedRepoError, 403), "accept its licence .* 'hf auth login'"),
+    "gated": (refusal(errors.GatedRepoError, 403), "accept the licence .* 'hf auth login'"),
     "private or absent": (
         refusal(errors.RepositoryNotFoundError, 401),
         "'hf auth login'.* the spelling",

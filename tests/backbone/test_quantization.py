@@ -56,7 +56,7 @@ def test_adapters_switch_it_off_in_layers_that_come_from_elsewhere() -> None:
 def test_rows_that_are_misread_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "_reads_rows", lambda *_: False)
     keep_weights(nn.Sequential(quantised(128)))  # rows of whole blocks are not asked about
-    with pytest.raises(BackboneError, match=r"0: .* rows of 96 entries .* block of 64.*quantization: none"):
+    with pytest.raises(BackboneError, match=r"0: .* rows of 96 entries .* block size 64.*quantization: none"):
         keep_weights(nn.Sequential(quantised(96)))
     monkeypatch.setattr(quantization, "_reads_rows", lambda *_: True)
     keep_weights(nn.Sequential(quantised(96)))

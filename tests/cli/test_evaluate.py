@@ -172,9 +172,9 @@ def test_problems_show_before_a_model_is_loaded(
     monkeypatch.setattr(
         "moka_pl.inference.load_model", lambda *args, **options: pytest.fail("a model was loaded")
     )
-    with pytest.raises(ConfigError, match="no task named 'word'; did you mean words"):
+    with pytest.raises(ConfigError, match="unknown task 'word'; did you mean words"):
         evaluate(adapter, "word", data=data)
-    with pytest.raises(ConfigError, match="no tasks are given"):
+    with pytest.raises(ConfigError, match="no tasks given"):
         evaluate(adapter, " , ", data=data)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write results"):

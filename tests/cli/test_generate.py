@@ -119,7 +119,7 @@ def test_formats_that_cannot_be_had(
         return model, tokenizer
 
     monkeypatch.setattr("moka_pl.inference.load_model", without_template)
-    with pytest.raises(ConfigError, match="no chat template; choose another one by --prompt_format"):
+    with pytest.raises(ConfigError, match="no chat template; choose another, such as alpaca"):
         generate(adapter, PROMPT, prompt_format="chat")
 
 

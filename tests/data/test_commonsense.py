@@ -105,7 +105,7 @@ def test_incomplete_folders(tiny_tokenizer, folder, tmp_path):
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match=r"no train\.json in empty"):
         ready(CommonsenseData(folder), tiny_tokenizer)
-    with pytest.raises(DataError, match="has no sub-folders"):
+    with pytest.raises(DataError, match=r"is empty\. Give a folder"):
         ready(CommonsenseData(folder / "empty"), tiny_tokenizer)
 
 

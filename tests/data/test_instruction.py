@@ -53,7 +53,7 @@ def test_several_files_of_both_forms(tiny_tokenizer, write_jsonl, tmp_path):
         "Ho<|im_end|>",
     ]
     assert module.report["validation"].read == 2
-    with pytest.raises(DataError, match="list of files is empty"):
+    with pytest.raises(DataError, match="list of sources is empty"):
         ready(InstructionData([], validation_path=first), tiny_tokenizer)
 
 

@@ -244,7 +244,7 @@ def test_counts_keep_the_ratio_and_leave_nothing_out(sizes, weights):
 @pytest.mark.parametrize(
     ("weights", "part"),
     [
-        ([1.0], "weights has 1 values, but there are 2 parts"),
+        ([1.0], "weights has 1 values for 2 parts"),
         ([1.0, 0.0], r"must be above 0, got \[1.0, 0.0\]"),
         ([1.0, float("nan")], "must be above 0"),
     ],

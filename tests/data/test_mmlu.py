@@ -72,7 +72,7 @@ def test_no_shots_need_no_dev_split(tiny_tokenizer, folder):
     assert prompt.endswith(
         "(with answers) about virology.\n\nvirology test 0?\nA. a0\nB. b, or so\nC. c\nD. d\nAnswer:"
     )
-    with pytest.raises(DataError, match="the dev split has 2 questions of virology, fewer than the 5 shots"):
+    with pytest.raises(DataError, match=r"the dev split has 2 questions of virology, fewer than shots \(5\)"):
         ready(MmluData(folder, ["virology"]), tiny_tokenizer)
 
 
@@ -84,7 +84,7 @@ def test_long_prompts_lose_their_first_shots(tiny_tokenizer, folder):
     assert "virology.\n\nvirology dev 1?" in prompt
     report = data.report["test"]
     assert (report.shortened, report.left_out, report.truncated) == (6, 6, 0)
-    assert "6 shots left out of 6 prompts" in str(report)
+    assert "6 shots dropped from 6 prompts" in str(report)
     # Even without shots it does not fit: then the beginning goes.
     bare = items(ready(MmluData(folder, ["virology"], shots=0), tiny_tokenizer))[0]
     data = ready(MmluData(folder, ["virology"], max_length=bare["length"] - 1), tiny_tokenizer)
@@ -210,8 +210,8 @@ def test_hub_columns_of_a_wrong_type(tiny_tokenizer, monkeypatch):
         ({"shots": -1}, "shots must be at least 0"),
         ({"scoring": "words"}, "scoring must be 'letters' or 'text'"),
         ({"validation_limit": 0}, "validation_limit must be at least 1"),
-        ({"subjects": []}, "subjects must be different names, at least one"),
-        ({"subjects": ["virology", "virology"]}, "subjects must be different names"),
+        ({"subjects": []}, "subjects must be a list of different names"),
+        ({"subjects": ["virology", "virology"]}, "subjects must be a list of different names"),
     ],
 )
 def test_wrong_options(options, message):

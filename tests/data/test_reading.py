@@ -106,7 +106,7 @@ def test_empty_file(tmp_path, name):
     ("name", "text"), [("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "instruction,output\n")]
 )
 def test_no_records(tmp_path, name, text):
-    refuse(write(tmp_path, name, text), "holds no records")
+    refuse(write(tmp_path, name, text), "has no records")
 
 
 def test_malformed_lines(tmp_path):

@@ -92,9 +92,7 @@ def test_bad_input(tiny_tokenizer, tmp_path, write_jsonl):
     path = write_jsonl("t.jsonl", [{"text": "fine"}, {"text": 3}])
     with pytest.raises(DataError, match=r"t\.jsonl, line 2: field 'text' must be text, found int 3"):
         ready(TextData(path), tiny_tokenizer)
-    with pytest.raises(
-        DataError, match=r"line 1: field 'body' is missing; found: text\. Name it by `column`"
-    ):
+    with pytest.raises(DataError, match=r"line 1: field 'body' is missing; found: text\. Set `column`"):
         ready(TextData(path, column="body"), tiny_tokenizer)
     book = tmp_path / "book.txt"
     with pytest.raises(DataError, match=r"book\.txt does not exist"):
@@ -103,7 +101,7 @@ def test_bad_input(tiny_tokenizer, tmp_path, write_jsonl):
     with pytest.raises(DataError, match=r"book\.txt, line 2: byte 0xef at column 3 is not UTF-8"):
         ready(TextData(book), tiny_tokenizer)
     book.write_text(" \n")
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="has no text"):
         ready(TextData(book), tiny_tokenizer)
     with pytest.raises(DataError, match="stride must be at least 1"):
         TextData(book, stride=0)

@@ -108,7 +108,7 @@ def test_a_replay_is_lost_with_the_next() -> None:
         capture(batch)
     first = capture(batch)
     capture(batch)
-    with pytest.raises(RuntimeError, match="before this one's backward"):
+    with pytest.raises(RuntimeError, match="before this batch's backward"):
         first.backward()
 
 

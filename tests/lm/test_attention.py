@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_padded_batch(adapted, checkpointing):
 
 def test_models_that_cannot(make_llama):
     config = BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=2)
-    with pytest.raises(ConfigError, match=r"BloomForCausalLM takes no position ids.*packing to false"):
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM takes no position ids.*set packing: false"):
         PackedAttention(BloomForCausalLM(config))
 
     def leaky(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -125,7 +125,7 @@ def test_models_that_cannot(make_llama):
         return out.transpose(1, 2), None
 
     AttentionInterface.register("leaky", leaky)
-    with pytest.raises(ConfigError, match=r"attention 'leaky' lets packed examples see each other"):
+    with pytest.raises(ConfigError, match=r"attention 'leaky' lets packed examples attend to each other"):
         PackedAttention(make_llama(attn_implementation="leaky"))
 
 
@@ -133,7 +133,7 @@ def test_says_why_there_is_no_variable_length_attention(make_llama):
     def reason(**options):
         return str(PackedAttention(make_llama(**options)))
 
-    assert reason() == "attention with a block mask (variable-length attention needs a GPU)"
+    assert reason() == "block-diagonal attention mask (variable-length attention needs a GPU)"
     assert "attention is eager" in reason(attn_implementation="eager")
     assert "dropout" in reason(attention_dropout=0.1)
 

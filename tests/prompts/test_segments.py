@@ -106,5 +106,5 @@ def test_template_that_changes_earlier_turns(tiny_tokenizer):
 
 def test_template_that_refuses_roles(tiny_tokenizer):
     tiny_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"line 1: .*refuses these messages \(system, .*roles must alternate"):
+    with pytest.raises(DataError, match=r"line 1: .*rejects these messages \(system, .*roles must alternate"):
         chat(row(messages=TURNS), tiny_tokenizer)

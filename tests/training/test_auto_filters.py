@@ -81,7 +81,7 @@ def test_a_run_that_chooses_is_the_run_with_what_it_chose(fit, data, caplog, mon
     assert all(torch.equal(same_state[name], tensor) for name, tensor in state.items())
     # As if nothing had been read before: one report of the epoch's batches each.
     told = caplog.text
-    assert told.count("batches an epoch") == 2
+    assert told.count("batches per epoch") == 2
     assert told.count("filters chosen in 4 layers") == 1
 
 

@@ -126,12 +126,12 @@ def test_refuses_a_model_that_mixes_examples_before_training(fit, make_module, m
 
 
 def test_options(make_data, make_commonsense, build_cli):
-    with pytest.raises(DataError, match="cannot go with bucket: false"):
+    with pytest.raises(DataError, match="needs bucket: true or packing: true"):
         make_data(max_tokens=640, bucket=False)
     with pytest.raises(DataError, match="max_tokens must be at least 1"):
         make_data(max_tokens=0)
     data = make_data(max_tokens=200)
-    with pytest.raises(DataError, match="max_tokens is 200, but an example may take 320 tokens"):
+    with pytest.raises(DataError, match="max_tokens is 200, but an example may have 320 tokens"):
         data._train_sampler([5])
     # The rows of a mixture are as long as its longest part's.
     mixture = MixtureData([make_data(), make_commonsense()], packing=True, max_tokens=700)

@@ -49,7 +49,7 @@ class ResumableDataLoader(DataLoader[Any]):
         total = len(self)
         if served > total:
             raise DataError(
-                f"the checkpoint was saved after {served} batches of an epoch, but an epoch of this run has "
+                f"the checkpoint was saved after {served} batches of an epoch, but this run's epochs have "
                 f"{total}. Resume with the data, batch size, packing and number of devices of the saved run"
             )
         finished = served >= (total if self.epoch_batches is None else min(total, self.epoch_batches))

@@ -34,9 +34,8 @@ class EpochReport:
     def __str__(self) -> str:
         rows = f" packed into {self.rows:,} rows" if self.rows < self.examples else ""
         return (
-            f"{self.examples:,} examples{rows} in {self.batches:,} batches an epoch, rows of up to "
-            f"{self.widest:,} tokens, {100 * self.padding_share:.1f}% of all {self.padded_tokens:,} tokens "
-            "padding"
+            f"{self.examples:,} examples{rows} in {self.batches:,} batches per epoch, rows of up to "
+            f"{self.widest:,} tokens, {100 * self.padding_share:.1f}% padding"
         )
 
 

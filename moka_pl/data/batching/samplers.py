@@ -2,7 +2,7 @@
 
 The samplers subclass ``DistributedSampler``, so that Lightning neither replaces nor wraps them and tells them
 the epoch, but they yield whole batches: lists of indices. A ``DataLoader(batch_size=None, sampler=...)``
-hands such a list to the data set's ``__getitem__``.
+hands such a list to the dataset's ``__getitem__``.
 """
 
 import math
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
 MEGA = 50
-"""Global batches per mega-batch: examples are sorted by length inside one, and shuffled between them."""
+"""Global batches per mega-batch; examples are sorted by length within a mega-batch."""
 
 Indices = NDArray[numpy.int64]
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamedRecords:
-    """A corpus that is read while it is trained on.
+    """A corpus that is read during training.
 
     Attributes:
         shards: Local files, or one split on the hub.
@@ -55,12 +55,12 @@ class StreamedRecords:
         if on_hub and len(self.shards) > 1:
             names = ", ".join(str(shard.source) for shard in self.shards)
             raise DataError(
-                f"streaming: true reads local files or one data set of the hub at a time, not {names}. Give "
-                "one of them, or download the data"
+                f"streaming: true reads local files or a single hub dataset, not {names}. Give one of them, "
+                "or download the data"
             )
 
     def open(self, epoch: int) -> "HFIterableDataset":
-        """The records as a resumable stream; files come in an order of their own in every pass.
+        """The records as a resumable stream; every pass shuffles the order of the files.
 
         Args:
             epoch: Number of the pass over the data, from 0.
@@ -69,7 +69,7 @@ class StreamedRecords:
             Items with ``record`` and, from files, ``location``; every file (or shard of the hub) is a shard.
 
         Raises:
-            DataError: The hub data set cannot be had.
+            DataError: The hub dataset cannot be loaded.
         """
         from datasets import IterableDataset as HFIterableDataset
 
@@ -104,20 +104,20 @@ class StreamedRecords:
             record = rename(record, self.columns)
         if is_tree_message(record):
             raise DataError(
-                f"{location}: message trees cannot be streamed, their messages may stand far apart. Use "
+                f"{location}: message trees cannot be streamed: their messages may be far apart. Set "
                 "streaming: false"
             )
         return parse_record(parse_instruction, record, location)
 
     def check_first(self) -> None:
-        """Reads and parses the first record, so that a wrong path or format shows at once.
+        """Parses the first record, to report a wrong path or format early.
 
         Raises:
-            DataError: It is wrong, or there is none.
+            DataError: It is malformed, or there is none.
         """
         first = next(iter(self.open(0)), None)
         if first is None:
-            raise DataError(f"{self.shards[0].source} holds no records. Give another split")
+            raise DataError(f"{self.shards[0].source} has no records. Give another split")
         self.parse(first, 1)
 
 
@@ -208,9 +208,9 @@ class StreamedBatches(IterableDataset[Served]):
             batches, counts = self._batches(checked, worker, block)
             if block == 0 and counts.kept == 0:
                 raise DataError(
-                    f"all {counts.read} examples of the first buffer were dropped: within max_length="
-                    f"{self.encoder.max_length} tokens none has a token to learn (the longest has "
-                    f"{counts.longest} tokens). Raise max_length"
+                    f"all {counts.read} examples of the first buffer were dropped: none has a trained token "
+                    f"within max_length={self.encoder.max_length} (the longest example has {counts.longest} "
+                    "tokens). Raise max_length"
                 )
             # The block's counts come with its first batch, so that they are counted once.
             for number, batch in enumerate(batches[skip:], start=skip + 1):
@@ -292,15 +292,15 @@ class StreamLoader(DataLoader[Any]):
         """Batches of the whole run.
 
         Raises:
-            TypeError: There is no trainer that would say.
+            TypeError: The length is unknown without a trainer.
         """
         if self.length is None:
-            raise TypeError("a stream has no length")
+            raise TypeError("the length of a stream is unknown without a trainer")
         return self.length
 
     @property
     def report(self) -> EncodingReport:
-        """Counts over the blocks that were begun in this pass, of all workers of this rank."""
+        """Counts over the blocks started in this pass, by all workers of this rank."""
         total = EncodingReport()
         for state in self._workers.values():
             total = total + EncodingReport(**state["report"]) + EncodingReport(**state["counts"])
@@ -316,15 +316,15 @@ class StreamLoader(DataLoader[Any]):
         }
 
     def load_state_dict(self, state_dict: State) -> None:
-        """Goes on from a saved state.
+        """Continues from a saved state.
 
         Raises:
             DataError: It was saved with another number of workers.
         """
         if state_dict["num_workers"] != self.num_workers:
             raise DataError(
-                f"the checkpoint was saved with num_workers={state_dict['num_workers']}, this run has "
-                f"{self.num_workers}. A stream can only be resumed with the same number"
+                f"the checkpoint was saved with num_workers={state_dict['num_workers']}, but this run has "
+                f"{self.num_workers}. Resume the stream with the same number"
             )
         self._epoch, self._turn = state_dict["epoch"], state_dict["turn"]
         self._workers = {int(worker): state for worker, state in state_dict["workers"].items()}
@@ -337,7 +337,7 @@ class StreamLoader(DataLoader[Any]):
                 served = True
                 yield batch
             if not served:
-                raise DataError(f"{self.label} holds no records")
+                raise DataError(f"{self.label} has no records")
             rank_zero_info(f"{self.label}, pass {self._epoch + 1}, first rank: {self.report}")
             self._epoch, self._turn, self._workers = self._epoch + 1, 0, {}
 

@@ -169,8 +169,8 @@ def encode_rows(
     tokenizer = encoder.tokenizer
     if not tokenizer.is_fast:
         raise DataError(
-            f"the tokenizer {type(tokenizer).__name__} gives no character offsets, so it cannot be told "
-            "which tokens are the answer. Load its fast variant (`use_fast=True`)"
+            f"the tokenizer {type(tokenizer).__name__} gives no character offsets, which are needed to "
+            "locate the answer's tokens. Load its fast variant (`use_fast=True`)"
         )
     parts = [
         rows_fingerprint(rows),
@@ -204,8 +204,8 @@ def _without_dropped(encoded: "Dataset", max_length: int, label: str) -> Encoded
     report = count_rows(columns)
     if report.kept == 0:
         raise DataError(
-            f"all {report.read} examples of {label} were dropped: within max_length={max_length} tokens none "
-            f"has a token to learn or to score (the longest has {report.longest} tokens). Raise max_length"
+            f"all {report.read} examples of {label} were dropped: none has a trained or scored token within "
+            f"max_length={max_length} (the longest example has {report.longest} tokens). Raise max_length"
         )
     if report.dropped:
         encoded = encoded.select(numpy.flatnonzero(columns["status"] != DROPPED))
@@ -226,8 +226,8 @@ def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The tokenizer's end-of-sequence token; a tokenizer without one is refused."""
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"the tokenizer {type(tokenizer).__name__} has no end-of-sequence token, so a model could not "
-            "learn where an answer ends. Set `tokenizer.eos_token`"
+            f"the tokenizer {type(tokenizer).__name__} has no end-of-sequence token to mark the end of an "
+            "answer. Set `tokenizer.eos_token`"
         )
     return int(tokenizer.eos_token_id)
 

@@ -1,4 +1,4 @@
-"""What became of the examples of a split."""
+"""Counts of the read, kept and dropped examples of a split."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +23,10 @@ class EncodingReport:
         truncated: Used examples that lost tokens to ``max_length``.
         dropped: Examples left out because no trained (or scorable) token fits into ``max_length``.
         tokens: Tokens of the kept examples; for multiple choice over all rows (prompt and option).
-        trained: Those of them that are trained or scored.
+        trained: Tokens that are trained or scored.
         longest: Tokens of the longest example read, before any cut.
         shortened: Questions whose prompt lost solved examples (shots) to ``max_length``.
-        left_out: Shots that they lost, together.
+        left_out: Total number of these lost examples.
     """
 
     read: int = 0
@@ -40,10 +40,10 @@ class EncodingReport:
     left_out: int = 0
 
     def __str__(self) -> str:
-        lost = f"; {self.left_out:,} shots left out of {self.shortened:,} prompts" if self.shortened else ""
+        lost = f"; {self.left_out:,} shots dropped from {self.shortened:,} prompts" if self.shortened else ""
         return (
-            f"{self.read:,} examples read, {self.kept:,} kept ({self.truncated:,} of them truncated), "
-            f"{self.dropped:,} dropped; {self.tokens:,} tokens, {self.trained:,} of them trained or scored; "
+            f"{self.read:,} examples read, {self.kept:,} kept ({self.truncated:,} truncated), "
+            f"{self.dropped:,} dropped; {self.tokens:,} tokens, {self.trained:,} trained or scored; "
             f"longest example {self.longest:,} tokens{lost}"
         )
 

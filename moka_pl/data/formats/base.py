@@ -44,10 +44,10 @@ def parse_as(formats: Sequence[Format[Parsed]], record: Record) -> Parsed:
         for format in formats:
             if format.fits(record):
                 return format.parse(record)
-        raise MissingFieldError(f"no format has these fields: {names(record)}")
+        raise MissingFieldError(f"no format matches these fields: {names(record)}")
     except MissingFieldError as error:
         known = "; ".join(format.description for format in formats)
-        raise DataError(f"{error}. Expected one of: {known}. Name other columns with `columns`") from error
+        raise DataError(f"{error}. Expected one of: {known}. Map your columns with `columns`") from error
 
 
 def require(record: Record, field: str, label: str = "") -> Any:

@@ -41,8 +41,8 @@ def _parse_messages(value: object) -> list[Message]:
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
-            f"field 'messages' has no assistant message to learn from; found roles: {roles}. Add an answer "
-            "or remove the chat"
+            f"field 'messages' has no assistant message to train on; found roles: {roles}. Add an answer or "
+            "remove the chat"
         )
     return messages
 
@@ -50,8 +50,8 @@ def _parse_messages(value: object) -> list[Message]:
 def _conversations(record: Record) -> dict[str, list[Message]]:
     """Turns with ``from`` and ``value``.
 
-    Such corpora hold parts of longer chats: answers before the first question are left out, and a part
-    without an answer comes back untrained, so that it is counted among the dropped examples.
+    Such corpora hold parts of longer chats. Answers before the first question are left out. A part without an
+    answer is returned untrained, and so counts as a dropped example.
     """
     turns = record["conversations"]
     if not isinstance(turns, list):
@@ -81,7 +81,7 @@ def _turns(record: Record) -> dict[str, list[Message]]:
     if not turns or before.strip():
         raise DataError(
             f"field 'text' does not begin with '### Human:', found {show(text)}. Expected turns '### Human: "
-            "...' and '### Assistant: ...'; name other columns with `columns`"
+            "...' and '### Assistant: ...'; map other columns with `columns`"
         )
     messages = [
         {"role": SHAREGPT_ROLES[speaker.lower()], "content": content.strip()}
@@ -135,13 +135,13 @@ MESSAGES = Format(
     "a chat (messages)", ("messages",), lambda record: record.get("messages") is not None, _messages
 )
 CONVERSATIONS = Format(
-    "a chat of ShareGPT (conversations)",
+    "a ShareGPT chat (conversations)",
     ("conversations",),
     lambda record: record.get("conversations") is not None,
     _conversations,
 )
 TURNS = Format(
-    "a chat in one text with '### Human:' turns (text)",
+    "a chat as one text with '### Human:' turns (text)",
     ("text",),
     lambda record: record.get("text") is not None,
     _turns,

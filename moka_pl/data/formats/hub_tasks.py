@@ -7,7 +7,7 @@ from moka_pl.data.formats.common import Item
 from moka_pl.errors import DataError
 
 ARC = "arc"
-"""What ARC's two tasks are called while nothing but their columns is known: these are the same."""
+"""Name of ARC's two tasks while only their (identical) columns are known."""
 
 
 def hub_task(record: Record) -> str | None:
@@ -86,7 +86,7 @@ def _label(record: Record, column: str, labels: tuple[str, ...]) -> int:
     value = record[column]
     text = str(value).strip()
     if isinstance(value, bool) or text not in labels:
-        hint = ". Sets without labels cannot be used: take the validation split" if value in ("", -1) else ""
+        hint = ". Splits without labels cannot be used: use the validation split" if value in ("", -1) else ""
         raise DataError(f"field {column!r} is {value!r}, outside of the options {', '.join(labels)}{hint}")
     return labels.index(text)
 
@@ -100,7 +100,7 @@ _TASKS: dict[str, tuple[tuple[str, ...], Callable[[Record], Item]]] = {
     ARC: (("question", "choices", "answerKey"), _arc),
     "boolq": (("question", "answer", "passage"), _boolq),
 }
-"""Columns that a task is told by, and how its records are taken apart."""
+"""Columns that identify a task, and the parser of its records."""
 
 HUB_TASK = Format(
     "the columns of a task's hub original", (), lambda record: hub_task(record) is not None, _parse

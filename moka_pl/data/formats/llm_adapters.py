@@ -14,7 +14,7 @@ from moka_pl.data.readers import Located, located
 from moka_pl.errors import DataError
 
 SCIENCE = "science"
-"""Task of the records of ARC and OpenBookQA in a file that mixes tasks, where nothing tells them apart."""
+"""Task of ARC's and OpenBookQA's records in a file that mixes tasks: nothing tells them apart."""
 
 _LEAD = re.compile(r"^\s*Please [^:]*:\s*")
 _FORMAT = re.compile(r"\s*Answer format:\s*(?P<labels>\S+)\s*$", re.IGNORECASE)

@@ -9,7 +9,7 @@ _COLUMNS = (
     ("prompt", None, "response"),
     ("inputs", None, "targets"),
 )
-"""Columns of what is asked, of what may be added to it, and of the answer."""
+"""Columns of the instruction, of its optional input, and of the answer."""
 
 
 def _fits(record: Record) -> bool:

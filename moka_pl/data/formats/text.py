@@ -25,7 +25,9 @@ def parse_text(record: Record, context: str) -> dict[str, str]:
         DataError: The field is missing or no text.
     """
     if context not in record:
-        raise DataError(f"field {context!r} is missing; found: {names(record)}. Name it by `column`")
+        raise DataError(
+            f"field {context!r} is missing; found: {names(record)}. Set `column` to the one with the text"
+        )
     return {"text": require_text(record, context)}
 
 
@@ -40,5 +42,5 @@ def read_text_file(path: Path) -> "Dataset":
     check_file(path)
     text = "".join(line for _, line in lines(path))
     if not text.strip():
-        raise DataError(f"{path} holds no text. Give a file with some")
+        raise DataError(f"{path} has no text. Give another file")
     return Dataset.from_dict({"location": [str(path)], "text": [text]}, features=text_features())

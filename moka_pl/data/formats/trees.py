@@ -10,10 +10,10 @@ from moka_pl.data.readers import Located, located
 from moka_pl.errors import DataError
 
 TreePaths = Literal["best", "all"]
-"""Which chats a tree gives: the one of the best-ranked replies, or one for every last reply."""
+"""Chats of a message tree: that of the best-ranked replies, or one for each last reply."""
 
 FIELDS = ("message_id", "parent_id", "role", "text")
-"""Columns that a flat message is told by."""
+"""Columns that identify a flat message."""
 
 _ROLES = {"prompter": "user", "assistant": "assistant", "system": "system"}
 
@@ -70,7 +70,7 @@ def join_trees(
     ]
     if not roots:
         raise DataError(
-            f"{first[0]} and the following messages: no tree in the language {language!r}; there are "
+            f"{first[0]} and the following messages: no tree in the language {language!r}; found: "
             f"{', '.join(sorted(languages))}. Change `tree_language`"
         )
     for root in roots:

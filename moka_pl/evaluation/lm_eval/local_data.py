@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TASK_FILES = Path(__file__).with_name("task_files")
 
 cloze_options = CHOICE_PROMPTS["cloze"].bare_options
-"""Named by ``cloze.yaml``: how many options there are is known question by question."""
+"""Named by ``cloze.yaml``: the number of options varies from question to question."""
 
 _CHOICES = [f"{{{{choices[{number}]}}}}" for number in range(len(LETTERS))]
 
@@ -43,7 +43,7 @@ def local_tasks(folder: Path, num_fewshot: int | None = None) -> dict[str, dict[
     """
     folder = folder.expanduser().absolute()
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder. Give the folder that holds the tasks")
+        raise DataError(f"{folder} is not a folder. Give the folder that holds the tasks")
     subjects = [file.name.removesuffix("_test.csv") for file in sorted((folder / "test").glob("*_test.csv"))]
     if subjects:
         tasks = {f"mmlu_{subject}": _mmlu(folder, subject, num_fewshot) for subject in subjects}
@@ -51,7 +51,7 @@ def local_tasks(folder: Path, num_fewshot: int | None = None) -> dict[str, dict[
     folders = sorted(file.parent for file in folder.glob("*/test.json"))
     if not folders:
         raise DataError(
-            f"{folder} holds no tasks: neither sub-folders with a test.json each, nor test/*_test.csv as in "
+            f"{folder} has no tasks: it needs sub-folders with a test.json each, or test/*_test.csv as in "
             "MMLU. Give the folder above the tasks"
         )
     return {task.name: _cloze(task, num_fewshot) for task in folders}
@@ -80,8 +80,8 @@ def _cloze(folder: Path, num_fewshot: int | None) -> dict[str, Any]:
         files["train"] = str(folder / "train.json")
         if not (folder / "train.json").is_file():
             raise DataError(
-                f"{folder} has no train.json to take {num_fewshot} worked examples from. Add it, or leave "
-                "num_fewshot out"
+                f"{folder} has no train.json for the {num_fewshot} few-shot examples. Add it, or omit "
+                "--num_fewshot"
             )
         content["fewshot_split"] = "train"
     return content | {"dataset_kwargs": {"task": folder.name, "files": files}}
@@ -105,7 +105,7 @@ def _mmlu(folder: Path, subject: str, num_fewshot: int | None) -> dict[str, Any]
         files["dev"] = str(shots)
     else:
         raise DataError(
-            f"{shots} is missing: the worked examples come from it. Add it, or set num_fewshot to 0"
+            f"{shots} is missing, the source of the few-shot examples. Add it, or set --num_fewshot 0"
         )
     return content | {"dataset_kwargs": {"task": subject, "files": files, "mmlu": True}}
 

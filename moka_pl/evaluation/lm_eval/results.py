@@ -35,7 +35,7 @@ def results_path(output: Path | None, folder: Path) -> Path:
     if output is None or path.is_dir():
         path = path / f"results_{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}.json"
     if (reason := unwritable_reason(path.parent)) is not None:
-        raise ConfigError(f"cannot write results to {path}: {reason}. Give another file by --output")
+        raise ConfigError(f"cannot write results to {path}: {reason}. Choose another file with --output")
     return path
 
 

@@ -71,7 +71,7 @@ def select_tasks(
     """
     local = {} if data is None else local_tasks(data, num_fewshot)
     if not wanted:
-        raise ConfigError(f"no tasks are given; set tasks to names separated by commas{_listing(local)}")
+        raise ConfigError(f"no tasks given; set --tasks to names separated by commas{_listing(local)}")
     from lm_eval.tasks import TaskManager
 
     # The files are read into memory when tasks are loaded; nothing asks for them later.
@@ -100,7 +100,7 @@ def _match(name: str, ours: "TaskManager", local: dict[str, Any]) -> list[tuple[
         name, _library_tasks().all_tasks, _NEAR
     )
     hint = f"; did you mean {', '.join(near)}?" if near else ""
-    raise ConfigError(f"there is no task named {name!r}{hint}{_listing(local)}")
+    raise ConfigError(f"unknown task {name!r}{hint}{_listing(local)}")
 
 
 def _listing(local: dict[str, Any]) -> str:
@@ -123,12 +123,14 @@ def _load(managers: "dict[str, TaskManager]") -> list[Any]:
         except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ConfigError(
-                f"the task {name} of lm_eval cannot be loaded: {reason}. Connect to the network, or give "
-                "local data by --data"
+                f"lm_eval cannot load the task {name}: {reason}. Connect to the network, or "
+                "give local data with --data"
             ) from error
         for task in content["tasks"]:
             if task in chosen_by:
-                raise ConfigError(f"the task {task} is asked for twice: by {chosen_by[task]} and by {name}")
+                raise ConfigError(
+                    f"the task {task} is selected twice, by {chosen_by[task]} and by {name}; remove one"
+                )
             chosen_by[task] = name
         groups = content.get("groups", {})
         loaded += [groups[name]] if name in groups else content["tasks"].values()

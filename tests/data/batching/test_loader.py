@@ -122,7 +122,7 @@ def test_finished_epoch_starts_anew(epoch_batches, served):
 
 
 def test_state_of_other_data_is_refused():
-    with pytest.raises(DataError, match="after 8 batches of an epoch, but an epoch of this run has 7"):
+    with pytest.raises(DataError, match="after 8 batches of an epoch, but this run's epochs have 7"):
         make_loader().load_state_dict({"served": 8})
 
 

@@ -129,7 +129,7 @@ def test_counts(tiny_tokenizer, folder, write_jsonl, monkeypatch):
     assert loader.report.read == 4
     list(batches)
     assert len(said) == 1
-    assert said[0].startswith("instruction train, pass 1, first rank: 24 examples read, 23 kept (0 of them")
+    assert said[0].startswith("instruction train, pass 1, first rank: 24 examples read, 23 kept (0 truncated")
     assert "1 dropped" in said[0]
 
 
@@ -226,7 +226,7 @@ def test_errors_in_the_middle_are_one_message(tiny_tokenizer, write_jsonl, worke
 def test_all_too_long(tiny_tokenizer, write_jsonl):
     path = write_jsonl("a.jsonl", [{"instruction": "word " * 100, "output": "x"}] * 9)
     with pytest.raises(
-        DataError, match=r"all 4 examples of the first buffer .*max_length=64.*longest has \d+"
+        DataError, match=r"all 4 examples of the first buffer .*max_length=64.*longest example has \d+"
     ):
         list(streamed(tiny_tokenizer, path, max_length=64))
 
@@ -251,7 +251,7 @@ def test_hub_stream(tiny_tokenizer, monkeypatch):
     resumed = streamed(tiny_tokenizer, "tatsu-lab/alpaca")
     resumed.load_state_dict(states[2])
     assert [numbers(batch, tiny_tokenizer) for batch in resumed] == batches[3:]
-    with pytest.raises(DataError, match="one data set of the hub at a time"):
+    with pytest.raises(DataError, match="a single hub dataset"):
         streamed(tiny_tokenizer, ["alpaca", "dolly"])
 
 
@@ -266,7 +266,7 @@ def test_hub_errors_count_the_examples(tiny_tokenizer, monkeypatch):
 
 def test_refusals(tiny_tokenizer, folder, write_jsonl):
     loader = streamed(tiny_tokenizer, folder)
-    with pytest.raises(DataError, match="num_workers=2, this run has 0"):
+    with pytest.raises(DataError, match="num_workers=2, but this run has 0"):
         loader.load_state_dict({"num_workers": 2})
     with pytest.raises(DataError, match="a mixture cannot stream"):
         MixtureData([InstructionData(folder, streaming=True)])

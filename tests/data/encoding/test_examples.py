@@ -112,7 +112,7 @@ def test_report_counts(tiny_tokenizer):
     assert report.trained == first["trained"] + 15
     assert report.longest == max(encoder(row)["full_length"] for row in rows)
     assert len(encoded.rows) == 2
-    assert "3 examples read, 2 kept (1 of them truncated), 1 dropped" in str(report)
+    assert "3 examples read, 2 kept (1 truncated), 1 dropped" in str(report)
     assert (report + report).read == 6
 
 

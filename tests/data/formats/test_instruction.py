@@ -155,7 +155,7 @@ def test_pieces_without_an_answer_are_counted_as_dropped(tiny_tokenizer, write_j
     [
         (
             {"question": "a", "reply": "b"},
-            ["no format has these fields: question, reply.", "instruction, input, output", "`columns`"],
+            ["no format matches these fields: question, reply.", "instruction, input, output", "`columns`"],
         ),
         ({"prompt": "a", "reply": "b"}, ["'completion' is missing; found: prompt, reply."]),
         ({"inputs": "a", "targets": 3}, ["'targets' must be text, found int 3"]),
@@ -190,7 +190,7 @@ def test_own_columns(tiny_tokenizer, tmp_path):
         DataError, match=r"a\.csv, line 2: column 'reply' .*'output' in `columns`.*frage, antw"
     ):
         ready(InstructionData(path, columns={"instruction": "frage", "output": "reply"}), tiny_tokenizer)
-    with pytest.raises(DataError, match=r"maps the field 'outptu', which no format has.*instruction"):
+    with pytest.raises(DataError, match=r"has an unknown field 'outptu'.*instruction"):
         InstructionData(path, columns={"outptu": "antwort"})
     with pytest.raises(DataError, match="'output' to the name of a column, found ''"):
         InstructionData(path, columns={"output": ""})
@@ -216,7 +216,7 @@ def test_folder_of_files(tiny_tokenizer, tmp_path, write_jsonl):
     module = ready(InstructionData(tmp_path / "corpus", validation_share=0), tiny_tokenizer)
     assert module.report.keys() == {"train"}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty holds no data file. Put \.json"):
+    with pytest.raises(DataError, match=r"empty has no data files \(\.json"):
         ready(InstructionData(tmp_path / "empty"), tiny_tokenizer)
 
 
@@ -296,7 +296,7 @@ def test_names_and_options_of_corpora(tiny_tokenizer, hub, tmp_path, monkeypatch
     # A folder of that name is taken rather than the hub.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dolly").mkdir()
-    with pytest.raises(DataError, match="dolly holds no data file"):
+    with pytest.raises(DataError, match="dolly has no data files"):
         ready(InstructionData("dolly"), tiny_tokenizer)
 
 
@@ -333,7 +333,7 @@ def test_message_trees(tiny_tokenizer, write_jsonl):
     assert chats(tiny_tokenizer, path) == [best]
     assert chats(tiny_tokenizer, path, tree_paths="all") == [best, worse]
     assert chats(tiny_tokenizer, path, tree_language=None) == [best, french]
-    with pytest.raises(DataError, match=r"no tree in the language 'de'; there are en, fr. Change `tree_lang"):
+    with pytest.raises(DataError, match=r"no tree in the language 'de'; found: en, fr. Change `tree_lang"):
         chats(tiny_tokenizer, path, tree_language="de")
     with pytest.raises(DataError, match="tree_paths must be 'best' or 'all'"):
         InstructionData(path, tree_paths="some")

@@ -47,19 +47,19 @@ def test_a_subject_says_what_it_is_about(mmlu: Path) -> None:
 
 
 def test_worked_examples_need_a_file_to_come_from(questions: Path, mmlu: Path) -> None:
-    with pytest.raises(DataError, match=r"boolean has no train.json to take 2 worked examples from"):
+    with pytest.raises(DataError, match=r"boolean has no train.json for the 2 few-shot examples"):
         local_tasks(questions, num_fewshot=2)
     (mmlu / "dev" / "astronomy_dev.csv").unlink()
-    with pytest.raises(DataError, match=r"astronomy_dev.csv is missing.*set num_fewshot to 0"):
+    with pytest.raises(DataError, match=r"astronomy_dev.csv is missing.*set --num_fewshot 0"):
         local_tasks(mmlu)
     assert "dev" not in local_tasks(mmlu, num_fewshot=0)["mmlu_astronomy"]["dataset_kwargs"]["files"]
 
 
 def test_other_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere is no folder"):
+    with pytest.raises(DataError, match=r"nowhere is not a folder"):
         local_tasks(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty holds no tasks: neither sub-folders with a test.json each"):
+    with pytest.raises(DataError, match=r"empty has no tasks: it needs sub-folders with a test.json each"):
         local_tasks(tmp_path / "empty")
 
 

@@ -20,7 +20,7 @@ def test_where_results_go(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        ConfigError, match=r"cannot write results to .*a.json: .*Give another file by --output"
+        ConfigError, match=r"cannot write results to .*a.json: .*Choose another file with --output"
     ):
         results_path(tmp_path / "file" / "a.json", tmp_path)
 

@@ -92,7 +92,7 @@ def test_a_model_that_cannot_be_built_is_a_failure_of_its_rows() -> None:
 
     _, error = Bench("no-such", "cpu").measure(cases.frozen(), work)
     assert error is not None
-    assert error.startswith("BackboneError: weights: random knows no shape 'no-such'")
+    assert error.startswith("BackboneError: unknown shape 'no-such' for weights: random")
 
 
 def test_round_trip(results, tmp_path) -> None:
