@@ -10,7 +10,7 @@ from moka_pl.backbone.quantization import dense_weight, is_quantised, kernel_wei
 from moka_pl.ops.dispatch import DECODE_TOKENS, Backend, can_fuse, resolve_backend
 from moka_pl.ops.gating import Gating
 from moka_pl.ops.layout import Shape
-from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates, Updates
+from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates
 
 
 class ForwardPlan(NamedTuple):
@@ -22,7 +22,7 @@ class ForwardPlan(NamedTuple):
         result: Dtype of the layer's output.
     """
 
-    updates: Updates
+    updates: DenseUpdates
     compute: torch.dtype
     result: torch.dtype
 
@@ -68,11 +68,15 @@ def plan_forward(
         return None
     m, n = layer.out_features, layer.in_features
     resolved = resolve_backend(backend, x, dtype, shapes, m, n)
+    parts = (shapes, m, n, scaling, lambda: dense_weight(layer), is_quantised(layer), gating)
     if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
-        return ForwardPlan(_fused_updates(layer, x.device, compute, shapes, scaling, gating), compute, result)
+        from moka_pl.ops.triton import FusedUpdates, make_plan
+
+        plan = make_plan(shapes, m, n, x.device)
+        source = kernel_weight(layer, compute, even=plan.side > 0 or plan.even)
+        return ForwardPlan(FusedUpdates(*parts, plan, source), compute, result)
     if resolved != "fused" and compute == dtype and compute.itemsize >= 4:
-        updates_of = DenseUpdates if resolved == "dense" else StructuredUpdates
-        updates = updates_of(shapes, scaling, lambda: dense_weight(layer), is_quantised(layer), gating)
+        updates = (DenseUpdates if resolved == "dense" else StructuredUpdates)(*parts)
         return ForwardPlan(updates, compute, result)
     return None
 
@@ -97,18 +101,3 @@ def is_decoding(x: Tensor, dtype: torch.dtype, m: int, backend: Backend) -> bool
         return False
     asked = backend == "fused" or (backend == "auto" and x.is_cuda)
     return asked and can_fuse(x, dtype, m, n)
-
-
-def _fused_updates(
-    layer: nn.Linear,
-    device: torch.device,
-    compute: torch.dtype,
-    shapes: tuple[Shape, ...],
-    scaling: float,
-    gating: Gating,
-) -> Updates:
-    from moka_pl.ops.triton import FusedUpdates, make_plan
-
-    plan = make_plan(shapes, layer.out_features, layer.in_features, device)
-    source = kernel_weight(layer, compute, even=plan.side > 0 or plan.even)
-    return FusedUpdates(plan, scaling, source, lambda: dense_weight(layer), gating)

@@ -165,15 +165,14 @@ class MokaLinear(nn.Module):
     def _merged_forward(self, x: Tensor, plan: ForwardPlan) -> Tensor:
         """Returns ``(W + ΔW) x + bias``, (..., m)."""
         bias = self.base_layer.bias
-        with torch.autocast(x.device.type, enabled=False):
-            out: Tensor = MergedForward.apply(  # type: ignore[no-untyped-call]
-                x.reshape(-1, self.in_features).to(plan.compute),  # (T, n)
-                self.moka_gate,
-                self._left(),
-                self.moka_B,
-                None if bias is None else bias.to(plan.compute),
-                plan.updates,
-            )  # (T, m)
+        out: Tensor = MergedForward.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, self.in_features).to(plan.compute),  # (T, n)
+            self.moka_gate,
+            self._left(),
+            self.moka_B,
+            None if bias is None else bias.to(plan.compute),
+            plan.updates,
+        )  # (T, m)
         return out.to(plan.result).view(*x.shape[:-1], self.out_features)  # (..., m)
 
     def _decode(self, x: Tensor) -> Tensor:

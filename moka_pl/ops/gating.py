@@ -23,11 +23,13 @@ def gates_of(logits: Tensor, gating: Gating) -> Tensor:
 
     Args:
         logits: g, shape (..., r).
-        gating: ``softmax`` or ``sigmoid``.
+        gating: ``softmax`` or ``sigmoid``; ``none`` where α itself is given.
 
     Returns:
         α, shape (..., r).
     """
+    if gating == "none":
+        return logits
     if gating == "sigmoid":
         return logits.sigmoid() * (2 / logits.shape[-1])
     return logits.softmax(-1)
@@ -39,11 +41,13 @@ def logits_gradient(gates: Tensor, grad: Tensor, gating: Gating) -> Tensor:
     Args:
         gates: α, shape (r,).
         grad: ∂L/∂α, shape (r,).
-        gating: ``softmax`` or ``sigmoid``.
+        gating: As for :func:`gates_of`.
 
     Returns:
         ∂L/∂g, shape (r,).
     """
+    if gating == "none":
+        return grad
     if gating == "sigmoid":
         return gates * (1 - gates * (len(gates) / 2)) * grad  # dα_i/dg_i = α_i (1 - r α_i / 2)
     return gates * (grad - (gates * grad).sum())  # dα_i/dg_j = α_i (δ_ij - α_j)

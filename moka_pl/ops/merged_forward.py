@@ -7,9 +7,10 @@ kept.
 
 For few tokens products with the small factors are cheaper than building ΔW. Merged with the frozen layer,
 they share its transposed input and add to its result in place.
+
+Without W the same code computes the update alone (see :func:`moka_pl.ops.kronecker.kronecker_linear`).
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,146 +26,111 @@ from moka_pl.ops.layout import Shape
 from moka_pl.ops.structured import add_update_, transposed, update_backward
 
 
-class Updates(ABC):
-    """How the merged forward is computed, and its gradients: here by building W + ΔW.
+@dataclass(frozen=True, eq=False)
+class DenseUpdates:
+    """Computes the merged forward and its gradients by building ``W + ΔW`` with PyTorch's own operations.
 
-    ``gate`` holds the logits g, (r,), which make α (see :mod:`moka_pl.ops.gating`), or is None for α_i = 1/r.
+    In all methods x has shape (T, n), ``left`` and ``right`` are the packed factors, and ``gate`` holds the
+    logits g, (r,), or is None for α_i = 1/r.
+
+    Args:
+        shapes: r shapes.
+        m: Output features.
+        n: Input features.
+        scaling: s.
+        base_weight: Returns W, shape (m, n), of full precision; None for ΔW alone.
+        fresh: Whether ``base_weight`` makes a new tensor at every call, as dequantising does; ΔW is then
+            added in place.
+        gating: How ``gate`` makes α; with ``none`` it holds α itself.
     """
+
+    shapes: tuple[Shape, ...]
+    m: int
+    n: int
+    scaling: float
+    base_weight: Callable[[], Tensor] | None
+    fresh: bool
+    gating: Gating
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> Tensor:
-        """Computes ``(W + ΔW) x + bias``.
-
-        Args:
-            x: Input, shape (T, n).
-            bias: Bias of the frozen layer, (m,), or None.
-            left: Packed left factors.
-            right: Packed right factors.
-            gate: Gate logits, (r,), or None.
-
-        Returns:
-            Shape (T, m).
-        """
+        """Computes ``(W + ΔW) x + bias``, shape (T, m)."""
         return F.linear(x, self.weight(left, right, gate, x.dtype), bias)
 
     def backward(
         self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """Computes the gradients of :meth:`product`.
+        """Computes the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``.
 
-        Args:
-            grad: Gradient of the result, shape (T, m).
-            x: Input, shape (T, n).
-            left: Packed left factors.
-            right: Packed right factors.
-            gate: Gate logits, (r,), or None.
-            needs_x: Whether the gradient of ``x`` is wanted.
-
-        Returns:
-            The gradients of ``x`` (None unless wanted), ``left``, ``right`` and ``gate``.
+        ``grad`` is the gradient of :meth:`product`, shape (T, m).
         """
         grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
         return grad_x, *self.project(grad.mT @ x, left, right, gate)
 
-    @abstractmethod
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Builds ``W + ΔW``.
-
-        Args:
-            left: Packed left factors.
-            right: Packed right factors.
-            gate: Gate logits, (r,), or None.
-            dtype: Dtype of the result.
-
-        Returns:
-            Shape (m, n).
-        """
-
-    @abstractmethod
-    def project(
-        self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Projects a gradient of ΔW to its parts.
-
-        Args:
-            grad: D = ∂L/∂ΔW, shape (m, n).
-            left: Packed left factors.
-            right: Packed right factors.
-            gate: Gate logits, (r,), or None.
-
-        Returns:
-            The gradients of ``left``, ``right`` and ``gate``.
-        """
-
-
-@dataclass(frozen=True, eq=False)
-class DenseUpdates(Updates):
-    """By PyTorch's own operations, for W of full precision.
-
-    Args:
-        shapes: r shapes.
-        scaling: s.
-        base_weight: Returns W, shape (m, n).
-        fresh: Whether ``base_weight`` makes a new tensor at every call, as dequantising does; ΔW is then
-            added in place.
-        gating: How gate logits make α.
-    """
-
-    shapes: tuple[Shape, ...]
-    scaling: float
-    base_weight: Callable[[], Tensor]
-    fresh: bool
-    gating: Gating = "softmax"
-
-    def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """As :meth:`Updates.weight`."""
-        total = self.base_weight().to(dtype, copy=not self.fresh)  # (m, n)
-        weights = self._alpha(gate, right) * self.scaling  # (r,)
-        return add_delta_(total, left, right, weights, self.shapes)
+        """Builds ``W + ΔW``, shape (m, n), in ``dtype``."""
+        if self.base_weight is None:
+            total = right.new_zeros(self.m, self.n)
+        else:
+            total = self.base_weight().to(dtype, copy=not self.fresh)
+        return add_delta_(total, left, right, self._alpha(gate, right) * self.scaling, self.shapes).to(dtype)
 
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As :meth:`Updates.project`."""
+        """Projects ∂L/∂ΔW, shape (m, n), to the gradients of ``left``, ``right`` and ``gate``."""
         alpha = self._alpha(gate, right)  # (r,)
         grad_left, grad_right, grad_weights = project(grad, left, right, alpha * self.scaling, self.shapes)
         return grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
 
     def _alpha(self, gate: Tensor | None, right: Tensor) -> Tensor:
+        """α, (r,)."""
         r = len(self.shapes)
         return right.new_full((r,), 1 / r) if gate is None else gates_of(gate, self.gating)
 
     def _gate_gradient(self, gate: Tensor | None, alpha: Tensor, grad_weights: Tensor) -> Tensor | None:
-        """The gradient of the logits, (r,), for that of the weights s α."""
+        """The gradient of ``gate``, (r,), for that of the weights s α."""
         if gate is None:
             return None
         return logits_gradient(alpha, grad_weights * self.scaling, self.gating)
 
 
 class StructuredUpdates(DenseUpdates):
-    """The same without building ΔW, by products with the small factors."""
+    """The same without building ΔW, by products with the small factors.
+
+    They run in the wider dtype of input and factors and are rounded once: in half precision every
+    intermediate would add an error of its own, several times that of one matrix product.
+    """
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> Tensor:
-        """As :meth:`Updates.product`."""
-        # The frozen layer's own product: W xᵀ rounds otherwise on some CPUs, and step 0 would differ.
-        frozen = F.linear(x, self.base_weight().to(x.dtype), bias)  # (T, m)
-        x, out = transposed(x, x.dtype), transposed(frozen, x.dtype)  # (n, T), (m, T)
-        weights = self._alpha(gate, right) * self.scaling  # (r,)
-        return transposed(add_update_(out, x, left, right, weights, self.shapes), x.dtype)  # (T, m)
+        """As :meth:`DenseUpdates.product`."""
+        wide = torch.promote_types(x.dtype, right.dtype)
+        if self.base_weight is None:
+            out = torch.zeros(self.m, len(x), dtype=wide, device=x.device)  # (m, T)
+        else:
+            # The frozen layer's own product: W xᵀ rounds otherwise on some CPUs, and step 0 would differ.
+            out = transposed(F.linear(x, self.base_weight().to(x.dtype), bias), wide)  # (m, T)
+        parts = left.to(wide), right.to(wide), (self._alpha(gate, right) * self.scaling).to(wide)
+        return transposed(add_update_(out, transposed(x, wide), *parts, self.shapes), x.dtype)  # (T, m)
 
     def backward(
         self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """As :meth:`Updates.backward`."""
-        grad, x = transposed(grad, x.dtype), transposed(x, x.dtype)  # (m, T), (n, T)
-        grad_x = self.base_weight().to(x.dtype).mT @ grad if needs_x else None  # (n, T)
+        """As :meth:`DenseUpdates.backward`."""
+        dtype, wide = x.dtype, torch.promote_types(x.dtype, right.dtype)
+        grad, x = transposed(grad, wide), transposed(x, wide)  # (m, T), (n, T)
+        grad_x = None
+        if needs_x and self.base_weight is None:
+            grad_x = torch.zeros_like(x)  # (n, T)
+        elif needs_x and self.base_weight is not None:
+            grad_x = self.base_weight().to(wide).mT @ grad  # (n, T)
         alpha = self._alpha(gate, right)  # (r,)
-        parts = left, right, alpha * self.scaling
+        parts = left.to(wide), right.to(wide), (alpha * self.scaling).to(wide)
         grad_left, grad_right, grad_weights = update_backward(grad, x, *parts, self.shapes, grad_x)
-        grad_x = None if grad_x is None else transposed(grad_x, x.dtype)  # (T, n)
+        grad_x = None if grad_x is None else transposed(grad_x, dtype)  # (T, n)
         return grad_x, grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
 
 
@@ -179,22 +145,14 @@ class MergedForward(torch.autograd.Function):
         left: Tensor,
         right: Tensor,
         bias: Tensor | None,
-        updates: Updates,
+        updates: DenseUpdates,
     ) -> Tensor:
-        """Maps x of shape (T, n) to (T, m).
-
-        Args:
-            ctx: Autograd's context.
-            x: Input in the compute dtype.
-            gate: Gate logits g, (r,), or None for α_i = 1/r.
-            left: Packed left factors.
-            right: Packed right factors.
-            bias: The frozen layer's bias, (m,), in the compute dtype.
-            updates: How the product is computed.
-        """
+        """Maps x of shape (T, n) to (T, m), as ``updates`` does."""
         ctx.save_for_backward(x, gate, left, right)
         ctx.updates = updates
-        return updates.product(x, bias, left, right, gate)  # (T, m)
+        # Every product has the dtype it should have; autocast would build ΔW in half precision.
+        with torch.autocast(x.device.type, enabled=False):
+            return updates.product(x, bias, left, right, gate)  # (T, m)
 
     @staticmethod
     @once_differentiable

@@ -57,8 +57,10 @@ def rounding() -> Iterator[None]:
     exact = DenseUpdates.weight
 
     def weight(self: DenseUpdates, *parts: Any) -> torch.Tensor:
+        update = exact(replace(self, base_weight=None), *parts)
+        if self.base_weight is None:
+            return update
         base = self.base_weight()
-        update = exact(replace(self, base_weight=lambda: torch.zeros_like(base)), *parts)
         return round_by_thresholds(base.bfloat16().float() + update).float()
 
     DenseUpdates.weight = weight  # type: ignore[assignment, method-assign]

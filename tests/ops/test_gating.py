@@ -123,7 +123,8 @@ def test_every_backend_gives_the_values_and_gradients_of_torch_kron(case, gating
 @pytest.mark.parametrize("gating", ["sigmoid", "softmax"])
 def test_the_merged_forward_passes_gradcheck(gating) -> None:
     layer = adapted("dense", gating, SHAPES, torch.float64)
-    updates = DenseUpdates(layer.shapes, 1.3, lambda: layer.base_layer.weight.detach(), False, gating)
+    base_weight = layer.base_layer.weight.detach
+    updates = DenseUpdates(layer.shapes, *layer.base_layer.weight.shape, 1.3, base_weight, False, gating)
     x = torch.randn(2, N, dtype=torch.float64, requires_grad=True)
     leaves = (x, layer.moka_gate, layer.moka_A, layer.moka_B)
     assert torch.autograd.gradcheck(lambda *leaves: MergedForward.apply(*leaves, None, updates), leaves)
