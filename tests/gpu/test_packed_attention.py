@@ -41,8 +41,9 @@ def _examples(vocabulary: int, seed: int = 0) -> list[dict]:
 
 
 def _batch(rows: list[dict], packed: bool) -> dict:
-    fillers = [False] * len(rows)
-    batch = collate_packs(rows, fillers, SIZES, 0) if packed else collate_tokens(rows, fillers, 0)
+    packs = [rows[:3], rows[3:]]
+    assert [len(pack) for pack in packs] == SIZES
+    batch = collate_packs(packs, [False] * 2, 0) if packed else collate_tokens(rows, [False] * len(rows), 0)
     return {key: x.cuda() if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
 
 

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate, chain, pairwise
+from functools import partial
+from itertools import accumulate, chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset as TorchDataset
 
 from moka_pl.data.batching.samplers import filler
@@ -17,6 +20,7 @@ from moka_pl.data.types import (
     PlainBatch,
     Questions,
     SharedPrompts,
+    TokenBatch,
 )
 from moka_pl.lm.scoring import IGNORE_INDEX
 
@@ -39,7 +43,7 @@ _CHOICE_COLUMNS = ("prompt_ids", "option_ids", "option_chars", "option_names", "
 class BatchRows(TorchDataset[Batch]):
     """Makes one batch of a list of indices; a negative index ``-1 - i`` is row i as a filler.
 
-    A list of lists of indices makes a packed batch: one row of each list.
+    A list of lists of indices makes a packed batch: one row of each list, all of it fillers or none.
 
     Args:
         rows: Encoded rows, plain or multiple-choice.
@@ -63,11 +67,13 @@ class BatchRows(TorchDataset[Batch]):
         entries: list[Any] = [index] if isinstance(index, int) else list(index)
         sizes = [len(entry) for entry in entries if not isinstance(entry, int)]
         wanted: list[int] = list(chain.from_iterable(entries)) if sizes else entries
-        fillers = [i < 0 for i in wanted]
         columns = self.rows[[filler(i) if i < 0 else i for i in wanted]]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         if sizes:
-            return collate_packs(rows, fillers, sizes, self.pad_id)
+            examples = iter(rows)
+            packs = [list(islice(examples, size)) for size in sizes]
+            return collate_packs(packs, [pack[0] < 0 for pack in entries], self.pad_id)
+        fillers = [i < 0 for i in wanted]
         if self.choices:
             return collate_choices(rows, fillers, self.pad_id, self.share)
         batch = collate_tokens(rows, fillers, self.pad_id)
@@ -79,15 +85,12 @@ class BatchRows(TorchDataset[Batch]):
 
 
 def collate_tokens(rows: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_id: int) -> PlainBatch:
-    """A batch of plain rows.
+    """A batch of plain rows, its tensors of shape (B, T), T a multiple of 8.
 
     Args:
         rows: With ``input_ids`` and ``labels``.
         fillers: Which rows only fill the batch up; their labels are masked.
         pad_id: Token id of the padding.
-
-    Returns:
-        The batch, its tensors of shape (B, T), T a multiple of 8.
     """
     ids = [row["input_ids"] for row in rows]
     labels = [
@@ -103,38 +106,36 @@ def collate_tokens(rows: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_
 
 
 def collate_packs(
-    rows: Sequence[dict[str, Any]], fillers: Sequence[bool], sizes: Sequence[int], pad_id: int
+    packs: Sequence[Sequence[dict[str, Any]]], fillers: Sequence[bool], pad_id: int
 ) -> PackedBatch:
     """A batch whose rows hold several examples, one after another.
 
-    Args:
-        rows: The examples of all packs, with ``input_ids`` and ``labels``.
-        fillers: Which examples only fill the batch up; their labels are masked.
-        sizes: Number of examples of each pack.
-        pad_id: Token id of the padding.
+    The first token of an example has no label, as nothing of its own predicts it.
 
-    Returns:
-        The batch, without a label for the first token of an example, which nothing of its own predicts.
+    Args:
+        packs: The examples of every row, with ``input_ids`` and ``labels``.
+        fillers: Which packs only fill the batch up; their labels are masked.
+        pad_id: Token id of the padding.
     """
-    labels = [
-        [IGNORE_INDEX] * len(row["labels"]) if is_filler else [IGNORE_INDEX, *row["labels"][1:]]
-        for row, is_filler in zip(rows, fillers, strict=True)
+    rows = [
+        {
+            "input_ids": list(chain.from_iterable(example["input_ids"] for example in pack)),
+            "labels": list(chain.from_iterable([IGNORE_INDEX, *example["labels"][1:]] for example in pack)),
+        }
+        for pack in packs
     ]
-    ends = list(accumulate(sizes))
-    packs = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-    input_ids = _pad([list(chain.from_iterable(rows[i]["input_ids"] for i in p)) for p in packs], pad_id)
-    width = input_ids.shape[1]
+    tokens: TokenBatch = collate_tokens(rows, fillers, pad_id)
+    width = tokens["input_ids"].shape[1]
     segments: list[int] = []
-    for pack in packs:
-        lengths = [len(rows[i]["input_ids"]) for i in pack]
-        segments += [*lengths, *([width - sum(lengths)] if sum(lengths) < width else [])]
+    for pack, row in zip(packs, rows, strict=True):
+        padding = width - len(row["input_ids"])
+        segments += [*(len(example["input_ids"]) for example in pack), *([padding] if padding else [])]
     positions = torch.cat([torch.arange(length) for length in segments])  # (B * T,)
-    real = [len(row["input_ids"]) for row, is_filler in zip(rows, fillers, strict=True) if not is_filler]
     return {
-        "input_ids": input_ids,
-        "labels": _pad([list(chain.from_iterable(labels[i] for i in p)) for p in packs], IGNORE_INDEX),
-        "num_tokens": sum(real),
-        "num_examples": len(real),
+        **tokens,
+        "num_examples": sum(
+            len(pack) for pack, is_filler in zip(packs, fillers, strict=True) if not is_filler
+        ),
         "position_ids": positions.view(len(packs), width),
         "segment_starts": torch.tensor([0, *accumulate(segments)], dtype=torch.int32),
         "longest_segment": max(segments),
@@ -154,34 +155,31 @@ def collate_choices(
         share: "auto" adds the layout with shared prompts if it takes fewer tokens with padding.
     """
     rows: list[dict[str, Any]] = []
-    row_fillers: list[bool] = []
-    columns: dict[str, list[int]] = {"item": [], "task": [], "option_chars": [], "is_answer": []}
+    about: list[tuple[bool, int, int, int, bool]] = []  # filler, item, task, option_chars and is_answer
     for number, (entry, is_filler) in enumerate(zip(items, fillers, strict=True)):
-        prompt = entry["prompt_ids"]
+        prompt, task = entry["prompt_ids"], -1 if is_filler else entry["task"]
         for choice, option in enumerate(entry["option_ids"]):
             rows.append({"input_ids": prompt + option, "labels": [IGNORE_INDEX] * len(prompt) + option})
-            row_fillers.append(is_filler)
-            columns["item"].append(number)
-            columns["task"].append(-1 if is_filler else entry["task"])
-            columns["option_chars"].append(entry["option_chars"][choice])
-            columns["is_answer"].append(not is_filler and choice == entry["answer"])
+            is_answer = not is_filler and choice == entry["answer"]
+            about.append((is_filler, number, task, entry["option_chars"][choice], is_answer))
+    row_fillers, *columns = zip(*about, strict=True)
     tokens = collate_tokens(rows, row_fillers, pad_id)
     batch: ChoiceBatch = {
         "input_ids": tokens["input_ids"],
         "labels": tokens["labels"],
         "num_tokens": tokens["num_tokens"],
         "num_examples": tokens["num_examples"],
-        "item": torch.tensor(columns["item"]),
-        "task": torch.tensor(columns["task"]),
-        "option_chars": torch.tensor(columns["option_chars"]),
-        "is_answer": torch.tensor(columns["is_answer"], dtype=torch.bool),
+        "item": torch.tensor(columns[0]),
+        "task": torch.tensor(columns[1]),
+        "option_chars": torch.tensor(columns[2]),
+        "is_answer": torch.tensor(columns[3]),
     }
     if share == "auto" and not all(fillers):
         shared = share_prompts(items, fillers, pad_id)
         if shared["input_ids"].numel() < batch["input_ids"].numel():
             batch["shared"] = shared
     if any(entry.get("option_names") for entry in items):
-        batch["questions"] = _questions([entry["prompt_ids"] for entry in items], pad_id)
+        batch["questions"] = _questions([torch.tensor(entry["prompt_ids"]) for entry in items], pad_id)
         batch["answer_names"] = [
             "" if is_filler else entry["option_names"][entry["answer"]]
             for entry, is_filler in zip(items, fillers, strict=True)
@@ -235,13 +233,11 @@ def share_prompts(items: Sequence[dict[str, Any]], fillers: Sequence[bool], pad_
     return shared
 
 
-def _questions(prompts: Sequence[list[int]], pad_id: int) -> Questions:
-    width = max(map(len, prompts))
+def _questions(prompts: list[Tensor], pad_id: int) -> Questions:
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
     return {
-        "input_ids": torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]),
-        "attention_mask": torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        ),
+        "input_ids": pad_left(prompts, padding_value=pad_id),
+        "attention_mask": pad_left([torch.ones_like(prompt) for prompt in prompts]),
     }
 
 
@@ -252,8 +248,6 @@ def padded(length: int) -> int:
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of equal length, (B, T), padded on the right."""
-    width = padded(max((len(row) for row in rows), default=0))
-    out = torch.full((len(rows), width), value, dtype=torch.int64)
-    for target, row in zip(out, rows, strict=True):
-        target[: len(row)] = torch.tensor(row, dtype=torch.int64)
-    return out
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    out = pad_sequence(tensors, batch_first=True, padding_value=value)
+    return pad(out, (0, padded(out.shape[1]) - out.shape[1]), value=value)

@@ -39,12 +39,7 @@ class ResumableDataLoader(DataLoader[Any]):
         return {"served": self._served}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the next iteration start after the batches that were served; a finished epoch starts anew.
-
-        Raises:
-            DataError: The state counts more batches than an epoch has: data, batch size or number of devices
-                are not those of the saved run.
-        """
+        """Lets the next iteration start after the batches that were served; a finished epoch starts anew."""
         served = int(state_dict["served"])
         total = len(self)
         if served > total:

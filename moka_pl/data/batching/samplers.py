@@ -51,6 +51,7 @@ class GlobalBatchSampler(DistributedSampler[list[Any]]):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.lengths = numpy.asarray(lengths, dtype=numpy.int64)
         self.batch_size = batch_size
+        self.num_batches = math.ceil(len(lengths) / (batch_size * num_replicas))
         self.skip = 0
         super().__init__(self.lengths, num_replicas, rank, shuffle=False, seed=seed)  # type: ignore[arg-type]
 
@@ -69,8 +70,8 @@ class GlobalBatchSampler(DistributedSampler[list[Any]]):
         return lengths
 
     def __len__(self) -> int:
-        """Number of batches of an epoch, for every rank."""
-        return math.ceil(len(self.lengths) / self.global_size)
+        """Number of batches of an epoch, for every rank and in every epoch."""
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[Any]]:
         skip, self.skip = self.skip, 0
@@ -93,7 +94,7 @@ class GlobalBatchSampler(DistributedSampler[list[Any]]):
         random = numpy.random.default_rng([self.seed, self.epoch])
         return random, random.permutation(len(self.lengths))
 
-    def _cut(self, order: Indices) -> list[Indices]:
+    def _cut(self, order: Any) -> list[Any]:
         return [order[start : start + self.global_size] for start in range(0, len(order), self.global_size)]
 
 
@@ -162,9 +163,6 @@ class TokenSampler(GlobalBatchSampler):
         *args: Ranks and seed as for ``GlobalBatchSampler``.
         multiple: Batches are padded to a multiple of this many tokens.
         **kwargs: The same.
-
-    Raises:
-        ValueError: If an example is longer than a batch may be.
     """
 
     def __init__(
@@ -187,10 +185,7 @@ class TokenSampler(GlobalBatchSampler):
         while start < len(descending):
             self._cuts.append(start)
             start += self.num_replicas * (max_tokens // int(descending[start]))
-
-    def __len__(self) -> int:
-        """Number of batches of an epoch, for every rank and in every epoch."""
-        return len(self._cuts)
+        self.num_batches = len(self._cuts)
 
     def global_batches(self) -> list[Indices]:
         """All global batches of the current epoch, the same on every rank."""
@@ -206,15 +201,8 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     How many rows there are, and which lengths stand in each, depends on how often each length occurs alone,
     not on the order of ``lengths``.
 
-    Args:
-        lengths: Lengths (tokens), from 1 to ``capacity``.
-        capacity: Room of a row (tokens).
-
     Returns:
         Per row the indices into ``lengths``, the longest first.
-
-    Raises:
-        ValueError: If a length is out of range.
     """
     rows: list[list[int]] = []
     by_room: dict[int, list[int]] = defaultdict(list)
@@ -261,25 +249,19 @@ class PackSampler(GlobalBatchSampler):
         super().__init__(*args, **kwargs)
         descending = numpy.sort(self.lengths)[::-1]
         self._packs = best_fit_decreasing(descending.tolist(), capacity)
-
-    def __len__(self) -> int:
-        """Number of batches of an epoch, for every rank and in every epoch."""
-        return math.ceil(len(self._packs) / self.global_size)
+        self.num_batches = math.ceil(len(self._packs) / self.global_size)
 
     def global_batches(self) -> list[list[Pack]]:
         """All global batches of the current epoch, the same on every rank."""
         random, order = self._shuffled()
         # Shuffled among equals, each index stands where its length was packed.
         order = order[numpy.argsort(-self.lengths[order], kind="stable")]
-        packs: list[Pack] = [
-            order[self._packs[number]].tolist() for number in random.permutation(len(self._packs))
-        ]
-        return [packs[start : start + self.global_size] for start in range(0, len(packs), self.global_size)]
+        numbers = random.permutation(len(self._packs))
+        return self._cut([order[self._packs[number]].tolist() for number in numbers])
 
     def row_lengths(self, batch: Sequence[Any] | Indices) -> list[int]:
         """Tokens of every pack of a global batch."""
         return [int(self.lengths[pack].sum()) for pack in batch]
 
     def _fill(self, batch: Any) -> Pack:
-        indices = [index for pack in batch for index in pack]
-        return [filler(min(indices, key=lambda index: int(self.lengths[index])))]
+        return [super()._fill(numpy.concatenate(batch))]

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moka_pl.data.batching.collate import collate_tokens
-from moka_pl.data.encoding.examples import EncodedRow, SegmentEncoder
+from moka_pl.data.encoding.examples import SegmentEncoder
 from moka_pl.data.encoding.report import COUNTED, DROPPED, EncodingReport, count_rows
 from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.data.formats.trees import is_tree_message
@@ -60,16 +60,9 @@ class StreamedRecords:
             )
 
     def open(self, epoch: int) -> "HFIterableDataset":
-        """The records as a resumable stream; every pass shuffles the order of the files.
+        """The records of a pass as a resumable stream; every pass shuffles the order of the files.
 
-        Args:
-            epoch: Number of the pass over the data, from 0.
-
-        Returns:
-            Items with ``record`` and, from files, ``location``; every file (or shard of the hub) is a shard.
-
-        Raises:
-            DataError: The hub dataset cannot be loaded.
+        Files give items with ``record`` and ``location``; every one of them is a shard.
         """
         from datasets import IterableDataset as HFIterableDataset
 
@@ -81,25 +74,12 @@ class StreamedRecords:
         return HFIterableDataset.from_generator(_items, gen_kwargs={"files": [files[i] for i in order]})
 
     def parse(self, item: Mapping[str, Any], number: int) -> dict[str, Any]:
-        """Parses one item of the stream.
-
-        Args:
-            item: What the stream gave.
-            number: Its number, from 1, where the item does not say where it stands.
-
-        Returns:
-            A row with the columns of ``instruction_features``.
-
-        Raises:
-            DataError: The record is wrong, or a message of a tree, which a stream cannot put together.
-        """
-        if is_local(self.shards[0].source):
+        """Parses one item of the stream, the ``number``-th (from 1), to an instruction row."""
+        shard = self.shards[0]
+        if is_local(shard.source):
             location, record = item["location"], item["record"]
         else:
-            location, record = (
-                f"{self.shards[0].source} ({self.shards[0].split}), example {number}",
-                dict(item),
-            )
+            location, record = f"{shard.source} ({shard.split}), example {number}", dict(item)
         with located(location):
             record = rename(record, self.columns)
         if is_tree_message(record):
@@ -110,11 +90,7 @@ class StreamedRecords:
         return parse_record(parse_instruction, record, location)
 
     def check_first(self) -> None:
-        """Parses the first record, to report a wrong path or format early.
-
-        Raises:
-            DataError: It is malformed, or there is none.
-        """
+        """Parses the first record, to report a wrong path or format early."""
         first = next(iter(self.open(0)), None)
         if first is None:
             raise DataError(f"{self.shards[0].source} has no records. Give another split")
@@ -235,15 +211,14 @@ class StreamedBatches(IterableDataset[Served]):
         size = len(kept) if self.world == 1 else math.ceil(len(rows) / self.world)
         count = math.ceil(size / self.batch_size)
         shares = numpy.array_split(numpy.arange(len(kept)), count) if count else []
-        batches = [self._collate([kept[index] for index in share]) for share in shares]
+        # All of a share may be dropped, but the other ranks wait for this one's part of the step.
+        nothing = [{"input_ids": [self.pad_id], "labels": [IGNORE_INDEX]}]
+        parts = [[kept[index] for index in share] for share in shares]
+        batches: list[Batch] = [
+            collate_tokens(part or nothing, [not part] * max(1, len(part)), self.pad_id) for part in parts
+        ]
         report = count_rows({name: [row[name] for row in encoded] for name in COUNTED})
         return [batches[index] for index in random.permutation(count)], report
-
-    def _collate(self, rows: list[EncodedRow]) -> Batch:
-        if not rows:  # all of this rank's share was dropped, but the other ranks wait for its part of a step
-            rows = [{"input_ids": [self.pad_id], "labels": [IGNORE_INDEX]}]
-            return collate_tokens(rows, [True], self.pad_id)
-        return collate_tokens(rows, [False] * len(rows), self.pad_id)
 
 
 class StreamLoader(DataLoader[Any]):
@@ -275,7 +250,6 @@ class StreamLoader(DataLoader[Any]):
             dataset,
             batch_size=None,
             num_workers=num_workers,
-            collate_fn=_as_it_is,
             pin_memory=pin_memory,
             generator=torch.Generator(),
         )
@@ -289,22 +263,16 @@ class StreamLoader(DataLoader[Any]):
         self._workers: dict[int, State] = {}
 
     def __len__(self) -> int:
-        """Batches of the whole run.
-
-        Raises:
-            TypeError: The length is unknown without a trainer.
-        """
+        """Batches of the whole run; raises ``TypeError`` without a trainer, where it is unknown."""
         if self.length is None:
             raise TypeError("the length of a stream is unknown without a trainer")
         return self.length
 
     @property
     def report(self) -> EncodingReport:
-        """Counts over the blocks started in this pass, by all workers of this rank."""
-        total = EncodingReport()
-        for state in self._workers.values():
-            total = total + EncodingReport(**state["report"]) + EncodingReport(**state["counts"])
-        return total
+        """Counts over the blocks that were begun in this pass, of all workers of this rank."""
+        counts = (state[name] for state in self._workers.values() for name in ("report", "counts"))
+        return sum((EncodingReport(**count) for count in counts), EncodingReport())
 
     def state_dict(self) -> State:
         """The pass, and where every worker stands in it."""
@@ -316,11 +284,7 @@ class StreamLoader(DataLoader[Any]):
         }
 
     def load_state_dict(self, state_dict: State) -> None:
-        """Continues from a saved state.
-
-        Raises:
-            DataError: It was saved with another number of workers.
-        """
+        """Goes on from a saved state, which must be of as many workers."""
         if state_dict["num_workers"] != self.num_workers:
             raise DataError(
                 f"the checkpoint was saved with num_workers={state_dict['num_workers']}, but this run has "
@@ -356,7 +320,3 @@ class StreamLoader(DataLoader[Any]):
                 self._workers = {**self._workers, item.worker: item.state}
                 self._turn = (item.worker + 1) % workers
                 yield item.batch
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

@@ -145,7 +145,7 @@ def test_packs():
 
 def test_first_token_of_a_packed_example_is_not_predicted():
     rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7, 8], "labels": [7, 8]}]
-    assert collate_packs(rows, [False] * 2, [2], 0)["labels"][0, :4].tolist() == [
+    assert collate_packs([rows], [False], 0)["labels"][0, :4].tolist() == [
         IGNORE_INDEX,
         6,
         IGNORE_INDEX,
