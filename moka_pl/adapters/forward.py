@@ -87,12 +87,13 @@ def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:
     return trained or hook_count(layer) > 0 or layer.weight.device != device
 
 
-def is_decoding(x: Tensor, dtype: torch.dtype, m: int, backend: Backend) -> bool:
+def is_decoding(x: Tensor, dtype: torch.dtype, shapes: tuple[Shape, ...], m: int, backend: Backend) -> bool:
     """Whether the kernels for decoding serve this call: on a GPU, without gradients, as in generating.
 
     Args:
         x: Input, shape (..., n).
         dtype: Dtype of the factors.
+        shapes: r shapes.
         m: Output features.
         backend: The backend asked for.
     """
@@ -100,4 +101,4 @@ def is_decoding(x: Tensor, dtype: torch.dtype, m: int, backend: Backend) -> bool
     if torch.is_grad_enabled() or not 0 < x.numel() // n < DECODE_TOKENS:
         return False
     asked = backend == "fused" or (backend == "auto" and x.is_cuda)
-    return asked and can_fuse(x, dtype, m, n)
+    return asked and can_fuse(x, dtype, shapes, m, n)

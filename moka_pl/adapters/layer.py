@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.forward import ForwardPlan, is_decoding, plan_forward
 from moka_pl.backbone.quantization import is_quantised, keep_weights, merged_linear
-from moka_pl.ops.dispatch import mixed_kinds
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear
 from moka_pl.ops.layout import Pairs, left_sizes, right_sizes, unpack
@@ -157,7 +156,7 @@ class MokaLinear(nn.Module):
         if self.training and self.dropout.p > 0:  # the update's input is not the frozen layer's
             return self._separate_forward(x)
         dtype, backend = self.moka_B.dtype, self.backend
-        if is_decoding(x, dtype, self.out_features, backend) and not mixed_kinds(self.shapes):
+        if is_decoding(x, dtype, self.shapes, self.out_features, backend):
             return self._decode(x)
         plan = plan_forward(self.base_layer, x, dtype, self.shapes, self.scaling, backend, self.gating)
         return self._separate_forward(x) if plan is None else self._merged_forward(x, plan)

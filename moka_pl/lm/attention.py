@@ -5,8 +5,7 @@ attention gets a mask, which transformers builds from position ids that begin an
 """
 
 import inspect
-from collections.abc import Callable, Mapping
-from importlib.util import find_spec
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,9 +32,8 @@ _HALF = (torch.float16, torch.bfloat16)
 class PackedAttention:
     """Prepares a model for packed batches and makes its inputs of each.
 
-    Args:
-        model: A causal language model on its device. If it can use the variable-length attention, that
-            becomes its attention implementation; other batches are computed as before.
+    A model that can use the variable-length attention gets it as its attention implementation; batches that
+    are not packed are computed as before.
 
     Attributes:
         unsupported_reason: Why there is no variable-length attention; None where it is used.
@@ -65,11 +63,7 @@ class PackedAttention:
         return f"block-diagonal attention mask ({self.unsupported_reason})"
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The model's inputs beside the token ids.
-
-        Args:
-            batch: What ``collate_packs`` returns, on the model's device.
-        """
+        """Returns the model's inputs beside the token ids, for what ``collate_packs`` returns."""
         inputs: dict[str, Any] = {"position_ids": batch["position_ids"]}
         if self.unsupported_reason is None or self._flash:
             starts, longest = batch["segment_starts"], batch["longest_segment"]
@@ -112,7 +106,7 @@ class PackedAttention:
 
 
 def _varlen_unsupported_reason(model: "PreTrainedModel") -> str | None:
-    """Returns why the variable-length attention cannot be used, or None."""
+    """Why the variable-length attention cannot be used, or None."""
     reason = causal_unsupported_reason(model, VARLEN) or flash_unsupported_reason(model)
     if reason is not None:
         return reason
@@ -128,8 +122,6 @@ def _varlen_unsupported_reason(model: "PreTrainedModel") -> str | None:
     largest = 256 if capability[0] >= 9 or capability == (8, 0) else 192
     if size % 8 or size > largest:
         return f"variable-length attention does not support head size {size}"
-    if find_spec("torch.nn.attention.varlen") is None:
-        return f"torch {torch.__version__} has no variable-length attention; upgrade to 2.10"
     return None
 
 
@@ -170,57 +162,22 @@ def varlen_attention(
     """
     starts, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if starts is None or longest is None:
-        return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        kwargs |= {"dropout": dropout, "scaling": scaling}
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return out, None
+    from torch.nn.attention.varlen import varlen_attn
+
     batch, heads, length, size = query.shape
     dtype = value.dtype if value.dtype in _HALF else torch.bfloat16
     queries, keys, values = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
-    out = _varlen()(queries, keys, values, starts, longest, scaling)  # (B * T, H, d)
+    options: dict[str, Any] = {"window_size": (-1, 0), "scale": scaling}
+    if key.shape[1] != heads:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:
+            keys, values = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (keys, values))
+    out = varlen_attn(queries, keys, values, starts, starts, longest, longest, **options)
+    assert isinstance(out, Tensor)  # (B * T, H, d)
     return out.view(batch, length, heads, size).to(query.dtype), None
-
-
-def sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attends by transformers' SDPA.
-
-    Args:
-        module: The attention layer.
-        query: Queries, shape (B, H, T, d).
-        key: Keys, shape (B, K, T, d); H is a multiple of K.
-        value: Values, shape (B, K, T, d).
-        attention_mask: As transformers builds it, or None.
-        **kwargs: What else the model hands to its attention.
-
-    Returns:
-        The attended values, shape (B, T, H, d), and None for the weights.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return out, None
-
-
-def _varlen() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float | None], Tensor]:
-    """The variable-length attention of torch, whose options have changed from version to version."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = inspect.signature(varlen_attn).parameters
-
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scaling: float | None
-    ) -> Tensor:
-        options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-        if scaling is not None and "scale" in known:
-            options["scale"] = scaling
-        elif scaling is not None and scaling != q.shape[-1] ** -0.5:
-            q = q * (scaling * q.shape[-1] ** 0.5)
-        if q.shape[1] != k.shape[1]:
-            if "enable_gqa" in known:
-                options["enable_gqa"] = True
-            else:
-                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        out = varlen_attn(q, k, v, starts, starts, longest, longest, **options)
-        assert isinstance(out, Tensor)
-        return out
-
-    return attend

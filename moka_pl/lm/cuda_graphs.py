@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from moka_pl._compat import attention_implementation, copy_all_, multiplied
 from moka_pl.lm.architecture import causal_unsupported_reason
-from moka_pl.lm.attention import sdpa
 from moka_pl.lm.scoring import IGNORE_INDEX, logits_at
 
 if TYPE_CHECKING:
@@ -86,12 +85,10 @@ class StepCapture:
     A size is recorded when it has come a few times; until then, and where recording fails, the batch is
     computed as usual. Memory: the activations of the largest size once more, as recorded ones are kept apart.
 
-    Args:
-        model: A causal language model with its adapters, in training mode on a CUDA device.
+    The model has its adapters, is in training mode and on a CUDA device.
 
     Attributes:
         unsupported_reason: Why nothing is recorded; None where it is.
-        graphs: Number of recorded sizes.
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
@@ -118,8 +115,8 @@ class StepCapture:
             self._record(batch)
         recorded = self._graphs.get(size)
         if recorded is None:
-            return self._compute(batch.ids, batch.positions, batch.targets)
-        for kept, new in zip(recorded.inputs, (batch.ids, batch.positions, batch.targets), strict=True):
+            return self._compute(*batch[:3])
+        for kept, new in zip(recorded.inputs, batch[:3], strict=True):
             kept.copy_(new, non_blocking=True)
         recorded.graph.replay()
         self.turn += 1
@@ -149,7 +146,7 @@ class StepCapture:
         return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
     def _record(self, batch: FixedBatch) -> None:
-        inputs = (batch.ids.clone(), batch.positions.clone(), batch.targets.clone())
+        inputs = batch.ids.clone(), batch.positions.clone(), batch.targets.clone()
         stream = torch.cuda.current_stream(batch.ids.device)
         generator = torch.cuda.default_generators[stream.device_index]
         random = generator.clone_state()
@@ -235,7 +232,7 @@ def _causal(model: "PreTrainedModel") -> Iterator[None]:
     """With SDPA that takes no mask: transformers would build one while recording, as it cannot look at it."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(CAUSAL, causal_attention)
+    AttentionInterface.register(CAUSAL, _causal_attention)
     before = attention_implementation(model)
     model.set_attn_implementation(CAUSAL)
     try:
@@ -267,14 +264,13 @@ def _fresh_leaves(model: nn.Module) -> Iterator[list[nn.Parameter]]:
             setattr(module, name, parameter)
 
 
-def causal_attention(
+def _causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attends as :func:`moka_pl.lm.attention.sdpa`, with every position seeing all before it.
+    """SDPA without a mask, by which every position sees all before it."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    Raises:
-        RuntimeError: If there is a mask nevertheless.
-    """
     if attention_mask is not None:
         raise RuntimeError("a model that builds its own attention mask cannot be captured")
-    return sdpa(module, query, key, value, None, **kwargs)
+    out, _ = sdpa_attention_forward(module, query, key, value, None, **kwargs)
+    return out, None

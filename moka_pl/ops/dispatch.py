@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from moka_pl.ops.layout import Shape, group_equal
 
 Backend = Literal["auto", "structured", "dense", "fused"]
 
-BACKENDS: tuple[str, ...] = ("auto", "structured", "dense", "fused")
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 #: Tokens below which, on a GPU and without gradients, building ΔW costs more than kernels for few tokens.
 DECODE_TOKENS = 32
@@ -42,11 +42,11 @@ def resolve_backend(
     """
     if backend == "auto":
         # However few the tokens: a step of structured products takes many times as many launches.
-        if x.is_cuda and can_fuse(x, factors, m, n) and not mixed_kinds(shapes):
+        if x.is_cuda and can_fuse(x, factors, shapes, m, n):
             return "fused"
         return pick_backend(x.numel() // n, tuple(shapes), m, n)
     if backend == "fused":
-        if can_fuse(x, factors, m, n) and not mixed_kinds(shapes):
+        if can_fuse(x, factors, shapes, m, n):
             return "fused"
         _warn_unfused()
         return "dense"
@@ -55,17 +55,21 @@ def resolve_backend(
     return backend
 
 
-def can_fuse(x: Tensor, factors: torch.dtype, m: int, n: int) -> bool:
+def can_fuse(x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int, n: int) -> bool:
     """Whether the Triton kernels can run: on CUDA (or under Triton's interpreter), with float32 factors.
+
+    They build layers of one kind: the left factors are all identities, or none is.
 
     Args:
         x: Input.
         factors: Dtype of factors and weights.
+        shapes: r shapes.
         m: Output features.
         n: Input features.
     """
     device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return device and factors == torch.float32 and m * n < 2**31 and _has_triton()
+    one_kind = len({shape.identity for shape in shapes}) == 1
+    return device and factors == torch.float32 and one_kind and m * n < 2**31 and _has_triton()
 
 
 @lru_cache(maxsize=4096)
@@ -85,21 +89,13 @@ def pick_backend(tokens: int, shapes: tuple[Shape, ...], m: int, n: int) -> Lite
         m: Output features.
         n: Input features.
     """
-    groups = group_equal(shapes)
     dense = tokens * m * n
     structured = 20e6 + tokens * 210 * (m + n)
-    for shape, members in groups.items():
-        left = shape.m_a * shape.n_b * (shape.n_a + shape.m_b)
-        right = shape.n_a * shape.m_b * (shape.n_b + shape.m_a)
-        product = shape.m_a * shape.m_b * shape.n_b if shape.identity else min(left, right)
+    for shape, members in group_equal(shapes).items():
+        product = shape.m_a * shape.m_b * shape.n_b if shape.identity else min(shape.costs)
         dense += (120 if shape.identity else 200) * m * n
         structured += 6e6 + tokens * (3.5 * len(members) * product + 150 * (m + n))
     return "dense" if dense <= structured else "structured"
-
-
-def mixed_kinds(shapes: Sequence[Shape]) -> bool:
-    """Whether only some left factors are identities: the kernels build layers of one kind."""
-    return len({shape.identity for shape in shapes}) > 1
 
 
 @cache

@@ -38,6 +38,12 @@ class Shape(NamedTuple):
         """Trainable entries of both factors."""
         return self.m_b * self.n_b + (0 if self.identity else self.m_a * self.n_a)
 
+    @property
+    def costs(self) -> tuple[int, int]:
+        """Multiply-adds for a token of (A X) Bᵀ, the left factor first, and of A (X Bᵀ)."""
+        left = self.m_a * self.n_b * (self.n_a + self.m_b)
+        return left, self.n_a * self.m_b * (self.n_b + self.m_a)
+
     def __str__(self) -> str:
         left = f"I{self.m_a}" if self.identity else f"{self.m_a}×{self.n_a}"
         return f"{left} ⊗ {self.m_b}×{self.n_b}"

@@ -83,7 +83,7 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
     groups, lefts, rights = [], [], []
     left_size = right_size = 0
     for s, members in group_equal(shapes).items():
-        count, first = len(members), not s.identity and _left_costs_less(s)
+        count, first = len(members), not s.identity and s.costs[0] <= s.costs[1]
         right = _entries(right_starts, members, s.m_b, s.n_b)  # (C, m_b, n_b)
         rights.append((right.transpose(0, 1) if first else right).flatten())
         left = _entries(left_starts, members, s.m_a, s.n_a)  # (C, m_a, n_a)
@@ -101,13 +101,6 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
     )
     index = ComponentIndex.of_sizes(right_sizes(shapes), device)
     return _Layout(tuple(groups), left_order, right_order, index)
-
-
-def _left_costs_less(shape: Shape) -> bool:
-    """Whether (A X) Bᵀ takes fewer multiply-adds than A (X Bᵀ)."""
-    left = shape.m_a * shape.n_b * (shape.n_a + shape.m_b)
-    right = shape.n_a * shape.m_b * (shape.n_b + shape.m_a)
-    return left <= right
 
 
 def _entries(begins: list[int], members: list[int], rows: int, columns: int) -> Tensor:

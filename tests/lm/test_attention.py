@@ -167,17 +167,17 @@ def later(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=
     return segmentwise(q, k, v, cu_seq_q, scale)
 
 
-def first(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-    assert is_causal
+def first(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    assert window_size == (-1, 0)
     assert q.shape[1] == k.shape[1]
-    return segmentwise(q, k, v, cu_seq_q, None)
+    return segmentwise(q, k, v, cu_seq_q, scale)
 
 
 @pytest.fixture(params=[first, later])
 def varlen(request, monkeypatch):
     """As if on a GPU, with torch's function in its first form and in a later one."""
     module = pytest.importorskip("torch.nn.attention.varlen")
-    assert set(inspect.signature(request.param).parameters) - {"q", "k", "v", "is_causal"} <= set(
+    assert set(inspect.signature(request.param).parameters) - {"q", "k", "v"} <= set(
         inspect.signature(module.varlen_attn).parameters
     )
     monkeypatch.setattr(module, "varlen_attn", request.param)
