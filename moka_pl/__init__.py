@@ -32,27 +32,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BackboneConfig": "backbone",
-    "CommonsenseData": "data",
-    "InstructionData": "data",
-    "MixtureData": "data",
-    "MmluData": "data",
-    "TextData": "data",
-    "MokaConfig": "adapters",
-    "MokaModule": "training.module",
-    "WarmupDecay": "training.schedule",
-    "inject_adapter": "adapters",
-    "load_adapter": "adapters",
-    "load_backbone": "backbone",
-    "load_model": "inference",
-    "save_adapter": "adapters",
+    "adapters": ("MokaConfig", "inject_adapter", "load_adapter", "save_adapter"),
+    "backbone": ("BackboneConfig", "load_backbone"),
+    "data": ("CommonsenseData", "InstructionData", "MixtureData", "MmluData", "TextData"),
+    "inference": ("load_model",),
+    "training.module": ("MokaModule",),
+    "training.schedule": ("WarmupDecay",),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Imports public names when they are first used: importing the package itself costs nothing."""
-    if name in _HOMES:
-        return getattr(import_module(f"moka_pl.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"moka_pl.{home}"), name)
     raise AttributeError(f"module 'moka_pl' has no attribute {name!r}")
 
 

@@ -28,10 +28,6 @@ class DataError(MokaError):
 
 
 def end_interrupted(kept: str = "") -> NoReturn:
-    """Ends the process after Ctrl-C in one line.
-
-    Args:
-        kept: What is kept, and where.
-    """
+    """Ends the process after Ctrl-C with one line, which says what is kept, and where."""
     print(f"\ninterrupted{'; ' if kept else ''}{kept}", file=sys.stderr)
     sys.exit(INTERRUPTED)

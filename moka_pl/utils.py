@@ -14,12 +14,7 @@ _LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core
 
 @contextmanager
 def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
-    """Runs the body without what some loggers have to say, and leaves their levels as they were.
-
-    Args:
-        *names: Names of the loggers.
-        below: Messages of lower levels are dropped.
-    """
+    """Runs the body without some loggers' messages below a level, and leaves their levels as they were."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -40,14 +35,10 @@ def silenced_lightning() -> Iterator[None]:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Makes a folder, so that one which cannot be written to shows before the work whose results it is for.
-
-    Args:
-        folder: The folder; its parents are made, too.
-        option: Name of the option that it comes from.
+    """Makes a folder and its parents, so that an unwritable one shows before the work whose results it takes.
 
     Raises:
-        ConfigError: If nothing can be written there.
+        ConfigError: If nothing can be written there; it names the option that the folder comes from.
     """
     if (reason := unwritable_reason(folder)) is not None:
         raise ConfigError(f"{option} {folder}: nothing can be written there ({reason}); name another folder")

@@ -53,7 +53,5 @@ class BackboneConfig:
 
     def options(self) -> dict[str, Any]:
         """The options that an adapter stores to rebuild its base (all but name, revision and cache)."""
-        kept = asdict(self)
-        for key in ("name", "revision", "cache_dir"):
-            del kept[key]
-        return kept
+        left_out = ("name", "revision", "cache_dir")
+        return {key: value for key, value in asdict(self).items() if key not in left_out}

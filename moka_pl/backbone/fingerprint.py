@@ -17,12 +17,6 @@ def fingerprint(model: "PreTrainedModel") -> str:
 
     The embedding is never quantised, and rounding to another dtype keeps every sign (of zero, too): loading
     the same weights in another dtype or quantisation gives the same fingerprint, other weights give another.
-
-    Args:
-        model: The base model, with or without adapters.
-
-    Returns:
-        The fingerprint.
     """
     digest = hashlib.sha256()
     digest.update(repr([getattr(model.config, key, None) for key in _SIZES]).encode())

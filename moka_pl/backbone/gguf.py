@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from moka_pl.backbone.loading import loading, progress_bars, writable
@@ -13,12 +14,8 @@ _LAYOUT = 1  # raise when a conversion of the same file would come out different
 def convert_gguf(file: Path, cache: Path) -> Path:
     """Dequantises a GGUF file into a folder of float32 safetensors, configuration and tokenizer.
 
-    Args:
-        file: The GGUF file.
-        cache: Cache folder; several processes may convert at once, one does the work.
-
-    Returns:
-        The folder, named after the file and its size and time.
+    The folder lies in ``cache``, named after the file and its size and time. Several processes may convert at
+    once; one does the work.
 
     Raises:
         BackboneError: If the file is missing or cannot be read, or the ``gguf`` package is absent.
@@ -39,12 +36,10 @@ def convert_gguf(file: Path, cache: Path) -> Path:
 
 
 def _convert(file: Path, target: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
+    if find_spec("gguf") is None:
         raise BackboneError(
             "reading a GGUF file needs the gguf package: pip install 'moka_pl[demo]' (or pip install gguf)"
-        ) from error
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

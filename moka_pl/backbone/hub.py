@@ -9,15 +9,9 @@ _TIMEOUT = 15  # seconds for the one request
 
 
 def reach_model(name: str, revision: str | None = None) -> Path | None:
-    """Checks that a hub model can be had, and where from.
+    """Returns None if the hub has a model, or if it cannot be reached, the model's folder in the hub cache.
 
-    Args:
-        name: Hub id.
-        revision: Branch, tag or commit.
-
-    Returns:
-        None if the hub answered; if it cannot be reached, the model's folder in the local hub cache. (Loaded
-        by its name, even with ``local_files_only``, transformers would still ask the hub, again and again.)
+    (Loaded by name, even with ``local_files_only``, transformers would still ask the hub, again and again.)
 
     Raises:
         BackboneError: If the model does not exist, is gated or private, or can neither be reached nor lies
@@ -34,20 +28,12 @@ def reach_model(name: str, revision: str | None = None) -> Path | None:
     except Exception as error:  # the transport's own errors differ between versions of its client
         if isinstance(cached, str):
             return Path(cached).parent
-        raise explain(name, error) from error
+        raise _explain(name, error) from error
     return None
 
 
-def explain(name: str, error: BaseException) -> BackboneError:
-    """Turns an error of the hub client into one that names the remedy.
-
-    Args:
-        name: Hub id.
-        error: What the client raised.
-
-    Returns:
-        The error to raise.
-    """
+def _explain(name: str, error: BaseException) -> BackboneError:
+    """Turns an error of the hub client into one that names the remedy."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):

@@ -41,12 +41,7 @@ def compute_dtype(config: BackboneConfig, device: torch.device) -> torch.dtype:
 def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") -> Backbone:
     """Loads the base model and its tokenizer onto one device, and quantises the linear layers.
 
-    Args:
-        config: What to load and how to store it.
-        device: The device of the whole model; every rank of a data-parallel run has its own copy.
-
-    Returns:
-        Model and tokenizer; the model is frozen and in evaluation mode.
+    The model is frozen and in evaluation mode. Every rank of a data-parallel run has its own copy.
 
     Raises:
         BackboneError: If the model is missing, gated, unreadable, or misread by bitsandbytes on this CPU.
@@ -92,31 +87,6 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def resolve_source(config: BackboneConfig) -> str:
-    """Returns what transformers can load: a hub id, or a folder (converted first for GGUF files).
-
-    Raises:
-        BackboneError: If the name is no model folder, or that of a shape.
-    """
-    cache = cache_root(config.cache_dir)
-    if config.name == SHORT_NAME:
-        return str(convert_gguf(bundled_gguf(cache), cache))
-    if config.name.endswith(".gguf"):
-        return str(convert_gguf(Path(config.name).expanduser(), cache))
-    folder = Path(config.name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise BackboneError(f"{folder} is not a model folder: it has no config.json")
-        return str(folder)
-    if config.name in SHAPES:
-        raise BackboneError(
-            f"{config.name!r} is a shape without weights; set weights: random, or give a hub id"
-        )
-    if config.name.startswith(("/", ".", "~")) or config.name.count("/") > 1:
-        raise BackboneError(f"{config.name}: no such model folder; check the path")
-    return config.name
-
-
 def _pretrained(config: BackboneConfig, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
@@ -141,14 +111,23 @@ def _pretrained(config: BackboneConfig, dtype: torch.dtype, device: torch.device
 
 
 def _location(config: BackboneConfig) -> dict[str, Any]:
-    """Arguments that tell transformers what to load; a hub model is looked up first."""
-    source = resolve_source(config)
-    if Path(source).is_dir():
-        return {"pretrained_model_name_or_path": source}
-    cached = reach_model(source, config.revision)
-    if cached is not None:
+    """Arguments that tell transformers what to load; GGUF files are converted, hub models looked up first."""
+    name, cache = config.name, cache_root(config.cache_dir)
+    if name == SHORT_NAME or name.endswith(".gguf"):
+        file = bundled_gguf(cache) if name == SHORT_NAME else Path(name).expanduser()
+        return {"pretrained_model_name_or_path": str(convert_gguf(file, cache))}
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BackboneError(f"{folder} is not a model folder: it has no config.json")
+        return {"pretrained_model_name_or_path": str(folder)}
+    if name in SHAPES:
+        raise BackboneError(f"{name!r} is a shape without weights; set weights: random, or give a hub id")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise BackboneError(f"{name}: no such model folder; check the path")
+    if (cached := reach_model(name, config.revision)) is not None:
         return {"pretrained_model_name_or_path": str(cached)}
-    return {"pretrained_model_name_or_path": source, "revision": config.revision or "main"}
+    return {"pretrained_model_name_or_path": name, "revision": config.revision or "main"}
 
 
 def _has_tokenizer(name: str) -> bool:

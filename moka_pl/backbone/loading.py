@@ -13,9 +13,6 @@ from moka_pl.errors import BackboneError
 def loading(name: str) -> Iterator[None]:
     """Runs the body; what transformers raises in it becomes one line that names the model.
 
-    Args:
-        name: The model, as the user gave it.
-
     Raises:
         BackboneError: If a file is missing, damaged or of an unknown kind, or the memory does not suffice.
     """
@@ -29,11 +26,7 @@ def loading(name: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bars(show: bool) -> Iterator[None]:
-    """Runs the body with or without transformers' progress bars, and leaves the user's setting as it was.
-
-    Args:
-        show: False silences the bars; True leaves them as the user has set them.
-    """
+    """Runs the body with transformers' progress bars, if the user has them on and ``show`` is set."""
     from transformers.utils import logging
 
     if show or not logging.is_progress_bar_enabled():
@@ -64,9 +57,6 @@ def cache_root(override: str | None = None) -> Path:
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
     """Makes a folder in the cache and runs the body, which writes there.
-
-    Args:
-        folder: The folder.
 
     Raises:
         BackboneError: If the folder cannot be made or written, or the disk is full.

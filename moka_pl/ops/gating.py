@@ -17,16 +17,10 @@ GATINGS: dict[str, str] = {
 
 
 def gates_of(logits: Tensor, gating: Gating) -> Tensor:
-    """Computes α from gate logits; differentiable.
+    """Computes α, shape (..., r), from gate logits of that shape; differentiable.
 
-    Softmax gates share one sum of 1; sigmoid gates are independent, each from 0 to 2/r.
-
-    Args:
-        logits: g, shape (..., r).
-        gating: ``softmax`` or ``sigmoid``; ``none`` where α itself is given.
-
-    Returns:
-        α, shape (..., r).
+    Softmax gates share one sum of 1; sigmoid gates are independent, each from 0 to 2/r. With ``none``, α
+    itself is given.
     """
     if gating == "none":
         return logits
@@ -54,13 +48,9 @@ def logits_gradient(gates: Tensor, grad: Tensor, gating: Gating) -> Tensor:
 
 
 def normalised_entropy(gates: Tensor) -> Tensor:
-    """−Σ p_i ln p_i / ln r of every row, with each gate's share p = α / Σ α.
+    """Entropies −Σ p_i ln p_i / ln r, shape (...), of α, shape (..., r), with each gate's share p = α / Σ α.
 
-    Args:
-        gates: α, shape (..., r).
-
-    Returns:
-        Entropies from 0 to 1, shape (...); 1 for a single component, which has no choice.
+    They lie between 0 and 1; that of a single component, which has no choice, is 1.
     """
     r = gates.shape[-1]
     if r == 1:

@@ -29,9 +29,7 @@ class WeightSource:
 def frozen_arguments(source: WeightSource | None, filler: Tensor) -> tuple[tuple[Tensor, ...], int, bool]:
     """Returns what :func:`frozen_weight` reads W by: six pointers, BLOCKSIZE and NESTED.
 
-    Args:
-        source: The frozen weight, or None.
-        filler: Any tensor, for pointers that a variant does not read.
+    Pointers that a variant does not read are ``filler``, which can be any tensor.
     """
     if source is None:
         return (filler,) * 6, 0, False

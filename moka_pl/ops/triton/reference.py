@@ -12,14 +12,7 @@ _WORD = 0xFFFFFFFF
 
 
 def round_by_thresholds(total: Tensor) -> Tensor:
-    """Rounds a float32 matrix to bfloat16, each entry by its own threshold.
-
-    Args:
-        total: W + ΔW, shape (m, n), float32.
-
-    Returns:
-        The same in bfloat16; entries that are no numbers stay so.
-    """
+    """Rounds a float32 matrix, (m, n), to bfloat16, each entry by its own threshold; a NaN stays one."""
     (m, n), device = total.shape, total.device
     row = torch.arange(m, device=device) * 0x9E3779B1 & _WORD
     row = (row ^ (row >> 15)) * 0x85EBCA77 & _WORD
