@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
 
 EvalLoaders = DataLoader[Any] | list[DataLoader[Any]]
 
+ALL_SPLITS = ("train", "validation", "test")
 _SPLITS = {
+    None: ALL_SPLITS,
     "fit": ("train", "validation"),
     "validate": ("validation",),
     "test": ("test",),
     "predict": ("test",),
 }
-ALL_SPLITS = ("train", "validation", "test")
 
 
 class MokaDataModule(DataDefaults, LightningDataModule, ABC):
@@ -113,7 +115,6 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._trained_prompt: str | None = None
         self._encoded_prompt: str | None = None
-        self._digest: tuple[PreTrainedTokenizerBase, str] | None = None
         self._warned_of: set[str] = set()  # prompts of adapters that are not those of the data
 
     @property
@@ -179,6 +180,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         if tokenizer is not self._tokenizer:
             self._encoded.clear()
             self.report.clear()
+            self.__dict__.pop("digest", None)
         self._tokenizer = tokenizer
         self._trained_prompt = trained_prompt
 
@@ -199,17 +201,15 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
             self._tokenizer = module.tokenizer
         return self._tokenizer
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of the tokenizer's content; cache keys contain it."""
-        if self._digest is None or self._digest[0] is not self.tokenizer:
-            self._digest = (self.tokenizer, tokenizer_digest(self.tokenizer))
-        return self._digest[1]
+        return tokenizer_digest(self.tokenizer)
 
     def prepare_data(self) -> None:
         """Encodes what the run needs into the cache (Lightning calls this on one rank)."""
         stage = self.trainer.state.fn if self.trainer is not None else None
-        for split in self._splits(stage):
+        for split in _SPLITS[stage]:
             self.encode(split)
 
     def setup(self, stage: str | None = None) -> None:
@@ -221,14 +221,14 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         if self.prompt_key != self._encoded_prompt:  # another adapter, whose own prompt is another
             self._encoded.clear()
             self._encoded_prompt = self.prompt_key
-        for split in self._splits(stage):
+        for split in _SPLITS[stage]:
             if split in self._encoded:
                 continue
             encoded = self._encoded[split] = self.encode(split)
             if encoded is not None:
                 self.report[split] = encoded.report
                 rank_zero_info(f"{self.name} {split}: {encoded.report}")
-        if "train" in self._splits(stage) and self._rank_and_world()[0] == 0:
+        if "train" in _SPLITS[stage] and self._rank_and_world()[0] == 0:
             train, held = self.compared_rows()
             for rows in held:
                 warn_of_overlap(self.name, train, rows)
@@ -282,12 +282,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         """Every test example once."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> EvalLoaders:
-        """The test examples."""
-        return self._eval_loader("test")
-
-    def _splits(self, stage: str | None) -> tuple[str, ...]:
-        return ALL_SPLITS if stage is None else _SPLITS[stage]
+    predict_dataloader = test_dataloader
 
     def _get(self, split: str) -> Encoded:
         if split not in self._encoded:

@@ -25,61 +25,43 @@ _NO_TEST = {"train": "train", "validation": "validation", "test": "validation"}
 
 @dataclass(frozen=True)
 class HubData:
-    """A dataset on the hub.
+    """A dataset on the hub: a corpus of instructions or chats, or a task of multiple-choice questions.
 
     Attributes:
         hub: Its id.
         splits: Names of its train, validation and test splits; one that is not in it does not exist.
         options: What ``datasets.load_dataset`` needs beside id and split (``name``, ``revision``,
             ``data_files``).
+        name: The task's name here.
+        aliases: Other names that people have for the task (lower case, with underscores).
+        prompt: The prompt that fits the corpus's records where the user names none.
     """
 
     hub: str
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train"})
     options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Corpus(HubData):
-    """A corpus of instructions or chats.
-
-    Attributes:
-        prompt: The prompt that fits its records where the user names none.
-    """
-
+    name: str = ""
+    aliases: tuple[str, ...] = ()
     prompt: PromptName = "alpaca"
 
 
-@dataclass(frozen=True)
-class ChoiceTask(HubData):
-    """A task of multiple-choice questions.
-
-    Attributes:
-        name: Its name here.
-        aliases: Other names that people have for it (lower case, with underscores).
-    """
-
-    name: str = ""
-    aliases: tuple[str, ...] = ()
-
-
 CORPORA = {
-    "alpaca": Corpus("tatsu-lab/alpaca"),
-    "alpaca_cleaned": Corpus("yahma/alpaca-cleaned"),
-    "dolly": Corpus("databricks/databricks-dolly-15k"),
-    "flan": Corpus("Muennighoff/flan", _ALL),
-    "guanaco": Corpus(
+    "alpaca": HubData("tatsu-lab/alpaca"),
+    "alpaca_cleaned": HubData("yahma/alpaca-cleaned"),
+    "dolly": HubData("databricks/databricks-dolly-15k"),
+    "flan": HubData("Muennighoff/flan", _ALL),
+    "guanaco": HubData(
         "timdettmers/openassistant-guanaco",
         {"train": "train", "validation": "test", "test": "test"},
         prompt="chat",
     ),
-    "oasst1": Corpus("OpenAssistant/oasst1", _NO_TEST, prompt="chat"),
-    "sharegpt": Corpus(
+    "oasst1": HubData("OpenAssistant/oasst1", _NO_TEST, prompt="chat"),
+    "sharegpt": HubData(
         "anon8231489123/ShareGPT_Vicuna_unfiltered",
         options={"data_files": "ShareGPT_V3_unfiltered_cleaned_split.json"},
         prompt="chat",
     ),
-    "ultrachat": Corpus(
+    "ultrachat": HubData(
         "HuggingFaceH4/ultrachat_200k",
         {"train": "train_sft", "validation": "test_sft", "test": "test_sft"},
         prompt="chat",
@@ -88,28 +70,26 @@ CORPORA = {
 """Corpora by short name; their columns identify their formats."""
 
 _TASKS = (
-    ChoiceTask("google/boolq", _NO_TEST, name="boolq", aliases=("bool_q",)),
-    ChoiceTask("ybisk/piqa", _NO_TEST, {"revision": PARQUET}, "piqa"),
-    ChoiceTask(
+    HubData("google/boolq", _NO_TEST, name="boolq", aliases=("bool_q",)),
+    HubData("ybisk/piqa", _NO_TEST, {"revision": PARQUET}, "piqa"),
+    HubData(
         "allenai/social_i_qa",
         _NO_TEST,
         {"revision": PARQUET},
         "siqa",
         ("social_i_qa", "social_iqa", "socialiqa"),
     ),
-    ChoiceTask("Rowan/hellaswag", _NO_TEST, name="hellaswag", aliases=("hella_swag",)),
-    ChoiceTask(
+    HubData("Rowan/hellaswag", _NO_TEST, name="hellaswag", aliases=("hella_swag",)),
+    HubData(
         "allenai/winogrande",
         _NO_TEST,
         {"name": "winogrande_xl"},
         "winogrande",
         ("wino_grande", "winogrande_xl", "wino"),
     ),
-    ChoiceTask("allenai/ai2_arc", _ALL, {"name": "ARC-Easy"}, "arc_easy", ("arc_e",)),
-    ChoiceTask(
-        "allenai/ai2_arc", _ALL, {"name": "ARC-Challenge"}, "arc_challenge", ("arc_c", "arcchallenge")
-    ),
-    ChoiceTask("allenai/openbookqa", _ALL, {"name": "main"}, "openbookqa", ("obqa", "open_book_qa")),
+    HubData("allenai/ai2_arc", _ALL, {"name": "ARC-Easy"}, "arc_easy", ("arc_e",)),
+    HubData("allenai/ai2_arc", _ALL, {"name": "ARC-Challenge"}, "arc_challenge", ("arc_c", "arcchallenge")),
+    HubData("allenai/openbookqa", _ALL, {"name": "main"}, "openbookqa", ("obqa", "open_book_qa")),
 )
 CHOICE_TASKS = {task.name: task for task in _TASKS}
 """The eight tasks by name, in the usual order."""
@@ -121,7 +101,7 @@ _NAMES = {alias: task.name for task in _TASKS for alias in (task.name, *task.ali
 _MARKS = re.compile(r"\[.*?\]")
 
 
-def find_corpus(source: str | Path) -> Corpus | None:
+def find_corpus(source: str | Path) -> HubData | None:
     """Returns the corpus of a short name or hub id; None for anything else.
 
     A local file or folder of that name comes first.

@@ -1,7 +1,8 @@
 """Turns a local file or a hub dataset into a parsed, disk-cached ``datasets.Dataset``."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,25 +30,16 @@ Parse = Callable[[Record, str], dict[str, Any]]
 Gather = Callable[[Iterable[Located]], Iterator[Located]]
 """Makes records of several ones (message trees) before they are parsed."""
 
-ColumnNames = Mapping[str, str | list[str]]
+Columns = Mapping[str, str | list[str]]
 """Field of a format to the column that holds it; several columns make a list."""
 
-Columns = tuple[tuple[str, str | tuple[str, ...]], ...]
-"""The same, fit to be hashed."""
 
-
-def parse_columns(columns: ColumnNames | None, known: Iterable[str]) -> Columns:
-    """Returns the option ``columns`` as a tuple.
-
-    Args:
-        columns: The user's mapping; None and ``{}`` keep the names in the data.
-        known: Fields that may be named.
+def parse_columns(columns: Columns | None, known: Sequence[str]) -> Columns:
+    """Returns the option ``columns``, whose fields must be ``known``; empty keeps the names in the data.
 
     Raises:
         DataError: A field is unknown, or a column is not a name.
     """
-    known = list(known)
-    parsed: list[tuple[str, str | tuple[str, ...]]] = []
     for field, column in (columns or {}).items():
         if field not in known:
             raise DataError(
@@ -57,8 +49,7 @@ def parse_columns(columns: ColumnNames | None, known: Iterable[str]) -> Columns:
         chosen = column if isinstance(column, list) else [column]
         if not chosen or not all(isinstance(name, str) and name for name in chosen):
             raise DataError(f"`columns` must map {field!r} to the name of a column, found {column!r}")
-        parsed.append((field, tuple(column) if isinstance(column, list) else column))
-    return tuple(parsed)
+    return columns or {}
 
 
 def parse_record(parse: Parse, record: dict[str, Any], location: str, context: str = "") -> dict[str, Any]:
@@ -78,24 +69,17 @@ def parse_record(parse: Parse, record: dict[str, Any], location: str, context: s
 
 
 def rename(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """Returns the record under the fields' names; with a mapping, only the columns it names are kept.
-
-    Raises:
-        DataError: A column is missing.
-    """
-    for field, column in columns:
-        for name in (column,) if isinstance(column, str) else column:
+    """Returns the record under the fields' names; with a mapping, only the columns it names are kept."""
+    renamed: dict[str, Any] = {}
+    for field, column in columns.items():
+        for name in [column] if isinstance(column, str) else column:
             if name not in record:
                 raise DataError(
                     f"column {name!r} (for the field {field!r} in `columns`) is missing; found: "
                     f"{names(record)}. Correct `columns`"
                 )
-    if not columns:
-        return record
-    return {
-        field: record[column] if isinstance(column, str) else [record[name] for name in column]
-        for field, column in columns
-    }
+        renamed[field] = record[column] if isinstance(column, str) else [record[name] for name in column]
+    return renamed if columns else record
 
 
 @contextmanager
@@ -124,9 +108,14 @@ def is_local(source: str | Path) -> bool:
 
 
 def read_rows(
-    shard: Shard, parse: Parse, features: "Features", *, columns: Columns = (), gather: Gather | None = None
+    shard: Shard,
+    parse: Parse,
+    features: "Features",
+    *,
+    columns: Columns | None = None,
+    gather: Gather | None = None,
 ) -> "Dataset":
-    """Reads and parses every record of a shard.
+    """Reads and parses every record of a shard, in its order.
 
     The result is memory-mapped from the cache folder of ``datasets`` (``HF_DATASETS_CACHE``); a second call
     for an unchanged file reads nothing but this cache. A file counts as unchanged while its path, its
@@ -140,29 +129,38 @@ def read_rows(
         columns: Names of the columns, by field.
         gather: A module-level function, or a ``partial`` of one, that all records pass through first.
 
-    Returns:
-        The rows, in the order of the shard.
-
     Raises:
         DataError: The shard cannot be read, or ``parse`` refused a record.
     """
-    records: Callable[..., Iterator[Located]]
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    # `datasets` names the cache after a hash of gen_kwargs; functions of a module are hashed by their name.
+    arguments: dict[str, Any] = {"parse": parse, "context": shard.context, "columns": columns or {}}
+    arguments |= {"gather": gather, "version": READING_VERSION}
     if is_local(shard.source):
         path = Path(shard.source).expanduser()
         if not path.is_file() or suffix_of(path) is None:
             next(stream(path))  # raises the message that fits
         stat = path.stat()
-        key = {"path": str(path), "state": (str(path.absolute()), stat.st_mtime_ns, stat.st_size)}
-        records, show = _file_records, stat.st_size >= SILENT_BYTES
+        arguments |= {"records": partial(stream, path)}
+        arguments |= {"state": (str(path.absolute()), stat.st_mtime_ns, stat.st_size)}
+        show = stat.st_size >= SILENT_BYTES
     else:
-        raw = load_hub(str(shard.source), shard.split, shard.options)
+        rows = load_hub(str(shard.source), shard.split, shard.options)
         config = f"{shard.options['name']}, " if "name" in shard.options else ""
-        key = {"name": f"{shard.source} ({config}{shard.split})", "rows": raw}
-        records, show = _hub_records, len(raw) >= SILENT_ROWS
-    arguments = {"parse": parse, "context": shard.context, "columns": columns, "gather": gather}
-    return _cached(
-        {"records": records, "key": key, "version": READING_VERSION, **arguments}, features, show=show
-    )
+        arguments |= {"records": partial(_hub_records, f"{shard.source} ({config}{shard.split})", rows)}
+        show = len(rows) >= SILENT_ROWS
+    try:
+        with progress_bars(show):
+            return Dataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, DataError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
@@ -193,34 +191,16 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _cached(arguments: dict[str, Any], features: "Features", *, show: bool) -> "Dataset":
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    # `datasets` names the cache after a hash of gen_kwargs; functions of a module are hashed by their name.
-    try:
-        with progress_bars(show):
-            return Dataset.from_generator(_rows, features=features, gen_kwargs=arguments)
-    except DatasetGenerationError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, DataError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
-
-
 def _rows(
-    records: Callable[..., Iterator[Located]],
-    key: dict[str, Any],
-    version: int,
+    records: Callable[[], Iterator[Located]],
     parse: Parse,
     context: str,
     columns: Columns,
     gather: Gather | None,
+    **hashed: Any,
 ) -> Iterator[dict[str, Any]]:
-    del version  # only there to be hashed
-    renamed = _renamed(records(**key), columns)
+    """Yields parsed rows; ``hashed`` is only there to be hashed."""
+    renamed = _renamed(records(), columns)
     for location, record in renamed if gather is None else gather(renamed):
         yield parse_record(parse, record, location, context)
 
@@ -229,11 +209,6 @@ def _renamed(records: Iterable[Located], columns: Columns) -> Iterator[Located]:
     for location, record in records:
         with located(location):
             yield location, rename(record, columns)
-
-
-def _file_records(path: str, state: tuple[str, int, int]) -> Iterator[Located]:
-    del state  # only there to be hashed
-    return stream(Path(path))
 
 
 def _hub_records(name: str, rows: "Dataset") -> Iterator[Located]:

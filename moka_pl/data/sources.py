@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moka_pl.data.catalog import CHOICE_TASKS, COMMONSENSE_170K, ChoiceTask, find_corpus, task_name
+from moka_pl.data.catalog import CHOICE_TASKS, COMMONSENSE_170K, HubData, find_corpus, task_name
 from moka_pl.data.formats.llm_adapters import SCIENCE
 from moka_pl.data.readers import READERS, suffix_of
 from moka_pl.data.samples import sample_path
@@ -155,7 +155,7 @@ def _choice_shards(source: Source, split: str, wanted: list[str] | None) -> list
     return [_file_shard(source)]
 
 
-def hub_tasks(source: Source) -> list[ChoiceTask]:
+def hub_tasks(source: Source) -> list[HubData]:
     """Returns the tasks that a short name, "hub" or a hub id means; none for anything else."""
     if not isinstance(source, str):
         return []

@@ -60,7 +60,7 @@ def test_positions_of_rows(tmp_path, write_jsonl):
 def test_unchanged_file_is_read_once(write_jsonl, monkeypatch):
     path = write_jsonl("a.jsonl", [GOOD])
     first = read(path)
-    monkeypatch.setattr("moka_pl.data.reading.stream", lambda path: pytest.fail("read again"))
+    monkeypatch.setitem(READERS, ".jsonl", lambda path: pytest.fail("read again"))
     second = read(path)
     assert second._fingerprint == first._fingerprint
     assert second.cache_files == first.cache_files

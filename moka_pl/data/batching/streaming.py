@@ -47,8 +47,8 @@ class StreamedRecords:
     """
 
     shards: Sequence[Shard]
-    columns: Columns = ()
-    seed: int = 0
+    columns: Columns
+    seed: int
 
     def __post_init__(self) -> None:
         on_hub = [shard for shard in self.shards if not is_local(shard.source)]

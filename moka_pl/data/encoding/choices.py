@@ -12,6 +12,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def choice_item_features() -> "Features":
+    """Columns of encoded multiple-choice items.
+
+    ``shared_tokens``: tokens of the item with its prompt once; ``left_out``: solved examples that it lost.
+    """
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "prompt_ids": List(Value("int32")),
+            "option_ids": List(List(Value("int32"))),
+            "option_chars": List(Value("int32")),
+            "option_names": List(Value("string")),
+            "answer": Value("int32"),
+            "task": Value("int32"),
+            "shared_tokens": Value("int32"),
+            "left_out": Value("int32"),
+            **count_features(),
+        }
+    )
+
+
 @dataclass(frozen=True)
 class ChoiceEncoder:
     """Encodes one multiple-choice row to a prompt and the continuations to be compared.
@@ -33,6 +55,7 @@ class ChoiceEncoder:
     """
 
     batched: ClassVar[bool] = False
+    features = staticmethod(choice_item_features)
 
     tokenizer: "PreTrainedTokenizerBase"
     prompt: Callable[[Row], str]
@@ -42,11 +65,6 @@ class ChoiceEncoder:
     tasks: tuple[str, ...]
     names: Callable[[Row], list[str]] | None = None
     shorter: Callable[[Row], Sequence[str]] | None = None
-
-    @property
-    def features(self) -> "Features":
-        """Columns of the encoded rows."""
-        return choice_item_features()
 
     def __call__(self, row: Row) -> EncodedRow:
         """Encodes ``row``; a row with an option that does not fit comes back with the status DROPPED."""
@@ -109,25 +127,3 @@ class ChoiceEncoder:
             prompt_ids = ids[:border]
             option_ids.append(ids[border:])
         return prompt_ids, option_ids
-
-
-def choice_item_features() -> "Features":
-    """Columns of encoded multiple-choice items.
-
-    ``shared_tokens``: tokens of the item with its prompt once; ``left_out``: solved examples that it lost.
-    """
-    from datasets import Features, List, Value
-
-    return Features(
-        {
-            "prompt_ids": List(Value("int32")),
-            "option_ids": List(List(Value("int32"))),
-            "option_chars": List(Value("int32")),
-            "option_names": List(Value("string")),
-            "answer": Value("int32"),
-            "task": Value("int32"),
-            "shared_tokens": Value("int32"),
-            "left_out": Value("int32"),
-            **count_features(),
-        }
-    )

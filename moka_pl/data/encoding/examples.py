@@ -59,12 +59,31 @@ class Encoder(Protocol):
     def bos(self) -> bool:
         """Whether a beginning-of-sequence token is put before a row."""
 
-    @property
     def features(self) -> "Features":
         """Columns of the encoded rows."""
 
     def __call__(self, row: Any, /) -> EncodedRow:
         """Encodes a row, or rows."""
+
+
+def token_features() -> "Features":
+    """Columns of encoded plain rows."""
+    from datasets import Features, List, Value
+
+    ids = List(Value("int32"))
+    return Features({"input_ids": ids, "labels": ids, **count_features()})
+
+
+def count_features() -> dict[str, Any]:
+    """Columns that plain rows and multiple-choice items share.
+
+    ``length``: tokens of the (longest) row; ``padded_tokens``: tokens the example takes in a batch, its rows
+    padded to the longest; ``full_length``: ``length`` before any cut; ``tokens``, ``trained``: real tokens
+    and trained ones; ``status``: KEPT, TRUNCATED or DROPPED.
+    """
+    from datasets import Value
+
+    return {name: Value("int32") for name in ("length", "padded_tokens", *COUNTED)}
 
 
 @dataclass(frozen=True)
@@ -84,16 +103,12 @@ class SegmentEncoder:
     """
 
     batched: ClassVar[bool] = False
+    features = staticmethod(token_features)
 
     tokenizer: "PreTrainedTokenizerBase"
     segments: Callable[[Row], list[Segment]]
     max_length: int
     bos: bool
-
-    @property
-    def features(self) -> "Features":
-        """Columns of the encoded rows."""
-        return token_features()
 
     def __call__(self, row: Row) -> EncodedRow:
         """Encodes ``row``; a row without a trained token comes back with the status DROPPED."""
@@ -188,7 +203,7 @@ def encode_rows(
             encoder,
             batched=encoder.batched,
             remove_columns=rows.column_names,
-            features=encoder.features,
+            features=encoder.features(),
             num_proc=num_proc,
             new_fingerprint=fingerprint,
             desc=f"Encoding {label}",
@@ -240,26 +255,6 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     state.pop("padding", None)
     content = [state, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def token_features() -> "Features":
-    """Columns of encoded plain rows."""
-    from datasets import Features, List, Value
-
-    ids = List(Value("int32"))
-    return Features({"input_ids": ids, "labels": ids, **count_features()})
-
-
-def count_features() -> dict[str, Any]:
-    """Columns that plain rows and multiple-choice items share.
-
-    ``length``: tokens of the (longest) row; ``padded_tokens``: tokens the example takes in a batch, its rows
-    padded to the longest; ``full_length``: ``length`` before any cut; ``tokens``, ``trained``: real tokens
-    and trained ones; ``status``: KEPT, TRUNCATED or DROPPED.
-    """
-    from datasets import Value
-
-    return {name: Value("int32") for name in ("length", "padded_tokens", *COUNTED)}
 
 
 def _trained_spans(segments: Sequence[Segment]) -> list[tuple[int, int]]:

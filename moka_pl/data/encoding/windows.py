@@ -36,7 +36,6 @@ class WindowEncoder:
     stride: int
     end: bool
 
-    @property
     def features(self) -> "Features":
         """Columns of the windows: those of plain rows, and the words and bytes that begin in a window."""
         from datasets import Features, Value
@@ -45,12 +44,8 @@ class WindowEncoder:
 
     def __call__(self, rows: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Encodes texts; one without a token becomes an empty window with the status DROPPED."""
-        columns: dict[str, list[Any]] = {name: [] for name in self.features}
-        for text in rows["text"]:
-            for window in self._windows(text):
-                for name, value in window.items():
-                    columns[name].append(value)
-        return columns
+        windows = [window for text in rows["text"] for window in self._windows(text)]
+        return {name: [window[name] for window in windows] for name in self.features()}
 
     def _windows(self, text: str) -> list[dict[str, Any]]:
         bos = self.tokenizer.bos_token_id
