@@ -158,9 +158,6 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
 
         Returns:
             The encoded rows and counts; None if there is no such split.
-
-        Raises:
-            DataError: The data cannot be used.
         """
 
     def _encode(self, split: str, rows: "Dataset | None", encoder: Encoder, key: str) -> Encoded | None:
@@ -171,12 +168,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         return encode_rows(rows, encoder, key=key, label=label, num_proc=self.num_proc, digest=self.digest)
 
     def connect(self, tokenizer: "PreTrainedTokenizerBase", trained_prompt: str | None = None) -> None:
-        """Sets the tokenizer; needed only without a trainer, whose module has one.
-
-        Args:
-            tokenizer: A fast tokenizer.
-            trained_prompt: The prompt that the model's adapter was trained with.
-        """
+        """Sets the tokenizer; needed only without a trainer, whose module has one."""
         if tokenizer is not self._tokenizer:
             self._encoded.clear()
             self.report.clear()
@@ -186,11 +178,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The connected tokenizer, else that of the trainer's LightningModule.
-
-        Raises:
-            DataError: There is neither.
-        """
+        """The connected tokenizer, else that of the trainer's LightningModule; one of them must have it."""
         if self._tokenizer is None:
             module = self._lightning_module()
             if not isinstance(module, HasTokenizer) or module.tokenizer is None:
@@ -213,11 +201,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
             self.encode(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Loads the splits of a stage and reports them once.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"``, ``"predict"``, or None for all.
-        """
+        """Loads the splits of a stage and reports them once."""
         if self.prompt_key != self._encoded_prompt:  # another adapter, whose own prompt is another
             self._encoded.clear()
             self._encoded_prompt = self.prompt_key
@@ -383,11 +367,7 @@ class SplitDataModule(MokaDataModule):
 
 
 def check_at_least(least: int, **options: int | None) -> None:
-    """Refuses options below a minimum; None passes.
-
-    Raises:
-        DataError: Naming the option.
-    """
+    """Raises ``DataError`` for options below a minimum; None passes."""
     for name, value in options.items():
         if value is not None and value < least:
             raise DataError(f"{name} must be at least {least}, got {value}")

@@ -124,9 +124,6 @@ def normalise(task: str, question: str, choices: list[str]) -> tuple[str, list[s
         task: ``task_name`` of the task.
         question: As it stands in the hub's columns or in the LLM-Adapters prompt.
         choices: The options, in order.
-
-    Returns:
-        The question and the options.
     """
     clean: Callable[[str], str] = _without_marks if task == "hellaswag" else str.strip
     question = clean(question)
@@ -136,15 +133,10 @@ def normalise(task: str, question: str, choices: list[str]) -> tuple[str, list[s
 
 
 def fill_blank(question: str, choices: list[str]) -> tuple[str, list[str]]:
-    """Puts WinoGrande's options into the blank of the sentence.
+    """Puts WinoGrande's options into the blank ``_`` of the sentence.
 
-    Args:
-        question: A sentence with a blank ``_``.
-        choices: What may stand in the blank.
-
-    Returns:
-        The sentence up to its blank, and the options with the rest of the sentence; what has no blank comes
-        back as it is.
+    Returns the sentence up to its blank, and the options with the rest of it; or both as they are where there
+    is no blank.
     """
     before, blank, after = question.partition("_")
     if not blank or not before.strip():

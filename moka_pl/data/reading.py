@@ -84,11 +84,7 @@ def rename(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
 
 @contextmanager
 def progress_bars(show: bool) -> Iterator[None]:
-    """Runs the body with or without the progress bars of ``datasets``, and restores the user's setting.
-
-    Args:
-        show: False silences the bars; True leaves them as the user has set them.
-    """
+    """Silences the progress bars of ``datasets`` in the body, or with ``show`` leaves them as the user set them."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if show or are_progress_bars_disabled():
@@ -170,9 +166,6 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
         name: Id of the dataset.
         split: Its split.
         options: What else ``datasets.load_dataset`` is given.
-
-    Raises:
-        DataError: The dataset, the split or the network is not there.
     """
     import datasets
 

@@ -18,11 +18,7 @@ _PLAIN = ("nll", "tokens", "words", "bytes")
 
 
 class Sums(Metric):
-    """A table of sums over everything added on all ranks, in float64.
-
-    Args:
-        *shape: Its shape.
-    """
+    """A table of sums of this shape over everything added on all ranks, in float64."""
 
     full_state_update = False
     total: Tensor

@@ -24,14 +24,8 @@ def score_shared(model: "PreTrainedModel", shared: SharedPrompts) -> TokenScores
     """Scores the tokens of options that stand behind their prompt in one row.
 
     Every option sees the prompt and itself, and its positions go on from the prompt's end, so that each token
-    gets the score that it has in a row of its own.
-
-    Args:
-        model: A causal language model for which ``can_share`` is true.
-        shared: The items, each with its prompt once.
-
-    Returns:
-        The scores of the N tokens; ``row`` is the option's number in the batch.
+    gets the score that it has in a row of its own. The model must be one for which ``can_share`` is true;
+    ``row`` of the N scores is the option's number in the batch.
     """
     inputs = {"input_ids": shared["input_ids"]}
     if "segments" in shared:
@@ -52,8 +46,7 @@ def block_mask(model: "PreTrainedModel", segments: Tensor) -> Tensor:
         segments: 0 for the prompt, k for option k, -1 for padding, shape (I, S).
 
     Returns:
-        Shape (I, 1, S, S): True where a token is seen, or for eager attention 0 there and the lowest number
-        elsewhere.
+        Shape (I, 1, S, S): True where a token is seen; for eager attention 0 there, else the lowest number.
     """
     size = segments.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
@@ -72,9 +65,6 @@ def can_share(model: "PreTrainedModel") -> bool:
     A model must take position ids and a mask of any pattern; those that read positions off the order of the
     tokens, or carry a state along them, cannot. As that is hard to tell from a configuration, a few tokens
     are scored both ways.
-
-    Args:
-        model: A causal language model.
     """
     if attention_implementation(model) not in ATTENTIONS:
         return False

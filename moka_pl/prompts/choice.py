@@ -142,12 +142,7 @@ MMLU_PROMPTS: dict[str, ChoicePrompt] = {
 
 
 def mmlu_header(subject: str, *, listed: bool = True) -> str:
-    """Returns the line that opens a prompt of MMLU.
-
-    Args:
-        subject: Its name with underscores, such as ``high_school_physics``.
-        listed: Whether the options are listed under the questions.
-    """
+    """Returns the line that opens a prompt of MMLU, for options that are listed under the questions or not."""
     kind = "multiple choice questions" if listed else "questions"
     return f"The following are {kind} (with answers) about {subject.replace('_', ' ')}."
 

@@ -30,15 +30,7 @@ class Segment:
 def alpaca(row: Mapping[str, Any]) -> list[Segment]:
     """Returns the Alpaca prompt, then the answer and the end-of-sequence token, both trained.
 
-    Args:
-        row: A checked instruction row. A chat of one question and one answer is taken as instruction and
-            output.
-
-    Returns:
-        Prompt and completion.
-
-    Raises:
-        DataError: The row is a longer chat, or has a system message.
+    A chat of one question and one answer is taken as instruction and output; other chats are refused.
     """
     instruction, context, output, trained = row["instruction"], row["input"], row["output"], True
     if row["messages"]:
@@ -59,14 +51,7 @@ def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[S
 
     The span of a turn is what the rendering of the messages up to and including it adds to the rendering of
     the messages before it (with the generation prompt), without the white space after the end-of-turn token.
-
-    Args:
-        row: A checked instruction row. An Alpaca row becomes a user turn (instruction, blank line, input) and
-            an assistant turn.
-        tokenizer: It must have a chat template.
-
-    Returns:
-        Segments whose texts join to the full rendering.
+    An Alpaca row becomes a user turn (instruction, blank line, input) and an assistant turn.
 
     Raises:
         DataError: The tokenizer has no template, the template refuses the messages, or it renders the
@@ -98,11 +83,7 @@ def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[S
 
 
 def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuses a tokenizer without a chat template.
-
-    Raises:
-        DataError: It has none.
-    """
+    """Raises ``DataError`` for a tokenizer without a chat template."""
     if not tokenizer.chat_template:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise DataError(

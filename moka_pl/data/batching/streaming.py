@@ -233,9 +233,6 @@ class StreamLoader(DataLoader[Any]):
         length: Batches after which the run ends; None makes an iteration one pass.
         label: What the examples are called in messages.
         pin_memory: As for ``DataLoader``.
-
-    Attributes:
-        report: What became of the examples of this rank in the current pass, block by block.
     """
 
     def __init__(

@@ -175,9 +175,6 @@ def encode_rows(
         num_proc: Number of processes; None encodes in this one.
         digest: ``tokenizer_digest(encoder.tokenizer)`` where the caller has it already.
 
-    Returns:
-        The rows that were kept, and the counts.
-
     Raises:
         DataError: No row was kept, a row cannot be rendered, or the tokenizer is not a fast one.
     """

@@ -32,11 +32,7 @@ def parse_text(record: Record, context: str) -> dict[str, str]:
 
 
 def read_text_file(path: Path) -> "Dataset":
-    """Reads a text file as one text.
-
-    Raises:
-        DataError: The file is missing, empty or not UTF-8.
-    """
+    """Reads a text file as one text; it must be UTF-8 and not empty."""
     from datasets import Dataset
 
     check_file(path)

@@ -58,12 +58,7 @@ def local_tasks(folder: Path, num_fewshot: int | None = None) -> dict[str, dict[
 
 
 def write_task_files(tasks: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Writes a task file for each task, which lm_eval finds by ``include_path``.
-
-    Args:
-        tasks: From ``local_tasks``.
-        folder: Where to write them.
-    """
+    """Writes the tasks of ``local_tasks`` as files that lm_eval finds by ``include_path``."""
     for number, content in enumerate(tasks.values()):
         # JSON is YAML, and needs no thought about quoting.
         (folder / f"{number}.yaml").write_text(json.dumps(content), encoding="utf-8")
@@ -135,9 +130,6 @@ def choice_splits(
 
     Returns:
         ``question``, ``choices`` and ``answer`` (an index) by split.
-
-    Raises:
-        DataError: A file cannot be used.
     """
     parse, features = parse_mmlu if mmlu else parse_choice, choice_features()
     rows = {split: read_rows(Shard(file, context=task), parse, features) for split, file in files.items()}

@@ -19,14 +19,11 @@ _LIBRARIES = ("lm_eval", "torch", "transformers", "bitsandbytes", "datasets")
 
 
 def results_path(output: Path | None, folder: Path) -> Path:
-    """Returns where the results go; checked before anything is computed.
+    """Returns ``output``, or in a folder ``results_<time>.json`` (UTC); checked before anything is computed.
 
     Args:
         output: A file, or a folder that exists already; None takes ``folder``.
         folder: The folder to write to without ``output``.
-
-    Returns:
-        ``output``, or ``results_<time>.json`` in the folder (UTC).
 
     Raises:
         ConfigError: If nothing can be written there.
@@ -41,10 +38,6 @@ def results_path(output: Path | None, folder: Path) -> Path:
 
 def write_results(results: Mapping[str, Any], path: Path) -> None:
     """Writes the results; a file that was there is replaced only once the new one is whole.
-
-    Args:
-        results: Results of lm_eval, and what was added to them.
-        path: The file.
 
     Raises:
         ConfigError: If the disk is full or read-only.

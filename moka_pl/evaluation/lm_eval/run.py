@@ -40,9 +40,6 @@ def run_harness(
         apply_chat_template: Put the tokenizer's chat template around the prompts.
         log_samples: Keep every question with the model's scores, in ``samples``.
         max_length: Most tokens of a sequence; None takes the model's own limit.
-
-    Returns:
-        The results as lm_eval gives them.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM

@@ -22,11 +22,7 @@ _NEAR, _LISTED = 5, 30
 
 
 def require_lm_eval() -> None:
-    """Checks that lm_eval is installed, without importing it (which takes seconds).
-
-    Raises:
-        ConfigError: If it is not, with the command that installs it.
-    """
+    """Raises ``ConfigError`` if lm_eval is not installed, without importing it (which takes seconds)."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "the lm-evaluation-harness is not installed: pip install 'moka_pl[eval]' (or pip install lm_eval)"
