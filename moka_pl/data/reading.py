@@ -84,7 +84,7 @@ def rename(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
 
 @contextmanager
 def progress_bars(show: bool) -> Iterator[None]:
-    """Silences the progress bars of ``datasets`` in the body, or with ``show`` leaves them as the user set them."""
+    """Runs the body with the progress bars of ``datasets`` as the user has set them, or silenced."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if show or are_progress_bars_disabled():

@@ -52,7 +52,13 @@ class EvaluatedModule(LightningModule):
         self._start_metrics()
 
     def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch of the evaluation set ``dataloader_idx`` to the metrics."""
+        """Adds a batch to the metrics.
+
+        Args:
+            batch: Labelled rows, or multiple-choice items.
+            batch_idx: Not needed.
+            dataloader_idx: Number of the evaluation set.
+        """
         assert self._metrics is not None
         scores = self._score(batch)
         if "item" not in batch:
@@ -79,7 +85,13 @@ class EvaluatedModule(LightningModule):
         self._end_metrics("test")
 
     def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Returns ``log_likelihood`` of every row's completion; for multiple choice what tells the rows, too."""
+        """Returns ``log_likelihood`` of every row's completion; for multiple choice what the rows are, too.
+
+        Args:
+            batch: Labelled rows, or multiple-choice items, in B rows.
+            batch_idx: Not needed.
+            dataloader_idx: Not needed.
+        """
         scores = self._score(batch)
         predicted: dict[str, Any] = {"log_likelihood": -row_sums(scores, len(batch["input_ids"]))}
         columns = ("item", "task", "is_answer", "option_chars")

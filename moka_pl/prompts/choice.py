@@ -142,7 +142,7 @@ MMLU_PROMPTS: dict[str, ChoicePrompt] = {
 
 
 def mmlu_header(subject: str, *, listed: bool = True) -> str:
-    """Returns the line that opens a prompt of MMLU, for options that are listed under the questions or not."""
+    """Returns the line that opens a prompt of MMLU, whose questions have their options listed or not."""
     kind = "multiple choice questions" if listed else "questions"
     return f"The following are {kind} (with answers) about {subject.replace('_', ' ')}."
 
