@@ -66,10 +66,6 @@ def leave_out_of_ddp(module: "nn.Module", names: Iterable[str]) -> None:
 
     Seen in torch 2.11 to 2.13, in which DDP reads this attribute. Without it every rank would broadcast the
     frozen base when training begins, and 4-bit weights cannot be broadcast everywhere.
-
-    Args:
-        module: The module that DDP will wrap.
-        names: Names of the parameters and buffers, as ``module.named_parameters()`` has them.
     """
     module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
 
@@ -115,10 +111,6 @@ def disable_adapters(layer: Any, disabled: bool) -> None:
 
     Seen in PEFT 0.18 to 0.21, whose public ``enable_adapters`` also changes what requires gradients.
     Without it one would have to write down which parameters do, and restore that.
-
-    Args:
-        layer: A layer of PEFT's; its public ``disable_adapters`` says how it is.
-        disabled: Whether it is to compute as its base layer.
     """
     layer._disable_adapters = disabled
 
@@ -136,14 +128,11 @@ def trainer_of(module: "LightningModule") -> "Trainer | None":
 
 
 def training_loader(trainer: "Trainer") -> Callable[[], Any] | None:
-    """What makes a loader of the training's batches, apart from the one that the training uses.
+    """What makes a loader of the training's batches, apart from the one in use; None without training data.
 
     Seen in Lightning 2.6.0 to 2.6.6; ``trainer.train_dataloader`` is the loader in use, and not there before
     training. Without it filters could not be chosen from the first batches where a loader was given to
     ``fit``.
-
-    Returns:
-        A function without arguments; None if the trainer has no training data.
     """
     source = trainer.fit_loop._data_source
     return source.dataloader if source.is_defined() else None

@@ -61,7 +61,7 @@ def generate_texts(
     max_new_tokens: int,
     temperature: float = 0.0,
 ) -> list[str]:
-    """Continues prompts.
+    """Returns the continuations of I prompts.
 
     Args:
         model: A causal language model.
@@ -70,9 +70,6 @@ def generate_texts(
         attention_mask: 0 at the padding, shape (I, T).
         max_new_tokens: Most tokens of a continuation.
         temperature: Sampling temperature; 0 always takes the likeliest token.
-
-    Returns:
-        The I continuations.
     """
     # Where nothing is sampled, a chat model's own settings of sampling would be warned of.
     sampling = (

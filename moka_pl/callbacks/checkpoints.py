@@ -1,6 +1,7 @@
 """Keeps the best and the last adapter of a run, and the checkpoint that it can be continued from."""
 
 import math
+import operator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,23 +42,18 @@ class AdapterCheckpoint(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settles the folder (on every rank: the log folder's name is broadcast)."""
-        log_dir = trainer.log_dir
-        self._folder = (
-            Path(self.dirpath) if self.dirpath else Path(log_dir or trainer.default_root_dir) / "adapters"
-        )
+        self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "adapters"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last adapter, and the best one if this is better."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or is_trial(trainer):
             return
-        value = trainer.callback_metrics.get(self.monitor)
-        score = None if value is None else float(value)
+        score = float(trainer.callback_metrics.get(self.monitor, math.nan))
         self.last_path = self._save(trainer, pl_module, "last")
-        if score is None or not math.isfinite(score):
+        if not math.isfinite(score):
             return
-        if self.best_score is None or (
-            score < self.best_score if self.mode == "min" else score > self.best_score
-        ):
+        better = operator.lt if self.mode == "min" else operator.gt
+        if self.best_score is None or better(score, self.best_score):
             self.best_score = score
             self.best_path = self._save(trainer, pl_module, "best")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from moka_pl.data.types import data_of
 from moka_pl.evaluation.results import Counts, Results, Share, flat, macro
@@ -23,13 +22,6 @@ class EvaluationTable(Callback):
     or ``test.json``.
     """
 
-    def __init__(self) -> None:
-        self._log_dir: str | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Asks for the log folder on every rank: Lightning broadcasts its name."""
-        self._log_dir = trainer.log_dir if trainer.loggers else None
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reports ``validate``."""
         if trainer.state.fn == "validate":
@@ -39,15 +31,15 @@ class EvaluationTable(Callback):
         """Reports ``test``."""
         self._report(trainer, pl_module, "test")
 
-    @rank_zero_only
     def _report(self, trainer: Trainer, pl_module: LightningModule, command: str) -> None:
         assert isinstance(pl_module, MokaModule)
-        if pl_module.eval_results is None:
+        log_dir = trainer.log_dir if trainer.loggers else None  # on every rank: Lightning broadcasts it
+        if pl_module.eval_results is None or not trainer.is_global_zero:
             return
         print(results_text(pl_module.eval_results))
-        if self._log_dir is None:
+        if log_dir is None:
             return
-        file = Path(self._log_dir) / f"{command}.json"
+        file = Path(log_dir) / f"{command}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         described = {"command": command, **_about(trainer, pl_module), **results_dict(pl_module.eval_results)}
         file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
@@ -55,14 +47,7 @@ class EvaluationTable(Callback):
 
 
 def results_text(results: Results) -> str:
-    """Writes the results as a table.
-
-    Args:
-        results: What an evaluation measured.
-
-    Returns:
-        Several lines of text.
-    """
+    """Writes the results as a table."""
     rows: list[tuple[str, float, Mapping[str, Share], str]] = []
     for task, counts in results.tasks.items():
         rows.append((task, counts.items, counts.shares(), _nll(counts)))

@@ -168,15 +168,7 @@ def gate_scalars(gates: Tensor, labels: list[str], gating: Gating) -> dict[str, 
 
 
 def gate_heatmap(gates: Tensor, labels: list[str]) -> "npt.NDArray[np.uint8]":
-    """Draws the gates of all layers.
-
-    Args:
-        gates: α, shape (layers, r).
-        labels: One name a layer.
-
-    Returns:
-        The picture, (height, width, 3).
-    """
+    """Draws the gates α, (layers, r), with one label a layer; returns the picture, (height, width, 3)."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -185,12 +177,11 @@ def gate_heatmap(gates: Tensor, labels: list[str]) -> "npt.NDArray[np.uint8]":
     figure = Figure(figsize=(1.5 + 0.45 * gates.shape[1], 1.2 + 0.16 * gates.shape[0]), dpi=90)
     canvas = FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
-    start = 1 / gates.shape[1]
     image = axes.imshow(gates.numpy(), aspect="auto", cmap="viridis")
     axes.set_xticks(range(gates.shape[1]), [str(i) for i in range(gates.shape[1])])
     axes.set_yticks(range(len(labels)), labels, fontsize=6)
     axes.set_xlabel("component i")
-    axes.set_title(f"gates α_i (start: {start:.3f})", fontsize=9)
+    axes.set_title(f"gates α_i (start: {1 / gates.shape[1]:.3f})", fontsize=9)
     figure.colorbar(image)
     figure.tight_layout()
     canvas.draw()  # type: ignore[no-untyped-call]

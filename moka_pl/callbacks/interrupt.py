@@ -60,17 +60,14 @@ class GracefulInterrupt(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the signals back."""
-        self._give_back()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the signals back."""
-        self._give_back()
-
-    def _give_back(self) -> None:
         # Not in teardown: Lightning has by then put back the handlers from before its own.
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old.clear()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self.on_train_end(trainer, pl_module)
 
     def _save_if_asked(self, trainer: Trainer) -> None:
         asked = self._asked

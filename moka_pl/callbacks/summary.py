@@ -6,7 +6,6 @@ from shlex import quote
 from typing import TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from moka_pl.backbone.quantization import weight_count
 from moka_pl.callbacks.checkpoints import AdapterCheckpoint, is_trial
@@ -26,11 +25,6 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
-        self._log_dir: str | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Asks for the log folder on every rank: Lightning broadcasts its name."""
-        self._log_dir = trainer.log_dir
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remembers and logs the frozen base's metrics."""
@@ -50,13 +44,12 @@ class RunSummary(Callback):
         """Takes over the base's metrics."""
         self.before = state_dict["before"]
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table."""
-        if is_trial(trainer) or trainer.interrupted:
-            return
-        assert isinstance(pl_module, MokaModule)
-        print(summary_text(trainer, pl_module, self.before, self._log_dir))
+        log_dir = trainer.log_dir  # on every rank: Lightning broadcasts it
+        if trainer.is_global_zero and not is_trial(trainer) and not trainer.interrupted:
+            assert isinstance(pl_module, MokaModule)
+            print(summary_text(trainer, pl_module, self.before, log_dir))
 
 
 def summary_text(
@@ -69,9 +62,6 @@ def summary_text(
         pl_module: The trained module.
         before: Metrics of the frozen base, may be empty.
         log_dir: The run's log folder, if it has one.
-
-    Returns:
-        Several lines of text.
     """
     lines = _comparison(pl_module, before, trainer.global_step)
     facts = _facts(trainer, pl_module)

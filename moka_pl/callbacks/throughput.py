@@ -3,12 +3,11 @@
 import sys
 import time
 from collections import Counter, deque
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moka_pl.data.types import data_of
+from moka_pl.data.types import Batch, data_of
 
 
 class Throughput(Callback):
@@ -24,7 +23,6 @@ class Throughput(Callback):
     """
 
     def __init__(self, window: int = 20) -> None:
-        self.window = window
         self.total_tokens = 0
         self.train_seconds = 0.0
         self._recent: deque[tuple[float, int]] = deque(maxlen=window)
@@ -36,24 +34,13 @@ class Throughput(Callback):
         return self.total_tokens / self.train_seconds if self.train_seconds else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock: a run that is resumed within an epoch starts none."""
+        """Starts the clock, at the start too: a run that is resumed within an epoch starts none."""
         self._started = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
-        self._started = time.perf_counter()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock again."""
-        self._started = time.perf_counter()
+    on_train_epoch_start = on_validation_end = on_train_start
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: dict[str, int],
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Takes the time since the last batch, and logs.
 
@@ -130,12 +117,7 @@ class BatchStatistics(Callback):
                 logger.log_metrics(counts, step=0)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: object,
-        batch: dict[str, Any],
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         """Counts the batch, and logs."""
         if "num_tokens" not in batch:  # of another's data module

@@ -41,11 +41,9 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(given: str) -> str:
-    """Returns the path of a configuration.
+    """Returns the path of a file, or of a shipped one named as ``llama2`` or ``configs/llama2.yaml``.
 
-    Args:
-        given: A file, or the name of a shipped one, as ``llama2`` or ``configs/llama2.yaml``. A file in the
-            current folder comes first. What is no name at all (YAML itself) is returned as it is.
+    A file in the current folder comes first. What is no name at all (YAML itself) is returned as it is.
 
     Raises:
         ConfigError: If there is no such file.

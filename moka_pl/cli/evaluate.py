@@ -50,7 +50,14 @@ def evaluate(
         BackboneError: If the base model cannot be had.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    _check(adapter, base, limit, num_fewshot, batch_size, quantization)
+    if adapter is None and not base:
+        raise ConfigError("nothing to evaluate; give --adapter DIR, or --base NAME for a base model alone")
+    if adapter is not None and quantization is not None:
+        raise ConfigError("quantization is the adapter's own; it can be chosen only without --adapter")
+    counts = {"limit": (limit, 1), "num_fewshot": (num_fewshot, 0), "batch_size": (batch_size, 1)}
+    for name, (value, least) in counts.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, not {value}")
     from moka_pl.evaluation.lm_eval.tasks import require_lm_eval
 
     require_lm_eval()
@@ -85,24 +92,3 @@ def evaluate(
     write_results(results, path)
     print(table(results))
     print(f"written to {path}", file=sys.stderr)
-
-
-def _check(
-    adapter: Path | None,
-    base: str | None,
-    limit: int | None,
-    num_fewshot: int | None,
-    batch_size: int,
-    quantization: str | None,
-) -> None:
-    if adapter is None and not base:
-        raise ConfigError("nothing to evaluate; give --adapter DIR, or --base NAME for a base model alone")
-    if adapter is not None and quantization is not None:
-        raise ConfigError("quantization is the adapter's own; it can be chosen only without --adapter")
-    for name, value, least in (
-        ("limit", limit, 1),
-        ("num_fewshot", num_fewshot, 0),
-        ("batch_size", batch_size, 1),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, not {value}")

@@ -1,13 +1,10 @@
 """LightningCLI with this package's module, data modules, callbacks and logs."""
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning
-import torch
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -30,7 +27,7 @@ from moka_pl.cli.configs import find_config
 from moka_pl.cli.parser import MokaParser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.training.checkpoint import find_last
+from moka_pl.training.checkpoint import find_last, read_checkpoint
 from moka_pl.training.module import MokaModule
 from moka_pl.utils import make_folder
 
@@ -44,25 +41,14 @@ _LOGGER = {
 _CALLBACKS = {"gates": GateMonitor, "adapters": AdapterCheckpoint, "checkpoint": RunCheckpoint}
 
 
-def run(arguments: Sequence[str] | None = None) -> None:
+def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "MokaCLI":
     """Parses the arguments (default: the process's) and runs the Lightning command they name.
+
+    With ``only_build`` they name no command; model, data and trainer are made, and nothing is run.
 
     Raises:
         ConfigError: For what Lightning finds wrong with the trainer's options.
     """
-    _make(arguments)
-
-
-def build(arguments: Sequence[str]) -> "MokaCLI":
-    """Makes model, data and trainer (its attributes) without running anything.
-
-    Args:
-        arguments: The arguments of a command, without the command.
-    """
-    return _make(arguments, run=False)
-
-
-def _make(arguments: Sequence[str] | None, run: bool = True) -> "MokaCLI":
     try:
         return MokaCLI(
             MokaModule,
@@ -73,7 +59,7 @@ def _make(arguments: Sequence[str] | None, run: bool = True) -> "MokaCLI":
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": "moka_pl", "allow_abbrev": False},
             args=None if arguments is None else list(arguments),
-            run=run,
+            run=not only_build,
         )
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from error
@@ -130,20 +116,11 @@ class MokaCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses them, and reports a damaged checkpoint, or one that is none, before Lightning reads it.
-
-        Raises:
-            ConfigError: If ``ckpt_path`` cannot be read.
-        """
+        """Parses them, and reports a damaged checkpoint, or one that is none, before Lightning reads it."""
         super().parse_arguments(parser, args)
         path = self._options(self.config).get("ckpt_path")
-        if path is None or not Path(path).is_file():
-            return
-        try:
-            torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (RuntimeError, UnpicklingError, EOFError) as error:
-            reason = str(error).split("\n", 1)[0].strip()
-            raise ConfigError(f"--ckpt_path {path} is damaged or not a checkpoint ({reason})") from error
+        if path is not None and Path(path).is_file():
+            read_checkpoint(Path(path))
 
     @staticmethod
     def _options(config: Namespace) -> Namespace:

@@ -44,11 +44,10 @@ _KILLED_BY_SIGPIPE = 128 + 13
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line.
+    """Runs the command line with these arguments, or those of the process.
 
-    Args:
-        args: Arguments, default those of the process. Errors of the user end it with status 2 and one line;
-            a reader of the output that has gone (``| head``) ends it in silence.
+    Errors of the user end it with status 2 and one line; a reader of the output that has gone (``| head``)
+    ends it in silence.
     """
     try:
         try:

@@ -28,11 +28,8 @@ class MokaParser(LightningArgumentParser):
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
-        """Leaves out the options of the default adapter.
-
-        Another class would take over their values, whatever its own defaults. The options of the class that
-        is chosen in the end are added after parsing.
-        """
+        """Leaves out the default adapter's options: another class would take over their values."""
+        # Those of the class that is chosen in the end are added after parsing.
         defaults: Namespace = super().get_defaults(*args, **kwargs)
         if _ADAPTER in defaults:
             defaults[_ADAPTER].pop("init_args", None)

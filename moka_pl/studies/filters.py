@@ -44,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from moka_pl.adapters import find_targets
     from moka_pl.adapters.filter_search import choose_filters
     from moka_pl.backbone import load_backbone
-    from moka_pl.cli.lightning import build
+    from moka_pl.cli.lightning import run
     from moka_pl.lm.scoring import score_tokens
 
     try:
-        cli = build(["--config", args.config, *rest])
+        cli = run(["--config", args.config, *rest], only_build=True)
         module, data = cli.model, cli.datamodule
         loaded = load_backbone(module.backbone, args.device)
         data.connect(loaded.tokenizer)

@@ -5,6 +5,7 @@ fields of :class:`StoredRun` are added.
 """
 
 import random
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -214,14 +215,25 @@ def find_last(logger: Any, dirpath: str | None = None) -> LastRun:
     return LastRun(checkpoint, version)
 
 
-def _version(checkpoint: Path) -> int | str | None:
-    """Returns the version of the logs that a checkpoint remembers."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint, without unpickling anything but tensors and plain values.
+
+    Raises:
+        ConfigError: If it is damaged or none.
+    """
     try:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        stored: dict[str, Any] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except (RuntimeError, UnpicklingError, EOFError) as error:
         reason = str(error).split("\n", 1)[0].strip()
-        raise ConfigError(f"--ckpt_path {checkpoint} is damaged or not a checkpoint ({reason})") from error
-    for state in stored.get("callbacks", {}).values():
+        raise ConfigError(f"--ckpt_path {path} is damaged or not a checkpoint ({reason})") from error
+    return stored
+
+
+def _version(checkpoint: Path) -> int | str | None:
+    """Returns the version of the logs that a checkpoint remembers."""
+    for state in read_checkpoint(checkpoint).get("callbacks", {}).values():
         if isinstance(state, dict) and state.get(VERSION_KEY) is not None:
             version: int | str = state[VERSION_KEY]
             return version
