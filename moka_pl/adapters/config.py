@@ -82,11 +82,7 @@ class MokaConfig(AdapterConfig):
     start: Literal["zero", "gradient"] = "zero"
 
     def __post_init__(self) -> None:
-        """Refuses values that cannot work, before anything is loaded.
-
-        Raises:
-            ConfigError: Naming the option, its value and what it may be.
-        """
+        """Refuses values that cannot work, before anything is loaded."""
         # The shapes of some layer tell an unknown name or a malformed list; whether a listed filter fits
         # into the real layers is checked when the model is there.
         if isinstance(self.filters, str) and self.filters.endswith(".json"):
@@ -101,14 +97,13 @@ class MokaConfig(AdapterConfig):
             size = 64 if isinstance(self.filters, str) else 1 << 30
             known = "diverse" if self.filters == AUTO else self.filters
             filter_shapes(known, self.components, size, size)
-        if self.gating not in GATINGS:
-            raise ConfigError(f"unknown gating {self.gating!r}; choose one of {', '.join(GATINGS)}")
+        for option, names in (("gating", GATINGS), ("backend", BACKENDS), ("start", ("zero", "gradient"))):
+            if (value := getattr(self, option)) not in names:
+                raise ConfigError(f"unknown {option} {value!r}; choose one of {', '.join(names)}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.scaling is not None and not 0 < self.scaling < math.inf:
             raise ConfigError(f"scaling must be positive and finite, not {self.scaling}")
-        if self.backend not in BACKENDS:
-            raise ConfigError(f"unknown backend {self.backend!r}; choose one of {', '.join(BACKENDS)}")
         if not self.target_modules:
             raise ConfigError("target_modules is empty; name at least one layer, or use all-linear")
         self._check_start()
@@ -118,8 +113,6 @@ class MokaConfig(AdapterConfig):
             raise ConfigError(f"budget ({self.budget}) works only with filters: auto; leave it out")
         if self.budget is not None and self.budget < 1:
             raise ConfigError(f"budget must be at least 1, not {self.budget}")
-        if self.start not in ("zero", "gradient"):
-            raise ConfigError(f"unknown start {self.start!r}; choose zero or gradient")
         if self.start == "gradient" and self.filters == "prime":
             raise ConfigError(
                 "start: gradient sets left factors, but those of filters: prime are identities; "

@@ -73,23 +73,6 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
     return _explicit_shapes(filters, components, m, n)
 
 
-def count_parameters(
-    layers: Sequence[tuple[int, int]], filters: Filters, components: int, gated: bool = True
-) -> int:
-    """Counts trainable entries over layers.
-
-    Args:
-        layers: Sizes (m, n) of the layers.
-        filters: As for :func:`filter_shapes`.
-        components: r of every layer.
-        gated: Whether each layer has r gates.
-    """
-    factors = sum(
-        shape.num_parameters for m, n in layers for shape in filter_shapes(filters, components, m, n)
-    )
-    return factors + (components * len(layers) if gated else 0)
-
-
 def listed(shape: Shape) -> list[int]:
     """Returns a shape as it is written in a list of filters."""
     return [shape.m_a, shape.m_b, shape.n_b] if shape.identity else list(shape[:4])

@@ -1,16 +1,18 @@
 """Chooses how an adapted layer is computed: frozen layer and update apart, merged, or by decoding kernels."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moka_pl._compat import hook_count
 from moka_pl.backbone.quantization import dense_weight, is_quantised, kernel_weight, layer_compute_dtype
-from moka_pl.ops.dispatch import DECODE_TOKENS, Backend, can_fuse, resolve_backend
-from moka_pl.ops.gating import Gating
-from moka_pl.ops.layout import Shape
+from moka_pl.ops.dispatch import DECODE_TOKENS, can_fuse, resolve_backend
 from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates
+
+if TYPE_CHECKING:
+    from moka_pl.adapters.layer import MokaLinear
 
 
 class ForwardPlan(NamedTuple):
@@ -27,32 +29,13 @@ class ForwardPlan(NamedTuple):
     result: torch.dtype
 
 
-def plan_forward(
-    layer: nn.Linear,
-    x: Tensor,
-    dtype: torch.dtype,
-    shapes: tuple[Shape, ...],
-    scaling: float,
-    backend: Backend,
-    gating: Gating = "softmax",
-) -> ForwardPlan | None:
-    """Decides whether ``layer(x)`` and the update are computed as ``(W + ΔW) x``.
+def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
+    """Plans to compute an adapted layer as ``(W + ΔW) x``; None where W and ΔW are to stay apart.
 
-    They are not where somebody listens to the frozen layer, trains it or keeps its weight elsewhere, or where
+    They are where somebody listens to the frozen layer, trains it or keeps its weight elsewhere, or where
     W + ΔW would be rounded to half precision without the kernels' care for small updates.
-
-    Args:
-        layer: The frozen layer.
-        x: Its input, which is also the update's.
-        dtype: Dtype of the factors.
-        shapes: r shapes.
-        scaling: s.
-        backend: The backend asked for.
-        gating: How gate logits make α.
-
-    Returns:
-        How to compute them together, or None.
     """
+    layer, dtype, shapes = adapted.base_layer, adapted.moka_B.dtype, adapted.shapes
     if _must_run_itself(layer, x.device):
         return None
     compute: torch.dtype
@@ -67,8 +50,9 @@ def plan_forward(
     else:
         return None
     m, n = layer.out_features, layer.in_features
-    resolved = resolve_backend(backend, x, dtype, shapes, m, n)
-    parts = (shapes, m, n, scaling, lambda: dense_weight(layer), is_quantised(layer), gating)
+    resolved = resolve_backend(adapted.backend, x, dtype, shapes, m, n)
+    weight = partial(dense_weight, layer)
+    parts = (shapes, m, n, adapted.scaling, weight, is_quantised(layer), adapted.gating)
     if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
         from moka_pl.ops.triton import FusedUpdates, make_plan
 
@@ -87,18 +71,10 @@ def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:
     return trained or hook_count(layer) > 0 or layer.weight.device != device
 
 
-def is_decoding(x: Tensor, dtype: torch.dtype, shapes: tuple[Shape, ...], m: int, backend: Backend) -> bool:
-    """Whether the kernels for decoding serve this call: on a GPU, without gradients, as in generating.
-
-    Args:
-        x: Input, shape (..., n).
-        dtype: Dtype of the factors.
-        shapes: r shapes.
-        m: Output features.
-        backend: The backend asked for.
-    """
+def is_decoding(adapted: "MokaLinear", x: Tensor) -> bool:
+    """Whether the kernels for decoding serve x, (..., n): on a GPU, without gradients, as in generating."""
     n = x.shape[-1]
     if torch.is_grad_enabled() or not 0 < x.numel() // n < DECODE_TOKENS:
         return False
-    asked = backend == "fused" or (backend == "auto" and x.is_cuda)
-    return asked and can_fuse(x, dtype, shapes, m, n)
+    asked = adapted.backend == "fused" or (adapted.backend == "auto" and x.is_cuda)
+    return asked and can_fuse(x, adapted.moka_B.dtype, adapted.shapes, adapted.out_features, n)

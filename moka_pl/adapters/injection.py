@@ -1,9 +1,8 @@
-"""Puts MoKA adapters into a model, and finds them again."""
+"""Finds the layers of a model to adapt, and those that are adapted."""
 
 import difflib
 import re
 
-import torch
 from torch import nn
 
 from moka_pl.adapters.config import MokaConfig
@@ -12,31 +11,14 @@ from moka_pl.errors import AdapterError
 
 
 def matches(name: str, pattern: list[str] | str | None) -> bool:
-    """Whether a module name meets a PEFT-style pattern.
-
-    Args:
-        name: The module's full dotted name.
-        pattern: A list of suffixes (whole dotted parts), or a regular expression for the whole name.
-
-    Returns:
-        True on a match; False for no pattern.
-    """
-    if pattern is None:
-        return False
+    """Whether a module's full name meets a pattern: a list of suffixes of whole dotted parts, or a regex."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern or ())
 
 
 def find_targets(model: nn.Module, config: MokaConfig) -> list[str]:
-    """Finds the layers that ``config`` adapts, in model order.
-
-    Args:
-        model: The model to look through.
-        config: Its ``target_modules`` and ``exclude_modules`` decide.
-
-    Returns:
-        Full names of linear layers.
+    """Returns the full names of the linear layers that ``config`` adapts, in model order.
 
     Raises:
         AdapterError: If nothing matches (naming the nearest names), a match is not a linear layer, or the
@@ -54,7 +36,8 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[str]:
         raise AdapterError(f"the model has adapters already (at {present[0]}); unload them first")
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     if config.target_modules == "all-linear":
-        head = _output_head(model)
+        getter = getattr(model, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
         targets = [name for name in linear if modules[name] is not head]
     else:
         targets = [name for name in modules if name and matches(name, config.target_modules)]
@@ -69,54 +52,13 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[str]:
     return kept
 
 
-def inject_moka(model: nn.Module, config: MokaConfig, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Freezes the model and wraps its target layers into :class:`MokaLinear`, in place.
-
-    Args:
-        model: The model; afterwards only factors and gates require gradients.
-        config: What to adapt and how.
-        dtype: Dtype of the trainable tensors.
-
-    Returns:
-        Names of the adapted layers.
-
-    Raises:
-        AdapterError: As :func:`find_targets`.
-        ConfigError: Where a listed filter does not fit into a layer (the message names it).
-    """
-    names = find_targets(model, config)
-    wrapped = {}
-    for name in names:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        try:
-            wrapped[name] = MokaLinear(layer, config, dtype, name)
-        except ValueError as error:
-            raise type(error)(f"{name}: {error}") from None
-    model.requires_grad_(False)  # the new factors and gates are not in it yet
-    for name, adapted in wrapped.items():
-        replace_module(model, name, adapted)
-    return names
-
-
 def moka_layers(model: nn.Module) -> dict[str, MokaLinear]:
     """Returns the layers of MoKA by name, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MokaLinear)}
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
-
-
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one with this name.
-
-    Args:
-        model: The model, which is changed.
-        name: Full dotted name.
-        module: The new module.
-    """
+    """Puts a module in the place of the one with this full name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

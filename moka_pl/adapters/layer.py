@@ -92,13 +92,14 @@ class MokaLinear(nn.Module):
 
         device = base_layer.weight.device
         left, right = sum(left_sizes(self.shapes)), sum(right_sizes(self.shapes))
-        self.moka_A: nn.Parameter | None = None
-        if left:
-            self.moka_A = nn.Parameter(torch.empty(left, dtype=dtype, device=device))
-        self.moka_B = nn.Parameter(torch.empty(right, dtype=dtype, device=device))
-        self.moka_gate: nn.Parameter | None = None
-        if config.gating != "none":
-            self.moka_gate = nn.Parameter(torch.empty(config.components, dtype=dtype, device=device))
+        gates = 0 if config.gating == "none" else config.components
+
+        def vector(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+
+        self.moka_A = vector(left) if left else None
+        self.moka_B = vector(right)
+        self.moka_gate = vector(gates) if gates else None
         self.reset_parameters()
         self.train(base_layer.training)  # a layer put into an evaluating model must not drop out
 
@@ -110,11 +111,6 @@ class MokaLinear(nn.Module):
         nn.init.zeros_(self.moka_B)
         if self.moka_gate is not None:
             nn.init.zeros_(self.moka_gate)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the update is folded into the weight."""
-        return self.merged_layer is not None
 
     @property
     def components(self) -> int:
@@ -155,10 +151,9 @@ class MokaLinear(nn.Module):
             return self.merged_layer(x)  # type: ignore[no-any-return]
         if self.training and self.dropout.p > 0:  # the update's input is not the frozen layer's
             return self._separate_forward(x)
-        dtype, backend = self.moka_B.dtype, self.backend
-        if is_decoding(x, dtype, self.shapes, self.out_features, backend):
+        if is_decoding(self, x):
             return self._decode(x)
-        plan = plan_forward(self.base_layer, x, dtype, self.shapes, self.scaling, backend, self.gating)
+        plan = plan_forward(self, x)
         return self._separate_forward(x) if plan is None else self._merged_forward(x, plan)
 
     def _merged_forward(self, x: Tensor, plan: ForwardPlan) -> Tensor:

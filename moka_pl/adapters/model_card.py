@@ -13,15 +13,7 @@ model, tokenizer = load_model("path/to/this/folder")
 
 
 def model_card(stored: Mapping[str, Any], method: AdapterMethod) -> str:
-    """Writes a model card from the contents of ``adapter_config.json``.
-
-    Args:
-        stored: The contents.
-        method: The adapter's method.
-
-    Returns:
-        Markdown with the YAML header that model hubs read.
-    """
+    """Writes an adapter's model card from what ``adapter_config.json`` holds: Markdown with a YAML header."""
     from huggingface_hub import ModelCardData
 
     base, extra = stored["base_model_name_or_path"], stored["extra"]

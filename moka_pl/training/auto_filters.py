@@ -16,11 +16,11 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 
 from moka_pl._compat import training_loader
 from moka_pl.adapters import MokaConfig, find_targets, inject_adapter, moka_layers
-from moka_pl.adapters.filter_search.gradients import linear_layers, weight_gradients
+from moka_pl.adapters.filter_search.gradients import weight_gradients
 from moka_pl.adapters.filter_search.search import choose_within, initial_left_factors, layer_budgets
 from moka_pl.adapters.filters import AUTO, WITHOUT_TRAINER, listed
 from moka_pl.errors import ConfigError, MokaError
@@ -38,25 +38,15 @@ Filters = dict[str, list[list[int]]]
 
 
 class ResolvedFilters(NamedTuple):
-    """What the gradient decided.
+    """What the gradient decided: a configuration with explicit filters, and what to start from.
 
     Attributes:
-        config: The configuration, with explicit filters.
         left_factors: A_i, shape (m_a, n_a), by layer, on the CPU; None for those that start at random. Layers
             that start at random as a whole are left out.
     """
 
     config: MokaConfig
     left_factors: dict[str, list[Tensor | None]]
-
-    def copy_start(self, model: nn.Module) -> None:
-        """Copies the left factors into a model that was adapted by ``config``; ΔW stays 0."""
-        layers = moka_layers(model)
-        with torch.no_grad():
-            for name, starts in self.left_factors.items():
-                for (factor, _), start in zip(layers[name].factors(), starts, strict=True):
-                    if factor is not None and start is not None:
-                        factor.copy_(start)
 
 
 class DeferredFilters:
@@ -79,12 +69,7 @@ class DeferredFilters:
         return self.pending and (trainer is None or (trainer.state.fn == "fit" and not resumes))
 
     def inject(
-        self,
-        model: "PreTrainedModel",
-        config: Any,
-        trainer: Trainer | None,
-        device: torch.device,
-        resumes: bool,
+        self, model: "PreTrainedModel", config: Any, trainer: Trainer | None, resumes: bool
     ) -> tuple[Any, list[str]]:
         """Puts adapters into a plain model; as long as filters are pending and ΔW = 0 any will do.
 
@@ -92,7 +77,6 @@ class DeferredFilters:
             model: The model, on its device.
             config: The adapter's configuration.
             trainer: The trainer, if there is one.
-            device: The model's device.
             resumes: Whether a checkpoint will be loaded next.
 
         Returns:
@@ -103,18 +87,21 @@ class DeferredFilters:
         if not self.is_due(trainer, resumes):
             filters = "diverse" if config.filters == AUTO else config.filters
             return config, inject_adapter(model, replace(config, filters=filters, budget=None))
-        resolved = resolve_filters(model, config, trainer, device)
+        resolved = resolve_filters(model, config, trainer)
         names = inject_adapter(model, resolved.config)
-        resolved.copy_start(model)
+        layers = moka_layers(model)
+        with torch.no_grad():
+            for name, starts in resolved.left_factors.items():
+                for (factor, _), start in zip(layers[name].factors(), starts, strict=True):
+                    if factor is not None and start is not None:
+                        factor.copy_(start)
         self.pending = False
         return resolved.config, names
 
     def adopt(self, config: Any, stored: Mapping[str, Any]) -> Any:
-        """Returns the configuration with the filters of the run that is loaded, where ``auto`` was asked for.
+        """Returns the configuration, where ``auto`` was asked for with the filters of the run that is loaded.
 
-        Args:
-            config: The adapter's configuration.
-            stored: The loaded run's adapter options, as its checkpoint holds them.
+        ``stored`` are that run's adapter options, as its checkpoint holds them.
         """
         filters = stored.get("filters")
         if self._auto and isinstance(filters, dict) and stored.get("components") == config.components:
@@ -124,9 +111,7 @@ class DeferredFilters:
         return config
 
 
-def resolve_filters(
-    model: "PreTrainedModel", config: MokaConfig, trainer: Trainer | None, device: torch.device
-) -> ResolvedFilters:
+def resolve_filters(model: "PreTrainedModel", config: MokaConfig, trainer: Trainer | None) -> ResolvedFilters:
     """Resolves ``filters: auto`` and ``start: gradient``; the first rank does so for all.
 
     The gradient is taken of the batches of the first ``STEPS`` optimizer steps, on the model's device, a few
@@ -136,10 +121,6 @@ def resolve_filters(
         model: The frozen model without adapters, on its device.
         config: The adapter's configuration.
         trainer: The trainer that is about to fit, with its data set up; None is refused.
-        device: The model's device.
-
-    Returns:
-        The configuration to go on with, and the left factors to start from.
 
     Raises:
         ConfigError: Without a trainer, without a batch of tokens, or if the budget is too small.
@@ -154,7 +135,7 @@ def resolve_filters(
     if trainer.is_global_zero:
         try:
             with isolate_rng():
-                outcome = _resolve_on_this_rank(model, config, trainer, device)
+                outcome = _resolve_on_this_rank(model, config, trainer)
         except MokaError as error:
             outcome = error  # the other ranks wait for it
     outcome = trainer.strategy.broadcast(outcome)
@@ -164,17 +145,15 @@ def resolve_filters(
     return outcome
 
 
-def _resolve_on_this_rank(
-    model: "PreTrainedModel", config: MokaConfig, trainer: Trainer, device: torch.device
-) -> ResolvedFilters:
+def _resolve_on_this_rank(model: "PreTrainedModel", config: MokaConfig, trainer: Trainer) -> ResolvedFilters:
     started = time.monotonic()
     names = find_targets(model, config)
-    budgets = layer_budgets(linear_layers(model, names), config.components, config.budget)
+    budgets = layer_budgets(model, names, config.components, config.budget)
     batches = first_batches(trainer, STEPS * trainer.accumulate_grad_batches)
     packed = PackedAttention(model) if "position_ids" in batches[0] else None
 
     def loss(batch: dict[str, Any]) -> Tensor:
-        moved = move_data_to_device(batch, device)
+        moved = move_data_to_device(batch, model.device)
         inputs = {} if packed is None else packed.inputs(moved)
         return score_tokens(model, moved["input_ids"], moved["labels"], **inputs).nll.sum()
 

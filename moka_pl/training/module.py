@@ -164,7 +164,7 @@ class MokaModule(EvaluatedModule):
     def _inject(self, model: "PreTrainedModel") -> None:
         """Puts the adapters into a plain model."""
         self.adapter, self.adapted = self._deferred.inject(
-            model, self.adapter, trainer_of(self), self.device, self.resumes
+            model, self.adapter, trainer_of(self), self.resumes
         )
         # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -172,11 +172,7 @@ class MokaModule(EvaluatedModule):
         leave_out_of_ddp(self, [f"model.{name}" for name in frozen])
 
     def _adopt_filters(self, stored: Mapping[str, Any]) -> None:
-        """Takes the filters that ``filters: auto`` chose in the run whose adapters are to be loaded.
-
-        Args:
-            stored: That run's adapter options.
-        """
+        """Takes the filters that ``filters: auto`` chose in the run whose adapter options are given."""
         before, self.adapter = self.adapter, self._deferred.adopt(self.adapter, stored)
         if self.model is not None and self.adapter is not before:
             unload(self.model)

@@ -5,8 +5,9 @@ import math
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from shared.counts import factor_entries
 
-from moka_pl.adapters.filters import PRIME_BUDGET, count_parameters, divisors, filter_shapes
+from moka_pl.adapters.filters import PRIME_BUDGET, divisors, filter_shapes
 from moka_pl.errors import ConfigError
 from moka_pl.ops.layout import Shape
 
@@ -21,12 +22,11 @@ def is_prime(number: int) -> bool:
 
 @pytest.mark.parametrize(("layers", "entries"), [(LLAMA2_7B, 5_242_880), (LLAMA3_8B, 3_932_160)])
 def test_counts_of_the_paper(layers: list[tuple[int, int]], entries: int) -> None:
-    assert count_parameters(layers, "diverse", 10, gated=False) == entries
-    assert count_parameters(layers, "diverse", 10) == entries + 10 * len(layers)
+    assert factor_entries(layers, "diverse", 10) == entries
 
 
 def test_moka_s_has_about_a_fifth_fewer_parameters() -> None:
-    saved = 1 - count_parameters(LLAMA2_7B, "prime", 10) / count_parameters(LLAMA2_7B, "diverse", 10)
+    saved = 1 - factor_entries(LLAMA2_7B, "prime", 10) / factor_entries(LLAMA2_7B, "diverse", 10)
     assert 0.17 <= saved <= 0.23
     sides = [shape.m_b for shape in filter_shapes("prime", 10, 4096, 4096)]
     assert len(set(sides)) == 10
@@ -86,7 +86,7 @@ def test_prime_blocks_cover_any_layer_and_never_align(m: int, n: int, components
 @settings(max_examples=100, deadline=None)
 @given(m=st.sampled_from(HIGHLY_COMPOSITE), n=st.sampled_from(HIGHLY_COMPOSITE))
 def test_prime_keeps_to_its_budget_and_uses_most_of_it(m: int, n: int) -> None:
-    used = count_parameters([(m, n)], "prime", 10, gated=False)
+    used = factor_entries([(m, n)], "prime", 10)
     budget = PRIME_BUDGET * 10 * 2 * math.sqrt(m * n)
     assert 0.85 * budget <= used <= budget
 
@@ -123,7 +123,7 @@ def test_one_listed_shape_serves_all_components() -> None:
 
 def test_counts_of_identity_and_listed_shapes() -> None:
     assert Shape(9, 9, 2, 3, identity=True).num_parameters == 6
-    assert count_parameters([(10, 30)], [[3, 4], [2, 5, 6, 7]], 2) == (12 + 32) + (10 + 42) + 2
+    assert factor_entries([(10, 30)], [[3, 4], [2, 5, 6, 7]], 2) == (12 + 32) + (10 + 42)
 
 
 @pytest.mark.parametrize(

@@ -46,18 +46,13 @@ def tokens(count: int = TOKENS, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, count // 2, N, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def planned(layer: MokaLinear, x: Tensor):
-    kind = layer.moka_B.dtype
-    return plan_forward(layer.base_layer, x, kind, layer.shapes, layer.scaling, layer.backend, layer.gating)
-
-
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("backend", ["structured", "dense", "fused"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_one_product_gives_the_outputs_and_gradients_of_float64(backend, options, four_bit) -> None:
     layer = adapted(backend, four_bit, **options)
     x = tokens().requires_grad_()
-    assert planned(layer, x) is not None
+    assert plan_forward(layer, x) is not None
     wanted = {"x": x} | {name: p for name, p in layer.named_parameters() if name.startswith("moka_")}
     upstream = torch.randn(2, TOKENS // 2, M, generator=torch.Generator().manual_seed(2))
     out = layer(x)
@@ -91,8 +86,8 @@ def test_one_product_saves_only_input_gates_and_factors(backend: str) -> None:
 
 def test_auto_builds_the_update_for_many_tokens_and_not_for_a_few() -> None:
     layer = MokaLinear(nn.Linear(576, 576).requires_grad_(False), MokaConfig())
-    assert type(planned(layer, torch.randn(2, 256, 576)).updates) is DenseUpdates
-    assert type(planned(layer, torch.randn(2, 32, 576)).updates) is StructuredUpdates
+    assert type(plan_forward(layer, torch.randn(2, 256, 576)).updates) is DenseUpdates
+    assert type(plan_forward(layer, torch.randn(2, 32, 576)).updates) is StructuredUpdates
 
 
 @pytest.mark.parametrize("backend", ["structured", "dense"])
@@ -118,9 +113,9 @@ def test_structured_products_leave_the_frozen_weight_as_it_is() -> None:
 def test_half_precision_is_merged_only_by_the_kernels() -> None:
     x = tokens(512, torch.bfloat16)
     layer = adapted("dense", dtype=torch.bfloat16, components=3)
-    assert planned(layer, x) is None
+    assert plan_forward(layer, x) is None
     layer.backend = "fused"
-    assert planned(layer, x).compute is torch.bfloat16
+    assert plan_forward(layer, x).compute is torch.bfloat16
 
 
 def test_a_trained_bias_keeps_its_gradient() -> None:

@@ -186,10 +186,10 @@ def test_merge_keeps_the_outputs_and_unmerge_restores_them(tiny_llama, token_ids
     randomize(tiny_llama)
     adapted = logits(tiny_llama, token_ids)
     merge(tiny_llama)
-    assert all(layer.merged for layer in moka_layers(tiny_llama).values())
+    assert all(layer.merged_layer for layer in moka_layers(tiny_llama).values())
     torch.testing.assert_close(logits(tiny_llama, token_ids), adapted, rtol=1e-3, atol=1e-4)
     unmerge(tiny_llama)
-    assert not any(layer.merged for layer in moka_layers(tiny_llama).values())
+    assert not any(layer.merged_layer for layer in moka_layers(tiny_llama).values())
     assert torch.equal(logits(tiny_llama, token_ids), adapted)
 
 

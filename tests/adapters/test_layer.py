@@ -107,7 +107,7 @@ def test_delta_weight_merged_and_unmerged_forward_agree(
         by_hand = F.linear(x, dense_weight(layer.base_layer) + layer.get_delta_weight(), bias)
         torch.testing.assert_close(unmerged, by_hand, **tolerance)
         layer.merge()
-        assert layer.merged
+        assert layer.merged_layer is not None
         torch.testing.assert_close(layer(x), unmerged, **tolerance)
         layer.merge()  # a second time changes nothing
         torch.testing.assert_close(layer(x), unmerged, **tolerance)
@@ -125,7 +125,7 @@ def test_unmerge_restores_outputs_and_base_weight_bit_for_bit(base: str, randomi
         layer.merge()
         layer(x)
         layer.unmerge()
-        assert not layer.merged
+        assert layer.merged_layer is None
         assert torch.equal(layer(x), before)
     for name, tensor in layer.base_layer.state_dict().items():
         assert torch.equal(tensor, weight[name]), name

@@ -94,7 +94,7 @@ def test_without_an_update_the_merged_weight_is_the_frozen_one(m: int, n: int, f
     with torch.no_grad():
         layer.moka_B.zero_()
     x = torch.randn(64, n, device="cuda", dtype=torch.bfloat16)
-    plan = plan_forward(layer.base_layer, x, torch.float32, layer.shapes, layer.scaling, "auto")
+    plan = plan_forward(layer, x)
     assert isinstance(plan.updates, FusedUpdates)
     assert plan.updates.source is not None  # read by the kernel itself
     found = plan.updates.weight(layer._left(), layer.moka_B, layer.moka_gate, torch.bfloat16)

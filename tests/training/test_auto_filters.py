@@ -11,12 +11,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from shared.counts import factor_entries
 
 from moka_pl.adapters import MokaConfig, adapter_state, inject_adapter, moka_layers, read_adapter, unload
-from moka_pl.adapters.filter_search.gradients import linear_layers, weight_gradients
+from moka_pl.adapters.filter_search.gradients import weight_gradients
 from moka_pl.adapters.filter_search.nearest import nearest_products
 from moka_pl.adapters.filter_search.search import layer_budgets
-from moka_pl.adapters.filters import count_parameters
 from moka_pl.callbacks import AdapterCheckpoint
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.lm.scoring import score_tokens
@@ -91,7 +91,7 @@ def test_the_budget_is_that_of_diverse_or_the_given_one(fit) -> None:
         layers = moka_layers(module.causal_lm).values()
         used = sum(shape.num_parameters for layer in layers for shape in layer.shapes)
         sizes = [(layer.out_features, layer.in_features) for layer in layers]
-        usual = count_parameters(sizes, "diverse", 3, gated=False)
+        usual = factor_entries(sizes, "diverse", 3)
         assert 0.8 * usual < used <= (budget or usual)
         assert module.adapter.budget is None
 
@@ -152,9 +152,9 @@ def test_a_resumed_run_takes_the_checkpoints_choice(fit, make_data, tmp_path, mo
     told = []
     resolve = auto_filters.resolve_filters
 
-    def other(model, config, trainer, device):
+    def other(model, config, trainer):
         told.append(1)
-        resolved = resolve(model, config, trainer, device)
+        resolved = resolve(model, config, trainer)
         filters = {name: [[4, 4, 8, 8]] * 3 for name in resolved.config.filters}
         return resolved._replace(config=replace(resolved.config, filters=filters), left_factors={})
 
@@ -242,7 +242,7 @@ def test_too_small_a_budget_is_told(fit) -> None:
     [
         ({"budget": 100}, r"budget \(100\) works only with filters: auto"),
         ({"filters": "auto", "budget": 0}, "at least 1, not 0"),
-        ({"start": "warm"}, "'warm'; choose zero or gradient"),
+        ({"start": "warm"}, "'warm'; choose one of zero, gradient"),
         ({"start": "gradient", "filters": "prime"}, "identities; set start: zero"),
         ({"filters": "auto", "components": 0}, "at least 1, not 0"),
     ],
@@ -253,9 +253,9 @@ def test_options_that_cannot_work_are_refused(options, message) -> None:
 
 
 def test_layers_share_a_budget_as_diverse_does(tiny_llama) -> None:
-    layers = linear_layers(tiny_llama, ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"])
-    usual = layer_budgets(layers, 4)
-    assert Counter(layer_budgets(layers, 4, 2 * sum(usual.values()))) == Counter(
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    usual = layer_budgets(tiny_llama, names, 4)
+    assert Counter(layer_budgets(tiny_llama, names, 4, 2 * sum(usual.values()))) == Counter(
         {name: 2 * entries for name, entries in usual.items()}
     )
 

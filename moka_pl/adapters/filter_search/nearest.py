@@ -34,15 +34,7 @@ _KRYLOV = 10
 
 
 def rearrange(matrix: Tensor, shape: Shape) -> Tensor:
-    """Returns R(M), in which a Kronecker product of ``shape`` has rank one.
-
-    Args:
-        matrix: M, shape (m, n).
-        shape: Sizes of the product.
-
-    Returns:
-        R(M), shape (m_a·n_a, m_b·n_b).
-    """
+    """Returns R(M), (m_a·n_a, m_b·n_b), of M, (m, n): a Kronecker product of ``shape`` has rank one in it."""
     blocks = _blocks(matrix, shape)  # (m_a, m_b, n_a, n_b)
     return blocks.transpose(1, 2).reshape(shape.m_a * shape.n_a, shape.m_b * shape.n_b)
 
@@ -77,13 +69,12 @@ def nearest_products(matrix: Tensor, shape: Shape, count: int = 1) -> tuple[Pair
 def captured_share(matrix: Tensor, shape: Shape, count: int = 1) -> float:
     """Computes the share of M's energy ``‖M‖_F²`` that the nearest sum of products of one shape captures.
 
+    It is 1 for M = 0, of which nothing is missed.
+
     Args:
         matrix: M, shape (m, n).
         shape: Sizes of the products.
         count: How many.
-
-    Returns:
-        A number from 0 to 1; 1 for M = 0, of which nothing is missed.
     """
     whole = matrix.square().sum()
     if not whole > 0:

@@ -6,7 +6,7 @@ for any shape without training (:mod:`moka_pl.adapters.filter_search.nearest`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.filter_search.gradients import MEMORY, linear_layers, weight_gradients
 from moka_pl.adapters.filter_search.nearest import captured_share, nearest_products, product_matrix
-from moka_pl.adapters.filters import count_parameters, divisors, filter_shapes, listed
+from moka_pl.adapters.filters import divisors, filter_shapes, listed
 from moka_pl.errors import ConfigError
 from moka_pl.ops.layout import Shape, group_equal
 
@@ -110,14 +110,7 @@ def _shortlist(gradient: Tensor, offered: Sequence[Shape], fair_share: float) ->
 def _take_best(
     residual: Tensor, affordable: Sequence[Shape], energies: dict[Shape, float], fair_share: float
 ) -> tuple[Shape, Tensor]:
-    """Finds the best shape for a residual, and its product, (m, n).
-
-    Args:
-        residual: What earlier components leave of the gradient, shape (m, n).
-        affordable: Shapes within the budget.
-        energies: Captured energies when last computed; the ones computed here are put in.
-        fair_share: Parameters that a place costs beside the shape's own.
-    """
+    """Finds the best shape for a residual, and its product, (m, n); updates ``energies`` on the way."""
     best: tuple[float, Shape, Tensor] | None = None
     for shape in sorted(affordable, key=lambda s: -energies[s] / (s.num_parameters + fair_share)):
         # What a residual has for a shape hardly ever grows: no later one of this order can be better.
@@ -133,18 +126,22 @@ def _take_best(
 
 
 def layer_budgets(
-    layers: Mapping[str, nn.Linear], components: int, parameters: int | None = None
+    model: nn.Module, names: Sequence[str], components: int, parameters: int | None = None
 ) -> dict[str, int]:
     """Shares a budget of factors' entries among layers as ``diverse`` would.
 
     Args:
-        layers: The layers to adapt.
+        model: The model.
+        names: The layers to adapt.
         components: r of every layer.
         parameters: Budget of all layers; None is what ``diverse`` takes.
     """
     usual = {
-        name: count_parameters([(layer.out_features, layer.in_features)], "diverse", components, gated=False)
-        for name, layer in layers.items()
+        name: sum(
+            shape.num_parameters
+            for shape in filter_shapes("diverse", components, layer.out_features, layer.in_features)
+        )
+        for name, layer in linear_layers(model, names).items()
     }
     scale = 1.0 if parameters is None else parameters / sum(usual.values())
     return {name: int(scale * entries) for name, entries in usual.items()}
@@ -162,9 +159,6 @@ def choose_within(
         components: r.
         parameters: Budget of the layer.
         identities: Offer block-diagonal components, too.
-
-    Raises:
-        ConfigError: If the budget is too small.
     """
     m, n = gradient.shape
     largest = max(int(8 * math.sqrt(m * n)), parameters // components)
@@ -181,14 +175,10 @@ def initial_left_factors(gradient: Tensor, shapes: Sequence[Shape]) -> list[Tens
     ``R(−∂L/∂W)ᵀ vec(A_i)``, which this A_i makes as large as a unit vector can. (The sign of A_i is that of
     its B_i, and does not matter.) Components of one shape get the first, second, … singular vectors of R.
 
-    Args:
-        gradient: ∂L/∂W, shape (m, n).
-        shapes: r shapes.
-
     Returns:
         A_i, (m_a, n_a), or None for an identity; with the norm √(m_a / 3) that Kaiming-uniform entries have
-        on average. Where the gradient has nothing (left) for a component, None stands, too: keep its random
-        start.
+        on average. Where the gradient, (m, n), has nothing (left) for a component, None stands, too: keep
+        its random start.
     """
     factors: list[Tensor | None] = [None] * len(shapes)
     whole = gradient.square().sum()
@@ -231,11 +221,8 @@ def choose_filters(
     Yields:
         Name, filters as a configuration lists them, and the share of the gradient's energy that one product
         of the first shape captures.
-
-    Raises:
-        ConfigError: If the budget is too small.
     """
-    budgets = layer_budgets(linear_layers(model, names), components, parameters)
+    budgets = layer_budgets(model, names, components, parameters)
     for name, gradient in weight_gradients(model, names, batches, loss, memory):
         chosen = choose_within(gradient, components, budgets[name], identities)
         yield name, [listed(shape) for shape in chosen], captured_share(gradient, chosen[0])

@@ -110,11 +110,7 @@ class AdapterMethod(ABC):
         """Returns what to tell people of the options."""
 
     def about(self, base: str) -> str:
-        """Returns a sentence on an adapter of this method, in Markdown.
-
-        Args:
-            base: Name of the base model.
-        """
+        """Returns a sentence, in Markdown, on an adapter of this method for the base model of this name."""
         return f"Trained weights of {self.title} for `{base}`."
 
     def copy_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:

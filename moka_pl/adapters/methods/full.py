@@ -47,7 +47,7 @@ class FullMethod(AdapterMethod):
     @classmethod
     def in_model(cls, model: nn.Module) -> Self | None:
         """Returns the method where a model remembers what was trained."""
-        return cls(FullFineTuning()) if is_trained(model) else None
+        return cls(FullFineTuning()) if getattr(model, _MARK, None) else None
 
     @classmethod
     def layers(cls, model: nn.Module) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class FullMethod(AdapterMethod):
         names = [""] if targets == "all" else [name for name in every if name and matches(name, targets)]
         if not names:
             raise AdapterError(f"target_modules {targets!r} matches no module of this model")
-        if is_trained(model):
+        if self.in_model(model):
             raise AdapterError("the model has been fine-tuned already; load it again")
         quantised = [
             name
@@ -96,11 +96,6 @@ class FullMethod(AdapterMethod):
     def facts(self) -> dict[str, Any]:
         """Returns what is trained."""
         return {"method": self.title, "target modules": name_targets(self.config.target_modules)}
-
-
-def is_trained(model: nn.Module) -> bool:
-    """Whether the base's own weights are trained: there is then no frozen base to go back to."""
-    return bool(getattr(model, _MARK, None))
 
 
 def _within(name: str, outer: str) -> bool:

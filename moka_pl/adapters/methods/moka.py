@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.filters import describe_filters
-from moka_pl.adapters.injection import inject_moka, moka_layers
+from moka_pl.adapters.injection import find_targets, moka_layers, replace_module
 from moka_pl.adapters.layer import MokaLinear
 from moka_pl.adapters.methods.base import AdapterMethod, name_targets
 from moka_pl.ops.gating import GATINGS
@@ -28,8 +28,20 @@ class MokaMethod(AdapterMethod):
         return moka_layers(model)
 
     def inject(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
-        """Wraps the target layers."""
-        return inject_moka(model, self.config, dtype)
+        """Freezes the model and wraps its target layers."""
+        names = find_targets(model, self.config)
+        wrapped = {}
+        for name in names:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            try:
+                wrapped[name] = MokaLinear(layer, self.config, dtype, name)
+            except ValueError as error:
+                raise type(error)(f"{name}: {error}") from None
+        model.requires_grad_(False)  # the new factors and gates are not in it yet
+        for name, adapted in wrapped.items():
+            replace_module(model, name, adapted)
+        return names
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns factors and gate logits; views of the parameters."""

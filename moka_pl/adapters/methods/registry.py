@@ -18,10 +18,7 @@ METHODS: tuple[type[AdapterMethod], ...] = (MokaMethod, FullMethod, PeftMethod)
 
 
 def method_of(config: Any) -> AdapterMethod:
-    """Returns the method that a configuration configures.
-
-    Args:
-        config: A ``MokaConfig``, a ``FullFineTuning`` or a configuration of PEFT's.
+    """Returns the method of a ``MokaConfig``, a ``FullFineTuning`` or a configuration of PEFT's.
 
     Raises:
         ConfigError: If it is something else.
@@ -91,11 +88,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unload(model: nn.Module, merge: bool = False) -> None:
-    """Takes the adapters out, in place.
-
-    Args:
-        model: A model with adapters.
-        merge: Leave dense layers ``W + ΔW`` instead of the frozen base.
+    """Takes the adapters out, in place; with ``merge``, dense layers ``W + ΔW`` stay instead of the base.
 
     Raises:
         AdapterError: If the base itself was trained and is wanted back.

@@ -3,6 +3,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from shared.counts import factor_entries
 
 from moka_pl.errors import ConfigError
 from moka_pl.studies.compare.build import build_data, build_module, check_suite
@@ -48,27 +49,23 @@ def test_every_suite_builds_what_it_compares(file):
 
 
 def test_the_budgets_of_components_are_alike():
-    from moka_pl.adapters.filters import count_parameters
-
     suite = read_suite(FOLDER / "components.yaml")
     layers = [(576, 576), (192, 576)]
-    wanted = count_parameters(layers, "diverse", 20, gated=False)
+    wanted = factor_entries(layers, "diverse", 20)
     methods = [method for method in suite.methods if "budget" in method.name]
     assert len(methods) == 4
     for method in methods:
-        count = count_parameters(layers, method.adapter["filters"], method.adapter["components"], gated=False)
+        count = factor_entries(layers, method.adapter["filters"], method.adapter["components"])
         assert count == pytest.approx(wanted, rel=0.05)
 
 
 def test_the_variants_that_are_to_beat_moka_have_its_size():
-    from moka_pl.adapters.filters import count_parameters
-
     layers = [(576, 576), (192, 576)]
-    wanted = count_parameters(layers, "diverse", 10, gated=False)
+    wanted = factor_entries(layers, "diverse", 10)
     for method in read_suite(FOLDER / "beat-smollm2.yaml").methods:
         filters = method.adapter.get("filters", "diverse")
         if "class_path" not in method.adapter and filters != "auto":
-            assert count_parameters(layers, filters, 10, gated=False) == pytest.approx(wanted, rel=0.06)
+            assert factor_entries(layers, filters, 10) == pytest.approx(wanted, rel=0.06)
 
 
 def test_suites_that_extend_another_share_its_runs():
@@ -130,10 +127,8 @@ def test_a_suite_can_be_stored_and_read_back():
 
 
 def test_the_budgets_of_one_layer_are_those_of_lora():
-    from moka_pl.adapters.filters import count_parameters
-
     for r in (1, 2, 4, 8, 16):
-        assert count_parameters([(576, 576)], "diverse", r, gated=False) == 2 * 576 * r
+        assert factor_entries([(576, 576)], "diverse", r) == 2 * 576 * r
 
 
 def test_a_suite_of_ones_own_with_options_over_it(tmp_path):
