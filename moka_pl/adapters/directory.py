@@ -68,7 +68,7 @@ def save_adapter(
     base: BaseModel,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes an adapter directory; an older one at ``path`` is replaced only once the new one is whole.
+    """Writes an adapter directory and returns ``path``; an older one is replaced once the new one is whole.
 
     What else lies in the older one stays: notes, say, or an evaluation's results.
 
@@ -78,9 +78,6 @@ def save_adapter(
         config: The adapters' configuration, of any method.
         base: The base model.
         extra: Further JSON values to keep (metrics, prompt, step).
-
-    Returns:
-        ``path``.
 
     Raises:
         AdapterError: If the disk is full or read-only, or ``path`` is a file or a folder of other things;
@@ -121,13 +118,7 @@ def save_adapter(
 
 
 def read_adapter(path: str | Path) -> AdapterInfo:
-    """Reads and checks ``adapter_config.json``.
-
-    Args:
-        path: An adapter directory.
-
-    Returns:
-        Its configuration and base model.
+    """Reads and checks ``adapter_config.json`` of an adapter directory.
 
     Raises:
         AdapterError: If the folder or a file is missing, malformed, of a newer format or another method.
@@ -226,9 +217,6 @@ def check_tensors(
         expected: The model's own tensors by name.
         source: Where ``state`` comes from, for messages.
         remedy: The last sentence of messages.
-
-    Raises:
-        AdapterError: On missing or unexpected tensors or other shapes.
     """
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
@@ -253,9 +241,6 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
         path: An adapter directory.
         fingerprint: The base's fingerprint; None skips the check that it is the adapter's own base.
 
-    Returns:
-        The adapter's configuration and base.
-
     Raises:
         AdapterError: If the directory is damaged, of a newer format or of another base model; no
             adapters are left in the model then.
@@ -275,15 +260,12 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
 
 
 def check_base(info: AdapterInfo, fingerprint: str | None, path: str | Path) -> None:
-    """Refuses a base model other than the adapter's own.
+    """Refuses a base model other than the adapter's own, where both fingerprints are known.
 
     Args:
         info: The adapter.
         fingerprint: The base's fingerprint; None where it is not known.
         path: The adapter directory, for messages.
-
-    Raises:
-        AdapterError: If both fingerprints are known and differ.
     """
     if fingerprint and info.base.fingerprint and fingerprint != info.base.fingerprint:
         raise AdapterError(
@@ -292,9 +274,7 @@ def check_base(info: AdapterInfo, fingerprint: str | None, path: str | Path) -> 
         )
 
 
-def _contents(
-    config: Any, base: BaseModel, trainable_parameters: int, extra: Mapping[str, Any]
-) -> dict[str, Any]:
+def _contents(config: Any, base: BaseModel, size: int, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what ``adapter_config.json`` holds."""
     method = method_of(config)
     # For people only; of other methods than MoKA, what marks a folder as written here.
@@ -312,25 +292,21 @@ def _contents(
         "revision": base.revision,
         "base_fingerprint": base.fingerprint,
         "base_options": base.options,
-        "trainable_parameters": trainable_parameters,
+        "trainable_parameters": size,
         **notes,
         "extra": dict(extra),
     }
 
 
 def _format_of(config: Any) -> int:
-    """Returns the oldest format that can say this.
-
-    2 has identities and layers of their own in ``filters``, 3 sigmoid gates.
-    """
+    """Returns the oldest format that can say this."""
     if not isinstance(config, MokaConfig):
         return 1
     if config.gating == "sigmoid":
         return 3
     filters = config.filters
-    if isinstance(filters, dict):
-        return 2
-    return 1 if isinstance(filters, str) or all(len(sizes) != 3 for sizes in filters) else 2
+    identities = isinstance(filters, list) and any(len(sizes) == 3 for sizes in filters)
+    return 2 if identities or isinstance(filters, dict) else 1
 
 
 def _replaceable(path: Path) -> bool:

@@ -19,8 +19,6 @@ ASPECT_RATIOS = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)
 #: MoKA_s aims at this share of the diverse filters' entries (the paper's 4.2 M against 5.2 M).
 PRIME_BUDGET = 0.8
 
-NAMED_FILTERS = ("diverse", "square", "prime")
-
 #: Filters that a run chooses itself when it begins, from its data (:mod:`moka_pl.training.auto_filters`).
 AUTO = "auto"
 
@@ -45,9 +43,6 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
         m: Output features.
         n: Input features.
 
-    Returns:
-        r shapes.
-
     Raises:
         ConfigError: For an unknown name, a wrong count or sizes that are not positive whole numbers.
     """
@@ -67,8 +62,8 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
                 f"filters: auto are chosen when a training run begins; without a trainer {WITHOUT_TRAINER}"
             )
         raise ConfigError(
-            f"unknown filters {filters!r}; choose one of {', '.join((*NAMED_FILTERS, AUTO))}, "
-            "or give a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
+            f"unknown filters {filters!r}; choose one of diverse, square, prime, {AUTO}, or give "
+            " a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
         )
     return _explicit_shapes(filters, components, m, n)
 

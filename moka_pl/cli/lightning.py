@@ -147,10 +147,10 @@ class MokaCLI(LightningCLI):
             raise ConfigError(f"--ckpt_path {path}: no such file; give a .ckpt file, or last")
         if path == "last":
             keeping = config.trainer.enable_checkpointing is not False
-            found = find_last(config.trainer.logger, config.checkpoint.dirpath if keeping else None)
-            config.ckpt_path = str(found.checkpoint)
-            if found.version is not None:
-                config.trainer.logger.init_args.version = found.version
+            checkpoint, version = find_last(logger, config.checkpoint.dirpath if keeping else None)
+            config.ckpt_path = str(checkpoint)
+            if version is not None:
+                logger.init_args.version = version
             # The folder's config.yaml stays what it is: the run from its beginning.
             self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
 

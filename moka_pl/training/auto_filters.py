@@ -6,7 +6,7 @@ and the result is an explicit configuration, with which the run goes on as if it
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,7 @@ from moka_pl.adapters.filters import AUTO, WITHOUT_TRAINER, listed
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.scoring import score_tokens
+from moka_pl.ops.layout import Shape
 from moka_pl.utils import silenced
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 #: Optimizer steps whose batches the gradient is taken of, on the first rank.
 STEPS = 4
-
-Filters = dict[str, list[list[int]]]
 
 
 class ResolvedFilters(NamedTuple):
@@ -157,12 +156,14 @@ def _resolve_on_this_rank(model: "PreTrainedModel", config: MokaConfig, trainer:
         inputs = {} if packed is None else packed.inputs(moved)
         return score_tokens(model, moved["input_ids"], moved["labels"], **inputs).nll.sum()
 
-    chosen: Filters = {}
+    chosen: dict[str, list[list[int]]] = {}
+    used: Counter[Shape] = Counter()
     left_factors: dict[str, list[Tensor | None]] = {}
     for name, gradient in weight_gradients(model, names, batches, loss):
         if config.filters == AUTO:
             shapes = choose_within(gradient, config.components, budgets[name])
             chosen[name] = [listed(shape) for shape in shapes]
+            used.update(shapes)
         else:
             shapes = list(config.shapes_of(name, *gradient.shape))
         if config.start == "gradient":
@@ -170,16 +171,22 @@ def _resolve_on_this_rank(model: "PreTrainedModel", config: MokaConfig, trainer:
             left_factors[name] = [None if factor is None else factor.cpu() for factor in factors]
     if chosen:
         config = replace(config, filters=chosen, budget=None)
-    rank_zero_info(_summary(chosen, bool(left_factors), len(batches), time.monotonic() - started))
+    parts = []
+    if chosen:
+        most = used.most_common(5)
+        named = ", ".join(f"{shape} {count}×" for shape, count in most)
+        if others := used.total() - sum(count for _, count in most):
+            named += f", others {others}×"
+        parts.append(f"filters chosen in {len(chosen)} layers ({named})")
+    if left_factors:
+        parts.append("left factors started along it")
+    seconds = time.monotonic() - started
+    rank_zero_info(f"gradient of the first {len(batches)} batches: {'; '.join(parts)}; {seconds:.1f} s")
     return ResolvedFilters(config, left_factors)
 
 
 def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
-    """Reads the first training batches of this rank, on the CPU, by a loader that the training does not use.
-
-    Raises:
-        ConfigError: If there is none, or batches are none of token ids and labels.
-    """
+    """Reads this rank's first training batches, on the CPU, by a loader that the training does not use."""
     # Lightning calls configure_model with the model's device as the default one; loaders work on the CPU.
     loader = training_loader(trainer)
     batches: list[Any] = []
@@ -193,23 +200,3 @@ def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
             "moka_pl's data modules make them; this run has none"
         )
     return batches
-
-
-def _summary(chosen: Filters, starts: bool, batches: int, seconds: float) -> str:
-    """Returns one line on what was decided."""
-    parts = []
-    if chosen:
-        counts = Counter(tuple(shape) for shapes in chosen.values() for shape in shapes)
-        most = ", ".join(f"{_format(shape)} {count}×" for shape, count in counts.most_common(5))
-        others = sum(counts.values()) - sum(count for _, count in counts.most_common(5))
-        parts.append(
-            f"filters chosen in {len(chosen)} layers ({most}{f', others {others}×' if others else ''})"
-        )
-    if starts:
-        parts.append("left factors started along it")
-    return f"gradient of the first {batches} batches: {'; '.join(parts)}; {seconds:.1f} s"
-
-
-def _format(shape: Sequence[int]) -> str:
-    m_a, n_a, m_b, n_b = shape
-    return f"{m_a}×{n_a} ⊗ {m_b}×{n_b}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -107,15 +107,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", traini
 
 
 def check_same_factors(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint whose adapters have other factors than this model's.
-
-    Args:
-        stored: The checkpoint's adapter options.
-        current: This model's.
-
-    Raises:
-        AdapterError: If an option differs that shapes the factors.
-    """
+    """Refuses a checkpoint whose adapters have other factors than this model's, by the options of both."""
     methods = [options.get("peft_type", "MOKA") for options in (stored or current, current)]
     if methods[0] != methods[1]:
         raise AdapterError(
@@ -164,23 +156,13 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device, rank: int) -> 
     random.setstate((version, tuple(state["python"]), gauss))
 
 
-class LastRun(NamedTuple):
-    """The newest resumable run of a name; its version is None where no logs can go on."""
-
-    checkpoint: Path
-    version: int | str | None
-
-
-def find_last(logger: Any, dirpath: str | None = None) -> LastRun:
-    """Returns the run whose ``last.ckpt`` is the newest.
+def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str | None]:
+    """Returns the newest run's ``last.ckpt``, and the version whose logs go on; None where no logs can.
 
     Args:
         logger: The parsed ``trainer.logger`` (class_path and init_args of a TensorBoardLogger).
         dirpath: The folder that the user keeps checkpoints in (``checkpoint.dirpath``); None looks for the
             newest ``version_<k>`` below the logger's folder that holds a ``checkpoints/last.ckpt``.
-
-    Returns:
-        The checkpoint and the version whose logs go on.
 
     Raises:
         ConfigError: If there is none, or it is damaged, or the logger keeps no versions.
@@ -194,7 +176,7 @@ def find_last(logger: Any, dirpath: str | None = None) -> LastRun:
                 f"--ckpt_path last: {dirpath} (checkpoint.dirpath) has no {LAST_NAME}. Start without "
                 "--ckpt_path, or give the path of a checkpoint"
             )
-        return LastRun(checkpoint, _version(checkpoint) if versions else None)
+        return checkpoint, _version(checkpoint) if versions else None
     if not versions:
         raise ConfigError(
             "--ckpt_path last looks for the newest version_<k> of a TensorBoardLogger, but trainer.logger is "
@@ -212,7 +194,7 @@ def find_last(logger: Any, dirpath: str | None = None) -> LastRun:
             "--ckpt_path, or give the path of a checkpoint"
         )
     version, checkpoint = max(runs)
-    return LastRun(checkpoint, version)
+    return checkpoint, version
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -37,11 +37,7 @@ class LearningRateRatios:
     gate: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuses ratios that cannot work.
-
-        Raises:
-            ConfigError: Naming the part and its ratio.
-        """
+        """Refuses ratios that cannot work."""
         for part, ratio in asdict(self).items():
             if not 0 <= ratio < math.inf:
                 raise ConfigError(f"learning_rate_ratios.{part} must be 0 or more and finite, not {ratio}")
@@ -52,11 +48,7 @@ class LearningRateRatios:
         return self == LearningRateRatios()
 
     def check_fits(self, adapter: Any) -> None:
-        """Refuses an adapter that has no such parts.
-
-        Raises:
-            ConfigError: If there are ratios other than 1 and the adapter is not MoKA.
-        """
+        """Refuses ratios other than 1 for an adapter that has no such parts."""
         if not self.alike and not isinstance(adapter, MokaConfig):
             raise ConfigError(
                 f"learning_rate_ratios are for the factors and gates of MoKA, not for "
@@ -108,9 +100,6 @@ def check_scheduler(scheduler: object, optimizer: Optimizer, rates: list[Any]) -
         scheduler: The scheduler.
         optimizer: Its optimizer.
         rates: The optimizer's rates before there was a scheduler.
-
-    Raises:
-        ConfigError: If the ratios would be lost.
     """
     if lowest := getattr(scheduler, "eta_min", 0):
         raise ConfigError(

@@ -123,11 +123,6 @@ class MokaModule(EvaluatedModule):
         """Loads the base onto this rank's device and injects the adapters (once).
 
         What the configuration leaves to the first batches' gradient, a fit that begins chooses here.
-
-        Raises:
-            BackboneError: If the base cannot be loaded.
-            AdapterError: If the adapters do not fit it.
-            ConfigError: If there are no batches to take a gradient of.
         """
         if self.model is not None:
             if self._deferred.is_due(trainer_of(self), self.resumes):
@@ -184,21 +179,13 @@ class MokaModule(EvaluatedModule):
 
     @property
     def causal_lm(self) -> "PreTrainedModel":
-        """The model with its adapters.
-
-        Raises:
-            ConfigError: Before ``configure_model`` has built it.
-        """
+        """The model with its adapters, once ``configure_model`` has built it."""
         if self.model is None:
             raise ConfigError("the model is not built yet; a Trainer builds it, or call configure_model()")
         return self.model
 
     def configure_optimizers(self) -> "OptimizerLRScheduler":
-        """Builds optimizer and scheduler over the trainable parameters.
-
-        Raises:
-            ConfigError: If optimizer or scheduler cannot have ``learning_rate_ratios``.
-        """
+        """Builds optimizer and scheduler over the trainable parameters."""
         trainable = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         optimizer = make_optimizer(self.optimizer, trainable, self.learning_rate_ratios)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -225,11 +212,7 @@ class MokaModule(EvaluatedModule):
             )
 
     def on_train_start(self) -> None:
-        """Begins with no counted tokens, and in a resumed run with the stored random generators.
-
-        Raises:
-            ConfigError: If filters or start were left to a checkpoint that did not come.
-        """
+        """Begins with no counted tokens, and in a resumed run with the stored random generators."""
         if self._deferred.pending:
             raise ConfigError(
                 "filters: auto and start: gradient wait for a checkpoint, but none was loaded; "
@@ -267,9 +250,6 @@ class MokaModule(EvaluatedModule):
 
         Not in ``configure_optimizers``: asking for the number there makes Lightning (2.6) load the training
         data before it has read the loaders' state, so that a resumed run would begin its epoch anew.
-
-        Raises:
-            ConfigError: If the run has no end.
         """
         if self._schedule is None:
             return
@@ -333,11 +313,7 @@ class MokaModule(EvaluatedModule):
         complete_checkpoint(checkpoint, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint is of this run, and that its tensors are exactly the trainable ones.
-
-        Raises:
-            AdapterError: As :func:`moka_pl.training.checkpoint.check_checkpoint`.
-        """
+        """Checks that the checkpoint is of this run, and that its tensors are exactly the trainable ones."""
         stored = StoredRun.read(checkpoint)
         self._adopt_filters(stored.adapter)
         check_checkpoint(checkpoint, self, training=self.trainer.state.fn == "fit")

@@ -29,14 +29,7 @@ _PASSING = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision
 
 
 class PeftMethod(AdapterMethod):
-    """A method of PEFT.
-
-    Args:
-        config: A configuration of PEFT's, such as ``peft.LoraConfig``.
-
-    Raises:
-        ConfigError: For prompt learning, which adapts no layers, and for starts that change the base.
-    """
+    """A method of PEFT; refuses prompt learning, which adapts no layers, and starts that change the base."""
 
     def __init__(self, config: Any) -> None:
         start = getattr(config, "init_lora_weights", True)
@@ -80,12 +73,17 @@ class PeftMethod(AdapterMethod):
     @classmethod
     def in_model(cls, model: nn.Module) -> Self | None:
         """Returns the method that PEFT remembers in the model."""
-        return cls(model.peft_config["default"]) if peft_layers(model) else None  # type: ignore[index]
+        return cls(model.peft_config["default"]) if cls.layers(model) else None  # type: ignore[index]
 
     @classmethod
     def layers(cls, model: nn.Module) -> "dict[str, PeftLayer]":
         """Returns PEFT's layers."""
-        return peft_layers(model)
+        if "peft" not in sys.modules:
+            return {}
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        modules = model.named_modules()
+        return {name: PeftLayer(name, m) for name, m in modules if isinstance(m, BaseTunerLayer)}
 
     def inject(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
         """Lets PEFT wrap the target layers, with its own random start."""
@@ -98,14 +96,18 @@ class PeftMethod(AdapterMethod):
         try:
             # PEFT writes the names that it has found into the configuration.
             inject_adapter_in_model(copy.deepcopy(self.config), model)
-            names = list(peft_layers(model))
+            names = list(self.layers(model))
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
             self._try_layers(model)
         except Exception as error:  # PEFT and bitsandbytes raise all kinds
             self.unload(model, merge=False)  # the model is left as it was
-            raise AdapterError(self._refusal(error, four_bit)) from error
+            reason = " ".join(str(error).split())[:300].rstrip(". ")
+            remedy = " On 4-bit layers it may not work at all: use quantization: none" if four_bit else ""
+            raise AdapterError(
+                f"PEFT cannot put {self.title} into this model: {type(error).__name__}: {reason}.{remedy}"
+            ) from error
         finally:
             if four_bit and not marked:
                 del model.is_loaded_in_4bit
@@ -114,7 +116,7 @@ class PeftMethod(AdapterMethod):
     def _try_layers(self, model: nn.Module) -> None:
         """Runs one token through a layer of each kind: what cannot work shows before any training."""
         tried = set()
-        for wrapped in peft_layers(model).values():
+        for wrapped in self.layers(model).values():
             layer, base = wrapped.module, wrapped.base_layer
             layout = (type(layer), type(base), getattr(base, "weight", torch.empty(0)).shape)
             if not isinstance(base, nn.Linear) or layout in tried:
@@ -127,11 +129,6 @@ class PeftMethod(AdapterMethod):
             with torch.enable_grad():
                 torch.autograd.grad(layer(x).float().sum(), x, allow_unused=True)
             layer.train(training)
-
-    def _refusal(self, error: Exception, four_bit: bool) -> str:
-        reason = " ".join(str(error).split())[:300].rstrip(". ")
-        remedy = " On 4-bit layers it may not work at all: use quantization: none" if four_bit else ""
-        return f"PEFT cannot put {self.title} into this model: {type(error).__name__}: {reason}.{remedy}"
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns what PEFT itself would save, under its own names."""
@@ -169,23 +166,8 @@ class PeftMethod(AdapterMethod):
         return {"method": self.title} | facts
 
 
-def peft_layers(model: nn.Module) -> "dict[str, PeftLayer]":
-    """Returns all of PEFT's adapted layers by name, in model order."""
-    if "peft" not in sys.modules:
-        return {}
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    modules = model.named_modules()
-    return {name: PeftLayer(name, module) for name, module in modules if isinstance(module, BaseTunerLayer)}
-
-
 class PeftLayer:
-    """A layer of PEFT's, as an :class:`moka_pl.adapters.methods.base.AdaptedLayer`.
-
-    Args:
-        name: Its name, for messages.
-        module: PEFT's module.
-    """
+    """A layer of PEFT's, as an :class:`moka_pl.adapters.methods.base.AdaptedLayer`."""
 
     def __init__(self, name: str, module: Any) -> None:
         self.name = name
@@ -226,9 +208,6 @@ class PeftLayer:
 
         PEFT's own merging changes the frozen weight, which in four bits is rounded again and cannot be had
         back. Every linear layer with an adapter maps x to ``W' x + b'``: W' is what it makes of the identity.
-
-        Raises:
-            AdapterError: If what it wraps is no linear layer.
         """
         if self.merged_layer is not None:
             return
