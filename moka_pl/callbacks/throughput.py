@@ -23,6 +23,7 @@ class Throughput(Callback):
     """
 
     def __init__(self, window: int = 20) -> None:
+        self.window = window
         self.total_tokens = 0
         self.train_seconds = 0.0
         self._recent: deque[tuple[float, int]] = deque(maxlen=window)
