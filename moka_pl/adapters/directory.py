@@ -252,8 +252,7 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
     try:
         load_adapter_state(model, state, path)
     except AdapterError:
-        method = method_in(model)
-        if method is not None and method.keeps_base:
+        if method_of(info.config).keeps_base:
             unload(model)
         raise
     return info

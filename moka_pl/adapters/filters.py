@@ -133,25 +133,21 @@ def _prime_shapes(m: int, n: int, components: int) -> tuple[Shape, ...]:
     """
     budget = PRIME_BUDGET * 2 * math.sqrt(m * n) * components
     primes = _primes_up_to(max(m, n, 40 * components))
+
+    def affordable(indices: list[int]) -> bool:
+        if indices[-1] >= len(primes) or primes[indices[-1]] > max(m, n):
+            return False
+        return sum(_prime_shape(m, n, primes[i]).num_parameters for i in indices) <= budget
+
     chosen = list(range(components))  # indices into primes
-    if _entries(m, n, chosen, primes) <= budget:
-        while (
-            chosen[-1] + 1 < len(primes)
-            and primes[chosen[-1] + 1] <= max(m, n)
-            and _entries(m, n, [i + 1 for i in chosen], primes) <= budget
-        ):
-            chosen = [i + 1 for i in chosen]
-        for position in reversed(range(components)):
-            raised = [*chosen]
-            raised[position] += 1
-            free = raised[position] not in chosen and raised[position] < len(primes)
-            if free and primes[raised[position]] <= max(m, n) and _entries(m, n, raised, primes) <= budget:
-                chosen = raised
+    while affordable(raised := [i + 1 for i in chosen]):
+        chosen = raised
+    for position in reversed(range(components)):
+        raised = [*chosen]
+        raised[position] += 1
+        if raised[position] not in chosen and affordable(raised):
+            chosen = raised
     return tuple(_prime_shape(m, n, primes[i]) for i in chosen)
-
-
-def _entries(m: int, n: int, chosen: Sequence[int], primes: Sequence[int]) -> int:
-    return sum(_prime_shape(m, n, primes[i]).num_parameters for i in chosen)
 
 
 def _prime_shape(m: int, n: int, prime: int) -> Shape:

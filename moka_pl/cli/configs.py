@@ -12,9 +12,6 @@ def configs(copy: Path | None = None, overwrite: bool = False) -> None:
     Args:
         copy: A folder to copy them to; it is made if it is missing.
         overwrite: Replace files that are there already.
-
-    Raises:
-        ConfigError: If a file is there already, or none can be written.
     """
     files = shipped_configs()
     if copy is None:
@@ -44,9 +41,6 @@ def find_config(given: str) -> str:
     """Returns the path of a file, or of a shipped one named as ``llama2`` or ``configs/llama2.yaml``.
 
     A file in the current folder comes first. What is no name at all (YAML itself) is returned as it is.
-
-    Raises:
-        ConfigError: If there is no such file.
     """
     if Path(given).is_file() or ":" in given:
         return given

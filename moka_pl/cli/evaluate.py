@@ -42,12 +42,6 @@ def evaluate(
             was trained on, and nf4 without an adapter. Only without an adapter can it be chosen.
         apply_chat_template: Put the tokenizer's chat template around the prompts.
         log_samples: Keep every question with the model's scores in the JSON file, too.
-
-    Raises:
-        ConfigError: If an option has a value that cannot work, a task is unknown, or lm_eval is missing.
-        DataError: If local data cannot be used.
-        AdapterError: If the adapter cannot be read or is of another base model.
-        BackboneError: If the base model cannot be had.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if adapter is None and not base:

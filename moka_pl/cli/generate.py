@@ -34,11 +34,6 @@ def generate(
             ("Question: … Answer:"; letters is the same, the options being part of the prompt), llm_adapters
             (alpaca, the same) or raw (nothing). Default what the adapter was trained with; where it
             remembers none, the chat template if there is one.
-
-    Raises:
-        ConfigError: If an option has a value that cannot work.
-        AdapterError: If the adapter cannot be read or is of another base model.
-        BackboneError: If the base model cannot be had.
     """
     if not prompt:
         raise ConfigError("prompt is empty; say something")

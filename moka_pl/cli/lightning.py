@@ -45,9 +45,6 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
     """Parses the arguments (default: the process's) and runs the Lightning command they name.
 
     With ``only_build`` they name no command; model, data and trainer are made, and nothing is run.
-
-    Raises:
-        ConfigError: For what Lightning finds wrong with the trainer's options.
     """
     try:
         return MokaCLI(

@@ -41,12 +41,8 @@ class WarmupDecay(LambdaLR):
             raise ConfigError(f"min_lr_ratio must be from 0 to 1, not {min_lr_ratio}")
         if decay not in ("cosine", "linear", "constant"):
             raise ConfigError(f"unknown decay {decay!r}; choose cosine, linear or constant")
-        self.warmup, self.decay, self.min_lr_ratio, self.total_steps = (
-            warmup,
-            decay,
-            min_lr_ratio,
-            total_steps,
-        )
+        self.warmup, self.decay = warmup, decay
+        self.min_lr_ratio, self.total_steps = min_lr_ratio, total_steps
         super().__init__(optimizer, self.factor)
 
     def factor(self, step: int) -> float:

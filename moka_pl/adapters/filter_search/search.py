@@ -147,6 +147,7 @@ def layer_budgets(
     return {name: int(scale * entries) for name, entries in usual.items()}
 
 
+@torch.no_grad()
 def choose_within(
     gradient: Tensor, components: int, parameters: int, identities: bool = False
 ) -> list[Shape]:
@@ -162,10 +163,9 @@ def choose_within(
     """
     m, n = gradient.shape
     largest = max(int(8 * math.sqrt(m * n)), parameters // components)
-    with torch.no_grad():
-        even = candidate_shapes(m, n, largest, identities)
-        usual = filter_shapes("diverse", components, m, n)
-        return choose_shapes(gradient, components, parameters, (*even, *usual))
+    even = candidate_shapes(m, n, largest, identities)
+    usual = filter_shapes("diverse", components, m, n)
+    return choose_shapes(gradient, components, parameters, (*even, *usual))
 
 
 def initial_left_factors(gradient: Tensor, shapes: Sequence[Shape]) -> list[Tensor | None]:

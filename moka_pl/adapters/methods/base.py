@@ -68,11 +68,7 @@ class AdapterMethod(ABC):
 
     @classmethod
     def read_config(cls, stored: Mapping[str, Any]) -> Any | None:
-        """Builds a configuration from ``adapter_config.json``; None where that is of another method.
-
-        Raises:
-            AdapterError: If something that the method needs is not installed.
-        """
+        """Builds a configuration from ``adapter_config.json``; None where that is of another method."""
         if stored["peft_type"] != cls.kind:
             return None
         return cls.config_type(

@@ -43,25 +43,18 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def config_from(stored: Mapping[str, Any]) -> Any:
-    """Builds a configuration from the contents of ``adapter_config.json``.
-
-    Raises:
-        AdapterError: If the method needs PEFT and PEFT does not know it.
-    """
+    """Builds a configuration from the contents of ``adapter_config.json``."""
     configs = (method.read_config(stored) for method in METHODS)
     return next(config for config in configs if config is not None)
 
 
 def inject_adapter(model: nn.Module, config: Any, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Freezes the model and puts adapters into it, in place.
+    """Freezes the model and puts adapters into it, in place; returns the names of the adapted layers.
 
     Args:
         model: The model; afterwards only the adapters' tensors require gradients.
         config: What to adapt and how: a ``MokaConfig``, a configuration of PEFT's or a ``FullFineTuning``.
         dtype: Dtype of the trainable tensors.
-
-    Returns:
-        Names of the adapted layers.
 
     Raises:
         AdapterError: If nothing matches, a match cannot be adapted, or the model has adapters already.
