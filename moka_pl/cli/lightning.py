@@ -133,11 +133,12 @@ class MokaCLI(LightningCLI):
         if "verbose" in config:
             config.verbose = False  # EvaluationTable prints what was found, in a form to be read
         logger = config.trainer.logger
+        folder = getattr(getattr(logger, "init_args", None), "save_dir", None)
         if logger is False:
             # Lightning would write config.yaml into the current folder.
             self.save_config_callback = None
-        elif (folder := _save_dir(logger)) and not config.trainer.get("fast_dev_run"):
-            make_folder(folder, "--trainer.logger.init_args.save_dir")
+        elif folder is not None and "://" not in str(folder) and not config.trainer.get("fast_dev_run"):
+            make_folder(Path(folder), "--trainer.logger.init_args.save_dir")
         path = config.get("ckpt_path")
         special = path in (None, "best", "last", "hpc") or "://" in path or path.startswith("registry")
         if not special and not Path(path).is_file():
@@ -169,13 +170,6 @@ class MokaCLI(LightningCLI):
             configured = [callback for callback in configured if not isinstance(callback, Checkpoint)]
         self.trainer_defaults["callbacks"] = configured + [c for c in ours if type(c) not in kinds]
         return super().instantiate_trainer(**kwargs)
-
-
-def _save_dir(logger: object) -> Path | None:
-    """The folder of a logger's configuration, where it has one."""
-    options = getattr(logger, "init_args", None)
-    folder = getattr(options, "save_dir", None)
-    return None if folder is None or "://" in str(folder) else Path(folder)
 
 
 def _data_seed(seed: bool | int) -> int:

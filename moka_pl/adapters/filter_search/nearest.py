@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moka_pl.ops.kronecker import delta_weight
-from moka_pl.ops.layout import Pairs, Shape, pack
+from moka_pl.ops.layout import Pairs, Shape
 
 #: Beyond this many entries on the shorter side of R(M), leading singular pairs are found by iteration.
 _EXACT = 256
@@ -80,17 +79,6 @@ def captured_share(matrix: Tensor, shape: Shape, count: int = 1) -> float:
     if not whole > 0:
         return 1.0
     return float((nearest_products(matrix, shape, count)[1].sum() / whole).clamp(max=1))
-
-
-def product_matrix(pair: tuple[Tensor | None, Tensor], shape: Shape, like: Tensor) -> Tensor:
-    """Returns ``A ⊗ B`` cut or zero-filled to the size of a layer.
-
-    Args:
-        pair: A (None for an identity), shape (m_a, n_a), and B, (m_b, n_b).
-        shape: Their sizes.
-        like: A tensor of the layer's shape (m, n).
-    """
-    return delta_weight(like.new_ones(1), *pack([pair]), (shape,), *like.shape)
 
 
 def _blocks(matrix: Tensor, shape: Shape) -> Tensor:

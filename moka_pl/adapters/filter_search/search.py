@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.filter_search.gradients import MEMORY, linear_layers, weight_gradients
-from moka_pl.adapters.filter_search.nearest import captured_share, nearest_products, product_matrix
+from moka_pl.adapters.filter_search.nearest import captured_share, nearest_products
 from moka_pl.adapters.filters import divisors, filter_shapes, listed
 from moka_pl.errors import ConfigError
-from moka_pl.ops.layout import Shape, group_equal
+from moka_pl.ops.kronecker import delta_weight
+from moka_pl.ops.layout import Shape, group_equal, pack
 
 #: Shapes of a layer that are fitted again to what earlier components leave; the others are ranked once.
 SHORTLIST = 24
@@ -111,16 +112,20 @@ def _take_best(
     residual: Tensor, affordable: Sequence[Shape], energies: dict[Shape, float], fair_share: float
 ) -> tuple[Shape, Tensor]:
     """Finds the best shape for a residual, and its product, (m, n); updates ``energies`` on the way."""
+
+    def worth(shape: Shape) -> float:
+        return energies[shape] / (shape.num_parameters + fair_share)
+
     best: tuple[float, Shape, Tensor] | None = None
-    for shape in sorted(affordable, key=lambda s: -energies[s] / (s.num_parameters + fair_share)):
+    for shape in sorted(affordable, key=worth, reverse=True):
         # What a residual has for a shape hardly ever grows: no later one of this order can be better.
-        if best is not None and energies[shape] / (shape.num_parameters + fair_share) < best[0]:
+        if best is not None and worth(shape) < best[0]:
             break
-        (pair,), captured = nearest_products(residual, shape)
+        pairs, captured = nearest_products(residual, shape)
         energies[shape] = float(captured[0])
-        worth = energies[shape] / (shape.num_parameters + fair_share)
-        if best is None or worth > best[0] * (1 + 1e-6):
-            best = worth, shape, product_matrix(pair, shape, residual)
+        if best is None or worth(shape) > best[0] * (1 + 1e-6):
+            product = delta_weight(residual.new_ones(1), *pack(pairs), (shape,), *residual.shape)  # (m, n)
+            best = worth(shape), shape, product
     assert best is not None
     return best[1:]
 

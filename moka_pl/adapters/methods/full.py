@@ -66,7 +66,7 @@ class FullMethod(AdapterMethod):
         quantised = [
             name
             for name, module in every.items()
-            if is_quantised(module) and any(_within(name, n) for n in names)
+            if is_quantised(module) and any(not n or f"{name}.".startswith(f"{n}.") for n in names)
         ]
         if quantised:
             raise AdapterError(
@@ -96,7 +96,3 @@ class FullMethod(AdapterMethod):
     def facts(self) -> dict[str, Any]:
         """Returns what is trained."""
         return {"method": self.title, "target modules": name_targets(self.config.target_modules)}
-
-
-def _within(name: str, outer: str) -> bool:
-    return not outer or name == outer or name.startswith(f"{outer}.")

@@ -5,13 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moka_pl.adapters.filter_search.nearest import (
-    captured_share,
-    nearest_products,
-    product_matrix,
-    rearrange,
-)
-from moka_pl.ops.layout import Shape
+from moka_pl.adapters.filter_search.nearest import captured_share, nearest_products, rearrange
+from moka_pl.ops.kronecker import delta_weight
+from moka_pl.ops.layout import Shape, pack
 
 sides = st.integers(1, 5)
 shapes = st.builds(Shape, sides, sides, sides, sides, st.just(False))
@@ -20,6 +16,11 @@ blocks = st.builds(lambda k, m_b, n_b: Shape(k, k, m_b, n_b, identity=True), sid
 
 def draw(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def product_matrix(pair, shape: Shape, like: torch.Tensor) -> torch.Tensor:
+    """A ⊗ B, cut or zero-filled to the size of a layer's matrix."""
+    return delta_weight(like.new_ones(1), *pack([pair]), (shape,), *like.shape)
 
 
 def energy(matrix: torch.Tensor) -> float:
