@@ -50,7 +50,7 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
     else:
         return None
     m, n = layer.out_features, layer.in_features
-    resolved = resolve_backend(adapted.backend, x, dtype, shapes, m, n)
+    resolved = resolve_backend(adapted.backend, x, dtype, shapes, m)
     weight = partial(dense_weight, layer)
     parts = (shapes, m, n, adapted.scaling, weight, is_quantised(layer), adapted.gating)
     if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
@@ -77,4 +77,4 @@ def is_decoding(adapted: "MokaLinear", x: Tensor) -> bool:
     if torch.is_grad_enabled() or not 0 < x.numel() // n < DECODE_TOKENS:
         return False
     asked = adapted.backend == "fused" or (adapted.backend == "auto" and x.is_cuda)
-    return asked and can_fuse(x, adapted.moka_B.dtype, adapted.shapes, adapted.out_features, n)
+    return asked and can_fuse(x, adapted.moka_B.dtype, adapted.shapes, adapted.out_features)

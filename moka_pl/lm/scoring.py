@@ -29,7 +29,7 @@ class TokenScores(NamedTuple):
 
 
 def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **inputs: Any) -> TokenScores:
-    """Scores every token that has a label.
+    """Scores the N tokens that have a label (the first position of a row cannot be predicted).
 
     Sequences are padded on the right, where causal attention never looks, so no mask is passed; the output
     head runs over the labelled positions only.
@@ -39,9 +39,6 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **
         input_ids: Token ids, shape (B, T).
         labels: The ids to predict at their own positions, -100 elsewhere, shape (B, T).
         **inputs: What else the model is to be given (for packed rows what ``PackedAttention`` makes).
-
-    Returns:
-        The scores of the N labelled tokens (the first position of a row cannot be predicted).
     """
     targets = labels[:, 1:]  # (B, T-1)
     row, column = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,)
@@ -62,16 +59,13 @@ def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 def logits_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: Tensor) -> Tensor:
-    """Runs a model and computes its logits at some positions only.
+    """Runs a model and computes its logits, shape (N, V), at some positions only.
 
     Args:
         model: A causal language model.
         row: Rows of the positions, shape (N,).
         column: Their columns, shape (N,).
         **inputs: What the model reads.
-
-    Returns:
-        Logits of shape (N, V).
     """
     logits: Tensor
     if transforms_logits(model):

@@ -85,17 +85,14 @@ def _even_runs(members: list[int], begins: list[list[int]]) -> list[list[int]]:
 def add_delta_(
     total: Tensor, left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
 ) -> Tensor:
-    """Adds ``Σ_i w_i (A_i ⊗ B_i)``, cut or zero-filled to m × n, in place; differentiable.
+    """Adds ``Σ_i w_i (A_i ⊗ B_i)``, cut or zero-filled to m × n, and returns ``total``; differentiable.
 
     Args:
-        total: What to add to, shape (m, n), contiguous.
+        total: What is changed in place, shape (m, n), contiguous.
         left: Packed left factors, contiguous.
         right: Packed right factors, contiguous.
         weights: w, shape (r,).
         shapes: r shapes.
-
-    Returns:
-        ``total``.
     """
     m, n = total.shape
     layout = _layout(shapes, right.device)
@@ -121,7 +118,7 @@ def add_delta_(
 def project(
     grad: Tensor, left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Projects D = ∂L/∂ΔW to the packed factors and the weights.
+    """Projects D = ∂L/∂ΔW to the gradients of ``left``, ``right`` and ``weights``, in their dtypes.
 
     For D as a tensor D[a, b, p, q] of sizes (m_a, m_b, n_a, n_b): ``dA[a,p] = w Σ_bq D[a,b,p,q] B[b,q]``,
     ``dB[b,q] = w Σ_ap D[a,b,p,q] A[a,p]``, ``dw = <dB / w, B>``.
@@ -132,9 +129,6 @@ def project(
         right: Packed right factors, contiguous.
         weights: w, shape (r,).
         shapes: r shapes.
-
-    Returns:
-        Gradients of ``left``, ``right`` and ``weights``, in their dtypes.
     """
     m, n = grad.shape
     grad = grad.to(right.dtype)

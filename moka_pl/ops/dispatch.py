@@ -22,9 +22,9 @@ DECODE_TOKENS = 32
 
 
 def resolve_backend(
-    backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int, n: int
+    backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int
 ) -> Literal["structured", "dense", "fused"]:
-    """Decides which backend computes an m × n update of ``x``.
+    """Decides which backend computes an update of ``x``: ``"fused"`` only where its kernels can run.
 
     Args:
         backend: What was asked for.
@@ -32,21 +32,18 @@ def resolve_backend(
         factors: Dtype of factors and weights.
         shapes: r shapes.
         m: Output features.
-        n: Input features.
-
-    Returns:
-        The backend; ``"fused"`` only where its kernels can run.
 
     Raises:
         ConfigError: For an unknown backend.
     """
     if backend == "auto":
         # However few the tokens: a step of structured products takes many times as many launches.
-        if x.is_cuda and can_fuse(x, factors, shapes, m, n):
+        if x.is_cuda and can_fuse(x, factors, shapes, m):
             return "fused"
+        n = x.shape[-1]
         return pick_backend(x.numel() // n, tuple(shapes), m, n)
     if backend == "fused":
-        if can_fuse(x, factors, shapes, m, n):
+        if can_fuse(x, factors, shapes, m):
             return "fused"
         _warn_unfused()
         return "dense"
@@ -55,21 +52,20 @@ def resolve_backend(
     return backend
 
 
-def can_fuse(x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int, n: int) -> bool:
+def can_fuse(x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int) -> bool:
     """Whether the Triton kernels can run: on CUDA (or under Triton's interpreter), with float32 factors.
 
     They build layers of one kind: the left factors are all identities, or none is.
 
     Args:
-        x: Input.
+        x: Input, shape (..., n).
         factors: Dtype of factors and weights.
         shapes: r shapes.
         m: Output features.
-        n: Input features.
     """
     device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     one_kind = len({shape.identity for shape in shapes}) == 1
-    return device and factors == torch.float32 and one_kind and m * n < 2**31 and _has_triton()
+    return device and factors == torch.float32 and one_kind and m * x.shape[-1] < 2**31 and _has_triton()
 
 
 @lru_cache(maxsize=4096)

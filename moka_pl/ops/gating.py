@@ -30,15 +30,12 @@ def gates_of(logits: Tensor, gating: Gating) -> Tensor:
 
 
 def logits_gradient(gates: Tensor, grad: Tensor, gating: Gating) -> Tensor:
-    """Computes the gradient of the gate logits from that of α.
+    """Returns the gradient of the gate logits, ∂L/∂g, shape (r,), for that of α.
 
     Args:
         gates: α, shape (r,).
         grad: ∂L/∂α, shape (r,).
         gating: As for :func:`gates_of`.
-
-    Returns:
-        ∂L/∂g, shape (r,).
     """
     if gating == "none":
         return grad

@@ -26,7 +26,7 @@ from moka_pl.ops.merged_forward import DenseUpdates, MergedForward, StructuredUp
 def delta_weight(
     weights: Tensor, left: Tensor, right: Tensor, shapes: tuple[Shape, ...], m: int, n: int
 ) -> Tensor:
-    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, cut or zero-filled to m × n; differentiable.
+    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, shape (m, n), in the factors' dtype; differentiable.
 
     Args:
         weights: Weights w, shape (r,).
@@ -35,9 +35,6 @@ def delta_weight(
         shapes: r shapes.
         m: Rows of the layer (output features).
         n: Columns of the layer (input features).
-
-    Returns:
-        ΔW, shape (m, n), in the factors' dtype.
     """
     return add_delta_(right.new_zeros(m, n), left, right, weights, shapes)
 
@@ -51,7 +48,7 @@ def kronecker_linear(
     out_features: int,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Computes ``Σ_i w_i (A_i ⊗ B_i) x``, differentiable in x, w and both packed vectors.
+    """Computes ``Σ_i w_i (A_i ⊗ B_i) x``, shape (..., m), differentiable in x, w and both packed vectors.
 
     Args:
         x: Input, shape (..., n), in the compute dtype (the result and the products have it too).
@@ -63,16 +60,13 @@ def kronecker_linear(
         backend: ``"structured"``, ``"dense"``, ``"fused"`` (falls back to dense, with a warning, where Triton
             cannot run), or ``"auto"`` for the cheapest at this size on this device.
 
-    Returns:
-        The product, shape (..., m).
-
     Raises:
         ConfigError: For an unknown backend.
     """
     n = x.shape[-1]
     # Mixed dtypes are not for the kernels.
     dtype = right.dtype if weights.dtype == left.dtype == right.dtype else torch.float64
-    resolved = resolve_backend(backend, x, dtype, shapes, out_features, n)
+    resolved = resolve_backend(backend, x, dtype, shapes, out_features)
     gating: Gating = "none"  # w in the place of the gates
     alone = (shapes, out_features, n, 1.0, None, False, gating)
     updates: DenseUpdates

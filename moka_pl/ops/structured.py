@@ -112,18 +112,15 @@ def _entries(begins: list[int], members: list[int], rows: int, columns: int) -> 
 def add_update_(
     out: Tensor, x: Tensor, left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
 ) -> Tensor:
-    """Adds ``Σ_i w_i (A_i ⊗ B_i) x`` in place, all in one dtype.
+    """Adds ``Σ_i w_i (A_i ⊗ B_i) x`` to ``out`` and returns that, all in one dtype.
 
     Args:
-        out: What to add to, shape (m, T), contiguous.
+        out: What is changed in place, shape (m, T), contiguous.
         x: Input, tokens in columns, shape (n, T), contiguous.
         left: Packed left factors.
         right: Packed right factors.
         weights: w, shape (r,).
         shapes: r shapes.
-
-    Returns:
-        ``out``.
     """
     (n, tokens), m = x.shape, out.shape[0]
     layout = _layout(shapes, x.device)
@@ -158,7 +155,7 @@ def update_backward(
     shapes: tuple[Shape, ...],
     grad_x: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`add_update_`.
+    """Returns the gradients of ``left``, ``right`` and ``weights`` in :func:`add_update_`.
 
     With X and G of one token as matrices: ``dA = w Σ_t G B Xᵀ``, ``dB = w Σ_t Gᵀ A X``, ``dX = w Aᵀ G B``,
     and since the product is linear in B, ``dw_i = <dB_i / w_i, B_i>`` needs no second forward.
@@ -171,9 +168,6 @@ def update_backward(
         weights: w, shape (r,).
         shapes: r shapes.
         grad_x: What to add the gradient of ``x`` to, shape (n, T), contiguous; None where nobody needs it.
-
-    Returns:
-        Gradients of ``left``, ``right`` and ``weights``.
     """
     (n, tokens), m = x.shape, grad.shape[0]
     layout = _layout(shapes, x.device)

@@ -76,18 +76,17 @@ def _add_kernel(  # type: ignore[no-untyped-def]
 def add_decode_update_(
     plan: Plan, out: Tensor, x: Tensor, left: Tensor, right: Tensor, gates: Gates
 ) -> Tensor:
-    """Adds ``Σ_i w_i (A_i ⊗ B_i) x`` to ``out`` in place; no gradients.
+    """Adds ``Σ_i w_i (A_i ⊗ B_i) x`` to ``out`` and returns that; no gradients.
+
+    Sums run in float32 and are rounded once.
 
     Args:
         plan: The layer's plan.
-        out: The frozen layer's output, shape (T, m), contiguous.
+        out: The frozen layer's output, shape (T, m), contiguous; changed in place.
         x: Its input, shape (T, n), contiguous.
         left: Packed left factors, float32.
         right: Packed right factors, float32.
         gates: The weights w.
-
-    Returns:
-        ``out``; sums run in float32 and are rounded once.
     """
     values, scaling, gating = gates
     tokens, r = len(x), len(plan.shapes)

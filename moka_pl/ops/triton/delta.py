@@ -187,7 +187,7 @@ def fused_weight(
     dtype: torch.dtype,
     source: WeightSource | None = None,
 ) -> Tensor:
-    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, or ``W + ΔW`` from a frozen weight, in one launch.
+    """Builds ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, (m, n), or ``W + ΔW`` from a frozen weight, in one launch.
 
     Sums run in float32 and are rounded once. Each entry of W is what its own dequantisation rounds it to in
     ``dtype``. In bfloat16 ``W + ΔW`` is rounded with a threshold that differs from entry to entry, so that
@@ -200,9 +200,6 @@ def fused_weight(
         gates: The weights w.
         dtype: Result dtype; with a frozen weight bfloat16 or float32.
         source: The frozen weight; None for ΔW alone.
-
-    Returns:
-        Shape (m, n).
     """
     out = torch.empty(plan.m, plan.n, dtype=dtype, device=right.device)
     frozen_pointers, blocksize, nested = frozen_arguments(source, right)

@@ -1,7 +1,6 @@
 """What the kernels know of a layer's components; made once for every layer size."""
 
 import math
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -29,14 +28,16 @@ CHUNK = 256
 _PROGRAMS = 1024
 
 
-@dataclass(frozen=True, eq=False)
 class Plan:
     """Sizes, offsets and work lists of one layer's kernels.
 
-    Attributes:
+    Args:
         shapes: r shapes.
         m: Rows of the layer.
         n: Columns of the layer.
+        device: Where the kernels run.
+
+    Attributes:
         components: m_a, n_a, m_b, n_b and where A and B begin in the packed factors, for every component.
         side: Side of the squares that ΔW is built from; 0 where it is built from tiles.
         aligned: For every component whether such a square meets one entry of its left factor.
@@ -63,92 +64,47 @@ class Plan:
         compiled: Kernels compiled for this plan.
     """
 
-    shapes: tuple[Shape, ...]
-    m: int
-    n: int
-    components: tuple[int, ...]
-    side: int
-    aligned: tuple[bool, ...]
-    full: bool
-    period: int
-    repeats: int
-    padded: int
-    uniform: Tensor
-    rows: Tensor | None
-    columns: Tensor | None
-    cells: Tensor | None
-    tiles: Tensor
-    splits: int
-    exact: bool
-    chunks: Tensor
-    dots: Tensor
-    most: int
-    decode: Tensor
-    ends: Tensor
-    whole: bool
-    even: bool
-    compiled: dict[Any, Any] = field(default_factory=dict)
+    def __init__(self, shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> None:
+        left_at, right_at = starts(left_sizes(shapes)), starts(right_sizes(shapes))
+        r = len(shapes)
+        self.shapes, self.m, self.n = shapes, m, n
+        self.components = _components(shapes, left_at, right_at)
+        self.padded = 1 << (r - 1).bit_length()
+        self.uniform = torch.full((r,), 1 / r, device=device)
+        self.whole = all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
+        self.even = m % TILE[0] == 0 and n % TILE[1] == 0
+
+        self.side = side = _side(shapes, m, n)
+        self.aligned = tuple(side > 0 and s.m_b % side == s.n_b % side == 0 for s in shapes)
+        self.full = self.whole and all(self.aligned) and n % (side * BLOCKS) == 0
+        self.period = math.lcm(*(s.m_b for s in shapes))
+        self.repeats = next((k for k in (4, 2) if self.full and m % (k * self.period) == 0), 1)
+        if self.repeats == 1:
+            self.period = m
+        self.rows = self.columns = self.cells = None
+        if not side:
+            rows, columns = _factor_tables(shapes, m, n, left_at, right_at)
+            self.rows, self.columns = rows.to(device), columns.to(device)
+            self.cells = _cells(shapes, m, n).to(device)
+
+        groups = _groups(shapes)
+        self.splits = _splits(groups)
+        tiles, chunks, dots, self.most = _projection_work(groups, left_at, right_at, self.splits, n)
+        self.tiles, self.chunks, self.dots = tiles.to(device), chunks.to(device), dots.to(device)
+        self.exact = self.whole and all(
+            s.m_b * s.n_b % ENTRIES == 0 and s.m_a * s.n_a % (self.splits * PAIRS) == 0 and s.n_b % 8 == 0
+            for s in shapes
+        )
+        self.decode = _decode_work(shapes, left_at, right_at).to(device)
+        self.ends = _table([s.rows for s in shapes]).to(device)
+        self.compiled: dict[Any, Any] = {}
 
 
 @cache
 @torch.inference_mode(False)  # what an evaluation builds first serves training, too
 def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> Plan:
-    """Makes the plan of an m × n layer.
-
-    Args:
-        shapes: r shapes.
-        m: Output features.
-        n: Input features.
-        device: Where the kernels run.
-    """
-    left_at, right_at = starts(left_sizes(shapes)), starts(right_sizes(shapes))
-    whole = all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
-    side = _side(shapes, m, n)
-    aligned = tuple(side > 0 and s.m_b % side == s.n_b % side == 0 for s in shapes)
-    full = whole and all(aligned) and n % (side * BLOCKS) == 0
-    rows = columns = cells = None
-    if not side:
-        rows, columns = (table.to(device) for table in _factor_tables(shapes, m, n, left_at, right_at))
-        cells = _cells(shapes, m, n).to(device)
-
-    groups = _groups(shapes)
-    splits = _splits(groups)
-    tiles, chunks, dots, most = _projection_work(groups, left_at, right_at, splits, n)
-    exact = whole and all(
-        s.m_b * s.n_b % ENTRIES == 0 and s.m_a * s.n_a % (splits * PAIRS) == 0 and s.n_b % 8 == 0
-        for s in shapes
-    )
-
-    period = math.lcm(*(s.m_b for s in shapes))
-    repeats = next((k for k in (4, 2) if full and m % (k * period) == 0), 1)
-    if repeats == 1:
-        period = m
-    return Plan(
-        shapes=shapes,
-        m=m,
-        n=n,
-        components=_components(shapes, left_at, right_at),
-        side=side,
-        aligned=aligned,
-        full=full,
-        period=period,
-        repeats=repeats,
-        padded=1 << (len(shapes) - 1).bit_length(),
-        uniform=torch.full((len(shapes),), 1 / len(shapes), device=device),
-        rows=rows,
-        columns=columns,
-        cells=cells,
-        tiles=tiles.to(device),
-        splits=splits,
-        exact=exact,
-        chunks=chunks.to(device),
-        dots=dots.to(device),
-        most=most,
-        decode=_decode_work(shapes, left_at, right_at).to(device),
-        ends=_table([s.rows for s in shapes]).to(device),
-        whole=whole,
-        even=m % TILE[0] == 0 and n % TILE[1] == 0,
-    )
+    """Makes the :class:`Plan` of an m × n layer, once."""
+    return Plan(shapes, m, n, device)
 
 
 def _side(shapes: tuple[Shape, ...], m: int, n: int) -> int:

@@ -157,7 +157,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
 def fused_projection(
     plan: Plan, grad: Tensor, left: Tensor, right: Tensor, gates: Gates
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Projects D = ∂L/∂ΔW to the packed factors and the gates.
+    """Projects D = ∂L/∂ΔW to the gradients of ``left``, ``right`` and ``gates.values``.
 
     Args:
         plan: The layer's plan.
@@ -165,9 +165,6 @@ def fused_projection(
         left: Packed left factors, float32.
         right: Packed right factors, float32.
         gates: The weights w.
-
-    Returns:
-        Gradients of ``left``, ``right`` and ``gates.values``.
     """
     values, scaling, gating = gates
     tiles, splits = len(plan.tiles), plan.splits
