@@ -227,6 +227,6 @@ def test_fused_falls_back_where_its_kernels_cannot_run() -> None:
         (torch.randn(s.m_a, s.n_a).double(), torch.randn(s.m_b, s.n_b).double()) for s in shapes
     ]
     x, weights = torch.randn(4, 6).double(), torch.randn(2).double()
-    with pytest.warns(UserWarning, match="backend dense"):  # float64 factors
+    with pytest.warns(UserWarning, match="backend: dense"):  # float64 factors
         found = kronecker_linear(x, weights, *pack(factors), shapes, 6, "fused")
     torch.testing.assert_close(found, x @ delta_weight(weights, *pack(factors), shapes, 6, 6).mT)
