@@ -55,8 +55,10 @@ def evaluate(
     from moka_pl.evaluation.lm_eval.tasks import require_lm_eval
 
     require_lm_eval()
+    from lm_eval.utils import make_table
+
     from moka_pl.adapters import read_adapter
-    from moka_pl.evaluation.lm_eval.results import results_path, table, write_results
+    from moka_pl.evaluation.lm_eval.results import results_path, write_results
     from moka_pl.evaluation.lm_eval.run import load_described, run_harness
     from moka_pl.evaluation.lm_eval.tasks import select_tasks
 
@@ -84,5 +86,5 @@ def evaluate(
     source = None if data is None else str(data.expanduser().absolute())
     results["moka_pl"] = about | {"tasks": selection.names, "data": source}
     write_results(results, path)
-    print(table(results))
+    print(str(make_table(results)).strip())
     print(f"written to {path}", file=sys.stderr)

@@ -161,10 +161,7 @@ class InstructionData(SplitDataModule):
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def encode(self, split: str) -> Encoded | None:
-        """Encodes ``"train"``, ``"validation"`` or ``"test"`` (the validation data); see the base class.
-
-        A stream has no encoded training rows.
-        """
+        """Encodes a split, for ``"test"`` the validation data; a stream has no encoded training rows."""
         if self.streaming and split == "train":
             return None
         if self.prompt == "chat":

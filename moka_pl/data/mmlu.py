@@ -1,6 +1,5 @@
 """MMLU: multiple-choice questions of 57 subjects, asked few-shot."""
 
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +11,7 @@ from moka_pl.data.encoding.examples import Encoded, adds_bos
 from moka_pl.data.formats.choice import choice_features
 from moka_pl.data.formats.mmlu import mmlu_groups, parse_mmlu
 from moka_pl.data.reading import is_local, read_rows
-from moka_pl.data.sources import Shard
+from moka_pl.data.sources import Shard, refuse_unknown
 from moka_pl.data.splits import subsample
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import MMLU_PROMPTS, FewShot
@@ -100,7 +99,7 @@ class MmluData(MokaDataModule):
         tasks = tuple(self.tasks)
         encoder = ChoiceEncoder(
             self.tokenizer,
-            few_shot.full,
+            few_shot.prompt,
             MMLU_PROMPTS[self.scoring].options,
             self.max_length,
             adds_bos(self.tokenizer),
@@ -147,7 +146,7 @@ class MmluData(MokaDataModule):
         wanted = known
         if self._subjects is not None or split == "dev":
             wanted = [task.removeprefix("mmlu_") for task in self.tasks]
-        self._check_known(wanted, known, f"{folder / split}")
+        refuse_unknown(wanted, known, folder / split, "subject")
         files = [(folder / split / f"{subject}{ending}", subject) for subject in wanted]
         features = choice_features()
         return concatenate_datasets(
@@ -159,15 +158,7 @@ class MmluData(MokaDataModule):
         if self._subjects is None:
             return rows
         tasks = rows["task"][:]
-        known = sorted({task.removeprefix("mmlu_") for task in tasks})
-        self._check_known(self._subjects, known, f"{self.path} ({split})")
+        known = {task.removeprefix("mmlu_") for task in tasks}
+        refuse_unknown(self._subjects, known, f"{self.path} ({split})", "subject")
         wanted = set(self.tasks)
         return rows.select([index for index, task in enumerate(tasks) if task in wanted])
-
-    def _check_known(self, wanted: Sequence[str], known: Sequence[str], source: str) -> None:
-        unknown = [subject for subject in wanted if subject not in known]
-        if unknown:
-            raise DataError(
-                f"{source} has no subject {', '.join(unknown)}; it has: {', '.join(known)}. Correct "
-                "`subjects`"
-            )

@@ -35,11 +35,7 @@ Columns = Mapping[str, str | list[str]]
 
 
 def parse_columns(columns: Columns | None, known: Sequence[str]) -> Columns:
-    """Returns the option ``columns``, whose fields must be ``known``; empty keeps the names in the data.
-
-    Raises:
-        DataError: A field is unknown, or a column is not a name.
-    """
+    """Returns the option ``columns``, whose fields must be ``known``; empty keeps the names in the data."""
     for field, column in (columns or {}).items():
         if field not in known:
             raise DataError(
@@ -53,16 +49,13 @@ def parse_columns(columns: Columns | None, known: Sequence[str]) -> Columns:
 
 
 def parse_record(parse: Parse, record: dict[str, Any], location: str, context: str = "") -> dict[str, Any]:
-    """Parses one record.
+    """Parses one record, and puts its location into the row, or before the message of a ``DataError``.
 
     Args:
         parse: What parses it.
         record: The record under the fields' names.
-        location: Where it stands: the column ``location`` of the row, and the beginning of error messages.
+        location: Where it stands.
         context: Handed to ``parse``.
-
-    Raises:
-        DataError: ``parse`` refused the record.
     """
     with located(location):
         return {"location": location, **parse(record, context)}

@@ -1,6 +1,7 @@
 """What a user may give as ``path``: names, hub ids, files and folders, as a list of shards to read."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,6 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
     Hidden files and the hub's own info files are left out, and so are text files, which are more often notes.
     Where only one of validation and test exists it is both.
-
-    Raises:
-        DataError: There is no data file at all.
     """
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
@@ -93,9 +91,6 @@ def find_shards(sources: Sources, split: str, hub_split: str | None = None) -> l
         split: ``"train"``, ``"validation"`` or ``"test"``. A file is training data; a folder's files and a
             named corpus's splits are told apart.
         hub_split: A split of the hub to take instead.
-
-    Raises:
-        DataError: A folder holds no data files.
     """
     return _joined([_shards(source, split, hub_split) for source in as_list(sources)])
 
@@ -125,9 +120,6 @@ def find_choice_shards(sources: Sources, split: str, wanted: list[str] | None) -
             a folder of one sub-folder per task, a folder of files of one task, or several of these.
         split: ``"train"``, ``"validation"`` or ``"test"``; where only one of the last two exists it is both.
         wanted: Read these tasks only, if they can be told before reading; None reads all.
-
-    Raises:
-        DataError: A folder lacks a file, or none of its tasks is wanted.
     """
     return _joined([_choice_shards(source, split, wanted) for source in as_list(sources)])
 
@@ -165,19 +157,20 @@ def hub_tasks(source: Source) -> list[HubData]:
     return [named] if named is not None else [task for task in CHOICE_TASKS.values() if task.hub == source]
 
 
-def refuse_unknown(wanted: list[str], known: set[str], source: object) -> None:
+def refuse_unknown(wanted: list[str], known: Collection[str], source: object, kind: str = "task") -> None:
     """Raises ``DataError`` if a wanted task is not known, or if there are no tasks at all.
 
     Args:
         wanted: Names of tasks.
         known: The tasks that there are.
         source: What messages call the source.
+        kind: What they call a task.
     """
     unknown = [task for task in wanted if task not in known]
     if unknown or not known:
         raise DataError(
-            f"{source} has no task {', '.join(map(repr, unknown)) or 'at all'}; it has: "
-            f"{', '.join(sorted(known)) or 'none'}. Correct `tasks`"
+            f"{source} has no {kind} {', '.join(map(repr, unknown)) or 'at all'}; it has: "
+            f"{', '.join(sorted(known)) or 'none'}. Correct `{kind}s`"
         )
 
 
@@ -185,9 +178,8 @@ def _file_shard(source: Source) -> Shard:
     """Returns a file of the task that its folder or its own name says, else of its folder's name."""
     path = Path(source).expanduser().absolute()
     words = re.split(r"[_\-. ]", path.stem)
-    beginnings = [
-        "_".join(words[:count]) for count in range(len(words), 0, -1)
-    ]  # arc_easy_train, arc_easy, arc
+    # arc_easy_train, arc_easy, arc
+    beginnings = ["_".join(words[:count]) for count in range(len(words), 0, -1)]
     known = [task_name(name) for name in (path.parent.name, *beginnings)]
     context = next((name for name in known if name in CHOICE_TASKS), path.parent.name)
     return Shard(source, context=context, mixed=context not in CHOICE_TASKS)

@@ -33,11 +33,7 @@ class HoldOut:
         self._last: tuple[str, tuple[Dataset, Dataset]] | None = None
 
     def __call__(self, rows: "Dataset") -> tuple["Dataset", "Dataset"]:
-        """Returns the checked rows to train on and those held out, each in their old order.
-
-        Raises:
-            DataError: There would be no rows to train on.
-        """
+        """Returns the checked rows to train on and those held out, each in their old order."""
         if self._last is None or self._last[0] != rows_fingerprint(rows):
             self._last = (rows_fingerprint(rows), self._split(rows))
         return self._last[1]
@@ -100,8 +96,7 @@ def warn_of_overlap(name: str, train: "Dataset | None", held: "Dataset") -> int:
 
 def _contents(rows: "Dataset") -> Iterator[tuple[int, str]]:
     """A hash of every row's texts, and the location of the row."""
-    for start in range(0, len(rows), _CHUNK):
-        chunk = rows[start : start + _CHUNK]
+    for chunk in rows.iter(_CHUNK):
         for values in zip(*chunk.values(), strict=True):
             row = dict(zip(chunk, values, strict=True))
             yield hash(_content(row)), row["location"]

@@ -1,6 +1,7 @@
 """The evaluating half of the LightningModule: validation, test and prediction."""
 
 from abc import abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +40,6 @@ class EvaluatedModule(LightningModule):
         self.eval_values: dict[str, float] = {}
         self.eval_step: int | None = None
         self.eval_results: Results | None = None
-        self._shares: bool | None = None  # whether options can share their prompt; None until it is tried
         self._metrics: EvalMetrics | None = None
 
     @property
@@ -105,19 +105,19 @@ class EvaluatedModule(LightningModule):
     def _score(self, batch: EvalBatch) -> TokenScores:
         """Scores the labelled tokens; of options that share a prompt, where the model can, in one row."""
         longest = batch["input_ids"].shape[1]
-        if "shared" in batch and self._can_share() and fits_window(self.causal_lm, longest):
+        if "shared" in batch and self._can_share and fits_window(self.causal_lm, longest):
             return score_shared(self.causal_lm, batch["shared"])
         return score_tokens(self.causal_lm, batch["input_ids"], batch["labels"])
 
+    @cached_property
     def _can_share(self) -> bool:
-        if self._shares is None:
-            self._shares = can_share(self.causal_lm)
-            if not self._shares:
-                rank_zero_info(
-                    f"{self.backbone.name} does not support custom attention masks; options are scored with "
-                    "their whole prompts"
-                )
-        return self._shares
+        shares = can_share(self.causal_lm)
+        if not shares:
+            rank_zero_info(
+                f"{self.backbone.name} does not support custom attention masks; options are scored with "
+                "their whole prompts"
+            )
+        return shares
 
     def _generate(self, batch: EvalBatch) -> Tensor | None:
         """Whether each item's generated answer is right, shape (I,); None where nothing is generated."""

@@ -3,7 +3,8 @@
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import astuple, dataclass, field
+from operator import add
 
 SCORES = {"accuracy": "correct", "acc_norm": "correct_norm", "generated": "generated"}
 """Accuracy metrics, and the count that each is computed from."""
@@ -46,8 +47,7 @@ class Counts:
 
     def __add__(self, other: "Counts") -> "Counts":
         """The counts of both together."""
-        mine, theirs = asdict(self), asdict(other)
-        return Counts(**{name: mine[name] + theirs[name] for name in mine})
+        return Counts(*map(add, astuple(self), astuple(other)))
 
     def shares(self) -> dict[str, Share]:
         """Every score by its name; ``generated`` only where answers were generated.

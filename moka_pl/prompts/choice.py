@@ -51,18 +51,10 @@ class ChoicePrompt:
         return [option.removeprefix(" ") for option in self.options(row)]
 
 
-def _cloze(row: Row) -> str:
-    return cloze_prompt(row["question"])
-
-
 def _mmlu(row: Row) -> str:
     """Returns a question, its options on lines of their own behind A., B., ..., and ``Answer:``."""
     options = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, row["choices"], strict=False)]
     return "\n".join([row["question"], *options, "Answer:"])
-
-
-def _letters(row: Row) -> str:
-    return f"Question: {_mmlu(row)}"
 
 
 def _option_texts(row: Row) -> list[str]:
@@ -128,8 +120,8 @@ def _llm_adapters_answers(row: Row) -> list[str]:
 
 
 CHOICE_PROMPTS: dict[str, ChoicePrompt] = {
-    "cloze": ChoicePrompt(_cloze, _option_texts, cloze_prompt),
-    "letters": ChoicePrompt(_letters, _option_letters, cloze_prompt),
+    "cloze": ChoicePrompt(lambda row: cloze_prompt(row["question"]), _option_texts, cloze_prompt),
+    "letters": ChoicePrompt(lambda row: f"Question: {_mmlu(row)}", _option_letters, cloze_prompt),
     "llm_adapters": ChoicePrompt(_llm_adapters, _llm_adapters_answers, alpaca_prompt, _llm_adapters_names),
 }
 """The formats by the name that options and adapters use."""
@@ -159,18 +151,15 @@ class FewShot:
     scoring: str
     solved: Mapping[str, Sequence[str]]
 
-    def full(self, row: Row) -> str:
-        """Returns the prompt with all solved questions of the row's task."""
-        return self._prompt(row, 0)
+    def prompt(self, row: Row, left_out: int = 0) -> str:
+        """Returns the prompt with the solved questions of the row's task, all or without the first ones."""
+        header = mmlu_header(row["task"].removeprefix("mmlu_"), listed=self.scoring == "letters")
+        asked = MMLU_PROMPTS[self.scoring].before(row)
+        return "\n\n".join([header, *self.solved.get(row["task"], ())[left_out:], asked])
 
     def shorter(self, row: Row) -> list[str]:
         """Returns the prompts with one more question left out each, from the front, down to none."""
-        return [self._prompt(row, start) for start in range(1, len(self.solved[row["task"]]) + 1)]
-
-    def _prompt(self, row: Row, start: int) -> str:
-        header = mmlu_header(row["task"].removeprefix("mmlu_"), listed=self.scoring == "letters")
-        asked = MMLU_PROMPTS[self.scoring].before(row)
-        return "\n\n".join([header, *self.solved.get(row["task"], ())[start:], asked])
+        return [self.prompt(row, left_out) for left_out in range(1, len(self.solved[row["task"]]) + 1)]
 
 
 def resolve_prompt(

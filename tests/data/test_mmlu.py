@@ -102,7 +102,7 @@ def test_subjects_and_categories(tiny_tokenizer, folder):
         "mmlu": ["mmlu_virology", "mmlu_astronomy"],
     }
     assert data.eval_sets == [("mmlu", data.tasks)]
-    with pytest.raises(DataError, match=r"has no subject alchemy; it has: astronomy, .*Correct `subjects`"):
+    with pytest.raises(DataError, match=r"has no subject 'alchemy'; it has: astronomy, .*Correct `subjects`"):
         ready(MmluData(folder, ["alchemy"]), tiny_tokenizer)
     sizes = {name: len(subjects) for name, subjects in CATEGORIES.items()}
     assert sizes == {"stem": 19, "humanities": 13, "social_sciences": 12, "other": 13}
@@ -146,7 +146,7 @@ def test_from_the_hub_as_from_files(tiny_tokenizer, folder, monkeypatch):
     assert items(hub)[:] == items(local)[:]
     assert asked == [("cais/mmlu", "all", "test"), ("cais/mmlu", "all", "dev")]
     assert MmluData().tasks == ["mmlu_virology", "mmlu_astronomy"]
-    with pytest.raises(DataError, match=r"cais/mmlu \(test\) has no subject alchemy"):
+    with pytest.raises(DataError, match=r"cais/mmlu \(test\) has no subject 'alchemy'"):
         ready(MmluData(subjects=["alchemy"]), tiny_tokenizer)
 
 
@@ -186,7 +186,7 @@ def test_broken_files(tiny_tokenizer, folder, tmp_path):
         ready(MmluData(folder, ["virology"]), tiny_tokenizer)
     (folder / "dev" / "virology_dev.csv").unlink()
     write(folder, "virology", "test", [GOOD])
-    with pytest.raises(DataError, match=r"dev has no subject virology"):
+    with pytest.raises(DataError, match=r"dev has no subject 'virology'"):
         ready(MmluData(folder, ["virology"]), tiny_tokenizer)
     with pytest.raises(DataError, match=r"has no files test/SUBJECT_test\.csv"):
         ready(MmluData(tmp_path), tiny_tokenizer)

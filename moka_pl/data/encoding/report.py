@@ -1,7 +1,8 @@
 """Counts of the read, kept and dropped examples of a split."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from operator import add
 
 import numpy
 from numpy.typing import NDArray
@@ -49,9 +50,8 @@ class EncodingReport:
 
     def __add__(self, other: "EncodingReport") -> "EncodingReport":
         """Returns the counts of both splits together."""
-        theirs = asdict(other)
-        sums = {name: count + theirs[name] for name, count in asdict(self).items()}
-        return replace(EncodingReport(**sums), longest=max(self.longest, other.longest))
+        sums = EncodingReport(*map(add, astuple(self), astuple(other)))
+        return replace(sums, longest=max(self.longest, other.longest))
 
 
 def count_rows(columns: Mapping[str, Sequence[int] | NDArray[numpy.int64]]) -> EncodingReport:

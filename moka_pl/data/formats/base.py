@@ -35,11 +35,7 @@ class MissingFieldError(DataError):
 
 
 def parse_as(formats: Sequence[Format[Parsed]], record: Record) -> Parsed:
-    """Parses a record in the first format that it fits.
-
-    Raises:
-        DataError: The record is wrong; where fields are missing, the message lists the formats.
-    """
+    """Parses a record in the first format that it fits; an error for missing fields lists the formats."""
     try:
         for format in formats:
             if format.fits(record):

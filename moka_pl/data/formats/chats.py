@@ -1,7 +1,7 @@
 """Chats: ``messages``, ShareGPT's ``conversations``, and turns written into one ``text``."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moka_pl.data.formats.base import Format, Record, require, require_text, show
@@ -131,18 +131,12 @@ def _content(value: object, field: str) -> str:
     return "".join(texts)
 
 
-MESSAGES = Format(
-    "a chat (messages)", ("messages",), lambda record: record.get("messages") is not None, _messages
-)
-CONVERSATIONS = Format(
-    "a ShareGPT chat (conversations)",
-    ("conversations",),
-    lambda record: record.get("conversations") is not None,
-    _conversations,
-)
-TURNS = Format(
-    "a chat as one text with '### Human:' turns (text)",
-    ("text",),
-    lambda record: record.get("text") is not None,
-    _turns,
-)
+def _format(
+    description: str, field: str, parse: Callable[[Record], dict[str, list[Message]]]
+) -> Format[dict[str, list[Message]]]:
+    return Format(description, (field,), lambda record: record.get(field) is not None, parse)
+
+
+MESSAGES = _format("a chat (messages)", "messages", _messages)
+CONVERSATIONS = _format("a chat of ShareGPT (conversations)", "conversations", _conversations)
+TURNS = _format("a chat in one text with '### Human:' turns (text)", "text", _turns)

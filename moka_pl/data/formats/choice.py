@@ -31,18 +31,11 @@ def choice_features() -> "Features":
 
 
 def parse_choice(record: Record, context: str = "") -> dict[str, Any]:
-    """Parses one multiple-choice record of any format.
+    """Parses one multiple-choice record of any format to ``choice_features``, without the location.
 
     In the common format ``choices`` may also be a JSON list and ``answer`` a number as text, as CSV files
     have them, and ``answer`` a capital letter. Items of the eight tasks are brought to one wording
-    (``catalog.normalise``).
-
-    Args:
-        record: The record as it was read.
-        context: Name of the task of records that do not name one.
-
-    Returns:
-        The columns of ``choice_features``, without the location.
+    (``catalog.normalise``). ``context`` names the task of records that do not name one.
 
     Raises:
         DataError: A field is missing or wrong.

@@ -1,6 +1,7 @@
 """The eight commonsense tasks in the columns of their hub originals."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from moka_pl.data.formats.base import Format, Record, require_text
 from moka_pl.data.formats.common import Item
@@ -78,10 +79,6 @@ def _arc(record: Record, question: str = "question") -> Item:
     return Item(require_text(record, question), texts, _label(record, "answerKey", tuple(map(str, labels))))
 
 
-def _openbookqa(record: Record) -> Item:
-    return _arc(record, "question_stem")
-
-
 def _label(record: Record, column: str, labels: tuple[str, ...]) -> int:
     value = record[column]
     text = str(value).strip()
@@ -96,7 +93,7 @@ _TASKS: dict[str, tuple[tuple[str, ...], Callable[[Record], Item]]] = {
     "siqa": (("context", "question", "answerA", "answerB", "answerC", "label"), _siqa),
     "hellaswag": (("activity_label", "ctx", "endings", "label"), _hellaswag),
     "winogrande": (("sentence", "option1", "option2", "answer"), _winogrande),
-    "openbookqa": (("question_stem", "choices", "answerKey"), _openbookqa),
+    "openbookqa": (("question_stem", "choices", "answerKey"), partial(_arc, question="question_stem")),
     ARC: (("question", "choices", "answerKey"), _arc),
     "boolq": (("question", "answer", "passage"), _boolq),
 }

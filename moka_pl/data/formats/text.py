@@ -19,11 +19,7 @@ def text_features() -> "Features":
 
 
 def parse_text(record: Record, context: str) -> dict[str, str]:
-    """Returns the text of a record, which stands in the field named by ``context``.
-
-    Raises:
-        DataError: The field is missing or no text.
-    """
+    """Returns the text of a record, which must stand in the field named by ``context``."""
     if context not in record:
         raise DataError(
             f"field {context!r} is missing; found: {names(record)}. Set `column` to the one with the text"

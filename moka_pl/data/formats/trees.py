@@ -28,8 +28,8 @@ def join_trees(
 ) -> Iterator[Located]:
     """Turns the flat messages of a source into chats; other records pass as they are.
 
-    A chat ends at a reply of the assistant; what users wrote after the last one is left out, and so are
-    deleted messages and all that follows them.
+    A chat has its first message's location and ends at a reply of the assistant; what users wrote after the
+    last one is left out, and so are deleted messages and all that follows them.
 
     Args:
         records: All records of a source with their locations. What the first one is, all must be.
@@ -37,12 +37,10 @@ def join_trees(
             chat for every last reply of a tree.
         language: Keep the trees whose first message is in this language (column ``lang``); None keeps all.
 
-    Yields:
-        A location (that of the tree's first message) and a record ``{"messages": [...]}``.
-
     Raises:
         DataError: A message has no text, an unknown role or a parent that does not exist, or no tree is in
             the language.
+
     """
     records = iter(records)
     first = next(records, None)

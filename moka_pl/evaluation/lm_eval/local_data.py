@@ -29,14 +29,10 @@ _CHOICES = [f"{{{{choices[{number}]}}}}" for number in range(len(LETTERS))]
 
 
 def local_tasks(folder: Path, num_fewshot: int | None = None) -> dict[str, dict[str, Any]]:
-    """Returns what lm_eval needs to know of every task in a folder.
+    """Returns the contents of a task file for every task in a folder, by task name.
 
-    Args:
-        folder: A folder of a known layout.
-        num_fewshot: Worked examples before every question; None takes each task's own number.
-
-    Returns:
-        The contents of a task file by task name; for MMLU also its categories, and ``mmlu`` over all.
+    For MMLU these are also its categories, and ``mmlu`` over all. ``num_fewshot`` examples stand before every
+    question; None takes each task's own number.
 
     Raises:
         DataError: The folder has another layout, or has no examples to put before the questions.
@@ -120,16 +116,13 @@ def _groups(tasks: list[str]) -> dict[str, dict[str, Any]]:
 def choice_splits(
     task: str, files: dict[str, str], mmlu: bool = False, **metadata: Any
 ) -> "dict[str, Dataset]":
-    """Returns the splits of a task, read and parsed as in training.
+    """Returns ``question``, ``choices`` and ``answer`` (an index) by split, read and parsed as in training.
 
     Args:
         task: The task's name, for records that do not name one, or the subject of MMLU.
         files: File of every split.
         mmlu: Whether the files are MMLU's.
         **metadata: What lm_eval adds for such functions; not needed.
-
-    Returns:
-        ``question``, ``choices`` and ``answer`` (an index) by split.
     """
     parse, features = parse_mmlu if mmlu else parse_choice, choice_features()
     rows = {split: read_rows(Shard(file, context=task), parse, features) for split, file in files.items()}

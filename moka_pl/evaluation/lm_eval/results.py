@@ -66,10 +66,3 @@ def versions() -> dict[str, str]:
 def weights_fingerprint(adapter: Path) -> str:
     """Returns a hash of an adapter's weights, 16 hexadecimal digits, which ties results to them."""
     return sha256((adapter / WEIGHTS_NAME).read_bytes()).hexdigest()[:16]
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """Returns the results as a table to read; tasks stand under their groups."""
-    from lm_eval.utils import make_table
-
-    return str(make_table(results)).strip()

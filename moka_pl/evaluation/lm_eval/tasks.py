@@ -5,9 +5,8 @@ import importlib.util
 import logging
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,8 @@ def require_lm_eval() -> None:
         )
 
 
-def silenced_lm_eval() -> AbstractContextManager[None]:
-    """Silences lm_eval's warnings (that a task is local, that a model is built already)."""
-    return silenced("lm_eval", below=logging.ERROR)
+# lm_eval's warnings: that a task is local, that a model is built already.
+silenced_lm_eval = partial(silenced, "lm_eval", below=logging.ERROR)
 
 
 @dataclass(frozen=True)
