@@ -1,18 +1,18 @@
-"""Errors that a user can mend; the command line prints them without a traceback."""
+"""Errors that a user can fix; the command line prints them without a traceback."""
 
 import sys
 from typing import NoReturn
 
-#: The status that a shell reports of a program that Ctrl-C has ended.
+#: Exit status of a program ended by Ctrl-C.
 INTERRUPTED = 130
 
 
 class MokaError(ValueError):
-    """Base of all errors about what the user gave; the message names the value and the remedy."""
+    """Base class of errors in user input; the message names the value and the remedy."""
 
 
 class ConfigError(MokaError):
-    """An option has a value that cannot work."""
+    """An option has an invalid value."""
 
 
 class BackboneError(MokaError):
@@ -24,10 +24,10 @@ class AdapterError(MokaError):
 
 
 class DataError(MokaError):
-    """Data that cannot be used: the message names the file, the line or row, the field and the remedy."""
+    """Data cannot be used; the message names the file, the line or row, the field and the remedy."""
 
 
 def end_interrupted(kept: str = "") -> NoReturn:
-    """Ends the process after Ctrl-C with one line, which says what is kept, and where."""
+    """Ends the process after Ctrl-C with one line that says what was saved, and where."""
     print(f"\ninterrupted{'; ' if kept else ''}{kept}", file=sys.stderr)
     sys.exit(INTERRUPTED)

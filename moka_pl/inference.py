@@ -1,4 +1,4 @@
-"""Loads a trained adapter with its base model, continues prompts, and reads an option out of an answer."""
+"""Loads a trained adapter with its base model, and generates text."""
 
 import re
 from pathlib import Path
@@ -15,20 +15,20 @@ from moka_pl.errors import AdapterError, ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: What the form of LLM-Adapters calls an option.
+#: Names of options in the LLM-Adapters format.
 _OPTION = re.compile(r"\b(?:(?:answer|solution|ending|option) ?\d+|true|false)\b", re.IGNORECASE)
 
 
 def load_model(
     path: str | Path, device: torch.device | str | None = None, base: str | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Loads an adapter directory together with its base model.
+    """Loads an adapter together with its base model.
 
     Args:
         path: An adapter directory, such as ``lightning_logs/smollm2/version_0/adapters/best``.
-        device: Where to put the model; default the GPU if there is one, else the CPU.
-        base: Where the base model lies if not under the name that the adapter remembers; its revision is
-            then left aside.
+        device: The model's device; None is the GPU if there is one, else the CPU.
+        base: Name or path of the base model; None is the one stored with the adapter. A stored revision is
+            ignored if ``base`` is given.
 
     Returns:
         The model with its adapters, in evaluation mode, and the tokenizer.
@@ -45,7 +45,9 @@ def load_model(
         options = info.base.options | {"compute_dtype": "auto"}
         config = BackboneConfig(base or info.base.name, None if base else info.base.revision, **options)
     except (ConfigError, TypeError) as error:
-        raise AdapterError(f"{path}: base_options in {CONFIG_NAME} are damaged: {error}") from error
+        raise AdapterError(
+            f"{path}: base_options in {CONFIG_NAME} are damaged: {error}. Copy the adapter again"
+        ) from error
     loaded = load_backbone(config, device)
     load_adapter(loaded.model, path, fingerprint(loaded.model))
     loaded.model.config.use_cache = True
@@ -68,10 +70,10 @@ def generate_texts(
         tokenizer: Its tokenizer.
         input_ids: Prompts padded on the left, shape (I, T).
         attention_mask: 0 at the padding, shape (I, T).
-        max_new_tokens: Most tokens of a continuation.
-        temperature: Sampling temperature; 0 always takes the likeliest token.
+        max_new_tokens: Maximum number of tokens to generate.
+        temperature: Sampling temperature; 0 decodes greedily.
     """
-    # Where nothing is sampled, a chat model's own settings of sampling would be warned of.
+    # Without sampling, a chat model's sampling settings would cause warnings.
     sampling = (
         {"temperature": temperature} if temperature else dict.fromkeys(("temperature", "top_p", "top_k"))
     )
@@ -89,6 +91,6 @@ def generate_texts(
 
 
 def named_option(text: str) -> str:
-    """Returns the first option that a text names, such as ``answer2`` or ``true``, or an empty text."""
+    """Returns the first option that a text names, such as ``answer2`` or ``true``; empty if none."""
     match = _OPTION.search(text)
     return match[0].lower().replace(" ", "") if match else ""

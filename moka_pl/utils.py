@@ -1,4 +1,4 @@
-"""Small helpers of all layers: other libraries silenced for a time, and folders that are written to later."""
+"""Small helpers: silencing other libraries, and checking output folders."""
 
 import logging
 import tempfile
@@ -14,7 +14,7 @@ _LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core
 
 @contextmanager
 def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
-    """Runs the body without some loggers' messages below a level, and leaves their levels as they were."""
+    """Runs the body with some loggers silenced below a level, and restores their levels."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -28,20 +28,20 @@ def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
 
 @contextmanager
 def silenced_lightning() -> Iterator[None]:
-    """Runs the body without Lightning's notes on the machine and on every trainer."""
+    """Runs the body without Lightning's messages on hardware and trainers."""
     with silenced(*_LIGHTNING), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Makes a folder and its parents, so that an unwritable one shows before the work whose results it takes.
+    """Makes a folder and its parents, and reports an unwritable one before any work.
 
     Raises:
-        ConfigError: If nothing can be written there; it names the option that the folder comes from.
+        ConfigError: If the folder is not writable; it names the option.
     """
     if (reason := unwritable_reason(folder)) is not None:
-        raise ConfigError(f"{option} {folder}: nothing can be written there ({reason}); name another folder")
+        raise ConfigError(f"{option} {folder}: cannot write there ({reason}); choose another folder")
 
 
 def unwritable_reason(folder: Path) -> str | None:

@@ -16,9 +16,9 @@ from moka_pl.ops.layout import Shape
 
 
 class AdapterConfig(ABC):
-    """What a configuration of any adapter is: one of this package's classes, or of PEFT's.
+    """Base class of all adapter configurations, of this package and of PEFT.
 
-    PEFT's do not derive from it, but count as if they did, once PEFT is imported.
+    PEFT's configurations count as subclasses once PEFT is imported.
     """
 
     @abstractmethod
@@ -37,37 +37,36 @@ class MokaConfig(AdapterConfig):
     """A gated mixture of Kronecker adapters: ``y = W x + scaling · Σ_i α_i (A_i ⊗ B_i) x``.
 
     Args:
-        components: Number r of Kronecker components in a layer (not a rank). More components add parameters
-            linearly; the paper uses 10.
-        filters: Shapes of the factors: ``diverse`` (five aspect ratios in turn), ``square`` (one shape),
-            ``prime`` (MoKA_s: identity left factors, about 20% fewer parameters), ``auto`` (chosen layer by
-            layer when a training run begins, from the gradient of its first 4 optimizer steps' batches, the
-            first rank's share of them; the choice is what the run then has and saves), or a list of
-            ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]`` or, with an identity of size k on the left,
-            ``[k, m_b, n_b]``: one for all components or one each. A mapping gives every layer, by its full
-            name, a list of its own; so does the path of a ``.json`` file of such a mapping.
-        gating: ``softmax`` trains one logit a component, α = softmax(g): the gates share a sum of 1.
-            ``sigmoid`` trains independent gates, α_i = (2/r) · sigmoid(g_i), each from 0 to 2/r. Both start
-            at α_i = 1/r; ``none`` fixes that (the paper's ungated ablation).
-        scaling: Factor s on the update. The default, ``null``, is ``components``: it undoes the gates'
-            division by r, so that a usual adapter learning rate (1e-3 to 4e-3) works. ``1.0`` is the paper's
-            letter and needs about ten times that.
-        dropout: Probability of zeroing an input feature of the adapter in training, 0 to below 1.
-        target_modules: Layers to adapt: a list of name suffixes, one regular expression over whole names, or
-            ``all-linear`` for every linear layer but the output head. The default is the paper's; with few
-            parameters, few components on every layer learn more than many on two of each block.
-        exclude_modules: Layers to leave out: a list of suffixes or one regular expression.
-        backend: How the update is computed: ``structured`` (never forms an m × n matrix), ``dense`` (forms
-            one for a moment, cheaper for many tokens), ``fused`` (the same with Triton kernels, on a GPU) or
-            ``auto``.
-        budget: For ``filters: auto``, entries of all factors of all adapted layers together; ``null`` is what
-            ``diverse`` takes with as many components.
-        start: How factors start, ΔW being 0 in either case. ``zero``: left ones random (Kaiming-uniform),
-            right ones at zero. ``gradient``: left ones along the same batches' gradient (among components of
-            one shape the first takes the best Kronecker product's, the second the next one's, ...), as large
-            as random ones. Only a training run that begins does that: a resumed one, or one from
-            ``adapter_path``, goes on from what was saved. Identities stay what they are; ``prime``, which has
-            no other left factors, refuses it.
+        components: Number r of Kronecker components per layer (not a rank); the number of parameters grows
+            linearly with it. The paper uses 10.
+        filters: Shapes of the factors. ``diverse`` cycles through five aspect ratios, ``square`` uses one
+            shape, and ``prime`` is MoKA_s (identity left factors, about 20% fewer parameters). ``auto``
+            chooses each layer's shapes when a training run begins, from the gradient of the first rank's
+            batches of the first 4 optimizer steps, and saves the choice. A list gives one shape for all
+            components or one each: ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or ``[k, m_b, n_b]`` with an
+            identity of size k on the left. A mapping of full layer names to lists, or a ``.json`` file of
+            such a mapping, gives each layer its own list.
+        gating: ``softmax`` trains one logit per component, α = softmax(g); the gates sum to 1. ``sigmoid``
+            trains independent gates, α_i = (2/r) · sigmoid(g_i), each from 0 to 2/r. Both start at
+            α_i = 1/r, and ``none`` keeps that value (the paper's ungated ablation).
+        scaling: Factor s of the update. ``null`` is ``components``, which cancels the gates' 1/r so that
+            common adapter learning rates (1e-3 to 4e-3) work. ``1.0`` follows the paper literally and needs
+            about ten times higher rates.
+        dropout: Dropout probability of the adapter's input features, at least 0 and below 1.
+        target_modules: Layers to adapt: a list of name suffixes, a regular expression that matches whole
+            names, or ``all-linear`` for every linear layer except the output head. The default is the
+            paper's. Few components on every layer learn more than many on two layers of each block.
+        exclude_modules: Layers to leave out: a list of suffixes or a regular expression.
+        backend: How to compute the update. ``structured`` never forms an m × n matrix; ``dense`` forms one
+            temporarily, which is faster for many tokens; ``fused`` does so in Triton kernels on a GPU;
+            ``auto`` chooses.
+        budget: For ``filters: auto``, total entries of the factors of all adapted layers; ``null`` is the
+            total of ``diverse`` with as many components.
+        start: How factors start; ΔW starts at 0 either way. ``zero``: random left factors (Kaiming-uniform)
+            and zero right factors. ``gradient``: left factors along the gradient of the first batches (the
+            components of one shape take its best Kronecker products in order), scaled like random ones. It
+            affects new training runs only: a resumed run, or one from ``adapter_path``, continues from what
+            was saved. It does not work with ``prime``, whose left factors are all identities.
     """
 
     components: int = 10
@@ -82,9 +81,9 @@ class MokaConfig(AdapterConfig):
     start: Literal["zero", "gradient"] = "zero"
 
     def __post_init__(self) -> None:
-        """Refuses values that cannot work, before anything is loaded."""
-        # The shapes of some layer tell an unknown name or a malformed list; whether a listed filter fits
-        # into the real layers is checked when the model is there.
+        """Refuses invalid values before anything is loaded."""
+        # A layer of any size reveals an unknown name or a malformed list; whether a listed filter fits
+        # the real layers is checked once the model is loaded.
         if isinstance(self.filters, str) and self.filters.endswith(".json"):
             self.filters = _read_filters(Path(self.filters))
         if isinstance(self.filters, dict):
@@ -105,23 +104,23 @@ class MokaConfig(AdapterConfig):
         if self.scaling is not None and not 0 < self.scaling < math.inf:
             raise ConfigError(f"scaling must be positive and finite, not {self.scaling}")
         if not self.target_modules:
-            raise ConfigError("target_modules is empty; name at least one layer, or use all-linear")
+            raise ConfigError("target_modules is empty; name at least one layer, or set all-linear")
         self._check_start()
 
     def _check_start(self) -> None:
         if self.budget is not None and self.filters != AUTO:
-            raise ConfigError(f"budget ({self.budget}) works only with filters: auto; leave it out")
+            raise ConfigError(f"budget ({self.budget}) works only with filters: auto; remove it")
         if self.budget is not None and self.budget < 1:
             raise ConfigError(f"budget must be at least 1, not {self.budget}")
         if self.start == "gradient" and self.filters == "prime":
             raise ConfigError(
-                "start: gradient sets left factors, but those of filters: prime are identities; "
+                "start: gradient needs left factors, but those of filters: prime are identities; "
                 "set start: zero"
             )
 
     @property
     def effective_scaling(self) -> float:
-        """The factor s that is applied: ``scaling``, or ``components`` where that is ``null``."""
+        """The applied factor s: ``scaling``, or ``components`` if that is ``null``."""
         return float(self.components if self.scaling is None else self.scaling)
 
     def shapes_of(self, name: str, m: int, n: int) -> tuple[Shape, ...]:
@@ -133,14 +132,14 @@ class MokaConfig(AdapterConfig):
             n: Its input features.
 
         Raises:
-            ConfigError: Where the filters do not fit into the layer, or are listed by layer without this one.
+            ConfigError: If the filters do not fit the layer, or are listed by layer without it.
         """
         filters = self.filters
         if isinstance(filters, dict):
             if name not in filters:
                 raise ConfigError(
                     f"filters lists {len(filters)} layers (first {next(iter(filters), 'none')}), but not "
-                    f"{name or 'this one'}; list every layer that target_modules adapts"
+                    f"{name or 'this layer'}; list every layer that target_modules adapts"
                 )
             filters = filters[name]
         return filter_shapes(filters, self.components, m, n)
@@ -161,12 +160,12 @@ def _read_filters(file: Path) -> dict[str, list[list[int]]]:
     if not isinstance(stored, dict) or not stored or not all(isinstance(v, list) for v in stored.values()):
         raise ConfigError(
             f"the filters file {file} is not a mapping of layer names to lists of filters; "
-            "moka_pl.adapters.filter_search.choose_filters finds one"
+            "moka_pl.adapters.filter_search.choose_filters makes one"
         )
     return stored
 
 
-# Known settings of MoKA by their names; every option can still be changed.
+# Named presets of MoKA; every option can still be changed.
 
 
 @dataclass

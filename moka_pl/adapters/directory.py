@@ -1,4 +1,4 @@
-"""The adapter directory: the product of a run, a few megabytes that any later step starts from.
+"""The adapter directory, the product of a run: a few megabytes.
 
 Files:
     adapter_config.json         method, options, base model, format version, parameter count
@@ -31,11 +31,11 @@ CARD_NAME = "README.md"
 
 @dataclass
 class BaseModel:
-    """What an adapter remembers of its base.
+    """The base model that an adapter was trained on.
 
     Args:
-        name: Hub id, short name or path, as the user gave it.
-        revision: Hub revision, if one was asked for.
+        name: Hub id, short name or path, as given by the user.
+        revision: Hub revision, if given.
         fingerprint: Hash of the base's shape and some of its weights; tells bases apart whatever their name.
         options: Further backbone options needed to build it again (quantisation, compute dtype, …).
     """
@@ -56,7 +56,7 @@ class AdapterInfo:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the adapter's tensors by name: what was trained in every adapted layer, nothing frozen."""
+    """Returns the adapter's trained tensors by name."""
     method = method_in(model)
     return {} if method is None else method.state(model)
 
@@ -68,9 +68,9 @@ def save_adapter(
     base: BaseModel,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes an adapter directory and returns ``path``; an older one is replaced once the new one is whole.
+    """Writes an adapter directory and returns ``path``; replaces an older one once the new one is complete.
 
-    What else lies in the older one stays: notes, say, or an evaluation's results.
+    Other files in the older directory, such as notes or results, are kept.
 
     Args:
         path: The directory to write.
@@ -80,8 +80,8 @@ def save_adapter(
         extra: Further JSON values to keep (metrics, prompt, step).
 
     Raises:
-        AdapterError: If the disk is full or read-only, or ``path`` is a file or a folder of other things;
-            what was at ``path`` is then still there, intact.
+        AdapterError: If the disk is full or read-only, or ``path`` is something other than an adapter
+            directory or an empty folder. ``path`` is then unchanged.
     """
     from safetensors.torch import save
 
@@ -93,8 +93,8 @@ def save_adapter(
     try:
         if path.exists() and not _replaceable(path):
             raise AdapterError(
-                f"cannot save the adapter to {path}: something else is there, and saving would replace it. "
-                "Choose a new or empty folder"
+                f"cannot save the adapter to {path}: it is not an adapter directory and would be "
+                "overwritten. Choose a new or empty folder"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
@@ -112,7 +112,7 @@ def save_adapter(
     except OSError as error:
         raise AdapterError(
             f"cannot save the adapter to {path}: {error.strerror or error}. "
-            "An older adapter there is unchanged; free some space or choose another folder"
+            "An older adapter there is unchanged. Free some space or choose another folder"
         ) from error
     return path
 
@@ -127,7 +127,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     file = path / CONFIG_NAME
     if not path.is_dir():
         beside = sorted(file.parent.name for file in path.parent.glob(f"*/{CONFIG_NAME}"))
-        instead = f"; beside it there is {', '.join(beside)}" if beside else ""
+        instead = f"; found {', '.join(beside)} beside it" if beside else ""
         raise AdapterError(f"{path} is not an adapter directory: no such folder{instead}")
     if not file.is_file():
         raise AdapterError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}")
@@ -139,15 +139,14 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     if not ours or not isinstance(stored.get("peft_type"), str):
         kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
         raise AdapterError(
-            f"{file} describes no MoKA adapter (peft_type is {kind!r}, expected 'MOKA', or another "
-            "method's in a folder that moka_pl wrote)"
+            f"{file} is not a moka_pl adapter (its peft_type is {kind!r}). Give a folder that moka_pl saved"
         )
     version = stored.get("format_version")
     if not isinstance(version, int):
         raise AdapterError(f"{file} has no format_version; copy the adapter again")
     if version > FORMAT_VERSION:
         raise AdapterError(
-            f"{path} has adapter format {version}; this moka_pl {__version__} reads up to {FORMAT_VERSION}. "
+            f"{path} has adapter format {version}, but moka_pl {__version__} reads up to {FORMAT_VERSION}. "
             "Upgrade moka_pl"
         )
     try:
@@ -185,17 +184,17 @@ def read_adapter_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copies tensors into a model's injected adapters; every tensor must find its place.
+    """Copies tensors into a model's injected adapters; names and shapes must match exactly.
 
     Args:
         model: A model with adapters of the same configuration.
         state: Tensors by name, as :func:`adapter_state` gives them.
-        source: Where they come from, for messages.
+        source: Their origin, for messages.
 
     Raises:
         AdapterError: On missing or unexpected tensors or other shapes; the model is then unchanged.
     """
-    remedy = "It was made for other target_modules, components or filters, or for another base model"
+    remedy = "It was saved with other target_modules, components or filters, or for another base model"
     check_tensors(state, adapter_state(model), source, remedy)
     method = method_in(model)
     if method is None:
@@ -215,7 +214,7 @@ def check_tensors(
     Args:
         state: Tensors by name.
         expected: The model's own tensors by name.
-        source: Where ``state`` comes from, for messages.
+        source: Origin of ``state``, for messages.
         remedy: The last sentence of messages.
     """
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
@@ -239,11 +238,11 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
     Args:
         model: The frozen base, without adapters.
         path: An adapter directory.
-        fingerprint: The base's fingerprint; None skips the check that it is the adapter's own base.
+        fingerprint: The base's fingerprint; None skips the check of the base.
 
     Raises:
-        AdapterError: If the directory is damaged, of a newer format or of another base model; no
-            adapters are left in the model then.
+        AdapterError: If the directory is damaged, of a newer format or of another base model. No adapters
+            are then left in the model.
     """
     info = read_adapter(path)
     state = read_adapter_state(path)
@@ -269,7 +268,7 @@ def check_base(info: AdapterInfo, fingerprint: str | None, path: str | Path) -> 
     if fingerprint and info.base.fingerprint and fingerprint != info.base.fingerprint:
         raise AdapterError(
             f"{path} was trained on another base model: {info.base.name!r} with fingerprint "
-            f"{info.base.fingerprint}, this one has {fingerprint}. Load that base instead"
+            f"{info.base.fingerprint}; this base has {fingerprint}. Load the adapter's base instead"
         )
 
 

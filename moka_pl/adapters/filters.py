@@ -19,13 +19,13 @@ ASPECT_RATIOS = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)
 #: MoKA_s aims at this share of the diverse filters' entries (the paper's 4.2 M against 5.2 M).
 PRIME_BUDGET = 0.8
 
-#: Filters that a run chooses itself when it begins, from its data (:mod:`moka_pl.training.auto_filters`).
+#: Filters that a training run chooses from its first batches (:mod:`moka_pl.training.auto_filters`).
 AUTO = "auto"
 
-#: What to do about ``filters: auto`` where there is no run; ends a sentence of an error.
+#: What to do about ``filters: auto`` without a run; ends the sentence of an error.
 WITHOUT_TRAINER = (
-    "give filters as a mapping of layers to lists of shapes (moka_pl.adapters.filter_search.choose_filters "
-    "finds one)"
+    "set filters to a mapping of layers to lists of shapes (moka_pl.adapters.filter_search.choose_filters "
+    "makes one)"
 )
 
 Filters = str | Sequence[Sequence[int]]
@@ -58,9 +58,7 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
         if filters == "prime":
             return _prime_shapes(m, n, components)
         if filters == AUTO:
-            raise ConfigError(
-                f"filters: auto are chosen when a training run begins; without a trainer {WITHOUT_TRAINER}"
-            )
+            raise ConfigError(f"filters: auto needs a training run; without a trainer, {WITHOUT_TRAINER}")
         raise ConfigError(
             f"unknown filters {filters!r}; choose one of diverse, square, prime, {AUTO}, or give "
             " a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
@@ -76,7 +74,7 @@ def listed(shape: Shape) -> list[int]:
 def describe_filters(filters: "Filters | Mapping[str, Filters]") -> str:
     """Describes filters in a few words."""
     if isinstance(filters, Mapping):
-        return f"listed layer by layer ({len(filters)} layers)"
+        return f"listed by layer ({len(filters)} layers)"
     return filters if isinstance(filters, str) else str([list(sizes) for sizes in filters])
 
 
@@ -175,7 +173,7 @@ def _explicit_shapes(filters: Sequence[Sequence[int]], components: int, m: int, 
     if len(filters) not in (1, components):
         raise ConfigError(
             f"filters lists {len(filters)} shapes for {components} components; "
-            "list one for all of them or exactly one each"
+            "list one shape for all or one for each"
         )
     shapes = []
     for sizes in filters:

@@ -1,4 +1,4 @@
-"""Finds the layers of a model to adapt, and those that are adapted."""
+"""Finds the layers to adapt in a model, and the adapted ones."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ from moka_pl.errors import AdapterError
 
 
 def matches(name: str, pattern: list[str] | str | None) -> bool:
-    """Whether a module's full name meets a pattern: a list of suffixes of whole dotted parts, or a regex."""
+    """Whether a module's full name matches a pattern: a list of dotted suffixes, or a regex."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern or ())
@@ -29,7 +29,7 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[str]:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise AdapterError(f"{pattern!r} is not a regular expression: {error}") from error
+                raise AdapterError(f"{pattern!r} is not a valid regular expression: {error}") from error
     modules = dict(model.named_modules())
     present = [name for name, module in modules.items() if isinstance(module, MokaLinear)]
     if present:
@@ -66,8 +66,8 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def _nothing_matches(config: MokaConfig, linear: list[str], excluded: bool) -> str:
     if excluded:
         return (
-            f"exclude_modules {config.exclude_modules!r} leaves out all layers that "
-            f"target_modules {config.target_modules!r} names"
+            f"exclude_modules {config.exclude_modules!r} excludes every layer that "
+            f"target_modules {config.target_modules!r} matches"
         )
     suffixes = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
@@ -77,5 +77,5 @@ def _nothing_matches(config: MokaConfig, linear: list[str], excluded: bool) -> s
     named = list(dict.fromkeys(near)) or suffixes
     return (
         f"target_modules {config.target_modules!r} matches no layer of this model; "
-        f"nearest existing names: {', '.join(named[:8]) or 'none (the model has no linear layers)'}"
+        f"closest names: {', '.join(named[:8]) or 'none (the model has no linear layers)'}"
     )

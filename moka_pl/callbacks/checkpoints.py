@@ -1,4 +1,4 @@
-"""Keeps the best and the last adapter of a run, and the checkpoint that it can be continued from."""
+"""Saves the best and the last adapter of a run, and the checkpoints to resume it from."""
 
 import math
 import operator
@@ -19,13 +19,13 @@ from moka_pl.training.module import MokaModule
 class AdapterCheckpoint(Callback):
     """Writes ``adapters/best`` and ``adapters/last`` below the run's log folder.
 
-    ``last`` is written after every validation and at the end, ``best`` whenever the monitored metric has
-    improved. Both are small, hold no frozen weight, and replace an older one only once they are whole.
-    Beside the metrics they keep the step of the validation that found them, ``metrics_step``.
+    ``last`` is written after every validation and at the end, ``best`` whenever the monitored metric
+    improves. They contain no frozen weights, and replace an older adapter only once complete. They store the
+    metrics and the step of their validation (``metrics_step``).
 
     Args:
-        monitor: Metric that decides on the best adapter.
-        mode: Whether lower or higher is better.
+        monitor: Metric that selects the best adapter.
+        mode: Whether a lower (``min``) or higher (``max``) metric is better.
         dirpath: Folder for both; ``null`` is ``adapters`` in the run's log folder.
     """
 
@@ -41,11 +41,11 @@ class AdapterCheckpoint(Callback):
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settles the folder (on every rank: the log folder's name is broadcast)."""
+        """Sets the folder (on every rank: the log folder's name is broadcast)."""
         self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "adapters"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last adapter, and the best one if this is better."""
+        """Saves the last adapter, and also the best one if the metric improved."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or is_trial(trainer):
             return
         score = float(trainer.callback_metrics.get(self.monitor, math.nan))
@@ -58,7 +58,7 @@ class AdapterCheckpoint(Callback):
             self.best_path = self._save(trainer, pl_module, "best")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last adapter: there may have been steps since the last validation."""
+        """Saves the last adapter, as steps may have followed the last validation."""
         if not is_trial(trainer):
             self.last_path = self._save(trainer, pl_module, "last")
 
@@ -67,17 +67,17 @@ class AdapterCheckpoint(Callback):
         interrupted = isinstance(exception, KeyboardInterrupt) and not is_trial(trainer)
         if interrupted and trainer.global_step > 0:
             self.last_path = self._save(trainer, pl_module, "last")
-            rank_zero_info(f"Adapter at step {trainer.global_step}: {self.last_path}")
+            rank_zero_info(f"Adapter of step {trainer.global_step} saved in {self.last_path}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best score and where its adapter lies."""
+        """Returns the best score and the path of its adapter."""
         return {
             "best_score": self.best_score,
             "best_path": None if self.best_path is None else str(self.best_path),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on comparing with the best score of the resumed run."""
+        """Restores the best score of the resumed run."""
         self.best_score = state_dict["best_score"]
         self.best_path = None if state_dict["best_path"] is None else Path(state_dict["best_path"])
 
@@ -100,23 +100,23 @@ class AdapterCheckpoint(Callback):
 
 
 def is_trial(trainer: Trainer) -> bool:
-    """Whether the trainer runs a few batches for trial only (``fast_dev_run``)."""
+    """Whether this is a trial run of a few batches (``fast_dev_run``)."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, with ``last.ckpt`` written at the end of every epoch and of the run, too.
+    """Lightning's ModelCheckpoint, which also writes ``last.ckpt`` at the end of each epoch and of the run.
 
-    Lightning (2.6) itself writes nothing then where ``every_n_train_steps`` or ``train_time_interval`` is
-    set, and nothing after the last validation where there are several in an epoch.
+    Lightning (2.6) writes nothing then if ``every_n_train_steps`` or ``train_time_interval`` is set, or after
+    the last of several validations in an epoch.
 
-    The checkpoints remember the version of the run's logs, which a folder of the user's own does not tell.
+    The checkpoints store the version of the run's logs, which a custom ``dirpath`` does not reveal.
     """
 
     _version: int | str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settles the folder, and takes down the version of the logs."""
+        """Sets the folder, and notes the version of the logs."""
         super().setup(trainer, pl_module, stage)
         self._version = trainer.logger.version if trainer.logger is not None else None
 
@@ -127,24 +127,24 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves every so many steps, but only between two of them, and after the last one."""
+        """Saves at the chosen interval, but only between optimizer steps, and after the last step."""
         # In a resumed run Lightning would save again in the middle of the first accumulated batch.
         if between_steps(trainer):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._save_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves what is due after a validation, and after the last step again: now with its metrics."""
+        """Saves after a validation; after the last step it saves again, with the metrics."""
         super().on_validation_end(trainer, pl_module)
         self._save_end(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves what is due, unless the run ends in the middle of the epoch, which by now counts as done."""
+        """Saves at the end of an epoch, unless the run stops within it."""
         if _epoch_ends(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves a trial (``fast_dev_run``) without a file; Lightning would write one here."""
+        """Writes no file in a trial run (``fast_dev_run``), unlike Lightning."""
         if not is_trial(trainer):
             super().on_train_end(trainer, pl_module)
 

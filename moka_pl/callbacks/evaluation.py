@@ -14,12 +14,11 @@ from moka_pl.training.module import MokaModule
 
 
 class EvaluationTable(Callback):
-    """Prints what ``validate`` or ``test`` measured, and writes it as JSON into the run's log folder.
+    """Prints the results of ``validate`` or ``test``, and writes them as JSON into the run's log folder.
 
-    A line a task with its items, accuracy, accuracy by length-normalised likelihood (both with standard
-    errors), and the negative log-likelihood of the right option per token; then groups of tasks over all
-    their items, and the mean of the tasks. Plain text has its perplexities. The file is ``validate.json``
-    or ``test.json``.
+    Each task has a line with its items, accuracy, accuracy by length-normalised likelihood (both with
+    standard errors), and negative log-likelihood of the right option per token. Groups of tasks and the mean
+    of the tasks follow. Plain text has perplexities. The file is ``validate.json`` or ``test.json``.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,7 +42,7 @@ class EvaluationTable(Callback):
         file.parent.mkdir(parents=True, exist_ok=True)
         described = {"command": command, **_about(trainer, pl_module), **results_dict(pl_module.eval_results)}
         file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        print(f"\nAlso in {file}")
+        print(f"\nResults saved in {file}")
 
 
 def results_text(results: Results) -> str:

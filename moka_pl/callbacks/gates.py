@@ -39,12 +39,12 @@ class GateMonitor(Callback):
         ``gate_entropy/<layer>`` and ``gate_entropy/mean``: −Σ p_i ln p_i / ln r with p = α / Σ α, 1 for
         uniform gates, 0 for a single component.
         ``gate_sum/<layer>`` and ``gate_sum/mean``: Σ α, from 0 to 2, 1 at the start; with ``gating:
-        sigmoid`` only, as it is always 1 with ``softmax``.
-        ``gate_heatmap``: image of all gates, one row a layer, at every validation.
+        sigmoid`` only (with ``softmax`` it is always 1).
+        ``gate_heatmap``: image of all gates, one row per layer, at every validation.
 
     Args:
-        every_n_steps: Optimizer steps between two logs; ``null`` takes the trainer's ``log_every_n_steps``.
-        heatmap: Draw the image.
+        every_n_steps: Optimizer steps between logs; ``null`` takes the trainer's ``log_every_n_steps``.
+        heatmap: Whether to draw the image.
     """
 
     def __init__(self, every_n_steps: int | None = None, heatmap: bool = True) -> None:
@@ -55,20 +55,20 @@ class GateMonitor(Callback):
         self._warned: set[str] = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the gates as they are before the first step."""
+        """Logs the initial gates."""
         self._labels = layer_labels(list(_layers(pl_module)))
         self._log(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Logs the gates every so many optimizer steps."""
+        """Logs the gates at the chosen interval."""
         every = self.every_n_steps or log_interval(trainer)
         if trainer.global_step % every == 0 and trainer.global_step != self._last_step:
             self._log(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the heat map and looks for collapsed gates."""
+        """Draws the heat map, and warns about uniform or collapsed gates."""
         if trainer.sanity_checking or not trainer.is_global_zero or not self._labels:
             return
         gates = gate_matrix(pl_module)
@@ -105,17 +105,16 @@ class GateMonitor(Callback):
         if late and gates.shape[1] > 1 and bool(uniform.all()):
             self._warn_once(
                 "uniform",
-                f"after {trainer.global_step} of {total} steps all gates are still uniform: the gates do not "
-                "learn. Raise the learning rate or learning_rate_ratios.gate, or save their parameters with "
-                "gating: none",
+                f"all gates are still uniform after {trainer.global_step} of {total} steps. Raise the "
+                "learning rate or learning_rate_ratios.gate, or set gating: none to save their parameters",
             )
         single = gates.amax(1) > _SINGLE * gates.sum(1)
         if gates.shape[1] > 1 and bool(single.any()):
             self._warn_once(
                 "single",
-                f"in {int(single.sum())} of {len(single)} layers one component holds the whole gate (first "
-                f"{self._labels[int(single.int().argmax())]}); the others no longer learn. Lower the "
-                "learning rate or use fewer components",
+                f"one component has the whole gate in {int(single.sum())} of {len(single)} layers "
+                f"(first {self._labels[int(single.int().argmax())]}), so the others no longer learn. Lower "
+                "the learning rate or use fewer components",
             )
 
     def _warn_once(self, reason: str, message: str) -> None:

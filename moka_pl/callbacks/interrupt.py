@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: stop at the next optimizer step with everything saved."""
+"""Stops on Ctrl-C or SIGTERM after the current optimizer step, with everything saved."""
 
 import signal
 import threading
@@ -18,11 +18,10 @@ _AGREE_EVERY = 10
 
 
 class GracefulInterrupt(Callback):
-    """Lets the optimizer step in progress end, writes the run's ``last.ckpt``, and then stops it.
+    """On Ctrl-C or SIGTERM, finishes the optimizer step, writes ``last.ckpt`` and stops the run.
 
-    A checkpoint in the middle of an accumulated batch could not be continued exactly; one between two
-    optimizer steps can. A second Ctrl-C stops at once, and the first one does in a trial (``fast_dev_run``),
-    which leaves no file.
+    Only a checkpoint between two optimizer steps can be resumed exactly. A second Ctrl-C stops at once. In a
+    trial run (``fast_dev_run``), the first one does, and no file is written.
     """
 
     def __init__(self) -> None:
@@ -31,7 +30,7 @@ class GracefulInterrupt(Callback):
         self._old: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the signals for the time of training."""
+        """Installs the signal handlers."""
         if is_trial(trainer) or threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -40,7 +39,7 @@ class GracefulInterrupt(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Saves the run between two optimizer steps, on all ranks at the same one."""
+        """Saves the run between two optimizer steps, the same on all ranks."""
         # The ranks agree on it now and then only.
         due = trainer.world_size == 1 or trainer.global_step % _AGREE_EVERY == 0
         if due and between_steps(trainer):
@@ -49,11 +48,11 @@ class GracefulInterrupt(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Stops a run that was saved after the batch before: by now that one's metrics are logged, too."""
+        """Stops a saved run, now that the previous batch's metrics are logged."""
         self._stop_if_saved(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves again and stops after a validation: a resumed run would take what was saved before it."""
+        """Saves and stops after a validation, whose results the last checkpoint lacks."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and between_steps(trainer):
             self._save_if_asked(trainer)
             self._stop_if_saved(trainer)
@@ -80,8 +79,8 @@ class GracefulInterrupt(Callback):
     def _stop_if_saved(self, trainer: Trainer) -> None:
         if self._saved is not None:
             rank_zero_info(
-                f"\nInterrupted after step {trainer.global_step}; the run is saved in {self._saved}. "
-                "Resume with the same command and --ckpt_path last"
+                f"\nInterrupted after step {trainer.global_step}; checkpoint saved in {self._saved}. "
+                "To resume, add --ckpt_path last to the same command"
             )
             raise KeyboardInterrupt
 
@@ -89,11 +88,11 @@ class GracefulInterrupt(Callback):
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("\nStopping after this step (press Ctrl-C again to stop at once) ...", flush=True)
+        print("\nStopping after this step (press Ctrl-C again to stop immediately) ...", flush=True)
 
 
 def last_path(trainer: Trainer) -> str:
-    """Returns where the run keeps its ``last.ckpt``: beside its own checkpoints, if it writes any."""
+    """Returns the path of the run's ``last.ckpt``: beside its other checkpoints, if any."""
     saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
     # Ours before the user's: ``--ckpt_path last`` looks there.
     saving.sort(key=lambda callback: not isinstance(callback, RunCheckpoint))

@@ -13,12 +13,12 @@ _PAUSE = 1.0
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar (elapsed and remaining time, batches/s) with loss, tokens/s and validation metrics.
 
-    It is updated once a second and at the end: showing a loss waits for the GPU, which would then stand idle
-    until the next step has been launched.
+    The bar updates once a second and at the end: reading a loss waits for the GPU, which is then idle until
+    the next step starts.
 
     Args:
-        refresh_rate: Batches between two updates; 0 shows no bar, 1 leaves it at once a second.
-        **options: As for Lightning's bar.
+        refresh_rate: Batches between two updates; 0 hides the bar, 1 updates it once a second.
+        **options: Options of Lightning's bar.
     """
 
     def __init__(self, refresh_rate: int = 1, **options: Any) -> None:
@@ -27,8 +27,8 @@ class ProgressBar(TQDMProgressBar):
 
     @property
     def sanity_check_description(self) -> str:
-        """What the validation before the first step is: the frozen base on its own, if nothing is resumed."""
-        return "Before going on" if self.trainer.global_step else "Frozen base, before training"
+        """Label of the validation before the first step, of the frozen base or the resumed model."""
+        return "Before resuming" if self.trainer.global_step else "Frozen base, before training"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Returns the shown metrics, without the logger's version."""

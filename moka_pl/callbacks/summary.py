@@ -16,18 +16,18 @@ C = TypeVar("C", bound=Callback)
 
 
 class RunSummary(Callback):
-    """Compares the frozen base with the adapted model, and says where everything is.
+    """Prints a table after training: the frozen base against the adapted model, speed, memory and paths.
 
-    The base's figures come from the validation before the first step, when ΔW is exactly zero (in a run that
-    starts from ``adapter_path`` they are that adapter's); that needs ``trainer.num_sanity_val_steps: -1``,
-    which looks at all of the validation data.
+    The base's metrics come from the validation before the first step, when ΔW is exactly zero (with
+    ``adapter_path`` they are that adapter's). They need ``trainer.num_sanity_val_steps: -1``, which validates
+    on all of the data.
     """
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remembers and logs the frozen base's metrics."""
+        """Notes and logs the frozen base's metrics."""
         assert isinstance(pl_module, MokaModule)
         whole = trainer.num_sanity_val_steps == float("inf")
         # Lightning looks at the data before training in runs resumed at the end of an epoch, too.
@@ -100,7 +100,7 @@ def _comparison(pl_module: MokaModule, before: dict[str, float], steps: int) -> 
         shown = ["" if v is None else f"{100 * v:.1f}%" if is_accuracy else f"{v:.4f}" for v in (old, new)]
         lines.append(f"{name.removeprefix('val/'):<28}{shown[0]:>12}{shown[1]:>12}{change:>12}")
     if before and step != steps:
-        lines.append(f"not validated after the last of {steps} steps; --trainer.val_check_interval sets when")
+        lines.append(f"no validation after the last of {steps} steps; see --trainer.val_check_interval")
     return lines
 
 
@@ -108,13 +108,13 @@ def _facts(trainer: Trainer, pl_module: MokaModule) -> dict[str, str]:
     """Returns size, speed, padding and memory by name."""
     trainable = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
     share = trainable / (trainable + base_size(pl_module))
-    facts = {"trainable parameters": f"{trainable:,} ({100 * share:.2f}% of the base and adapter)"}
+    facts = {"trainable parameters": f"{trainable:,} ({100 * share:.2f}% of all parameters)"}
     speed, batches = _callback(trainer, Throughput), _callback(trainer, BatchStatistics)
     if speed is not None and speed.total_tokens:
         rate = speed.tokens_per_second * trainer.world_size
         facts["training speed"] = f"{rate:,.0f} tokens/s over {trainer.world_size} process(es)"
     if batches is not None and batches.padded_tokens:
-        facts["padding"] = f"{100 * batches.padding_share:.1f}% of the tokens in the training batches"
+        facts["padding"] = f"{100 * batches.padding_share:.1f}% of training batch tokens"
     # Lightning has moved the module off its GPU by now.
     device = trainer.strategy.root_device
     return facts | {"peak memory": f"{peak_memory(device):.2f} GiB ({device})"}
@@ -127,12 +127,12 @@ def _callback(trainer: Trainer, kind: type[C]) -> C | None:
 
 
 def _is_short(name: str) -> bool:
-    """Whether a metric belongs into a short table: the whole, losses of sets and accuracies of tasks."""
+    """Whether a metric belongs in a short table: overall metrics, losses of sets, accuracies of tasks."""
     _, *parts = name.split("/")
     chosen = len(parts) == 1 or parts[-1] == "loss" or parts[0] == "accuracy"
     return chosen and not name.endswith("_stderr")
 
 
 def base_size(pl_module: MokaModule) -> int:
-    """Returns the number of frozen weights, with quantised ones counted singly."""
+    """Returns the number of frozen weights, unpacking quantised ones."""
     return sum(weight_count(p) for p in pl_module.parameters() if not p.requires_grad)

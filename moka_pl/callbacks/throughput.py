@@ -11,15 +11,15 @@ from moka_pl.data.types import Batch, data_of
 
 
 class Throughput(Callback):
-    """Logs real tokens per second over all ranks, and the peak memory of this process or GPU.
+    """Logs tokens per second over all ranks, and the peak memory of this process or GPU.
 
-    Padding does not count as tokens. The progress bar shows the speed over the last steps.
+    Padding is not counted. The progress bar shows the recent speed.
 
     Tags:
         ``speed/tokens_per_second``, ``speed/peak_memory_gib``.
 
     Args:
-        window: Batches that the shown speed is averaged over.
+        window: Number of batches to average the shown speed over.
     """
 
     def __init__(self, window: int = 20) -> None:
@@ -31,11 +31,11 @@ class Throughput(Callback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Mean over the training steps of this process, tokens/s, with loading and without validation."""
+        """Mean training speed of this process, including data loading, excluding validation."""
         return self.total_tokens / self.train_seconds if self.train_seconds else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock, at the start too: a run that is resumed within an epoch starts none."""
+        """Starts the clock, at the start too: a run resumed within an epoch has no epoch start."""
         self._started = time.perf_counter()
 
     on_train_epoch_start = on_validation_end = on_train_start
@@ -43,9 +43,9 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
-        """Takes the time since the last batch, and logs.
+        """Measures the time since the last batch, and logs.
 
-        From end to end, because a GPU still computes when a batch's own calls have returned.
+        It measures from end to end, because a GPU still computes after a batch's calls return.
         """
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
@@ -81,13 +81,13 @@ def peak_memory(device: torch.device) -> float:
 
 
 class BatchStatistics(Callback):
-    """Logs the padding, the rows and the examples of the training batches, and the lost examples.
+    """Logs padding, rows and examples of the training batches, and truncated and dropped examples.
 
-    Values are those of this process's share of the batches since the last log.
+    Values cover this process's batches since the last log.
 
     Tags:
-        ``batch/padding_share`` (0 to 1), ``batch/rows`` and ``batch/examples`` (per micro-batch; more
-        examples than rows where they are packed); once, at the start: ``data/examples``,
+        ``batch/padding_share`` (0 to 1), ``batch/rows`` and ``batch/examples`` (per micro-batch; packed
+        batches have more examples than rows); once, at the start: ``data/examples``,
         ``data/truncated``, ``data/dropped``.
 
     Attributes:
@@ -106,7 +106,7 @@ class BatchStatistics(Callback):
         return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what became of the examples."""
+        """Logs how many examples were kept, truncated and dropped."""
         report = data_of(trainer).report.get("train")
         if report is not None and trainer.global_step == 0:
             counts: dict[str, float] = {

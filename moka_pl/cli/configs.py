@@ -7,11 +7,11 @@ from moka_pl.errors import ConfigError
 
 
 def configs(copy: Path | None = None, overwrite: bool = False) -> None:
-    """List the configurations that come with the package, or copy them.
+    """List the shipped configurations, or copy them.
 
     Args:
-        copy: A folder to copy them to; it is made if it is missing.
-        overwrite: Replace files that are there already.
+        copy: Folder to copy them to; it is created if missing.
+        overwrite: Replace existing files.
     """
     files = shipped_configs()
     if copy is None:
@@ -21,7 +21,7 @@ def configs(copy: Path | None = None, overwrite: bool = False) -> None:
         return
     present = [file.name for file in files.values() if (copy / file.name).exists()]
     if present and not overwrite:
-        raise ConfigError(f"{copy} has {', '.join(present)} already; add --overwrite to replace them")
+        raise ConfigError(f"{copy} already has {', '.join(present)}; add --overwrite to replace them")
     try:
         copy.mkdir(parents=True, exist_ok=True)
         for file in files.values():
@@ -47,7 +47,7 @@ def find_config(given: str) -> str:
     shipped = shipped_configs()
     name = given.removeprefix("configs/").removesuffix(".yaml")
     if name not in shipped:
-        raise ConfigError(f"--config {given}: no such file; name a file, or one of {', '.join(shipped)}")
+        raise ConfigError(f"--config {given}: no such file; give a file, or one of {', '.join(shipped)}")
     return str(shipped[name])
 
 

@@ -21,33 +21,34 @@ def evaluate(
     apply_chat_template: bool = False,
     log_samples: bool = False,
 ) -> None:
-    """Run EleutherAI's lm-evaluation-harness on a base model, with an adapter or without.
+    """Run EleutherAI's lm-evaluation-harness on a base model, with or without an adapter.
 
     Args:
-        adapter: An adapter directory. Without one, base is evaluated as it is.
-        tasks: Names of tasks or groups, separated by commas, such as arc_easy,piqa; patterns such as mmlu_*
-            name several.
-        base: Where the base model lies, if not under the name that the adapter remembers; without an adapter,
-            the model to evaluate.
-        data: A folder of local data, so that no hub is asked: sub-folders with a test.json each (their names
-            are the tasks'), or MMLU's test/ and dev/ with CSV files (tasks mmlu_<subject>, group mmlu). Tasks
-            that are not there are lm_eval's own.
-        limit: Most questions per task, the first ones. Default all.
-        num_fewshot: Worked examples before every question. Default each task's own number: 5 for local MMLU,
-            0 for other local tasks.
-        batch_size: Sequences computed at once.
-        output: The JSON file to write, or a folder that exists. Default a file results_<time>.json in the
-            adapter directory; without an adapter in lightning_logs/evaluate/<base>.
-        quantization: How linear weights of the base are stored: nf4, fp4 or none. Default what the adapter
-            was trained on, and nf4 without an adapter. Only without an adapter can it be chosen.
-        apply_chat_template: Put the tokenizer's chat template around the prompts.
-        log_samples: Keep every question with the model's scores in the JSON file, too.
+        adapter: An adapter directory. Without one, base is evaluated alone.
+        tasks: Names of tasks or groups, separated by commas, such as arc_easy,piqa, or patterns such as
+            mmlu_*.
+        base: Name or path of the base model. Default: the one stored with the adapter.
+        data: A folder of local data, used instead of the hub: sub-folders named by task with a test.json
+            each, or MMLU's test/ and dev/ with CSV files (tasks mmlu_<subject>, group mmlu). Other tasks come
+            from lm_eval.
+        limit: Number of questions per task, from the first. Default: all.
+        num_fewshot: Few-shot examples before each question. Default: each task's own number (5 for local
+            MMLU, 0 for other local tasks).
+        batch_size: Sequences per batch.
+        output: JSON file to write, or an existing folder. Default: results_<time>.json in the adapter
+            directory, or in lightning_logs/evaluate/<base> without an adapter.
+        quantization: Storage of the base's linear weights: nf4, fp4 or none. Only without an adapter, whose
+            training otherwise decides. Default: nf4.
+        apply_chat_template: Wrap the prompts in the tokenizer's chat template.
+        log_samples: Add each question with the model's scores to the JSON file.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if adapter is None and not base:
         raise ConfigError("nothing to evaluate; give --adapter DIR, or --base NAME for a base model alone")
     if adapter is not None and quantization is not None:
-        raise ConfigError("quantization is the adapter's own; it can be chosen only without --adapter")
+        raise ConfigError(
+            "--quantization cannot be combined with --adapter, which determines it; remove one of them"
+        )
     counts = {"limit": (limit, 1), "num_fewshot": (num_fewshot, 0), "batch_size": (batch_size, 1)}
     for name, (value, least) in counts.items():
         if value is not None and value < least:
@@ -71,7 +72,9 @@ def evaluate(
     selection = select_tasks(names, data, num_fewshot)
     model, tokenizer, about = load_described(adapter, base, quantization)
     if apply_chat_template and not tokenizer.chat_template:
-        raise ConfigError("apply_chat_template is set, but the base model's tokenizer has no chat template")
+        raise ConfigError(
+            "--apply_chat_template is set, but the base model's tokenizer has no chat template; remove it"
+        )
     results = run_harness(
         model,
         tokenizer,
@@ -87,4 +90,4 @@ def evaluate(
     results["moka_pl"] = about | {"tasks": selection.names, "data": source}
     write_results(results, path)
     print(str(make_table(results)).strip())
-    print(f"written to {path}", file=sys.stderr)
+    print(f"Results saved in {path}", file=sys.stderr)

@@ -21,22 +21,22 @@ def generate(
     base: str | None = None,
     prompt_format: PromptFormat | None = None,
 ) -> None:
-    """Answer a prompt with a trained adapter.
+    """Generate an answer to a prompt with a trained adapter.
 
     Args:
         adapter: An adapter directory.
-        prompt: What the user says; prompt_format is put around it.
-        max_new_tokens: Most tokens to generate.
-        temperature: Sampling temperature; 0 always takes the likeliest token.
-        compare: Print the frozen base model's answer too.
-        base: Where the base model lies, if not under the name that the adapter remembers.
-        prompt_format: What to put around the prompt: chat (the tokenizer's chat template), alpaca, cloze
-            ("Question: … Answer:"; letters is the same, the options being part of the prompt), llm_adapters
-            (alpaca, the same) or raw (nothing). Default what the adapter was trained with; where it
-            remembers none, the chat template if there is one.
+        prompt: The user's message; prompt_format wraps it.
+        max_new_tokens: Maximum number of tokens to generate.
+        temperature: Sampling temperature; 0 decodes greedily.
+        compare: Also print the frozen base model's answer.
+        base: Name or path of the base model. Default: the one stored with the adapter.
+        prompt_format: Template for the prompt: chat (the tokenizer's chat template), alpaca (also
+            llm_adapters), cloze ("Question: … Answer:"; also letters, with the options in the prompt) or raw
+            (none). Default: the adapter's training prompt, else chat if the tokenizer has a template, else
+            raw.
     """
     if not prompt:
-        raise ConfigError("prompt is empty; say something")
+        raise ConfigError("prompt is empty; give some text")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if not 0 <= temperature < math.inf:
@@ -47,9 +47,7 @@ def generate(
 
     if prompt_format is None:
         prompt_format = read_adapter(adapter).extra.get("prompt")
-        _check_format(
-            prompt_format, f"{adapter} was trained with a prompt that is unknown here; prompt_format"
-        )
+        _check_format(prompt_format, f"{adapter} was trained with an unknown prompt; --prompt_format")
     model, tokenizer = load_model(adapter, base=base)
     chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
     text = _around(prompt, chosen, tokenizer)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def inspect(adapter: Path) -> None:
-    """Print an adapter's options, base model, metrics and gates (no base model is loaded).
+    """Print an adapter's options, base model, metrics and gates, without loading the base.
 
     Args:
         adapter: An adapter directory.
@@ -25,7 +25,7 @@ def inspect(adapter: Path) -> None:
         **{name: f"{value:.4f}" for name, value in sorted(info.extra.get("metrics", {}).items())},
     }
     if found_at is not None and found_at != step:
-        facts["these metrics are of step"] = f"{found_at} (the weights are of step {step})"
+        facts["metrics measured at step"] = f"{found_at} (weights: step {step})"
     width = max(30, *(len(name) + 2 for name in facts))
     for name, value in facts.items():
         print(f"{name:<{width}}{value}")

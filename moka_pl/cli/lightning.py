@@ -87,7 +87,7 @@ class MokaCLI(LightningCLI):
             "-c",
             "--config",
             action=_ConfigFile,
-            help="A YAML file, or the name of one that 'moka_pl configs' lists, such as llama2.",
+            help="A YAML file, or a name from 'moka_pl configs', such as llama2.",
         )
         return parser
 

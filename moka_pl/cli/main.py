@@ -99,7 +99,9 @@ def _run(args: Sequence[str] | None) -> None:
         else:
             known = ", ".join([*LIGHTNING, *FUNCTIONS])
             raise ConfigError(
-                f"no command {command!r}; choose one of {known}" if command else f"give a command: {known}"
+                f"unknown command {command!r}; choose one of {known}"
+                if command
+                else f"give a command: {known}"
             )
     except MokaError as error:
         print(f"moka_pl: error: {error}", file=sys.stderr)

@@ -54,6 +54,6 @@ class MokaParser(LightningArgumentParser):
         # A class may be given as a file, too, but nobody means one.
         line = re.sub(r"- Expected a path but \S+ either .*? invalid - ", "", " ".join(message.split()))
         if "No module named 'peft'" in line:
-            line += "; install it by pip install 'moka_pl[peft]'"
+            line += "; run pip install 'moka_pl[peft]'"
         self.exit(2, f"{program}: error: {line}\nAll options: {program} --help\n")
         raise AssertionError  # exit does not return

@@ -127,8 +127,8 @@ def resolve_filters(model: "PreTrainedModel", config: MokaConfig, trainer: Train
     if trainer is None:
         option = "filters: auto" if config.filters == AUTO else "start: gradient"
         raise ConfigError(
-            f"{option} needs the training data of a run: a Trainer's fit builds the model with them. Without "
-            f"one, {WITHOUT_TRAINER}, and set start: zero"
+            f"{option} needs the training data of a Trainer's fit. Without a trainer, {WITHOUT_TRAINER}, and "
+            "set start: zero"
         )
     outcome: ResolvedFilters | MokaError | None = None
     if trainer.is_global_zero:
@@ -179,7 +179,7 @@ def _resolve_on_this_rank(model: "PreTrainedModel", config: MokaConfig, trainer:
             named += f", others {others}×"
         parts.append(f"filters chosen in {len(chosen)} layers ({named})")
     if left_factors:
-        parts.append("left factors started along it")
+        parts.append("left factors initialised along it")
     seconds = time.monotonic() - started
     rank_zero_info(f"gradient of the first {len(batches)} batches: {'; '.join(parts)}; {seconds:.1f} s")
     return ResolvedFilters(config, left_factors)
@@ -196,7 +196,7 @@ def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
             batches = list(islice(loader(), count))
     if not batches or not all(isinstance(b, dict) and {"input_ids", "labels"} <= b.keys() for b in batches):
         raise ConfigError(
-            "filters: auto and start: gradient need training batches with input_ids and labels, as "
-            "moka_pl's data modules make them; this run has none"
+            "filters: auto and start: gradient need training batches with input_ids and labels, but this run "
+            "has none; use one of moka_pl's data modules"
         )
     return batches

@@ -31,7 +31,7 @@ VERSION_KEY = "moka_log_version"
 #: Stands before the name of each field of :class:`StoredRun`.
 _PREFIX = "moka_"
 
-_REMEDY = "Resume with the configuration of the run that wrote it"
+_REMEDY = "Resume with the configuration of the original run"
 
 
 @dataclass
@@ -97,12 +97,12 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", traini
         if stored.learning_rate_ratios[part] != ratio:  # the stored optimizer brings its own
             raise AdapterError(
                 f"the checkpoint was trained with learning_rate_ratios.{part} "
-                f"{stored.learning_rate_ratios[part]:g}, here it is {ratio:g}. {_REMEDY}"
+                f"{stored.learning_rate_ratios[part]:g}, but this run has {ratio:g}. {_REMEDY}"
             )
     if stored.base.get("fingerprint", current.base["fingerprint"]) != current.base["fingerprint"]:
         raise AdapterError(
-            f"the checkpoint was trained on another base model ({stored.base['name']!r}); this one is "
-            f"{current.base['name']!r} with another fingerprint. Load that base instead"
+            f"the checkpoint was trained on another base model ({stored.base['name']!r}); this run has "
+            f"{current.base['name']!r} with another fingerprint. Load the checkpoint's base instead"
         )
 
 
@@ -111,8 +111,8 @@ def check_same_factors(stored: Mapping[str, Any], current: Mapping[str, Any]) ->
     methods = [options.get("peft_type", "MOKA") for options in (stored or current, current)]
     if methods[0] != methods[1]:
         raise AdapterError(
-            f"the checkpoint does not fit this model: its method is {methods[0]}, here it is {methods[1]}. "
-            f"{_REMEDY}"
+            f"the checkpoint does not fit this model: its method is {methods[0]}, this model's is "
+            f"{methods[1]}. {_REMEDY}"
         )
     # Of another method's options any may change what the same tensors mean.
     names = ("filters", "components", "gating") if methods[1] == "MOKA" else sorted(current)
@@ -120,7 +120,7 @@ def check_same_factors(stored: Mapping[str, Any], current: Mapping[str, Any]) ->
         if "dropout" not in name and name in stored and stored[name] != current[name]:
             raise AdapterError(
                 f"the checkpoint does not fit this model: its adapter.{name} is {_short(stored[name])}, "
-                f"here it is {_short(current[name])}. {_REMEDY}"
+                f"this model's is {_short(current[name])}. {_REMEDY}"
             )
 
 
@@ -179,7 +179,7 @@ def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str 
         return checkpoint, _version(checkpoint) if versions else None
     if not versions:
         raise ConfigError(
-            "--ckpt_path last looks for the newest version_<k> of a TensorBoardLogger, but trainer.logger is "
+            "--ckpt_path last needs the version_<k> folders of a TensorBoardLogger, but trainer.logger is "
             f"{logger!r}; give the path of the checkpoint instead"
         )
     folder = Path(options.save_dir) / (options.name or "")

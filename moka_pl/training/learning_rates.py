@@ -18,18 +18,16 @@ _PARTS = {"moka_A": "left", "moka_B": "right", "moka_gate": "gate"}
 class LearningRateRatios:
     """Multiples of the optimizer's learning rate for the parts of a MoKA adapter.
 
-    They hold at every step of a schedule that scales the optimizer's rate. What an adapter does not have
-    (gates with ``gating: none``, left factors of MoKA_s) needs no rate.
+    They apply at every step of a schedule that scales the optimizer's rate. Parts that an adapter lacks
+    (gates with ``gating: none``, left factors of MoKA_s) are ignored.
 
-    A temperature τ of the gates, softmax(g / τ) or sigmoid(g / τ), is no option of its own: to Adam it is
-    the same as ``gate: 1/τ``, as its steps do not grow with the gradients. (With weight decay, clipping or a
-    large ``eps`` the two differ.)
+    With Adam, ``gate: 1/τ`` acts as a temperature τ of the gates, softmax(g / τ) or sigmoid(g / τ), because
+    Adam's steps do not grow with the gradients. (Weight decay, clipping or a large ``eps`` change that.)
 
     Args:
-        left: For the left factors A_i, which start random. 0 leaves a part where it starts.
-        right: For the right factors B_i, which start at zero. Above 1 it is for Kronecker products what
-            LoRA+ is for LoRA.
-        gate: For the gate logits g. With Adam, 1/τ acts as a temperature τ: gates of g / τ.
+        left: For the left factors A_i, which start random. 0 freezes a part.
+        right: For the right factors B_i, which start at zero. Values above 1 correspond to LoRA+.
+        gate: For the gate logits g.
     """
 
     left: float = 1.0
@@ -44,15 +42,15 @@ class LearningRateRatios:
 
     @property
     def alike(self) -> bool:
-        """Whether all parts have the optimizer's rate."""
+        """Whether all parts use the optimizer's rate."""
         return self == LearningRateRatios()
 
     def check_fits(self, adapter: Any) -> None:
         """Refuses ratios other than 1 for an adapter that has no such parts."""
         if not self.alike and not isinstance(adapter, MokaConfig):
             raise ConfigError(
-                f"learning_rate_ratios are for the factors and gates of MoKA, not for "
-                f"{type(adapter).__name__}; leave them out"
+                "learning_rate_ratios apply to MoKA's factors and gates, not to "
+                f"{type(adapter).__name__}; remove them"
             )
 
 
@@ -81,20 +79,20 @@ def make_optimizer(
         optimizer = build(groups)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"the optimizer refuses the groups that learning_rate_ratios need: {error}"
+            f"the optimizer rejects the parameter groups of learning_rate_ratios: {error}"
         ) from error
     for group in optimizer.param_groups:
         if group["lr"] is None:
             raise ConfigError(
-                "learning_rate_ratios multiply the optimizer's learning rate, and "
-                f"{type(optimizer).__name__} has none here; give it an lr, or leave them out"
+                "learning_rate_ratios multiply the optimizer's learning rate, but "
+                f"{type(optimizer).__name__} has no lr; set its lr, or remove the ratios"
             )
         group["lr"] = group["lr"] * getattr(ratios, group["name"])  # not in place: groups may share a tensor
     return optimizer
 
 
 def check_scheduler(scheduler: object, optimizer: Optimizer, rates: list[Any]) -> None:
-    """Refuses a scheduler that puts rates of its own in the place of the optimizer's.
+    """Refuses a scheduler that replaces the optimizer's learning rates.
 
     Args:
         scheduler: The scheduler.
@@ -103,14 +101,14 @@ def check_scheduler(scheduler: object, optimizer: Optimizer, rates: list[Any]) -
     """
     if lowest := getattr(scheduler, "eta_min", 0):
         raise ConfigError(
-            f"{type(scheduler).__name__} with eta_min {lowest} ends all parts at one learning rate, and "
-            "learning_rate_ratios would be lost; set eta_min to 0"
+            f"{type(scheduler).__name__} with eta_min {lowest} overrides learning_rate_ratios: all parts end "
+            "at one learning rate; set eta_min to 0"
         )
     initial = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     if any(float(a) != float(b) for a, b in zip(initial, rates, strict=True)):
         raise ConfigError(
-            f"{type(scheduler).__name__} sets learning rates of its own, and learning_rate_ratios would be "
-            "lost; choose a scheduler that starts from the optimizer's, such as WarmupDecay"
+            f"{type(scheduler).__name__} sets its own learning rates, which overrides learning_rate_ratios; "
+            "choose a scheduler that scales the optimizer's rates, such as WarmupDecay"
         )
 
 

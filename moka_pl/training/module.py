@@ -47,29 +47,28 @@ _BACKBONE, _ADAPTER, _RATIOS = BackboneConfig(), MokaConfig(), LearningRateRatio
 class MokaModule(EvaluatedModule):
     """Fine-tunes a frozen causal language model with a mixture of Kronecker adapters.
 
-    The loss of an optimizer step is the mean over all completion tokens of its whole batch: of every
-    accumulated micro-batch on every rank, however unevenly the tokens are spread.
+    The loss of an optimizer step is the mean over all completion tokens of its batch, across accumulated
+    micro-batches and ranks, however unevenly the tokens are spread.
 
     Args:
         backbone: The base model.
-        adapter: The adapters' configuration. Other methods by ``class_path`` and ``init_args``:
-            ``moka_pl.adapters.MokaUngated``, ``MokaS``, ``KronA`` or ``FullFineTuning``, or one of PEFT's
-            such as ``peft.LoraConfig``.
-        adapter_path: An adapter directory to start from; its own configuration then replaces ``adapter``.
+        adapter: The adapter's configuration. ``class_path`` and ``init_args`` select another method:
+            ``moka_pl.adapters.MokaUngated``, ``MokaS``, ``KronA`` or ``FullFineTuning``, or a PEFT
+            configuration such as ``peft.LoraConfig``.
+        adapter_path: An adapter directory to start from; its configuration replaces ``adapter``.
         optimizer: Builds the optimizer from the trainable parameters.
         lr_scheduler: Builds the learning-rate scheduler, stepped after every optimizer step.
         learning_rate_ratios: Multiples of the optimizer's learning rate for the left factors, the right
             factors and the gates.
-        gradient_checkpointing: Compute activations again in the backward pass: about a third more time for a
-            fraction of the memory.
-        cuda_graphs: Record forward and backward pass as CUDA graphs, one for every size of a batch, and
-            replay them: several times faster for models of up to about a billion parameters on a GPU, at the
-            price of the memory of a batch's activations. Packed batches, gradient checkpointing and CPUs go
-            without.
+        gradient_checkpointing: Recompute activations in the backward pass, which takes about a third more
+            time and a fraction of the memory.
+        cuda_graphs: Capture the forward and backward pass as a CUDA graph per batch size, and replay it. This
+            is several times faster for models up to about a billion parameters, and costs the memory of one
+            batch's activations. Packed batches, gradient checkpointing and CPUs do not use graphs.
 
     Attributes:
-        resumes: Whether the coming fit goes on from a checkpoint, so that ``filters: auto`` need not choose.
-            (Without a word of it the choice is made, and gives way to the checkpoint's.)
+        resumes: Whether the next fit resumes from a checkpoint, so that ``filters: auto`` need not choose.
+            (If False, the choice is made, and a loaded checkpoint's choice replaces it.)
     """
 
     resumes: bool = False
@@ -122,7 +121,7 @@ class MokaModule(EvaluatedModule):
     def configure_model(self) -> None:
         """Loads the base onto this rank's device and injects the adapters (once).
 
-        What the configuration leaves to the first batches' gradient, a fit that begins chooses here.
+        A new fit also resolves ``filters: auto`` and ``start: gradient`` here.
         """
         if self.model is not None:
             if self._deferred.is_due(trainer_of(self), self.resumes):
@@ -151,13 +150,13 @@ class MokaModule(EvaluatedModule):
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
         rank_zero_info(
             f"{self.backbone.name} on {self.device} in {options['compute_dtype']}, "
-            f"linear weights {self.backbone.quantization}; {method_of(self.adapter).title} "
+            f"quantization {self.backbone.quantization}; {method_of(self.adapter).title} "
             f"in {len(self.adapted)} layers, "
             f"{count:,} trainable parameters"
         )
 
     def _inject(self, model: "PreTrainedModel") -> None:
-        """Puts the adapters into a plain model."""
+        """Injects the adapters into a plain model."""
         self.adapter, self.adapted = self._deferred.inject(
             model, self.adapter, trainer_of(self), self.resumes
         )
@@ -181,7 +180,7 @@ class MokaModule(EvaluatedModule):
     def causal_lm(self) -> "PreTrainedModel":
         """The model with its adapters, once ``configure_model`` has built it."""
         if self.model is None:
-            raise ConfigError("the model is not built yet; a Trainer builds it, or call configure_model()")
+            raise ConfigError("the model is not built yet; run it with a Trainer, or call configure_model()")
         return self.model
 
     def configure_optimizers(self) -> "OptimizerLRScheduler":
@@ -202,21 +201,21 @@ class MokaModule(EvaluatedModule):
     # Training
 
     def on_fit_start(self) -> None:
-        """Prepares for packed batches, and warns of a trainer precision that would round the adapters."""
+        """Prepares for packed batches, and warns if the trainer's precision would round the adapters."""
         if data_of(self.trainer).packing:
             self._prepare_packing()
         if self.trainer.precision in ("bf16-true", "16-true"):
             rank_zero_warn(
-                f"precision {self.trainer.precision} rounds the adapters and their optimizer state; leave "
-                "the trainer at 32-true and set the base's dtype by backbone.compute_dtype"
+                f"--trainer.precision {self.trainer.precision} rounds the adapters and their optimizer "
+                "state; set it to 32-true, and set the base's dtype with backbone.compute_dtype"
             )
 
     def on_train_start(self) -> None:
-        """Begins with no counted tokens, and in a resumed run with the stored random generators."""
+        """Resets the token count, and restores the random generators in a resumed run."""
         if self._deferred.pending:
             raise ConfigError(
-                "filters: auto and start: gradient wait for a checkpoint, but none was loaded; "
-                "set the module's resumes to False"
+                "filters: auto or start: gradient expects a checkpoint, but none was loaded; "
+                "set the module's resumes attribute to False"
             )
         self._set_schedule()
         if self._rng is not None:
@@ -230,7 +229,7 @@ class MokaModule(EvaluatedModule):
                 rank_zero_info(f"no CUDA graphs: {self._capture.unsupported_reason}")
 
     def on_train_end(self) -> None:
-        """Gives the memory of the CUDA graphs back."""
+        """Frees the CUDA graphs."""
         self._capture = None
 
     def prepare_batch(self, batch: Batch) -> Batch:
@@ -256,8 +255,8 @@ class MokaModule(EvaluatedModule):
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ConfigError(
-                "the learning-rate schedule needs the length of the run, which has no end: set "
-                "trainer.max_epochs or trainer.max_steps, or the schedule's total_steps"
+                "the learning-rate schedule needs the length of the run, which is unlimited: set "
+                "trainer.max_epochs, trainer.max_steps or the schedule's total_steps"
             )
         self._schedule.set_total_steps(int(total))
 

@@ -10,18 +10,18 @@ from moka_pl.errors import ConfigError
 
 
 class WarmupDecay(LambdaLR):
-    """Rises linearly to the optimizer's learning rate, then falls to a share of it.
+    """Linear warm-up to the optimizer's learning rate, then decay to a share of it.
 
-    For step t of N with w warm-up steps the factor is ``(t + 1) / w`` up to w, and after it, with
-    ``p = (t - w) / (N - w)``: ``cosine`` (1 + cos πp) / 2, ``linear`` 1 - p, ``constant`` 1, each mapped to
-    the range from ``min_lr_ratio`` to 1.
+    With w warm-up steps of N, the factor at step t is ``(t + 1) / w`` during warm-up. Afterwards, with
+    ``p = (t - w) / (N - w)``, it is (1 + cos πp) / 2 for ``cosine``, 1 - p for ``linear`` and 1 for
+    ``constant``, mapped to the range from ``min_lr_ratio`` to 1.
 
     Args:
         optimizer: The optimizer whose learning rate is scaled.
-        warmup: Warm-up in optimizer steps (1 or more), or below 1 as a share of all steps.
-        decay: Form of the fall.
-        min_lr_ratio: Share of the learning rate at the end, 0 to 1.
-        total_steps: Optimizer steps N of the run; ``null`` takes the trainer's own count.
+        warmup: Number of warm-up steps (1 or more), or their share of all steps (below 1).
+        decay: Shape of the decay.
+        min_lr_ratio: Final share of the learning rate, 0 to 1.
+        total_steps: Optimizer steps N of the run; ``null`` takes them from the trainer.
 
     Raises:
         ConfigError: For a value out of range.
@@ -38,7 +38,7 @@ class WarmupDecay(LambdaLR):
         if warmup < 0:
             raise ConfigError(f"warmup must be 0 or more, not {warmup}")
         if not 0 <= min_lr_ratio <= 1:
-            raise ConfigError(f"min_lr_ratio must be from 0 to 1, not {min_lr_ratio}")
+            raise ConfigError(f"min_lr_ratio must be between 0 and 1, not {min_lr_ratio}")
         if decay not in ("cosine", "linear", "constant"):
             raise ConfigError(f"unknown decay {decay!r}; choose cosine, linear or constant")
         self.warmup, self.decay = warmup, decay
@@ -56,7 +56,7 @@ class WarmupDecay(LambdaLR):
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * fall[self.decay]
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Sets N before training and applies it to the present learning rates."""
+        """Sets N before training, and updates the current learning rates."""
         self.total_steps = total_steps
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * self.factor(self.last_epoch)

@@ -323,7 +323,7 @@ def test_a_file_or_a_folder_of_other_things_is_not_replaced(tmp_path: Path, adap
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
     for name in ("notes", "file"):
-        with pytest.raises(AdapterError, match="something else is there"):
+        with pytest.raises(AdapterError, match="would be overwritten"):
             save_adapter(tmp_path / name, adapted, config(), BASE)
     assert contents(tmp_path) == before
 
@@ -353,9 +353,9 @@ DAMAGES = {
     "config cut": (keep(CONFIG_NAME, 0.5), "adapter_config.json is damaged"),
     "config not JSON": (put(CONFIG_NAME, b"components: 3\n"), "adapter_config.json is damaged"),
     "config not UTF-8": (put(CONFIG_NAME, b'{"peft_type": "\xff"}'), "adapter_config.json is damaged"),
-    "config a list": (put(CONFIG_NAME, b"[]"), "describes no MoKA adapter .*'list'"),
-    "other method": (lambda a: change_config(a, peft_type="LORA"), "describes no MoKA adapter .*'LORA'"),
-    "no method": (lambda a: change_config(a, peft_type=None), "describes no MoKA adapter .*None"),
+    "config a list": (put(CONFIG_NAME, b"[]"), "is not a moka_pl adapter .*'list'"),
+    "other method": (lambda a: change_config(a, peft_type="LORA"), "is not a moka_pl adapter .*'LORA'"),
+    "no method": (lambda a: change_config(a, peft_type=None), "is not a moka_pl adapter .*None"),
     "no format": (lambda a: change_config(a, format_version=None), "no format_version"),
     "newer format": (
         lambda a: change_config(a, format_version=FORMAT_VERSION + 1),
@@ -409,7 +409,7 @@ def test_what_is_no_folder_is_told(place: str, tmp_path: Path) -> None:
 
 
 def test_what_is_beside_a_missing_adapter_is_told(adapter: Path) -> None:
-    message = f"best is not an adapter directory: no such folder; beside it there is {adapter.name}$"
+    message = f"best is not an adapter directory: no such folder; found {adapter.name} beside it$"
     with pytest.raises(AdapterError, match=message):
         read_adapter(adapter.parent / "best")
 

@@ -103,7 +103,7 @@ def test_all_linear_of_a_model_without_a_head(tiny_llama) -> None:
 def test_when_nothing_matches_the_nearest_names_are_told(targets, near: list[str], tiny_llama) -> None:
     with pytest.raises(AdapterError, match="matches no layer") as caught:
         inject_adapter(tiny_llama, config(target_modules=targets))
-    told = str(caught.value).partition("nearest existing names: ")[2].split(", ")
+    told = str(caught.value).partition("closest names: ")[2].split(", ")
     assert set(near) <= set(told)
     assert repr(targets) in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_nothing_matches_in_a_model_without_linear_layers() -> None:
 
 
 def test_excluding_everything_is_told_apart_from_matching_nothing(tiny_llama) -> None:
-    with pytest.raises(AdapterError, match=r"exclude_modules '\.\*' leaves out all layers"):
+    with pytest.raises(AdapterError, match=r"exclude_modules '\.\*' excludes every layer"):
         inject_adapter(tiny_llama, config(exclude_modules=".*"))
 
 
@@ -127,7 +127,7 @@ def test_only_linear_layers_can_be_adapted(targets, tiny_llama) -> None:
 
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
 def test_an_invalid_regex_is_told(option: str, tiny_llama) -> None:
-    with pytest.raises(AdapterError, match=r"'\(q_proj' is not a regular expression.*unterminated"):
+    with pytest.raises(AdapterError, match=r"'\(q_proj' is not a valid regular expression.*unterminated"):
         inject_adapter(tiny_llama, config(**{option: "(q_proj"}))
 
 

@@ -126,7 +126,10 @@ def test_heat_map_can_be_left_out(train, events):
     [
         ([[0.0, 0, 0]] * 4, "all gates are still uniform"),
         ([[1e-4, 0, 0]] * 4, "all gates are still uniform"),
-        ([[0.1, 0, 0], [9.0, 0, 0], [0, 0.2, 0], [0, 0, 9.0]], "in 2 of 4 layers one .*layer00.v_proj"),
+        (
+            [[0.1, 0, 0], [9.0, 0, 0], [0, 0.2, 0], [0, 0, 9.0]],
+            "one component .* in 2 of 4 layers .*layer00.v_proj",
+        ),
         ([[0.3, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]], None),
         ([[2.0, 0, -1], [1, -1, 0], [0.5, 0, 0], [0, 3.0, 0]], None),
     ],
@@ -141,7 +144,10 @@ def test_warnings(make_module, make_data, make_trainer, logits, message):
     [
         ([[1e-4, 0, 0]] * 4, "all gates are still uniform"),
         ([[-0.5] * 3] * 4, None),  # all down together: they have learnt
-        ([[0.1, 0, 0], [0, -9.0, -9.0], [0, 0.2, 0], [-9.0, -9.0, 0]], "in 2 of 4 layers one .*layer00.v_p"),
+        (
+            [[0.1, 0, 0], [0, -9.0, -9.0], [0, 0.2, 0], [-9.0, -9.0, 0]],
+            "one component .* in 2 of 4 layers .*layer00.v_p",
+        ),
         ([[9.0, 0, -1]] * 4, None),  # others are open, too
     ],
 )

@@ -67,7 +67,7 @@ def test_stops_at_the_next_step_and_goes_on_exactly(
     assert end.value.code == 1
     path = tmp_path / "checkpoints" / "last.ckpt"
     assert "Stopping after this step" in capsys.readouterr().out
-    said = f"Interrupted after step {stopped}; the run is saved in {path}. Resume with the same command and"
+    said = f"Interrupted after step {stopped}; checkpoint saved in {path}. To resume, add --ckpt_path last to"
     assert said in caplog.text
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == stopped
@@ -113,7 +113,7 @@ def test_saves_into_the_folder_of_the_runs_checkpoints(train, tmp_path, caplog):
     with pytest.raises(SystemExit), caplog.at_level("INFO"):
         train(Kill("on_train_batch_end", 3), others, ours, GracefulInterrupt())
     path = tmp_path / "mine" / "last.ckpt"
-    assert f"the run is saved in {path}. " in caplog.text
+    assert f"checkpoint saved in {path}. " in caplog.text
     assert torch.load(path, weights_only=True)["global_step"] == 2
     assert not (tmp_path / "checkpoints").exists()
 

@@ -24,4 +24,4 @@ def test_resumed_run_is_not_the_frozen_base(make_module, make_data, make_trainer
     trainer.fit(make_module(), make_data(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
     output = "".join(capfd.readouterr())
     assert "Frozen base" not in output
-    assert "Before going on" in output
+    assert "Before resuming" in output

@@ -87,7 +87,7 @@ def test_an_old_validation_is_not_shown_as_the_end(
     )
     printed = capsys.readouterr().out
     assert rows(printed).get("held-out") == (None if title is None else ["before", title, "change"])
-    assert (f"not validated after the last of {steps} steps" in printed) == (title != "after")
+    assert (f"no validation after the last of {steps} steps" in printed) == (title != "after")
 
 
 def test_base_is_remembered_over_a_resume(make_module, make_data, make_trainer, tmp_path, capsys):

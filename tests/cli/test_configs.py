@@ -94,7 +94,7 @@ def test_an_unknown_name_is_told_with_those_there_are(build_cli, capsys):
         build_cli("fit", "--config", "lama2")
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("moka_pl: error: --config lama2: no such file; name a file, or one of llama2, ")
+    assert error.startswith("moka_pl: error: --config lama2: no such file; give a file, or one of llama2, ")
     assert error.count("\n") == 1
 
 

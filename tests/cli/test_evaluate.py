@@ -70,7 +70,7 @@ def test_an_adapter(adapter: Path, data: Path, capsys: pytest.CaptureFixture[str
     cli.main(["evaluate", f"--adapter={adapter}", "--tasks=words", f"--data={data}", "--log_samples"])
     output = capsys.readouterr()
     (file,) = adapter.glob("results_*.json")
-    assert f"written to {file}" in output.err
+    assert f"Results saved in {file}" in output.err
     assert "Running loglikelihood requests" in output.err  # progress
     results = json.loads(file.read_text(encoding="utf-8"))
     model, tokenizer = load_model(adapter)
@@ -154,7 +154,7 @@ def test_a_missing_library_is_one_message(
     ("options", "message"),
     [
         ({}, "nothing to evaluate; give --adapter DIR, or --base NAME"),
-        ({"adapter": Path("x"), "quantization": "none"}, "quantization is the adapter's own"),
+        ({"adapter": Path("x"), "quantization": "none"}, "--quantization cannot be combined with --adapter"),
         ({"base": "x", "limit": 0}, "limit must be at least 1, not 0"),
         ({"base": "x", "num_fewshot": -1}, "num_fewshot must be at least 0, not -1"),
         ({"base": "x", "batch_size": 0}, "batch_size must be at least 1, not 0"),

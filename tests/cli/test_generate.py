@@ -105,7 +105,7 @@ def test_formats_that_cannot_be_had(
     make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(prompt="one's own")
-    with pytest.raises(ConfigError, match=r"a prompt that is unknown here; .* not \"one's own\""):
+    with pytest.raises(ConfigError, match=r"an unknown prompt; .* not \"one's own\""):
         generate(adapter, PROMPT)
     with pytest.raises(
         ConfigError,

@@ -36,12 +36,12 @@ def test_it_prints_the_facts(adapter: Path, capsys: pytest.CaptureFixture[str]) 
     }
 
 
-@pytest.mark.parametrize(("found_at", "shown"), [(7, None), (4, "4 (the weights are of step 7)")])
+@pytest.mark.parametrize(("found_at", "shown"), [(7, None), (4, "4 (weights: step 7)")])
 def test_it_says_of_which_step_the_metrics_are(
     make_adapter: Callable, capsys: pytest.CaptureFixture[str], found_at: int, shown: str | None
 ) -> None:
     inspect(make_adapter(more={"metrics_step": found_at}))
-    assert facts(capsys.readouterr().out).get("these metrics are of step") == shown
+    assert facts(capsys.readouterr().out).get("metrics measured at step") == shown
 
 
 def test_layers_are_in_the_order_of_the_model() -> None:

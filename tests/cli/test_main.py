@@ -219,7 +219,7 @@ def test_wrong_keys_in_a_file(refused, config, key, value, message):
         (["--trainer.accelerator", "mps"], "MPS"),
         (
             ["--trainer.logger.init_args.save_dir", "config.yaml/x"],
-            "config.yaml/x: nothing can be written there",
+            "config.yaml/x: cannot write there",
         ),
     ],
 )
@@ -452,8 +452,8 @@ def test_interrupted_and_resumed(cli, interrupt, caplog, batch, number, stopped)
     with pytest.raises(SystemExit) as end, caplog.at_level("INFO"):
         cli("fit")
     assert end.value.code == 1
-    assert f"Interrupted after step {stopped}; the run is saved in" in caplog.text
-    assert "Resume with the same command and --ckpt_path last" in caplog.text
+    assert f"Interrupted after step {stopped}; checkpoint saved in" in caplog.text
+    assert "add --ckpt_path last to the same command" in caplog.text
     assert read_adapter(RUN / "adapters/last").extra["step"] == stopped
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == stopped
     described = (RUN / "config.yaml").read_text()

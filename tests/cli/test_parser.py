@@ -148,9 +148,9 @@ def test_resuming_lora_goes_on_as_if_never_stopped(make_module, make_data, make_
     assert len(resumed) > 2
     for name, tensor in adapter_state(module.causal_lm).items():
         assert torch.equal(tensor, adapter_state(again.causal_lm)[name])
-    with pytest.raises(AdapterError, match="lora_alpha is 7, here it is 9"):
+    with pytest.raises(AdapterError, match="lora_alpha is 7, this model's is 9"):
         run(ckpt_path=file, adapter=peft.LoraConfig(**(LORA | {"lora_alpha": 9})))
-    with pytest.raises(AdapterError, match="its method is LORA, here it is MOKA"):
+    with pytest.raises(AdapterError, match="its method is LORA, this model's is MOKA"):
         run(ckpt_path=file, adapter=MokaConfig(components=2))
 
     # The directory that the run left gives the trained model, and the same module to validate with.

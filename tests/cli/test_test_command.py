@@ -82,7 +82,7 @@ def test_an_adapter_of_another_base_is_refused(cli, questions, capsys, command):
     assert ended.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "was trained on another base model: 'tiny' with fingerprint" in message
-    assert "Load that base instead" in message
+    assert "Load the adapter's base instead" in message
 
 
 def test_mmlu(cli, tmp_path, capsys):

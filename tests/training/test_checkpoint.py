@@ -43,13 +43,13 @@ def test_other_factors_of_the_same_sizes_are_refused() -> None:
     own = MokaConfig(filters="square", components=4).to_dict()
     check_same_factors(own, own)
     written = MokaConfig(filters="diverse", components=4).to_dict()
-    with pytest.raises(AdapterError, match=r"adapter.filters is 'diverse', here it is 'square'"):
+    with pytest.raises(AdapterError, match=r"adapter.filters is 'diverse', this model's is 'square'"):
         check_same_factors(written, own)
 
 
 def test_gates_of_another_kind_are_refused_though_their_logits_fit() -> None:
     own, written = MokaConfig(gating="sigmoid").to_dict(), MokaConfig(gating="softmax").to_dict()
-    with pytest.raises(AdapterError, match=r"adapter.gating is 'softmax', here it is 'sigmoid'"):
+    with pytest.raises(AdapterError, match=r"adapter.gating is 'softmax', this model's is 'sigmoid'"):
         check_same_factors(written, own)
 
 

@@ -445,7 +445,7 @@ def test_checkpoint_of_another_base_is_refused(trained, make_module, make_data, 
 def test_checkpoint_of_other_adapters_is_refused(trained, make_module, make_data, make_trainer):
     _, path = trained
     module = make_module(adapter={"components": 2})
-    with pytest.raises(AdapterError, match=r"adapter.components is 3, here it is 2"):
+    with pytest.raises(AdapterError, match=r"adapter.components is 3, this model's is 2"):
         make_trainer().validate(module, make_data(), ckpt_path=path, weights_only=True)
 
 

@@ -100,7 +100,7 @@ def test_logs_how_full_batches_are(fit, tmp_path, capsys):
     assert counts.padding_share == pytest.approx(1 - sum(lengths) / sum(padded))
     share = f"{100 * counts.padding_share:.1f}%"
     assert share != "0.0%"
-    assert f"padding               {share} of the tokens" in capsys.readouterr().out
+    assert f"padding               {share} of training batch tokens" in capsys.readouterr().out
     found = EventAccumulator(logger.log_dir)
     found.Reload()
     shares = [event.value for event in found.Scalars("batch/padding_share")]

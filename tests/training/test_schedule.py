@@ -69,7 +69,7 @@ def test_state_goes_on():
     ("options", "message"),
     [
         ({"warmup": -1}, "warmup must be 0 or more, not -1"),
-        ({"min_lr_ratio": 1.5}, "min_lr_ratio must be from 0 to 1, not 1.5"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio must be between 0 and 1, not 1.5"),
         ({"decay": "cosinus"}, "unknown decay 'cosinus'; choose cosine, linear or constant"),
     ],
 )

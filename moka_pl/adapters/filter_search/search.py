@@ -50,7 +50,9 @@ def candidate_shapes(
         ]
     small = tuple(s for s in shapes if s.num_parameters <= limit)
     if not small:
-        raise ConfigError(f"no Kronecker shape of a layer of {m} × {n} has as few as {limit} parameters")
+        raise ConfigError(
+            f"every Kronecker shape of a {m} × {n} layer has more than {limit} parameters; raise the limit"
+        )
     return small
 
 
@@ -81,8 +83,8 @@ def choose_shapes(
     least = min(shape.num_parameters for shape in offered)
     if components * least > parameters:
         raise ConfigError(
-            f"{parameters} parameters are too few for {components} components of a layer of {m} × {n}; "
-            f"the smallest shape takes {least}: raise the budget or lower components"
+            f"a budget of {parameters} parameters is too small for {components} components of a {m} × {n} "
+            f"layer, whose smallest shape has {least}; raise budget or lower components"
         )
     # A larger one would leave too little for the others.
     offered = tuple(s for s in offered if s.num_parameters <= parameters - (components - 1) * least)

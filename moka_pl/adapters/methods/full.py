@@ -1,4 +1,4 @@
-"""Training the base itself: the ceiling that adapters are measured by."""
+"""Full fine-tuning, the reference that adapters are compared with."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -20,12 +20,12 @@ _MARK = "_moka_fully_trained"
 class FullFineTuning(AdapterConfig):
     """Trains the weights of an unquantised base (``quantization: none``) instead of adapters.
 
-    The trained weights are kept in float32; for half-precision products choose ``trainer.precision:
-    bf16-mixed``. Checkpoints and adapter directories hold them all.
+    Trained weights are kept in float32, and checkpoints and adapter directories contain them all. For
+    half-precision products set ``trainer.precision: bf16-mixed``.
 
     Args:
         target_modules: Modules to train: ``all`` (everything, embeddings and norms included), a list of name
-            suffixes, or one regular expression over whole names.
+            suffixes, or a regular expression that matches whole names.
     """
 
     target_modules: list[str] | str = "all"
@@ -36,7 +36,7 @@ class FullFineTuning(AdapterConfig):
 
 
 class FullMethod(AdapterMethod):
-    """Full fine-tuning, which has no adapters: the trained model is its own merged one."""
+    """Full fine-tuning, which has no adapters: the trained model is already merged."""
 
     config_type = FullFineTuning
     config: FullFineTuning
@@ -62,7 +62,7 @@ class FullMethod(AdapterMethod):
         if not names:
             raise AdapterError(f"target_modules {targets!r} matches no module of this model")
         if self.in_model(model):
-            raise AdapterError("the model has been fine-tuned already; load it again")
+            raise AdapterError("the base's own weights are already trainable; load the base again")
         quantised = [
             name
             for name, module in every.items()
@@ -70,8 +70,8 @@ class FullMethod(AdapterMethod):
         ]
         if quantised:
             raise AdapterError(
-                f"full fine-tuning cannot train 4-bit weights ({quantised[0]} and {len(quantised) - 1} "
-                "others); use quantization: none, or an adapter"
+                f"full fine-tuning cannot train 4-bit weights (first {quantised[0]} of {len(quantised)}); "
+                "set quantization: none, or use an adapter"
             )
         model.requires_grad_(False)
         for name in names:

@@ -35,13 +35,13 @@ class PeftMethod(AdapterMethod):
         start = getattr(config, "init_lora_weights", True)
         if isinstance(start, str) and start.startswith(_CHANGES_BASE):
             raise ConfigError(
-                f"init_lora_weights {start!r} changes or examines the frozen weights, which are not saved "
-                "with an adapter; choose true, gaussian or orthogonal"
+                f"init_lora_weights {start!r} depends on the frozen weights, which are not saved with an "
+                "adapter; set true, gaussian or orthogonal"
             )
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise ConfigError(
-                f"{type(config).__name__} adapts the prompt; choose a method of PEFT that adapts layers, "
-                "such as LoraConfig"
+                f"{type(config).__name__} adapts the prompt; use a PEFT method that adapts layers, such as "
+                "LoraConfig"
             )
         super().__init__(config)
         self.kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -66,7 +66,7 @@ class PeftMethod(AdapterMethod):
             raise AdapterError(f"{kind} needs PEFT: pip install 'moka_pl[peft]'") from error
         config = {str(k.value): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
         if config is None:
-            raise AdapterError(f"this version of PEFT knows no method {kind!r}; upgrade PEFT")
+            raise AdapterError(f"the installed PEFT has no method {kind!r}; upgrade PEFT")
         names = {field.name for field in fields(config) if field.init} - {*_PASSING, "peft_type"}
         return config(**{name: value for name, value in stored.items() if name in names})
 
@@ -104,9 +104,9 @@ class PeftMethod(AdapterMethod):
         except Exception as error:  # PEFT and bitsandbytes raise all kinds
             self.unload(model, merge=False)  # the model is left as it was
             reason = " ".join(str(error).split())[:300].rstrip(". ")
-            remedy = " On 4-bit layers it may not work at all: use quantization: none" if four_bit else ""
+            remedy = " It may not support 4-bit layers: set quantization: none" if four_bit else ""
             raise AdapterError(
-                f"PEFT cannot put {self.title} into this model: {type(error).__name__}: {reason}.{remedy}"
+                f"PEFT cannot inject {self.title} into this model: {type(error).__name__}: {reason}.{remedy}"
             ) from error
         finally:
             if four_bit and not marked:

@@ -27,8 +27,8 @@ def method_of(config: Any) -> AdapterMethod:
         if method.accepts(config):
             return method(config)
     raise ConfigError(
-        f"adapter is a {type(config).__name__}; give a MokaConfig, a FullFineTuning or a configuration of "
-        "PEFT such as peft.LoraConfig"
+        f"adapter is a {type(config).__name__}; use MokaConfig, FullFineTuning or a PEFT configuration such "
+        "as peft.LoraConfig"
     )
 
 
@@ -49,16 +49,16 @@ def config_from(stored: Mapping[str, Any]) -> Any:
 
 
 def inject_adapter(model: nn.Module, config: Any, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Freezes the model and puts adapters into it, in place; returns the names of the adapted layers.
+    """Freezes a model and injects adapters, in place; returns the names of the adapted layers.
 
     Args:
         model: The model; afterwards only the adapters' tensors require gradients.
-        config: What to adapt and how: a ``MokaConfig``, a configuration of PEFT's or a ``FullFineTuning``.
+        config: A ``MokaConfig``, a ``FullFineTuning`` or a PEFT configuration.
         dtype: Dtype of the trainable tensors.
 
     Raises:
-        AdapterError: If nothing matches, a match cannot be adapted, or the model has adapters already.
-        ConfigError: Where a listed filter does not fit into a layer (the message names it).
+        AdapterError: If no layer matches, a match cannot be adapted, or the model already has adapters.
+        ConfigError: If a listed filter does not fit a layer.
     """
     if present := adapted_layers(model):
         raise AdapterError(f"the model has adapters already (at {next(iter(present))}); unload them first")
@@ -66,7 +66,7 @@ def inject_adapter(model: nn.Module, config: Any, dtype: torch.dtype = torch.flo
 
 
 def merge(model: nn.Module) -> None:
-    """Folds every layer's update into a dense copy of its weight (undone by :func:`unmerge`).
+    """Merges every layer's update into a dense copy of its weight (undone by :func:`unmerge`).
 
     A fully fine-tuned model is its own merged model.
     """
@@ -81,10 +81,10 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unload(model: nn.Module, merge: bool = False) -> None:
-    """Takes the adapters out, in place; with ``merge``, dense layers ``W + ΔW`` stay instead of the base.
+    """Removes the adapters, in place; ``merge`` leaves dense layers ``W + ΔW`` instead of the frozen ones.
 
     Raises:
-        AdapterError: If the base itself was trained and is wanted back.
+        AdapterError: If the base itself was trained and ``merge`` is False.
     """
     if not merge:
         _check_base_is_frozen(model)
@@ -94,7 +94,7 @@ def unload(model: nn.Module, merge: bool = False) -> None:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Lets the model compute as its frozen base within the block.
+    """Disables the adapters within the block.
 
     Raises:
         AdapterError: If the base itself was trained.
@@ -113,4 +113,4 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 def _check_base_is_frozen(model: nn.Module) -> None:
     method = method_in(model)
     if method is not None and not method.keeps_base:
-        raise AdapterError(f"{method.title} has changed the base itself; load the base again")
+        raise AdapterError(f"{method.title} has changed the base's own weights; load the base again")

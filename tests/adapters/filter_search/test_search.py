@@ -91,9 +91,9 @@ def test_candidates_are_limited_and_need_no_identities() -> None:
     assert not any(shape.identity for shape in candidate_shapes(12, 8, identities=False))
     assert all(shape.num_parameters <= 24 for shape in candidate_shapes(12, 8, 24))
     assert Shape(12, 8, 1, 1) not in candidate_shapes(12, 8, 10**6)
-    with pytest.raises(ConfigError, match="12 × 8 has as few as 3"):
+    with pytest.raises(ConfigError, match="12 × 8 layer has more than 3"):
         candidate_shapes(12, 8, 3)
-    with pytest.raises(ConfigError, match="5 parameters are too few for 2 components"):
+    with pytest.raises(ConfigError, match="5 parameters is too small for 2 components"):
         choose_shapes(draw(12, 12), 2, 5)
 
 

@@ -55,7 +55,7 @@ def test_folders_that_cannot_be_written_to_are_refused_at_once(capsys, tmp_path,
     for option in ("--out", "--results"):
         where = ["--suite=tiny", f"--out={tmp_path / 'out'}", f"{option}={file / 'x'}"]
         error = refused(capsys, *where)
-        assert f"{option} {file / 'x'}: nothing can be written there" in error
+        assert f"{option} {file / 'x'}: cannot write there" in error
     assert "--results" in refused(capsys, "--report", f"--out={tmp_path}", f"--results={file}")
 
 

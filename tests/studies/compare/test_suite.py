@@ -236,5 +236,5 @@ def test_wrong_ratios_of_a_method_are_refused_before_any_run(tmp_path, ratios, n
 
 def test_ratios_of_a_method_of_another_kind_are_refused_before_any_run(tmp_path):
     method = "{name: a, learning_rate_ratios: {right: 2}, adapter: {class_path: peft.LoraConfig}}"
-    with pytest.raises(ConfigError, match=r"method a: .*not for LoraConfig"):
+    with pytest.raises(ConfigError, match=r"method a: .*not to LoraConfig"):
         check_suite(read_suite(written(tmp_path, SMALL.replace("{name: a}", method))))
