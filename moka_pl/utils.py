@@ -2,14 +2,11 @@
 
 import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moka_pl.errors import ConfigError
-
-_LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero")
 
 
 @contextmanager
@@ -24,14 +21,6 @@ def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def silenced_lightning() -> Iterator[None]:
-    """Runs the body without Lightning's messages on hardware and trainers."""
-    with silenced(*_LIGHTNING), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        yield
 
 
 def make_folder(folder: Path, option: str) -> None:

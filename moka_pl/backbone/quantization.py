@@ -201,8 +201,7 @@ def merged_linear(layer: nn.Linear, delta: Tensor) -> nn.Linear:
     weight = dense_weight(layer)  # (m, n)
     wide = torch.promote_types(weight.dtype, delta.dtype)
     total = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
-    with torch.device("meta"):
-        merged = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    merged = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     merged.weight = nn.Parameter(total, requires_grad=False)
     if layer.bias is not None:
         merged.bias = nn.Parameter(layer.bias.detach().to(total.dtype, copy=True), requires_grad=False)

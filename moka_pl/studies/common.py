@@ -8,9 +8,13 @@ import platform
 import re
 import sys
 import textwrap
+import warnings
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from moka_pl.utils import silenced
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +30,16 @@ _PACKAGES = (
     "triton",
     "liger-kernel",
 )
+_LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero")
 _PROCESS = Path("/proc/self")
+
+
+@contextlib.contextmanager
+def silenced_lightning() -> Iterator[None]:
+    """Runs the body without Lightning's messages on hardware and trainers."""
+    with silenced(*_LIGHTNING), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        yield
 
 
 class Parser(argparse.ArgumentParser):

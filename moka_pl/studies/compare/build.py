@@ -14,10 +14,10 @@ from moka_pl.backbone import BackboneConfig
 from moka_pl.cli.parser import MokaParser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
+from moka_pl.studies.common import silenced_lightning
 from moka_pl.studies.compare.runs import Run, run_of
 from moka_pl.studies.compare.shared_base import ComparedModule
 from moka_pl.studies.compare.suite import Settings, Suite, merged
-from moka_pl.utils import silenced_lightning
 
 _TRAINER: Settings = {
     "accelerator": "auto",

@@ -23,13 +23,12 @@ from moka_pl.data import MokaDataModule
 from moka_pl.data.types import DataDefaults
 from moka_pl.errors import ConfigError
 from moka_pl.ops.gating import normalised_entropy
-from moka_pl.studies.common import device_name, first_line, free_memory, versions
+from moka_pl.studies.common import device_name, first_line, free_memory, silenced_lightning, versions
 from moka_pl.studies.compare.build import backbone_of, build_data, build_module, build_trainer
 from moka_pl.studies.compare.runs import Outcome, Run, Store, tested_with, warn
 from moka_pl.studies.compare.shared_base import ComparedModule, SharedBase
 from moka_pl.studies.compare.suite import Settings, Suite, merged
 from moka_pl.studies.spectra import spectra_summary
-from moka_pl.utils import silenced_lightning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
