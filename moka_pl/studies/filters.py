@@ -16,8 +16,8 @@ Chooses each layer's filters from the gradient of a few batches of a run's own t
     python scripts/choose_filters.py --config configs/smollm2.yaml --out filters.json
     python -m moka_pl fit --config configs/smollm2.yaml --model.adapter.filters filters.json
 
-The budget is that of `diverse` unless --parameters gives another. The file lists every layer's shapes, and so
-does the adapter directory of a run that uses it. Options that are not listed here go to the run.
+The budget is that of `diverse` unless --parameters is set. The file lists every layer's shapes, and the
+adapter directory of a run that uses it stores them. Other options are passed to the run.
 """
 
 
@@ -30,12 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("choose_filters", DESCRIPTION)
     parser.add_argument("--config", required=True, help="configuration of the run (YAML)")
     parser.add_argument("--out", type=Path, default=Path("filters.json"), help="file to write")
-    parser.add_argument("--batches", type=int, default=4, help="training batches whose gradient is taken")
-    parser.add_argument("--parameters", type=int, help="budget of all factors' entries; default: diverse's")
+    parser.add_argument("--batches", type=int, default=4, help="number of training batches for the gradient")
+    parser.add_argument(
+        "--parameters", type=int, help="budget for the entries of all factors (default: that of diverse)"
+    )
     parser.add_argument(
         "--identities",
         action="store_true",
-        help="offer block-diagonal components, too; layers that mix them with others train slower on a GPU",
+        help="also offer block-diagonal components; layers that mix them with others train slower on a GPU",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args, rest = parser.parse_known_args(arguments)

@@ -11,8 +11,8 @@ Draws the gate curves of a run from its TensorBoard events.
 
     python scripts/plot_gates.py lightning_logs/smollm2/version_0 --out gates.png
 
-One panel a layer, one curve a component. Without --layers the six layers whose gates ended farthest from
-uniform are shown.
+One panel per layer, one curve per component. Without --layers, shows the six layers whose final gates are
+farthest from uniform.
 """
 
 #: Step and value of every gate of a layer, by component.
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     gates = read_gates(args.run) if args.run.is_dir() else {}
     if not gates:
-        parser.error(f"{args.run} holds no gate curves; name the log folder of a run with gates")
+        parser.error(f"{args.run} has no gate curves; give the log folder of a run with gates")
     chosen = args.layers or sorted(gates, key=lambda layer: -spread(gates[layer]))[:6]
     unknown = [layer for layer in chosen if layer not in gates]
     if unknown:
-        parser.error(f"no such layer: {', '.join(unknown)}; choose some of {', '.join(gates)}")
+        parser.error(f"unknown layers {', '.join(unknown)}; choose some of {', '.join(gates)}")
     draw({layer: gates[layer] for layer in chosen}, args.out)
     print(f"{args.out}: {', '.join(chosen)}")
 

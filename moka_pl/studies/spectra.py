@@ -68,7 +68,7 @@ def spectrum(matrix: Tensor) -> Spectrum:
         AdapterError: If the matrix has entries that are not finite.
     """
     if not torch.isfinite(matrix).all():
-        raise AdapterError("an update has entries that are not finite; the training has diverged")
+        raise AdapterError("an update has non-finite entries: the training diverged")
     sizes = torch.linalg.svdvals(matrix.detach().to("cpu", torch.float64))  # (min(m, n),)
     energy = sizes.square()
     total = float(energy.sum())
@@ -141,9 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = Parser("spectra", DESCRIPTION)
     parser.add_argument("adapters", type=Path, nargs="+", help="adapter directories")
-    parser.add_argument("--base", help="where the base model lies, if not under its remembered name")
-    parser.add_argument("--json", type=Path, help="file to write all numbers to")
-    parser.add_argument("--figure", type=Path, help="PNG to draw the mean spectra into")
+    parser.add_argument(
+        "--base", help="name or path of the base model (default: the one stored with the adapter)"
+    )
+    parser.add_argument("--json", type=Path, help="JSON file for all numbers")
+    parser.add_argument("--figure", type=Path, help="PNG file for the mean spectra")
     args = parser.parse_args(arguments)
     spectra: dict[str, dict[str, Spectrum]] = {}
     for path in args.adapters:

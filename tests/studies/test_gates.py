@@ -35,8 +35,8 @@ def test_the_farthest_from_uniform_are_drawn_first(run, capsys) -> None:
 
 def test_what_is_not_there_is_refused(run, tmp_path, capsys) -> None:
     for options, message in (
-        ([str(run), "--layers", "layer09.q_proj"], "no such layer: layer09.q_proj; choose some of layer00"),
-        ([str(tmp_path / "nothing")], "holds no gate curves"),
+        ([str(run), "--layers", "layer09.q_proj"], "unknown layers layer09.q_proj; choose some of layer00"),
+        ([str(tmp_path / "nothing")], "has no gate curves"),
     ):
         with pytest.raises(SystemExit):
             main(options)

@@ -121,13 +121,15 @@ def _parser() -> Parser:
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="tasks of --data")
     parser.add_argument("--mmlu", type=Path, help="folder with MMLU's dev/ and test/ CSV files")
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, help="subjects of --mmlu")
-    parser.add_argument("--items", type=int, default=500, help="most questions per task")
-    parser.add_argument("--skip", type=int, default=0, help="questions to leave out before them")
+    parser.add_argument("--items", type=int, default=500, help="maximum number of questions per task")
+    parser.add_argument("--skip", type=int, default=0, help="questions to skip before them")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="base model, as in BackboneConfig")
-    parser.add_argument("--random", action="store_true", help="random weights of that shape")
+    parser.add_argument("--random", action="store_true", help="use random weights of that shape")
     parser.add_argument("--adapter", type=Path, help="adapter directory; its base replaces --model")
     parser.add_argument("--batch_size", type=int, default=8, help="questions (package), sequences (harness)")
-    parser.add_argument("--max_length", type=int, default=4096, help="tokens of a question and its option")
-    parser.add_argument("--no_test", action="store_true", help="leave out what Lightning's test reports")
-    parser.add_argument("--json", type=Path, help="file for the comparison's numbers")
+    parser.add_argument(
+        "--max_length", type=int, default=4096, help="maximum number of tokens of a question with an option"
+    )
+    parser.add_argument("--no_test", action="store_true", help="skip the comparison with Lightning's test")
+    parser.add_argument("--json", type=Path, help="JSON file for the results")
     return parser

@@ -226,9 +226,9 @@ def summed(rounds: Sequence[Measured]) -> Measured:
 
 def _parser() -> Parser:
     parser = Parser("packing_speed", DESCRIPTION)
-    parser.add_argument("--data", required=True, help="file of instructions in the Alpaca form")
+    parser.add_argument("--data", required=True, help="file of instructions in the Alpaca format")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--shape", help="shape with random weights in place of SmolLM2 (llama2-7b, ...)")
+    parser.add_argument("--shape", help="shape with random weights, instead of SmolLM2 (llama2-7b, ...)")
     parser.add_argument("--quantization", help="nf4 or none; default nf4 on a GPU, none on a CPU")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--batch-size", type=int, default=16, help="examples of a padded batch")
@@ -237,6 +237,6 @@ def _parser() -> Parser:
         "--max-length", type=int, default=512, help="tokens of an example and of a packed row"
     )
     parser.add_argument("--examples", type=int, help="examples; default: all of the file")
-    parser.add_argument("--rounds", type=int, default=1, help="times that all kinds are measured")
+    parser.add_argument("--rounds", type=int, default=1, help="number of times to measure all kinds")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="kinds of batches")
     return parser

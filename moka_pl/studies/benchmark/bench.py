@@ -87,7 +87,7 @@ def load_results(file: Path) -> Results:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise ConfigError(
-            f"{file} holds no results of format {FORMAT}; write it with 'scripts/benchmark.py --json {file}'"
+            f"{file} has no results of format {FORMAT}; write it with 'scripts/benchmark.py --json {file}'"
         )
     try:
         data["records"] = [Record(**record) for record in data["records"]]
@@ -145,7 +145,7 @@ class Bench:
                 remove()
             except Exception as error:
                 self._model = None
-                print(f"{row.name} could not be taken out: {first_line(error)}", file=sys.stderr)
+                print(f"cannot remove {row.name}: {first_line(error)}", file=sys.stderr)
         if row.spoils or (self._model is not None and structure(self._model) != self._structure):
             self._model = None
         if self._model is not None:

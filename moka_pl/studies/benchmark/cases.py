@@ -237,7 +237,7 @@ def find_preset(name: str) -> Preset:
 
         if not torch.cuda.is_available():
             possible = ", ".join(p.name for p in PRESETS.values() if p.device == "cpu")
-            raise ConfigError(f"preset {name} needs a CUDA device, and there is none here; choose {possible}")
+            raise ConfigError(f"preset {name} needs a CUDA device; choose {possible}")
     return preset
 
 

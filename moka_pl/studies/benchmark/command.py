@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         plan = make_plan(args)
         if args.json and not args.json.parent.is_dir():
-            raise ConfigError(f"--json {args.json}: there is no folder {args.json.parent}")
+            raise ConfigError(f"--json {args.json}: no such folder; create {args.json.parent} first")
         results = run(plan, args.json)
         print(markdown(results))
         if args.figures:
@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MokaError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        end_interrupted(f"what was measured is in {args.json}" if args.json and args.json.is_file() else "")
+        end_interrupted(
+            f"results so far are saved in {args.json}" if args.json and args.json.is_file() else ""
+        )
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -93,7 +95,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     known = row_names(preset.device, measures, args.liger)
     for name in args.rows:
         if name not in known:
-            raise ConfigError(f"no row is called {name!r}; choose some of {', '.join(known)}")
+            raise ConfigError(f"unknown row {name!r}; choose some of {', '.join(known)}")
     return Plan(
         preset,
         measures,
@@ -223,7 +225,7 @@ def _parser() -> Parser:
         "--preset",
         default="smollm2-cpu",
         metavar="NAME",
-        help=f"model, batch and device: {', '.join(PRESETS)}",
+        help=f"model, batch and device; one of {', '.join(PRESETS)}",
     )
     parser.add_argument(
         "--measure",
@@ -237,7 +239,7 @@ def _parser() -> Parser:
         "--checkpointing", choices=_CHECKPOINTING, default="off", help="gradient checkpointing (default off)"
     )
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these rows")
-    parser.add_argument("--steps", type=int, metavar="N", help="measured steps, in place of the preset's")
+    parser.add_argument("--steps", type=int, metavar="N", help="measured steps, instead of the preset's")
     parser.add_argument(
         "--liger", action="store_true", help="add rows with Liger's kernels (needs liger-kernel and a GPU)"
     )

@@ -46,7 +46,7 @@ def replace_section(text: str, new: str) -> str:
         ConfigError: If the two markers are not there exactly once, in their order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ConfigError(f"needs one line {BEGIN} and below it one line {END}, around what is rewritten")
+        raise ConfigError(f"needs one line {BEGIN} and one line {END} below it, around the generated section")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{new}\n{END}{after}"
@@ -61,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = Parser(
         "benchmark_page",
-        f"Rewrites what stands between {BEGIN} and {END} from results of scripts/benchmark.py.",
+        f"Rewrites the section between {BEGIN} and {END} from results of scripts/benchmark.py.",
     )
-    parser.add_argument("results", nargs="+", type=Path, help="files that benchmark.py --json has written")
+    parser.add_argument("results", nargs="+", type=Path, help="files written by benchmark.py --json")
     parser.add_argument("--page", type=Path, default=_PAGE, help=f"default {_PAGE}")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if the section differs"
+        "--check", action="store_true", help="only check; exit with status 1 if the section differs"
     )
     args = parser.parse_args(arguments)
     try:

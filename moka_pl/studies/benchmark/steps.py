@@ -151,7 +151,7 @@ def _captured_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
     def loss() -> "Tensor":
         value = capture(batch) / batch.tokens
         if capture.unsupported_reason is not None:
-            raise ConfigError(f"the step cannot be recorded: {capture.unsupported_reason}")
+            raise ConfigError(f"cannot capture the step as a CUDA graph: {capture.unsupported_reason}")
         return value
 
     return loss

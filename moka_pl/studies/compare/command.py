@@ -19,9 +19,9 @@ DESCRIPTION = """\
 Trains every method of a suite with every learning rate on the same batches, picks each method's rate on
 held-out data, tests the picked rate with all seeds, and compares the methods on the same test items.
 
-Finished runs are kept and never repeated, even if the command was interrupted, killed or ran out of time, or
-the suite has changed since. Failed runs are tried again. Suites under the same --out share runs. Data files
-are known by name: use another --out if their content changes.
+Finished runs are kept and never repeated, even after an interruption or a change of the suite. Failed runs
+are retried. Suites under the same --out share runs. Data files are identified by name: use another --out if
+their content changes.
 """
 
 #: Seconds that the reports of the suites may take, and those that every suite adds.
@@ -49,7 +49,7 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
                 make_folder(args.results, "--results")
             _report(_stored(args), args)
         elif not args.suite:
-            raise MokaError("name a suite by --suite")
+            raise MokaError("no suite given; set --suite")
         else:
             _run(_read(suites, args), args)
     except MokaError as error:
@@ -73,7 +73,7 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
         check_suite(suite)
         if args.jobs > 1 and suite.data.get("init_args", {}).get("num_workers"):
             raise MokaError(
-                f"{suite.name}: processes of --jobs cannot start further ones to load data; set "
+                f"{suite.name}: --jobs does not work with dataloader workers; set "
                 "data.init_args.num_workers to 0"
             )
     store = Store(args.out)
@@ -156,7 +156,7 @@ def _stored(args: argparse.Namespace) -> list[Suite]:
     if args.suite:
         files = [args.out / name / _SUITE for name in args.suite]
     if not files:
-        raise MokaError(f"--report: {args.out} holds no suite that has been run")
+        raise MokaError(f"--report: {args.out} has no suite that was run")
     suites = []
     for file in files:
         try:
@@ -178,10 +178,10 @@ def _devices(written: str | None) -> list[int] | None:
         numbers = []
     devices = list(range(numbers[0])) if len(numbers) == 1 and "," not in written else numbers
     if not devices or min(devices) < 0:
-        raise MokaError(f"--devices {written}: give a number of GPUs, or their numbers with commas: 0,2")
+        raise MokaError(f"--devices {written}: give a number of GPUs, or their indices, such as 0,2")
     count = torch.cuda.device_count()
     if max(devices) >= count:
-        raise MokaError(f"--devices {written}: only {count} GPUs can be used here")
+        raise MokaError(f"--devices {written}: only {count} GPUs are available")
     return devices
 
 
@@ -200,43 +200,42 @@ def _parser(suites: Path) -> Parser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"YAML files, or some of {known}; the most important first",
+        help=f"YAML files, or names out of {known}; the most important first",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("lightning_logs/compare"),
-        help="folder of runs and of a folder a suite for its reports (default: lightning_logs/compare)",
+        help="folder for runs, and for a folder of reports per suite (default: lightning_logs/compare)",
     )
     parser.add_argument(
         "--data",
-        help="path of the data; or a folder that holds what the suites call their corpus, such as "
-        "commonsense and instruction/alpaca_en_demo.json",
+        help="path of the data, or of a folder with the suites' corpora, such as commonsense and "
+        "instruction/alpaca_en_demo.json",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="seeds in place of the suites'")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds, instead of the suites'")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one process each (default: 1)")
     parser.add_argument(
-        "--devices", help="GPUs that the processes are spread over: how many, or their numbers, such as 0,2"
+        "--devices", help="GPUs to spread the processes over: their count, or their indices, such as 0,2"
     )
     parser.add_argument(
         "--minutes",
         type=float,
-        help="time for everything, reports included: runs that would not end in time are not begun",
+        help="time limit in minutes, reports included; runs that would exceed it do not start",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option over the suites', such as training.trainer.max_steps=30; may be given several times",
+        help="override an option of the suites, such as training.trainer.max_steps=30; repeatable",
     )
-    parser.add_argument("--plan", action="store_true", help="only list what is to be done")
+    parser.add_argument("--plan", action="store_true", help="only list the remaining runs")
     parser.add_argument(
         "--report",
         action="store_true",
-        help="only write reports of what there is under --out, of the suites that were run last; their data "
-        "need not be there",
+        help="only write reports of the suites last run under --out; their data are not needed",
     )
-    parser.add_argument("--results", type=Path, help="folder for the reports in place of --out")
+    parser.add_argument("--results", type=Path, help="folder for the reports, instead of --out")
     return parser

@@ -46,7 +46,7 @@ def run_suites(
         warn(f"time is up with {count} runs left; run the same command again to continue")
     for suite in suites:
         for name in matched_order(collect(suite, store)):
-            warn(f"{suite.name}: the runs of {name} were not on the same batches as those of other methods")
+            warn(f"{suite.name}: {name} was trained on other batches than the other methods")
 
 
 class _TimedPlan:
@@ -113,7 +113,7 @@ def _run_in_workers(
                 work.end(ended.task, ended.outcome, ended.seconds)
             if work.clock.left() == 0:
                 for task in workers.busy:
-                    warn(f"time is up before {task.run} has ended; the next call starts it again")
+                    warn(f"time is up before {task.run} ended; the next call restarts it")
                 return
     finally:
         workers.stop()

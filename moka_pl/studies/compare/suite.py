@@ -119,7 +119,7 @@ def find_suite(name: str, *folders: Path) -> Path:
         if file.is_file():
             return file
     known = ", ".join(sorted(file.stem for file in folders[-1].glob("*.yaml"))) or "none"
-    raise ConfigError(f"{name}: neither a file nor one of the known suites ({known})")
+    raise ConfigError(f"{name}: no such file; give a file, or one of the known suites ({known})")
 
 
 def read_suite(
@@ -161,7 +161,7 @@ def keep_methods(suites: Sequence[Suite], names: Sequence[str]) -> list[Suite]:
     known = list(dict.fromkeys(method.name for suite in suites for method in suite.methods))
     unknown = set(names) - set(known)
     if unknown:
-        raise ConfigError(f"there is no method {min(unknown)!r}; the methods are {', '.join(known)}")
+        raise ConfigError(f"unknown method {min(unknown)!r}; choose some of {', '.join(known)}")
     kept = []
     for suite in suites:
         methods = tuple(method for method in suite.methods if method.name in names)
@@ -177,7 +177,7 @@ def _load(file: Path, known: Path, extending: tuple[Path, ...] = ()) -> Settings
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(written, dict):
-        raise ConfigError(f"{file} is no suite: it must be a mapping with data and methods")
+        raise ConfigError(f"{file} is not a suite: it must be a mapping with data and methods")
     _refuse(written, _KEYS, f"{file}: ", "")
     if "extends" not in written:
         return written
@@ -206,7 +206,7 @@ def _borrowed(methods: Any, below: Settings, file: Path) -> Any:
     unknown = [method for method in methods if isinstance(method, str) and method not in known]
     if unknown:
         names = ", ".join(str(name) for name in known)
-        raise ConfigError(f"{file}: the suite that it extends has no method {unknown[0]!r}, but {names}")
+        raise ConfigError(f"{file}: the extended suite has no method {unknown[0]!r}; it has {names}")
     return [known[method] if isinstance(method, str) else method for method in methods]
 
 
@@ -282,7 +282,7 @@ def _method(written: object, rates: object, index: int) -> Method:
 def _put(written: Settings, change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {change}: write it as key.key=value")
+        raise ConfigError(f"--set {change}: write key.key=value")
     *path, last = key.split(".")
     options: Any = written
     for name in path:

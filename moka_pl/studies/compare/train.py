@@ -264,7 +264,9 @@ class Executor:
             trainer.validate(module, datamodule=data, verbose=False)
         values = module.eval_values
         if "val/loss" not in values:
-            raise ConfigError("there are no validation data to pick the learning rate with")
+            raise ConfigError(
+                "no validation data to pick the learning rate; set validation_share or a validation_path"
+            )
         assert module.base is not None
         folder = self.store.path(run)
         save_adapter(folder / ADAPTER, module.causal_lm, module.adapter, module.base)

@@ -164,7 +164,7 @@ class Workers:
         what = f"died with status {worker.process.exitcode}, probably out of memory; see {log}"
         if worker.task is None:
             self.stop()
-            raise ConfigError(f"a process of --jobs {what}; finished runs are kept, try fewer jobs")
+            raise ConfigError(f"a process of --jobs {what}; finished runs are kept. Try fewer jobs")
         return f"its process {what}"
 
 

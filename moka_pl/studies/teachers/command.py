@@ -134,7 +134,7 @@ def _parser() -> Parser:
         nargs="+",
         default=["gates", "choices"],
         choices=["gates", "choices"],
-        help="what to measure: what gates find, or what the first gradient chooses and what that is worth",
+        help="measure what gates find, or what the first gradient chooses and how well that trains",
     )
     parser.add_argument("--seeds", type=int, default=TeacherStudy.seeds, help="seeds of teacher and student")
     parser.add_argument(
@@ -142,7 +142,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1e-2, 5e-2], help="learning rates")
     parser.add_argument("--steps", type=int, default=TeacherStudy.steps, help="optimizer steps")
-    parser.add_argument("--tokens", type=int, default=TeacherStudy.tokens, help="random inputs a step")
+    parser.add_argument("--tokens", type=int, default=TeacherStudy.tokens, help="random inputs per step")
     parser.add_argument(
         "--first-tokens",
         type=int,
@@ -159,12 +159,12 @@ def _parser() -> Parser:
         "--trained",
         type=int,
         default=TeacherStudy.trained,
-        help="seeds whose chosen and diverse students are trained",
+        help="number of seeds for training chosen and diverse students",
     )
-    parser.add_argument("--json", type=Path, help="file to write all numbers to")
-    parser.add_argument("--figure", type=Path, help="PNG to draw the gates into")
-    parser.add_argument("--choices-figure", type=Path, help="PNG to draw the errors of chosen shapes into")
+    parser.add_argument("--json", type=Path, help="JSON file for all numbers")
+    parser.add_argument("--figure", type=Path, help="PNG file for the gates")
+    parser.add_argument("--choices-figure", type=Path, help="PNG file for the errors of chosen shapes")
     parser.add_argument(
-        "--shown", type=float, help="learning rate of the figure; default the middle one of --rates"
+        "--shown", type=float, help="learning rate of the figure (default: the middle one of --rates)"
     )
     return parser

@@ -70,7 +70,7 @@ def test_a_model_that_cannot_be_restored_is_built_again(put, bench, capsys) -> N
     expected, _ = bench.measure(cases.frozen(), work)
     _, error = bench.measure(cases.Row("bad", put), work)
     assert error == ("ValueError: half in" if put is half_in else None)
-    assert ("bad could not be taken out: ValueError: stuck" in capsys.readouterr().err) == (put is not_out)
+    assert ("cannot remove bad: ValueError: stuck" in capsys.readouterr().err) == (put is not_out)
     assert bench.measure(cases.frozen(), work) == (expected, None)
 
 
@@ -109,8 +109,8 @@ def test_round_trip(results, tmp_path) -> None:
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "holds no results of format 1; write it with"),
-        ('{"format": 2}', "holds no results of format 1"),
+        ("[1]", "has no results of format 1; write it with"),
+        ('{"format": 2}', "has no results of format 1"),
         ('{"format": 1}', "is damaged: 'records'"),
         ('{"format": 1, "records": [{"row": "x"}]}', "is damaged"),
         ('{"format": 1, "records": [], "preset": {}}', "is damaged"),

@@ -75,7 +75,7 @@ def test_results_are_written_row_by_row(preset, tmp_path, monkeypatch, capsys) -
     with pytest.raises(SystemExit) as end:
         command.main(["--preset", preset.name, "--json", str(file)])
     assert end.value.code == 130
-    assert f"what was measured is in {file}" in capsys.readouterr().err
+    assert f"results so far are saved in {file}" in capsys.readouterr().err
     assert [record.row for record in load_results(file).records] == ["frozen base"]
 
 
@@ -83,13 +83,13 @@ def test_results_are_written_row_by_row(preset, tmp_path, monkeypatch, capsys) -
     ("arguments", "message"),
     [
         (["--preset", "llama"], "unknown preset 'llama'; choose one of smollm2-cpu, smollm2-h100"),
-        (["--preset", "llama2-7b-h100"], "llama2-7b-h100 needs a CUDA device, and there is none here"),
-        (["--rows", "MoKA"], "no row is called 'MoKA'; choose some of frozen base, MoKA r10"),
-        (["--rows", "frozen base + Liger"], "no row is called 'frozen base + Liger'"),
+        (["--preset", "llama2-7b-h100"], "llama2-7b-h100 needs a CUDA device; choose"),
+        (["--rows", "MoKA"], "unknown row 'MoKA'; choose some of frozen base, MoKA r10"),
+        (["--rows", "frozen base + Liger"], "unknown row 'frozen base + Liger'"),
         (["--measure", "decode", "--rows", "MoKA r1"], "choose some of frozen base, MoKA r10, LoRA r64 q,v"),
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--figures", "f"], "--figures draws growth; add --measure growth"),
-        (["--json", "/no/folder/x.json"], "there is no folder /no/folder"),
+        (["--json", "/no/folder/x.json"], "no such folder; create /no/folder first"),
         (["--measure", "speed"], "choose from"),
     ],
 )

@@ -71,7 +71,7 @@ def test_markers_must_be_there(text: str, page, given, capsys) -> None:
         replace_section(text, "new")
     page.write_text(text)
     assert status(given, "--page", str(page)) == 2
-    assert f"error: {page} needs one line {BEGIN} and below it one line {END}" in capsys.readouterr().err
+    assert f"error: {page} needs one line {BEGIN} and one line {END} below it" in capsys.readouterr().err
     assert page.read_text() == text
 
 

@@ -174,7 +174,7 @@ def test_other_batches_are_warned_of(read, store, fake, capsys):
     outcome["trained"]["batches"] = "others"
     store.write(run, outcome)
     run_suite(suite, store)
-    assert "bad were not on the same batches" in capsys.readouterr().err
+    assert "bad was trained on other batches" in capsys.readouterr().err
 
 
 def test_the_report_is_written_with_figures(read, store, fake, tmp_path):

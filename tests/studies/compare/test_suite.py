@@ -170,7 +170,7 @@ def test_unknown_suites_methods_and_options_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="tiny"):
         find_suite("none", FOLDER)
     file = written(tmp_path, SMALL)
-    with pytest.raises(ConfigError, match="no method 'c'"):
+    with pytest.raises(ConfigError, match="unknown method 'c'"):
         keep_methods([read_suite(file)], ["c"])
     with pytest.raises(ConfigError, match="key=value"):
         read_suite(file, ["seeds"])
