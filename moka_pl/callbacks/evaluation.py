@@ -64,13 +64,14 @@ def results_text(results: Results) -> str:
     lines = [""]
     if rows:
         generated = any("generated" in shares for _, _, shares, _ in rows)
-        names = ["accuracy", "acc_norm", *(["generated"] if generated else [])]
-        titles = {"accuracy": "acc", "acc_norm": "acc_norm", "generated": "generated"}
+        titles = {"accuracy": "acc", "acc_norm": "acc_norm"} | (
+            {"generated": "generated"} if generated else {}
+        )
         width = max(24, *(len(row[0]) + 2 for row in rows))
-        heads = "".join(f"{titles[name] + ' (%)':>16}" for name in names)
+        heads = "".join(f"{title + ' (%)':>16}" for title in titles.values())
         lines.append(f"{'task':<{width}}{'items':>7}{heads}{'nll':>9}")
         for title, items, shares, nll in rows:
-            shown = "".join(f"{_percent(shares.get(name)):>16}" for name in names)
+            shown = "".join(f"{_percent(shares.get(name)):>16}" for name in titles)
             lines.append(f"{title:<{width}}{items:>7,.0f}{shown}{nll:>9}")
     for part in results.sets:
         if part.tokens and not part.tasks:

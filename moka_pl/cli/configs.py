@@ -17,7 +17,8 @@ def configs(copy: Path | None = None, overwrite: bool = False) -> None:
     if copy is None:
         width = max(map(len, files)) + 2
         for name, file in files.items():
-            print(f"{name:<{width}}{_first_line(file)}")
+            purpose = file.read_text(encoding="utf-8").partition("\n")[0].strip("# :")
+            print(f"{name:<{width}}{purpose}")
         return
     present = [file.name for file in files.values() if (copy / file.name).exists()]
     if present and not overwrite:
@@ -49,8 +50,3 @@ def find_config(given: str) -> str:
     if name not in shipped:
         raise ConfigError(f"--config {given}: no such file; give a file, or one of {', '.join(shipped)}")
     return str(shipped[name])
-
-
-def _first_line(file: Path) -> str:
-    """Returns what the comment at the head of a configuration says that it is for."""
-    return file.read_text(encoding="utf-8").partition("\n")[0].strip("# :")

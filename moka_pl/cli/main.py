@@ -53,9 +53,9 @@ def main(args: Sequence[str] | None = None) -> None:
         try:
             _run(args)
         except SystemExit:
-            _flush()
+            print(end="", flush=True)
             raise
-        _flush()
+        print(end="", flush=True)  # here, where a closed pipe can be handled, not at the interpreter's end
     except BrokenPipeError:
         if not _nobody_reads():
             raise
@@ -123,11 +123,6 @@ def _print_help() -> NoReturn:
         commands.add_parser(name, help=summary)
     parser.print_help()
     sys.exit(0)
-
-
-def _flush() -> None:
-    """Writes what is buffered here, where a closed pipe can be handled, not at the interpreter's end."""
-    print(end="", flush=True)
 
 
 def _nobody_reads() -> bool:

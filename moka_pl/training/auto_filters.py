@@ -51,12 +51,8 @@ class ResolvedFilters(NamedTuple):
 class DeferredFilters:
     """Filters and a start that are resolved only when a fit begins, or by a checkpoint.
 
-    Args:
-        config: The adapter's configuration as it was given, of any method; None where the run starts from an
-            adapter directory, which leaves nothing to resolve.
-
-    Attributes:
-        pending: Whether filters or start are still to be resolved.
+    Made of an adapter's configuration, of any method; or of None where the run starts from an adapter
+    directory, which leaves nothing to resolve. ``pending`` says whether filters or start still are.
     """
 
     def __init__(self, config: Any | None) -> None:
@@ -120,9 +116,6 @@ def resolve_filters(model: "PreTrainedModel", config: MokaConfig, trainer: Train
         model: The frozen model without adapters, on its device.
         config: The adapter's configuration.
         trainer: The trainer that is about to fit, with its data set up; None is refused.
-
-    Raises:
-        ConfigError: Without a trainer, without a batch of tokens, or if the budget is too small.
     """
     if trainer is None:
         option = "filters: auto" if config.filters == AUTO else "start: gradient"

@@ -83,10 +83,6 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", traini
         checkpoint: What :func:`complete_checkpoint` made.
         module: The module, with its model.
         training: Whether training is to go on from it.
-
-    Raises:
-        AdapterError: On a missing or unexpected tensor, another shape, other options that shape the factors,
-            another base model, or, for training, other learning-rate ratios.
     """
     stored, current = StoredRun.read(checkpoint), StoredRun.of(module)
     # Before the sizes: factors of other shapes may fill vectors of the same length.

@@ -1,6 +1,5 @@
 """The LightningModule: a frozen base with adapters, trained on completions."""
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -151,8 +150,7 @@ class MokaModule(EvaluatedModule):
         rank_zero_info(
             f"{self.backbone.name} on {self.device} in {options['compute_dtype']}, "
             f"quantization {self.backbone.quantization}; {method_of(self.adapter).title} "
-            f"in {len(self.adapted)} layers, "
-            f"{count:,} trainable parameters"
+            f"in {len(self.adapted)} layers, {count:,} trainable parameters"
         )
 
     def _inject(self, model: "PreTrainedModel") -> None:
@@ -164,13 +162,6 @@ class MokaModule(EvaluatedModule):
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         frozen += [name for name, _ in model.named_buffers()]
         leave_out_of_ddp(self, [f"model.{name}" for name in frozen])
-
-    def _adopt_filters(self, stored: Mapping[str, Any]) -> None:
-        """Takes the filters that ``filters: auto`` chose in the run whose adapter options are given."""
-        before, self.adapter = self.adapter, self._deferred.adopt(self.adapter, stored)
-        if self.model is not None and self.adapter is not before:
-            unload(self.model)
-            self._inject(self.model)
 
     def load_base(self) -> "Backbone":
         """Loads the frozen base onto this rank's device; subclasses may have one already."""
@@ -314,6 +305,9 @@ class MokaModule(EvaluatedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is of this run, and that its tensors are exactly the trainable ones."""
         stored = StoredRun.read(checkpoint)
-        self._adopt_filters(stored.adapter)
+        before, self.adapter = self.adapter, self._deferred.adopt(self.adapter, stored.adapter)
+        if self.model is not None and self.adapter is not before:  # that run's filters, chosen by ``auto``
+            unload(self.model)
+            self._inject(self.model)
         check_checkpoint(checkpoint, self, training=self.trainer.state.fn == "fit")
         self._rng = stored.rng  # set when training begins: nothing before it may draw from them
