@@ -80,7 +80,6 @@ class MokaLinear(nn.Module):
         super().__init__()
         keep_weights(base_layer)
         self.base_layer = base_layer
-        self.name = name
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.shapes = config.shapes_of(name, self.out_features, self.in_features)
         self.scaling = config.effective_scaling

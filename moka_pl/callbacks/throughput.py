@@ -35,9 +35,10 @@ class Throughput(Callback):
         return self.total_tokens / self.train_seconds if self.train_seconds else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock, at the start too: a run resumed within an epoch has no epoch start."""
+        """Starts the clock."""
         self._started = time.perf_counter()
 
+    # A run that is resumed within an epoch has a start, but no start of an epoch.
     on_train_epoch_start = on_validation_end = on_train_start
 
     def on_train_batch_end(

@@ -190,8 +190,6 @@ def initial_left_factors(gradient: Tensor, shapes: Sequence[Shape]) -> list[Tens
     factors: list[Tensor | None] = [None] * len(shapes)
     whole = gradient.square().sum()
     for shape, numbers in group_equal(shapes).items():
-        if shape.identity:
-            continue
         pairs, energies = nearest_products(gradient, shape, len(numbers))
         usable = (energies > 1e-12 * whole).tolist()
         for number, (left, _), is_usable in zip(numbers, pairs, usable, strict=False):
@@ -226,8 +224,7 @@ def choose_filters(
         memory: Bytes of gradients to hold at once.
 
     Yields:
-        Name, filters as a configuration lists them, and the share of the gradient's energy that one product
-        of the first shape captures.
+        Name, filters as a configuration lists them, and :func:`captured_share` of the first shape.
     """
     budgets = layer_budgets(model, names, components, parameters)
     for name, gradient in weight_gradients(model, names, batches, loss, memory):
