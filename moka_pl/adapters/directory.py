@@ -54,6 +54,14 @@ class AdapterInfo:
     base: BaseModel
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def check_base(self, fingerprint: str | None, path: str | Path) -> None:
+        """Refuses a base other than the adapter's own (that of ``path``), if both fingerprints are known."""
+        if fingerprint and self.base.fingerprint and fingerprint != self.base.fingerprint:
+            raise AdapterError(
+                f"{path} was trained on another base model: {self.base.name!r} with fingerprint "
+                f"{self.base.fingerprint}; this base has {fingerprint}. Load the adapter's base instead"
+            )
+
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns the adapter's trained tensors by name."""
@@ -246,7 +254,7 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
     """
     info = read_adapter(path)
     state = read_adapter_state(path)
-    check_base(info, fingerprint, path)
+    info.check_base(fingerprint, path)
     inject_adapter(model, info.config)
     try:
         load_adapter_state(model, state, path)
@@ -255,21 +263,6 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
             unload(model)
         raise
     return info
-
-
-def check_base(info: AdapterInfo, fingerprint: str | None, path: str | Path) -> None:
-    """Refuses a base model other than the adapter's own, where both fingerprints are known.
-
-    Args:
-        info: The adapter.
-        fingerprint: The base's fingerprint; None where it is not known.
-        path: The adapter directory, for messages.
-    """
-    if fingerprint and info.base.fingerprint and fingerprint != info.base.fingerprint:
-        raise AdapterError(
-            f"{path} was trained on another base model: {info.base.name!r} with fingerprint "
-            f"{info.base.fingerprint}; this base has {fingerprint}. Load the adapter's base instead"
-        )
 
 
 def _contents(config: Any, base: BaseModel, size: int, extra: Mapping[str, Any]) -> dict[str, Any]:

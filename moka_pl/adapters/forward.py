@@ -32,7 +32,7 @@ class ForwardPlan(NamedTuple):
 def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
     """Plans to compute an adapted layer as ``(W + ΔW) x``; None where W and ΔW are to stay apart.
 
-    They are where somebody listens to the frozen layer, trains it or keeps its weight elsewhere, or where
+    They do where somebody listens to the frozen layer, trains it or keeps its weight elsewhere, or where
     W + ΔW would be rounded to half precision without the kernels' care for small updates.
     """
     layer, dtype, shapes = adapted.base_layer, adapted.moka_B.dtype, adapted.shapes

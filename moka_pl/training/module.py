@@ -20,7 +20,7 @@ from moka_pl.adapters import (
     read_adapter,
     unload,
 )
-from moka_pl.adapters.directory import check_base, read_adapter_state
+from moka_pl.adapters.directory import read_adapter_state
 from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
 from moka_pl.data.types import Batch, data_of
 from moka_pl.errors import ConfigError
@@ -134,7 +134,7 @@ class MokaModule(EvaluatedModule):
         options["compute_dtype"] = str(compute_dtype(self.backbone, self.device)).removeprefix("torch.")
         self.base = BaseModel(self.backbone.name, self.backbone.revision, fingerprint(model), options)
         if self.adapter_path is not None:
-            check_base(read_adapter(self.adapter_path), self.base.fingerprint, self.adapter_path)
+            read_adapter(self.adapter_path).check_base(self.base.fingerprint, self.adapter_path)
         if self.gradient_checkpointing:
             # Non-reentrant: gradients reach the adapters although the embeddings need none, and DDP sees
             # every parameter once.
