@@ -1,4 +1,4 @@
-"""A frozen linear layer with a gated mixture of Kronecker adapters beside it.
+"""A frozen linear layer with a gated mixture of Kronecker adapters.
 
 ::
 
@@ -103,7 +103,7 @@ class MokaLinear(nn.Module):
         self.train(base_layer.training)  # a layer put into an evaluating model must not drop out
 
     def reset_parameters(self) -> None:
-        """Puts factors and gates at their start: ΔW = 0, α uniform."""
+        """Initialises factors and gates: ΔW = 0, α uniform."""
         for factor, _ in self.factors():
             if factor is not None:
                 nn.init.kaiming_uniform_(factor.detach(), a=math.sqrt(5))
@@ -206,7 +206,7 @@ class MokaLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Folds the update into a dense copy of the weight; the frozen layer itself is left as it is.
+        """Merges the update into a dense copy of the weight; the frozen layer is unchanged.
 
         A 4-bit weight is dequantised for it: the merged layer takes the memory of a dense one.
         """
@@ -214,7 +214,7 @@ class MokaLinear(nn.Module):
             self.merged_layer = merged_linear(self.base_layer, self.get_delta_weight())
 
     def unmerge(self) -> None:
-        """Drops the merged copy: the frozen layer is again what it was, bit for bit."""
+        """Drops the merged copy, which restores the frozen layer bit for bit."""
         self.merged_layer = None
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""GGUF files: converted once into an ordinary model folder, which then loads in seconds."""
+"""Converts GGUF files once into an ordinary model folder, which loads in seconds."""
 
 import hashlib
 import tempfile

@@ -1,4 +1,4 @@
-"""One look at the model hub before anything is downloaded, and its refusals in one message."""
+"""Looks a model up on the hub before a download, and explains failures."""
 
 from pathlib import Path
 

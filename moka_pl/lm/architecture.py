@@ -1,6 +1,6 @@
-"""Where architectures of causal language models differ: the one place for another model's quirk.
+"""Differences between causal language models: the one place for a model's quirks.
 
-Where a model cannot be served in the fast way, a function here says why, and its caller goes the usual way.
+If a model does not support a fast path, a function here says why, and its caller takes the ordinary path.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Attention that keeps the examples of a packed row apart, and SDPA behind all of our own kinds.
+"""Attention that separates the examples of a packed row, and the SDPA behind it.
 
 On a GPU in 16 bits a variable-length attention computes each example on its own. Elsewhere the model's usual
 attention gets a mask, which transformers builds from position ids that begin anew.

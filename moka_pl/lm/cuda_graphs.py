@@ -1,4 +1,4 @@
-"""Forward and backward pass of a training step as CUDA graphs.
+"""Captures the forward and backward pass of a training step as CUDA graphs.
 
 A small model is bound by the launches of its thousands of kernels. Recorded once for every size of a batch,
 they are launched together. Loss and gradients are computed by the same kernels as without.

@@ -1,4 +1,4 @@
-"""Which backend computes a layer's update, and where the Triton kernels can run."""
+"""Chooses the backend of a layer's update, and says where the Triton kernels can run."""
 
 import os
 import warnings
@@ -24,10 +24,10 @@ DECODE_TOKENS = 32
 def resolve_backend(
     backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int
 ) -> Literal["structured", "dense", "fused"]:
-    """Decides which backend computes an update of ``x``: ``"fused"`` only where its kernels can run.
+    """Chooses the backend for an update of ``x``: ``"fused"`` only where its kernels can run.
 
     Args:
-        backend: What was asked for.
+        backend: The requested backend.
         x: Input, shape (..., n).
         factors: Dtype of factors and weights.
         shapes: r shapes.
@@ -55,7 +55,7 @@ def resolve_backend(
 def can_fuse(x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int) -> bool:
     """Whether the Triton kernels can run: on CUDA (or under Triton's interpreter), with float32 factors.
 
-    They build layers of one kind: the left factors are all identities, or none is.
+    The left factors must be all identities, or none.
 
     Args:
         x: Input, shape (..., n).

@@ -1,4 +1,4 @@
-"""The gates α of a layer's components: from their logits g, their gradient back to those, their entropy."""
+"""The gates α of a layer's components: from logits g to α, gradients, entropy."""
 
 import math
 from typing import Literal

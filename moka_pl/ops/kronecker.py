@@ -1,4 +1,4 @@
-"""A weighted sum of Kronecker products as a matrix, and its product with an input.
+"""A weighted sum of Kronecker products: as a matrix, and applied to an input.
 
 With row-major reshapes, ``(A ⊗ B) x = flatten(A X Bᵀ)`` where X is x as an n_a × n_b matrix. Where
 n_a·n_b > n the input is zero-padded, where it is smaller the input's tail is dropped; where m_a·m_b > m the

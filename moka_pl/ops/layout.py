@@ -1,6 +1,6 @@
-"""Sizes of Kronecker components, and how the factors of a layer are packed.
+"""Sizes of Kronecker components, and the packing of a layer's factors.
 
-All left factors lie in one flat vector and all right ones in a second: few large parameters in place of
+All left factors lie in one flat vector and all right ones in a second: few large parameters instead of
 twenty small ones. A step then costs few optimizer, autograd and launch calls, which is what bounds small
 models on a GPU.
 """
@@ -50,7 +50,7 @@ class Shape(NamedTuple):
 
 
 def group_equal(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
-    """Numbers of the components of each shape: they share matrix products."""
+    """Indices of the components of each shape, which share matrix products."""
     groups: dict[Shape, list[int]] = {}
     for i, shape in enumerate(shapes):
         groups.setdefault(shape, []).append(i)
@@ -102,7 +102,7 @@ def unpack(left: Tensor | None, right: Tensor, shapes: tuple[Shape, ...]) -> Pai
 
 
 class ComponentIndex(NamedTuple):
-    """The component that each entry of a packed vector belongs to.
+    """The component of each entry of a packed vector.
 
     Attributes:
         size: Entries of every component, where all have equally many; else 0.

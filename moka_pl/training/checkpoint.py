@@ -82,7 +82,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", traini
     Args:
         checkpoint: What :func:`complete_checkpoint` made.
         module: The module, with its model.
-        training: Whether training is to go on from it.
+        training: Whether training resumes from it.
     """
     stored, current = StoredRun.read(checkpoint), StoredRun.of(module)
     # Before the sizes: factors of other shapes may fill vectors of the same length.
@@ -135,12 +135,12 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any], device: torch.device, rank: int) -> None:
-    """Puts the generators back to a stored state.
+    """Restores the generators to a stored state.
 
     Args:
         state: What :func:`rng_state` returned on the first rank.
         device: The device of this rank.
-        rank: Number of this rank; all but the first go on from seeds derived from the state.
+        rank: Number of this rank; all but the first use seeds derived from the state.
     """
     if rank > 0:
         torch.manual_seed(int(state["torch"].long().sum()) + rank)
@@ -206,7 +206,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _version(checkpoint: Path) -> int | str | None:
-    """Returns the version of the logs that a checkpoint remembers."""
+    """Returns the version of the logs stored in a checkpoint."""
     for state in read_checkpoint(checkpoint).get("callbacks", {}).values():
         if isinstance(state, dict) and state.get(VERSION_KEY) is not None:
             version: int | str = state[VERSION_KEY]

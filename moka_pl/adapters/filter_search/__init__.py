@@ -1,4 +1,4 @@
-"""Filters chosen from gradients: which shapes can express what a layer's weight wants to become."""
+"""Chooses filters from gradients: the shapes that best express the change a weight needs."""
 
 from moka_pl.adapters.filter_search.search import choose_filters
 

@@ -1,4 +1,4 @@
-"""Filters chosen from a gradient: the shapes whose Kronecker products capture most of it.
+"""Chooses filters from a gradient: the shapes whose Kronecker products capture most of it.
 
 At ΔW = 0 a step along ``−∂L/∂W`` lowers the loss fastest. A component can take the part of that step that a
 Kronecker product of its shape can hold; how much that is, the rearrangement of Van Loan and Pitsianis tells
@@ -26,13 +26,13 @@ SHORTLIST = 24
 def candidate_shapes(
     m: int, n: int, largest: int | None = None, identities: bool = True
 ) -> tuple[Shape, ...]:
-    """Returns all shapes that divide an m × n layer evenly and have at most ``largest`` parameters.
+    """Returns all shapes that divide an m × n layer evenly, with at most ``largest`` parameters.
 
     Args:
         m: Output features.
         n: Input features.
-        largest: Most parameters of one shape; default four times the cheapest dense pair, 8·√(mn).
-        identities: Also block-diagonal ones, ``I_k ⊗ B``.
+        largest: Maximum parameters of a shape; None is four times the cheapest dense pair, 8·√(mn).
+        identities: Include block-diagonal shapes, ``I_k ⊗ B``.
 
     Returns:
         The shapes, without those that are ordinary matrices (a factor of one entry) and with outer products
@@ -59,7 +59,7 @@ def candidate_shapes(
 def choose_shapes(
     gradient: Tensor, components: int, parameters: int, shapes: Sequence[Shape] | None = None
 ) -> list[Shape]:
-    """Chooses the shapes of one layer's components within a budget, by matching pursuit on its gradient.
+    """Chooses shapes for one layer within a budget, by matching pursuit on its gradient.
 
     Each component in turn takes the shape with the most captured energy of what the earlier ones leave, over
     ``parameters of the shape + fair share``, where the fair share is the budget that is left divided by the

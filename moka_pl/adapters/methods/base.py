@@ -1,4 +1,4 @@
-"""What every adapter method must be able to do."""
+"""The interface of adapter methods."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from moka_pl.adapters.injection import replace_module
 
 
 class AdaptedLayer(Protocol):
-    """A frozen layer with an adapter beside it.
+    """A frozen layer with an adapter.
 
     Attributes:
-        enabled: Whether the adapter is applied; without it the layer is the frozen one.
+        enabled: Whether the adapter is applied.
     """
 
     enabled: bool
@@ -26,10 +26,10 @@ class AdaptedLayer(Protocol):
 
     @property
     def merged_layer(self) -> nn.Linear | None:
-        """The dense layer that stands for both; None where they are not merged."""
+        """The merged dense layer; None if not merged."""
 
     def merge(self) -> None:
-        """Folds the update into a dense copy of the weight."""
+        """Merges the update into a dense copy of the weight."""
 
     def unmerge(self) -> None:
         """Drops the dense copy."""
@@ -38,7 +38,7 @@ class AdaptedLayer(Protocol):
 class AdapterMethod(ABC):
     """One way to adapt a model: MoKA, a method of PEFT, or training the base itself.
 
-    A new one is a subclass in a file of its own, and a name in ``METHODS`` of
+    To add one, write a subclass in a new file and list it in ``METHODS`` of
     :mod:`moka_pl.adapters.methods.registry`.
 
     Args:
@@ -47,9 +47,9 @@ class AdapterMethod(ABC):
     Attributes:
         config_type: Class of the configuration, a dataclass whose fields are stored by their names.
         kind: The method's name on disk, ``peft_type`` in ``adapter_config.json``.
-        title: Its name for people.
-        tags: What model hubs shall find it by, beside its kind.
-        keeps_base: Whether the base stays frozen, so that one can go back to it.
+        title: The method's display name.
+        tags: Further tags for model hubs.
+        keeps_base: Whether the base stays frozen and can be restored.
     """
 
     config_type: ClassVar[type[Any]]
@@ -63,7 +63,7 @@ class AdapterMethod(ABC):
 
     @classmethod
     def accepts(cls, config: Any) -> bool:
-        """Whether a configuration is one of this method."""
+        """Whether a configuration is for this method."""
         return isinstance(config, cls.config_type)
 
     @classmethod
@@ -103,7 +103,7 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Returns what to tell people of the options."""
+        """Returns the main options for display."""
 
     def about(self, base: str) -> str:
         """Returns a sentence, in Markdown, on an adapter of this method for the base model of this name."""
@@ -115,7 +115,7 @@ class AdapterMethod(ABC):
             tensor.copy_(state[name])
 
     def unload(self, model: nn.Module, merge: bool) -> None:
-        """Puts the merged layers, or the frozen ones, in the place of the adapted ones."""
+        """Replaces the adapted layers by the merged or the frozen ones."""
         for name, layer in self.layers(model).items():
             if merge:
                 layer.merge()

@@ -39,7 +39,7 @@ class ResumableDataLoader(DataLoader[Any]):
         return {"served": self._served}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the next iteration start after the batches that were served; a finished epoch starts anew."""
+        """Starts the next iteration after the served batches; a finished epoch restarts."""
         served = int(state_dict["served"])
         total = len(self)
         if served > total:

@@ -1,4 +1,4 @@
-"""How full the batches of an epoch are."""
+"""Counts of tokens and padding in the batches of an epoch."""
 
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class EpochReport:
 
 
 def epoch_report(sampler: GlobalBatchSampler) -> EpochReport:
-    """Counts what the batches of a sampler's current epoch will hold (fillers left aside)."""
+    """Counts the batches of a sampler's current epoch, without fillers."""
     batches = sampler.global_batches()
     rows = padded_tokens = widest = 0
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Which examples stand in which batch, the same whatever the number of ranks.
+"""Assigns examples to batches, independently of the number of ranks.
 
 The samplers subclass ``DistributedSampler``, so that Lightning neither replaces nor wraps them and tells them
 the epoch, but they yield whole batches: lists of indices. A ``DataLoader(batch_size=None, sampler=...)``
@@ -127,7 +127,7 @@ class TrainSampler(GlobalBatchSampler):
 
 
 class EvalSampler(GlobalBatchSampler):
-    """Every example once, the largest first: what does not fit into memory shows at once.
+    """Every example once, the largest first, so that running out of memory shows early.
 
     Args:
         *args: As for ``GlobalBatchSampler``.

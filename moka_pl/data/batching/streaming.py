@@ -267,12 +267,12 @@ class StreamLoader(DataLoader[Any]):
 
     @property
     def report(self) -> EncodingReport:
-        """Counts over the blocks that were begun in this pass, of all workers of this rank."""
+        """Counts over the blocks started in this pass, by all workers of this rank."""
         counts = (state[name] for state in self._workers.values() for name in ("report", "counts"))
         return sum((EncodingReport(**count) for count in counts), EncodingReport())
 
     def state_dict(self) -> State:
-        """The pass, and where every worker stands in it."""
+        """The pass, and the position of every worker."""
         return {
             "epoch": self._epoch,
             "turn": self._turn,
@@ -281,7 +281,7 @@ class StreamLoader(DataLoader[Any]):
         }
 
     def load_state_dict(self, state_dict: State) -> None:
-        """Goes on from a saved state, which must be of as many workers."""
+        """Continues from a saved state, which must have the same number of workers."""
         if state_dict["num_workers"] != self.num_workers:
             raise DataError(
                 f"the checkpoint was saved with num_workers={state_dict['num_workers']}, but this run has "
