@@ -122,3 +122,25 @@ def test_tests_mirror_the_package() -> None:
         if folder.parts[:1] in (("gpu",), ("docs",), ("examples",)):
             continue
         assert (PACKAGE / folder).is_dir(), f"{file} lies in a folder that moka_pl has not"
+
+
+def public_functions(module: ast.Module) -> Iterator[ast.FunctionDef]:
+    """Public functions of a module, and public methods of its public classes."""
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from (method for method in node.body if isinstance(method, ast.FunctionDef))
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_three_and_more_arguments_are_described(path: Path) -> None:
+    for node in public_functions(tree(path)):
+        named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        arguments = [argument.arg for argument in named if argument.arg not in ("self", "cls", "ctx")]
+        documented = ast.get_docstring(node) or ""
+        # Hooks that Lightning calls have Lightning's arguments, overrides those of the method that they name.
+        inherited = "pl_module" in arguments or documented.startswith("As :meth:")
+        kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if len(arguments) >= 3 and not (node.name.startswith("_") or inherited or kernel):
+            assert "Args:" in documented, f"{path}:{node.lineno}: {node.name} does not describe {arguments}"

@@ -58,7 +58,13 @@ def moka_layers(model: nn.Module) -> dict[str, MokaLinear]:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one with this full name."""
+    """Replaces a module.
+
+    Args:
+        model: The model that holds it.
+        name: Its full name.
+        module: The module to put there.
+    """
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

@@ -30,9 +30,6 @@ from moka_pl.ops.structured import add_update_, transposed, update_backward
 class DenseUpdates:
     """Computes the merged forward and its gradients by building ``W + ΔW`` with PyTorch's own operations.
 
-    In all methods x has shape (T, n), ``left`` and ``right`` are the packed factors, and ``gate`` holds the
-    logits g, (r,), or is None for α_i = 1/r.
-
     Args:
         shapes: r shapes.
         m: Output features.
@@ -41,7 +38,7 @@ class DenseUpdates:
         base_weight: Returns W, shape (m, n), of full precision; None for ΔW alone.
         fresh: Whether ``base_weight`` makes a new tensor at every call, as dequantising does; ΔW is then
             added in place.
-        gating: How ``gate`` makes α; with ``none`` it holds α itself.
+        gating: How ``gate`` makes α; with ``none`` it holds α itself, and without a gate α_i = 1/r.
     """
 
     shapes: tuple[Shape, ...]
@@ -55,7 +52,15 @@ class DenseUpdates:
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> Tensor:
-        """Computes ``(W + ΔW) x + bias``, shape (T, m)."""
+        """Computes ``(W + ΔW) x + bias``, shape (T, m).
+
+        Args:
+            x: Input, shape (T, n).
+            bias: Bias of the frozen layer, (m,), or None.
+            left: Packed left factors.
+            right: Packed right factors.
+            gate: Gate logits, (r,), or None.
+        """
         return F.linear(x, self.weight(left, right, gate, x.dtype), bias)
 
     def backward(
@@ -63,13 +68,26 @@ class DenseUpdates:
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """Computes the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``.
 
-        ``grad`` is the gradient of :meth:`product`, shape (T, m).
+        Args:
+            grad: Gradient of :meth:`product`, shape (T, m).
+            x: Input, shape (T, n).
+            left: Packed left factors.
+            right: Packed right factors.
+            gate: Gate logits, (r,), or None.
+            needs_x: Whether the gradient of ``x`` is needed.
         """
         grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
         return grad_x, *self.project(grad.mT @ x, left, right, gate)
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Builds ``W + ΔW``, shape (m, n), in ``dtype``."""
+        """Builds ``W + ΔW``, shape (m, n).
+
+        Args:
+            left: Packed left factors.
+            right: Packed right factors.
+            gate: Gate logits, (r,), or None.
+            dtype: Dtype of the result.
+        """
         if self.base_weight is None:
             total = right.new_zeros(self.m, self.n)
         else:
@@ -79,7 +97,14 @@ class DenseUpdates:
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Projects ∂L/∂ΔW, shape (m, n), to the gradients of ``left``, ``right`` and ``gate``."""
+        """Projects ∂L/∂ΔW to the gradients of ``left``, ``right`` and ``gate``.
+
+        Args:
+            grad: ∂L/∂ΔW, shape (m, n).
+            left: Packed left factors.
+            right: Packed right factors.
+            gate: Gate logits, (r,), or None.
+        """
         alpha = self._alpha(gate, right)  # (r,)
         grad_left, grad_right, grad_weights = project(grad, left, right, alpha * self.scaling, self.shapes)
         return grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
@@ -147,7 +172,17 @@ class MergedForward(torch.autograd.Function):
         bias: Tensor | None,
         updates: DenseUpdates,
     ) -> Tensor:
-        """Maps x of shape (T, n) to (T, m), as ``updates`` does."""
+        """Maps x of shape (T, n) to (T, m).
+
+        Args:
+            ctx: Autograd's context.
+            x: Input in the compute dtype.
+            gate: Gate logits, (r,), or None.
+            left: Packed left factors.
+            right: Packed right factors.
+            bias: Bias of the frozen layer, (m,), or None.
+            updates: Computes the product and its gradients.
+        """
         ctx.save_for_backward(x, gate, left, right)
         ctx.updates = updates
         # Every product has the dtype it should have; autocast would build ΔW in half precision.

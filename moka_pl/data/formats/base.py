@@ -61,7 +61,16 @@ def require(record: Record, field: str, label: str = "") -> Any:
 
 
 def require_text(record: Record, field: str, label: str = "") -> str:
-    """Returns a field that must be text; arguments and errors are those of ``require``."""
+    """Returns a field that must be text.
+
+    Args:
+        record: The record.
+        field: Name of the field.
+        label: What messages call the field, if not by its name.
+
+    Raises:
+        DataError: The field is missing or holds something else.
+    """
     value = require(record, field, label)
     if not isinstance(value, str):
         raise DataError(f"field {label or repr(field)} must be text, found {show(value)}")

@@ -103,7 +103,14 @@ class Plan:
 @cache
 @torch.inference_mode(False)  # what an evaluation builds first serves training, too
 def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> Plan:
-    """Makes the :class:`Plan` of an m × n layer, once."""
+    """Makes the :class:`Plan` of an m × n layer, once.
+
+    Args:
+        shapes: r shapes.
+        m: Output features.
+        n: Input features.
+        device: The GPU.
+    """
     return Plan(shapes, m, n, device)
 
 
