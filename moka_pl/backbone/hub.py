@@ -14,8 +14,7 @@ def reach_model(name: str, revision: str | None = None) -> Path | None:
     (Loaded by name, even with ``local_files_only``, transformers would still ask the hub, again and again.)
 
     Raises:
-        BackboneError: If the model does not exist, is gated or private, or can neither be reached nor lies
-            in the cache.
+        BackboneError: If the model is missing, gated or private, or neither within reach nor in the cache.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

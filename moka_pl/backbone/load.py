@@ -69,11 +69,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
 
 
 def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
-    """Loads the base model's tokenizer alone; it always has a padding token.
-
-    Raises:
-        BackboneError: If the model or its tokenizer is missing, gated or unreadable.
-    """
+    """Loads the base model's tokenizer alone, as :func:`load_backbone` does; it has a padding token."""
     from transformers import AutoTokenizer
 
     if config.weights == "random" and (config.name in SHAPES or not _has_tokenizer(config.name)):

@@ -82,8 +82,7 @@ class StepCapture:
 
     A size is recorded when it has come a few times; until then, and where recording fails, the batch is
     computed as usual. Memory: the activations of the largest size once more, as recorded ones are kept apart.
-
-    The model has its adapters, is in training mode and on a CUDA device.
+    The model has its adapters already, is in training mode and on a CUDA device.
 
     Attributes:
         unsupported_reason: Why nothing is recorded; None where it is.
