@@ -61,7 +61,7 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
             raise ConfigError(f"filters: auto needs a training run; without a trainer, {WITHOUT_TRAINER}")
         raise ConfigError(
             f"unknown filters {filters!r}; choose one of diverse, square, prime, {AUTO}, or give "
-            " a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
+            "a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
         )
     return _explicit_shapes(filters, components, m, n)
 

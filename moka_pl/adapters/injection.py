@@ -33,7 +33,7 @@ def find_targets(model: nn.Module, config: MokaConfig) -> list[str]:
     modules = dict(model.named_modules())
     present = [name for name, module in modules.items() if isinstance(module, MokaLinear)]
     if present:
-        raise AdapterError(f"the model has adapters already (at {present[0]}); unload them first")
+        raise AdapterError(f"the model already has adapters (at {present[0]}); unload them first")
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     if config.target_modules == "all-linear":
         getter = getattr(model, "get_output_embeddings", None)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from moka_pl.callbacks.checkpoints import RunCheckpoint, between_steps, is_trial
 from moka_pl.training.checkpoint import LAST_NAME
 
-#: In a run over several processes the ranks agree on stopping every so many optimizer steps.
+#: With several processes, ranks check for an interrupt every this many optimizer steps.
 _AGREE_EVERY = 10
 
 
@@ -40,7 +40,7 @@ class GracefulInterrupt(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Saves the run between two optimizer steps, the same on all ranks."""
-        # The ranks agree on it now and then only.
+        # Asking the other ranks costs time.
         due = trainer.world_size == 1 or trainer.global_step % _AGREE_EVERY == 0
         if due and between_steps(trainer):
             self._save_if_asked(trainer)

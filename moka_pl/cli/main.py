@@ -27,7 +27,7 @@ LIGHTNING = {
     "fit": "Train adapters.",
     "validate": "Evaluate on the validation data.",
     "test": "Evaluate on the test data.",
-    "predict": "Answer the questions of the data.",
+    "predict": "Compute log-likelihoods of the test data.",
 }
 
 #: Commands that are plain functions.

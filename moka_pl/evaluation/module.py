@@ -56,7 +56,7 @@ class EvaluatedModule(LightningModule):
 
         Args:
             batch: Labelled rows, or multiple-choice items.
-            batch_idx: Not needed.
+            batch_idx: Unused.
             dataloader_idx: Number of the evaluation set.
         """
         assert self._metrics is not None
@@ -85,12 +85,12 @@ class EvaluatedModule(LightningModule):
         self._end_metrics("test")
 
     def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Returns ``log_likelihood`` of every row's completion; for multiple choice what the rows are, too.
+        """Returns the ``log_likelihood`` of each row's completion, and for multiple choice the item of each row.
 
         Args:
             batch: Labelled rows, or multiple-choice items, in B rows.
-            batch_idx: Not needed.
-            dataloader_idx: Not needed.
+            batch_idx: Unused.
+            dataloader_idx: Unused.
         """
         scores = self._score(batch)
         predicted: dict[str, Any] = {"log_likelihood": -row_sums(scores, len(batch["input_ids"]))}

@@ -61,7 +61,7 @@ def inject_adapter(model: nn.Module, config: Any, dtype: torch.dtype = torch.flo
         ConfigError: If a listed filter does not fit a layer.
     """
     if present := adapted_layers(model):
-        raise AdapterError(f"the model has adapters already (at {next(iter(present))}); unload them first")
+        raise AdapterError(f"the model already has adapters (at {next(iter(present))}); unload them first")
     return method_of(config).inject(model, dtype)
 
 

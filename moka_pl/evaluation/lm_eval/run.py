@@ -34,7 +34,7 @@ def run_harness(
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer.
         selection: The tasks.
-        num_fewshot: Worked examples before every question; None takes each task's own number.
+        num_fewshot: Few-shot examples before each question; None uses each task's own number.
         limit: Most questions per task, the first ones; None takes all.
         batch_size: Sequences computed at once.
         apply_chat_template: Put the tokenizer's chat template around the prompts.

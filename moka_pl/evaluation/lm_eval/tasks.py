@@ -56,7 +56,7 @@ def select_tasks(
         wanted: Names of tasks or groups, or patterns such as ``mmlu_*``.
         data: A folder of local data, see ``local_data``. Its tasks take the place of
             tasks of lm_eval of the same name.
-        num_fewshot: Worked examples before every question; None takes each task's own number.
+        num_fewshot: Few-shot examples before each question; None uses each task's own number.
 
     Raises:
         ConfigError: A name is unknown or names a task twice, or the data of one of lm_eval's own tasks cannot

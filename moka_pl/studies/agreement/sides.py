@@ -176,7 +176,7 @@ def copy_questions(source: Path, tasks: Sequence[str], chosen: range, target: Pa
 
 
 def copy_mmlu_questions(source: Path, subjects: Sequence[str], chosen: range, target: Path) -> Path:
-    """Copies a part of the test files of some MMLU subjects, and their worked examples.
+    """Copies a part of the test files of some MMLU subjects, and their few-shot examples.
 
     Args:
         source: A folder with dev/ and test/.
