@@ -85,7 +85,7 @@ class EvaluatedModule(LightningModule):
         self._end_metrics("test")
 
     def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Returns the ``log_likelihood`` of each row's completion, and for multiple choice the item of each row.
+        """Returns the ``log_likelihood`` of each row's completion; for multiple choice also each row's item.
 
         Args:
             batch: Labelled rows, or multiple-choice items, in B rows.
