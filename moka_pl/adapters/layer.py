@@ -54,8 +54,7 @@ class MokaLinear(nn.Module):
     without gates α_i = 1/r.
 
     The left factors start Kaiming-uniform and the right ones at zero, so that ΔW = 0 exactly; the gate
-    logits start at zero, so that α is uniform. Where the left factors are identities (MoKA_s) only the right
-    ones exist.
+    logits start at zero, so that α is uniform. With left identities (MoKA_s), only right factors exist.
 
     Args:
         base_layer: The frozen layer, ``nn.Linear`` or ``bitsandbytes.nn.Linear4bit``.

@@ -42,6 +42,9 @@ def find_config(given: str) -> str:
     """Returns the path of a file, or of a shipped one named as ``llama2`` or ``configs/llama2.yaml``.
 
     A file in the current folder comes first. What is no name at all (YAML itself) is returned as it is.
+
+    Raises:
+        ConfigError: If neither a file nor a shipped configuration has that name.
     """
     if Path(given).is_file() or ":" in given:
         return given

@@ -45,6 +45,9 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
     """Parses the arguments (default: the process's) and runs the Lightning command they name.
 
     With ``only_build`` they name no command; model, data and trainer are made, and nothing is run.
+
+    Raises:
+        ConfigError: If Lightning rejects the trainer's options. Errors of the package's classes pass through.
     """
     try:
         return MokaCLI(

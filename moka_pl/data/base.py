@@ -73,6 +73,9 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         share_prefix: Whether the options of a multiple-choice item may share the computation of their prompt.
         report: Counts of read, kept and dropped examples by split (``"train"``, ``"validation"``,
             ``"test"``), available after ``setup``.
+
+    Raises:
+        DataError: An option is out of range, or max_tokens is combined with neither bucket nor packing.
     """
 
     name: str = "data"
@@ -178,7 +181,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The connected tokenizer, else that of the trainer's LightningModule; one of them must have it."""
+        """The connected tokenizer, else that of the trainer's module; without either, a ``DataError``."""
         if self._tokenizer is None:
             module = self._lightning_module()
             if not isinstance(module, HasTokenizer) or module.tokenizer is None:

@@ -135,8 +135,7 @@ def normalise(task: str, question: str, choices: list[str]) -> tuple[str, list[s
 def fill_blank(question: str, choices: list[str]) -> tuple[str, list[str]]:
     """Puts WinoGrande's options into the blank ``_`` of the sentence.
 
-    Returns the sentence up to its blank, and the options with the rest of it; or both as they are where there
-    is no blank.
+    Returns the sentence up to its blank, and the options with its rest; without a blank, both unchanged.
     """
     before, blank, after = question.partition("_")
     if not blank or not before.strip():

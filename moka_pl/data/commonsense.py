@@ -58,6 +58,9 @@ class CommonsenseData(SplitDataModule):
         generated_tokens: Maximum number of tokens in a generated answer; 0 generates none.
         **options: validation_share and separate_test (see SplitDataModule); batch_size, max_length,
             num_workers, num_proc, seed, bucket, eval_batch_size, packing, max_tokens (see MokaDataModule).
+
+    Raises:
+        DataError: An option is unknown or out of range.
     """
 
     name = "commonsense"

@@ -69,6 +69,9 @@ class InstructionData(SplitDataModule):
         stream_buffer: Examples per device (and worker) that are shuffled, and sorted by length, together.
         **options: validation_share and separate_test (see SplitDataModule); batch_size, max_length,
             num_workers, num_proc, seed, bucket, eval_batch_size, packing, max_tokens (see MokaDataModule).
+
+    Raises:
+        DataError: An option is unknown or out of range, or streaming is combined with separate_test.
     """
 
     name = "instruction"

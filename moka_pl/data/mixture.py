@@ -19,6 +19,7 @@ from moka_pl.prompts.choice import CHOICE_PROMPTS
 
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
     """Examples of each part in an epoch: in the ratio of the weights, with every example at least once."""
+    # In the part that is largest for its weight, every example appears exactly once.
     length = max(size / weight for size, weight in zip(sizes, weights, strict=True))
     return [max(size, round(weight * length)) for size, weight in zip(sizes, weights, strict=True)]
 
@@ -53,6 +54,9 @@ class MixtureData(MokaDataModule):
             of the second); None uses every example once.
         **options: batch_size, num_workers, seed, bucket, eval_batch_size, packing, max_tokens (see
             MokaDataModule). max_length and num_proc have no effect here; set them in the parts.
+
+    Raises:
+        DataError: There are no parts, one of them streams, or the weights do not match them.
     """
 
     name = "mixture"

@@ -45,6 +45,9 @@ class MmluData(MokaDataModule):
             and the model allows it; "never" scores every option whole. The scores are the same.
         max_length: Maximum number of tokens in a prompt with its longest option.
         **options: batch_size, num_workers, num_proc, seed, bucket, eval_batch_size (see MokaDataModule).
+
+    Raises:
+        DataError: An option is unknown or out of range, or subjects are empty or repeated.
     """
 
     name = "mmlu"

@@ -20,7 +20,7 @@ Located = tuple[str, dict[str, Any]]
 
 @contextmanager
 def located(location: str) -> Iterator[None]:
-    """Runs the body, and puts the location of what it reads before the message of its errors."""
+    """Runs the body, and puts the location of what it reads before the message of its ``DataError``."""
     try:
         yield
     except DataError as error:
@@ -68,7 +68,11 @@ def check_file(path: Path) -> None:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Reads the lines of a file that must be UTF-8, each with its number from 1 and its line break."""
+    """Reads the lines of a file, each with its number from 1 and its line break.
+
+    Raises:
+        DataError: The file is not UTF-8.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:

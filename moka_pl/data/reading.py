@@ -35,7 +35,11 @@ Columns = Mapping[str, str | list[str]]
 
 
 def parse_columns(columns: Columns | None, known: Sequence[str]) -> Columns:
-    """Returns the option ``columns``, whose fields must be ``known``; empty keeps the names in the data."""
+    """Returns the option ``columns`` of the fields ``known``; empty keeps the names in the data.
+
+    Raises:
+        DataError: A field is unknown, or is mapped to something other than names.
+    """
     for field, column in (columns or {}).items():
         if field not in known:
             raise DataError(
@@ -62,7 +66,11 @@ def parse_record(parse: Parse, record: dict[str, Any], location: str, context: s
 
 
 def rename(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """Returns the record under the fields' names; with a mapping, only the columns it names are kept."""
+    """Returns the record under the fields' names; with a mapping, only the columns it names are kept.
+
+    Raises:
+        DataError: A column is missing.
+    """
     renamed: dict[str, Any] = {}
     for field, column in columns.items():
         for name in [column] if isinstance(column, str) else column:
@@ -153,12 +161,15 @@ def read_rows(
 
 
 def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
-    """Calls ``datasets.load_dataset``, and tells every failure in one message.
+    """Calls ``datasets.load_dataset``.
 
     Args:
         name: Id of the dataset.
         split: Its split.
         options: What else ``datasets.load_dataset`` is given.
+
+    Raises:
+        DataError: The dataset cannot be loaded, whatever the reason: name, split, rights or network.
     """
     import datasets
 

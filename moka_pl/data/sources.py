@@ -49,7 +49,7 @@ class Shard:
 
 
 def as_list(sources: Sources) -> list[Source]:
-    """Returns one source or several as a list; an empty one is refused."""
+    """Returns one source or several as a list; an empty one is a ``DataError``."""
     listed = sources if isinstance(sources, list) else [sources]
     if not listed:
         raise DataError("the list of sources is empty. Give at least one")
@@ -71,6 +71,9 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
     Hidden files and the hub's own info files are left out, and so are text files, which are more often notes.
     Where only one of validation and test exists it is both.
+
+    Raises:
+        DataError: The folder has no data files.
     """
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):

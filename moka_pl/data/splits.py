@@ -19,8 +19,7 @@ class HoldOut:
     """Holds about a share of rows out, and remembers the split of the rows it saw last.
 
     Which rows are held out depends on their content alone: not on a seed, so runs with other seeds are
-    compared on the same rows; and rows that are equal stay together, so nothing that was trained on is
-    validated on.
+    compared on the same rows; and equal rows stay together, so nothing trained on is validated on.
 
     Args:
         share: Share of the rows to hold out, at least 0 and below 1.

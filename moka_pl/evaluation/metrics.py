@@ -58,8 +58,7 @@ class EvalMetrics:
     The loss of a set is the mean negative log-likelihood per token; for multiple choice only the right
     option's tokens count. The accuracy of a task counts items whose right option has the highest summed
     log-likelihood; ``acc_norm`` first divides the sums by the options' numbers of characters. Over several
-    sets the loss, and over several tasks the accuracy, is the plain mean: a large set does not drown a small
-    one.
+    sets the loss, and over several tasks the accuracy, is the plain mean: large sets do not drown small ones.
 
     Of options that tie the first one counts as the answer, as in lm-evaluation-harness, so that both agree on
     items that hold the same option twice. What is the same but for rounding ties, too: the last bits depend

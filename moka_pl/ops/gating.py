@@ -19,8 +19,7 @@ GATINGS: dict[str, str] = {
 def gates_of(logits: Tensor, gating: Gating) -> Tensor:
     """Computes α, shape (..., r), from gate logits of that shape; differentiable.
 
-    Softmax gates share one sum of 1; sigmoid gates are independent, each from 0 to 2/r. With ``none``, α
-    itself is given.
+    Softmax gates sum to 1; sigmoid gates are independent, each from 0 to 2/r; ``none`` takes α itself.
     """
     if gating == "none":
         return logits

@@ -30,7 +30,10 @@ class Segment:
 def alpaca(row: Mapping[str, Any]) -> list[Segment]:
     """Returns the Alpaca prompt, then the answer and the end-of-sequence token, both trained.
 
-    A chat of one question and one answer is taken as instruction and output; other chats are refused.
+    A chat of one question and one answer is taken as instruction and output.
+
+    Raises:
+        DataError: The row is a chat with other messages.
     """
     instruction, context, output, trained = row["instruction"], row["input"], row["output"], True
     if row["messages"]:

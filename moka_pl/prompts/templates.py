@@ -35,7 +35,11 @@ def cloze_prompt(question: str) -> str:
 
 
 def chat_prompt(question: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Returns the chat template, which there must be, around one user turn, up to the answer."""
+    """Returns the chat template around one user turn, up to the answer.
+
+    Raises:
+        ConfigError: If the tokenizer has no chat template.
+    """
     if not tokenizer.chat_template:
         raise ConfigError(
             "--prompt_format is chat, but the base model's tokenizer has no chat template; choose another, "

@@ -115,7 +115,10 @@ def resolve_filters(model: "PreTrainedModel", config: MokaConfig, trainer: Train
     Args:
         model: The frozen model without adapters, on its device.
         config: The adapter's configuration.
-        trainer: The trainer that is about to fit, with its data set up; None is refused.
+        trainer: The trainer that is about to fit, with its data set up.
+
+    Raises:
+        ConfigError: If there is no trainer, or no training batch with token ids and labels.
     """
     if trainer is None:
         option = "filters: auto" if config.filters == AUTO else "start: gradient"
@@ -179,7 +182,11 @@ def _resolve_on_this_rank(model: "PreTrainedModel", config: MokaConfig, trainer:
 
 
 def first_batches(trainer: Trainer, count: int) -> list[dict[str, Any]]:
-    """Reads this rank's first training batches, on the CPU, by a loader that the training does not use."""
+    """Reads this rank's first training batches, on the CPU, by a loader that the training does not use.
+
+    Raises:
+        ConfigError: If there are none, or they have no token ids and labels.
+    """
     # Lightning calls configure_model with the model's device as the default one; loaders work on the CPU.
     loader = training_loader(trainer)
     batches: list[Any] = []

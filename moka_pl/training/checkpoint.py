@@ -194,7 +194,11 @@ def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str 
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint, without unpickling anything but tensors and plain values."""
+    """Reads a checkpoint, without unpickling anything but tensors and plain values.
+
+    Raises:
+        ConfigError: If the file is damaged or not a checkpoint.
+    """
     try:
         stored: dict[str, Any] = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)

@@ -65,6 +65,9 @@ def make_optimizer(
         build: Makes it of parameters or groups of them.
         parameters: Trainable parameters by their names in the model.
         ratios: Multiples of its learning rate.
+
+    Raises:
+        ConfigError: If the optimizer takes no groups, or has no learning rate to multiply.
     """
     if ratios.alike:
         return build([parameter for _, parameter in parameters])

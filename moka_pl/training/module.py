@@ -169,7 +169,7 @@ class MokaModule(EvaluatedModule):
 
     @property
     def causal_lm(self) -> "PreTrainedModel":
-        """The model with its adapters, once ``configure_model`` has built it."""
+        """The model with its adapters; a ``ConfigError`` before ``configure_model`` has built it."""
         if self.model is None:
             raise ConfigError("the model is not built yet; run it with a Trainer, or call configure_model()")
         return self.model

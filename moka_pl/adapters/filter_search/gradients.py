@@ -97,7 +97,7 @@ def _of_batch(
 
 
 def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
-    """Returns the layers of these names, and refuses any that is not linear."""
+    """Returns the linear layers of these names; any other layer is an ``AdapterError``."""
     layers = {}
     for name in names:
         layer = model.get_submodule(name)

@@ -11,8 +11,7 @@ products of one shape is its c leading ones (Eckart and Young).
 
 Where a product is smaller than the layer, M's entries outside it are out of its reach, and the solution stays
 exact. Where it is larger, what stands out is cut, so that those entries could take any value; the solution
-here makes them near zero, and its energy is a lower bound of the best one (with an identity on the left it
-is exact).
+here makes them near zero, and its energy is a lower bound of the best one (exact with a left identity).
 
 Source: C. F. Van Loan and N. Pitsianis, "Approximation with Kronecker products", in Linear Algebra for Large
 Scale and Real-Time Applications (1993).

@@ -120,7 +120,7 @@ def _take_best(
 
     best: tuple[float, Shape, Tensor] | None = None
     for shape in sorted(affordable, key=worth, reverse=True):
-        # What a residual has for a shape hardly ever grows: no later one of this order can be better.
+        # Energies, when last computed, hardly ever grow as the residual shrinks: no later one can be better.
         if best is not None and worth(shape) < best[0]:
             break
         pairs, captured = nearest_products(residual, shape)
@@ -219,8 +219,7 @@ def choose_filters(
         loss: Maps a batch to the scalar loss.
         components: r of every layer.
         parameters: Budget of all factors' entries; default what ``diverse`` takes.
-        identities: Offer block-diagonal components, too. (Layers that mix both kinds cannot use the fused
-            kernels.)
+        identities: Offer block-diagonal components, too. (Layers with both kinds have no fused kernels.)
         memory: Bytes of gradients to hold at once.
 
     Yields:

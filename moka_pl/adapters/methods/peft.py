@@ -29,7 +29,11 @@ _PASSING = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision
 
 
 class PeftMethod(AdapterMethod):
-    """A method of PEFT; refuses prompt learning, which adapts no layers, and starts that change the base."""
+    """A method of PEFT.
+
+    Raises:
+        ConfigError: If it adapts the prompt and no layers, or its start changes the frozen weights.
+    """
 
     def __init__(self, config: Any) -> None:
         start = getattr(config, "init_lora_weights", True)
@@ -58,7 +62,11 @@ class PeftMethod(AdapterMethod):
 
     @classmethod
     def read_config(cls, stored: Mapping[str, Any]) -> Any:
-        """Builds a configuration of PEFT's; what is no option of that type is left aside."""
+        """Builds a configuration of PEFT's; what is no option of that type is left aside.
+
+        Raises:
+            AdapterError: If PEFT is not installed, or has no such method.
+        """
         kind = stored["peft_type"]
         try:
             from peft import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -208,6 +216,9 @@ class PeftLayer:
 
         PEFT's own merging changes the frozen weight, which in four bits is rounded again and cannot be had
         back. Every linear layer with an adapter maps x to ``W' x + b'``: W' is what it makes of the identity.
+
+        Raises:
+            AdapterError: If the layer is not linear.
         """
         if self.merged_layer is not None:
             return

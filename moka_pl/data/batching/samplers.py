@@ -203,6 +203,9 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
     Returns:
         Per row the indices into ``lengths``, the longest first.
+
+    Raises:
+        ValueError: A length is below 1 or above the capacity.
     """
     rows: list[list[int]] = []
     by_room: dict[int, list[int]] = defaultdict(list)
@@ -236,8 +239,7 @@ class PackSampler(GlobalBatchSampler):
 
     All examples are packed together, best fit first, and the packs are shuffled. The lengths in each pack
     depend on the data alone, so that every epoch has the same number of batches, which the learning-rate
-    schedule needs to know beforehand. Which of the examples of one length stands in which pack is drawn anew
-    in every epoch.
+    schedule needs to know beforehand. Each epoch draws anew which examples of a length stand in which pack.
 
     Args:
         *args: As for ``GlobalBatchSampler``; the batch size counts packs.

@@ -74,7 +74,11 @@ class StreamedRecords:
         return HFIterableDataset.from_generator(_items, gen_kwargs={"files": [files[i] for i in order]})
 
     def parse(self, item: Mapping[str, Any], number: int) -> dict[str, Any]:
-        """Parses one item of the stream, the ``number``-th (from 1), to an instruction row."""
+        """Parses one item of the stream, the ``number``-th (from 1), to an instruction row.
+
+        Raises:
+            DataError: The item is malformed, or a message of a tree.
+        """
         shard = self.shards[0]
         if is_local(shard.source):
             location, record = item["location"], item["record"]
@@ -281,7 +285,7 @@ class StreamLoader(DataLoader[Any]):
         }
 
     def load_state_dict(self, state_dict: State) -> None:
-        """Continues from a saved state, which must have the same number of workers."""
+        """Continues from a saved state, which must have as many workers, else a ``DataError``."""
         if state_dict["num_workers"] != self.num_workers:
             raise DataError(
                 f"the checkpoint was saved with num_workers={state_dict['num_workers']}, but this run has "

@@ -50,8 +50,7 @@ class ChoiceEncoder:
         bos: Put the beginning-of-sequence token first: ``adds_bos(tokenizer)``.
         tasks: Names of the tasks; the column ``task`` holds the index of the row's ``task`` in it.
         names: What a generated answer calls each option, for prompts that are evaluated by generating.
-        shorter: Further prompts for a row, each shorter than the one before it: one with one more example of
-            few left out.
+        shorter: Further prompts for a row, each with one more of the few-shot examples left out.
     """
 
     batched: ClassVar[bool] = False

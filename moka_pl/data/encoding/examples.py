@@ -235,7 +235,11 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The tokenizer's end-of-sequence token; a tokenizer without one is refused."""
+    """Returns the id of the tokenizer's end-of-sequence token.
+
+    Raises:
+        DataError: The tokenizer has none.
+    """
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer {type(tokenizer).__name__} has no end-of-sequence token to mark the end of an "

@@ -35,7 +35,11 @@ class MissingFieldError(DataError):
 
 
 def parse_as(formats: Sequence[Format[Parsed]], record: Record) -> Parsed:
-    """Parses a record in the first format that it fits; an error for missing fields lists the formats."""
+    """Parses a record in the first format that it fits.
+
+    Raises:
+        DataError: No format fits, or the record is malformed.
+    """
     try:
         for format in formats:
             if format.fits(record):

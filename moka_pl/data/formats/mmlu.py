@@ -17,6 +17,9 @@ def parse_mmlu(record: Record, context: str = "") -> dict[str, Any]:
         record: With ``question``, ``choices`` or ``choice0`` to ``choice3``, and ``answer``: 0 to 3, or A to
             D.
         context: The subject; a record without one (of the hub's joint split) names it in ``subject``.
+
+    Raises:
+        DataError: The record is malformed, or names no subject.
     """
     subject = context or record.get("subject")
     if not isinstance(subject, str) or not subject:

@@ -19,7 +19,11 @@ def text_features() -> "Features":
 
 
 def parse_text(record: Record, context: str) -> dict[str, str]:
-    """Returns the text of a record, which must stand in the field named by ``context``."""
+    """Returns the text of a record, in the field named by ``context``.
+
+    Raises:
+        DataError: The field is missing or not text.
+    """
     if context not in record:
         raise DataError(
             f"field {context!r} is missing; found: {names(record)}. Set `column` to the one with the text"
@@ -28,7 +32,11 @@ def parse_text(record: Record, context: str) -> dict[str, str]:
 
 
 def read_text_file(path: Path) -> "Dataset":
-    """Reads a text file as one text; it must be UTF-8 and not empty."""
+    """Reads a text file as one text.
+
+    Raises:
+        DataError: The file is missing, empty or not UTF-8.
+    """
     from datasets import Dataset
 
     check_file(path)

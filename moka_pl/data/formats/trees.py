@@ -38,8 +38,7 @@ def join_trees(
         language: Keep the trees whose first message is in this language (column ``lang``); None keeps all.
 
     Raises:
-        DataError: A message has no text, an unknown role or a parent that does not exist, or no tree is in
-            the language.
+        DataError: A message has no text, an unknown role or an unknown parent, or no tree is in the language.
 
     """
     records = iter(records)

@@ -59,8 +59,7 @@ def select_tasks(
         num_fewshot: Few-shot examples before each question; None uses each task's own number.
 
     Raises:
-        ConfigError: A name is unknown or names a task twice, or the data of one of lm_eval's own tasks cannot
-            be loaded.
+        ConfigError: A name is unknown or names a task twice, or one of lm_eval's tasks has no data.
         DataError: Local data cannot be used.
     """
     local = {} if data is None else local_tasks(data, num_fewshot)
