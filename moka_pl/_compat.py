@@ -131,8 +131,7 @@ def training_loader(trainer: "Trainer") -> Callable[[], Any] | None:
     """What makes a loader of the training's batches, apart from the one in use; None without training data.
 
     Seen in Lightning 2.6.0 to 2.6.6; ``trainer.train_dataloader`` is the loader in use, and not there before
-    training. Without it filters could not be chosen from the first batches where a loader was given to
-    ``fit``.
+    training. Without it filters could not be chosen from the first batches of a loader given to ``fit``.
     """
     source = trainer.fit_loop._data_source
     return source.dataloader if source.is_defined() else None

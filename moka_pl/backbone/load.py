@@ -69,7 +69,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
 
 
 def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
-    """Loads the base model's tokenizer alone, as :func:`load_backbone` does; it has a padding token."""
+    """Loads the base model's tokenizer alone, with :func:`load_backbone`'s errors; it has a padding token."""
     from transformers import AutoTokenizer
 
     if config.weights == "random" and (config.name in SHAPES or not _has_tokenizer(config.name)):

@@ -161,6 +161,9 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
 
         Returns:
             The encoded rows and counts; None if there is no such split.
+
+        Raises:
+            DataError: The data cannot be used; the message names the file or option.
         """
 
     def _encode(self, split: str, rows: "Dataset | None", encoder: Encoder, key: str) -> Encoded | None:

@@ -121,6 +121,11 @@ class MokaModule(EvaluatedModule):
         """Loads the base onto this rank's device and injects the adapters (once).
 
         A new fit also resolves ``filters: auto`` and ``start: gradient`` here.
+
+        Raises:
+            BackboneError: If the base cannot be loaded.
+            AdapterError: If the adapters do not fit it.
+            ConfigError: If a gradient is needed and there are no batches for it.
         """
         if self.model is not None:
             if self._deferred.is_due(trainer_of(self), self.resumes):

@@ -38,8 +38,7 @@ def weight_gradients(
         memory: Bytes of gradients to hold at once; one layer at a time is the least.
 
     Yields:
-        Name and gradient, (m, n), float32 (float64 for float64 activations); zeros where L does not depend on
-        a layer.
+        Name and gradient, (m, n), float32 (float64 for float64 activations); zeros for layers that L ignores.
     """
     layers = linear_layers(model, names)
     training = model.training

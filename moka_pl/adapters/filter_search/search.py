@@ -167,6 +167,9 @@ def choose_within(
         components: r.
         parameters: Budget of the layer.
         identities: Offer block-diagonal components, too.
+
+    Raises:
+        ConfigError: If the budget is too small.
     """
     m, n = gradient.shape
     largest = max(int(8 * math.sqrt(m * n)), parameters // components)
@@ -224,6 +227,9 @@ def choose_filters(
 
     Yields:
         Name, filters as a configuration lists them, and :func:`captured_share` of the first shape.
+
+    Raises:
+        ConfigError: If the budget is too small.
     """
     budgets = layer_budgets(model, names, components, parameters)
     for name, gradient in weight_gradients(model, names, batches, loss, memory):

@@ -43,7 +43,11 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def config_from(stored: Mapping[str, Any]) -> Any:
-    """Builds a configuration from the contents of ``adapter_config.json``."""
+    """Builds a configuration from the contents of ``adapter_config.json``.
+
+    Raises:
+        AdapterError: If the method needs PEFT and PEFT is missing or does not know it.
+    """
     configs = (method.read_config(stored) for method in METHODS)
     return next(config for config in configs if config is not None)
 

@@ -18,8 +18,7 @@ class WindowEncoder:
 
     A text's tokens stand after one token that opens it. Window k covers ``max_length`` of these tokens, from
     token k * step on, where the step is ``stride``, or ``max_length - 1`` if that is less: two windows have
-    at least one token in common, so that the first new one has something before it. Labelled are the tokens
-    that are new.
+    at least one token in common, so that the first new one has something before it. New tokens are labelled.
 
     Attributes:
         tokenizer: A tokenizer with a beginning- or end-of-sequence token.

@@ -38,7 +38,7 @@ def parse_choice(record: Record, context: str = "") -> dict[str, Any]:
     (``catalog.normalise``). ``context`` names the task of records that do not name one.
 
     Raises:
-        DataError: A field is missing or wrong.
+        DataError: A field is missing or of a wrong type, or the answer is none of two or more choices.
     """
     question, choices, answer, told, published = parse_as(CHOICE_FORMATS, record)
     task: object = record.get("task") or task_name(context)

@@ -39,7 +39,6 @@ def join_trees(
 
     Raises:
         DataError: A message has no text, an unknown role or an unknown parent, or no tree is in the language.
-
     """
     records = iter(records)
     first = next(records, None)
