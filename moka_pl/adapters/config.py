@@ -45,7 +45,7 @@ class MokaConfig(AdapterConfig):
             batches of the first 4 optimizer steps, and saves the choice. A list gives one shape for all
             components or one each: ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or ``[k, m_b, n_b]`` with an
             identity of size k on the left. A mapping of full layer names to lists, or a ``.json`` file of
-            such a mapping (``scripts/choose_filters.py`` writes one), gives each layer its own list.
+            such a mapping, gives each layer its own list.
         gating: ``softmax`` trains one logit per component, α = softmax(g); the gates sum to 1. ``sigmoid``
             trains independent gates, α_i = (2/r) · sigmoid(g_i), each from 0 to 2/r. Both start at
             α_i = 1/r, and ``none`` keeps that value (the paper's ungated ablation).
