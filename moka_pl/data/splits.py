@@ -22,7 +22,7 @@ class HoldOut:
     compared on the same rows; and equal rows stay together, so nothing trained on is validated on.
 
     Args:
-        share: Share of the rows to hold out, at least 0 and below 1.
+        share: Share of the rows to hold out, at least 0 and below 1, else a ``DataError``.
     """
 
     def __init__(self, share: float) -> None:

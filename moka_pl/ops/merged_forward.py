@@ -2,7 +2,7 @@
 
 Beside the frozen layer the update costs one matrix product forward and two backward. Merged with it, it costs
 building ``W + ΔW`` instead of W (which a 4-bit layer builds anyway) and the one product that gives the
-gradient of ΔW: ``∂L/∂ΔW = Gᵀ X``, which is then projected to factors and gates. No full matrix is kept.
+gradient of ΔW: ``∂L/∂ΔW = Gᵀ X``, which is then projected to factors and gates. Neither sum nor ΔW is kept.
 
 For few tokens products with the small factors are cheaper than building ΔW. Merged with the frozen layer,
 they share its transposed input and add to its result in place.

@@ -120,7 +120,7 @@ def _take_best(
 
     best: tuple[float, Shape, Tensor] | None = None
     for shape in sorted(affordable, key=worth, reverse=True):
-        # Energies, when last computed, hardly ever grow as the residual shrinks: no later one can be better.
+        # The energies are those of earlier residuals and hardly ever grow: no later shape can be better.
         if best is not None and worth(shape) < best[0]:
             break
         pairs, captured = nearest_products(residual, shape)
