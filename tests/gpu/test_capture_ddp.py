@@ -34,6 +34,8 @@ def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ddp")
     # Lightning leaves its seed, and its launcher a rank, in the environment of later tests.
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]  # tests/shared
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     for devices, graphs in ((2, 0), (2, 1), (1, 0)):
         command = [sys.executable, __file__, str(folder), str(devices), str(graphs)]
         ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
