@@ -83,6 +83,7 @@ def test_other_layers_are_left_alone() -> None:
 
 def test_its_hint_at_another_package_is_kept_back(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     hints = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    caplog.set_level(logging.WARNING, hints.name)  # the command line raises it for the whole process
     monkeypatch.setattr(
         quantization, "import_module", lambda name: hints.warning("%s: install kernels", name)
     )
