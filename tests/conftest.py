@@ -10,6 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One core for each of pytest's processes, and for what it starts: more threads than cores are slow.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter; Triton reads this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
