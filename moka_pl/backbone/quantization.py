@@ -132,7 +132,7 @@ def _reads_rows(entries: int, blocksize: int, quant_type: str) -> bool:
 def layer_compute_dtype(layer: "Linear4bit", x: Tensor | None = None) -> torch.dtype:
     """Returns the dtype in which a quantised layer computes.
 
-    A layer that was told none settles on one by the input ``x``, as its own first call does.
+    A layer without one takes it from the input ``x``, as its own first call does.
     """
     if x is not None and not layer.compute_type_is_set:
         layer.set_compute_type(x)
