@@ -1,7 +1,10 @@
 from moka_pl.callbacks import ProgressBar, Throughput
 
 
-def test_bar(make_module, make_data, make_trainer, capfd):
+def test_bar(make_module, make_data, make_trainer, capfd, monkeypatch):
+    monkeypatch.setenv(
+        "COLUMNS", "200"
+    )  # a narrow bar would lose its last value where the speed has many digits
     bar, speed = ProgressBar(), Throughput()
     trainer = make_trainer(bar, speed, enable_progress_bar=True, num_sanity_val_steps=-1)
     trainer.fit(make_module(), make_data())
