@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moka_pl.adapters import load_adapter, read_adapter
-from moka_pl.adapters.directory import CONFIG_NAME
+from moka_pl.adapters.reading import CONFIG_NAME
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.errors import AdapterError, ConfigError
 

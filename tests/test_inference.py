@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, moka_layers, save_adapter
-from moka_pl.adapters.directory import CONFIG_NAME
+from moka_pl.adapters.reading import CONFIG_NAME
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import AdapterError, BackboneError

@@ -1,15 +1,7 @@
 """MoKA adapters and other methods: configuration, layers, injection into a model, and form on disk."""
 
 from moka_pl.adapters.config import AdapterConfig, KronA, MokaConfig, MokaS, MokaUngated
-from moka_pl.adapters.directory import (
-    AdapterInfo,
-    BaseModel,
-    adapter_state,
-    load_adapter,
-    load_adapter_state,
-    read_adapter,
-    save_adapter,
-)
+from moka_pl.adapters.directory import adapter_state, load_adapter, load_adapter_state, save_adapter
 from moka_pl.adapters.injection import find_targets, moka_layers
 from moka_pl.adapters.layer import MokaLinear
 from moka_pl.adapters.methods.base import AdapterMethod
@@ -22,6 +14,7 @@ from moka_pl.adapters.methods.registry import (
     unload,
     unmerge,
 )
+from moka_pl.adapters.reading import AdapterInfo, BaseModel, read_adapter
 
 __all__ = [
     "AdapterConfig",

@@ -10,8 +10,8 @@ def inspect(adapter: Path) -> None:
     Args:
         adapter: An adapter directory.
     """
-    from moka_pl.adapters.directory import read_adapter, read_adapter_state
     from moka_pl.adapters.methods.registry import method_of
+    from moka_pl.adapters.reading import read_adapter, read_adapter_state
     from moka_pl.ops.gating import gates_of, normalised_entropy
 
     info = read_adapter(adapter)

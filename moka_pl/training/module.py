@@ -20,7 +20,7 @@ from moka_pl.adapters import (
     read_adapter,
     unload,
 )
-from moka_pl.adapters.directory import read_adapter_state
+from moka_pl.adapters.reading import read_adapter_state
 from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
 from moka_pl.data.types import Batch, data_of
 from moka_pl.errors import ConfigError

@@ -30,7 +30,7 @@ from moka_pl.adapters import (
     read_adapter,
     save_adapter,
 )
-from moka_pl.adapters.directory import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME
+from moka_pl.adapters.reading import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME
 from moka_pl.errors import AdapterError
 
 BASE = BaseModel("someone/tiny-llama", "v1.2", "abc123", {"quantization": "nf4"})

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moka_pl.adapters import adapter_state, read_adapter
-from moka_pl.adapters.directory import read_adapter_state
+from moka_pl.adapters.reading import read_adapter_state
 from moka_pl.callbacks import AdapterCheckpoint
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moka_pl.adapters.directory import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_state
+from moka_pl.adapters.reading import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_state
 from moka_pl.cli.inspect import _by_number, inspect
 from moka_pl.cli.main import FUNCTIONS, main
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moka_pl import callbacks
 from moka_pl.adapters import read_adapter
-from moka_pl.adapters.directory import read_adapter_state
+from moka_pl.adapters.reading import read_adapter_state
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.cli.main import main
 from moka_pl.training.module import MokaModule

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moka_pl.adapters import MokaConfig, adapter_state
-from moka_pl.adapters.directory import read_adapter_state
+from moka_pl.adapters.reading import read_adapter_state
 from moka_pl.backbone import BackboneConfig
 from moka_pl.callbacks import AdapterCheckpoint, GateMonitor, GracefulInterrupt, RunSummary, Throughput
 from moka_pl.data import CommonsenseData, InstructionData, MixtureData, MmluData

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moka_pl.adapters.directory import WEIGHTS_NAME
+from moka_pl.adapters.reading import WEIGHTS_NAME
 from moka_pl.errors import ConfigError
 from moka_pl.utils import unwritable_reason
 from moka_pl.version import __version__

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moka_pl.adapters.directory import WEIGHTS_NAME
+from moka_pl.adapters.reading import WEIGHTS_NAME
 from moka_pl.errors import ConfigError
 from moka_pl.evaluation.lm_eval.results import results_path, versions, weights_fingerprint, write_results
 
