@@ -27,6 +27,14 @@ class DataError(MokaError):
     """Data cannot be used; the message names the file, the line or row, the field and the remedy."""
 
 
+def one_line(error: BaseException) -> str:
+    """The whole message of another library's error in one line; its type where it has none.
+
+    Nothing is cut off: such messages often end with the remedy.
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def end_interrupted(kept: str = "") -> NoReturn:
     """Ends the process after Ctrl-C with one line that says what was saved, and where."""
     print(f"\ninterrupted{'; ' if kept else ''}{kept}", file=sys.stderr)

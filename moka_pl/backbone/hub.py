@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from moka_pl.backbone.loading import one_line
-from moka_pl.errors import BackboneError
+from moka_pl.errors import BackboneError, one_line
 
 _TIMEOUT = 15  # seconds for the one request
 

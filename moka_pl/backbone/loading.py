@@ -1,12 +1,11 @@
 """Helpers for loading with transformers: errors, progress bars, the cache folder."""
 
 import os
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moka_pl.errors import BackboneError
+from moka_pl.errors import BackboneError, one_line
 
 
 @contextmanager
@@ -37,11 +36,6 @@ def progress_bars(show: bool) -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error as one line of bounded length."""
-    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" …")
 
 
 def cache_root(override: str | None = None) -> Path:

@@ -10,7 +10,7 @@ from moka_pl.data.catalog import CHOICE_TASKS, CORPORA
 from moka_pl.data.formats.base import Record, names
 from moka_pl.data.readers import READERS, Located, located, stream, suffix_of
 from moka_pl.data.sources import Shard
-from moka_pl.errors import DataError
+from moka_pl.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -179,11 +179,10 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
         return datasets.load_dataset(name, *config, split=split, **others)
     # Whatever goes wrong in there (network, rights, unknown names), the user needs the same advice.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         known = f" (known names: {', '.join([*CORPORA, *CHOICE_TASKS])})" if "/" not in name else ""
         raise DataError(
-            f"{name!r} is not a local file and cannot be loaded from the hub (split {split!r}): {reason}. "
-            f"Check the spelling{known} and the network, or download the data and give the path of a "
+            f"{name!r} is not a local file and cannot be loaded from the hub (split {split!r}): "
+            f"{one_line(error)}. Check the spelling{known} and the network, or download the data and give the path of a "
             f"{', '.join(READERS)} file"
         ) from error
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moka_pl._compat import attention_implementation, copy_all_, multiplied
+from moka_pl.errors import one_line
 from moka_pl.lm.architecture import causal_unsupported_reason
 from moka_pl.lm.scoring import IGNORE_INDEX, logits_at
 
@@ -191,7 +192,7 @@ def _cause(error: BaseException) -> str:
     """The first of several errors, of which the last only says that recording has failed."""
     while error.__context__ is not None:
         error = error.__context__
-    return " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
+    return one_line(error)
 
 
 class _Recorded(NamedTuple):

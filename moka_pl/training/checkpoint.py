@@ -17,7 +17,7 @@ import torch
 from moka_pl.adapters import method_of
 from moka_pl.adapters.directory import check_tensors
 from moka_pl.adapters.filters import describe_filters
-from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.errors import AdapterError, ConfigError, one_line
 from moka_pl.training.learning_rates import LearningRateRatios
 
 if TYPE_CHECKING:
@@ -204,8 +204,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except (RuntimeError, UnpicklingError, EOFError) as error:
-        reason = str(error).split("\n", 1)[0].strip()
-        raise ConfigError(f"--ckpt_path {path} is damaged or not a checkpoint ({reason})") from error
+        raise ConfigError(f"--ckpt_path {path} is damaged or not a checkpoint ({one_line(error)})") from error
     return stored
 
 

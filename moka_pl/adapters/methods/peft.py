@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moka_pl._compat import disable_adapters
 from moka_pl.adapters.methods.base import AdapterMethod, name_targets
 from moka_pl.backbone.quantization import is_quantised, layer_compute_dtype
-from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.errors import AdapterError, ConfigError, one_line
 
 #: PEFT's own prefix of tensor names on disk: such a folder can be read by PEFT, too.
 _PREFIX = "base_model.model."
@@ -111,10 +111,10 @@ class PeftMethod(AdapterMethod):
             self._try_layers(model)
         except Exception as error:  # PEFT and bitsandbytes raise all kinds
             self.unload(model, merge=False)  # the model is left as it was
-            reason = " ".join(str(error).split())[:300].rstrip(". ")
             remedy = " It may not support 4-bit layers: set quantization: none" if four_bit else ""
+            reason = f"{type(error).__name__}: {one_line(error).rstrip('. ')}"
             raise AdapterError(
-                f"PEFT cannot inject {self.title} into this model: {type(error).__name__}: {reason}.{remedy}"
+                f"PEFT cannot inject {self.title} into this model: {reason}.{remedy}"
             ) from error
         finally:
             if four_bit and not marked:

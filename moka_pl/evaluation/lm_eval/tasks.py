@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.errors import ConfigError, MokaError
+from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.evaluation.lm_eval.local_data import local_tasks, write_task_files
 from moka_pl.utils import silenced
 
@@ -114,9 +114,8 @@ def _load(managers: "dict[str, TaskManager]") -> list[Any]:
             raise
         # The hub's client, `datasets` and tasks of others raise whatever they like.
         except Exception as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ConfigError(
-                f"lm_eval cannot load the task {name}: {reason}. Connect to the network, or "
+                f"lm_eval cannot load the task {name}: {one_line(error)}. Connect to the network, or "
                 "give local data with --data"
             ) from error
         for task in content["tasks"]:
