@@ -182,8 +182,8 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
         known = f" (known names: {', '.join([*CORPORA, *CHOICE_TASKS])})" if "/" not in name else ""
         raise DataError(
             f"{name!r} is not a local file and cannot be loaded from the hub (split {split!r}): "
-            f"{one_line(error)}. Check the spelling{known} and the network, or download the data and give the "
-            f"path of a {', '.join(READERS)} file"
+            f"{one_line(error)}. Check the spelling{known} and the network, or download the data and give "
+            f"the path of a {', '.join(READERS)} file"
         ) from error
 
 
