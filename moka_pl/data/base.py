@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from moka_pl._compat import rows_fingerprint
 from moka_pl.data.batching.collate import MULTIPLE, BatchRows, SharePrefix, padded
 from moka_pl.data.batching.loader import ResumableDataLoader
+from moka_pl.data.batching.order import Order, order_options
 from moka_pl.data.batching.report import epoch_report
 from moka_pl.data.batching.samplers import (
     EvalSampler,
@@ -236,8 +237,24 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
             BatchRows(encoded.rows, self.pad_id),
             sampler=sampler,
             epoch_batches=self._epoch_batches(len(sampler)),
+            order=self.batch_order,
             **self._loading(),
         )
+
+    @property
+    def batch_order(self) -> Order:
+        """What decides the training batches, by option; of the rows only once they are loaded."""
+        train = self._encoded.get("train")
+        order = order_options(self) | {"max_length": self.row_length, "ranks": self._rank_and_world()[1]}
+        if train is not None:
+            order |= {"rows": len(train.rows), "data": train.digest, "prompt": self.prompt_key}
+        return order
+
+    @property
+    def validation_digest(self) -> str | None:
+        """A hash of the validation rows; None without any."""
+        rows = self._encoded.get("validation")
+        return None if rows is None else rows.digest
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Lets the module prepare a batch while it is on the CPU."""

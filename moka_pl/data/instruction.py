@@ -7,8 +7,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl.data.base import SplitDataModule
+from moka_pl.data.batching.order import Order
 from moka_pl.data.batching.streaming import StreamedBatches, StreamedRecords, StreamLoader
 from moka_pl.data.catalog import find_corpus
+from moka_pl.data.encoding.digest import sources_digest
 from moka_pl.data.encoding.examples import Encoded, SegmentEncoder, adds_bos
 from moka_pl.data.formats.instruction import INSTRUCTION_FIELDS, instruction_features, parse_instruction
 from moka_pl.data.formats.trees import TreePaths, join_trees
@@ -145,8 +147,25 @@ class InstructionData(SplitDataModule):
         label = f"{self.name} train"
         rank_zero_info(f"{label}: streaming; the number of examples is unknown in advance")
         return StreamLoader(
-            batches, self.num_workers, self._stream_length(), label, pin_memory=torch.cuda.is_available()
+            batches,
+            self.num_workers,
+            self._stream_length(),
+            label,
+            pin_memory=torch.cuda.is_available(),
+            order=self.batch_order,
         )
+
+    @property
+    def batch_order(self) -> Order:
+        """What decides the training batches, by option; see the base class."""
+        if not self.streaming:
+            return super().batch_order
+        return super().batch_order | {
+            "data": sources_digest(self._shards("train")),
+            "prompt": self.prompt,
+            "stream_buffer": self.stream_buffer,
+            "num_workers": self.num_workers,  # each has a position of its own
+        }
 
     def _stream(self) -> StreamedRecords:
         return StreamedRecords(self._shards("train"), self.columns, self.seed)

@@ -119,6 +119,12 @@ class MixtureData(MokaDataModule):
         """Most tokens of a training row, without padding: the parts' largest max_length."""
         return max(part.row_length for part in self.parts)
 
+    @property
+    def validation_digest(self) -> str | None:
+        """The hashes of all parts' validation rows."""
+        digests = [digest for part in self.parts if (digest := part.validation_digest) is not None]
+        return " ".join(digests) or None
+
     def encode(self, split: str) -> Encoded | None:
         """The parts' encoded training rows, concatenated; None for evaluation, where parts stay separate."""
         from datasets import concatenate_datasets

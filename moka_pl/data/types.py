@@ -152,6 +152,16 @@ class DataDefaults:
     report: Mapping[str, EncodingReport] = MappingProxyType({})
 
     @property
+    def batch_order(self) -> Mapping[str, object]:
+        """What decides the training batches, by option; checkpoints hold it."""
+        return {}
+
+    @property
+    def validation_digest(self) -> str | None:
+        """A hash of the validation rows, if there are any that are known."""
+        return None
+
+    @property
     def eval_sets(self) -> Sequence[tuple[str, Sequence[str]]]:
         """(name, tasks) of each validation or test dataloader, in order; no tasks for plain text."""
         return [("data", [])]

@@ -1,12 +1,13 @@
 """A DataLoader that a checkpoint in the middle of an epoch can resume."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from moka_pl.data.batching.order import check_order
 from moka_pl.data.batching.samplers import GlobalBatchSampler
 from moka_pl.errors import DataError
 
@@ -21,25 +22,38 @@ class ResumableDataLoader(DataLoader[Any]):
     Args:
         *args: As for ``DataLoader``.
         epoch_batches: Batches that make an epoch where that is fewer than all (``limit_train_batches``).
+        order: What decides the batches, by option; a state of other values is refused.
         **kwargs: As for ``DataLoader``.
     """
 
-    def __init__(self, *args: Any, epoch_batches: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        epoch_batches: int | None = None,
+        order: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         # Its own generator: the seeds of the workers then take nothing from the global one, which a resumed
         # run would otherwise find in another state than the uninterrupted run.
         if kwargs.get("generator") is None:
             kwargs["generator"] = torch.Generator()
         super().__init__(*args, **kwargs)
         self.epoch_batches = epoch_batches
+        self.order = dict(order or {})
         self._served = 0
         self._start = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches served in the current epoch."""
-        return {"served": self._served}
+        """The number of batches served in the current epoch, and of which order."""
+        return {"served": self._served} | ({"order": self.order} if self.order else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Starts the next iteration after the served batches; a finished epoch restarts."""
+        """Starts the next iteration after the served batches; a finished epoch restarts.
+
+        Raises:
+            DataError: The state is of other batches than this loader's.
+        """
+        check_order(state_dict.get("order"), self.order)
         served = int(state_dict["served"])
         total = len(self)
         if served > total:

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moka_pl.data.batching.collate import collate_tokens
+from moka_pl.data.batching.order import check_order
 from moka_pl.data.encoding.examples import SegmentEncoder
 from moka_pl.data.encoding.report import COUNTED, DROPPED, EncodingReport, count_rows
 from moka_pl.data.formats.instruction import parse_instruction
@@ -237,6 +238,7 @@ class StreamLoader(DataLoader[Any]):
         length: Batches after which the run ends; None makes an iteration one pass.
         label: What the examples are called in messages.
         pin_memory: As for ``DataLoader``.
+        order: What decides the batches, by option; a state of other values is refused.
     """
 
     def __init__(
@@ -246,6 +248,7 @@ class StreamLoader(DataLoader[Any]):
         length: int | None = None,
         label: str = "stream",
         pin_memory: bool = False,
+        order: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(
             dataset,
@@ -259,6 +262,7 @@ class StreamLoader(DataLoader[Any]):
         self.stream = dataset
         self.length = length
         self.label = label
+        self.order = dict(order or {})
         self._epoch = 0
         self._turn = 0
         self._workers: dict[int, State] = {}
@@ -282,15 +286,17 @@ class StreamLoader(DataLoader[Any]):
             "turn": self._turn,
             "workers": dict(self._workers),
             "num_workers": self.num_workers,
+            "order": self.order,
         }
 
     def load_state_dict(self, state_dict: State) -> None:
-        """Continues from a saved state, which must have as many workers, else a ``DataError``."""
+        """Continues from a state of as many workers and of the same batches; else a ``DataError``."""
         if state_dict["num_workers"] != self.num_workers:
             raise DataError(
                 f"the checkpoint was saved with num_workers={state_dict['num_workers']}, but this run has "
                 f"{self.num_workers}. Resume the stream with the same number"
             )
+        check_order(state_dict.get("order"), self.order)
         self._epoch, self._turn = state_dict["epoch"], state_dict["turn"]
         self._workers = {int(worker): state for worker, state in state_dict["workers"].items()}
 

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from moka_pl._compat import rows_fingerprint
+from moka_pl.data.encoding.digest import rows_digest
 from moka_pl.data.encoding.report import COUNTED, DROPPED, KEPT, TRUNCATED, EncodingReport, count_rows
 from moka_pl.data.reading import progress_bars
 from moka_pl.errors import DataError
@@ -38,6 +40,11 @@ class Encoded:
 
     rows: "Dataset"
     report: EncodingReport
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the content of the rows."""
+        return rows_digest(self.rows)
 
 
 class Encoder(Protocol):
