@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from moka_pl.data.encoding.examples import EncodedRow, Row, count_features
+from moka_pl.data.encoding.pieces import tokenize_pieces
 from moka_pl.data.encoding.report import DROPPED, KEPT, TRUNCATED
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class ChoiceEncoder:
     for all options. At least one token stays before an option.
 
     Attributes:
-        tokenizer: A fast tokenizer (character offsets are needed).
+        tokenizer: A fast tokenizer.
         prompt: Turns a row into the text before the options.
         options: Turns a row into the texts of the options, each as it continues the prompt.
         max_length: Most tokens of prompt and option together.
@@ -110,19 +111,7 @@ class ChoiceEncoder:
     def _split(self, prompt: str, options: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """Tokenises prompt and option together, as in training, and parts the tokens at the option's start.
 
-        Options start with a space, where tokenizers split, so the prompt's tokens are the same before all.
+        The prompt's tokens are the same before all options.
         """
-        prompt_ids: list[int] = []
-        option_ids: list[list[int]] = []
-        for option in options:
-            encoding = self.tokenizer(
-                prompt + option, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            ids = list(encoding["input_ids"])
-            offsets = encoding["offset_mapping"]
-            border = next(
-                (i for i, (start, end) in enumerate(offsets) if end > start >= len(prompt)), len(ids)
-            )
-            prompt_ids = ids[:border]
-            option_ids.append(ids[border:])
-        return prompt_ids, option_ids
+        pairs = [tokenize_pieces(self.tokenizer, [prompt, option]) for option in options]
+        return pairs[0][0], [option_ids for _, option_ids in pairs]

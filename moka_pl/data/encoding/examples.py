@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from moka_pl._compat import rows_fingerprint
 from moka_pl.data.encoding.digest import rows_digest
+from moka_pl.data.encoding.pieces import tokenize_pieces
 from moka_pl.data.encoding.report import COUNTED, DROPPED, KEPT, TRUNCATED, EncodingReport, count_rows
 from moka_pl.data.reading import progress_bars
 from moka_pl.errors import DataError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
-ENCODING_VERSION = 3
+ENCODING_VERSION = 4
 """Raise it when the same text gives other columns: caches of older versions are then left alone."""
 
 QUIET_ROWS = 20_000
@@ -97,12 +98,13 @@ def count_features() -> dict[str, Any]:
 class SegmentEncoder:
     """Encodes one row to ``input_ids`` and ``labels``.
 
-    The text is tokenised as a whole, so that its tokens are those the model meets at inference. A token is
-    trained when all of its characters lie in trained segments; ``labels`` are aligned with ``input_ids`` (the
-    loss shifts them). What is longer than ``max_length`` is cut on the right.
+    The text is tokenised as a whole, so that its tokens are those the model meets at inference, where a
+    prompt ends before the model goes on (see ``tokenize_pieces``). A token is trained when it belongs to a
+    trained segment, white space included; ``labels`` are aligned with ``input_ids`` (the loss shifts them).
+    What is longer than ``max_length`` is cut on the right.
 
     Attributes:
-        tokenizer: A fast tokenizer (character offsets are needed).
+        tokenizer: A fast tokenizer.
         segments: Turns a row into segments.
         max_length: Most tokens of an example, special tokens included.
         bos: Put the beginning-of-sequence token first: ``adds_bos(tokenizer)`` for plain prompts, False for
@@ -119,20 +121,16 @@ class SegmentEncoder:
 
     def __call__(self, row: Row) -> EncodedRow:
         """Encodes ``row``; a row without a trained token comes back with the status DROPPED."""
-        segments = self.segments(row)
-        text = "".join(segment.text for segment in segments)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = list(encoding["input_ids"])
-        spans = _trained_spans(segments)
-        labels = [
-            token if _inside(start, end, spans) else IGNORE_INDEX
-            for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
-        ]
-        if segments and segments[-1].end:
-            # The id rather than its text: ``pad == eos`` or an odd tokenizer cannot lose it.
-            eos = eos_id(self.tokenizer)
-            ids.append(eos)
-            labels.append(eos if segments[-1].trained else IGNORE_INDEX)
+        ids: list[int] = []
+        labels: list[int] = []
+        stretches = _stretches(self.segments(row))
+        pieces = tokenize_pieces(self.tokenizer, [stretch.text for stretch in stretches])
+        for stretch, piece in zip(stretches, pieces, strict=True):
+            if stretch.end:
+                # The id rather than its text: ``pad == eos`` or an odd tokenizer cannot lose it.
+                piece = [*piece, eos_id(self.tokenizer)]
+            ids += piece
+            labels += piece if stretch.trained else [IGNORE_INDEX] * len(piece)
         if self.bos:
             ids.insert(0, self.tokenizer.bos_token_id)
             labels.insert(0, IGNORE_INDEX)
@@ -235,10 +233,9 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the tokenizer by itself puts its beginning-of-sequence token before a text."""
     if tokenizer.bos_token_id is None:
         return False
-    special = (
-        tokenizer.build_inputs_with_special_tokens([]) if not tokenizer.is_fast else tokenizer("").input_ids
-    )
-    return bool(special) and special[0] == tokenizer.bos_token_id
+    # Around some text: a tokenizer may put the same token at the end.
+    special, plain = (tokenizer("a", add_special_tokens=added).input_ids for added in (True, False))
+    return special[:1] == [tokenizer.bos_token_id] and not (plain and special[: len(plain)] == plain)
 
 
 def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -265,20 +262,12 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _trained_spans(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """Character ranges (start, end) of the trained segments; neighbours are joined."""
-    spans: list[tuple[int, int]] = []
-    position = 0
+def _stretches(segments: Sequence[Segment]) -> list[Segment]:
+    """Joins neighbouring segments that are trained or not alike, unless an end token parts them."""
+    stretches: list[Segment] = []
     for segment in segments:
-        end = position + len(segment.text)
-        if segment.trained and segment.text:
-            if spans and spans[-1][1] == position:
-                spans[-1] = (spans[-1][0], end)
-            else:
-                spans.append((position, end))
-        position = end
-    return spans
-
-
-def _inside(start: int, end: int, spans: Sequence[tuple[int, int]]) -> bool:
-    return end > start and any(first <= start and end <= last for first, last in spans)
+        if stretches and stretches[-1].trained == segment.trained and not stretches[-1].end:
+            stretches[-1] = replace(segment, text=stretches[-1].text + segment.text)
+        else:
+            stretches.append(segment)
+    return stretches
