@@ -1,9 +1,16 @@
-"""Small helpers: silencing other libraries, and checking output folders."""
+"""Small helpers: silencing other libraries, checking output folders, and replacing folders whole."""
 
+import errno
 import logging
+import os
+import re
+import shutil
+import sys
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moka_pl.errors import ConfigError
@@ -41,3 +48,205 @@ def unwritable_reason(folder: Path) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def write_failure(error: OSError, folder: Path, size: int | None = None) -> str:
+    """Returns why writing failed; where a disk or a quota is full, with the space needed and free.
+
+    Args:
+        error: What the system said.
+        folder: Where it was written, or would have been.
+        size: Bytes to write, if known.
+    """
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return reason
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    needed = "" if size is None else f"{_mebibytes(size)} needed, "
+    return f"{reason} ({needed}{_mebibytes(shutil.disk_usage(folder).free)} free)"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size:,} bytes"
+
+
+# Replacing a folder. A scratch folder `.<name>-<8 characters>` beside it holds the new contents: as `new`
+# while they are written, then as `whole`. Its process has locked it, until it ends or is killed.
+
+_TOKEN = "[a-z0-9_]{8}"
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder that takes the place of ``path``, once the body has ended without an error.
+
+    A kill at any instruction leaves at ``path`` the older folder or the new one, whole: the system exchanges
+    their names. Where it cannot (some network file systems), the older one is called ``<name>.older-<…>`` for
+    an instant, and :func:`recover_folder` gives it its name back. What killed processes have left beside
+    ``path`` is cleared away.
+
+    Raises:
+        OSError: If nothing can be written there. ``path`` is then unchanged.
+    """
+    path = Path(os.path.realpath(path))  # beside the folder itself, where `path` is a link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
+    _clear_left_overs(path)
+    scratch, lock = _make_scratch(path)
+    try:
+        new = scratch / "new"
+        new.mkdir()
+        yield new
+        whole = new.rename(scratch / "whole")
+        _put(whole, path, path.with_name(f"{path.name}.older-{scratch.name[-8:]}"))
+        _sync_folder(path.parent)
+    finally:
+        # Never the only copy: the older folder lies in it only where the new one has its place.
+        shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def recover_folder(path: Path) -> None:
+    """Gives a missing folder back, if a process was killed while it replaced it."""
+    path = Path(os.path.realpath(path))
+    for _ in range(100):  # a living process is about to finish
+        copies = [] if os.path.lexists(path) else _left_overs(path)
+        for folder, owner in sorted(copies, key=lambda copy: _age(copy[0])):
+            with _abandoned(owner) as free, suppress(OSError):  # a disk that cannot be written, perhaps
+                if free and not os.path.lexists(path):
+                    folder.rename(path)
+                    warnings.warn(
+                        f"{path} was left under the name {folder} by a killed process and has its own again",
+                        stacklevel=2,
+                    )
+                    return
+        if not copies:
+            return
+        time.sleep(0.01)
+
+
+def _age(folder: Path) -> float:
+    try:
+        return -folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _left_overs(path: Path) -> list[tuple[Path, Path]]:
+    """Returns the whole copies of ``path`` beside it, each with the scratch folder of its process."""
+    older = _beside(path, rf"{re.escape(path.name)}\.older-{_TOKEN}")
+    found = [(folder, path.with_name(f".{path.name}-{folder.name[-8:]}")) for folder in older]
+    scratches = _beside(path, rf"\.{re.escape(path.name)}-{_TOKEN}")
+    names = ("whole", "old")  # the second one by earlier versions of this package
+    return found + [(scratch / n, scratch) for scratch in scratches for n in names if (scratch / n).is_dir()]
+
+
+def _clear_left_overs(path: Path) -> None:
+    """Removes what killed processes have left beside ``path``, unless it is the only copy."""
+    for folder, owner in _left_overs(path):
+        with _abandoned(owner) as free:
+            if free and path.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+    for scratch in _beside(path, rf"\.{re.escape(path.name)}-{_TOKEN}"):
+        with suppress(OSError), _abandoned(scratch) as free:
+            if free and {entry.name for entry in scratch.iterdir()} <= {"new"}:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _beside(path: Path, pattern: str) -> list[Path]:
+    """Returns the folders beside ``path`` with a name of this pattern."""
+    if not path.parent.is_dir():
+        return []
+    named = [item for item in path.parent.iterdir() if re.fullmatch(pattern, item.name)]
+    return [item for item in named if item.is_dir() and not item.is_symlink()]
+
+
+def _make_scratch(path: Path) -> tuple[Path, int | None]:
+    """Makes a scratch folder for ``path``, with a lock on it where the system has such locks."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        lock = _lock(scratch, wait=True)
+        if scratch.exists():  # no other process has cleared it away between the two
+            return scratch, lock
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
+def _abandoned(scratch: Path) -> Iterator[bool]:
+    """Tells whether no living process holds a scratch folder; none can take it while the body runs."""
+    lock = _lock(scratch, wait=False)
+    try:
+        yield lock is not None or not scratch.exists()
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path, wait: bool) -> int | None:
+    """Locks a folder for as long as the returned descriptor is open; None if that is impossible."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _put(whole: Path, path: Path, older: Path) -> None:
+    """Puts ``whole`` in the place of ``path``, which may have to be called ``older`` for an instant."""
+    if not os.path.lexists(path):
+        whole.rename(path)
+        return
+    if _exchange(whole, path):
+        return
+    try:
+        path.rename(older)
+        whole.rename(path)
+    finally:
+        if not os.path.lexists(path) and older.exists():
+            older.rename(path)
+    shutil.rmtree(older, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False where the system or the file system cannot."""
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "linux" and hasattr(library, "renameat2"):
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        failed = library.renameat2(here, names[0], here, names[1], exchange)
+    elif sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        failed = library.renamex_np(*names, 2)  # RENAME_SWAP
+    else:
+        return False
+    number = ctypes.get_errno()
+    if failed and number not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        raise OSError(number, os.strerror(number), str(other))
+    return not failed
+
+
+def sync_file(file: Path) -> None:
+    """Waits until a file's contents are on disk: a full disk must show before an older file goes."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -9,7 +9,6 @@ Files:
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from moka_pl.adapters.reading import (
     read_adapter_state,
 )
 from moka_pl.errors import AdapterError
+from moka_pl.ops.finite import non_finite_names
+from moka_pl.utils import replaced_folder, sync_file, write_failure
 from moka_pl.version import __version__
 
 
@@ -57,8 +58,8 @@ def save_adapter(
         extra: Further JSON values to keep (metrics, prompt, step).
 
     Raises:
-        AdapterError: If the disk is full or read-only, or ``path`` is something other than an adapter
-            directory or an empty folder. ``path`` is then unchanged.
+        AdapterError: If the adapter is not finite, the disk is full or read-only, or ``path`` is something
+            other than an adapter directory or an empty folder. ``path`` is then unchanged.
     """
     from safetensors.torch import save
 
@@ -66,29 +67,36 @@ def save_adapter(
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     if not state:
         raise AdapterError("the model has no adapters to save")
+    if bad := non_finite_names(state):
+        raise AdapterError(
+            f"the adapter is not saved in {path}: {len(bad)} of its {len(state)} tensors hold a NaN or an "
+            f"infinity (first {bad[0]}). An older adapter there is unchanged. Lower the learning rate"
+        )
     stored = _contents(config, base, sum(tensor.numel() for tensor in state.values()), extra or {})
+    # Not save_file: it hides OSErrors and makes a file that only its owner may read.
+    weights = save(state, metadata={"format": "pt"})
+    texts = {
+        CONFIG_NAME: json.dumps(stored, indent=2) + "\n",
+        CARD_NAME: model_card(stored, method_of(config)),
+    }
     try:
         if path.exists() and not _replaceable(path):
             raise AdapterError(
                 f"cannot save the adapter to {path}: it is not an adapter directory and would be "
                 "overwritten. Choose a new or empty folder"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            # Not save_file: it hides OSErrors and makes a file that only its owner may read.
-            (new / WEIGHTS_NAME).write_bytes(save(state, metadata={"format": "pt"}))
-            (new / CONFIG_NAME).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-            (new / CARD_NAME).write_text(model_card(stored, method_of(config)), encoding="utf-8")
+        with replaced_folder(path) as new:
+            (new / WEIGHTS_NAME).write_bytes(weights)
+            for name, text in texts.items():
+                (new / name).write_text(text, encoding="utf-8")
             for file in new.iterdir():
-                _sync(file)
+                sync_file(file)
             if path.exists():
                 _carry_over(path, new)
-            _swap(new, path, Path(scratch) / "old")
     except OSError as error:
+        reason = write_failure(error, path.parent, len(weights) + sum(map(len, texts.values())))
         raise AdapterError(
-            f"cannot save the adapter to {path}: {error.strerror or error}. "
+            f"cannot save the adapter to {path}: {reason}. "
             "An older adapter there is unchanged. Free some space or choose another folder"
         ) from error
     return path
@@ -208,12 +216,6 @@ def _replaceable(path: Path) -> bool:
     return path.is_dir() and ((path / CONFIG_NAME).exists() or not any(path.iterdir()))
 
 
-def _sync(file: Path) -> None:
-    """Waits until a file's contents are on disk: a full disk must show before the old adapter goes."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
 def _carry_over(path: Path, new: Path) -> None:
     """Gives the new folder all that is not the adapter's own; the older one keeps it, too."""
     for item in path.iterdir():
@@ -232,18 +234,4 @@ def _link(source: str | Path, target: str | Path) -> None:
     except (OSError, NotImplementedError):
         shutil.copy2(source, target, follow_symlinks=False)
         if not Path(target).is_symlink():
-            _sync(Path(target))
-
-
-def _swap(new: Path, path: Path, old: Path) -> None:
-    """Puts ``new`` in the place of ``path``, keeping the older one until that has worked."""
-    if not path.exists():
-        new.rename(path)
-        return
-    path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:  # an interrupt, too, must not leave the older one to be deleted
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            sync_file(Path(target))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moka_pl.adapters.methods.registry import config_from, method_of
 from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.utils import recover_folder
 from moka_pl.version import __version__
 
 FORMAT_VERSION = 3
@@ -58,6 +59,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         AdapterError: If the folder or a file is missing, malformed, of a newer format or another method.
     """
     path = Path(path)
+    recover_folder(path)
     file = path / CONFIG_NAME
     if not path.is_dir():
         beside = sorted(file.parent.name for file in path.parent.glob(f"*/{CONFIG_NAME}"))

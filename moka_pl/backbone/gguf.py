@@ -1,12 +1,12 @@
 """Converts GGUF files once into an ordinary model folder, which loads in seconds."""
 
 import hashlib
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from moka_pl.backbone.loading import loading, progress_bars, writable
 from moka_pl.errors import BackboneError
+from moka_pl.utils import replaced_folder
 
 _LAYOUT = 1  # raise when a conversion of the same file would come out differently
 
@@ -54,8 +54,6 @@ def _convert(file: Path, target: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-            new = Path(scratch) / "new"
+        with replaced_folder(target) as new:
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
-            new.rename(target)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import stat
@@ -516,3 +517,25 @@ def test_gates_are_told_and_only_sigmoid_ones_need_a_newer_format(
     card = (path / "README.md").read_text(encoding="utf-8")
     assert f"`{equation}`" in card
     assert f"| gating | {gating} |" in card
+
+
+# --- accidents ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_never_saved(value: float, adapter: Path, adapted: nn.Module) -> None:
+    before = contents(adapter.parent)
+    name, parameter = next((n, p) for n, p in adapted.named_parameters() if p.requires_grad)
+    with torch.no_grad():
+        parameter.view(-1)[-1] = value
+    with pytest.raises(AdapterError, match=rf"1 of its \d+ tensors hold a NaN or an infinity \(first {name}"):
+        save_adapter(adapter, adapted, config(), BASE)
+    assert contents(adapter.parent) == before
+
+
+def test_an_adapter_whose_replacement_was_killed_is_found(adapter: Path) -> None:
+    before = contents(adapter)
+    adapter.rename(adapter.with_name(f"{adapter.name}.older-abcd1234"))
+    with pytest.warns(UserWarning, match="by a killed process"):
+        assert read_adapter(adapter).config == config()
+    assert contents(adapter) == before

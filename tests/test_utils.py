@@ -1,0 +1,187 @@
+"""Folders are replaced whole, whatever happens."""
+
+import errno
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moka_pl import utils
+from moka_pl.utils import recover_folder, replaced_folder, write_failure
+
+OLD, NEW = {"weights": b"old", "notes": b"mine"}, {"weights": b"new", "notes": b"mine"}
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A system that exchanges names, and one that cannot."""
+    if request.param == "two renames":
+        monkeypatch.setattr(utils, "_exchange", lambda one, other: False)
+    elif sys.platform not in ("linux", "darwin"):
+        pytest.skip("cannot exchange names")
+    return request.param
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def write(path: Path, files: dict[str, bytes]) -> None:
+    with replaced_folder(path) as new:
+        for name, content in files.items():
+            (new / name).write_bytes(content)
+
+
+def fail(path: Path, error: BaseException) -> None:
+    with replaced_folder(path) as new:
+        (new / "weights").write_bytes(b"half")
+        raise error
+
+
+def test_replaces_and_leaves_nothing_else(tmp_path, system):
+    path = tmp_path / "runs" / "best"
+    for files in (OLD, NEW):
+        write(path, files)
+        assert contents(path) == files
+        assert list(path.parent.iterdir()) == [path]
+
+
+def test_writes_through_a_link(tmp_path, system):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "best").symlink_to("elsewhere")
+    write(tmp_path / "best", NEW)
+    assert (tmp_path / "best").is_symlink()
+    assert contents(tmp_path / "elsewhere") == NEW
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])
+def test_an_error_in_the_body_changes_nothing(tmp_path, system, error):
+    path = tmp_path / "best"
+    write(path, OLD)
+    with pytest.raises(type(error)):
+        fail(path, error)
+    assert contents(tmp_path) == {f"best/{name}": content for name, content in OLD.items()}
+
+
+# What killed processes leave: the files below a folder, and whether `best` is to be found with them.
+LEFT = {
+    "between two renames": (
+        {"best.older-abcd1234/weights": b"old", ".best-abcd1234/whole/weights": b"new"},
+        True,
+    ),
+    "by an earlier version": (
+        {".best-abcd1234/old/weights": b"old", ".best-abcd1234/new/weights": b"new"},
+        True,
+    ),
+    "the first one, whole": ({".best-abcd1234/whole/weights": b"new"}, True),
+    "the first one, half": ({".best-abcd1234/new/weights": b"ne"}, False),
+    "another folder's": ({".best-of-abcd1234/whole/weights": b"new"}, False),
+}
+
+
+@pytest.mark.parametrize(("files", "found"), LEFT.values(), ids=LEFT)
+def test_recovers_the_only_copy_and_clears_away_left_overs(tmp_path, files, found):
+    def leave() -> None:
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+
+    path, others = tmp_path / "best", [tmp_path / ".best-of-abcd1234"] if "best-of" in str(files) else []
+    leave()
+    if found:
+        with pytest.warns(UserWarning, match="best was left under the name .* by a killed process"):
+            recover_folder(path)
+        assert contents(path)["weights"] in (b"old", b"new")
+    else:
+        recover_folder(path)
+        assert not path.exists()
+    leave()
+    write(path, NEW)
+    assert contents(path) == NEW
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
+
+
+def test_leaves_a_living_process_its_folder(tmp_path):
+    path = tmp_path / "best"
+    with replaced_folder(path) as ours:
+        (ours / "weights").write_bytes(b"ours")
+        write(path, OLD)  # another one, meanwhile
+        assert contents(ours) == {"weights": b"ours"}
+    assert contents(path) == {"weights": b"ours"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_says_how_much_space_a_full_disk_lacks(tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    said = write_failure(full, tmp_path / "not" / "there", 5 << 20)
+    assert said.startswith("No space left on device (5.0 MiB needed, ")
+    assert said.endswith(" free)")
+    assert (
+        write_failure(OSError(errno.EROFS, "Read-only file system"), tmp_path, 5) == "Read-only file system"
+    )
+
+
+# Kills at any instruction
+
+POINTS = 75  # of each kind; all of them were tried, and take minutes
+
+
+def run_until(event: float, act: Callable[[int], None], body: Callable[[], None]) -> int:
+    """Runs a body in a child, and an act from one of its instructions on; returns how many it came to."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def trace(frame, kind, arg):
+            nonlocal count
+            frame.f_trace_opcodes = frame.f_code.co_filename == utils.__file__
+            if "moka_pl" in frame.f_code.co_filename or "shutil" in frame.f_code.co_filename:
+                count += 1
+                if count >= event:
+                    act(count - int(event))
+            return trace
+
+        sys.settrace(trace)
+        try:
+            body()
+        finally:
+            sys.settrace(None)
+            os.write(writer, str(count).encode())
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        return int(told.read() or 0)
+
+
+def kill(since: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt_twice(since: int) -> None:
+    if since in (0, 4):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [kill, interrupt_twice])
+@pytest.mark.filterwarnings("ignore:.*by a killed process")
+def test_survives_a_kill_at_any_instruction(tmp_path, system, act, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # of no use to a process that is killed
+    path = tmp_path / "best"
+    write(path, OLD)
+    events = run_until(math.inf, act, lambda: write(path, NEW))
+    assert events > 300
+    for event in range(1, events, events // POINTS):
+        write(path, OLD)
+        assert list(tmp_path.iterdir()) == [path], f"event {event}"
+        run_until(event, act, lambda: write(path, NEW))
+        seen = [item for item in tmp_path.iterdir() if item.name.startswith("best")]
+        assert seen, f"event {event}: nothing to be seen in a shell"
+        recover_folder(path)
+        assert contents(path) in (OLD, NEW), f"event {event}"
