@@ -67,11 +67,7 @@ def save_adapter(
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     if not state:
         raise AdapterError("the model has no adapters to save")
-    if bad := non_finite_names(state):
-        raise AdapterError(
-            f"the adapter is not saved in {path}: {len(bad)} of its {len(state)} tensors hold a NaN or an "
-            f"infinity (first {bad[0]}). An older adapter there is unchanged. Lower the learning rate"
-        )
+    _check_finite(state, path)
     stored = _contents(config, base, sum(tensor.numel() for tensor in state.values()), extra or {})
     # Not save_file: it hides OSErrors and makes a file that only its owner may read.
     weights = save(state, metadata={"format": "pt"})
@@ -100,6 +96,15 @@ def save_adapter(
             "An older adapter there is unchanged. Free some space or choose another folder"
         ) from error
     return path
+
+
+def _check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses to save a NaN or an infinity."""
+    if bad := non_finite_names(state):
+        raise AdapterError(
+            f"the adapter is not saved in {path}: {len(bad)} of its {len(state)} tensors hold a NaN or an "
+            f"infinity (first {bad[0]}). An older adapter there is unchanged. Lower the learning rate"
+        )
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
