@@ -79,7 +79,7 @@ _TOKEN = "[a-z0-9_]{8}"
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Gives an empty folder that takes the place of ``path``, once the body has ended without an error.
+    """Gives the path of a folder to make, which then takes the place of ``path``, unless the body fails.
 
     A kill at any instruction leaves at ``path`` the older folder or the new one, whole: the system exchanges
     their names. Where it cannot (some network file systems), the older one is called ``<name>.older-<…>`` for
@@ -96,7 +96,6 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     scratch, lock = _make_scratch(path)
     try:
         new = scratch / "new"
-        new.mkdir()
         yield new
         whole = new.rename(scratch / "whole")
         _put(whole, path, path.with_name(f"{path.name}.older-{scratch.name[-8:]}"))

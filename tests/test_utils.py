@@ -32,12 +32,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def write(path: Path, files: dict[str, bytes]) -> None:
     with replaced_folder(path) as new:
+        new.mkdir()
         for name, content in files.items():
             (new / name).write_bytes(content)
 
 
 def fail(path: Path, error: BaseException) -> None:
     with replaced_folder(path) as new:
+        new.mkdir()
         (new / "weights").write_bytes(b"half")
         raise error
 
@@ -108,6 +110,7 @@ def test_recovers_the_only_copy_and_clears_away_left_overs(tmp_path, files, foun
 def test_leaves_a_living_process_its_folder(tmp_path):
     path = tmp_path / "best"
     with replaced_folder(path) as ours:
+        ours.mkdir()
         (ours / "weights").write_bytes(b"ours")
         write(path, OLD)  # another one, meanwhile
         assert contents(ours) == {"weights": b"ours"}

@@ -82,6 +82,7 @@ def save_adapter(
                 "overwritten. Choose a new or empty folder"
             )
         with replaced_folder(path) as new:
+            new.mkdir()
             (new / WEIGHTS_NAME).write_bytes(weights)
             for name, text in texts.items():
                 (new / name).write_text(text, encoding="utf-8")
