@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moka_pl.adapters.filters import AUTO, filter_shapes
+from moka_pl.adapters.filters import AUTO, check_size, filter_shapes
+from moka_pl.adapters.schema import check_values, shown
 from moka_pl.errors import ConfigError
 from moka_pl.ops.dispatch import BACKENDS
 from moka_pl.ops.gating import GATINGS, Gating
@@ -82,6 +83,10 @@ class MokaConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Refuses invalid values before anything is loaded."""
+        for option, names in (("gating", GATINGS), ("backend", BACKENDS), ("start", ("zero", "gradient"))):
+            if (value := getattr(self, option)) not in names:
+                raise ConfigError(f"unknown {option} {shown(value)}; choose one of {', '.join(names)}")
+        check_values(type(self), {name: value for name, value in vars(self).items() if name != "filters"})
         # A layer of any size reveals an unknown name or a malformed list; whether a listed filter fits
         # the real layers is checked once the model is loaded.
         if isinstance(self.filters, str) and self.filters.endswith(".json"):
@@ -96,9 +101,6 @@ class MokaConfig(AdapterConfig):
             size = 64 if isinstance(self.filters, str) else 1 << 30
             known = "diverse" if self.filters == AUTO else self.filters
             filter_shapes(known, self.components, size, size)
-        for option, names in (("gating", GATINGS), ("backend", BACKENDS), ("start", ("zero", "gradient"))):
-            if (value := getattr(self, option)) not in names:
-                raise ConfigError(f"unknown {option} {value!r}; choose one of {', '.join(names)}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.scaling is not None and not 0 < self.scaling < math.inf:
@@ -132,7 +134,8 @@ class MokaConfig(AdapterConfig):
             n: Its input features.
 
         Raises:
-            ConfigError: If the filters do not fit the layer, or are listed by layer without it.
+            ConfigError: If the filters do not fit the layer, are listed by layer without it, or hold far more
+                entries than the layer itself.
         """
         filters = self.filters
         if isinstance(filters, dict):
@@ -142,7 +145,9 @@ class MokaConfig(AdapterConfig):
                     f"{name or 'this layer'}; list every layer that target_modules adapts"
                 )
             filters = filters[name]
-        return filter_shapes(filters, self.components, m, n)
+        shapes = filter_shapes(filters, self.components, m, n)
+        check_size(shapes, m, n)
+        return shapes
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options as plain JSON values."""
@@ -155,7 +160,7 @@ def _read_filters(file: Path) -> dict[str, list[list[int]]]:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the filters file {file}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the filters file {file} is not JSON: {error}") from error
     if not isinstance(stored, dict) or not stored or not all(isinstance(v, list) for v in stored.values()):
         raise ConfigError(

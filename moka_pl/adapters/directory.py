@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
+from moka_pl.adapters.methods.base import check_tensors
 from moka_pl.adapters.methods.registry import inject_adapter, method_in, method_of, unload
 from moka_pl.adapters.model_card import model_card
 from moka_pl.adapters.reading import (
@@ -25,9 +26,10 @@ from moka_pl.adapters.reading import (
     AdapterInfo,
     BaseModel,
     read_adapter,
+    read_adapter_shapes,
     read_adapter_state,
 )
-from moka_pl.errors import AdapterError
+from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.utils import replaced_folder, sync_file, write_failure
 from moka_pl.version import __version__
@@ -119,8 +121,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
     Raises:
         AdapterError: On missing or unexpected tensors or other shapes; the model is then unchanged.
     """
-    remedy = "It was saved with other target_modules, components or filters, or for another base model"
-    check_tensors(state, adapter_state(model), source, remedy)
+    check_tensors(state, adapter_state(model), source)
     method = method_in(model)
     if method is None:
         return
@@ -129,32 +130,6 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
         if layer.merged_layer is not None:  # what was folded in is out of date
             layer.unmerge()
             layer.merge()
-
-
-def check_tensors(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path, remedy: str
-) -> None:
-    """Refuses tensors that do not have exactly the names and shapes of the expected ones.
-
-    Args:
-        state: Tensors by name.
-        expected: The model's own tensors by name.
-        source: Origin of ``state``, for messages.
-        remedy: The last sentence of messages.
-    """
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unexpected:
-        counts = ", ".join(
-            f"{kind} tensors: {len(names)}{f' (first {names[0]})' if names else ''}"
-            for kind, names in (("missing", missing), ("unexpected", unexpected))
-        )
-        raise AdapterError(f"{source} does not fit this model: {counts}. {remedy}")
-    for name, tensor in expected.items():
-        if tensor.shape != state[name].shape:
-            raise AdapterError(
-                f"{source} does not fit this model: {name} is {tuple(state[name].shape)}, "
-                f"the model expects {tuple(tensor.shape)}. {remedy}"
-            )
 
 
 def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = None) -> AdapterInfo:
@@ -170,11 +145,14 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
             are then left in the model.
     """
     info = read_adapter(path)
-    state = read_adapter_state(path)
     info.check_base(fingerprint, path)
-    inject_adapter(model, info.config)
+    shapes = read_adapter_shapes(path)
     try:
-        load_adapter_state(model, state, path)
+        inject_adapter(model, info.config, saved=shapes)
+    except (AdapterError, ConfigError) as error:
+        raise AdapterError(f"{path}: {error}") from error
+    try:
+        load_adapter_state(model, read_adapter_state(path), path)
     except AdapterError:
         if method_of(info.config).keeps_base:
             unload(model)

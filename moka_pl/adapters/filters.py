@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 
+from moka_pl.adapters.schema import shown
 from moka_pl.errors import ConfigError
 from moka_pl.ops.layout import Shape
 
@@ -18,6 +19,12 @@ ASPECT_RATIOS = (1.0, 1 / 4, 4.0, 1 / 16, 16.0)
 
 #: MoKA_s aims at this share of the diverse filters' entries (the paper's 4.2 M against 5.2 M).
 PRIME_BUDGET = 0.8
+
+#: More components are a mistake: a hundred times the paper's.
+MAX_COMPONENTS = 1024
+
+#: Factors may hold as many entries as their layer, and in small layers as many as this.
+_SMALL_LAYER = 2**16
 
 #: Filters that a training run chooses from its first batches (:mod:`moka_pl.training.auto_filters`).
 AUTO = "auto"
@@ -48,6 +55,8 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
     """
     if components < 1:
         raise ConfigError(f"components must be at least 1, not {components}")
+    if components > MAX_COMPONENTS:
+        raise ConfigError(f"components must be at most {MAX_COMPONENTS}, not {shown(components)}")
     if isinstance(filters, str):
         if filters == "diverse":
             return tuple(
@@ -60,10 +69,29 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
         if filters == AUTO:
             raise ConfigError(f"filters: auto needs a training run; without a trainer, {WITHOUT_TRAINER}")
         raise ConfigError(
-            f"unknown filters {filters!r}; choose one of diverse, square, prime, {AUTO}, or give "
+            f"unknown filters {shown(filters)}; choose one of diverse, square, prime, {AUTO}, or give "
             "a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
         )
     return _explicit_shapes(filters, components, m, n)
+
+
+def check_size(shapes: Sequence[Shape], m: int, n: int) -> None:
+    """Refuses components for an m × n layer that together hold far more entries than the layer itself.
+
+    Args:
+        shapes: The components' shapes.
+        m: Output features.
+        n: Input features.
+
+    Raises:
+        ConfigError: Naming both sizes.
+    """
+    entries = sum(shape.num_parameters for shape in shapes)
+    if entries > max(m * n, _SMALL_LAYER):
+        raise ConfigError(
+            f"{len(shapes)} components hold {entries:,} entries for a layer of {m} × {n} = {m * n:,}; "
+            "set fewer components or smaller filters"
+        )
 
 
 def listed(shape: Shape) -> list[int]:
@@ -170,6 +198,10 @@ def _primes_up_to(limit: int) -> tuple[int, ...]:
 
 
 def _explicit_shapes(filters: Sequence[Sequence[int]], components: int, m: int, n: int) -> tuple[Shape, ...]:
+    if not isinstance(filters, (list, tuple)):
+        raise ConfigError(
+            f"filters must be a name, a list or a mapping of layers to lists, not {shown(filters)}"
+        )
     if len(filters) not in (1, components):
         raise ConfigError(
             f"filters lists {len(filters)} shapes for {components} components; "
@@ -183,7 +215,7 @@ def _explicit_shapes(filters: Sequence[Sequence[int]], components: int, m: int, 
             or any(not isinstance(s, int) or isinstance(s, bool) or s < 1 for s in sizes)
         ):
             raise ConfigError(
-                f"filter {sizes!r} is not [m_a, n_a], [m_a, n_a, m_b, n_b] or [k, m_b, n_b] "
+                f"filter {shown(sizes)} is not [m_a, n_a], [m_a, n_a, m_b, n_b] or [k, m_b, n_b] "
                 "in positive whole numbers"
             )
         identity = len(sizes) == 3
@@ -191,7 +223,7 @@ def _explicit_shapes(filters: Sequence[Sequence[int]], components: int, m: int, 
         m_b, n_b = sizes[-2:] if len(sizes) > 2 else (math.ceil(m / m_a), math.ceil(n / n_a))
         if max(m_a, m_b) > m or max(n_a, n_b) > n:
             raise ConfigError(
-                f"filter {list(sizes)!r} has a factor larger than the layer ({m} outputs, {n} inputs)"
+                f"filter {shown(list(sizes))} has a factor larger than the layer ({m} outputs, {n} inputs)"
             )
         shapes.append(Shape(m_a, n_a, m_b, n_b, identity))
     return tuple(shapes * components if len(shapes) == 1 else shapes)

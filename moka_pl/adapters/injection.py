@@ -1,55 +1,102 @@
 """Finds the layers to adapt in a model, and the adapted ones."""
 
 import difflib
-import re
+from collections.abc import Collection
 
 from torch import nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.patterns import Pattern, compile_pattern, matching
+from moka_pl.adapters.reach import text_reach
 from moka_pl.errors import AdapterError
 
-
-def matches(name: str, pattern: list[str] | str | None) -> bool:
-    """Whether a module's full name matches a pattern: a list of dotted suffixes, or a regex."""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern or ())
+ALL_LINEAR = "all-linear"
 
 
-def find_targets(model: nn.Module, config: MokaConfig) -> list[str]:
+def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | None = None) -> list[str]:
     """Returns the full names of the linear layers that ``config`` adapts, in model order.
 
+    Layers that no text passes through, such as those of a vision tower, count only where they are named by a
+    regular expression, their full name, or that part's name.
+
+    Args:
+        model: The model, without adapters.
+        config: The adapter's configuration.
+        saved: Names of the layers of a saved adapter, which alone count; None for a new one.
+
     Raises:
-        AdapterError: If nothing matches (naming the nearest names), a match is not a linear layer, or the
-            model has adapters already.
+        AdapterError: If nothing matches (naming the nearest names), a match cannot be adapted, or the model
+            has adapters already.
     """
     for pattern in (config.target_modules, config.exclude_modules):
         if isinstance(pattern, str):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise AdapterError(f"{pattern!r} is not a valid regular expression: {error}") from error
+            compile_pattern(pattern)
     modules = dict(model.named_modules())
     present = [name for name, module in modules.items() if isinstance(module, MokaLinear)]
     if present:
         raise AdapterError(f"the model already has adapters (at {present[0]}); unload them first")
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    if config.target_modules == "all-linear":
-        getter = getattr(model, "get_output_embeddings", None)
-        head = getter() if callable(getter) else None
+    if config.target_modules == ALL_LINEAR:
+        head = output_head(model)
         targets = [name for name in linear if modules[name] is not head]
     else:
-        targets = [name for name in modules if name and matches(name, config.target_modules)]
-    kept = [name for name in targets if not matches(name, config.exclude_modules)]
+        targets = matching(filter(None, modules), config.target_modules)
+    excluded = set(matching(targets, config.exclude_modules))
+    kept = [name for name in targets if name not in excluded]
     if not kept:
-        raise AdapterError(_nothing_matches(config, linear, excluded=bool(targets)))
+        raise AdapterError(_nothing_matches(model, config, excluded=bool(targets)))
     for name in kept:
         if not isinstance(modules[name], nn.Linear):
             raise AdapterError(
                 f"target {name} is a {type(modules[name]).__name__}; only linear layers can be adapted"
             )
-    return kept
+    if saved is not None:
+        return [name for name in kept if name in saved] or kept
+    return suitable_targets(model, kept, config.target_modules)
+
+
+def suitable_targets(model: nn.Module, names: list[str], pattern: Pattern) -> list[str]:
+    """Returns those of some linear layers that text passes through and that can be adapted.
+
+    Args:
+        model: The model, without adapters.
+        names: Full names of the layers that ``pattern`` matches.
+        pattern: What ``target_modules`` says: ``all-linear`` leaves out what cannot be adapted.
+
+    Raises:
+        AdapterError: If a layer that is named cannot be adapted, or none is left.
+    """
+    unreached, unsuitable = text_reach(model)
+    reached = [name for name in names if name not in unreached or _names_part(pattern, name, unreached[name])]
+    if not reached:
+        part = unreached[names[0]]
+        raise AdapterError(
+            f"target_modules {pattern!r} matches only layers that no text passes through (in {part}); name "
+            "others, or give these by a regular expression"
+        )
+    refused = [name for name in reached if name in unsuitable]
+    if refused and pattern != ALL_LINEAR:
+        raise AdapterError(
+            f"target {refused[0]} cannot be adapted: {unsuitable[refused[0]]}; add it to exclude_modules"
+        )
+    if len(refused) == len(reached):
+        raise AdapterError(f"no linear layer can be adapted (first {refused[0]}: {unsuitable[refused[0]]})")
+    return [name for name in reached if name not in unsuitable]
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Returns the model's output head, if it has one."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _names_part(pattern: Pattern, name: str, part: str) -> bool:
+    """Whether a pattern means a layer although no text passes through that part of the model."""
+    if isinstance(pattern, str):
+        return pattern != ALL_LINEAR
+    own = part.rpartition(".")[2]
+    return any(entry == name or own in entry.split(".") for entry in pattern or ())
 
 
 def moka_layers(model: nn.Module) -> dict[str, MokaLinear]:
@@ -69,12 +116,15 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _nothing_matches(config: MokaConfig, linear: list[str], excluded: bool) -> str:
+def _nothing_matches(model: nn.Module, config: MokaConfig, excluded: bool) -> str:
     if excluded:
         return (
             f"exclude_modules {config.exclude_modules!r} excludes every layer that "
             f"target_modules {config.target_modules!r} matches"
         )
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if len(linear) <= 1 and any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        return "this model has Conv1D layers, as GPT-2, in place of linear ones; they cannot be adapted"
     suffixes = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     near = [

@@ -111,6 +111,16 @@ class MokaLinear(nn.Module):
             nn.init.zeros_(self.moka_gate)
 
     @property
+    def weight(self) -> Tensor:
+        """The frozen weight W, or W + ΔW while merged: its dtype and device are what models ask for."""
+        return (self.base_layer if self.merged_layer is None else self.merged_layer).weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias, if there is one."""
+        return self.base_layer.bias
+
+    @property
     def components(self) -> int:
         """Number r of components."""
         return len(self.shapes)

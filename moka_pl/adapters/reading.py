@@ -1,14 +1,20 @@
 """Reads adapter directories, which may come from strangers."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from moka_pl.adapters.methods.registry import config_from, method_of
-from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.adapters.schema import check_values, shown
+from moka_pl.backbone.config import BackboneConfig
+from moka_pl.errors import AdapterError, ConfigError, one_line
+from moka_pl.ops.finite import non_finite_names
 from moka_pl.utils import recover_folder
 from moka_pl.version import __version__
 
@@ -16,6 +22,11 @@ FORMAT_VERSION = 3
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+
+#: Bytes; that of a thousand layers with filters of their own has one million.
+_LONGEST_CONFIG = 2**24
+#: What adapters are made of, by its name in the file.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass
@@ -52,6 +63,28 @@ class AdapterInfo:
             )
 
 
+class _Stored(TypedDict, total=False):
+    """Fields of ``adapter_config.json`` beside the method's own."""
+
+    format_version: int
+    peft_type: str
+    base_model_name_or_path: str
+    revision: str | None
+    base_fingerprint: str
+    base_options: dict[str, Any]
+    trainable_parameters: int
+    extra: dict[str, Any]
+
+
+class _Extra(TypedDict, total=False):
+    """Known fields of ``extra``."""
+
+    metrics: dict[str, float] | None
+    step: int | None
+    metrics_step: int | None
+    prompt: str | None
+
+
 def read_adapter(path: str | Path) -> AdapterInfo:
     """Reads and checks ``adapter_config.json`` of an adapter directory.
 
@@ -60,60 +93,147 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     """
     path = Path(path)
     recover_folder(path)
-    file = path / CONFIG_NAME
-    if not path.is_dir():
-        beside = sorted(file.parent.name for file in path.parent.glob(f"*/{CONFIG_NAME}"))
-        instead = f"; found {', '.join(beside)} beside it" if beside else ""
-        raise AdapterError(f"{path} is not an adapter directory: no such folder{instead}")
-    if not file.is_file():
-        raise AdapterError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}")
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{file} is damaged: {error}. Copy the adapter again") from error
-    ours = isinstance(stored, dict) and (stored.get("peft_type") == "MOKA" or "method" in stored)
+    file, stored = path / CONFIG_NAME, _read_config(path)
+    ours = stored.get("peft_type") == "MOKA" or "method" in stored
     if not ours or not isinstance(stored.get("peft_type"), str):
-        kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
         raise AdapterError(
-            f"{file} is not a moka_pl adapter (its peft_type is {kind!r}). Give a folder that moka_pl saved"
+            f"{file} is not a moka_pl adapter (its peft_type is {shown(stored.get('peft_type'))}). "
+            "Give a folder that moka_pl saved"
         )
     version = stored.get("format_version")
-    if not isinstance(version, int):
-        raise AdapterError(f"{file} has no format_version; copy the adapter again")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise AdapterError(
+            f"{file} has no format_version from 1 on, but {shown(version)}; copy the adapter again"
+        )
     if version > FORMAT_VERSION:
         raise AdapterError(
-            f"{path} has adapter format {version}, but moka_pl {__version__} reads up to {FORMAT_VERSION}. "
-            "Upgrade moka_pl"
+            f"{path} has adapter format {shown(version)}, but moka_pl {__version__} reads up to "
+            f"{FORMAT_VERSION}. Upgrade moka_pl"
         )
     try:
-        config = config_from(stored)
+        check_values(_Stored, stored)
+        check_values(_Extra, stored.get("extra", {}), "extra.")
+        check_values(BackboneConfig, stored.get("base_options", {}), "base_options.")
         base = BaseModel(
             name=stored["base_model_name_or_path"],
             revision=stored.get("revision"),
             fingerprint=stored.get("base_fingerprint", ""),
             options=stored.get("base_options", {}),
         )
+        config = config_from(stored)
         method_of(config)
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{file} is damaged: {error}. Copy the adapter again") from error
+    except KeyError as error:
+        raise AdapterError(f"{file} is damaged: it has no {error.args[0]}. Copy the adapter again") from error
+    except (ConfigError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise AdapterError(f"{file} is damaged: {one_line(error)}. Copy the adapter again") from error
     return AdapterInfo(config, base, stored.get("extra", {}))
+
+
+def read_adapter_shapes(path: str | Path) -> dict[str, Tensor]:
+    """Reads names, sizes and dtypes of an adapter's tensors: tensors on the meta device, without contents.
+
+    Raises:
+        AdapterError: If the file is missing or damaged, or holds something other than floating-point numbers.
+    """
+    path = Path(path)
+    with _open_weights(path) as handle:
+        tensors = {}
+        for name in handle.keys():  # noqa: SIM118  # it is no mapping
+            entry = handle.get_slice(name)
+            dtype = _DTYPES.get(entry.get_dtype())
+            if dtype is None:
+                raise AdapterError(
+                    f"{path / WEIGHTS_NAME}: {shown(name)} has dtype {entry.get_dtype()}; the tensors of an "
+                    f"adapter have one of {', '.join(_DTYPES)}"
+                )
+            tensors[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
+    return tensors
+
+
+def check_count(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that are not as many numbers as the configuration beside them says.
+
+    Raises:
+        AdapterError: Naming both counts.
+    """
+    path = Path(path)
+    promised, held = _read_config(path).get("trainable_parameters"), sum(t.numel() for t in tensors.values())
+    if promised is not None and promised != held:
+        raise AdapterError(
+            f"{path / WEIGHTS_NAME} holds {held:,} numbers, but {CONFIG_NAME} says {shown(promised)}. "
+            "Copy the adapter again"
+        )
 
 
 def read_adapter_state(path: str | Path) -> dict[str, Tensor]:
     """Reads the adapter's tensors.
 
     Raises:
-        AdapterError: If the file is missing or truncated.
+        AdapterError: If the file is missing, truncated or damaged, or a number is not finite.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    path = Path(path)
+    names = list(shapes := read_adapter_shapes(path))
+    check_count(path, shapes)
+    with _open_weights(path) as handle:
+        state: dict[str, Tensor] = {name: handle.get_tensor(name) for name in names}
+    if bad := non_finite_names(state):
+        count = int((~torch.isfinite(state[bad[0]])).sum())
+        raise AdapterError(
+            f"{path / WEIGHTS_NAME}: {len(bad)} of {len(state)} tensors hold a NaN or an infinity (first "
+            f"{shown(bad[0])}: {count} of its {state[bad[0]].numel():,} numbers). The run that trained it "
+            "diverged: use an earlier adapter"
+        )
+    return state
 
-    file = Path(path) / WEIGHTS_NAME
-    if not file.is_file():
-        raise AdapterError(f"{path} is not an adapter directory: it has no {WEIGHTS_NAME}")
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Reads ``adapter_config.json``, a mapping of anything."""
+    file = path / CONFIG_NAME
     try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{file} is truncated or damaged ({error}). Copy the adapter again") from error
+        if not path.is_dir():
+            beside = sorted(file.parent.name for file in path.parent.glob(f"*/{CONFIG_NAME}"))
+            instead = f"; found {', '.join(beside)} beside it" if beside else ""
+            raise AdapterError(f"{path} is not an adapter directory: no such folder{instead}")
+        if not file.is_file():
+            raise AdapterError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}")
+        if (size := file.stat().st_size) > _LONGEST_CONFIG:
+            raise AdapterError(
+                f"{file} has {size:,} bytes; that of an adapter has at most {_LONGEST_CONFIG:,}"
+            )
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{file} is damaged: {one_line(error)}. Copy the adapter again") from error
+    if not isinstance(stored, dict):
+        raise AdapterError(
+            f"{file} is not a moka_pl adapter (it holds a {type(stored).__name__!r}). "
+            "Give a folder that moka_pl saved"
+        )
+    return stored
+
+
+@contextmanager
+def _open_weights(path: Path) -> Iterator[Any]:
+    """Opens the tensors' file, whose header safetensors checks against its size."""
+    from safetensors import SafetensorError, safe_open
+
+    file = path / WEIGHTS_NAME
+    try:
+        if not file.is_file():
+            raise AdapterError(f"{path} is not an adapter directory: it has no {WEIGHTS_NAME}")
+        with file.open("rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > _LONGEST_CONFIG:
+            raise AdapterError(f"{file} is truncated or damaged (its header has {header:,} bytes)")
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except AdapterError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+        reason = one_line(error)
+        raise AdapterError(f"{file} is truncated or damaged ({reason}). Copy the adapter again") from error

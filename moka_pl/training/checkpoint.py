@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from moka_pl.adapters import method_of
-from moka_pl.adapters.directory import check_tensors
 from moka_pl.adapters.filters import describe_filters
+from moka_pl.adapters.methods.base import check_tensors
 from moka_pl.errors import AdapterError, ConfigError, one_line
 from moka_pl.training.learning_rates import LearningRateRatios
 

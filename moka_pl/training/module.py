@@ -15,12 +15,14 @@ from moka_pl.adapters import (
     AdapterConfig,
     BaseModel,
     MokaConfig,
+    inject_adapter,
     load_adapter_state,
     method_of,
     read_adapter,
     unload,
 )
-from moka_pl.adapters.reading import read_adapter_state
+from moka_pl.adapters.coverage import left_out
+from moka_pl.adapters.reading import read_adapter_shapes, read_adapter_state
 from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
 from moka_pl.data.types import Batch, data_of
 from moka_pl.errors import ConfigError
@@ -157,12 +159,18 @@ class MokaModule(EvaluatedModule):
             f"quantization {self.backbone.quantization}; {method_of(self.adapter).title} "
             f"in {len(self.adapted)} layers, {count:,} trainable parameters"
         )
+        if not_adapted := left_out(model, self.adapter):
+            rank_zero_info(not_adapted)
 
     def _inject(self, model: "PreTrainedModel") -> None:
         """Injects the adapters into a plain model."""
-        self.adapter, self.adapted = self._deferred.inject(
-            model, self.adapter, trainer_of(self), self.resumes
-        )
+        if self.adapter_path is None:
+            self.adapter, self.adapted = self._deferred.inject(
+                model, self.adapter, trainer_of(self), self.resumes
+            )
+        else:
+            saved = read_adapter_shapes(self.adapter_path)
+            self.adapted = inject_adapter(model, self.adapter, saved=saved)
         # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         frozen += [name for name, _ in model.named_buffers()]

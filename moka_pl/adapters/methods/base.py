@@ -3,12 +3,42 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.injection import replace_module
+from moka_pl.errors import AdapterError
+
+_REMEDY = "It was saved with other target_modules, components or filters, or for another base model"
+
+
+def check_tensors(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path, remedy: str = _REMEDY
+) -> None:
+    """Refuses tensors that do not have exactly the names and shapes of the expected ones.
+
+    Args:
+        state: Tensors by name.
+        expected: The model's own tensors by name.
+        source: Origin of ``state``, for messages.
+        remedy: The last sentence of messages.
+    """
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
+        counts = ", ".join(
+            f"{kind} tensors: {len(names)}{f' (first {names[0]})' if names else ''}"
+            for kind, names in (("missing", missing), ("unexpected", unexpected))
+        )
+        raise AdapterError(f"{source} does not fit this model: {counts}. {remedy}")
+    for name, tensor in expected.items():
+        if tensor.shape != state[name].shape:
+            raise AdapterError(
+                f"{source} does not fit this model: {name} is {tuple(state[name].shape)}, "
+                f"the model expects {tuple(tensor.shape)}. {remedy}"
+            )
 
 
 class AdaptedLayer(Protocol):
@@ -86,11 +116,19 @@ class AdapterMethod(ABC):
         """Returns the adapted layers by name, in model order."""
 
     @abstractmethod
-    def inject(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
-        """Freezes the model and puts trainable tensors of ``dtype`` in; returns the adapted modules' names.
+    def inject(
+        self, model: nn.Module, dtype: torch.dtype, saved: Mapping[str, Tensor] | None = None
+    ) -> list[str]:
+        """Freezes the model and puts trainable tensors in; returns the adapted modules' names.
+
+        Args:
+            model: The model.
+            dtype: Dtype of the trainable tensors.
+            saved: The tensors to be loaded next, perhaps without contents: they tell which layers were
+                adapted, and nothing is built that they do not fit. None for a new adapter.
 
         Raises:
-            AdapterError: If this model cannot be adapted in this way.
+            AdapterError: If this model cannot be adapted in this way, or ``saved`` does not fit.
         """
 
     @abstractmethod

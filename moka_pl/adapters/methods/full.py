@@ -1,5 +1,6 @@
 """Full fine-tuning, the reference that adapters are compared with."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.config import AdapterConfig
-from moka_pl.adapters.injection import matches
 from moka_pl.adapters.methods.base import AdapterMethod, name_targets
+from moka_pl.adapters.patterns import matching
+from moka_pl.adapters.reach import text_reach
 from moka_pl.backbone.quantization import is_quantised
 from moka_pl.errors import AdapterError
 
@@ -54,11 +56,19 @@ class FullMethod(AdapterMethod):
         """Returns none: no layer holds an adapter."""
         return {}
 
-    def inject(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
-        """Makes the target modules trainable."""
+    def inject(
+        self, model: nn.Module, dtype: torch.dtype, saved: Mapping[str, Tensor] | None = None
+    ) -> list[str]:
+        """Makes the target modules trainable, except for parts that no text passes through.
+
+        Args:
+            model: The model.
+            dtype: Dtype of the trainable tensors.
+            saved: The tensors to be loaded next, if any.
+        """
         targets = self.config.target_modules
         every = dict(model.named_modules())
-        names = [""] if targets == "all" else [name for name in every if name and matches(name, targets)]
+        names = [""] if targets == "all" else matching(filter(None, every), targets)
         if not names:
             raise AdapterError(f"target_modules {targets!r} matches no module of this model")
         if self.in_model(model):
@@ -73,9 +83,16 @@ class FullMethod(AdapterMethod):
                 f"full fine-tuning cannot train 4-bit weights (first {quantised[0]} of {len(quantised)}); "
                 "set quantization: none, or use an adapter"
             )
+        wanted = {parameter for name in names for parameter in every[name].parameters()}
+        chosen = {name for name, parameter in model.named_parameters() if parameter in wanted}
+        if saved is not None:
+            chosen = chosen & saved.keys() or chosen
+        elif not isinstance(targets, str) or targets == "all":
+            unreached = tuple(f"{part}." for part in set(text_reach(model).unreached.values()))
+            chosen = {name for name in chosen if not name.startswith(unreached)} or chosen
         model.requires_grad_(False)
-        for name in names:
-            for parameter in every[name].parameters():
+        for name, parameter in model.named_parameters():
+            if name in chosen:
                 parameter.data = parameter.data.to(dtype)
                 parameter.requires_grad_(True)
         if targets == "all":

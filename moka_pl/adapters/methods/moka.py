@@ -1,5 +1,6 @@
 """MoKA as one of the methods."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.filters import describe_filters
 from moka_pl.adapters.injection import find_targets, moka_layers, replace_module
 from moka_pl.adapters.layer import MokaLinear
-from moka_pl.adapters.methods.base import AdapterMethod, name_targets
+from moka_pl.adapters.methods.base import AdapterMethod, check_tensors, name_targets
+from moka_pl.adapters.schema import shown
+from moka_pl.errors import ConfigError
 from moka_pl.ops.gating import GATINGS
 
 
@@ -23,13 +26,31 @@ class MokaMethod(AdapterMethod):
     tags = ("kronecker",)
 
     @classmethod
+    def read_config(cls, stored: Mapping[str, Any]) -> Any | None:
+        """Builds a configuration; what is stored names no further file."""
+        if stored["peft_type"] == cls.kind and str(stored.get("filters")).endswith(".json"):
+            raise ConfigError(f"filters is {shown(stored['filters'])}, which is none of an adapter's")
+        return super().read_config(stored)
+
+    @classmethod
     def layers(cls, model: nn.Module) -> dict[str, MokaLinear]:
         """Returns the layers of MoKA."""
         return moka_layers(model)
 
-    def inject(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
-        """Freezes the model and wraps its target layers."""
-        names = find_targets(model, self.config)
+    def inject(
+        self, model: nn.Module, dtype: torch.dtype, saved: Mapping[str, Tensor] | None = None
+    ) -> list[str]:
+        """Freezes the model and wraps its target layers.
+
+        Args:
+            model: The model.
+            dtype: Dtype of the trainable tensors.
+            saved: The tensors to be loaded next, if any.
+        """
+        layers = None if saved is None else {name.rpartition(".moka_")[0] for name in saved}
+        names = find_targets(model, self.config, layers)
+        if saved is not None:
+            check_tensors(saved, self._sizes(model, names), "the adapter")
         wrapped = {}
         for name in names:
             layer = model.get_submodule(name)
@@ -42,6 +63,20 @@ class MokaMethod(AdapterMethod):
         for name, adapted in wrapped.items():
             replace_module(model, name, adapted)
         return names
+
+    def _sizes(self, model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+        """Returns what :meth:`state` will be, without contents."""
+        sizes: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            for i, shape in enumerate(self.config.shapes_of(name, layer.out_features, layer.in_features)):
+                if not shape.identity:
+                    sizes[f"{name}.moka_A.{i}"] = shape[:2]
+                sizes[f"{name}.moka_B.{i}"] = shape[2:4]
+            if self.config.gating != "none":
+                sizes[f"{name}.moka_gate"] = (self.config.components,)
+        return {name: torch.empty(size, device="meta") for name, size in sizes.items()}
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns factors and gate logits; views of the parameters."""

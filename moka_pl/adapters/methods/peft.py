@@ -93,8 +93,16 @@ class PeftMethod(AdapterMethod):
         modules = model.named_modules()
         return {name: PeftLayer(name, m) for name, m in modules if isinstance(m, BaseTunerLayer)}
 
-    def inject(self, model: nn.Module, dtype: torch.dtype) -> list[str]:
-        """Lets PEFT wrap the target layers, with its own random start."""
+    def inject(
+        self, model: nn.Module, dtype: torch.dtype, saved: Mapping[str, Tensor] | None = None
+    ) -> list[str]:
+        """Lets PEFT wrap the target layers, with its own random start.
+
+        Args:
+            model: The model.
+            dtype: Dtype of the trainable tensors.
+            saved: The tensors to be loaded next, if any.
+        """
         from peft import inject_adapter_in_model
 
         four_bit = any(is_quantised(module) for module in model.modules())

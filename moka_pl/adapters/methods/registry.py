@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod
 from moka_pl.adapters.methods.full import FullMethod
@@ -52,13 +52,20 @@ def config_from(stored: Mapping[str, Any]) -> Any:
     return next(config for config in configs if config is not None)
 
 
-def inject_adapter(model: nn.Module, config: Any, dtype: torch.dtype = torch.float32) -> list[str]:
+def inject_adapter(
+    model: nn.Module,
+    config: Any,
+    dtype: torch.dtype = torch.float32,
+    saved: Mapping[str, Tensor] | None = None,
+) -> list[str]:
     """Freezes a model and injects adapters, in place; returns the names of the adapted layers.
 
     Args:
         model: The model; afterwards only the adapters' tensors require gradients.
         config: A ``MokaConfig``, a ``FullFineTuning`` or a PEFT configuration.
         dtype: Dtype of the trainable tensors.
+        saved: A saved adapter's tensors, perhaps on the meta device, that will be loaded next: its layers are
+            adapted, and the model is left as it is if they do not fit.
 
     Raises:
         AdapterError: If no layer matches, a match cannot be adapted, or the model already has adapters.
@@ -66,7 +73,7 @@ def inject_adapter(model: nn.Module, config: Any, dtype: torch.dtype = torch.flo
     """
     if present := adapted_layers(model):
         raise AdapterError(f"the model already has adapters (at {next(iter(present))}); unload them first")
-    return method_of(config).inject(model, dtype)
+    return method_of(config).inject(model, dtype, saved)
 
 
 def merge(model: nn.Module) -> None:

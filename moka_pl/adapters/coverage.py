@@ -1,0 +1,74 @@
+"""What share of a model's linear weights is adapted, and what is left out."""
+
+import re
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from moka_pl.adapters.injection import ALL_LINEAR, output_head
+from moka_pl.adapters.methods.registry import adapted_layers
+from moka_pl.adapters.patterns import matching
+from moka_pl.backbone.quantization import weight_count
+
+#: Parts that a line names before it sums up the rest.
+_NAMED = 4
+#: Linear layers that PEFT puts beside the frozen one.
+_PARTS_OF_ADAPTERS = re.compile(r"\.default$")
+
+
+def left_out(model: nn.Module, config: Any) -> str:
+    """Describes which linear weights that the configuration names are not adapted; empty if all are.
+
+    Experts whose weights are fused into 3-D parameters are part of ``all-linear``, and never adapted.
+
+    Args:
+        model: The adapted model.
+        config: The adapters' configuration, of any method.
+    """
+    targets = getattr(config, "target_modules", None)
+    adapted = adapted_layers(model)
+    if not targets or not adapted:
+        return ""
+    weights, fused = _linear_weights(model)
+    named = list(weights) if targets == ALL_LINEAR else matching(weights, targets)
+    missed = set(named) - adapted.keys() - set(matching(named, getattr(config, "exclude_modules", None)))
+    total = sum(weights.values())
+    parts: Counter[str] = Counter()
+    for name in sorted(missed):
+        parts[_part(name, name in fused, list(adapted))] += weights[name]
+    if not parts:
+        return ""
+    shares = [f"{part} ({size / total:.1%})" for part, size in parts.most_common(_NAMED)]
+    if others := len(parts) - len(shares):
+        shares.append(f"{others} other parts")
+    covered = sum(size for name, size in weights.items() if name in adapted)
+    return (
+        f"adapted: {len(adapted)} layers, {covered / total:.1%} of the linear weights; not adapted: "
+        f"{', '.join(shares)}"
+    )
+
+
+def _linear_weights(model: nn.Module) -> tuple[dict[str, int], set[str]]:
+    """Returns the weights of each linear layer but the head, by name, and which are fused experts."""
+    head, sizes, fused = output_head(model), dict[str, int](), set[str]()
+    for full, module in model.named_modules():
+        name = full.removesuffix(".base_layer")
+        if isinstance(module, nn.Linear) and module is not head and not _PARTS_OF_ADAPTERS.search(name):
+            sizes.setdefault(name, weight_count(module.weight))
+        elif not isinstance(module, nn.Conv1d):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
+                    sizes[f"{name}.{key}"] = parameter.numel()
+                    fused.add(f"{name}.{key}")
+    return sizes, fused
+
+
+def _part(name: str, fused: bool, adapted: list[str]) -> str:
+    """Returns the outermost part of the model around a layer that holds no adapted one, for all blocks."""
+    part = name.rpartition(".")[0] if fused else name
+    while not fused and (outer := part.rpartition(".")[0]):
+        if any(layer.startswith(f"{outer}.") for layer in adapted):
+            break
+        part = outer
+    return re.sub(r"\.\d+(?=\.|$)", ".*", part) + (" in fused weights" if fused else "")

@@ -1,0 +1,157 @@
+"""Which linear layers of a model can be adapted to text, found by running a few tokens.
+
+A vision tower is never reached by text. Some layers are not called, because their parent reads the weight
+itself; others, such as routers, return something else than ``W x + b``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moka_pl.backbone.quantization import is_quantised
+from moka_pl.lm.scoring import score_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TOKENS = 4
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class Reach(NamedTuple):
+    """The parts of a model that cannot be adapted to text.
+
+    Attributes:
+        unreached: For each module with weights that no text passes through the outermost such part of the
+            model around it, as ``model.vision_tower``.
+        unsuitable: Why a layer that text does reach cannot be adapted, by name.
+    """
+
+    unreached: dict[str, str]
+    unsuitable: dict[str, str]
+
+
+def text_reach(model: nn.Module) -> Reach:
+    """Runs a few tokens through a model, as training does, and tells which layers they do not use.
+
+    Random generators and modes are left as they were. A model that does not take plain token ids counts as
+    reached everywhere.
+    """
+    modules = dict(model.named_modules())
+    called: set[nn.Module] = set()
+    unsuitable: dict[str, str] = {}
+    names = {module: name for name, module in modules.items()}
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        called.add(module)
+        if isinstance(module, nn.Linear) and not _is_linear(module, args, output):
+            unsuitable[names[module]] = f"a {type(module).__name__} computes more than W x + b"
+
+    hooks = [module.register_forward_hook(note) for module in modules.values()]
+    try:
+        with _training(model), torch.no_grad():
+            ran = _run(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ran:
+        return Reach({}, {})
+    used = {name for module in called for name in _and_above(names[module])}
+    outside = _around_decoder(model, names)
+    unreached: dict[str, str] = {}
+    for name, module in modules.items():
+        if name in used or next(module.parameters(recurse=False), None) is None:
+            continue
+        if _has_used_twin(name, modules, used):
+            continue
+        parent = _parent(name, modules)
+        if parent not in used or parent in outside:
+            unreached[name] = _outermost(name, used)
+        elif isinstance(module, nn.Linear):
+            kind = type(modules[parent]).__name__
+            unsuitable[name] = f"{kind} reads its weight without calling it, or does not use it"
+    return Reach(unreached, unsuitable)
+
+
+def _run(model: nn.Module) -> bool:
+    """Scores a few tokens; returns whether the model can."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None or any(parameter.is_meta for parameter in model.parameters()):
+        return False
+    ids = torch.arange(_TOKENS, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]  # (1, T)
+    for run in (lambda: score_tokens(cast("PreTrainedModel", model), ids, ids), lambda: model(input_ids=ids)):
+        try:
+            run()
+        except Exception:  # it needs more than token ids; whatever else is wrong shows where it is used
+            continue
+        return True
+    return False
+
+
+def _is_linear(module: nn.Linear, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether a layer computed W x + b; quantised ones count, whatever they do to W."""
+    if type(module).forward is nn.Linear.forward or is_quantised(module):
+        return True
+    if not isinstance(output, Tensor) or output.shape[-1:] != (module.out_features,):
+        return False
+    if not args or not module.weight.dtype.is_floating_point or module.weight.dtype.itemsize < 2:
+        return True
+    expected = F.linear(args[0].to(module.weight.dtype), module.weight, module.bias).float()
+    return float((output.float() - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+
+
+def _parent(name: str, modules: dict[str, nn.Module]) -> str:
+    """Returns the name of the nearest module above that is more than a list of others."""
+    parent = name.rpartition(".")[0]
+    while parent and isinstance(modules[parent], _CONTAINERS):
+        parent = parent.rpartition(".")[0]
+    return parent
+
+
+def _around_decoder(model: nn.Module, names: dict[nn.Module, str]) -> set[str]:
+    """Returns the names of the modules around the part that reads tokens; what else they hold is not its."""
+    name = names.get(getattr(model, "get_decoder", lambda: model)(), "")
+    return {outer for outer in _and_above(name) if outer != name}
+
+
+def _and_above(name: str) -> Iterator[str]:
+    """Yields the name of a module and of all modules around it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _outermost(name: str, used: set[str]) -> str:
+    """Returns the outermost module around a layer of which nothing was called."""
+    return [outer for outer in _and_above(name) if outer not in used][-1]
+
+
+def _has_used_twin(name: str, modules: dict[str, nn.Module], used: set[str]) -> bool:
+    """Whether it is part of one of several alike in a list, such as experts, of which another was called."""
+    for part in _and_above(name):
+        around = modules[part.rpartition(".")[0]]
+        if part and part not in used and isinstance(around, (nn.ModuleList, nn.ModuleDict)):
+            above = part.rpartition(".")[0]
+            twins = [key for key, twin in around.named_children() if type(twin) is type(modules[part])]
+            if any(f"{above}.{key}".lstrip(".") in used for key in twins):
+                return True
+    return False
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Puts a model into training mode, in which some layers are computed otherwise, and restores all."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
+        model.train()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
