@@ -1,7 +1,7 @@
 """The base classes of the data modules: options, splits, caching, reports and dataloaders."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from moka_pl.data.batching.samplers import (
     TrainSampler,
 )
 from moka_pl.data.encoding.examples import Encoded, Encoder, encode_rows, tokenizer_digest
-from moka_pl.data.encoding.report import EncodingReport
+from moka_pl.data.encoding.report import EncodingReport, ignored_fields, sum_ignored
 from moka_pl.data.sources import Shard
 from moka_pl.data.splits import HoldOut, warn_of_overlap
 from moka_pl.data.types import DataDefaults, HasTokenizer, ModuleProtocol
@@ -212,6 +212,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         if self.prompt_key != self._encoded_prompt:  # another adapter, whose own prompt is another
             self._encoded.clear()
             self._encoded_prompt = self.prompt_key
+        ignored: dict[str, Mapping[str, int]] = {}
         for split in _SPLITS[stage]:
             if split in self._encoded:
                 continue
@@ -219,6 +220,9 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
             if encoded is not None:
                 self.report[split] = encoded.report
                 rank_zero_info(f"{self.name} {split}: {encoded.report}")
+                ignored[rows_fingerprint(encoded.rows)] = encoded.report.ignored
+        if counts := sum_ignored(ignored.values()):
+            rank_zero_info(f"{self.name}: {ignored_fields(counts)}")
         if "train" in _SPLITS[stage] and self._rank_and_world()[0] == 0:
             train, held = self.compared_rows()
             for rows in held:

@@ -18,6 +18,7 @@ from moka_pl.data.reading import parse_columns, read_rows
 from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Shard, Sources, as_list, find_shards
 from moka_pl.errors import DataError
+from moka_pl.prompts.chats import beside_text, left_out
 from moka_pl.prompts.segments import alpaca, chat, require_template
 from moka_pl.prompts.templates import PromptName
 
@@ -196,6 +197,7 @@ class InstructionData(SplitDataModule):
             partial(chat, tokenizer=self.tokenizer) if self.prompt == "chat" else alpaca,
             self.max_length,
             bos=self.prompt != "chat" and adds_bos(self.tokenizer),
+            left_out=partial(left_out, tokenizer=self.tokenizer) if self.prompt == "chat" else beside_text,
         )
 
     def _shards(self, split: str) -> list[Shard]:

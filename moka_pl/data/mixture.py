@@ -1,6 +1,7 @@
 """Combines several data modules into one."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -134,7 +135,8 @@ class MixtureData(MokaDataModule):
             return None
         return Encoded(
             concatenate_datasets(self._weighted(parts)),
-            reduce(add, [part.report for part in parts]),
+            # What they ignore is said by the parts themselves.
+            replace(reduce(add, [part.report for part in parts]), ignored={}),
         )
 
     def _weighted(self, parts: Sequence[Encoded]) -> list[Any]:

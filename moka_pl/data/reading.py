@@ -1,5 +1,7 @@
 """Turns a local file or a hub dataset into a parsed, disk-cached ``datasets.Dataset``."""
 
+import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -7,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.catalog import CHOICE_TASKS, CORPORA
-from moka_pl.data.formats.base import Record, names
+from moka_pl.data.formats.base import Fields, Record, has_value, names
 from moka_pl.data.readers import READERS, Located, located, stream, suffix_of
 from moka_pl.data.sources import Shard
 from moka_pl.errors import DataError, one_line
@@ -15,7 +17,7 @@ from moka_pl.errors import DataError, one_line
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-READING_VERSION = 3
+READING_VERSION = 4
 """Raise it when parsed rows come out differently: caches of older versions are then left alone."""
 
 SILENT_BYTES = 20_000_000
@@ -55,23 +57,31 @@ def parse_columns(columns: Columns | None, known: Sequence[str]) -> Columns:
 def parse_record(parse: Parse, record: dict[str, Any], location: str, context: str = "") -> dict[str, Any]:
     """Parses one record, and puts its location into the row, or before the message of a ``DataError``.
 
+    The row's ``ignored`` is the JSON of the fields that were not used, each with how often, or empty.
+
     Args:
         parse: What parses it.
         record: The record under the fields' names.
         location: Where it stands.
         context: Handed to ``parse``.
     """
+    fields = record if isinstance(record, Fields) else Fields(record)
     with located(location):
-        return {"location": location, **parse(record, context)}
+        row = parse(fields, context)
+    ignored = fields.left_out()
+    return {"location": location, **row, "ignored": json.dumps(ignored) if ignored else ""}
 
 
-def rename(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
+def rename(record: dict[str, Any], columns: Columns) -> Fields:
     """Returns the record under the fields' names; with a mapping, only the columns it names are kept.
+
+    The others count as ignored.
 
     Raises:
         DataError: A column is missing.
     """
     renamed: dict[str, Any] = {}
+    used: set[str] = set()
     for field, column in columns.items():
         for name in [column] if isinstance(column, str) else column:
             if name not in record:
@@ -79,8 +89,10 @@ def rename(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
                     f"column {name!r} (for the field {field!r} in `columns`) is missing; found: "
                     f"{names(record)}. Correct `columns`"
                 )
+            used.add(name)
         renamed[field] = record[column] if isinstance(column, str) else [record[name] for name in column]
-    return renamed if columns else record
+    others = (name for name in record if name not in used and has_value(record, name))
+    return Fields(renamed, Counter(map(str, others))) if columns else Fields(record)
 
 
 @contextmanager
@@ -122,14 +134,14 @@ def read_rows(
         shard: A local file, or a split of a hub dataset.
         parse: A module-level function that turns a record into a row with the columns of ``features``, all
             but ``location``; it is given the shard's context, too.
-        features: Columns of the result.
+        features: Columns of the result, which also has ``ignored`` (see ``parse_record``).
         columns: Names of the columns, by field.
         gather: A module-level function, or a ``partial`` of one, that all records pass through first.
 
     Raises:
         DataError: The shard cannot be read, or ``parse`` refused a record.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
 
     # `datasets` names the cache after a hash of gen_kwargs; functions of a module are hashed by their name.
@@ -150,7 +162,8 @@ def read_rows(
         show = len(rows) >= SILENT_ROWS
     try:
         with progress_bars(show):
-            return Dataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+            columns = Features({**features, "ignored": Value("large_string")})
+            return Dataset.from_generator(_rows, features=columns, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, DataError):

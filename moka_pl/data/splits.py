@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+_BESIDE = ("location", "ignored", "more")
+"""Columns that are no content; ``more`` is, but most rows have none, and were held out without it before."""
+
+
 class HoldOut:
     """Holds about a share of rows out, and remembers the split of the rows it saw last.
 
@@ -39,7 +43,8 @@ class HoldOut:
 
     def _split(self, rows: "Dataset") -> tuple["Dataset", "Dataset"]:
         groups: dict[str, list[int]] = defaultdict(list)
-        for index, row in enumerate(rows.remove_columns("location")):
+        for index, row in enumerate(rows):
+            row = {name: row[name] for name in row if name not in _BESIDE or (name == "more" and row[name])}
             groups[sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()].append(index)
         wanted = max(1, round(self.share * len(rows)))
         held: set[int] = set()
@@ -104,8 +109,8 @@ def _contents(rows: "Dataset") -> Iterator[tuple[int, str]]:
 def _content(row: Mapping[str, Any]) -> tuple[Any, ...]:
     if "choices" in row:
         return _plain(row["question"]), *sorted(map(_plain, row["choices"]))
-    turns = [(message["role"], _plain(message["content"])) for message in row["messages"]]
-    return (*(_plain(row[field]) for field in ("instruction", "input", "output")), *turns)
+    turns = [(message["role"], _plain(message["content"] or "")) for message in row["messages"]]
+    return (*(_plain(row[field]) for field in ("instruction", "input", "output", "more")), *turns)
 
 
 def _plain(text: str) -> str:

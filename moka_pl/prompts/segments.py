@@ -1,10 +1,11 @@
 """What the model reads for an instruction or a chat, and which parts of it are learned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import DataError
+from moka_pl.prompts.chats import beside_text, conversation
 from moka_pl.prompts.templates import alpaca_prompt
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ class Segment:
 def alpaca(row: Mapping[str, Any]) -> list[Segment]:
     """Returns the Alpaca prompt, then the answer and the end-of-sequence token, both trained.
 
-    A chat of one question and one answer is taken as instruction and output.
+    A chat of one question and one answer is taken as instruction and output. An empty answer is not trained.
 
     Raises:
-        DataError: The row is a chat with other messages.
+        DataError: The row is a chat with other messages, or has calls, tools or reasoning.
     """
+    beside_text(row)
     instruction, context, output, trained = row["instruction"], row["input"], row["output"], True
     if row["messages"]:
         messages = row["messages"]
@@ -42,10 +44,11 @@ def alpaca(row: Mapping[str, Any]) -> list[Segment]:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"{row['location']}: the alpaca prompt takes one user and one assistant message, but this "
-                f"chat has the messages {roles}. Use `prompt: chat`"
+                f"chat has the messages {roles} (a system prompt and a history count). Use `prompt: chat`"
             )
         instruction, output, trained = messages[0]["content"], messages[1]["content"], messages[1]["trained"]
     prompt = alpaca_prompt(instruction, context)
+    trained = trained and bool(output.strip())
     return [Segment(prompt, trained=False), Segment(output, trained=trained, end=True)]
 
 
@@ -54,29 +57,29 @@ def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[S
 
     The span of a turn is what the rendering of the messages up to and including it adds to the rendering of
     the messages before it (with the generation prompt), without the white space after the end-of-turn token.
-    An Alpaca row becomes a user turn (instruction, blank line, input) and an assistant turn.
+    An Alpaca row becomes a user turn (instruction, blank line, input) and an assistant turn. An answer in
+    which there is nothing to read is not trained.
 
     Raises:
         DataError: The tokenizer has no template, the template refuses the messages, or it renders the
             beginning of a chat differently from the whole, so that no span can be told.
     """
     require_template(tokenizer)
-    messages = row["messages"] or _as_messages(row)
-    location = row["location"]
-    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-    full = _render(tokenizer, turns, location, prompt=False)
+    chat = conversation(row, tokenizer)
+    full = chat.render()
     segments: list[Segment] = []
     end = 0
-    for index, message in enumerate(messages):
-        if not message["trained"]:
+    for index in range(len(chat.turns)):
+        if not chat.trained[index] or chat.is_empty_answer(index):
             continue
-        before = _render(tokenizer, turns[:index], location, prompt=True)
-        after = _render(tokenizer, turns[: index + 1], location, prompt=False)
+        before = chat.render(chat.turns[:index], prompt=True)
+        after = chat.render(chat.turns[: index + 1])
         if not (full.startswith(after) and after.startswith(before) and len(before) >= end):
             raise DataError(
-                f"{location}: the tokenizer's chat template renders message {index + 1} of {len(turns)} "
-                "differently when more messages follow, so the answer's tokens cannot be located. Keep one "
-                "assistant message per chat, give the others loss_weight 0, or use `prompt: alpaca`"
+                f"{chat.location}: the tokenizer's chat template renders message {index + 1} of "
+                f"{len(chat.turns)} differently when more messages follow, so the answer's tokens cannot be "
+                "located. Keep one assistant message per chat, give the others weight 0, or use "
+                "`prompt: alpaca`"
             )
         segments.append(Segment(full[end : len(before)], trained=False))
         end = len(before) + len(after[len(before) :].rstrip())
@@ -93,27 +96,3 @@ def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
             f"the tokenizer ({name}) has no chat template, which `prompt: chat` needs. Use `prompt: alpaca`, "
             "or the tokenizer of the model's chat variant"
         )
-
-
-def _as_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
-    return [
-        {"role": "user", "content": question, "trained": False},
-        {"role": "assistant", "content": row["output"], "trained": True},
-    ]
-
-
-def _render(
-    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], location: str, *, prompt: bool
-) -> str:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, ValueError, IndexError, TypeError) as error:
-        roles = ", ".join(turn["role"] for turn in turns) or "no message"
-        raise DataError(
-            f"{location}: the tokenizer's chat template rejects these messages ({roles}): {error}. Change "
-            "the order of the messages, or use `prompt: alpaca`"
-        ) from error
-    return str(text)

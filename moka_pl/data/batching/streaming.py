@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moka_pl.data.batching.collate import collate_tokens
 from moka_pl.data.batching.order import check_order
-from moka_pl.data.encoding.examples import SegmentEncoder
-from moka_pl.data.encoding.report import COUNTED, DROPPED, EncodingReport, count_rows
+from moka_pl.data.encoding.examples import SegmentEncoder, nothing_trained
+from moka_pl.data.encoding.report import COUNTED, DROPPED, EncodingReport, count_rows, ignored_fields
 from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.data.formats.trees import is_tree_message
 from moka_pl.data.readers import located, stream
@@ -188,11 +188,8 @@ class StreamedBatches(IterableDataset[Served]):
             checked = [self.records.parse(item, read + number) for number, item in enumerate(raw, start=1)]
             batches, counts = self._batches(checked, worker, block)
             if block == 0 and counts.kept == 0:
-                raise DataError(
-                    f"all {counts.read} examples of the first buffer were dropped: none has a trained token "
-                    f"within max_length={self.encoder.max_length} (the longest example has {counts.longest} "
-                    "tokens). Raise max_length"
-                )
+                reason = nothing_trained(counts, self.encoder.max_length)
+                raise DataError(f"all {counts.read} examples of the first buffer were dropped: {reason}")
             # The block's counts come with its first batch, so that they are counted once.
             for number, batch in enumerate(batches[skip:], start=skip + 1):
                 after = {"rows": position, "block": block, "read": read, "served": number}
@@ -222,7 +219,8 @@ class StreamedBatches(IterableDataset[Served]):
         batches: list[Batch] = [
             collate_tokens(part or nothing, [not part] * max(1, len(part)), self.pad_id) for part in parts
         ]
-        report = count_rows({name: [row[name] for row in encoded] for name in COUNTED})
+        numbers = {name: [row[name] for row in encoded] for name in COUNTED}
+        report = count_rows(numbers, [row.get("ignored", "") for row in encoded])
         return [batches[index] for index in random.permutation(count)], report
 
 
@@ -266,6 +264,7 @@ class StreamLoader(DataLoader[Any]):
         self._epoch = 0
         self._turn = 0
         self._workers: dict[int, State] = {}
+        self._named: set[str] = set()
 
     def __len__(self) -> int:
         """Batches of the whole run; raises ``TypeError`` without a trainer, where it is unknown."""
@@ -309,8 +308,18 @@ class StreamLoader(DataLoader[Any]):
                 yield batch
             if not served:
                 raise DataError(f"{self.label} has no records")
-            rank_zero_info(f"{self.label}, pass {self._epoch + 1}, first rank: {self.report}")
+            report = self.report
+            rank_zero_info(f"{self.label}, pass {self._epoch + 1}, first rank: {report}")
+            if report.ignored:
+                rank_zero_info(f"{self.label}, pass {self._epoch + 1}, {ignored_fields(report.ignored)}")
             self._epoch, self._turn, self._workers = self._epoch + 1, 0, {}
+
+    def _say_ignored(self, counts: Mapping[str, int]) -> None:
+        """Names fields that are not used when they are first seen."""
+        new = {name: count for name, count in counts.items() if name not in self._named}
+        if new:
+            self._named.update(new)
+            rank_zero_info(f"{self.label}, so far: {ignored_fields(new)}")
 
     def _pass(self) -> Iterator[Batch]:
         self.stream.epoch, self.stream.start, self.stream.turn = self._epoch, self._workers, self._turn
@@ -326,4 +335,5 @@ class StreamLoader(DataLoader[Any]):
             if item.kind == "batch":
                 self._workers = {**self._workers, item.worker: item.state}
                 self._turn = (item.worker + 1) % workers
+                self._say_ignored(item.state["counts"]["ignored"])
                 yield item.batch

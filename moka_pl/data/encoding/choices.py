@@ -106,6 +106,7 @@ class ChoiceEncoder:
             "tokens": len(prompt_ids) * len(option_ids) + scored,
             "trained": scored,
             "status": DROPPED if dropped else TRUNCATED if cut else KEPT,
+            "ignored": row.get("ignored", ""),
         }
 
     def _split(self, prompt: str, options: Sequence[str]) -> tuple[list[int], list[list[int]]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from moka_pl._compat import rows_fingerprint
 from moka_pl.data.encoding.digest import rows_digest
 from moka_pl.data.encoding.pieces import tokenize_pieces
-from moka_pl.data.encoding.report import COUNTED, DROPPED, KEPT, TRUNCATED, EncodingReport, count_rows
+from moka_pl.data.encoding.report import COUNTED, DROPPED, KEPT, TRUNCATED, EncodingReport, count_rows, merged
 from moka_pl.data.reading import progress_bars
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
@@ -68,10 +68,10 @@ class Encoder(Protocol):
         """Whether a beginning-of-sequence token is put before a row."""
 
     def features(self) -> "Features":
-        """Columns of the encoded rows."""
+        """Columns of the encoded rows, all but ``ignored``."""
 
     def __call__(self, row: Any, /) -> EncodedRow:
-        """Encodes a row, or rows."""
+        """Encodes a row, or rows; ``ignored`` is the JSON of the fields that are not used, or empty."""
 
 
 def token_features() -> "Features":
@@ -109,6 +109,7 @@ class SegmentEncoder:
         max_length: Most tokens of an example, special tokens included.
         bos: Put the beginning-of-sequence token first: ``adds_bos(tokenizer)`` for plain prompts, False for
             chat templates, which write it themselves.
+        left_out: Counts the fields of a row that its segments do not hold.
     """
 
     batched: ClassVar[bool] = False
@@ -118,6 +119,7 @@ class SegmentEncoder:
     segments: Callable[[Row], list[Segment]]
     max_length: int
     bos: bool
+    left_out: Callable[[Row], Mapping[str, int]] | None = None
 
     def __call__(self, row: Row) -> EncodedRow:
         """Encodes ``row``; a row without a trained token comes back with the status DROPPED."""
@@ -134,7 +136,9 @@ class SegmentEncoder:
         if self.bos:
             ids.insert(0, self.tokenizer.bos_token_id)
             labels.insert(0, IGNORE_INDEX)
-        return token_row(ids[: self.max_length], labels[: self.max_length], full_length=len(ids))
+        ignored = merged(row.get("ignored", ""), {} if self.left_out is None else self.left_out(row))
+        encoded = token_row(ids[: self.max_length], labels[: self.max_length], full_length=len(ids))
+        return encoded | {"ignored": ignored}
 
 
 def token_row(ids: list[int], labels: list[int], full_length: int) -> EncodedRow:
@@ -183,6 +187,8 @@ def encode_rows(
     Raises:
         DataError: No row was kept, a row cannot be rendered, or the tokenizer is not a fast one.
     """
+    from datasets import Features, Value
+
     tokenizer = encoder.tokenizer
     if not tokenizer.is_fast:
         raise DataError(
@@ -205,7 +211,7 @@ def encode_rows(
             encoder,
             batched=encoder.batched,
             remove_columns=rows.column_names,
-            features=encoder.features(),
+            features=Features({**encoder.features(), "ignored": Value("large_string")}),
             num_proc=num_proc,
             new_fingerprint=fingerprint,
             desc=f"Encoding {label}",
@@ -218,15 +224,27 @@ def _without_dropped(encoded: "Dataset", max_length: int, label: str) -> Encoded
 
     counted = [name for name in (*COUNTED, "left_out") if name in encoded.column_names]
     columns = encoded.with_format("numpy", columns=counted)[:]
-    report = count_rows(columns)
+    report = count_rows(columns, encoded["ignored"][:])
     if report.kept == 0:
         raise DataError(
-            f"all {report.read} examples of {label} were dropped: none has a trained or scored token within "
-            f"max_length={max_length} (the longest example has {report.longest} tokens). Raise max_length"
+            f"all {report.read} examples of {label} were dropped: {nothing_trained(report, max_length)}"
         )
     if report.dropped:
         encoded = encoded.select(numpy.flatnonzero(columns["status"] != DROPPED))
     return Encoded(encoded, report)
+
+
+def nothing_trained(report: EncodingReport, max_length: int) -> str:
+    """Returns why no example of a report has a trained token, for a message."""
+    if report.longest <= max_length:
+        return (
+            "none has an answer to train on. Every answer is empty, or has the weight 0 (`train: false`), or "
+            "stands before the first question"
+        )
+    return (
+        f"none has a trained or scored token within max_length={max_length} (the longest example has "
+        f"{report.longest} tokens). Raise max_length"
+    )
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -1,11 +1,14 @@
 """Counts of the read, kept and dropped examples of a split."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
-from operator import add
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy
 from numpy.typing import NDArray
+
+from moka_pl.prompts.chats import EMPTY
 
 KEPT, TRUNCATED, DROPPED = 0, 1, 2
 """Values of the column ``status`` of encoded rows."""
@@ -28,6 +31,7 @@ class EncodingReport:
         longest: Tokens of the longest example read, before any cut.
         shortened: Questions whose prompt lost solved examples (shots) to ``max_length``.
         left_out: Total number of these lost examples.
+        ignored: Fields of the examples that are not used, each with how often it was there.
     """
 
     read: int = 0
@@ -39,6 +43,7 @@ class EncodingReport:
     longest: int = 0
     shortened: int = 0
     left_out: int = 0
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lost = f"; {self.left_out:,} shots dropped from {self.shortened:,} prompts" if self.shortened else ""
@@ -50,12 +55,73 @@ class EncodingReport:
 
     def __add__(self, other: "EncodingReport") -> "EncodingReport":
         """Returns the counts of both splits together."""
-        sums = EncodingReport(*map(add, astuple(self), astuple(other)))
-        return replace(sums, longest=max(self.longest, other.longest))
+        names = [field.name for field in fields(self) if field.name not in ("longest", "ignored")]
+        return EncodingReport(
+            **{name: getattr(self, name) + getattr(other, name) for name in names},
+            longest=max(self.longest, other.longest),
+            ignored=dict(Counter(self.ignored) + Counter(other.ignored)),
+        )
 
 
-def count_rows(columns: Mapping[str, Sequence[int] | NDArray[numpy.int64]]) -> EncodingReport:
-    """Counts what became of encoded rows by the columns ``COUNTED``; of multiple choice ``left_out``, too."""
+def merged(*ignored: str | Mapping[str, int]) -> str:
+    """Returns the JSON of counts of ignored fields together, empty if there are none.
+
+    Args:
+        *ignored: Counts, or their JSON.
+    """
+    total = sum_ignored(ignored)
+    return json.dumps(total) if total else ""
+
+
+def sum_ignored(ignored: Iterable[str | Mapping[str, int]]) -> dict[str, int]:
+    """Returns the sums of counts of ignored fields, which are given as they are or as JSON."""
+    total: Counter[str] = Counter()
+    for text, times in Counter(part for part in ignored if isinstance(part, str) and part).items():
+        total.update({name: count * times for name, count in json.loads(text).items()})
+    for part in ignored:
+        if not isinstance(part, str):
+            total.update(part)
+    return dict(total)
+
+
+def ignored_fields(ignored: Mapping[str, int]) -> str:
+    """Returns what was not used, for a message: ``ignored: id (312 rows); ignored in messages: mood (3)``.
+
+    Args:
+        ignored: Names of fields, of messages' with ``messages[].`` before them, each with its number.
+    """
+    counts = dict(ignored)
+    empty = counts.pop(EMPTY, 0)
+    inside = [name for name in counts if name.startswith(_INSIDE)]
+    rows = [
+        f"{name} ({n:,} {'row' if n == 1 else 'rows'})" for name, n in counts.items() if name not in inside
+    ]
+    parts = {
+        "ignored": rows,
+        "ignored in messages": [f"{name.removeprefix(_INSIDE)} ({counts[name]:,})" for name in inside],
+        "not trained": [f"{empty:,} empty answer{'s' * (empty > 1)}"] * bool(empty),
+    }
+    return "; ".join(f"{what}: {_listed(names)}" for what, names in parts.items() if names)
+
+
+_INSIDE = "messages[]."
+_NAMED = 20
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def count_rows(
+    columns: Mapping[str, Sequence[int] | NDArray[numpy.int64]], ignored: Iterable[str] = ()
+) -> EncodingReport:
+    """Counts what became of encoded rows.
+
+    Args:
+        columns: Their columns ``COUNTED``, and ``left_out`` of multiple choice.
+        ignored: Their column ``ignored``.
+    """
     values = {name: numpy.asarray(column, dtype=numpy.int64) for name, column in columns.items()}
     kept = values["status"] != DROPPED
     left_out = values.get("left_out", numpy.zeros(0))
@@ -69,4 +135,5 @@ def count_rows(columns: Mapping[str, Sequence[int] | NDArray[numpy.int64]]) -> E
         longest=int(values["full_length"].max(initial=0)),
         shortened=int((left_out > 0).sum()),
         left_out=int(left_out.sum()),
+        ignored=sum_ignored(ignored),
     )

@@ -43,8 +43,12 @@ class WindowEncoder:
 
     def __call__(self, rows: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Encodes texts; one without a token becomes an empty window with the status DROPPED."""
-        windows = [window for text in rows["text"] for window in self._windows(text)]
-        return {name: [window[name] for window in windows] for name in self.features()}
+        ignored = rows.get("ignored") or [""] * len(rows["text"])
+        windows = []
+        for text, others in zip(rows["text"], ignored, strict=True):
+            first, *rest = self._windows(text)
+            windows += [first | {"ignored": others}, *(window | {"ignored": ""} for window in rest)]
+        return {name: [window[name] for window in windows] for name in (*self.features(), "ignored")}
 
     def _windows(self, text: str) -> list[dict[str, Any]]:
         bos = self.tokenizer.bos_token_id

@@ -3,6 +3,8 @@
 Errors here do not say where the record stands: whoever reads it puts its location before them.
 """
 
+import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -21,13 +23,77 @@ class Format(Generic[Parsed]):
         description: What messages call it, with the names of its fields.
         fields: The fields that the option ``columns`` may map.
         fits: Whether a record is in this format.
-        parse: Takes a record of this format apart, or raises ``DataError``.
+        parse: Takes a record of this format apart, or raises ``DataError``. Fields of the record that it does
+            not read are named to the user.
     """
 
     description: str
     fields: tuple[str, ...]
     fits: Callable[[Record], bool]
     parse: Callable[[Record], Parsed]
+
+
+class Fields(dict[str, Any]):
+    """A record that knows which of its fields were read, so that the others can be named.
+
+    Asking whether a field is there (``in``) does not read it, nor does ``has_value``.
+
+    Attributes:
+        ignored: What was left out on the way to this record, by name and number.
+    """
+
+    def __init__(self, record: Record, ignored: Mapping[str, int] | None = None) -> None:
+        super().__init__(record)
+        self.ignored = Counter(ignored or {})
+        self._read: set[str] = set()
+
+    def __getitem__(self, field: str) -> Any:
+        self._read.add(field)
+        return super().__getitem__(field)
+
+    def get(self, field: str, default: Any = None) -> Any:
+        """Reads a field, or returns the default."""
+        self._read.add(field)
+        return super().get(field, default)
+
+    def forget(self) -> None:
+        """Takes all fields for unread again."""
+        self._read.clear()
+
+    def left_out(self) -> Counter[str]:
+        """Returns what was ignored on the way, and the fields with a value that nobody has read."""
+        unread = (field for field in self if field not in self._read and has_value(self, field))
+        return self.ignored + Counter(map(str, unread))
+
+
+def ignored_in(record: Record) -> Counter[str]:
+    """Returns the counts of what is left out on the way to a record, to be added to."""
+    return record.ignored if isinstance(record, Fields) else Counter()
+
+
+def has_value(record: Record, field: str) -> bool:
+    """Returns whether a field holds something, which does not count as reading it."""
+    return not is_empty(peek(record, field))
+
+
+def peek(record: Record, field: str) -> Any:
+    """Returns a field, or None without it, which does not count as reading it."""
+    return dict.get(record, field) if isinstance(record, dict) else record.get(field)
+
+
+def is_empty(value: object) -> bool:
+    """Returns whether a value says nothing: Parquet fills absent fields with None, CSV has empty cells."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def from_json(value: object) -> object:
+    """Returns what JSON text of a list or an object stands for; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 class MissingFieldError(DataError):
@@ -43,6 +109,8 @@ def parse_as(formats: Sequence[Format[Parsed]], record: Record) -> Parsed:
     try:
         for format in formats:
             if format.fits(record):
+                if isinstance(record, Fields):
+                    record.forget()  # what telling the format has looked at
                 return format.parse(record)
         raise MissingFieldError(f"no format matches these fields: {names(record)}")
     except MissingFieldError as error:

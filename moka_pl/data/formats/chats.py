@@ -1,45 +1,23 @@
 """Chats: ``messages``, ShareGPT's ``conversations``, and turns written into one ``text``."""
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-from moka_pl.data.formats.base import Format, Record, require, require_text, show
+from moka_pl.data.formats.base import Format, Record, from_json, ignored_in, require_text, show
+from moka_pl.data.formats.messages import SPEAKERS, Message, parse_messages
 from moka_pl.errors import DataError
-
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-"""ShareGPT's names of the speakers."""
 
 _TURN = re.compile(r"(?<!#)###\s*(Human|Assistant|System)\s*:")
 
-Message = dict[str, Any]
-"""``role``, ``content`` (text) and ``trained``."""
-
 
 def _messages(record: Record) -> dict[str, list[Message]]:
-    """Messages with ``role``, ``content`` (text, or a list of text parts) and maybe ``loss_weight``."""
-    return {"messages": _parse_messages(record["messages"])}
+    """Messages with ``role``, ``content`` (text, or a list of text parts) and maybe more."""
+    return {"messages": _answered(parse_messages(record["messages"], "messages", ignored_in(record)))}
 
 
-def _parse_messages(value: object) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"field 'messages' must be a list of messages, found {show(value)}")
-    messages = [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+def _answered(messages: list[Message]) -> list[Message]:
     if not any(message["role"] == "assistant" for message in messages):
-        roles = ", ".join(message["role"] for message in messages)
+        roles = ", ".join(message["role"] for message in messages) or "none"
         raise DataError(
             f"field 'messages' has no assistant message to train on; found roles: {roles}. Add an answer or "
             "remove the chat"
@@ -53,25 +31,14 @@ def _conversations(record: Record) -> dict[str, list[Message]]:
     Such corpora hold parts of longer chats. Answers before the first question are left out. A part without an
     answer is returned untrained, and so counts as a dropped example.
     """
-    turns = record["conversations"]
+    turns = from_json(record["conversations"])
     if not isinstance(turns, list):
         raise DataError(f"field 'conversations' must be a list of turns, found {show(turns)}")
     messages: list[Message] = []
-    for index, turn in enumerate(turns):
-        field = f"conversations[{index}]"
-        if not isinstance(turn, Mapping):
-            raise DataError(f"field {field!r} must be an object with from and value, found {show(turn)}")
-        speaker, content = (require(turn, key, f"'{field}.{key}'") for key in ("from", "value"))
-        role = SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
-        if role is None:
-            raise DataError(
-                f"field '{field}.from' is {speaker!r}; known speakers are {', '.join(SHAREGPT_ROLES)}. "
-                "Rename the speaker"
-            )
-        message = _message({"role": role, "content": content, "loss_weight": turn.get("loss_weight")}, field)
-        if role != "assistant" or any(earlier["role"] == "user" for earlier in messages):
+    for message in parse_messages(turns, "conversations", ignored_in(record)) if turns else []:
+        if message["role"] != "assistant" or any(earlier["role"] == "user" for earlier in messages):
             messages.append(message)
-    return {"messages": messages or [{"role": "user", "content": "", "trained": False}]}
+    return {"messages": messages or [{"role": "user", "content": "", "trained": False, "more": {}}]}
 
 
 def _turns(record: Record) -> dict[str, list[Message]]:
@@ -84,51 +51,10 @@ def _turns(record: Record) -> dict[str, list[Message]]:
             "...' and '### Assistant: ...'; map other columns with `columns`"
         )
     messages = [
-        {"role": SHAREGPT_ROLES[speaker.lower()], "content": content.strip()}
+        {"role": SPEAKERS[speaker.lower()], "content": content.strip()}
         for speaker, content in zip(turns[::2], turns[1::2], strict=True)
     ]
-    return {"messages": _parse_messages(messages)}
-
-
-def _message(value: object, field: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise DataError(f"field {field!r} must be an object with role and content, found {show(value)}")
-    role, content = (require(value, key, f"'{field}.{key}'") for key in ("role", "content"))
-    if role not in ROLES:
-        raise DataError(
-            f"field '{field}.role' is {role!r}; known roles are {', '.join(ROLES)}. Rename the role"
-        )
-    # Parquet fills absent fields with None.
-    weight = value.get("loss_weight")
-    weight = 1.0 if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
-        raise DataError(f"field '{field}.loss_weight' must be a number, 0 or above, found {show(weight)}")
-    trained = role == "assistant" and weight > 0
-    return {"role": role, "content": _content(content, f"{field}.content"), "trained": trained}
-
-
-def _content(value: object, field: str) -> str:
-    """Returns the text of a message: a string, or a list of text parts to be joined."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"field '{field}' must be text or a list of {{type, text}} parts, found {show(value)}"
-        )
-    texts = []
-    for index, part in enumerate(value):
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise DataError(
-                f"field '{field}[{index}]' must be a part of type 'text', found {show(part)}. Only text can "
-                "be trained on; remove other parts"
-            )
-        text = part.get("text") if part.get("text") is not None else part.get("value")
-        if not isinstance(text, str):
-            raise DataError(
-                f"field '{field}[{index}]' has no 'text' (or 'value') that is text; found {show(part)}"
-            )
-        texts.append(text)
-    return "".join(texts)
+    return {"messages": _answered(parse_messages(messages, "messages", ignored_in(record)))}
 
 
 def _format(

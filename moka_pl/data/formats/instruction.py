@@ -1,22 +1,38 @@
 """Rows of instructions and chats; which format a record has is told by its columns."""
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.formats.base import Record, parse_as
+from moka_pl.data.formats.context import (
+    CONTEXT_FIELDS,
+    earlier_messages,
+    joined,
+    refuse_media,
+    row_is_trained,
+    template_options,
+)
 from moka_pl.data.formats.registry import INSTRUCTION_FORMATS
 from moka_pl.data.formats.trees import FIELDS as TREE_FIELDS
+from moka_pl.prompts.chats import as_messages
 
 if TYPE_CHECKING:
     from datasets import Features
 
 INSTRUCTION_FIELDS = tuple(
-    dict.fromkeys([field for format in INSTRUCTION_FORMATS for field in format.fields] + list(TREE_FIELDS))
+    dict.fromkeys(
+        [field for format in INSTRUCTION_FORMATS for field in format.fields] + [*TREE_FIELDS, *CONTEXT_FIELDS]
+    )
 )
 """All fields that a format has; the option ``columns`` may map them."""
 
 
 def instruction_features() -> "Features":
-    """Returns the columns of an instruction row; each format leaves the columns of the others empty."""
+    """Returns the columns of an instruction row; each format leaves the columns of the others empty.
+
+    ``more`` is the JSON of what only some rows have: ``options`` of the chat template, such as its tools, and
+    ``messages``, the further fields of each message.
+    """
     from datasets import Features, List, Value
 
     message = {"role": Value("string"), "content": Value("large_string"), "trained": Value("bool")}
@@ -27,20 +43,31 @@ def instruction_features() -> "Features":
             "input": Value("large_string"),
             "output": Value("large_string"),
             "messages": List(message),
+            "more": Value("large_string"),
         }
     )
 
 
 def parse_instruction(record: Record, context: str = "") -> dict[str, Any]:
-    """Parses one record of any format to the columns of ``instruction_features``, without the location.
+    """Parses one record of any format to ``instruction_features``, without the location.
 
     A record with the columns of several formats (Alpaca's ``text`` beside ``instruction``, or the empty
     columns that a Parquet file of mixed records has) is taken in the first format whose columns are not
-    empty. ``context`` is not used.
+    empty. A row with earlier turns, or of weight 0, becomes a chat. ``context`` is not used.
 
     Raises:
         DataError: A field is missing, empty of answers, or has the wrong type.
     """
-    return {"instruction": "", "input": "", "output": "", "messages": []} | parse_as(
+    row = {"instruction": "", "input": "", "output": "", "messages": []} | parse_as(
         INSTRUCTION_FORMATS, record
     )
+    refuse_media(record)
+    earlier, trained = earlier_messages(record), row_is_trained(record)
+    if earlier or not trained:
+        row["messages"] = joined(earlier, row["messages"] or as_messages(row))
+    further = [message.pop("more", {}) for message in row["messages"]]
+    if not trained:
+        row["messages"] = [message | {"trained": False} for message in row["messages"]]
+    more = {"options": template_options(record), "messages": further if any(further) else []}
+    # Read back as it was written, whatever types Parquet had.
+    return row | {"more": json.dumps(more, default=str) if any(more.values()) else ""}

@@ -56,7 +56,9 @@ def name_tasks(records: Iterable[Located]) -> Iterator[Located]:
                 told[number] = _tell(record)
     mixed = len({wording for wording, _ in told.values()}) > 1
     for number, (location, record) in enumerate(records):
-        yield location, (record | {"task": told[number][1]} if mixed and number in told else record)
+        if mixed and number in told:
+            record["task"] = told[number][1]
+        yield location, record
 
 
 def _tell(record: Record) -> tuple[str, str]:

@@ -1,11 +1,12 @@
 """Message trees (OASST1): flat messages that name their parents, joined to chats."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
-from moka_pl.data.formats.base import Record, require, require_text
+from moka_pl.data.formats.base import Fields, Record, has_value, ignored_in, require, require_text
+from moka_pl.data.formats.messages import WEIGHTS
 from moka_pl.data.readers import Located, located
 from moka_pl.errors import DataError
 
@@ -15,6 +16,7 @@ TreePaths = Literal["best", "all"]
 FIELDS = ("message_id", "parent_id", "role", "text")
 """Columns that identify a flat message."""
 
+_USED = (*FIELDS, *WEIGHTS, "lang", "rank", "deleted")
 _ROLES = {"prompter": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -71,7 +73,11 @@ def join_trees(
         )
     for root in roots:
         for path in _paths(root, messages, children, paths):
-            yield messages[root][0], {"messages": [_message(messages[name][1]) for name in path]}
+            chat = [messages[name][1] for name in path]
+            yield (
+                messages[root][0],
+                Fields({"messages": [_message(record) for record in chat]}, _others(chat)),
+            )
 
 
 def _check(record: Record) -> None:
@@ -90,10 +96,10 @@ def _paths(
 ) -> list[list[str]]:
     """Returns the chats of one tree as lists of message ids, each ending at an assistant's reply."""
     complete: dict[tuple[str, ...], None] = {}  # a set in order
-    open_paths = [[root]] if not messages[root][1].get("deleted") else []
+    open_paths = [[root]] if not _deleted(messages[root][1]) else []
     while open_paths:
         path = open_paths.pop()
-        replies = [name for name in children.get(path[-1], []) if not messages[name][1].get("deleted")]
+        replies = [name for name in children.get(path[-1], []) if not _deleted(messages[name][1])]
         replies.sort(key=lambda name: _rank(messages[name][1]))
         if replies:
             # The last one is taken next, so that chats come in the order of their replies.
@@ -106,10 +112,24 @@ def _paths(
     return [list(path) for path in complete]
 
 
+def _deleted(record: Record) -> bool:
+    return str(record.get("deleted")).strip().lower() in ("true", "1", "1.0")  # CSV files hold it as text
+
+
 def _rank(record: Record) -> float:
     rank = record.get("rank")
     return float("inf") if rank is None or rank == "" else float(rank)
 
 
-def _message(record: Record) -> dict[str, str]:
-    return {"role": _ROLES[record["role"]], "content": record["text"]}
+def _message(record: Record) -> dict[str, Any]:
+    weights = {name: record[name] for name in WEIGHTS if name in record}
+    return {"role": _ROLES[record["role"]], "content": record["text"], **weights}
+
+
+def _others(records: Iterable[Record]) -> Counter[str]:
+    """Counts the fields of messages that have no meaning here."""
+    ignored: Counter[str] = Counter()
+    for record in records:
+        ignored += ignored_in(record)
+        ignored.update(name for name in record if name not in _USED and has_value(record, name))
+    return ignored

@@ -1,0 +1,184 @@
+"""One message of a chat: who speaks, what is said, whether it is trained, and what else the template gets."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moka_pl.data.formats.base import Record, from_json, is_empty, require, show
+from moka_pl.errors import DataError
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
+"""ShareGPT's names of the speakers."""
+
+WEIGHTS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
+"""Fields of a message that say whether it is trained: 0 or false, 1 or true."""
+
+_CALLS = ("function_call", "tool_call")
+_REFUSED = {
+    "mask": "It may be meant either way",
+    "masked": "It may be meant either way",
+    "train_detail": "A turn is trained as a whole or not at all",
+    "training_detail": "A turn is trained as a whole or not at all",
+}
+_WORDS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+
+Message = dict[str, Any]
+"""``role``, ``content`` (text or None), ``trained``, and ``more``: all other fields, for the template."""
+
+
+def parse_messages(value: object, field: str, ignored: Counter[str]) -> list[Message]:
+    """Parses a list of messages, with ``role`` and ``content`` or with ``from`` and ``value``, or its JSON.
+
+    Args:
+        value: The list.
+        field: What messages call it.
+        ignored: Counts what is left out.
+
+    Raises:
+        DataError: It is no such list, or a message is malformed.
+    """
+    value = from_json(value)
+    if not isinstance(value, list) or not value:
+        raise DataError(f"field {field!r} must be a list of messages, found {show(value)}")
+    return [_message(message, f"{field}[{index}]", ignored) for index, message in enumerate(value)]
+
+
+def is_trained(record: Record, names: Sequence[str] = WEIGHTS, prefix: str = "", advice: str = "") -> bool:
+    """Returns whether a message, or a whole record, is trained: unless one of its weights is 0 or false.
+
+    Args:
+        record: The message or record.
+        names: Fields that may hold a weight.
+        prefix: What stands before their names in messages.
+        advice: What else there is to do about a wrong one.
+
+    Raises:
+        DataError: A weight is a fraction, or anything else than 0 or 1.
+    """
+    trained = True
+    for name in names:
+        if name in record and not is_empty(value := record[name]):
+            kept = value == 1 if isinstance(value, int | float) and value in (0, 1) else None
+            kept = _WORDS.get(value.strip().lower()) if isinstance(value, str) else kept
+            if kept is None:
+                raise DataError(
+                    f"field '{prefix}{name}' must be a number, 0 or 1 (or false or true), found "
+                    f"{show(value)}. An answer is trained in full or not at all: round it{advice}"
+                )
+            trained = trained and kept
+    return trained
+
+
+def text_of(value: object, field: str, ignored: Counter[str] | None = None) -> str:
+    """Returns the text of a message: a string, or a list of text parts to be joined.
+
+    Raises:
+        DataError: It is something else, or has parts that are no text.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"field '{field}' must be text or a list of {{type, text}} parts, found {show(value)}"
+        )
+    texts = []
+    for index, part in enumerate(value):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise DataError(
+                f"field '{field}[{index}]' must be a part of type 'text', found {show(part)}. Only text can "
+                "be trained on; remove other parts"
+            )
+        text = part.get("text") if part.get("text") is not None else part.get("value")
+        if not isinstance(text, str):
+            raise DataError(
+                f"field '{field}[{index}]' has no 'text' (or 'value') that is text; found {show(part)}"
+            )
+        texts.append(text)
+        others = (key for key in part if key not in ("type", "text", "value") and not is_empty(part[key]))
+        if ignored is not None:
+            ignored.update(f"messages[].content[].{key}" for key in others)
+    return "".join(texts)
+
+
+def _message(value: object, field: str, ignored: Counter[str]) -> Message:
+    held: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+    sharegpt = "role" not in held and ("from" in held or field.startswith("conversations"))
+    keys = ("from", "value") if sharegpt else ("role", "content")
+    if not isinstance(value, Mapping):
+        raise DataError(f"field {field!r} must be an object with {' and '.join(keys)}, found {show(value)}")
+    for name, reason in _REFUSED.items():
+        if not is_empty(value.get(name)):
+            raise DataError(
+                f"field '{field}.{name}' cannot be used. {reason}: write `train: false` into the turns that "
+                "are not to be trained"
+            )
+    role, speaker = _role(value, keys[0], field)
+    more = {
+        name: item
+        for name, item in value.items()
+        if name not in (*keys, *WEIGHTS, *_REFUSED) and not is_empty(item)
+    }
+    calls = [more.pop("function_call")] if "function_call" in more else []
+    content = value.get(keys[1])
+    if speaker in _CALLS:
+        calls, content = _calls(content, f"{field}.{keys[1]}"), None
+    if calls and "tool_calls" not in more:
+        more["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    if not (role == "assistant" and more and is_empty(content)):
+        content = text_of(require(value, keys[1], f"'{field}.{keys[1]}'"), f"{field}.content", ignored)
+    elif not isinstance(content, str):
+        content = None
+    trained = is_trained(value, prefix=f"{field}.") and role == "assistant"
+    return {"role": role, "content": content, "trained": trained, "more": more}
+
+
+def _role(value: Record, key: str, field: str) -> tuple[str, str]:
+    """Returns the role of a message, and what the message calls it."""
+    speaker = require(value, key, f"'{field}.{key}'")
+    if key == "role":
+        if speaker not in ROLES:
+            raise DataError(
+                f"field '{field}.role' is {speaker!r}; known roles are {', '.join(ROLES)}. Rename the role"
+            )
+        return ("tool" if speaker == "function" else speaker), speaker
+    speaker = speaker.lower() if isinstance(speaker, str) else speaker
+    role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise DataError(
+            f"field '{field}.from' is {speaker!r}; known speakers are {', '.join(SPEAKERS)}. "
+            "Rename the speaker"
+        )
+    return role, speaker
+
+
+def _calls(value: object, field: str) -> list[dict[str, Any]]:
+    """Returns the calls of a turn: the JSON of one call with ``name`` and ``arguments``, or of several."""
+    found: Any = from_json(value)
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(
+        isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls
+    ):
+        raise DataError(
+            f"field '{field}' must be the JSON of a call with name and arguments, or of a list of them, "
+            f"found {show(value)}. Correct the turn, or give it to another speaker"
+        )
+    return [{"arguments": {}, **call} for call in calls]
