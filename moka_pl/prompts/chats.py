@@ -71,7 +71,13 @@ class Chat:
         return str(text)
 
     def renders(self, turns: Sequence[Turn] | None = None, *, without: str = "", text: str) -> bool:
-        """Whether the chat with other messages, or without an option, is another text than ``text``."""
+        """Returns whether the chat, changed, is another text.
+
+        Args:
+            turns: Other messages, in place of the chat's.
+            without: An option to leave out.
+            text: The text of the whole.
+        """
         try:
             return self.render(turns, without=without) != text
         except DataError:

@@ -88,8 +88,13 @@ def is_trained(record: Record, names: Sequence[str] = WEIGHTS, prefix: str = "",
     return trained
 
 
-def text_of(value: object, field: str, ignored: Counter[str] | None = None) -> str:
+def text_of(value: object, field: str, ignored: Counter[str]) -> str:
     """Returns the text of a message: a string, or a list of text parts to be joined.
+
+    Args:
+        value: The content.
+        field: What messages call it.
+        ignored: Counts what is left out of the parts.
 
     Raises:
         DataError: It is something else, or has parts that are no text.
@@ -114,8 +119,7 @@ def text_of(value: object, field: str, ignored: Counter[str] | None = None) -> s
             )
         texts.append(text)
         others = (key for key in part if key not in ("type", "text", "value") and not is_empty(part[key]))
-        if ignored is not None:
-            ignored.update(f"messages[].content[].{key}" for key in others)
+        ignored.update(f"messages[].content[].{key}" for key in others)
     return "".join(texts)
 
 
