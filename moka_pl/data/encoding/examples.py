@@ -225,6 +225,7 @@ def _without_dropped(encoded: "Dataset", max_length: int, label: str) -> Encoded
     counted = [name for name in (*COUNTED, "left_out") if name in encoded.column_names]
     columns = encoded.with_format("numpy", columns=counted)[:]
     report = count_rows(columns, encoded["ignored"][:])
+    encoded = encoded.remove_columns("ignored")
     if report.kept == 0:
         raise DataError(
             f"all {report.read} examples of {label} were dropped: {nothing_trained(report, max_length)}"
