@@ -1,7 +1,7 @@
 """Instructions and chats."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from moka_pl.data.batching.loader import ResumableDataLoader
+
+
+EmptyAnswers = Literal["skip", "train"]
+"""What becomes of answers without a text."""
 
 
 class InstructionData(SplitDataModule):
@@ -70,6 +74,8 @@ class InstructionData(SplitDataModule):
         streaming: Read and encode the training data during training. It needs ``trainer.max_steps``, restarts
             the data at their end, and holds nothing out: give a validation_path, whose data are read whole.
         stream_buffer: Examples per device (and worker) that are shuffled, and sorted by length, together.
+        empty_answers: "skip" does not train answers without a text, and counts them; "train" teaches the
+            model to answer nothing.
         **options: validation_share and separate_test (see SplitDataModule); batch_size, max_length,
             num_workers, num_proc, seed, bucket, eval_batch_size, packing, max_tokens (see MokaDataModule).
 
@@ -90,6 +96,7 @@ class InstructionData(SplitDataModule):
         tree_language: str | None = "en",
         streaming: bool = False,
         stream_buffer: int = 10_000,
+        empty_answers: EmptyAnswers = "skip",
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -97,6 +104,8 @@ class InstructionData(SplitDataModule):
             raise DataError(f"prompt must be 'chat' or 'alpaca', got {prompt!r}")
         if tree_paths not in ("best", "all"):
             raise DataError(f"tree_paths must be 'best' or 'all', got {tree_paths!r}")
+        if empty_answers not in ("skip", "train"):
+            raise DataError(f"empty_answers must be 'skip' or 'train', got {empty_answers!r}")
         if stream_buffer < self.batch_size:
             raise DataError(
                 f"stream_buffer must be at least batch_size ({self.batch_size}), got {stream_buffer}"
@@ -112,6 +121,7 @@ class InstructionData(SplitDataModule):
         self.validation_path = validation_path
         self.split = split
         self.columns = parse_columns(columns, INSTRUCTION_FIELDS)
+        self.empty_answers = empty_answers
         self.tree_paths = tree_paths
         self.tree_language = tree_language
         self._prompt = prompt
@@ -164,6 +174,7 @@ class InstructionData(SplitDataModule):
         return super().batch_order | {
             "data": sources_digest(self._shards("train")),
             "prompt": self.prompt,
+            "empty_answers": self.empty_answers,
             "stream_buffer": self.stream_buffer,
             "num_workers": self.num_workers,  # each has a position of its own
         }
@@ -189,15 +200,19 @@ class InstructionData(SplitDataModule):
             return None
         if self.prompt == "chat":
             require_template(self.tokenizer)  # before anything is read
-        return self._encode(split, self._split_rows(split), self._encoder(), self.prompt)
+        key = f"{self.prompt} {self.empty_answers}"
+        return self._encode(split, self._split_rows(split), self._encoder(), key)
 
     def _encoder(self) -> SegmentEncoder:
+        options: dict[str, Any] = {"skip_empty": self.empty_answers == "skip"}
+        if self.prompt == "chat":
+            options["tokenizer"] = self.tokenizer
         return SegmentEncoder(
             self.tokenizer,
-            partial(chat, tokenizer=self.tokenizer) if self.prompt == "chat" else alpaca,
+            partial(chat if self.prompt == "chat" else alpaca, **options),
             self.max_length,
             bos=self.prompt != "chat" and adds_bos(self.tokenizer),
-            left_out=partial(left_out, tokenizer=self.tokenizer) if self.prompt == "chat" else beside_text,
+            left_out=partial(left_out if self.prompt == "chat" else beside_text, **options),
         )
 
     def _shards(self, split: str) -> list[Shard]:

@@ -86,11 +86,16 @@ class Chat:
     def is_empty_answer(self, index: int) -> bool:
         """Whether a message has no content, nor anything else that the template writes."""
         turn = self.turns[index]
-        if str(turn["content"] or "").strip():
+        if not is_blank(turn["content"]):
             return False
         bare = {"role": turn["role"], "content": turn["content"]}
         text = self.render(self.turns[: index + 1])
         return turn == bare or not self.renders([*self.turns[:index], bare], text=text)
+
+
+def is_blank(text: str | None) -> bool:
+    """Returns whether there is nothing to read in a text."""
+    return not (text or "").strip()
 
 
 def conversation(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Chat:
@@ -128,8 +133,15 @@ def as_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def left_out(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Counter[str]:
+def left_out(
+    row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", skip_empty: bool = False
+) -> Counter[str]:
     """Counts what a row gives the chat template, but the template does not write.
+
+    Args:
+        row: A checked row.
+        tokenizer: A tokenizer with a chat template.
+        skip_empty: Whether empty answers count, too.
 
     Raises:
         DataError: The chat means something else without it: calls, tools, the reasoning of a trained answer,
@@ -139,7 +151,8 @@ def left_out(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Co
     fields = dict.fromkeys(name for turn in chat.turns for name in turn if name not in ("role", "content"))
     roles = dict.fromkeys(turn["role"] for turn in chat.turns if turn["role"] not in ("user", "assistant"))
     ignored: Counter[str] = Counter()
-    if empty := sum(chat.is_empty_answer(index) for index, trained in enumerate(chat.trained) if trained):
+    answers = [index for index, trained in enumerate(chat.trained) if trained and skip_empty]
+    if empty := sum(map(chat.is_empty_answer, answers)):
         ignored[EMPTY] = empty
     if not any(chat.trained) or not (fields or roles or chat.options):
         return ignored
@@ -163,8 +176,8 @@ def left_out(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Co
     return ignored
 
 
-def beside_text(row: Mapping[str, Any]) -> Counter[str]:
-    """Counts what a prompt without a chat template leaves out of a row.
+def beside_text(row: Mapping[str, Any], skip_empty: bool = False) -> Counter[str]:
+    """Counts what a prompt without a chat template leaves out of a row, with ``skip_empty`` empty answers.
 
     Raises:
         DataError: The row means something else without it: calls, tools, or the reasoning of an answer.
@@ -179,8 +192,9 @@ def beside_text(row: Mapping[str, Any]) -> Counter[str]:
         )
     ignored = Counter(options.keys())
     ignored.update(f"messages[].{name}" for message in messages for name in message)
-    answers = [message["content"] for message in row["messages"] if message["trained"]] or [row["output"]]
-    if empty := sum(not answer.strip() for answer in answers):
+    answers = [message["content"] for message in row["messages"] if message["trained"]]
+    answers = answers if row["messages"] else [row["output"]]
+    if empty := sum(map(is_blank, answers if skip_empty else [])):
         ignored[EMPTY] = empty
     return ignored
 

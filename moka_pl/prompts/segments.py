@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import DataError
-from moka_pl.prompts.chats import beside_text, conversation
+from moka_pl.prompts.chats import beside_text, conversation, is_blank
 from moka_pl.prompts.templates import alpaca_prompt
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ class Segment:
     end: bool = False
 
 
-def alpaca(row: Mapping[str, Any]) -> list[Segment]:
+def alpaca(row: Mapping[str, Any], skip_empty: bool = False) -> list[Segment]:
     """Returns the Alpaca prompt, then the answer and the end-of-sequence token, both trained.
 
-    A chat of one question and one answer is taken as instruction and output. An empty answer is not trained.
+    A chat of one question and one answer is taken as instruction and output. With ``skip_empty`` an empty
+    answer is not trained.
 
     Raises:
         DataError: The row is a chat with other messages, or has calls, tools or reasoning.
@@ -48,17 +49,23 @@ def alpaca(row: Mapping[str, Any]) -> list[Segment]:
             )
         instruction, output, trained = messages[0]["content"], messages[1]["content"], messages[1]["trained"]
     prompt = alpaca_prompt(instruction, context)
-    trained = trained and bool(output.strip())
+    trained = trained and not (skip_empty and is_blank(output))
     return [Segment(prompt, trained=False), Segment(output, trained=trained, end=True)]
 
 
-def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[Segment]:
+def chat(
+    row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", skip_empty: bool = False
+) -> list[Segment]:
     """Returns the chat template's rendering; every assistant turn with its end-of-turn token is trained.
 
     The span of a turn is what the rendering of the messages up to and including it adds to the rendering of
     the messages before it (with the generation prompt), without the white space after the end-of-turn token.
-    An Alpaca row becomes a user turn (instruction, blank line, input) and an assistant turn. An answer in
-    which there is nothing to read is not trained.
+    An Alpaca row becomes a user turn (instruction, blank line, input) and an assistant turn.
+
+    Args:
+        row: A checked row.
+        tokenizer: A tokenizer with a chat template.
+        skip_empty: Whether answers in which there is nothing to read are not trained.
 
     Raises:
         DataError: The tokenizer has no template, the template refuses the messages, or it renders the
@@ -70,7 +77,7 @@ def chat(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[S
     segments: list[Segment] = []
     end = 0
     for index in range(len(chat.turns)):
-        if not chat.trained[index] or chat.is_empty_answer(index):
+        if not chat.trained[index] or (skip_empty and chat.is_empty_answer(index)):
             continue
         before = chat.render(chat.turns[:index], prompt=True)
         after = chat.render(chat.turns[: index + 1])

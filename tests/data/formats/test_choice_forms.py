@@ -347,7 +347,9 @@ def test_folders_of_both_forms_give_the_same_items(tiny_tokenizer, tmp_path, wri
             for part in ("train", "test"):
                 write_jsonl(f"{form}/{task}/{part}.jsonl", [record])
         module = CommonsenseData(tmp_path / str(form))
-        found.append([module._split_rows("train").remove_columns(["location", "ignored"]).to_list(), module.tasks])
+        found.append(
+            [module._split_rows("train").remove_columns(["location", "ignored"]).to_list(), module.tasks]
+        )
     assert found[0] == found[1]
     assert len(found[0][0]) == 8
 
