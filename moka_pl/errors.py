@@ -23,6 +23,10 @@ class AdapterError(MokaError):
     """An adapter cannot be injected, read or written."""
 
 
+class CheckpointError(MokaError):
+    """A checkpoint cannot be written."""
+
+
 class DataError(MokaError):
     """Data cannot be used; the message names the file, the line or row, the field and the remedy."""
 

@@ -27,8 +27,10 @@ from moka_pl.cli.configs import find_config
 from moka_pl.cli.parser import MokaParser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.training.checkpoint import find_last, read_checkpoint
+from moka_pl.training.checkpoint import find_last
+from moka_pl.training.checkpoint_files import read_checkpoint
 from moka_pl.training.module import MokaModule
+from moka_pl.training.trial_optimizer import check_learns
 from moka_pl.utils import make_folder
 
 _LOGGER = {
@@ -157,7 +159,17 @@ class MokaCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Tells the module whether a checkpoint follows; Lightning (2.6) says so only when it is built."""
+        check_learns(self.model)
         self.model.resumes = self._options(self.config).get("ckpt_path") is not None
+        self._name_checkpoint()
+
+    def _name_checkpoint(self) -> None:
+        """Tells the module which checkpoint follows, if it is a local file."""
+        path = self._options(self.config).get("ckpt_path")
+        if path is not None and Path(path).is_file():
+            self.model.checkpoint_path = Path(path)
+
+    before_validate = before_test = before_predict = _name_checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Makes the trainer with our callbacks, but none of a kind that the user gave or switched off."""

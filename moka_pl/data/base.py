@@ -11,17 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from moka_pl._compat import rows_fingerprint
-from moka_pl.data.batching.collate import MULTIPLE, BatchRows, SharePrefix, padded
+from moka_pl.data.batching.collate import BatchRows, SharePrefix
 from moka_pl.data.batching.loader import ResumableDataLoader
-from moka_pl.data.batching.order import Order, order_options
+from moka_pl.data.batching.order import Order, order_options, train_sampler
 from moka_pl.data.batching.report import epoch_report
-from moka_pl.data.batching.samplers import (
-    EvalSampler,
-    GlobalBatchSampler,
-    PackSampler,
-    TokenSampler,
-    TrainSampler,
-)
+from moka_pl.data.batching.samplers import EvalSampler, GlobalBatchSampler
 from moka_pl.data.encoding.examples import Encoded, Encoder, encode_rows, tokenizer_digest
 from moka_pl.data.encoding.report import EncodingReport, ignored_fields, sum_ignored
 from moka_pl.data.sources import Shard
@@ -272,18 +266,13 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
 
     def _train_sampler(self, lengths: list[int]) -> GlobalBatchSampler:
         rank, world = self._rank_and_world()
-        width = padded(self.row_length)
-        if self.max_tokens is not None and self.max_tokens < width:
-            raise DataError(
-                f"max_tokens is {self.max_tokens}, but an example may have {width} tokens (max_length "
-                "rounded up to a multiple of 8). Raise max_tokens or lower max_length"
-            )
-        if self.packing:
-            rows = self.batch_size if self.max_tokens is None else self.max_tokens // width
-            return PackSampler(lengths, rows, world, rank, self.seed, capacity=self.row_length)
-        if self.max_tokens is not None:
-            return TokenSampler(lengths, self.max_tokens, world, rank, self.seed, multiple=MULTIPLE)
-        return TrainSampler(lengths, self.batch_size, world, rank, seed=self.seed, bucket=self.bucket)
+        return train_sampler(self, lengths, world, rank)
+
+    def epoch_length(self) -> int:
+        """Returns the number of batches of an epoch, for every rank; the data must be set up."""
+        total = len(self._train_sampler(self._get("train").rows["length"][:]))
+        limit = self._epoch_batches(total)
+        return total if limit is None else min(total, limit)
 
     def val_dataloader(self) -> EvalLoaders:
         """Every validation example once; an empty list without validation data."""

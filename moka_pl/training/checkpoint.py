@@ -5,19 +5,30 @@ fields of :class:`StoredRun` are added.
 """
 
 import random
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from moka_pl.adapters import method_of
 from moka_pl.adapters.filters import describe_filters
 from moka_pl.adapters.methods.base import check_tensors
-from moka_pl.errors import AdapterError, ConfigError, one_line
+from moka_pl.data.batching.order import describe, differences
+from moka_pl.data.types import data_of
+from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.training.checkpoint_files import peek, step_of, unusable_reason
+from moka_pl.training.course import (
+    CONSEQUENCES,
+    Changed,
+    Course,
+    adapter_course,
+    changed_course,
+    check_changes,
+    quantization_of,
+)
 from moka_pl.training.learning_rates import LearningRateRatios
 
 if TYPE_CHECKING:
@@ -43,12 +54,16 @@ class StoredRun:
         adapter: Options of the adapter.
         learning_rate_ratios: Ratios by part, as :class:`LearningRateRatios` has them.
         rng: The states of the random generators.
+        course: What else decides the run's course, by change and option; empty without training.
+        prompt: Name of the prompt that the data were written in.
     """
 
     base: dict[str, str] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     learning_rate_ratios: dict[str, float] = field(default_factory=lambda: asdict(LearningRateRatios()))
     rng: dict[str, Any] | None = None
+    course: Course = field(default_factory=dict)
+    prompt: str | None = None
 
     @classmethod
     def of(cls, module: "MokaModule") -> Self:
@@ -59,6 +74,8 @@ class StoredRun:
             adapter=method_of(module.adapter).options(),
             learning_rate_ratios=asdict(module.learning_rate_ratios),
             rng=rng_state(module.device),
+            course=module.course,
+            prompt=data_of(module.trainer).prompt,
         )
 
     @classmethod
@@ -76,8 +93,8 @@ def complete_checkpoint(checkpoint: dict[str, Any], module: "MokaModule") -> Non
     checkpoint |= {f"{_PREFIX}{name}": value for name, value in vars(StoredRun.of(module)).items()}
 
 
-def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", training: bool) -> None:
-    """Refuses a checkpoint that is not of the module's run.
+def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", training: bool) -> Changed:
+    """Refuses a checkpoint that is not of the module's run; returns the changes that are allowed.
 
     Args:
         checkpoint: What :func:`complete_checkpoint` made.
@@ -89,16 +106,77 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", traini
     check_same_factors(stored.adapter, current.adapter)
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     check_tensors(checkpoint["state_dict"], trainable, "the checkpoint", _REMEDY)
-    for part, ratio in current.learning_rate_ratios.items() if training else ():
-        if stored.learning_rate_ratios[part] != ratio:  # the stored optimizer brings its own
-            raise AdapterError(
-                f"the checkpoint was trained with learning_rate_ratios.{part} "
-                f"{stored.learning_rate_ratios[part]:g}, but this run has {ratio:g}. {_REMEDY}"
-            )
     if stored.base.get("fingerprint", current.base["fingerprint"]) != current.base["fingerprint"]:
         raise AdapterError(
             f"the checkpoint was trained on another base model ({stored.base['name']!r}); this run has "
             f"{current.base['name']!r} with another fingerprint. Load the checkpoint's base instead"
+        )
+    return check_run(stored, module, module.course, training)
+
+
+def check_run(stored: StoredRun, module: "MokaModule", course: Course, training: bool) -> Changed:
+    """Refuses a run whose options are not the module's; returns the changes that are allowed.
+
+    It needs no model. What the stored run does not tell, or the module not yet, is not compared.
+
+    Args:
+        stored: The run of a checkpoint.
+        module: The module that goes on.
+        course: What is known of the course of its run.
+        training: Whether training resumes.
+    """
+    changed: Changed = {}
+    ratios = asdict(module.learning_rate_ratios)
+    for part, ratio in ratios.items() if training else ():
+        if stored.learning_rate_ratios[part] == ratio:
+            continue
+        if "learning_rate" not in module.allow_changes:  # the stored optimizer brings its own
+            raise AdapterError(
+                f"the checkpoint was trained with learning_rate_ratios.{part} "
+                f"{stored.learning_rate_ratios[part]:g}, but this run has {ratio:g}. {_REMEDY}, or allow the "
+                "change: --model.allow_changes '[learning_rate]'"
+            )
+        ratio_name = f"learning_rate_ratios.{part}"
+        changed["learning_rate"] = {ratio_name: (stored.learning_rate_ratios[part], ratio)}
+    if training:
+        for name, found in changed_course(stored.course, course).items():
+            changed.setdefault(name, {}).update(found)
+    options = method_of(module.adapter).options()
+    was, now = (adapter_course(o, training) if o else {} for o in (stored.adapter, options))
+    if different := differences(was, now):
+        changed["adapter"] = different
+    check_changes(changed, module.allow_changes)
+    return changed
+
+
+def say_differences(stored: StoredRun, changed: Changed, module: "MokaModule", training: bool) -> None:
+    """Says what the changes do, and what could not be compared or does not matter enough to refuse.
+
+    Args:
+        stored: The run of the checkpoint.
+        changed: Changes that are allowed.
+        module: The module that goes on.
+        training: Whether training resumes.
+    """
+    for name, found in changed.items():
+        then = CONSEQUENCES[name] if training else "the evaluation uses the new values"
+        rank_zero_info(f"another {name.replace('_', ' ')} than the checkpoint's ({describe(found)}): {then}")
+    if training and not stored.course:
+        rank_zero_info(
+            "the checkpoint is of an earlier version of moka_pl and does not tell its data, batches, "
+            "optimizer and precision; make sure that they are this run's"
+        )
+    if training:
+        return
+    prompt = data_of(module.trainer).prompt
+    if stored.prompt is not None and prompt is not None and prompt != stored.prompt:
+        rank_zero_warn(
+            f"the checkpoint was trained with the prompt {stored.prompt!r}, these data have {prompt!r}"
+        )
+    was = stored.course.get("quantization", {})
+    if different := differences(was, quantization_of(module.backbone.options())):
+        rank_zero_warn(
+            f"the checkpoint was trained on a base quantised in another way: {describe(different)}"
         )
 
 
@@ -153,12 +231,15 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device, rank: int) -> 
 
 
 def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str | None]:
-    """Returns the newest run's ``last.ckpt``, and the version whose logs go on; None where no logs can.
+    """Returns the newest run's last checkpoint, and the version whose logs go on; None where no logs can.
+
+    That is ``last.ckpt``. If it is damaged or not finite, it is the run's other checkpoint of the latest
+    step, or else one of an earlier run; a line says so. If none is usable, reading the result says why.
 
     Args:
         logger: The parsed ``trainer.logger`` (class_path and init_args of a TensorBoardLogger).
         dirpath: The folder that the user keeps checkpoints in (``checkpoint.dirpath``); None looks for the
-            newest ``version_<k>`` below the logger's folder that holds a ``checkpoints/last.ckpt``.
+            newest ``version_<k>`` below the logger's folder that holds ``checkpoints``.
 
     Raises:
         ConfigError: If there is none, or it is damaged, or the logger keeps no versions.
@@ -166,8 +247,8 @@ def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str 
     options: Any = getattr(logger, "init_args", None)
     versions = options is not None and hasattr(options, "save_dir") and hasattr(options, "version")
     if dirpath is not None:
-        checkpoint = Path(dirpath).expanduser() / LAST_NAME
-        if not checkpoint.is_file():
+        checkpoint = _newest_usable([Path(dirpath).expanduser()])
+        if checkpoint is None:
             raise ConfigError(
                 f"--ckpt_path last: {dirpath} (checkpoint.dirpath) has no {LAST_NAME}. Start without "
                 "--ckpt_path, or give the path of a checkpoint"
@@ -179,38 +260,46 @@ def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str 
             f"{logger!r}; give the path of the checkpoint instead"
         )
     folder = Path(options.save_dir) / (options.name or "")
-    runs = []
-    for checkpoint in folder.glob(f"version_*/checkpoints/{LAST_NAME}"):
-        number = checkpoint.parents[1].name.removeprefix("version_")
+    runs = {}
+    for run in folder.glob("version_*/checkpoints"):
+        number = run.parent.name.removeprefix("version_")
         if number.isdigit():
-            runs.append((int(number), checkpoint))
-    if not runs:
+            runs[run] = int(number)
+    checkpoint = _newest_usable(sorted(runs, key=lambda run: -runs[run]))
+    if checkpoint is None:
         raise ConfigError(
             f"--ckpt_path last: no run below {folder} has a checkpoints/{LAST_NAME}. Start without "
             "--ckpt_path, or give the path of a checkpoint"
         )
-    version, checkpoint = max(runs)
-    return checkpoint, version
+    return checkpoint, runs[checkpoint.parent]
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint, without unpickling anything but tensors and plain values.
+def _newest_usable(folders: Sequence[Path]) -> Path | None:
+    """Returns the first usable checkpoint of folders, else the first one at all; None without any."""
+    passed_by: list[tuple[Path, str]] = []
+    for folder in folders:
+        for path in _latest_first(folder):
+            if (reason := unusable_reason(path)) is None:
+                if passed_by:
+                    first, why = passed_by[0]
+                    run = "" if first.parent == folder else " of an earlier run"
+                    rank_zero_info(f"--ckpt_path last: {first} {why}; going on from {path}{run}")
+                return path
+            passed_by.append((path, reason))
+    return passed_by[0][0] if passed_by else None
 
-    Raises:
-        ConfigError: If the file is damaged or not a checkpoint.
-    """
-    try:
-        stored: dict[str, Any] = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except (RuntimeError, UnpicklingError, EOFError) as error:
-        raise ConfigError(f"--ckpt_path {path} is damaged or not a checkpoint ({one_line(error)})") from error
-    return stored
+
+def _latest_first(folder: Path) -> Iterator[Path]:
+    """Yields ``last.ckpt``, then the folder's other checkpoints from the latest step on."""
+    if (last := folder / LAST_NAME).is_file():
+        yield last
+    others = [path for path in folder.glob("*.ckpt") if path.name != LAST_NAME and path.is_file()]
+    yield from sorted(others, key=lambda path: (-step_of(path), path.name))
 
 
 def _version(checkpoint: Path) -> int | str | None:
     """Returns the version of the logs stored in a checkpoint."""
-    for state in read_checkpoint(checkpoint).get("callbacks", {}).values():
+    for state in peek(checkpoint).get("callbacks", {}).values():
         if isinstance(state, dict) and state.get(VERSION_KEY) is not None:
             version: int | str = state[VERSION_KEY]
             return version

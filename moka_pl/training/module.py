@@ -3,6 +3,7 @@
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,9 +32,21 @@ from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
 from moka_pl.lm.scoring import score_tokens
 from moka_pl.training.auto_filters import DeferredFilters
-from moka_pl.training.checkpoint import StoredRun, check_checkpoint, complete_checkpoint, set_rng_state
+from moka_pl.training.checkpoint import (
+    StoredRun,
+    check_checkpoint,
+    check_run,
+    complete_checkpoint,
+    say_differences,
+    set_rng_state,
+)
+from moka_pl.training.checkpoint_files import peek, write_whole_files
+from moka_pl.training.course import Change, Course, check_allowed, course_of, optimizer_course
 from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler, logged_rates, make_optimizer
+from moka_pl.training.preflight import check_trainer
+from moka_pl.training.resume import adjust_optimizer, begin_epoch_anew, begins_epoch_anew
 from moka_pl.training.schedule import WarmupDecay
+from moka_pl.training.trial_optimizer import build_trial
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -66,13 +79,19 @@ class MokaModule(EvaluatedModule):
         cuda_graphs: Capture the forward and backward pass as a CUDA graph per batch size, and replay it. This
             is several times faster for models up to about a billion parameters, and costs the memory of one
             batch's activations. Packed batches, gradient checkpointing and CPUs do not use graphs.
+        allow_changes: What may differ from the run that a checkpoint resumes; anything else that changes the
+            course of training is refused. docs/tuning.md says what each does.
 
     Attributes:
+        course: What decides the course of a fit, as its checkpoints hold it.
+        checkpoint_path: The checkpoint that will be loaded, so that its run can be compared before the model
+            is loaded.
         resumes: Whether the next fit resumes from a checkpoint, so that ``filters: auto`` need not choose.
             (If False, the choice is made, and a loaded checkpoint's choice replaces it.)
     """
 
     resumes: bool = False
+    checkpoint_path: Path | None = None
 
     def __init__(
         self,
@@ -84,6 +103,7 @@ class MokaModule(EvaluatedModule):
         gradient_checkpointing: bool = False,
         cuda_graphs: bool = False,
         learning_rate_ratios: LearningRateRatios = _RATIOS,
+        allow_changes: list[Change] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = replace(backbone)
@@ -96,6 +116,11 @@ class MokaModule(EvaluatedModule):
             self.adapter, self.adapter_prompt = stored.config, stored.extra.get("prompt")
         learning_rate_ratios.check_fits(self.adapter)
         self.learning_rate_ratios = replace(learning_rate_ratios)
+        self.allow_changes = frozenset(allow_changes or ())
+        check_allowed(self.allow_changes)
+        self.course: Course = {}
+        self._resumed: dict[str, Any] | None = None
+        self._epoch_anew = False
         self._deferred = DeferredFilters(self.adapter if adapter_path is None else None)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -118,6 +143,16 @@ class MokaModule(EvaluatedModule):
         return load_tokenizer(self.backbone)
 
     # Building
+
+    def setup(self, stage: str) -> None:
+        """Refuses before the model is loaded what optimizer, trainer or checkpoint would refuse later."""
+        write_whole_files(self.trainer)
+        if stage == "fit":
+            self.course = course_of(self, self.trainer)
+            check_trainer(self.trainer)
+        if self.checkpoint_path is not None:
+            expected = self.course | (optimizer_course(*build_trial(self)) if stage == "fit" else {})
+            check_run(StoredRun.read(peek(self.checkpoint_path)), self, expected, training=stage == "fit")
 
     def configure_model(self) -> None:
         """Loads the base onto this rank's device and injects the adapters (once).
@@ -205,7 +240,18 @@ class MokaModule(EvaluatedModule):
     # Training
 
     def on_fit_start(self) -> None:
-        """Prepares for packed batches, and warns if the trainer's precision would round the adapters."""
+        """Prepares for packed batches, and warns if the trainer's precision would round the adapters.
+
+        In a run that resumes with changes, the stored optimizer is adjusted before it is restored.
+        """
+        (optimizer,), (scheduled,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        self.course |= optimizer_course(optimizer, scheduled.scheduler)
+        if self._resumed is not None:
+            stored = StoredRun.read(self._resumed)
+            changed = check_run(stored, self, self.course, training=True)
+            say_differences(stored, changed, self, training=True)
+            adjust_optimizer(self._resumed, changed, optimizer, scheduled.scheduler)
+            self._resumed = None
         if data_of(self.trainer).packing:
             self._prepare_packing()
         if self.trainer.precision in ("bf16-true", "16-true"):
@@ -222,6 +268,9 @@ class MokaModule(EvaluatedModule):
                 "set the module's resumes attribute to False"
             )
         self._set_schedule()
+        if self._epoch_anew:
+            self.trainer.fit_loop.epoch_loop.restarting = False
+            self._epoch_anew = False
         if self._rng is not None:
             set_rng_state(self._rng, self.device, self.global_rank)
             self._rng = None
@@ -262,6 +311,9 @@ class MokaModule(EvaluatedModule):
                 "the learning-rate schedule needs the length of the run, which is unlimited: set "
                 "trainer.max_epochs, trainer.max_steps or the schedule's total_steps"
             )
+        before = self._schedule.total_steps
+        if before is not None and before != total:  # of the run that goes on
+            rank_zero_info(f"the learning-rate schedule is stretched from {before} to {int(total)} steps")
         self._schedule.set_total_steps(int(total))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -322,5 +374,13 @@ class MokaModule(EvaluatedModule):
         if self.model is not None and self.adapter is not before:  # that run's filters, chosen by ``auto``
             unload(self.model)
             self._inject(self.model)
-        check_checkpoint(checkpoint, self, training=self.trainer.state.fn == "fit")
+        training = self.trainer.state.fn == "fit"
+        changed = check_checkpoint(checkpoint, self, training)
+        if not training:
+            say_differences(stored, changed, self, training)
+            return
+        self._resumed = checkpoint
+        self._epoch_anew = begins_epoch_anew(changed)
+        if self._epoch_anew:
+            begin_epoch_anew(checkpoint)
         self._rng = stored.rng  # set when training begins: nothing before it may draw from them

@@ -4,9 +4,11 @@ A run that is resumed in the middle of an epoch leaves out as many batches as we
 rows in another order, some would come twice and others never.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from moka_pl.data.batching.collate import MULTIPLE, padded
+from moka_pl.data.batching.samplers import GlobalBatchSampler, PackSampler, TokenSampler, TrainSampler
 from moka_pl.errors import DataError
 
 Order = dict[str, Any]
@@ -23,6 +25,36 @@ class BatchOptions(Protocol):
     packing: bool
     bucket: bool
     seed: int
+
+    @property
+    def row_length(self) -> int:
+        """Most tokens of a training row, without padding."""
+
+
+def train_sampler(data: BatchOptions, lengths: Sequence[int], world: int, rank: int) -> GlobalBatchSampler:
+    """Returns the sampler of the training batches.
+
+    Args:
+        data: What decides them.
+        lengths: Tokens of every row.
+        world: Number of ranks.
+        rank: This rank.
+
+    Raises:
+        DataError: A batch of max_tokens may not have room for a row.
+    """
+    width = padded(data.row_length)
+    if data.max_tokens is not None and data.max_tokens < width:
+        raise DataError(
+            f"max_tokens is {data.max_tokens}, but an example may have {width} tokens (max_length "
+            "rounded up to a multiple of 8). Raise max_tokens or lower max_length"
+        )
+    if data.packing:
+        rows = data.batch_size if data.max_tokens is None else data.max_tokens // width
+        return PackSampler(lengths, rows, world, rank, data.seed, capacity=data.row_length)
+    if data.max_tokens is not None:
+        return TokenSampler(lengths, data.max_tokens, world, rank, data.seed, multiple=MULTIPLE)
+    return TrainSampler(lengths, data.batch_size, world, rank, seed=data.seed, bucket=data.bucket)
 
 
 def order_options(data: BatchOptions) -> Order:

@@ -1,0 +1,258 @@
+"""Checkpoint files: written whole or not at all, and read with what is wrong with them in one line."""
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from moka_pl.errors import CheckpointError, ConfigError, one_line
+from moka_pl.ops.finite import non_finite_names
+
+#: Ends the names of files that are being written.
+_PART = ".part"
+
+#: What is written for the pickled part of a checkpoint and the archive's own structure, at least.
+_OVERHEAD = 1 << 16
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a local checkpoint beside its target and then renames it; remote ones are Lightning's to write.
+
+    After a crash at any moment the target is the old file or the new one. Lightning (2.6) writes to the
+    system's temporary folder and moves the file, which is a copy where that is another file system.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Writes a checkpoint.
+
+        Args:
+            checkpoint: What to write.
+            path: Where to.
+            storage_options: For remote addresses.
+
+        Raises:
+            CheckpointError: It cannot be written; an older file is as it was.
+        """
+        if is_remote(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_whole(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint into the CPU's memory.
+
+        Args:
+            path: The file.
+            map_location: For remote addresses.
+            weights_only: For remote addresses; from a local file nothing is ever unpickled but plain values.
+
+        Raises:
+            ConfigError: The file is damaged, no checkpoint, or holds values that are not finite.
+        """
+        if is_remote(path):
+            return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+        # Not mapped into memory: the optimizer goes on with the very tensors.
+        return read_checkpoint(Path(path), mmap=False)
+
+
+def write_whole_files(trainer: Trainer) -> None:
+    """Has a trainer write its checkpoints by :class:`WholeFiles`, unless it was given another way."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeFiles()
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is an address that Lightning's file systems read, rather than a local file."""
+    return "://" in str(path)
+
+
+# Writing
+
+
+def write_whole(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Writes a checkpoint under another name in the same folder, and renames it once it is on the disk.
+
+    Raises:
+        CheckpointError: It cannot be written; an older file is as it was.
+    """
+    needed = size_of(checkpoint)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with _replacing(path) as file:
+            sink = _Sink(file)
+            torch.save(checkpoint, cast(IO[bytes], sink))
+            if sink.error is not None:
+                raise sink.error
+    except OSError as error:
+        raise CheckpointError(_unwritten(path, needed, error)) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that were killed have left in a folder of checkpoints."""
+    for leftover in folder.glob(f".*{_PART}"):
+        with suppress(OSError), leftover.open("r+b") as file:
+            if _lock(file):  # no writer holds it: it is not being written
+                leftover.unlink()
+
+
+def size_of(checkpoint: Any) -> int:
+    """Returns about how many bytes a checkpoint takes on the disk."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in _tensors(checkpoint)
+    }
+    return sum(storages.values()) + _OVERHEAD
+
+
+class _Sink:
+    """A file for ``torch.save``, whose C++ writer does not survive an exception: it is kept for later."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a new file that takes the place of ``path`` if the body ends well, and is removed if not."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
+    try:
+        with temporary.open("xb") as file:
+            _lock(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # some file systems cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Takes the lock of a file being written, which ends with its process; whether it was free."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _unwritten(path: Path, needed: int, error: OSError) -> str:
+    text = f"cannot write the checkpoint {path}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+            text += f" (it needs {needed / 1e6:,.1f} MB beside the older one, {free / 1e6:,.1f} MB are free)"
+    kept = "The older file is unchanged. " if path.exists() else ""
+    return (
+        f"{text}. {kept}Free some space or set another checkpoint.dirpath, then resume with --ckpt_path last"
+    )
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(one)
+
+
+# Reading
+
+
+def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
+    """Reads a checkpoint, without unpickling anything but tensors and plain values.
+
+    With ``mmap`` its tensors stay in the file until they are used.
+
+    Raises:
+        ConfigError: The file is damaged, no checkpoint, or holds values that are not finite.
+    """
+    if (reason := unusable_reason(path)) is not None:
+        raise ConfigError(f"--ckpt_path {path} {reason}")
+    return _load(path, mmap)
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint that need not be complete, its tensors left in the file.
+
+    Raises:
+        ConfigError: The file is damaged or no checkpoint.
+    """
+    try:
+        return _load(path)
+    except Exception as error:  # see unusable_reason
+        raise ConfigError(f"--ckpt_path {path} is damaged or not a checkpoint ({one_line(error)})") from error
+
+
+def step_of(path: Path) -> int:
+    """Returns the optimizer step of a checkpoint; -1 where it cannot be read."""
+    try:
+        return int(peek(path).get("global_step", -1))
+    except (ConfigError, AttributeError, TypeError, ValueError):
+        return -1
+
+
+def unusable_reason(path: Path) -> str | None:
+    """Returns why training cannot go on from a file, as the end of a sentence; None if it can."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                return f"is damaged or not a checkpoint (wrong checksum of its part {broken})"
+        stored = _load(path)
+        if not isinstance(stored.get("state_dict"), Mapping):
+            raise ValueError("it has no state_dict")
+    # The unpickler of a damaged file raises whatever its bytes happen to mean.
+    except Exception as error:
+        return f"is damaged or not a checkpoint ({one_line(error)})"
+    names = non_finite_names({name: stored.get(name) for name in ("state_dict", "optimizer_states")})
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return (
+            f"holds values that are not finite (in {names[0]}{more}): its training had failed. Give an "
+            "earlier checkpoint, or --ckpt_path last, which looks for one"
+        )
+    return None
+
+
+def _load(path: Path, mmap: bool = True) -> dict[str, Any]:
+    mmap = mmap and zipfile.is_zipfile(path)
+    stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    return stored

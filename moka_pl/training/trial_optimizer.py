@@ -1,0 +1,80 @@
+"""The optimizer and the scheduler, built on placeholders to see what is wrong with them before a model is."""
+
+import math
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from moka_pl.errors import ConfigError, MokaError, one_line
+from moka_pl.training.learning_rates import check_scheduler, make_optimizer
+
+if TYPE_CHECKING:
+    from moka_pl.training.module import MokaModule
+
+#: No optimizer is known that learns with a rate above.
+_HIGHEST_RATE = 1000.0
+_USUAL = "such as 2e-4 to 4e-3 for AdamW"
+
+_NAMES = ("layer.moka_A", "layer.moka_B", "layer.moka_gate")
+
+
+def build_trial(module: "MokaModule") -> tuple[Optimizer, Any]:
+    """Builds them as ``configure_optimizers`` does, on a parameter of each kind, and checks their numbers.
+
+    Raises:
+        ConfigError: They refuse their options, or the options cannot train anything.
+    """
+    # Two dimensions, as some optimizers want; on the CPU, whatever the default device is.
+    parts = [(name, nn.Parameter(torch.zeros(2, 2, device="cpu"))) for name in _NAMES]
+    try:
+        optimizer = make_optimizer(module.optimizer, parts, module.learning_rate_ratios)
+        rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+        _check_numbers(optimizer)
+        scheduler: Any = module.lr_scheduler(optimizer)
+    except MokaError:
+        raise
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ConfigError(f"the optimizer or its schedule refuses its options: {one_line(error)}") from error
+    if not module.learning_rate_ratios.alike:
+        check_scheduler(scheduler, optimizer, rates)
+    _check_rates(optimizer, scheduler)
+    return optimizer, scheduler
+
+
+def check_learns(module: "MokaModule") -> None:
+    """Refuses an optimizer that :func:`build_trial` refuses, or that has no learning rate.
+
+    Raises:
+        ConfigError: They refuse their options, or the options cannot train anything.
+    """
+    optimizer, scheduler = build_trial(module)
+    rates = _base_rates(optimizer, scheduler)
+    if rates and not any(rates):
+        raise ConfigError(
+            f"{type(optimizer).__name__}: with a learning rate of 0 nothing is trained; set lr, {_USUAL}"
+        )
+
+
+def _check_numbers(optimizer: Optimizer) -> None:
+    for name, value in optimizer.defaults.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, Real) and not math.isfinite(number):
+                raise ConfigError(f"{type(optimizer).__name__}: {name} must be finite, not {number}")
+
+
+def _check_rates(optimizer: Optimizer, scheduler: Any) -> None:
+    """Refuses learning rates that cannot train; the scheduler may have set its own."""
+    for rate in _base_rates(optimizer, scheduler):
+        if not 0 <= rate <= _HIGHEST_RATE:
+            raise ConfigError(
+                f"{type(optimizer).__name__}: a learning rate of {rate:g} cannot train; set lr above 0 and "
+                f"below {_HIGHEST_RATE:g}, {_USUAL}"
+            )
+
+
+def _base_rates(optimizer: Optimizer, scheduler: Any) -> list[float]:
+    rates = [float(rate) for rate in getattr(scheduler, "base_lrs", [])]
+    return rates or [float(g["lr"]) for g in optimizer.param_groups if g.get("lr") is not None]
