@@ -170,9 +170,10 @@ def check_changes(changed: Changed, allowed: Collection[str]) -> None:
     refused = {name: found for name, found in changed.items() if name not in allowed}
     if refused:
         named = "; ".join(f"{name}: {describe(found)}" for name, found in refused.items())
+        then = "; ".join(f"{name}: {CONSEQUENCES[name]}" for name in refused)
         raise ConfigError(
             f"the checkpoint is of a run with other options ({named}). Resume with the options and data of "
-            f"that run, or allow the changes: --model.allow_changes '[{', '.join(changed)}]'"
+            f"that run, or allow the changes with --model.allow_changes '[{', '.join(changed)}]' ({then})"
         )
 
 
