@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 READING_VERSION = 4
 """Raise it when parsed rows come out differently: caches of older versions are then left alone."""
 
+ARROW = (".parquet",)
+"""Files in which the inner fields that a record does not have are there, and None, as they are on the hub."""
+
 SILENT_BYTES = 20_000_000
 """Files below this size (bytes) are read without a progress bar."""
 
@@ -154,11 +157,14 @@ def read_rows(
         stat = path.stat()
         arguments |= {"records": partial(stream, path)}
         arguments |= {"state": (str(path.absolute()), stat.st_mtime_ns, stat.st_size)}
+        if suffix_of(path) in ARROW:
+            arguments |= {"records": partial(_without_fill, arguments["records"])}
         show = stat.st_size >= SILENT_BYTES
     else:
         rows = load_hub(str(shard.source), shard.split, shard.options)
         config = f"{shard.options['name']}, " if "name" in shard.options else ""
-        arguments |= {"records": partial(_hub_records, f"{shard.source} ({config}{shard.split})", rows)}
+        records = partial(_hub_records, f"{shard.source} ({config}{shard.split})", rows)
+        arguments |= {"records": partial(_without_fill, records)}
         show = len(rows) >= SILENT_ROWS
     try:
         with progress_bars(show):
@@ -218,6 +224,22 @@ def _renamed(records: Iterable[Located], columns: Columns) -> Iterator[Located]:
     for location, record in records:
         with located(location):
             yield location, rename(record, columns)
+
+
+def _without_fill(records: Callable[[], Iterator[Located]]) -> Iterator[Located]:
+    for location, record in records():
+        yield location, without_fill(record)
+
+
+def without_fill(record: Record) -> dict[str, Any]:
+    """Returns a record of an Arrow table without what fills the inner fields that it does not have."""
+    return {name: _stripped(value) for name, value in record.items()}
+
+
+def _stripped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _stripped(item) for name, item in value.items() if item is not None}
+    return [_stripped(item) for item in value] if isinstance(value, list) else value
 
 
 def _hub_records(name: str, rows: "Dataset") -> Iterator[Located]:

@@ -165,7 +165,8 @@ def left_out(
     for name in fields:
         for index in _unwritten(chat, name, text):
             if name in CALLS or (name in REASONING and chat.trained[index]):
-                raise _refused(chat, f"{name!r} of message {index + 1} of {len(chat.turns)}")
+                where = f"{name!r} of message {index + 1} of {len(chat.turns)}"
+                raise _refused(chat, where, ", or give its answer weight 0" if name in REASONING else "")
             ignored[f"messages[].{name}"] += 1
     for role in roles:
         # What stands there anyway, such as the template's own system prompt, is written as well.
@@ -217,13 +218,16 @@ def _unwritten(chat: Chat, name: str, text: str) -> list[int]:
 
 
 def _without(turn: Turn, name: str) -> Turn:
-    return {field: value for field, value in turn.items() if field != name}
+    # Transformers gives templates the same reasoning under all its names.
+    names = REASONING if name in REASONING else (name,)
+    return {field: value for field, value in turn.items() if field not in names}
 
 
-def _refused(chat: Chat, what: str) -> DataError:
+def _refused(chat: Chat, what: str, advice: str = "") -> DataError:
     return DataError(
         f"{chat.location}: the tokenizer's chat template does not write {what}, so that the model would not "
         "see it. Use the tokenizer of a model whose template does, or take it out of the row"
+        f"{advice}"
     )
 
 

@@ -26,8 +26,8 @@ from moka_pl.data.encoding.examples import SegmentEncoder, nothing_trained
 from moka_pl.data.encoding.report import COUNTED, DROPPED, EncodingReport, count_rows, ignored_fields
 from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.data.formats.trees import is_tree_message
-from moka_pl.data.readers import located, stream
-from moka_pl.data.reading import Columns, is_local, load_hub, parse_record, rename
+from moka_pl.data.readers import located, stream, suffix_of
+from moka_pl.data.reading import ARROW, Columns, is_local, load_hub, parse_record, rename, without_fill
 from moka_pl.data.sources import Shard
 from moka_pl.data.types import Batch
 from moka_pl.errors import DataError
@@ -83,8 +83,10 @@ class StreamedRecords:
         shard = self.shards[0]
         if is_local(shard.source):
             location, record = item["location"], item["record"]
+            if suffix_of(Path(location.rpartition(",")[0])) in ARROW:
+                record = without_fill(record)
         else:
-            location, record = f"{shard.source} ({shard.split}), example {number}", dict(item)
+            location, record = f"{shard.source} ({shard.split}), example {number}", without_fill(item)
         with located(location):
             record = rename(record, self.columns)
         if is_tree_message(record):

@@ -82,7 +82,7 @@ def is_trained(record: Record, names: Sequence[str] = WEIGHTS, prefix: str = "",
             if kept is None:
                 raise DataError(
                     f"field '{prefix}{name}' must be a number, 0 or 1 (or false or true), found "
-                    f"{show(value)}. An answer is trained in full or not at all: round it{advice}"
+                    f"{show(value)}. An answer is trained in full or not at all: write 0 or 1{advice}"
                 )
             trained = trained and kept
     return trained
