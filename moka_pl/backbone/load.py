@@ -14,6 +14,7 @@ from moka_pl.backbone.quantization import import_quantiser, keep_weights, loadin
 from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model
 from moka_pl.backbone.smollm2 import SHORT_NAME, bundled_gguf
 from moka_pl.errors import BackboneError
+from moka_pl.prompts.ends import open_prompts, stop_at_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,7 +42,8 @@ def compute_dtype(config: BackboneConfig, device: torch.device) -> torch.dtype:
 def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") -> Backbone:
     """Loads the base model and its tokenizer onto one device, and quantises the linear layers.
 
-    The model is frozen and in evaluation mode. Every rank of a data-parallel run has its own copy.
+    The model is frozen, in evaluation mode, and stops generating at every token that may end an answer in
+    training. Every rank of a data-parallel run has its own copy.
 
     Raises:
         BackboneError: If the model is missing, gated, unreadable, or misread by bitsandbytes on this CPU.
@@ -63,13 +65,17 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     else:
         model = _pretrained(config, dtype, device)
     keep_weights(model)
+    stop_at_ends(model, tokenizer)
     model.requires_grad_(False)
     model.config.use_cache = False
     return Backbone(model.eval(), tokenizer)
 
 
 def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
-    """Loads the base model's tokenizer alone, with :func:`load_backbone`'s errors; it has a padding token."""
+    """Loads the base model's tokenizer alone, with :func:`load_backbone`'s errors.
+
+    It has a padding token, and puts nothing but a beginning-of-sequence token around a text.
+    """
     from transformers import AutoTokenizer
 
     if config.weights == "random" and (config.name in SHAPES or not _has_tokenizer(config.name)):
@@ -80,6 +86,7 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token is None:
         # Padding is never attended to nor trained on, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    open_prompts(tokenizer)
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, MokaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,12 +38,22 @@ def chat_prompt(question: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Returns the chat template around one user turn, up to the answer.
 
     Raises:
-        ConfigError: If the tokenizer has no chat template.
+        ConfigError: If the tokenizer has no chat template, or one that refuses the message.
+        DataError: If the template does not come to an end.
     """
+    from moka_pl.prompts.rendering import render_chat
+
     if not tokenizer.chat_template:
         raise ConfigError(
             "--prompt_format is chat, but the base model's tokenizer has no chat template; choose another, "
             "such as alpaca or raw"
         )
-    chat = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    try:
+        return render_chat(tokenizer, [{"role": "user", "content": question}], prompt=True)
+    except MokaError:
+        raise
+    except Exception as error:  # templates raise whatever they like
+        raise ConfigError(
+            "--prompt_format is chat, but the base model's chat template rejects a single user message: "
+            f"{' '.join(str(error).split())}. Choose another format, such as alpaca or raw"
+        ) from error

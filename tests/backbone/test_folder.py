@@ -8,11 +8,13 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
+from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import BackboneError
 
 
@@ -159,3 +161,18 @@ def test_a_model_of_another_kind(model_folder: Path) -> None:
     file = model_folder / "config.json"
     file.write_text(json.dumps({"model_type": "t5"}))
     assert "CausalLM" in failure(model_folder)
+
+
+def test_prompts_and_ends_are_those_of_training(model_folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=["$A", end[0]], special_tokens=[end]
+    )
+    tokenizer.save_pretrained(model_folder)
+    file = model_folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 7}))
+    loaded = load_backbone(BackboneConfig(str(model_folder), quantization="none"))
+    assert loaded.tokenizer("ab").input_ids == loaded.tokenizer("ab", add_special_tokens=False).input_ids
+    ends = loaded.model.generation_config.eos_token_id
+    assert ends == [7, *tokenizer.convert_tokens_to_ids([end[0], "<|im_end|>"])]

@@ -14,6 +14,7 @@ from moka_pl.data.encoding.report import COUNTED, DROPPED, KEPT, TRUNCATED, Enco
 from moka_pl.data.reading import progress_bars
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
+from moka_pl.prompts.ends import adds_bos as adds_bos
 from moka_pl.prompts.segments import Segment
 
 if TYPE_CHECKING:
@@ -246,15 +247,6 @@ def nothing_trained(report: EncodingReport, max_length: int) -> str:
         f"none has a trained or scored token within max_length={max_length} (the longest example has "
         f"{report.longest} tokens). Raise max_length"
     )
-
-
-def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer by itself puts its beginning-of-sequence token before a text."""
-    if tokenizer.bos_token_id is None:
-        return False
-    # Around some text: a tokenizer may put the same token at the end.
-    special, plain = (tokenizer("a", add_special_tokens=added).input_ids for added in (True, False))
-    return special[:1] == [tokenizer.bos_token_id] and not (plain and special[: len(plain)] == plain)
 
 
 def eos_id(tokenizer: "PreTrainedTokenizerBase") -> int:

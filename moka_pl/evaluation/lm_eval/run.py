@@ -11,6 +11,7 @@ from moka_pl.adapters import method_of, read_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.evaluation.lm_eval.results import versions, weights_fingerprint
 from moka_pl.evaluation.lm_eval.tasks import Selection, silenced_lm_eval
+from moka_pl.prompts.rendering import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +45,8 @@ def run_harness(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    if apply_chat_template and tokenizer.chat_template:
+        check_template(tokenizer)
     # A cache of keys and values would be filled and thrown away with every batch; generating asks for it.
     model.config.use_cache = False
     with silenced_lm_eval():

@@ -1,0 +1,75 @@
+"""Where prompts begin and answers end, the same in training and at inference."""
+
+from typing import TYPE_CHECKING
+
+from moka_pl.prompts.rendering import ANSWER, QUESTION, render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer by itself puts its beginning-of-sequence token before a text."""
+    if tokenizer.bos_token_id is None:
+        return False
+    # Around some text: a tokenizer may put the same token at the end.
+    special, plain = (list(tokenizer("a", add_special_tokens=added).input_ids) for added in (True, False))
+    return special[:1] == [tokenizer.bos_token_id] and not (plain and special[: len(plain)] == plain)
+
+
+def template_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
+    """Returns the end-of-turn tokens: those that the chat template writes after the text of an answer.
+
+    None where there is no template, or none that renders a question with its answer.
+    """
+    if not tokenizer.chat_template:
+        return None
+    try:
+        text = render_chat(tokenizer, [QUESTION, ANSWER], prompt=False)
+    except Exception:  # templates raise whatever they like
+        return None
+    _, answer, rest = text.rpartition(ANSWER["content"])
+    if not answer:
+        return None
+    added = tokenizer.added_tokens_decoder
+    ids = tokenizer(rest, add_special_tokens=False).input_ids
+    return list(dict.fromkeys(one for one in ids if one in added and added[one].content.strip()))
+
+
+def end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Returns every token that may end an answer in training: the tokenizer's own, and the template's."""
+    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return list(dict.fromkeys([*own, *(template_ends(tokenizer) or [])]))
+
+
+def open_prompts(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Has a tokenizer put what training puts around a text: its beginning-of-sequence token or nothing.
+
+    Some tokenizers are saved to add their end-of-sequence token, too, behind which there is no answer.
+    """
+    if not tokenizer.is_fast:
+        return
+    from tokenizers.processors import TemplateProcessing
+
+    opening = [str(tokenizer.bos_token)] if adds_bos(tokenizer) else []
+    plain = list(tokenizer("a", add_special_tokens=False).input_ids)
+    before = [tokenizer.bos_token_id] if opening else []
+    if list(tokenizer("a").input_ids) == before + plain:
+        return
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*opening, "$A"],
+        pair=[*opening, "$A", "$B:1"],
+        special_tokens=list(zip(opening, before, strict=True)),
+    )
+
+
+def stop_at_ends(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Has a model stop at every token that may end an answer in training, and at those of its own."""
+    config = model.generation_config
+    if config is None:
+        return
+    own = config.eos_token_id
+    known = [] if own is None else [int(one) for one in own] if isinstance(own, list) else [int(own)]
+    ends = list(dict.fromkeys([*known, *end_tokens(tokenizer)]))
+    if ends != known:
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]

@@ -1,0 +1,117 @@
+"""Chat templates, which are programs of strangers, rendered within bounds."""
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moka_pl.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SECONDS = 1
+"""CPU time in which a template must have rendered a few short chats."""
+
+BYTES = 2**30
+"""Memory that it may take for them."""
+
+QUESTION = {"role": "user", "content": "Why?"}
+ANSWER = {"role": "assistant", "content": "Because."}
+"""A chat that every template should take."""
+
+_bounded: dict[str, bool] = {}
+
+
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Mapping[str, Any]], *, prompt: bool, **options: Any
+) -> str:
+    """Returns the text that the tokenizer's chat template makes of messages.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        turns: The messages.
+        prompt: Whether the text ends where an answer begins.
+        **options: What else ``apply_chat_template`` takes, such as ``tools``.
+
+    Raises:
+        DataError: The template does not come to an end, or fills the memory.
+    """
+    check_template(tokenizer)
+    return str(
+        tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=prompt, **options
+        )
+    )
+
+
+def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuses a chat template that does not end in time, or fills the memory: tried once, in another process.
+
+    Raises:
+        DataError: It does.
+    """
+    template = str(tokenizer.chat_template)
+    if template not in _bounded:
+        _bounded[template] = _ends(lambda: _render_samples(tokenizer))
+    if not _bounded[template]:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise DataError(
+            f"the chat template of the tokenizer ({name}) takes more than {SECONDS} s or {BYTES >> 30} GiB "
+            "for a few short messages. Do not trust this model's files, or correct its chat template"
+        )
+
+
+def _render_samples(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Renders chats short and long, with and without a system prompt; what is refused is another matter."""
+    turns = [QUESTION, ANSWER]
+    for chat in (turns, [{"role": "system", "content": "Be brief."}, *turns], turns * 16):
+        for prompt in (False, True):
+            try:
+                tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+            except MemoryError:
+                raise
+            except Exception:
+                continue
+
+
+def _ends(work: Callable[[], None]) -> bool:
+    """Whether ``work`` ends within the bounds, in a process of its own (where the system can fork one)."""
+    if not hasattr(os, "fork"):
+        return True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the child only renders, and takes no lock
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            _limit()
+            work()
+            status = 0
+        finally:
+            os._exit(status)  # whatever was raised
+    deadline = time.monotonic() + 4 * SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.001)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return False
+
+
+def _limit() -> None:
+    """Bounds the time and the further memory of this process."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except OSError:
+        return
+    limit, (_, hard) = pages * resource.getpagesize() + BYTES, resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -1,0 +1,72 @@
+"""Chat templates of strangers."""
+
+import pytest
+
+from moka_pl.errors import ConfigError, DataError
+from moka_pl.prompts import rendering
+from moka_pl.prompts.ends import end_tokens
+from moka_pl.prompts.rendering import check_template, render_chat
+from moka_pl.prompts.templates import chat_prompt
+
+LOOP = "{% for i in range(99999) %}"
+DEEP = "".join(f"{{% for {name} in messages %}}" for name in "abcdefgh")
+HOSTILE = {
+    "nested loops": LOOP + LOOP + "{{ i }}" + "{% endfor %}" * 2,
+    "loops over messages": DEEP + "{{ a.role }}" + "{% endfor %}" * 8,
+    "recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a power": "{{ 10 ** (10 ** 9) }}",
+    "a long text": "{{ 'a' * 10 ** 10 }}",
+    "a wide field": "{{ '%10000000000s' % 1 }}",
+    "doubling": "{% set ns = namespace(x='aaaa') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}"
+    "{% endfor %}",
+}
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    """No test knows what another one has tried."""
+    monkeypatch.setattr(rendering, "_bounded", {})
+
+
+@pytest.mark.parametrize(
+    "name", ["a long text", "a wide field", *(pytest.param(name, marks=pytest.mark.slow) for name in HOSTILE)]
+)
+def test_a_template_that_does_not_end_is_refused(name, tiny_tokenizer):
+    tiny_tokenizer.chat_template = HOSTILE[name]
+    for _ in range(2):  # tried once
+        with pytest.raises(
+            DataError, match=r"the chat template of the tokenizer \(.*\) takes more than 1 s or"
+        ) as caught:
+            render_chat(tiny_tokenizer, [rendering.QUESTION], prompt=True)
+        assert "\n" not in str(caught.value)
+    assert end_tokens(tiny_tokenizer) == [tiny_tokenizer.eos_token_id]
+
+
+def test_a_slow_child_is_ended(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(rendering, "SECONDS", 0.01)
+    monkeypatch.setattr(rendering, "_limit", lambda: None)
+    monkeypatch.setattr(rendering, "_render_samples", lambda tokenizer: rendering.time.sleep(60))
+    with pytest.raises(DataError, match="takes more than"):
+        check_template(tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for",
+        "{{ raise_exception('never\nmind') }}",
+        "{{ messages[3].x }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ],
+)
+def test_a_template_that_refuses_is_another_matter(template, tiny_tokenizer):
+    tiny_tokenizer.chat_template = template
+    check_template(tiny_tokenizer)
+    with pytest.raises(ConfigError, match=r"chat template rejects a single user message: .*Choose") as caught:
+        chat_prompt("Why?", tiny_tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_fork_nothing_is_tried(tiny_tokenizer, monkeypatch):
+    monkeypatch.delattr(rendering.os, "fork")
+    assert render_chat(tiny_tokenizer, [rendering.QUESTION], prompt=True).endswith("<|im_start|>assistant\n")
