@@ -1,5 +1,6 @@
 """LightningCLI with this package's module, data modules, callbacks and logs."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from moka_pl.callbacks import (
     RunSummary,
     Throughput,
 )
+from moka_pl.cli.class_paths import explain_denied, restrict_class_paths, split_trust
+from moka_pl.cli.config_files import check_config
 from moka_pl.cli.configs import find_config
 from moka_pl.cli.parser import MokaParser
 from moka_pl.data import MokaDataModule
@@ -31,7 +34,7 @@ from moka_pl.training.checkpoint import find_last
 from moka_pl.training.checkpoint_files import read_checkpoint
 from moka_pl.training.module import MokaModule
 from moka_pl.training.trial_optimizer import check_learns
-from moka_pl.utils import make_folder
+from moka_pl.utils import make_folder, one_line
 
 _LOGGER = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -51,6 +54,8 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
     Raises:
         ConfigError: If Lightning rejects the trainer's options. Errors of the package's classes pass through.
     """
+    given, trusted = split_trust(sys.argv[1:] if arguments is None else arguments)
+    restrict_class_paths(trusted)
     try:
         return MokaCLI(
             MokaModule,
@@ -60,26 +65,29 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": "moka_pl", "allow_abbrev": False},
-            args=None if arguments is None else list(arguments),
+            args=given,
             run=not only_build,
         )
     except MisconfigurationException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    except ValueError as error:
-        # jsonargparse wraps what a class refuses when it is built.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, MokaError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
+        raise ConfigError(one_line(error)) from error
+
+
+def refusal(error: Exception) -> Exception:
+    """Returns what a class that was built refused, out of what jsonargparse wraps it in."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, MokaError | OSError):
+        cause = cause.__cause__
+    return cause if isinstance(cause, MokaError | OSError) else ConfigError(one_line(error))
 
 
 class _ConfigFile(ActionConfigFile):
     """Finds the package's configurations by their names, too."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, find_config(values), option_string)  # type: ignore[no-untyped-call]
+        found = find_config(values)
+        if Path(found).is_file():
+            check_config(Path(found), "--config")
+        super().__call__(parser, cfg, found, option_string)  # type: ignore[no-untyped-call]
 
 
 class MokaCLI(LightningCLI):
@@ -92,7 +100,8 @@ class MokaCLI(LightningCLI):
             "-c",
             "--config",
             action=_ConfigFile,
-            help="A YAML file, or a name from 'moka_pl configs', such as llama2.",
+            help="A YAML file, or a name from 'moka_pl configs', such as llama2. Classes in it must be of "
+            "installed packages, unless --trust_config true stands on the command line, too.",
         )
         return parser
 
@@ -119,10 +128,35 @@ class MokaCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses them, and reports a damaged checkpoint, or one that is none, before Lightning reads it."""
-        super().parse_arguments(parser, args)
-        path = self._options(self.config).get("ckpt_path")
+        try:
+            # Not by Lightning's method, which warns of arguments that are not the process's own.
+            self.config = parser.parse_args(args)
+        except MokaError:
+            raise
+        except Exception as error:  # jsonargparse expects some mistakes only
+            raise ConfigError(
+                f"the configuration cannot be read: {explain_denied(one_line(error))}"
+            ) from error
+        options = self._options(self.config)
+        for name in ("model", "trainer", *_CALLBACKS):
+            if name in options and not isinstance(options[name], Namespace):
+                raise ConfigError(f"{name} must be a mapping of options, not {options[name]!r}")
+        for name in ("optimizer", "lr_scheduler"):
+            if options.model.get(name, name) is None:
+                raise ConfigError(f"model.{name} is null; leave it out for the default")
+        seed = options.get("seed_everything")
+        if not isinstance(seed, bool | None) and not 0 <= seed < 1 << 32:
+            raise ConfigError(f"seed_everything must be from 0 to {(1 << 32) - 1}, not {seed}")
+        path = options.get("ckpt_path")
         if path is not None and Path(path).is_file():
             read_checkpoint(Path(path))
+
+    def instantiate_classes(self) -> None:
+        """Builds model, data and trainer, and reports in one line what one of their classes refuses."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            raise refusal(error) from error
 
     @staticmethod
     def _options(config: Namespace) -> Namespace:

@@ -13,15 +13,19 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moka_pl.adapters import MokaConfig
+from moka_pl.cli.class_paths import check_classes, explain_denied
+from moka_pl.cli.config_files import YAML_MODE
 
 _ADAPTER = "model.adapter"
+#: Most characters of a message.
+_LONGEST = 6_000
 
 
 class MokaParser(LightningArgumentParser):
-    """Reads ``model.adapter``, and reports a wrong option in one line."""
+    """Reads ``model.adapter``, builds a run's parts only, and reports a wrong option in one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"parser_mode": YAML_MODE, **kwargs})
         # PEFT's own default for it, written out by the parser.
         warnings.filterwarnings("ignore", message=".loftq_config. specified but will be ignored")
         # Importing PEFT imports bitsandbytes, which on some CPUs asks for a package with a kernel of its own.
@@ -34,6 +38,13 @@ class MokaParser(LightningArgumentParser):
         if _ADAPTER in defaults:
             defaults[_ADAPTER].pop("init_args", None)
         return defaults
+
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        """Builds what a configuration names, once all of it is of the kinds that are allowed."""
+        if "subcommand" not in namespace:  # else the parser of that command does the same
+            check_classes(namespace)
+        built: Namespace = super().instantiate(namespace, *args, **kwargs)
+        return built
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Lists MoKA's options, too, which the option of a class alone does not."""
@@ -52,7 +63,9 @@ class MokaParser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")
         # A class may be given as a file, too, but nobody means one.
-        line = re.sub(r"- Expected a path but \S+ either .*? invalid - ", "", " ".join(message.split()))
+        line = re.sub(r"- Expected a path but \S+ either .*? invalid - ", "", explain_denied(message))
+        if len(line) > _LONGEST:  # a value of a megabyte; what stands before and after it tells the mistake
+            line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
         if "No module named 'peft'" in line:
             line += "; run pip install 'moka_pl[peft]'"
         self.exit(2, f"{program}: error: {line}\nAll options: {program} --help\n")

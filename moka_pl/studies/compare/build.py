@@ -5,12 +5,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moka_pl.backbone import BackboneConfig
+from moka_pl.cli.class_paths import explain_denied, restrict_class_paths
 from moka_pl.cli.parser import MokaParser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
@@ -133,13 +134,14 @@ def _module_parser() -> MokaParser:
 
 
 @cache
-def _data_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
+def _data_parser() -> MokaParser:
+    parser = MokaParser(exit_on_error=False)
     parser.add_subclass_arguments(MokaDataModule, "data", required=True)
     return parser
 
 
-def _instantiate(parser: ArgumentParser, written: dict[str, Any], what: str) -> Namespace:
+def _instantiate(parser: MokaParser, written: dict[str, Any], what: str) -> Namespace:
+    restrict_class_paths()
     try:
         built: Namespace = parser.instantiate_classes(parser.parse_object(written))
         return built
@@ -147,4 +149,4 @@ def _instantiate(parser: ArgumentParser, written: dict[str, Any], what: str) -> 
         cause: BaseException | None = error  # jsonargparse wraps what a class refuses
         while cause is not None and not isinstance(cause, MokaError):
             cause = cause.__cause__
-        raise ConfigError(f"{what}: {cause or error}") from error
+        raise ConfigError(f"{what}: {explain_denied(' '.join(str(cause or error).split()))}") from error

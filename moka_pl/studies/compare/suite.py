@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import yaml
 
+from moka_pl.cli.config_files import load_yaml, read_text
 from moka_pl.errors import ConfigError
 
 Settings = dict[str, Any]
@@ -173,8 +174,8 @@ def keep_methods(suites: Sequence[Suite], names: Sequence[str]) -> list[Suite]:
 def _load(file: Path, known: Path, extending: tuple[Path, ...] = ()) -> Settings:
     """A file's mapping, laid over that of the file that it extends."""
     try:
-        written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        written = load_yaml(read_text(file, "suite"))
+    except yaml.YAMLError as error:
         raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(written, dict):
         raise ConfigError(f"{file} is not a suite: it must be a mapping with data and methods")
@@ -290,7 +291,7 @@ def _put(written: Settings, change: str) -> None:
         if not isinstance(options, dict):
             raise ConfigError(f"--set {change}: {name} holds no options that could be set")
     try:
-        options[last] = yaml.safe_load(value)
+        options[last] = load_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {change}: the value is not YAML") from error
 
