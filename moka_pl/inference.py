@@ -1,6 +1,8 @@
 """Loads a trained adapter with its base model, and generates text."""
 
 import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from moka_pl.adapters import load_adapter, read_adapter
 from moka_pl.adapters.reading import CONFIG_NAME
-from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+from moka_pl.backbone import Backbone, BackboneConfig, fingerprint, load_backbone
+from moka_pl.backbone.quantization import QuantisedError
 from moka_pl.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
@@ -48,10 +51,20 @@ def load_model(
         raise AdapterError(
             f"{path}: base_options in {CONFIG_NAME} are damaged: {error}. Copy the adapter again"
         ) from error
-    loaded = load_backbone(config, device)
+    loaded = load_base(config, device)
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=2)
     load_adapter(loaded.model, path, fingerprint(loaded.model))
     loaded.model.config.use_cache = True
     return loaded.model.eval(), loaded.tokenizer
+
+
+def load_base(config: BackboneConfig, device: torch.device | str) -> Backbone:
+    """Loads a base as ``config`` says, or if it is quantised already, as it is."""
+    try:
+        return load_backbone(config, device)
+    except QuantisedError as error:
+        return load_backbone(replace(config, quantization=error.stored), device)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from moka_pl.adapters.reading import (
     read_adapter_shapes,
     read_adapter_state,
 )
+from moka_pl.backbone import weight_samples
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.utils import replaced_folder, sync_file, write_failure
@@ -70,6 +72,7 @@ def save_adapter(
     if not state:
         raise AdapterError("the model has no adapters to save")
     _check_finite(state, path)
+    base = replace(base, samples=base.samples or _samples_below(model))
     stored = _contents(config, base, sum(tensor.numel() for tensor in state.values()), extra or {})
     # Not save_file: it hides OSErrors and makes a file that only its owner may read.
     weights = save(state, metadata={"format": "pt"})
@@ -99,6 +102,14 @@ def save_adapter(
             "An older adapter there is unchanged. Free some space or choose another folder"
         ) from error
     return path
+
+
+def _samples_below(model: nn.Module) -> str:
+    """Samples the frozen matrices below a model's adapters; where those were trained, there are none."""
+    method = method_in(model)
+    if method is None or not method.keeps_base:
+        return ""
+    return weight_samples(model, {name for name, p in model.named_parameters() if p.requires_grad})
 
 
 def _check_finite(state: Mapping[str, Tensor], path: Path) -> None:
@@ -145,7 +156,7 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
             are then left in the model.
     """
     info = read_adapter(path)
-    info.check_base(fingerprint, path)
+    info.check_base(fingerprint, path, weight_samples(model) if fingerprint else "")
     shapes = read_adapter_shapes(path)
     try:
         inject_adapter(model, info.config, saved=shapes)
@@ -178,6 +189,7 @@ def _contents(config: Any, base: BaseModel, size: int, extra: Mapping[str, Any])
         "revision": base.revision,
         "base_fingerprint": base.fingerprint,
         "base_options": base.options,
+        "base_samples": base.samples,
         "trainable_parameters": size,
         **notes,
         "extra": dict(extra),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moka_pl.adapters.methods.registry import config_from, method_of
 from moka_pl.adapters.schema import check_values, shown
-from moka_pl.backbone.config import BackboneConfig
+from moka_pl.backbone import BackboneConfig, check_samples
 from moka_pl.errors import AdapterError, ConfigError, one_line
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.utils import recover_folder
@@ -38,12 +38,14 @@ class BaseModel:
         revision: Hub revision, if given.
         fingerprint: Hash of the base's shape and some of its weights; tells bases apart whatever their name.
         options: Further backbone options needed to build it again (quantisation, compute dtype, …).
+        samples: Samples of its weight matrices, which tell apart what shares the embedding.
     """
 
     name: str
     revision: str | None = None
     fingerprint: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    samples: str = field(default="", compare=False, repr=False)
 
 
 @dataclass
@@ -54,13 +56,21 @@ class AdapterInfo:
     base: BaseModel
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def check_base(self, fingerprint: str | None, path: str | Path) -> None:
-        """Refuses a base other than the adapter's own (that of ``path``), if both fingerprints are known."""
+    def check_base(self, fingerprint: str | None, path: str | Path, samples: str = "") -> None:
+        """Refuses a base other than the adapter's own, if both fingerprints are known.
+
+        Args:
+            fingerprint: The base's.
+            path: The adapter directory.
+            samples: The base's samples; without any, and with an older adapter, only fingerprints count.
+        """
         if fingerprint and self.base.fingerprint and fingerprint != self.base.fingerprint:
             raise AdapterError(
                 f"{path} was trained on another base model: {self.base.name!r} with fingerprint "
                 f"{self.base.fingerprint}; this base has {fingerprint}. Load the adapter's base instead"
             )
+        if fingerprint and samples:
+            check_samples(self.base.samples, samples, str(path), self.base.name)
 
 
 class _Stored(TypedDict, total=False):
@@ -71,6 +81,7 @@ class _Stored(TypedDict, total=False):
     base_model_name_or_path: str
     revision: str | None
     base_fingerprint: str
+    base_samples: str
     base_options: dict[str, Any]
     trainable_parameters: int
     extra: dict[str, Any]
@@ -119,6 +130,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
             revision=stored.get("revision"),
             fingerprint=stored.get("base_fingerprint", ""),
             options=stored.get("base_options", {}),
+            samples=stored.get("base_samples", ""),
         )
         config = config_from(stored)
         method_of(config)

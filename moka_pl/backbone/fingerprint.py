@@ -1,15 +1,30 @@
-"""A short hash that tells base models apart, whatever they are called or how they are stored."""
+"""What tells base models apart, whatever they are called or how they are stored.
 
+A hash of some signs of the embedding, which rounding keeps; and samples of every weight matrix, which tell
+apart what shares the embedding: a merge, or another fine-tune of the same model.
+"""
+
+import base64
+import binascii
 import hashlib
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
+
+from moka_pl.backbone.quantization import NF4_LEVELS, relative_entries, storage_of, weight_count
+from moka_pl.errors import AdapterError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SIZES = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
 _ROWS = 256
+#: Of each matrix some entries of a few of its blocks are sampled.
+_BLOCK, _BLOCKS, _STEP = 64, 4, 4
+_ENTRIES = _BLOCKS * _BLOCK // _STEP
 
 
 def fingerprint(model: "PreTrainedModel") -> str:
@@ -24,3 +39,118 @@ def fingerprint(model: "PreTrainedModel") -> str:
     rows = torch.arange(_ROWS, device=embedding.device) * (embedding.shape[0] - 1) // (_ROWS - 1)
     digest.update(embedding[rows].signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def weight_samples(model: "PreTrainedModel", left_out: Collection[str] = ()) -> str:
+    """Samples every matrix of a model, for :func:`compare_samples`: how it is stored, its names, its entries.
+
+    An entry is stored as NF4 would, in four bits and relative to the largest of its block: so the samples of
+    weights in NF4 are those of the weights that they were made of.
+
+    Args:
+        model: A model, adapted or not.
+        left_out: Names of parameters that are no part of the base.
+    """
+    names, codes, storages = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or parameter.is_meta or name in left_out or ".merged_layer." in name:
+            continue
+        names.append(name.replace(".base_layer.", "."))
+        codes.append(_codes(parameter.detach()))
+        storages.append(storage_of(parameter))
+    if not names:
+        return ""
+    table = torch.stack(codes).cpu()  # (L, 64)
+    packed = (table[:, ::2] * 16 + table[:, 1::2]).numpy().tobytes()
+    storage = max(set(storages), key=storages.count)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:8]
+    return f"{storage}:{digest}:{base64.b64encode(packed).decode()}"
+
+
+def check_samples(stored: str, current: str, source: str, base: str) -> None:
+    """Refuses a base whose matrices are not those that something was trained on.
+
+    Args:
+        stored: Samples of the matrices that it was trained on; empty if that is older than they are.
+        current: Samples of this base's.
+        source: What was trained, for messages.
+        base: Name of the base that it was trained on, for messages.
+
+    Raises:
+        AdapterError: If some differ.
+    """
+    found = compare_samples(stored, current)
+    if found is None:
+        warnings.warn(
+            f"{source} has no comparable samples of its base's weights (it was saved by another version): "
+            "only the embeddings were compared",
+            stacklevel=3,
+        )
+    elif found.different:
+        raise AdapterError(
+            f"{source} was trained on another base model: {found.different} of {found.sampled} weight "
+            f"matrices are not those of {base!r}, whose embedding this base has. Load that base instead"
+        )
+
+
+class Comparison(NamedTuple):
+    """How many of the sampled matrices differ by more than storing them otherwise would explain."""
+
+    different: int
+    sampled: int
+
+
+def compare_samples(first: str, second: str) -> Comparison | None:
+    """Compares what :func:`weight_samples` returned of two models; None where that cannot be compared.
+
+    Weights stored alike must have equal samples. Rounding to another dtype moves some entries to the next of
+    the sixteen levels, FP4 many to the ones behind it.
+    """
+    one, other = _read(first), _read(second)
+    if one is None or other is None or one.names != other.names or one.codes.shape != other.codes.shape:
+        return None
+    distance = (one.codes - other.codes).abs()  # (L, 64)
+    # Most steps of an entry; entries of a matrix, and share of all entries, that may be a step away: devices
+    # do not agree on the last bit.
+    if one.storage == other.storage:
+        steps, entries, share = 1, 1, 0.002
+    elif ("fp4" in one.storage) == ("fp4" in other.storage):
+        steps, entries, share = 1, 5, 0.015
+    else:
+        steps, entries, share = 3, _ENTRIES, 1.0
+    moved = distance > 0
+    different = (distance > steps).any(1) | (moved.sum(1) > entries)  # (L,)
+    if moved.float().mean() > share and moved.sum() > 1:
+        different |= moved.any(1)
+    return Comparison(int(different.sum()), len(different))
+
+
+class _Samples(NamedTuple):
+    storage: str
+    names: str
+    codes: Tensor  # (L, 64), int16
+
+
+def _read(samples: str) -> _Samples | None:
+    parts = samples.split(":")
+    try:
+        packed = base64.b64decode(parts[-1], validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    if len(parts) != 3 or not packed or len(packed) % (_ENTRIES // 2):
+        return None
+    pairs = torch.frombuffer(bytearray(packed), dtype=torch.uint8).view(-1, _ENTRIES // 2)  # (L, 32)
+    return _Samples(parts[0], parts[1], torch.stack([pairs // 16, pairs % 16], 2).flatten(1).to(torch.int16))
+
+
+def _codes(parameter: Tensor) -> Tensor:
+    """NF4's levels of some entries of a matrix, (64,), uint8."""
+    count = weight_count(parameter)
+    blocks = max(1, count // _BLOCK)
+    first = torch.arange(_BLOCKS, device=parameter.device) * (blocks - 1) // (_BLOCKS - 1)  # (4,)
+    entries = first[:, None] * _BLOCK + torch.arange(_BLOCK, device=parameter.device)  # (4, 64)
+    values = relative_entries(parameter, entries.clamp(max=count - 1))
+    values = values / values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=values.device)
+    codes = torch.bucketize(values[:, ::_STEP].contiguous(), (levels[1:] + levels[:-1]) / 2)
+    return codes.flatten().to(torch.uint8)

@@ -1,6 +1,7 @@
 """Converts GGUF files once into an ordinary model folder, which loads in seconds."""
 
 import hashlib
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from moka_pl.backbone.loading import loading, progress_bars, writable
 from moka_pl.errors import BackboneError
 from moka_pl.utils import replaced_folder
 
-_LAYOUT = 1  # raise when a conversion of the same file would come out differently
+_LAYOUT = 2  # raise when a conversion of the same file would come out differently
 
 
 def convert_gguf(file: Path, cache: Path) -> Path:
@@ -57,3 +58,12 @@ def _convert(file: Path, target: Path) -> None:
         with replaced_folder(target) as new:
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
+            _drop_unknown_tokens(new / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
+
+
+def _drop_unknown_tokens(file: Path, rows: int) -> None:
+    """Takes out tokens that transformers added and the model has no embedding for."""
+    if file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
+        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -20,6 +20,11 @@ def loading(name: str) -> Iterator[None]:
     except BackboneError:
         raise
     except Exception as error:  # tokenizers raises Exception itself, and safetensors and pyo3 their own kinds
+        if "trust_remote_code" in str(error):
+            raise BackboneError(
+                f"{name} cannot be loaded: it needs code of its own (auto_map), which moka_pl never runs; "
+                "give a model that transformers itself knows"
+            ) from error
         raise BackboneError(f"{name} cannot be loaded: {one_line(error)}") from error
 
 

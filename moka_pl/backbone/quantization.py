@@ -4,9 +4,12 @@ Everything else asks the functions here, so that another quantiser is supported 
 """
 
 import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +21,29 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
     from bitsandbytes.nn import Linear4bit
+    from transformers import PreTrainedModel
 
     from moka_pl.ops.triton import WeightSource
 
 Quantization = Literal["nf4", "fp4", "none"]
+
+#: Share of the linear weights from which on it is said that they are not quantised, and parts that are named.
+_WORTH_SAYING, _NAMED = 0.01, 4
+
+_BELOW = (-1.0, -0.696192801, -0.5250730515, -0.3949174881, -0.2844413817, -0.1847734302, -0.0910500363)
+_ABOVE = (
+    0.0,
+    0.0795802996,
+    0.1609302014,
+    0.2461123019,
+    0.3379152417,
+    0.4407098293,
+    0.5626170039,
+    0.7229568362,
+    1.0,
+)
+#: The levels of NF4, relative to the largest entry of a block.
+NF4_LEVELS = _BELOW + _ABOVE
 
 #: Bytes of a 4-bit weight from which on bitsandbytes' own kernel reads uneven layers faster, launch included.
 _LARGE = 2**20
@@ -55,6 +77,42 @@ def loading_options(quantization: Quantization, double: bool, dtype: torch.dtype
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config}
+
+
+class QuantisedError(BackboneError):
+    """A checkpoint is quantised already in another way than was asked for.
+
+    Attributes:
+        stored: How it is.
+    """
+
+    def __init__(self, name: str, stored: Quantization, asked: Quantization) -> None:
+        self.stored = stored
+        super().__init__(
+            f"{name} is quantised already, as {stored}, and cannot be loaded with quantization {asked}; set "
+            f"--model.backbone.quantization {stored}, or give its unquantised original"
+        )
+
+
+def stored_quantization(stored: Mapping[str, Any], name: str) -> tuple[Quantization, bool]:
+    """Returns how a checkpoint is quantised already, and whether its block scales are, too.
+
+    Args:
+        stored: The ``quantization_config`` of its ``config.json``.
+        name: The model's name, for messages.
+
+    Raises:
+        BackboneError: For another format than bitsandbytes' 4 bits.
+    """
+    kind = stored.get("bnb_4bit_quant_type", "fp4")
+    if stored.get("load_in_4bit") is True and kind in get_args(Quantization):
+        return kind, bool(stored.get("bnb_4bit_use_double_quant", False))
+    method = stored.get("quant_method", "an unnamed method")
+    bits = " in 8 bits" if stored.get("load_in_8bit") is True else ""
+    raise BackboneError(
+        f"{name} is quantised already, by {method}{bits}, and cannot be trained on; give its unquantised "
+        "original, or one in bitsandbytes' nf4 or fp4"
+    )
 
 
 def quantised_linear(
@@ -191,6 +249,54 @@ def weight_count(parameter: Tensor) -> int:
     """Returns the number of weights of a parameter; 4-bit ones, which lie two to a byte, count singly."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(state.shape.numel())
+
+
+def describe_storage(model: "PreTrainedModel", asked: Quantization) -> str:
+    """Describes how a model's linear weights are stored, and the share of those that are stored otherwise.
+
+    Args:
+        model: The model without adapters.
+        asked: How linear weights were to be stored.
+    """
+    if asked == "none":
+        return "linear weights none"
+    outside = {id(model.get_output_embeddings().weight)}
+    outside |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.Conv1d)}
+    quantised, other = 0, Counter[str]()
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "quant_state", None) is not None:
+            quantised += weight_count(parameter)
+        elif parameter.ndim > 1 and id(parameter) not in outside:
+            other[re.sub(r"\.\d+(?=\.)", ".*", name)] += parameter.numel()
+    share = other.total() / max(1, quantised + other.total())
+    if share < _WORTH_SAYING:
+        return f"linear weights {asked}"
+    parts = [name for name, _ in other.most_common(_NAMED)] + ["..."] * (len(other) > _NAMED)
+    if not quantised:
+        return f"linear weights none, as {asked} cannot store them ({', '.join(parts)})"
+    return f"linear weights {asked}, but {share:.0%} of the weights are not ({', '.join(parts)})"
+
+
+def relative_entries(parameter: Tensor, index: Tensor) -> Tensor:
+    """Returns some weights of a parameter, float32, 4-bit ones relative to the largest of their block.
+
+    Args:
+        parameter: A weight of any storage.
+        index: Flat indices of weights, of any shape.
+    """
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter.detach().flatten()[index].float()
+    byte = parameter.detach().flatten().view(torch.uint8)[index // 2]
+    code = torch.where(index % 2 == 0, byte >> 4, byte & 15)
+    return state.code.to(code.device)[code.long()].float()  # type: ignore[no-any-return]
+
+
+def storage_of(parameter: Tensor) -> str:
+    """Returns how a parameter is stored, such as ``nf4-bfloat16`` (made of bfloat16) or ``none-float32``."""
+    state = getattr(parameter, "quant_state", None)
+    kind, dtype = ("none", parameter.dtype) if state is None else (state.quant_type, state.dtype)
+    return f"{kind}-{str(dtype).removeprefix('torch.')}"
 
 
 def merged_linear(layer: nn.Linear, delta: Tensor) -> nn.Linear:

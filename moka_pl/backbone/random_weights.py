@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moka_pl.backbone.checks import check_numbers
 from moka_pl.backbone.config import BackboneConfig
+from moka_pl.backbone.loading import loading
 from moka_pl.backbone.quantization import quantised_linear
 from moka_pl.errors import BackboneError
 
@@ -52,40 +54,41 @@ def shape_config(name: str) -> "PretrainedConfig":
     """Returns the transformers configuration of a named shape or of a folder's ``config.json``.
 
     Raises:
-        BackboneError: If it is neither.
+        BackboneError: If it is neither, or damaged.
     """
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
     if name in SHAPES:
         return LlamaConfig(**SHAPES[name])
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
-        return AutoConfig.from_pretrained(folder)
+        with loading(name):
+            check_numbers(PretrainedConfig.get_config_dict(folder)[0], name)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     raise BackboneError(
         f"unknown shape {name!r} for weights: random; choose one of {', '.join(SHAPES)}, "
         "or give a folder with a config.json"
     )
 
 
-def random_model(config: BackboneConfig, dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
-    """Builds a causal language model of a known shape with random weights.
+def random_model(
+    config: BackboneConfig, model: "PreTrainedModel", dtype: torch.dtype, device: torch.device
+) -> "PreTrainedModel":
+    """Gives a causal language model random weights.
 
     Linear weights are normal with the configuration's ``initializer_range``; each is quantised as soon as it
     is drawn. The same seed gives the same weights on devices of one kind.
 
     Args:
-        config: Backbone options; ``name`` is a shape.
+        config: Backbone options.
+        model: The model on the meta device, which is filled.
         dtype: Compute dtype.
         device: Where the model lives.
 
     Raises:
-        BackboneError: For an unknown shape.
+        BackboneError: If something of the model is neither known to be random nor computed.
     """
-    from transformers import AutoModelForCausalLM
-
-    shape = shape_config(config.name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=config.attention)
+    shape = model.config
     generator = torch.Generator(device).manual_seed(config.seed)
     std = getattr(shape, "initializer_range", 0.02)
     head = model.get_output_embeddings()
@@ -106,10 +109,17 @@ def random_model(config: BackboneConfig, dtype: torch.dtype, device: torch.devic
             with torch.device(device):
                 model.set_submodule(name, type(module)(shape))
         else:
-            for key, weight in module.named_parameters(recurse=False):  # norms
-                ones = torch.ones(weight.shape, dtype=dtype, device=device)
-                setattr(module, key, nn.Parameter(ones, requires_grad=False))
+            for key, weight in module.named_parameters(recurse=False):
+                # Several experts' matrices may be one parameter; the others are norms.
+                values = draw(weight) if weight.ndim > 1 else torch.ones_like(weight, device=device)
+                setattr(module, key, nn.Parameter(values, requires_grad=False))
     model.tie_weights()
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise BackboneError(
+            f"{config.name} cannot be given random weights: nothing is known of {left[0]} in "
+            f"{type(model).__name__}; set weights: pretrained"
+        )
     return model
 
 

@@ -7,14 +7,16 @@ import inspect
 from typing import TYPE_CHECKING
 
 from moka_pl._compat import attention_implementation, supports_flash_attention
+from moka_pl.lm.own_loss import has_own_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def decoder_inputs(model: "PreTrainedModel") -> set[str]:
-    """Returns the names of what the model's decoder can be given."""
-    return set(inspect.signature(model.get_decoder().forward).parameters)
+    """Returns the names of what the model's decoder can be given (or the model, where that is run itself)."""
+    run = model if has_own_logits(model) else model.get_decoder()
+    return set(inspect.signature(run.forward).parameters)
 
 
 def sliding_window(model: "PreTrainedModel") -> int | None:
@@ -26,11 +28,6 @@ def head_size(model: "PreTrainedModel") -> int:
     """Returns the entries of a query in one attention head."""
     config = model.config.get_text_config()
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def transforms_logits(model: "PreTrainedModel") -> bool:
-    """Whether the model changes its logits after the output head."""
-    return hasattr(model.config, "final_logit_softcapping") or hasattr(model.config, "logits_scaling")
 
 
 def causal_unsupported_reason(model: "PreTrainedModel", implementation: str) -> str | None:

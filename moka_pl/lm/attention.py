@@ -19,6 +19,7 @@ from moka_pl.lm.architecture import (
     flash_unsupported_reason,
     head_size,
 )
+from moka_pl.lm.scoring import logits_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +77,7 @@ class PackedAttention:
         return inputs
 
     def _check(self, model: "PreTrainedModel") -> None:
-        """Tries whether an example's hidden states change with the one before it."""
+        """Tries whether an example's logits change with the one before it."""
         device = model.get_input_embeddings().weight.device
         batch = {
             "position_ids": torch.arange(4, device=device).repeat(2)[None],  # (1, 8)
@@ -86,14 +87,15 @@ class PackedAttention:
         ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().weight.shape[0]  # (1, 8)
         other = ids.clone()
         other[:, :4] = ids[:, :4].flip(1)
+        column = torch.arange(4, 8, device=device)
         training = model.training
         model.eval()
         try:
             with torch.no_grad():
                 first, second = (
-                    model.get_decoder()(input_ids=tokens, use_cache=False, **self.inputs(batch))
-                    .last_hidden_state[:, 4:]
-                    .float()
+                    logits_at(
+                        model, column * 0, column, input_ids=tokens, **self.inputs(batch)
+                    ).float()  # (4, V)
                     for tokens in (ids, other)
                 )
         finally:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moka_pl.lm.architecture import transforms_logits
+from moka_pl.lm.own_loss import has_plain_head, own_logits_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **
     targets = labels[:, 1:]  # (B, T-1)
     row, column = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,)
     wanted = targets[row, column]  # (N,)
-    if torch.is_grad_enabled() or transforms_logits(model):
+    if torch.is_grad_enabled() or not has_plain_head(model):
         logits = logits_at(model, row, column, input_ids=input_ids, **inputs)  # (N, V)
         return TokenScores(_nll(logits, wanted), row)
     # Without gradients no logits need be kept: those of a whole evaluation batch can take gigabytes.
@@ -67,11 +67,9 @@ def logits_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: T
         column: Their columns, shape (N,).
         **inputs: What the model reads.
     """
-    logits: Tensor
-    if transforms_logits(model):
-        logits = model(**inputs, use_cache=False).logits[row, column]
-    else:
-        logits = model.get_output_embeddings()(_hidden_at(model, row, column, **inputs))
+    if not has_plain_head(model):
+        return own_logits_at(model, row, column, **inputs)
+    logits: Tensor = model.get_output_embeddings()(_hidden_at(model, row, column, **inputs))
     return logits
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from moka_pl.adapters import method_of
 from moka_pl.adapters.filters import describe_filters
 from moka_pl.adapters.methods.base import check_tensors
+from moka_pl.backbone import check_samples
 from moka_pl.data.batching.order import describe, differences
 from moka_pl.data.types import data_of
 from moka_pl.errors import AdapterError, ConfigError
@@ -50,7 +51,7 @@ class StoredRun:
     """What a checkpoint holds beside Lightning's own; an older one may lack fields, which then have defaults.
 
     Attributes:
-        base: The frozen base's ``name`` and ``fingerprint``.
+        base: The frozen base's ``name``, ``fingerprint``, ``samples`` and ``quantization``.
         adapter: Options of the adapter.
         learning_rate_ratios: Ratios by part, as :class:`LearningRateRatios` has them.
         rng: The states of the random generators.
@@ -70,7 +71,12 @@ class StoredRun:
         """Describes the run of a module that has built its model."""
         assert module.base is not None
         return cls(
-            base={"name": module.base.name, "fingerprint": module.base.fingerprint},
+            base={
+                "name": module.base.name,
+                "fingerprint": module.base.fingerprint,
+                "samples": module.base.samples,
+                "quantization": module.base.options["quantization"],
+            },
             adapter=method_of(module.adapter).options(),
             learning_rate_ratios=asdict(module.learning_rate_ratios),
             rng=rng_state(module.device),
@@ -111,6 +117,9 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", traini
             f"the checkpoint was trained on another base model ({stored.base['name']!r}); this run has "
             f"{current.base['name']!r} with another fingerprint. Load the checkpoint's base instead"
         )
+    if stored.base:
+        samples = stored.base.get("samples", ""), current.base["samples"]
+        check_samples(*samples, "the checkpoint", stored.base["name"])
     return check_run(stored, module, module.course, training)
 
 

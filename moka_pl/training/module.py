@@ -24,7 +24,8 @@ from moka_pl.adapters import (
 )
 from moka_pl.adapters.coverage import left_out
 from moka_pl.adapters.reading import read_adapter_shapes, read_adapter_state
-from moka_pl.backbone import BackboneConfig, compute_dtype, fingerprint, load_backbone, load_tokenizer
+from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
+from moka_pl.backbone.quantization import describe_storage
 from moka_pl.data.types import Batch, data_of
 from moka_pl.errors import ConfigError
 from moka_pl.evaluation.module import EvaluatedModule
@@ -32,6 +33,7 @@ from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
 from moka_pl.lm.scoring import score_tokens
 from moka_pl.training.auto_filters import DeferredFilters
+from moka_pl.training.base import describe_base
 from moka_pl.training.checkpoint import (
     StoredRun,
     check_checkpoint,
@@ -175,11 +177,11 @@ class MokaModule(EvaluatedModule):
         loaded = self.load_base()
         model = loaded.model
         self.tokenizer = loaded.tokenizer
-        options = self.backbone.options()
-        options["compute_dtype"] = str(compute_dtype(self.backbone, self.device)).removeprefix("torch.")
-        self.base = BaseModel(self.backbone.name, self.backbone.revision, fingerprint(model), options)
+        self.base = describe_base(loaded, self.backbone, self.device)
+        storage = describe_storage(model, self.base.options["quantization"])
         if self.adapter_path is not None:
-            read_adapter(self.adapter_path).check_base(self.base.fingerprint, self.adapter_path)
+            stored = read_adapter(self.adapter_path)
+            stored.check_base(self.base.fingerprint, self.adapter_path, self.base.samples)
         if self.gradient_checkpointing:
             # Non-reentrant: gradients reach the adapters although the embeddings need none, and DDP sees
             # every parameter once.
@@ -193,10 +195,11 @@ class MokaModule(EvaluatedModule):
         self.model = model
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
         rank_zero_info(
-            f"{self.backbone.name} on {self.device} in {options['compute_dtype']}, "
-            f"quantization {self.backbone.quantization}; {method_of(self.adapter).title} "
-            f"in {len(self.adapted)} layers, {count:,} trainable parameters"
+            f"{self.backbone.name} on {self.device} in {self.base.options['compute_dtype']}, {storage}; "
+            f"{method_of(self.adapter).title} in {len(self.adapted)} layers, {count:,} trainable parameters"
         )
+        for note in loaded.notes:
+            rank_zero_info(note)
         if not_adapted := left_out(model, self.adapter):
             rank_zero_info(not_adapted)
 

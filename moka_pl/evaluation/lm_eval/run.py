@@ -80,7 +80,8 @@ def load_described(
     if adapter is None:
         config = BackboneConfig(str(base), quantization=quantization or "nf4")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = load_backbone(config, device)
+        loaded = (load_backbone if quantization else inference.load_base)(config, device)
+        config = loaded.config or config
         model, tokenizer = loaded.model, loaded.tokenizer
         described: dict[str, Any] = {"name": base, "revision": None, "options": config.options()}
         adapted = None
@@ -88,6 +89,7 @@ def load_described(
         info = read_adapter(adapter)
         model, tokenizer = inference.load_model(adapter, base=base)
         described = asdict(info.base) | ({"name": base, "revision": None} if base else {})
+        del described["samples"]  # for loading only
         adapted = {
             "path": str(adapter.expanduser().absolute()),
             "fingerprint": weights_fingerprint(adapter),

@@ -1,0 +1,228 @@
+"""Refuses models that cannot work: before memory is taken for them, and on a few tokens once they are there.
+
+Model folders come from strangers. What a ``config.json`` asks for is compared with its weight files.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moka_pl.errors import BackboneError, one_line
+from moka_pl.lm.own_loss import OwnForward, run_own_forward
+from moka_pl.lm.scoring import score_tokens
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+#: Entries of a configuration that say how many parts are built one by one, and how large they are.
+_PARTS = re.compile(r"^(n|num|encoder|decoder)?_?\w*(layer|block|expert|head|stage)s?$|depth$")
+_SIZES = re.compile(r"hidden|intermediate|dim|size|rank|width|embd|inner|d_model|ff|channel|state|group")
+_UNBOUNDED = re.compile(r"vocab|position|length|token|param|chunk|window|block_size")
+_MOST_PARTS, _LARGEST, _MOST_BUFFERED = 4096, 2**20, 2**29
+#: Relative difference of two computations of a loss, in full and in half precision.
+_TOLERANCE, _TOLERANCE_HALF = 1e-3, 3e-2
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a model folder that holds an adapter, too, or an index that names files elsewhere.
+
+    Raises:
+        BackboneError: Naming the file and the value.
+    """
+    if not (folder / "config.json").is_file():
+        raise BackboneError(f"{folder} is not a model folder: it has no config.json")
+    if (folder / "adapter_config.json").exists():
+        raise BackboneError(
+            f"{folder} holds an adapter beside the model (adapter_config.json), which transformers would put "
+            "into it; merge it into the model, or move it elsewhere"
+        )
+    for name in _INDEXES:
+        if not (folder / name).is_file():
+            continue
+        try:
+            files = set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
+            outside = [file for file in files if PurePath(file).name != file or "\\" in file]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BackboneError(
+                f"{folder} cannot be loaded: {name} is damaged ({one_line(error)}); copy the model again"
+            ) from error
+        if outside:
+            raise BackboneError(
+                f"{folder} cannot be loaded: {name} names {min(outside)!r}, outside of the folder"
+            )
+
+
+def check_numbers(config: Mapping[str, Any], name: str) -> None:
+    """Refuses a configuration with counts and sizes that no model has, which would take hours to build.
+
+    Raises:
+        BackboneError: Naming the entry and its value.
+    """
+    for key, value in _numbers(config):
+        most = _MOST_PARTS if _PARTS.search(key) else _LARGEST if _SIZES.search(key) else None
+        if most is not None and value > most and not _UNBOUNDED.search(key):
+            raise BackboneError(
+                f"{name} cannot be loaded: {key} in config.json is {value}, more than any model's; copy the "
+                "model again"
+            )
+
+
+def weight_bytes(folder: Path) -> int | None:
+    """Returns the size of a folder's weight files; None where it has none.
+
+    Raises:
+        BackboneError: If one is damaged, or holds whole or complex numbers for a weight.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                kinds = {name: str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise BackboneError(
+                f"{folder} cannot be loaded: {file.name} is damaged ({one_line(error)}). Copy the model again"
+            ) from error
+        for name, kind in kinds.items():
+            if name.endswith("weight") and kind.startswith("C"):
+                raise BackboneError(f"{folder} cannot be loaded: {name} in {file.name} has dtype {kind}")
+    return sum(file.stat().st_size for file in [*files, *folder.glob("*.bin")]) or None
+
+
+def check_size(
+    model: "PreTrainedModel", name: str, weights: int | None, device: torch.device, bits: float
+) -> None:
+    """Refuses a model that its weight files cannot hold, or that memory cannot.
+
+    Args:
+        model: The model, on the meta device.
+        name: Its name, for messages.
+        weights: Bytes of its weight files; None where they are not here.
+        device: Where it is to go.
+        bits: Fewest bits that one of its parameters takes there.
+    """
+    parameters, buffered = (sum(t.numel() for t in ts) for ts in (model.parameters(), model.buffers()))
+    if weights is not None and parameters > 4 * weights:
+        raise BackboneError(
+            f"{name} cannot be loaded: config.json describes {parameters:,} parameters, but the weight files "
+            f"have {weights:,} bytes; copy the model again"
+        )
+    if buffered > _MOST_BUFFERED:
+        raise BackboneError(
+            f"{name} cannot be loaded: config.json asks for {buffered:,} numbers beside the parameters; copy "
+            "the model again"
+        )
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if parameters * bits / 8 > memory:
+        raise BackboneError(
+            f"{name} cannot be loaded: {parameters:,} parameters take at least "
+            f"{parameters * bits / 2**33:,.1f} GiB, but {device} has {memory / 2**30:,.1f} GiB"
+        )
+
+
+def check_tokens(
+    tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", rows: int, name: str, random: bool
+) -> None:
+    """Refuses tokens that the model has no embedding for.
+
+    Args:
+        tokenizer: The tokenizer.
+        config: The model's configuration, whose special tokens are looked at.
+        rows: Rows of the embedding, or of the output head if that has fewer.
+        name: The model's name, for messages.
+        random: Whether the weights are, which fit any vocabulary.
+
+    Raises:
+        BackboneError: Naming the largest or the first such token.
+    """
+    last = max(max(tokenizer.get_vocab().values(), default=0), len(tokenizer) - 1)
+    if last >= rows:
+        remedy = (
+            f"set vocab_size in config.json to at least {last + 1}"
+            if random
+            else "take the tokenizer that the model was saved with, or resize its embedding and save it"
+        )
+        raise BackboneError(
+            f"{name}: vocab_size is {rows}, but the tokenizer has {last + 1} tokens; {remedy}"
+        )
+    sources = {
+        "the tokenizer": tokenizer,
+        "config.json": config,
+        "config.json's text_config": config.get_text_config(),
+    }
+    for source, holder in sources.items():
+        for kind in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+            ids = getattr(holder, kind, None)
+            for token in ids if isinstance(ids, list | tuple) else [ids]:
+                if token is not None and not (isinstance(token, int) and 0 <= token < rows):
+                    raise BackboneError(
+                        f"{name}: {kind} of {source} is {token!r}, but the model's tokens are 0 to "
+                        f"{rows - 1}; correct it, or take it out"
+                    )
+
+
+def check_loss(model: "PreTrainedModel", name: str) -> None:
+    """Compares the package's loss of a few tokens with the model's own.
+
+    Raises:
+        BackboneError: If they differ by more than rounding, if a token's depends on later ones, if it is not
+            finite, or if the model cannot be run.
+    """
+    kind = type(model).__name__
+    try:
+        own = run_own_forward(model)
+        with torch.no_grad():
+            scores = score_tokens(model, own.ids, own.labels)
+        first, second = scores.nll.view(2, -1).sum(1).tolist()
+        ours = float(scores.nll.mean())
+    except Exception as error:  # whatever an architecture raises that needs other inputs
+        raise BackboneError(
+            f"{name} ({kind}) cannot be run on a few tokens: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    _compare(f"{name} ({kind})", own, ours, (first, second), len(scores.nll) // 2, model.dtype)
+
+
+def _compare(
+    name: str, own: OwnForward, ours: float, rows: tuple[float, float], tokens: int, dtype: torch.dtype
+) -> None:
+    if own.loss is None:
+        raise BackboneError(f"{name} computes no loss of its own; it cannot be trained here")
+    if not (math.isfinite(own.loss) and math.isfinite(ours)):
+        raise BackboneError(
+            f"{name} has a loss of {own.loss} on a few tokens: its weights hold NaN or inf, or overflow in "
+            f"{str(dtype).removeprefix('torch.')}; copy the model again, or set backbone.compute_dtype"
+        )
+    tolerance = _TOLERANCE if dtype in (torch.float32, torch.float64) else _TOLERANCE_HALF
+    if abs(own.loss - ours) > tolerance * max(1.0, abs(own.loss)):
+        raise BackboneError(
+            f"{name} computes its loss in a way that moka_pl does not know: {own.loss:.4f} on a few tokens, "
+            f"where moka_pl computes {ours:.4f}; give another model"
+        )
+    if abs(rows[0] - rows[1]) > tolerance * max(1.0, abs(own.loss)) * tokens:
+        raise BackboneError(
+            f"{name} lets tokens see later ones, which moka_pl does not know how to train; give a causal "
+            "language model (is_decoder in config.json?)"
+        )
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Yields all whole numbers of a configuration with the names of their entries."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _numbers(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield key, value
