@@ -7,6 +7,7 @@ from moka_pl.adapters.layer import MokaLinear
 from moka_pl.adapters.methods.base import AdapterMethod
 from moka_pl.adapters.methods.full import FullFineTuning
 from moka_pl.adapters.methods.registry import (
+    adapted_layers,
     adapters_disabled,
     inject_adapter,
     merge,
@@ -27,6 +28,7 @@ __all__ = [
     "MokaLinear",
     "MokaS",
     "MokaUngated",
+    "adapted_layers",
     "adapter_state",
     "adapters_disabled",
     "find_targets",

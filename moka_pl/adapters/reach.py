@@ -77,12 +77,32 @@ def text_reach(model: nn.Module) -> Reach:
     return Reach(unreached, unsuitable)
 
 
+def runs_text(model: nn.Module) -> bool:
+    """Whether a model takes plain token ids, as here it is given them."""
+    with _training(model), torch.no_grad():
+        return _run(model)
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether a few tokens' loss has a gradient for any trainable tensor; errors of the model are raised."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = _few_tokens(model)
+    with _training(model), torch.enable_grad():
+        loss = score_tokens(cast("PreTrainedModel", model), ids, ids).nll.sum()
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    return any(gradient is not None for gradient in gradients)
+
+
+def _few_tokens(model: nn.Module) -> Tensor:
+    embedded: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return torch.arange(_TOKENS, device=embedded.device)[None] % embedded.shape[0]  # (1, T)
+
+
 def _run(model: nn.Module) -> bool:
     """Scores a few tokens; returns whether the model can."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if embeddings is None or any(parameter.is_meta for parameter in model.parameters()):
+    if not hasattr(model, "get_input_embeddings") or any(p.is_meta for p in model.parameters()):
         return False
-    ids = torch.arange(_TOKENS, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]  # (1, T)
+    ids = _few_tokens(model)
     for run in (lambda: score_tokens(cast("PreTrainedModel", model), ids, ids), lambda: model(input_ids=ids)):
         try:
             run()

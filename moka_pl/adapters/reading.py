@@ -25,8 +25,18 @@ CARD_NAME = "README.md"
 
 #: Bytes; that of a thousand layers with filters of their own has one million.
 _LONGEST_CONFIG = 2**24
-#: What adapters are made of, by its name in the file.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: What adapters are made of, by its name in the file; some methods of PEFT's save indices, too.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 @dataclass
@@ -147,7 +157,7 @@ def read_adapter_shapes(path: str | Path) -> dict[str, Tensor]:
     """Reads names, sizes and dtypes of an adapter's tensors: tensors on the meta device, without contents.
 
     Raises:
-        AdapterError: If the file is missing or damaged, or holds something other than floating-point numbers.
+        AdapterError: If the file is missing or damaged, or holds numbers of a kind that no adapter has.
     """
     path = Path(path)
     with _open_weights(path) as handle:
@@ -157,8 +167,7 @@ def read_adapter_shapes(path: str | Path) -> dict[str, Tensor]:
             dtype = _DTYPES.get(entry.get_dtype())
             if dtype is None:
                 raise AdapterError(
-                    f"{path / WEIGHTS_NAME}: {shown(name)} has dtype {entry.get_dtype()}; the tensors of an "
-                    f"adapter have one of {', '.join(_DTYPES)}"
+                    f"{path / WEIGHTS_NAME}: {shown(name)} has {entry.get_dtype()} numbers, as no adapter has"
                 )
             tensors[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
     return tensors

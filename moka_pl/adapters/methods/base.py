@@ -18,7 +18,7 @@ _REMEDY = "It was saved with other target_modules, components or filters, or for
 def check_tensors(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str | Path, remedy: str = _REMEDY
 ) -> None:
-    """Refuses tensors that do not have exactly the names and shapes of the expected ones.
+    """Refuses tensors that do not have exactly the names, shapes and kinds of the expected ones.
 
     Args:
         state: Tensors by name.
@@ -38,6 +38,12 @@ def check_tensors(
             raise AdapterError(
                 f"{source} does not fit this model: {name} is {tuple(state[name].shape)}, "
                 f"the model expects {tuple(tensor.shape)}. {remedy}"
+            )
+        held, wanted = (str(dtype).removeprefix("torch.") for dtype in (state[name].dtype, tensor.dtype))
+        if held != wanted and not ("float" in held and "float" in wanted):
+            raise AdapterError(
+                f"{source} does not fit this model: {name} holds {held} numbers, the model expects {wanted}. "
+                f"{remedy}"
             )
 
 

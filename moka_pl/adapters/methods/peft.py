@@ -5,6 +5,7 @@ PEFT is imported only where it is used already, or asked for: it need not be ins
 
 import copy
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -13,26 +14,50 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from moka_pl._compat import disable_adapters
-from moka_pl.adapters.methods.base import AdapterMethod, name_targets
-from moka_pl.backbone.quantization import is_quantised, layer_compute_dtype
+from moka_pl.adapters.injection import replace_module
+from moka_pl.adapters.methods.base import AdapterMethod, check_tensors, name_targets
+from moka_pl.adapters.methods.peft_layers import PeftLayer, SavedModule
+from moka_pl.adapters.methods.peft_targets import explicit_config
+from moka_pl.adapters.reach import runs_text, trains
+from moka_pl.adapters.schema import check_values, shown
+from moka_pl.backbone.quantization import is_quantised, weight_count
 from moka_pl.errors import AdapterError, ConfigError, one_line
 
 #: PEFT's own prefix of tensor names on disk: such a folder can be read by PEFT, too.
 _PREFIX = "base_model.model."
 #: Starts that change the frozen weights, which an adapter directory does not hold.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
-#: Where a merged layer's ``forward`` waits while its adapter is disabled.
-_ASIDE = "_moka_merged_forward"
+#: Ranks and other sizes up to this, and numbers up to that, are nobody's mistake, however small the model is.
+_ANY_RANK, _ANY_SIZE = 4096, 2**20
+_MOST_ENTRIES = 10_000
 #: Fields that say nothing of what is trained.
 _PASSING = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
+
+
+#: Methods that a plain training loop cannot run, and why.
+_UNFIT = {
+    "POLY": "needs a task id with every example",
+    "SHADOW": "trains a second network beside the model",
+    "XLORA": "mixes adapters that are trained already",
+}
+#: Methods that do so in PEFT before 0.21, which does not say it.
+_SHARED = ("VERA", "VBLORA")
+#: Options that do more than put tensors into layers, with the values that do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "megatron_config": (None,),
+    "arrow_config": (None,),
+}
 
 
 class PeftMethod(AdapterMethod):
     """A method of PEFT.
 
     Raises:
-        ConfigError: If it adapts the prompt and no layers, or its start changes the frozen weights.
+        ConfigError: If it does not adapt layers alone, keeps state outside of them, changes while it trains,
+            or its start changes the frozen weights.
     """
 
     def __init__(self, config: Any) -> None:
@@ -42,14 +67,19 @@ class PeftMethod(AdapterMethod):
                 f"init_lora_weights {start!r} depends on the frozen weights, which are not saved with an "
                 "adapter; set true, gaussian or orthogonal"
             )
-        if config.is_prompt_learning or config.is_adaption_prompt:
-            raise ConfigError(
-                f"{type(config).__name__} adapts the prompt; use a PEFT method that adapts layers, such as "
-                "LoraConfig"
-            )
         super().__init__(config)
         self.kind = str(getattr(config.peft_type, "value", config.peft_type))
         self.title = _title(config)
+        if (reason := _unfit_reason(config, self.kind)) is not None:
+            raise ConfigError(
+                f"{type(config).__name__} {reason}; use a PEFT method that adapts layers, such as LoraConfig"
+            )
+        for option, neutral in _NEUTRAL.items():
+            if (value := getattr(config, option, neutral[0])) not in neutral:
+                raise ConfigError(
+                    f"{type(config).__name__}: {option} {shown(value)} changes more than the adapted layers; "
+                    f"set {'null' if neutral[0] is None else neutral[0]}"
+                )
 
     @classmethod
     def accepts(cls, config: Any) -> bool:
@@ -76,7 +106,14 @@ class PeftMethod(AdapterMethod):
         if config is None:
             raise AdapterError(f"the installed PEFT has no method {kind!r}; upgrade PEFT")
         names = {field.name for field in fields(config) if field.init} - {*_PASSING, "peft_type"}
-        return config(**{name: value for name, value in stored.items() if name in names})
+        options = {name: value for name, value in stored.items() if name in names}
+        check_values(config, options)
+        for name, value in options.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} must be finite, not {value}")
+            if isinstance(value, (list, dict)) and len(value) > _MOST_ENTRIES:
+                raise ConfigError(f"{name} has {len(value):,} entries; at most {_MOST_ENTRIES:,}")
+        return config(**options)
 
     @classmethod
     def in_model(cls, model: nn.Module) -> Self | None:
@@ -89,9 +126,15 @@ class PeftMethod(AdapterMethod):
         if "peft" not in sys.modules:
             return {}
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
 
-        modules = model.named_modules()
-        return {name: PeftLayer(name, m) for name, m in modules if isinstance(m, BaseTunerLayer)}
+        kinds = {BaseTunerLayer: PeftLayer, ModulesToSaveWrapper: SavedModule}
+        return {
+            name: kind(name, module)
+            for name, module in model.named_modules()
+            for base, kind in kinds.items()
+            if isinstance(module, base)
+        }
 
     def inject(
         self, model: nn.Module, dtype: torch.dtype, saved: Mapping[str, Tensor] | None = None
@@ -103,24 +146,33 @@ class PeftMethod(AdapterMethod):
             dtype: Dtype of the trainable tensors.
             saved: The tensors to be loaded next, if any.
         """
-        from peft import inject_adapter_in_model
-
+        if saved is not None:
+            saved = {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
+        config = explicit_config(self.config, model, saved)
+        runs = saved is None and runs_text(model)
         four_bit = any(is_quantised(module) for module in model.modules())
         marked = "is_loaded_in_4bit" in vars(model)
         if four_bit and not marked:
             model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT chooses its layers by this mark
         try:
-            # PEFT writes the names that it has found into the configuration.
-            inject_adapter_in_model(copy.deepcopy(self.config), model)
+            self._check_size(config, model, saved)
+            self._wrap(config, model)
             names = list(self.layers(model))
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
             self._try_layers(model)
+            if runs and not trains(model):
+                raise AdapterError("no tensor of it takes part in computing a loss")
+            self._try_saving(model)
         except Exception as error:  # PEFT and bitsandbytes raise all kinds
             self.unload(model, merge=False)  # the model is left as it was
+            if isinstance(error, AdapterError) and saved is not None:
+                raise
             remedy = " It may not support 4-bit layers: set quantization: none" if four_bit else ""
-            reason = f"{type(error).__name__}: {one_line(error).rstrip('. ')}"
+            reason = one_line(error).rstrip(". ")
+            if not isinstance(error, AdapterError):
+                reason = f"{type(error).__name__}: {reason}"
             raise AdapterError(
                 f"PEFT cannot inject {self.title} into this model: {reason}.{remedy}"
             ) from error
@@ -128,6 +180,56 @@ class PeftMethod(AdapterMethod):
             if four_bit and not marked:
                 del model.is_loaded_in_4bit
         return names
+
+    def _wrap(self, config: Any, model: nn.Module, empty: bool = False) -> None:
+        """Lets PEFT wrap the target layers; ``empty`` makes tensors without contents or memory."""
+        from peft import inject_adapter_in_model
+
+        # PEFT writes the names that it has found into the configuration.
+        inject_adapter_in_model(copy.deepcopy(config), model, low_cpu_mem_usage=empty)
+        for layer in self.layers(model).values():
+            layer.module.train(layer.base_layer.training)  # PEFT's dropout is on in an evaluating model, too
+
+    def _check_size(self, config: Any, model: nn.Module, saved: Mapping[str, Tensor] | None) -> None:
+        """Refuses absurd sizes, and those of another adapter than the saved one, before they take memory."""
+        weights = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        largest = max([_ANY_RANK, *(max(m.in_features, m.out_features) for m in weights)])
+        for option in ("r", "init_r", "target_r"):
+            rank = getattr(config, option, 0)
+            if isinstance(rank, int) and rank > largest and self.kind != "LOKR":  # which caps it itself
+                raise AdapterError(
+                    f"{option} is {shown(rank)}, but no layer has more than {largest} features"
+                )
+        numbers = [value for value in vars(config).values() if isinstance(value, int)]
+        if saved is None and max(numbers, default=0) <= _ANY_RANK:
+            return
+        sizes = self._sizes(config, model)
+        if sizes is not None and saved is not None:
+            check_tensors(saved, sizes, "the adapter")
+        total = sum(tensor.numel() for tensor in (sizes or {}).values())
+        if total > max(sum(weight_count(m.weight) for m in weights), _ANY_SIZE):
+            raise AdapterError(
+                f"{self.title} would hold {total:,} numbers, more than the model; set a smaller r"
+            )
+
+    def _sizes(self, config: Any, model: nn.Module) -> dict[str, Tensor] | None:
+        """Returns what :meth:`state` will be, without contents; None where PEFT cannot tell."""
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):
+                    self._wrap(config, model, empty=True)
+                return {name.removeprefix(_PREFIX): t.to("meta") for name, t in self.state(model).items()}
+            except (RuntimeError, NotImplementedError):  # it reads the contents of what it makes
+                return None
+            finally:
+                self.unload(model, merge=False)
+
+    def _try_saving(self, model: nn.Module) -> None:
+        """Does what the first save will do: what cannot work shows before any training."""
+        self.facts()
+        state = self.state(model).values()
+        if not {p.data_ptr() for p in model.parameters() if p.requires_grad} <= {t.data_ptr() for t in state}:
+            raise AdapterError("PEFT does not save all that it trains")
 
     def _try_layers(self, model: nn.Module) -> None:
         """Runs one token through a layer of each kind: what cannot work shows before any training."""
@@ -151,17 +253,33 @@ class PeftMethod(AdapterMethod):
         from peft import get_peft_model_state_dict
 
         saved: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-        return {f"{_PREFIX}{name}": tensor.detach() for name, tensor in saved.items()}
+        seen: set[int] = set()
+        state = {}
+        for name, tensor in saved.items():  # what layers share is saved with each of them
+            shared = tensor.data_ptr() in seen and not tensor.is_meta
+            state[f"{_PREFIX}{name}"] = tensor.detach().clone() if shared else tensor.detach()
+            seen.add(tensor.data_ptr())
+        return state
 
     def copy_state(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         """Lets PEFT put the tensors back."""
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(model, {name.removeprefix(_PREFIX): t for name, t in state.items()})
+        if any(not tensor.is_floating_point() for tensor in state.values()):  # indices, perhaps too large
+            try:
+                self._try_layers(model)
+            except Exception as error:
+                raise AdapterError(f"its indices do not fit the layers: {one_line(error)}") from error
 
     def unload(self, model: nn.Module, merge: bool) -> None:
         """Takes PEFT's layers out, and its note on them, which would make it warn of a second adapter."""
+        from peft.utils import AuxiliaryTrainingWrapper
+
         super().unload(model, merge)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):  # of single tokens; its layer is out already
+                replace_module(model, name, module.token_adapter)
         model.__dict__.pop("peft_config", None)
 
     def options(self) -> dict[str, Any]:
@@ -170,11 +288,14 @@ class PeftMethod(AdapterMethod):
 
     def facts(self) -> dict[str, Any]:
         """Returns the method, its size, and the options that are not the method's defaults."""
-        defaults = _plain_options(type(self.config)())
+        defaults = {
+            field.name: field.default_factory() if callable(field.default_factory) else field.default
+            for field in fields(self.config)
+        }
         facts = {
             name: value
             for name, value in self.options().items()
-            if name == "r" or (name != "peft_type" and value != defaults.get(name))
+            if name == "r" or (name != "peft_type" and value != _plain_value(defaults.get(name)))
         }
         targets = facts.pop("target_modules", None)
         if targets is not None:
@@ -182,98 +303,33 @@ class PeftMethod(AdapterMethod):
         return {"method": self.title} | facts
 
 
-class PeftLayer:
-    """A layer of PEFT's, as an :class:`moka_pl.adapters.methods.base.AdaptedLayer`."""
-
-    def __init__(self, name: str, module: Any) -> None:
-        self.name = name
-        self.module = module
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the adapter is applied."""
-        return not self.module.disable_adapters
-
-    @enabled.setter
-    def enabled(self, enabled: bool) -> None:
-        # Not PEFT's enable_adapters, which changes what requires gradients.
-        disable_adapters(self.module, not enabled)
-        source, target = (_ASIDE, "forward") if enabled else ("forward", _ASIDE)
-        if (forward := self.module.__dict__.pop(source, None)) is not None:
-            self.module.__dict__[target] = forward
-
-    @property
-    def base_layer(self) -> nn.Module:
-        """The frozen layer."""
-        base: nn.Module = self.module.get_base_layer()
-        return base
-
-    @property
-    def merged_layer(self) -> nn.Linear | None:
-        """The dense layer that stands for both, if they are merged."""
-        name = self._merged_name()
-        return None if name is None else self.module.__dict__[name].dense
-
-    def _merged_name(self) -> str | None:
-        """Returns the attribute that holds the merged layer's ``forward``."""
-        attributes = self.module.__dict__
-        return next((n for n in ("forward", _ASIDE) if isinstance(attributes.get(n), _MergedForward)), None)
-
-    def merge(self) -> None:
-        """Lets the layer compute as one dense layer, without touching its frozen weight.
-
-        PEFT's own merging changes the frozen weight, which in four bits is rounded again and cannot be had
-        back. Every linear layer with an adapter maps x to ``W' x + b'``: W' is what it makes of the identity.
-
-        Raises:
-            AdapterError: If the layer is not linear.
-        """
-        if self.merged_layer is not None:
-            return
-        layer, base = self.module, self.base_layer
-        if not isinstance(base, nn.Linear):
-            raise AdapterError(f"{self.name} is a {type(base).__name__}; only linear layers can be merged")
-        dtype = layer_compute_dtype(base) if is_quantised(base) else base.weight.dtype
-        was_training = layer.training
-        layer.eval()
-        with torch.no_grad():
-            eye = torch.eye(base.in_features, dtype=dtype, device=base.weight.device)
-            bias = layer(eye.new_zeros(1, base.in_features))  # (1, m)
-            weight = layer(eye) - bias  # (n, m)
-        layer.train(was_training)
-        dense = nn.Linear(base.in_features, base.out_features, device="meta")
-        dense.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
-        dense.bias = nn.Parameter(bias[0], requires_grad=False)
-        layer.__dict__["forward"] = _MergedForward(dense, any_dtype=is_quantised(base))
-
-    def unmerge(self) -> None:
-        """Undoes :meth:`merge`."""
-        if (name := self._merged_name()) is not None:
-            del self.module.__dict__[name]
-
-
-class _MergedForward:
-    """Stands in for a layer's ``forward``."""
-
-    def __init__(self, dense: nn.Linear, any_dtype: bool) -> None:
-        self.dense = dense
-        self.any_dtype = any_dtype  # 4-bit layers take any dtype and return it
-
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out: torch.Tensor
-        out = self.dense(x.to(self.dense.weight.dtype)).to(x.dtype) if self.any_dtype else self.dense(x)
-        return out
-
-
 def _plain_options(config: Any) -> dict[str, Any]:
     options: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain))
     return options
+
+
+def _plain_value(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=_plain))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset | tuple):
         return sorted(value)
     return getattr(value, "value", None) or str(value)
+
+
+def _unfit_reason(config: Any, kind: str) -> str | None:
+    """Returns why a method of PEFT cannot be trained here, or None."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        return "adapts the prompt"
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if hasattr(tuner, "update_and_allocate") and getattr(config, "use_asa", True):
+        return "changes its ranks while it trains, which PEFT's own loop has to tell it to"
+    if getattr(tuner, "uses_shared_state", False) or kind in _SHARED:
+        return "keeps tensors outside of the layers, which are not saved"
+    return _UNFIT.get(kind)
 
 
 def _title(config: Any) -> str:
