@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -68,6 +69,18 @@ def leave_out_of_ddp(module: "nn.Module", names: Iterable[str]) -> None:
     frozen base when training begins, and 4-bit weights cannot be broadcast everywhere.
     """
     module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
+
+
+def skip_on_device(optimizer: "torch.optim.Optimizer", skip: "Tensor") -> bool:
+    """Has an optimizer's next step do nothing if a flag on the GPU is set; False if it takes no such flag.
+
+    Seen in torch 2.11 to 2.13, whose fused optimizers take it from ``GradScaler`` in the same way. Without it
+    the CPU would have to wait for the GPU to know whether a step's gradient is finite.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    optimizer.found_inf, optimizer.grad_scale = skip.float(), None  # type: ignore[attr-defined]
+    return True
 
 
 # transformers

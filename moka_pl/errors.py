@@ -1,14 +1,20 @@
 """Errors that a user can fix; the command line prints them without a traceback."""
 
 import sys
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
-#: Exit status of a program ended by Ctrl-C.
+#: Exit status of a program ended by Ctrl-C or a signal that asks it to end, with everything saved.
 INTERRUPTED = 130
 
 
 class MokaError(ValueError):
-    """Base class of errors in user input; the message names the value and the remedy."""
+    """Base class of errors in user input; the message names the value and the remedy.
+
+    Attributes:
+        status: The exit status of a command that it ends.
+    """
+
+    status: ClassVar[int] = 2
 
 
 class ConfigError(MokaError):
@@ -29,6 +35,21 @@ class CheckpointError(MokaError):
 
 class DataError(MokaError):
     """Data cannot be used; the message names the file, the line or row, the field and the remedy."""
+
+
+class NonFiniteError(MokaError):
+    """Training was ended because its numbers are not finite.
+
+    Args:
+        message: What happened, and the remedies.
+        usable: Whether the weights still give a finite loss, and so are worth saving.
+    """
+
+    status: ClassVar[int] = 3
+
+    def __init__(self, message: str, usable: bool = False) -> None:
+        super().__init__(message)
+        self.usable = usable
 
 
 def one_line(error: BaseException) -> str:

@@ -138,6 +138,17 @@ def test_many_tensors_are_multiplied_and_copied_at_once() -> None:
     assert [t.sum().item() for t in tensors] == [0, 4]
 
 
+def test_a_fused_step_is_skipped_by_a_flag() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    for fused, left in ((True, 1.0), (False, 0.5)):
+        optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.0, fused=fused)
+        weight.grad = torch.ones(3)
+        assert _compat.skip_on_device(optimizer, torch.tensor(True)) is fused
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), torch.full((3,), left))
+        assert [float(state["step"]) for state in optimizer.state.values()] == [0.0 if fused else 1.0]
+
+
 def test_ddp_leaves_out_what_it_is_told_to(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[0].requires_grad_(False)

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from moka_pl._compat import save_last_checkpoint
-from moka_pl.adapters import save_adapter
+from moka_pl.adapters import adapter_state, save_adapter
 from moka_pl.data.types import data_of
+from moka_pl.errors import MokaError, NonFiniteError
+from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.checkpoint import VERSION_KEY
 from moka_pl.training.module import MokaModule
 
@@ -39,10 +41,15 @@ class AdapterCheckpoint(Callback):
         self.best_path: Path | None = None
         self.last_path: Path | None = None
         self._folder: Path | None = None
+        self._begun_at = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder (on every rank: the log folder's name is broadcast)."""
         self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "adapters"))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the step from which on there is something to save."""
+        self._begun_at = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last adapter, and also the best one if the metric improved."""
@@ -51,6 +58,8 @@ class AdapterCheckpoint(Callback):
         score = float(trainer.callback_metrics.get(self.monitor, math.nan))
         self.last_path = self._save(trainer, pl_module, "last")
         if not math.isfinite(score):
+            if self.monitor in trainer.callback_metrics:
+                rank_zero_warn(f"{self.monitor} is {score} after step {trainer.global_step}: never the best")
             return
         better = operator.lt if self.mode == "min" else operator.gt
         if self.best_score is None or better(score, self.best_score):
@@ -63,11 +72,21 @@ class AdapterCheckpoint(Callback):
             self.last_path = self._save(trainer, pl_module, "last")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves the last adapter of a run that was interrupted."""
-        interrupted = isinstance(exception, KeyboardInterrupt) and not is_trial(trainer)
-        if interrupted and trainer.global_step > 0:
+        """Saves the last adapter of a run that was interrupted or failed.
+
+        One that gives no finite loss any more does not replace an older one.
+        """
+        if trainer.state.fn != "fit" or is_trial(trainer) or trainer.global_step <= self._begun_at:
+            return
+        if isinstance(exception, NonFiniteError) and not exception.usable and self.last_path is not None:
+            return
+        try:
             self.last_path = self._save(trainer, pl_module, "last")
-            rank_zero_info(f"Adapter of step {trainer.global_step} saved in {self.last_path}")
+        except MokaError:
+            if isinstance(exception, KeyboardInterrupt):
+                raise
+            return  # the run's own error says more
+        rank_zero_info(f"Adapter of step {trainer.global_step} saved in {self.last_path}")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best score and the path of its adapter."""
@@ -81,10 +100,17 @@ class AdapterCheckpoint(Callback):
         self.best_score = state_dict["best_score"]
         self.best_path = None if state_dict["best_path"] is None else Path(state_dict["best_path"])
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> Path:
+    def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> Path | None:
+        """Saves an adapter if it is finite; returns the path, or None if no adapter is there."""
         assert isinstance(pl_module, MokaModule)
         assert self._folder is not None
         path = self._folder / name
+        if bad := non_finite_names(adapter_state(pl_module.causal_lm)):
+            rank_zero_warn(
+                f"the adapter of step {trainer.global_step} is not saved in {path}: {len(bad)} of its "
+                f"tensors are not finite (first {bad[0]}). An older one stays"
+            )
+            return path if path.exists() else None
         if trainer.is_global_zero:
             assert pl_module.base is not None
             extra = {

@@ -105,7 +105,7 @@ def _run(args: Sequence[str] | None) -> None:
             )
     except MokaError as error:
         print(f"moka_pl: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:  # outside of training, which sees to its own
         end_interrupted()
 

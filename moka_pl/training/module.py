@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from moka_pl._compat import leave_out_of_ddp, multiply_all_, trainer_of
+from moka_pl._compat import leave_out_of_ddp, trainer_of
 from moka_pl.adapters import (
     AdapterConfig,
     BaseModel,
@@ -26,12 +25,8 @@ from moka_pl.adapters.coverage import left_out
 from moka_pl.adapters.reading import read_adapter_shapes, read_adapter_state
 from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
 from moka_pl.backbone.quantization import describe_storage
-from moka_pl.data.types import Batch, data_of
+from moka_pl.data.types import data_of
 from moka_pl.errors import ConfigError
-from moka_pl.evaluation.module import EvaluatedModule
-from moka_pl.lm.attention import PackedAttention
-from moka_pl.lm.cuda_graphs import StepCapture, fix_size
-from moka_pl.lm.scoring import score_tokens
 from moka_pl.training.auto_filters import DeferredFilters
 from moka_pl.training.base import describe_base
 from moka_pl.training.checkpoint import (
@@ -44,10 +39,11 @@ from moka_pl.training.checkpoint import (
 )
 from moka_pl.training.checkpoint_files import peek, write_whole_files
 from moka_pl.training.course import Change, Course, check_allowed, course_of, optimizer_course
-from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler, logged_rates, make_optimizer
+from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler, make_optimizer
 from moka_pl.training.preflight import check_trainer
 from moka_pl.training.resume import adjust_optimizer, begin_epoch_anew, begins_epoch_anew
 from moka_pl.training.schedule import WarmupDecay
+from moka_pl.training.steps import TrainedModule
 from moka_pl.training.trial_optimizer import build_trial
 
 if TYPE_CHECKING:
@@ -60,7 +56,7 @@ if TYPE_CHECKING:
 _BACKBONE, _ADAPTER, _RATIOS = BackboneConfig(), MokaConfig(), LearningRateRatios()
 
 
-class MokaModule(EvaluatedModule):
+class MokaModule(TrainedModule):
     """Fine-tunes a frozen causal language model with a mixture of Kronecker adapters.
 
     The loss of an optimizer step is the mean over all completion tokens of its batch, across accumulated
@@ -86,6 +82,8 @@ class MokaModule(EvaluatedModule):
             begins anew; ``optimizer`` of another class starts with an empty state; ``learning_rate``,
             ``scheduler``, ``accumulation``, ``adapter`` (scaling, dropout), ``precision``, ``quantization``
             and ``clipping`` take effect from there on.
+        max_non_finite_steps: A step whose loss or gradient is not finite is skipped; so many in a row end the
+            run.
 
     Attributes:
         course: What decides the course of a fit, as its checkpoints hold it.
@@ -109,8 +107,9 @@ class MokaModule(EvaluatedModule):
         cuda_graphs: bool = False,
         learning_rate_ratios: LearningRateRatios = _RATIOS,
         allow_changes: list[Change] | None = None,
+        max_non_finite_steps: int = 5,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate_ratios, cuda_graphs, max_non_finite_steps)
         self.backbone = replace(backbone)
         self.adapter: Any = deepcopy(adapter)
         method_of(adapter)  # what is no configuration shows before any loading
@@ -120,7 +119,6 @@ class MokaModule(EvaluatedModule):
             stored = read_adapter(adapter_path)  # a damaged folder shows before any loading
             self.adapter, self.adapter_prompt = stored.config, stored.extra.get("prompt")
         learning_rate_ratios.check_fits(self.adapter)
-        self.learning_rate_ratios = replace(learning_rate_ratios)
         self.allow_changes = frozenset(allow_changes or ())
         check_allowed(self.allow_changes)
         self.course: Course = {}
@@ -130,15 +128,11 @@ class MokaModule(EvaluatedModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.gradient_checkpointing = gradient_checkpointing
-        self.cuda_graphs = cuda_graphs
         # Checkpoints hold no frozen tensor; on_load_checkpoint checks that no trainable one is missing.
         self.strict_loading = False
         self.model: PreTrainedModel | None = None
         self.base: BaseModel | None = None
         self.adapted: list[str] = []
-        self._token_accumulator: Tensor | None = None
-        self._packed: PackedAttention | None = None
-        self._capture: StepCapture | None = None
         self._schedule: WarmupDecay | None = None
         self._rng: dict[str, Any] | None = None
 
@@ -280,28 +274,7 @@ class MokaModule(EvaluatedModule):
         if self._rng is not None:
             set_rng_state(self._rng, self.device, self.global_rank)
             self._rng = None
-        dtype = torch.float64 if self.device.type == "cpu" else torch.float32
-        self._token_accumulator = torch.zeros(2, dtype=dtype, device=self.device)
-        if self.cuda_graphs:
-            self._capture = StepCapture(self.causal_lm)
-            if self._capture.unsupported_reason is not None and self.device.type == "cuda":
-                rank_zero_info(f"no CUDA graphs: {self._capture.unsupported_reason}")
-
-    def on_train_end(self) -> None:
-        """Frees the CUDA graphs."""
-        self._capture = None
-
-    def prepare_batch(self, batch: Batch) -> Batch:
-        """Prepares a batch while it is still on the CPU; the data modules of this package call it."""
-        return self._fixed(batch) if self.trainer.training else batch
-
-    def _fixed(self, batch: Batch) -> Batch:
-        """Adds the batch in a size that can be recorded; on a GPU the GPU would have to be waited for."""
-        if self._capture is None or self._capture.unsupported_reason is not None:
-            return batch
-        if "position_ids" in batch or "item" in batch or "fixed" in batch:
-            return batch
-        return {**batch, "fixed": fix_size(batch)}
+        self._begin_steps()
 
     def _set_schedule(self) -> None:
         """Tells the schedule the number of steps.
@@ -321,51 +294,6 @@ class MokaModule(EvaluatedModule):
         if before is not None and before != total:  # of the run that goes on
             rank_zero_info(f"the learning-rate schedule is stretched from {before} to {int(total)} steps")
         self._schedule.set_total_steps(int(total))
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the summed negative log-likelihood of the micro-batch's completion tokens.
-
-        The division by the number of tokens happens once the whole batch of the optimizer step is known.
-        """
-        batch = self._fixed(batch)  # where the data module did not
-        if "fixed" in batch:
-            assert self._capture is not None
-            total, tokens = self._capture(batch["fixed"]), batch["fixed"].tokens
-        else:
-            packed = self._prepare_packing().inputs(batch) if "position_ids" in batch else {}
-            scores = score_tokens(self.causal_lm, batch["input_ids"], batch["labels"], **packed)
-            total, tokens = scores.nll.sum(), scores.nll.numel()
-        assert self._token_accumulator is not None
-        self._token_accumulator[0] += total.detach()
-        self._token_accumulator[1] += tokens
-        return total
-
-    def _prepare_packing(self) -> PackedAttention:
-        if self._packed is None:
-            self._packed = PackedAttention(self.causal_lm)
-            rank_zero_info(f"packed batches: {self._packed}")
-        return self._packed
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turns gradients of the sum into gradients of the mean over all tokens, and logs the step.
-
-        Lightning has divided the sums by the number of accumulated micro-batches, and DDP by the number of
-        ranks; both are multiplied back before the division by all tokens.
-        """
-        assert self._token_accumulator is not None
-        sums = self.trainer.strategy.reduce(self._token_accumulator, reduce_op="sum")
-        assert isinstance(sums, Tensor)
-        total, tokens = sums[0], sums[1].clamp(min=1)
-        loss = (total / tokens).float()
-        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / tokens
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        multiply_all_(gradients, factor.to(torch.float32))
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._token_accumulator.zero_()
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/grad_norm", norm)
-        for name, rate in logged_rates(optimizer, self.learning_rate_ratios).items():
-            self.log(name, rate)
 
     # Checkpoints
 

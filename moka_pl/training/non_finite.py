@@ -1,0 +1,295 @@
+"""Steps whose loss or gradient is not finite: skipped, counted, named; a run of nothing else is ended."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from moka_pl._compat import skip_on_device
+from moka_pl.data.types import Batch
+from moka_pl.errors import ConfigError, NonFiniteError
+from moka_pl.lm.scoring import IGNORE_INDEX
+from moka_pl.ops.finite import non_finite_names
+
+if TYPE_CHECKING:
+    from moka_pl.training.steps import TrainedModule
+
+#: Rows that a message shows, and the tokens of each: where it begins, and where its trained part does.
+_ROWS, _BEGIN, _BEFORE, _AFTER = 3, 12, 12, 12
+
+
+@dataclass
+class _Step:
+    """An optimizer step.
+
+    Attributes:
+        number: Its number, as in "after step n".
+        batches: Its micro-batches on this rank.
+        values: Loss and norm of the gradient over all ranks, shape (2,).
+        copied: The event after which ``values`` are there, if they are still being copied from a GPU.
+        gradients: Names of the parameters whose gradient is not finite, if known.
+    """
+
+    number: int
+    batches: list[Batch]
+    values: Tensor
+    copied: Any = None
+    gradients: list[str] = field(default_factory=list)
+
+
+class NonFiniteSteps:
+    """Skips the optimizer steps whose loss or gradient norm is not finite, the same on all ranks.
+
+    A skipped step changes neither weights nor the optimizer's state; number and schedule go on. Optimizers
+    that take a flag on the GPU (``fused: true``) are not waited for; their steps are named one step later.
+    With 16-bit gradients, which a scaler expects to overflow, its own skips count once it cannot scale lower.
+
+    Args:
+        module: The module that is trained.
+        patience: So many in a row end the run.
+
+    Attributes:
+        numbers: The skipped steps.
+        error: What ends the run.
+        skipping: Whether the step at hand has been left without gradients.
+    """
+
+    def __init__(self, module: "TrainedModule", patience: int) -> None:
+        if patience < 1:
+            raise ConfigError(f"max_non_finite_steps must be at least 1, not {patience}")
+        self._module, self._patience = module, patience
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets an earlier fit."""
+        self.numbers: list[int] = []
+        self.error: NonFiniteError | None = None
+        self.skipping = False
+        self._batches: list[Batch] = []
+        self._in_a_row = 0
+        self._pending: _Step | None = None
+        self._finite: Batch | None = None  # a batch of the last finite step
+
+    def add(self, batch: Batch) -> None:
+        """Notes a micro-batch of the step at hand."""
+        self._batches.append(batch)
+
+    def check(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
+        """Lets the optimizer step at hand do nothing if its loss or gradient is not finite.
+
+        Args:
+            optimizer: The optimizer, whose gradients are complete.
+            loss: The step's loss over all ranks.
+            norm: Norm of the gradient over all ranks.
+        """
+        self._settle()
+        self.skipping = False
+        trainer = self._module.trainer
+        batches, self._batches = self._batches, []
+        values = torch.stack([loss.float(), norm.to(loss.device).float()])
+        step = _Step(trainer.global_step + 1, batches, values)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        on_gpu = values.device.type == "cuda" and scaler is None
+        if on_gpu and skip_on_device(optimizer, ~torch.isfinite(values).all()):
+            step.values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+            step.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            step.copied.record()
+            self._pending = step
+            return None
+        step.values = values.cpu()
+        if _is_finite(step):
+            return self._judge(step)
+        if scaler is not None and math.isfinite(step.values[0]) and scaler.get_scale() > 1:
+            return None  # the scaler skips it and lowers its scale
+        named = self._module.named_parameters()
+        step.gradients = non_finite_names({name: p.grad for name, p in named if p.grad is not None})
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            # Optimizers pass such parameters by. A scaler may still have to look at the gradients.
+            if scaler is None:
+                parameter.grad, self.skipping = None, True
+            elif parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+        return self._judge(step)
+
+    def raise_error(self) -> None:
+        """Raises what ends the run, if anything does; called between two steps, on all ranks."""
+        if self.error is not None:
+            raise self.error
+
+    def finish(self) -> None:
+        """Judges the last step and the weights at the end of training.
+
+        Raises:
+            NonFiniteError: If the weights, or all of the steps, are not finite.
+        """
+        self._settle()
+        trainer = self._module.trainer
+        weights = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        if self.error is None and (bad := non_finite_names(weights)):
+            self.error = NonFiniteError(
+                f"the weights are not finite after the last step, {trainer.global_step} (first {bad[0]}). "
+                f"They are not saved. {_REMEDY}"
+            )
+        if self.error is None and self.numbers and self._finite is None:
+            self.error = self._ending(f"none of the {len(self.numbers)} steps had a finite loss and gradient")
+        self.raise_error()
+
+    def _settle(self) -> None:
+        """Judges the step before, whose values have arrived by now."""
+        step, self._pending = self._pending, None
+        if step is not None:
+            step.copied.synchronize()
+            self._judge(step)
+
+    def _judge(self, step: _Step) -> None:
+        if _is_finite(step):
+            self._in_a_row = 0
+            self._finite = step.batches[0] if step.batches else self._finite
+            return
+        if self.numbers and self.numbers[-1] == step.number:  # LBFGS computes a step's loss several times
+            return
+        self.numbers.append(step.number)
+        self._in_a_row += 1
+        loss, norm = step.values.tolist()
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient has the norm {norm}"
+        where = self._gather(self._find(step))
+        rank_zero_warn(
+            f"step {step.number} is skipped: its {what}{where}. Skipped so far: {len(self.numbers)}"
+        )
+        if self._in_a_row >= self._patience:
+            first = step.number - self._in_a_row + 1
+            self.error = self._ending(
+                f"the last {self._in_a_row} steps ({first} to {step.number}) had no finite loss or gradient"
+            )
+
+    def _ending(self, reason: str) -> NonFiniteError:
+        """Makes the error, which tells whether the weights are worth saving."""
+        usable = self._finite is not None and self._still_finite(self._finite)
+        usable = self._module.trainer.strategy.reduce_boolean_decision(usable, all=True)
+        kept = (
+            "The weights of before are saved"
+            if usable
+            else "The weights themselves give no finite loss now; what was saved before is kept"
+        )
+        return NonFiniteError(f"{reason}. {kept}. {_REMEDY}", usable)
+
+    def _still_finite(self, batch: Batch) -> bool:
+        """Whether a batch that had a finite loss still has one."""
+        with suppress(RuntimeError), self._diagnosing(), torch.no_grad():
+            return bool(torch.isfinite(self._module.token_scores(batch).nll.sum()))
+        return False
+
+    # Naming
+
+    def _gather(self, found: str) -> str:
+        """Joins what the ranks have found."""
+        if self._module.trainer.world_size == 1:
+            return found
+        everything: list[Any] = [None] * self._module.trainer.world_size
+        torch.distributed.all_gather_object(everything, found)
+        return "".join(f"{text} (rank {rank})" for rank, text in enumerate(everything) if text)
+
+    def _find(self, step: _Step) -> str:
+        """Computes the step's batches again; returns the first layer and the rows that are not finite."""
+        outputs: list[str] = []
+        rows: list[str] = []
+        with suppress(RuntimeError), self._diagnosing():  # such as a lack of memory
+            for batch in step.batches:
+                with _watched(self._module.causal_lm, outputs), torch.no_grad():
+                    bad = ~torch.isfinite(self._module.token_scores(batch).nll)
+                rows += self._texts(batch, bad.nonzero()[:, 0].tolist())
+            if outputs or rows:
+                return (
+                    f"; first layer whose output is not finite: {(outputs or ['the head'])[0]}{_listed(rows)}"
+                )
+            gradients = step.gradients
+            for batch in step.batches:
+                for row in _rows(batch):
+                    names = self._bad_gradients(row)
+                    gradients = gradients or names
+                    rows += self._texts(row, [0]) if names else []
+            if gradients:  # the backward pass comes from the last layer
+                return f"; first layer whose gradient is not finite: {gradients[-1]}{_listed(rows)}"
+        return "; computed again, it is finite" if self._module.trainer.world_size == 1 else ""
+
+    def _bad_gradients(self, batch: Batch) -> list[str]:
+        """Returns the parameters whose gradients of a batch are not finite."""
+        named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        loss = self._module.token_scores(batch).nll.sum()
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return non_finite_names(dict(zip(named, gradients, strict=True)))
+
+    def _texts(self, batch: Batch, tokens: list[int]) -> list[str]:
+        """Returns the rows of scored tokens, each once, in words: its beginning, and what stands there."""
+        places = (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero().tolist()
+        texts: dict[int, str] = {}
+        for row, column in (places[token] for token in tokens):
+            if row not in texts:
+                ids, at = batch["input_ids"][row], column + 1
+                begin, near = max(0, at - _BEFORE), ids[max(0, at - _BEFORE) : at + _AFTER]
+                parts = [ids[: min(_BEGIN, begin)], near]
+                decoded = [
+                    " ".join(self._module.tokenizer.decode(part).split()) for part in parts if len(part)
+                ]
+                texts[row] = repr(" … ".join(decoded))
+        return list(texts.values())
+
+    @contextmanager
+    def _diagnosing(self) -> Iterator[None]:
+        """Leaves the random generators as they are, and computes in the trainer's precision."""
+        device = self._module.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self._module.trainer.precision_plugin.train_step_context():
+            yield
+
+
+_REMEDY = (
+    "Look at the rows that the warnings name, lower the learning rate, clip gradients "
+    "(--trainer.gradient_clip_val 1), or compute in float32 (--model.backbone.compute_dtype float32)"
+)
+
+
+def _is_finite(step: _Step) -> bool:
+    return bool(torch.isfinite(step.values).all())
+
+
+def _rows(batch: Batch) -> Iterator[Batch]:
+    """Yields the rows of a batch that train something; packed ones together."""
+    if "position_ids" in batch:
+        yield batch
+        return
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        if (labels[1:] != IGNORE_INDEX).any():
+            yield {"input_ids": ids[None], "labels": labels[None]}
+
+
+def _listed(rows: list[str]) -> str:
+    """Returns the first rows as the end of a sentence."""
+    if not rows:
+        return ""
+    more = f" and {len(rows) - _ROWS} more" if len(rows) > _ROWS else ""
+    return f"; rows: {', '.join(rows[:_ROWS])}{more}"
+
+
+@contextmanager
+def _watched(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """Notes the names of the layers whose outputs are not finite, in the order in which they are computed."""
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not names and non_finite_names(output):
+                names.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
