@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Turn = dict[str, Any]
 
-CALLS = ("tool_calls", "tools")
+CALLS = ("tool_calls", "tools", "functions", "function_call", "tool_plan")
 """What a chat means something else without."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -66,7 +66,7 @@ class Chat:
             roles = ", ".join(turn["role"] for turn in turns) or "no message"
             raise DataError(
                 f"{self.location}: the tokenizer's chat template rejects these messages ({roles}): "
-                f"{' '.join(str(error).split())}. Change the order of the messages, or use `prompt: alpaca`"
+                f"{' '.join(str(error).split())}. Change the messages or their order, or use `prompt: alpaca`"
             ) from error
         return str(text)
 

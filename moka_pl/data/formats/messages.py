@@ -141,12 +141,13 @@ def _message(value: object, field: str, ignored: Counter[str]) -> Message:
         for name, item in value.items()
         if name not in (*keys, *WEIGHTS, *_REFUSED) and not is_empty(item)
     }
-    calls = [more.pop("function_call")] if "function_call" in more else []
     content = value.get(keys[1])
-    if speaker in _CALLS:
-        calls, content = _calls(content, f"{field}.{keys[1]}"), None
-    if calls and "tool_calls" not in more:
-        more["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    if "tool_calls" in more:
+        more["tool_calls"] = _listed(more["tool_calls"], f"{field}.tool_calls")
+    elif speaker in _CALLS:
+        more["tool_calls"], content = _calls(content, f"{field}.{keys[1]}"), None
+    elif "function_call" in more:
+        more["tool_calls"] = _calls(more.pop("function_call"), f"{field}.function_call")
     if not (role == "assistant" and more and is_empty(content)):
         content = text_of(require(value, keys[1], f"'{field}.{keys[1]}'"), f"{field}.content", ignored)
     elif not isinstance(content, str):
@@ -175,14 +176,25 @@ def _role(value: Record, key: str, field: str) -> tuple[str, str]:
 
 
 def _calls(value: object, field: str) -> list[dict[str, Any]]:
-    """Returns the calls of a turn: the JSON of one call with ``name`` and ``arguments``, or of several."""
-    found: Any = from_json(value)
-    calls = found if isinstance(found, list) else [found]
-    if not calls or not all(
-        isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls
+    """Returns ``tool_calls`` of one call with ``name`` and ``arguments``, of several, or of their JSON."""
+    inner = [call.get("function", call) for call in _listed(value, field)]
+    if not inner or not all(
+        isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in inner
     ):
         raise DataError(
-            f"field '{field}' must be the JSON of a call with name and arguments, or of a list of them, "
-            f"found {show(value)}. Correct the turn, or give it to another speaker"
+            f"field '{field}' must be a call with name and arguments, or its JSON, found {show(value)}. "
+            "Correct the turn, or give it to another speaker"
         )
-    return [{"arguments": {}, **call} for call in calls]
+    return [{"type": "function", "function": {"arguments": {}, **call}} for call in inner]
+
+
+def _listed(value: object, field: str) -> list[Any]:
+    """Returns calls as a list: there may be one alone, and hub datasets store them as JSON text."""
+    found = from_json(value)
+    calls = [from_json(call) for call in (found if isinstance(found, list) else [found])]
+    if not all(isinstance(call, Mapping) for call in calls):
+        raise DataError(
+            f"field '{field}' must be a list of calls, or its JSON, found {show(value)}. Correct the turn, "
+            "or give it to another speaker"
+        )
+    return calls

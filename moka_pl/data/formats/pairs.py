@@ -8,7 +8,6 @@ from moka_pl.data.formats.base import (
     Record,
     has_value,
     ignored_in,
-    peek,
     require,
     require_text,
 )
@@ -61,8 +60,8 @@ def _chat(record: Record, asked: str, answer: str) -> list[Message]:
 
 
 def _filled(record: Record, *columns: str) -> int:
-    """Returns how well columns are filled: one that is there counts 1, one with a value 3 more."""
-    return sum((column in record) + 3 * (peek(record, column) is not None) for column in columns)
+    """Returns how well columns are filled: one that is there counts 1, one that holds something 3 more."""
+    return sum((column in record) + 3 * has_value(record, column) for column in columns)
 
 
 PAIRS = Format(
