@@ -43,11 +43,16 @@ class InstructionData(SplitDataModule):
 
     Formats of chats:
 
-    - ``messages`` with ``role`` (system, user, assistant, tool), ``content`` (text, or a list of parts with
-      ``type`` "text" and ``text`` or ``value``) and an optional ``loss_weight`` (0 skips the turn's loss)
+    - ``messages`` with ``role`` (system, user, assistant, tool, ...), ``content`` (text, or a list of parts
+      with ``type`` "text" and ``text`` or ``value``), an optional ``weight`` (0 skips the turn's loss), and
+      whatever else the chat template takes, such as ``tool_calls``
     - ``conversations`` with ``from`` and ``value`` (ShareGPT)
+    - ``prompt`` and ``completion`` that are lists of messages (TRL)
     - ``text`` with turns "### Human: ..." and "### Assistant: ..." (Guanaco)
     - flat messages with ``message_id``, ``parent_id``, ``role`` and ``text``, which form trees (OASST1)
+
+    Rows of all formats may have ``system``, ``history`` (context only), ``tools`` and ``weight``. What is
+    given and not used is named once; what changes the meaning of a chat and is not rendered is refused.
 
     The validation data also serve as test data. Examples are encoded once and memory-mapped from disk, so
     they need not fit into memory. Stream them if encoding everything first would take too long, or if the
@@ -67,7 +72,7 @@ class InstructionData(SplitDataModule):
             writes the Alpaca prompt and trains on the answer. None uses the prompt that the model's adapter
             was trained with, else the named corpus's prompt, else "chat".
         columns: Mapping of fields to your columns (``{instruction: question, output: reply}``); other columns
-            are ignored.
+            are ignored, and named.
         tree_paths: For message trees, "best" follows the best-ranked replies to one chat; "all" makes a chat
             of every path to a last reply.
         tree_language: For message trees, their language (``lang``); None keeps all.

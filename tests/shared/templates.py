@@ -13,16 +13,16 @@ TOOLS = (
 """Writes tools, calls (whose arguments it takes for objects) and reasoning, as Qwen's do."""
 
 LATEST_REASONING = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if loop.last and message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if loop.last and "
+    "message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
     "{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Leaves the reasoning of earlier answers out."""
 
 USER_AND_ASSISTANT = (
-    "{% for message in messages %}{% if message.role in ('user', 'assistant') %}<|im_start|>{{ message.role }}\n"
-    "{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message.role in ('user', 'assistant') %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Says nothing of other roles, nor refuses them."""

@@ -90,7 +90,7 @@ def ignored_fields(ignored: Mapping[str, int]) -> str:
     Args:
         ignored: Names of fields, of messages' with ``messages[].`` before them, each with its number.
     """
-    counts = dict(ignored)
+    counts = dict(sorted(ignored.items(), key=lambda item: -item[1]))
     empty = counts.pop(EMPTY, 0)
     inside = [name for name in counts if name.startswith(_INSIDE)]
     rows = [

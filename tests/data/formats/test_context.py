@@ -62,7 +62,10 @@ def test_one_system_prompt():
     chat = [{"role": "system", "content": "S"}, *CHAT]
     assert turns(parse(messages=chat, system="S")) == [("system", "S", False), *OWN]
     assert turns(parse(messages=CHAT, system="S", system_prompt="S")) == [("system", "S", False), *OWN]
-    for record in ({"messages": chat, "system": "T"}, {"messages": CHAT, "system": "S", "system_prompt": "T"}):
+    for record in (
+        {"messages": chat, "system": "T"},
+        {"messages": CHAT, "system": "S", "system_prompt": "T"},
+    ):
         with pytest.raises(DataError, match=r"line 3: .*another .*Keep one of them, .*`columns`"):
             parse(**record)
 
@@ -89,6 +92,8 @@ def test_wrong_context(more, part):
 
 
 def test_preferences_are_refused_with_the_way_out():
-    with pytest.raises(DataError, match=r"line 3: .*Preferences .*`columns: {prompt: prompt, completion: cho"):
+    with pytest.raises(
+        DataError, match=r"line 3: .*Preferences .*`columns: {prompt: prompt, completion: cho"
+    ):
         parse(prompt="a", chosen="b", rejected="c")
     assert turns(parse(messages=CHAT, chosen="b", rejected="c")) == OWN

@@ -68,14 +68,20 @@ def test_weights_of_rows(record):
 @pytest.mark.parametrize(
     ("message", "part"),
     [
-        ({"role": "assistant", "content": "x", "mask": True}, r"'messages\[1\]\.mask' cannot be used.*train: f"),
+        (
+            {"role": "assistant", "content": "x", "mask": True},
+            r"'messages\[1\]\.mask' cannot be used.*train: f",
+        ),
         ({"role": "assistant", "content": "x", "train_detail": [{"begin_offset": 0}]}, "train_detail"),
         ({"role": "critic", "content": "x"}, "'critic'; known roles are system, developer"),
         ({"role": ["user"], "content": "x"}, "known roles"),
         ({"from": "critic", "value": "x"}, "'critic'; known speakers"),
         ({"from": "function_call", "value": "weather in Paris"}, "must be a list of calls, or its JSON"),
         ({"from": "function_call", "value": '{"arguments": {}}'}, "must be a call with name and arguments"),
-        ({"role": "assistant", "content": "", "tool_calls": "call f"}, r"\.tool_calls' must be a list of calls"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": "call f"},
+            r"\.tool_calls' must be a list of calls",
+        ),
         ({"role": "assistant", "content": None}, "content' must be text or a list"),
         ({"role": "assistant", "content": None, "tool_calls": []}, "content' must be text or a list"),
         ({"role": "user", "content": None, "name": "Ann"}, "content' must be text or a list"),
