@@ -2,29 +2,67 @@
 
 ``datasets`` has readers of its own, but they guess one type for every column, read ``NA`` as nothing, fill
 absent fields with None and do not say which record is wrong. To read another kind of file, write its reader
-here and name its suffix in ``READERS``.
+in ``files/`` and name its suffix in ``READERS``.
 """
 
-import csv
-import json
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moka_pl.data.files.csv import csv_rows
+from moka_pl.data.files.json import json_lines, json_list
+from moka_pl.data.files.parquet import parquet_rows
+from moka_pl.data.files.text import COMPRESSIONS, MAX_RECORD, check_expansion, pieces, shown, too_long
 from moka_pl.errors import DataError
 
 Located = tuple[str, dict[str, Any]]
 """A location such as ``"train.jsonl, line 7"`` and the record that stands there."""
 
+READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
+    ".json": json_list,
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+}
+"""How each kind of local file is read; text files may be compressed (``COMPRESSIONS``)."""
+
+_OTHER_FILES = {
+    b"PK\x03\x04": ("a zip or an Excel file", "Unpack it, or export the sheet as CSV (in Excel: CSV UTF-8)"),
+    b"\xd0\xcf\x11\xe0": ("an old Excel file", "Export the sheet as CSV (in Excel: CSV UTF-8)"),
+    b"\x1f\x8b": ("compressed", "Name it .gz after its own suffix, as in .jsonl.gz"),
+    b"BZh": ("compressed", "Name it .bz2 after its own suffix, as in .jsonl.bz2"),
+    b"\xfd7zXZ": ("compressed", "Name it .xz after its own suffix, as in .jsonl.xz"),
+    b"\x28\xb5\x2f\xfd": ("compressed", "Name it .zst after its own suffix, as in .jsonl.zst"),
+    b"PAR1": ("a Parquet file", "Name it .parquet"),
+    b"ARROW1": ("an Arrow file", "Write it as Parquet"),
+    b"%PDF": ("a PDF file", "Write its text to another file"),
+    b"version https://git-lfs": ("a pointer of Git LFS, not the data", "Run `git lfs pull`"),
+}
+"""What files may be whatever their names say, by their first bytes, and what to do then."""
+
 
 @contextmanager
 def located(location: str) -> Iterator[None]:
-    """Runs the body, and puts the location of what it reads before the message of its ``DataError``."""
+    """Runs the body, and puts the location of what it reads before the message of its ``DataError``.
+
+    Any other exception becomes one: whatever a user's record does to us, the user learns which one it was.
+    """
     try:
         yield
     except DataError as error:
         raise DataError(f"{location}: {error}") from error
+    except Exception as error:
+        raise DataError(f"{location}: the record cannot be used ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """Returns what another library's exception says, whole and in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def stream(path: Path) -> Iterator[Located]:
@@ -33,140 +71,106 @@ def stream(path: Path) -> Iterator[Located]:
     Locations count from 1: lines for ``.jsonl`` and ``.csv``, items for ``.json``, rows for ``.parquet``.
 
     Raises:
-        DataError: The file is missing, empty, of an unknown kind, not UTF-8, or malformed.
+        DataError: The file is missing, empty, of an unknown kind, not text, or malformed. Whatever a reader
+            raises becomes one.
     """
     check_file(path)
     suffix = suffix_of(path)
-    if suffix is None:
+    location = ""
+    try:
+        _check_kind(path, suffix)
+        check_expansion(path)
+        for location, record in READERS[suffix or ""](path):
+            yield location, record
+    except DataError:
+        raise
+    except Exception as error:
+        kind = "Parquet" if suffix == ".parquet" else suffix
+        after = f" after {location.removeprefix(f'{shown(path)}, ')}" if location else ""
         raise DataError(
-            f"{path} has the unknown file type {path.suffix!r}. Convert it to one of {', '.join(READERS)}"
-        )
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes). Give a file with at least one record")
-    empty = True
-    for record in READERS[suffix](path):
-        empty = False
-        yield record
-    if empty:
-        raise DataError(f"{path} has no records. Give a file with at least one record")
+            f"{shown(path)}: not a readable {kind} file{after} ({reason(error)}). Write it again, and check "
+            "the disk and its permissions"
+        ) from error
+    if not location:
+        raise DataError(f"{shown(path)} has no records. Give a file with at least one record")
 
 
 def suffix_of(path: Path) -> str | None:
-    """Returns the suffix that says how a file is read; None for files that cannot be read."""
+    """Returns the suffix in ``READERS`` that says how a file is read; None for files that cannot be read."""
     name = path.name.lower()
-    return max((suffix for suffix in READERS if name.endswith(suffix)), key=len, default=None)
+    known = [suffix for suffix in READERS if name.endswith(suffix)]
+    if not known and path.suffix.lower() in COMPRESSIONS:
+        bare = name.removesuffix(path.suffix.lower())
+        known = [suffix for suffix in READERS if bare.endswith(suffix) and suffix != ".parquet"]
+    return max(known, key=len, default=None)
+
+
+def local_path(source: str | Path) -> Path:
+    """Returns the path that a source means if it is a local one; ``~`` is the home folder."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(source)
 
 
 def check_file(path: Path) -> None:
     """Raises ``DataError`` for a path that is not a file."""
-    if path.is_dir():
-        raise DataError(f"{path} is a folder. Give a file, or a list of files")
-    if not path.is_file():
-        raise DataError(
-            f"{path} does not exist (looked at {path.absolute()}). Check the spelling of the path"
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        what = f"{shown(path)} does not exist (looked at {shown(path.absolute())})"
+        if path.is_symlink():
+            what = f"{shown(path)} is a link to {shown(path.readlink())}, which does not exist"
+        hint = (
+            ". Patterns are not expanded: give a list of files, or their folder" if "*" in str(path) else ""
         )
+        raise DataError(f"{what}. Check the spelling of the path{hint}") from error
+    except OSError as error:
+        raise DataError(f"{shown(path)} cannot be read ({error.strerror}). Give another path") from error
+    if stat.S_ISDIR(mode):
+        raise DataError(f"{shown(path)} is a folder. Give a file, or a list of files")
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{shown(path)} is a pipe or a device. Write its data to a file and give that")
 
 
-def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Reads the lines of a file, each with its number from 1 and its line break.
+def read_text(path: Path) -> str:
+    """Reads a text file whole.
 
     Raises:
-        DataError: The file is not UTF-8.
+        DataError: The file is missing, longer than a record may be, not text, or has none.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: byte 0x{line[error.start]:02x} at column {error.start + 1} is "
-                    "not UTF-8. Save the file in the UTF-8 encoding"
-                ) from error
-
-
-def _record(value: object, location: str) -> Located:
-    if not isinstance(value, dict):
-        raise DataError(f"{location}: expected an object with named fields, found {type(value).__name__}")
-    return location, value
-
-
-def _json_lines(path: Path) -> Iterator[Located]:
-    for number, line in lines(path):
-        if not line.strip():
-            continue
-        location = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            hint = ""
-            if number == 1 and line.lstrip().startswith("["):
-                hint = ". The file looks like one JSON list: name it .json instead of .jsonl"
-            raise DataError(
-                f"{location}: malformed JSON ({error}). Every line must hold one complete object{hint}"
-            ) from error
-        yield _record(value, location)
-
-
-def _json_list(path: Path) -> Iterator[Located]:
-    # Line by line, so that a wrong byte is reported with its line.
-    text = "".join(line for _, line in lines(path))
+    check_file(path)
+    parts, length = [], 0
+    try:
+        _check_kind(path, path.suffix)
+        for piece in pieces(path, newline=""):
+            parts.append(piece)
+            length += len(piece)
+            if length > MAX_RECORD:
+                raise too_long(f"{shown(path)}: the text")
+    except OSError as error:
+        raise DataError(f"{shown(path)} cannot be read ({reason(error)})") from error
+    text = "".join(parts)
     if not text.strip():
-        return
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = ". If every line holds one object, name the file .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(
-            f"{path}, line {error.lineno}: malformed JSON ({error.msg}, column {error.colno}){hint}"
-        ) from error
-    except RecursionError as error:  # it names no position
-        raise DataError(f"{path}: malformed JSON ({error})") from error
-    if not isinstance(values, list):
-        raise DataError(f"{path}: expected a list of objects, found {type(values).__name__} at the top level")
-    for number, value in enumerate(values, start=1):
-        yield _record(value, f"{path}, item {number}")
+        raise DataError(f"{shown(path)} has no text. Give another file")
+    return text
 
 
-def _csv(path: Path) -> Iterator[Located]:
-    reader = csv.DictReader((line for _, line in lines(path)), strict=True)
-    start = 1
-    try:
-        columns = reader.fieldnames or []
-        start = reader.line_num + 1
-        for row in reader:
-            location = f"{path}, line {start}"
-            # DictReader files surplus cells under None and fills missing ones with None.
-            surplus = len(row.get(None, ()))
-            missing = sum(value is None for value in row.values())
-            if surplus or missing:
-                raise DataError(
-                    f"{location}: {len(columns) + surplus - missing} cells, but the header names "
-                    f"{len(columns)} columns ({', '.join(columns)}). Quote cells that hold commas or line "
-                    "breaks"
-                )
-            yield location, dict(row)
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {start}: malformed CSV ({error})") from error
+def _check_kind(path: Path, suffix: str | None) -> None:
+    """Raises ``DataError`` for an empty file, and for one that is another kind of file than it should be."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    other = next((what for start, what in _OTHER_FILES.items() if head.startswith(start)), None)
+    expected = suffix == ".parquet" or path.suffix.lower() in COMPRESSIONS
+    if suffix is None:
+        kind, remedy = other or ("", f"Convert it to one of {', '.join(READERS)}")
+        kind = f" and is {kind}" if kind else ""
+        raise DataError(f"{shown(path)} has the unknown file type {path.suffix!r}{kind}. {remedy}")
+    if not head:
+        raise DataError(f"{shown(path)} is empty (0 bytes). Give a file with at least one record")
+    if other is not None and not (expected and head[:7] != b"version"):
+        kind, remedy = other
+        raise DataError(f"{shown(path)} is {kind}, whatever its name says. {remedy}")
 
 
-def _parquet(path: Path) -> Iterator[Located]:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
-    try:
-        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield f"{path}, row {number}", row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}). Write it again") from error
-
-
-READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
-    ".json": _json_list,
-    ".jsonl": _json_lines,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
-"""How each kind of local file is read."""
+_HEAD = max(map(len, _OTHER_FILES))

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moka_pl.data.files.text import shown
 from moka_pl.data.formats.base import Record, names, require_text
-from moka_pl.data.readers import check_file, lines
+from moka_pl.data.readers import read_text
 from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,12 +36,8 @@ def read_text_file(path: Path) -> "Dataset":
     """Reads a text file as one text.
 
     Raises:
-        DataError: The file is missing, empty or not UTF-8.
+        DataError: The file is missing, empty, too long or not UTF-8.
     """
     from datasets import Dataset
 
-    check_file(path)
-    text = "".join(line for _, line in lines(path))
-    if not text.strip():
-        raise DataError(f"{path} has no text. Give another file")
-    return Dataset.from_dict({"location": [str(path)], "text": [text]}, features=text_features())
+    return Dataset.from_dict({"location": [shown(path)], "text": [read_text(path)]}, features=text_features())

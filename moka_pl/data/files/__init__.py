@@ -1,0 +1,1 @@
+"""One file type a file: from a path to located records, within bounds of memory."""
