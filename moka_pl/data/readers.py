@@ -15,7 +15,7 @@ from moka_pl.data.files.csv import csv_rows
 from moka_pl.data.files.json import json_lines, json_list
 from moka_pl.data.files.parquet import parquet_rows
 from moka_pl.data.files.text import COMPRESSIONS, MAX_RECORD, check_expansion, pieces, shown, too_long
-from moka_pl.errors import DataError
+from moka_pl.errors import DataError, one_line
 
 Located = tuple[str, dict[str, Any]]
 """A location such as ``"train.jsonl, line 7"`` and the record that stands there."""
@@ -56,13 +56,12 @@ def located(location: str) -> Iterator[None]:
     except DataError as error:
         raise DataError(f"{location}: {error}") from error
     except Exception as error:
-        raise DataError(f"{location}: the record cannot be used ({reason(error)})") from error
+        raise DataError(f"{location}: the record cannot be used ({described(error)})") from error
 
 
-def reason(error: BaseException) -> str:
-    """Returns what another library's exception says, whole and in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def described(error: Exception) -> str:
+    """Returns type and message of an error that nobody has foreseen."""
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def stream(path: Path) -> Iterator[Located]:
@@ -74,11 +73,10 @@ def stream(path: Path) -> Iterator[Located]:
         DataError: The file is missing, empty, of an unknown kind, not text, or malformed. Whatever a reader
             raises becomes one.
     """
-    check_file(path)
+    check_source(path)
     suffix = suffix_of(path)
     location = ""
     try:
-        _check_kind(path, suffix)
         check_expansion(path)
         for location, record in READERS[suffix or ""](path):
             yield location, record
@@ -88,11 +86,20 @@ def stream(path: Path) -> Iterator[Located]:
         kind = "Parquet" if suffix == ".parquet" else suffix
         after = f" after {location.removeprefix(f'{shown(path)}, ')}" if location else ""
         raise DataError(
-            f"{shown(path)}: not a readable {kind} file{after} ({reason(error)}). Write it again, and check "
-            "the disk and its permissions"
+            f"{shown(path)}: not a readable {kind} file{after} ({described(error)}). "
+            "Write it again, and check the disk and its permissions"
         ) from error
     if not location:
         raise DataError(f"{shown(path)} has no records. Give a file with at least one record")
+
+
+def check_source(path: Path) -> None:
+    """Raises ``DataError`` for a path that is no file of a known kind, without reading it."""
+    check_file(path)
+    try:
+        _check_kind(path, suffix_of(path))
+    except OSError as error:
+        raise DataError(f"{shown(path)} cannot be read ({one_line(error)})") from error
 
 
 def suffix_of(path: Path) -> str | None:
@@ -143,13 +150,14 @@ def read_text(path: Path) -> str:
     parts, length = [], 0
     try:
         _check_kind(path, path.suffix)
+        check_expansion(path)
         for piece in pieces(path, newline=""):
             parts.append(piece)
             length += len(piece)
             if length > MAX_RECORD:
                 raise too_long(f"{shown(path)}: the text")
     except OSError as error:
-        raise DataError(f"{shown(path)} cannot be read ({reason(error)})") from error
+        raise DataError(f"{shown(path)} cannot be read ({one_line(error)})") from error
     text = "".join(parts)
     if not text.strip():
         raise DataError(f"{shown(path)} has no text. Give another file")

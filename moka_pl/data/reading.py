@@ -1,23 +1,37 @@
 """Turns a local file or a hub dataset into a parsed, disk-cached ``datasets.Dataset``."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.data.cache import cached
 from moka_pl.data.catalog import CHOICE_TASKS, CORPORA
+from moka_pl.data.encoding.report import BLANK, merged
+from moka_pl.data.files.text import shown
 from moka_pl.data.formats.base import Fields, Record, has_value, names
-from moka_pl.data.readers import READERS, Located, located, stream, suffix_of
+from moka_pl.data.readers import (
+    READERS,
+    Located,
+    check_source,
+    described,
+    local_path,
+    located,
+    stream,
+    suffix_of,
+)
 from moka_pl.data.sources import Shard
 from moka_pl.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-READING_VERSION = 4
+READING_VERSION = 6
 """Raise it when parsed rows come out differently: caches of older versions are then left alone."""
 
 ARROW = (".parquet",)
@@ -115,8 +129,14 @@ def progress_bars(show: bool) -> Iterator[None]:
 
 def is_local(source: str | Path) -> bool:
     """Returns whether a source is a local file or folder rather than a hub dataset id."""
-    path = Path(source).expanduser()
-    return isinstance(source, Path) or path.exists() or path.is_absolute() or suffix_of(path) is not None
+    path = local_path(source)
+    return (
+        isinstance(source, Path)
+        or os.path.lexists(path)
+        or path.is_absolute()
+        or "*" in path.name
+        or suffix_of(path) is not None
+    )
 
 
 def read_rows(
@@ -126,12 +146,13 @@ def read_rows(
     *,
     columns: Columns | None = None,
     gather: Gather | None = None,
+    skip_blank: bool = True,
 ) -> "Dataset":
     """Reads and parses every record of a shard, in its order.
 
     The result is memory-mapped from the cache folder of ``datasets`` (``HF_DATASETS_CACHE``); a second call
-    for an unchanged file reads nothing but this cache. A file counts as unchanged while its path, its
-    modification time and its size are.
+    for an unchanged file reads nothing but this cache. A file counts as unchanged while its path, its times
+    of change and its size are.
 
     Args:
         shard: A local file, or a split of a hub dataset.
@@ -140,43 +161,42 @@ def read_rows(
         features: Columns of the result, which also has ``ignored`` (see ``parse_record``).
         columns: Names of the columns, by field.
         gather: A module-level function, or a ``partial`` of one, that all records pass through first.
+        skip_blank: Leave out records of which no field says anything, and count them in ``ignored``.
 
     Raises:
         DataError: The shard cannot be read, or ``parse`` refused a record.
     """
     from datasets import Dataset, Features, Value
-    from datasets.exceptions import DatasetGenerationError
+    from datasets.fingerprint import Hasher
 
     # `datasets` names the cache after a hash of gen_kwargs; functions of a module are hashed by their name.
     arguments: dict[str, Any] = {"parse": parse, "context": shard.context, "columns": columns or {}}
-    arguments |= {"gather": gather, "version": READING_VERSION}
+    arguments |= {"gather": gather, "version": READING_VERSION, "skip_blank": skip_blank}
     if is_local(shard.source):
-        path = Path(shard.source).expanduser()
-        if not path.is_file() or suffix_of(path) is None:
-            next(stream(path))  # raises the message that fits
-        stat = path.stat()
-        arguments |= {"records": partial(stream, path)}
-        arguments |= {"state": (str(path.absolute()), stat.st_mtime_ns, stat.st_size)}
+        path = local_path(shard.source)
+        check_source(path)
+        state = path.stat()
+        label = shown(path)
+        arguments |= {"name": label, "records": partial(stream, path)}
+        # The time of the last change, which nobody can set, tells files that only look the same.
+        times = (state.st_mtime_ns, state.st_ctime_ns)
+        arguments |= {"state": (str(path.absolute()), *times, state.st_size)}
         if suffix_of(path) in ARROW:
             arguments |= {"records": partial(_without_fill, arguments["records"])}
-        show = stat.st_size >= SILENT_BYTES
+        show = state.st_size >= SILENT_BYTES
     else:
         rows = load_hub(str(shard.source), shard.split, shard.options)
         config = f"{shard.options['name']}, " if "name" in shard.options else ""
-        records = partial(_hub_records, f"{shard.source} ({config}{shard.split})", rows)
-        arguments |= {"records": partial(_without_fill, records)}
+        label = f"{shard.source} ({config}{shard.split})"
+        arguments |= {"name": label, "records": partial(_without_fill, partial(_hub_records, label, rows))}
         show = len(rows) >= SILENT_ROWS
-    try:
-        with progress_bars(show):
-            columns = Features({**features, "ignored": Value("large_string")})
-            return Dataset.from_generator(_rows, features=columns, gen_kwargs=arguments)
-    except DatasetGenerationError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, DataError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
+    columns = Features({**features, "ignored": Value("large_string")})
+
+    def build(base: Path, fresh: bool) -> Dataset:
+        return Dataset.from_generator(_rows, features=columns, cache_dir=str(base), gen_kwargs=arguments)
+
+    with progress_bars(show):
+        return cached(build, "read", Hasher.hash(arguments), label)
 
 
 def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
@@ -192,6 +212,11 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
     """
     import datasets
 
+    if name in _reader_names():
+        raise DataError(
+            f"{name!r}: no such file or dataset (`datasets` has a reader of that name, but no data). Give "
+            f"the path of a {', '.join(READERS)} file, or a hub id"
+        )
     others = dict(options)
     config = [others.pop("name")] if "name" in others else []
     try:
@@ -206,18 +231,59 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
         ) from error
 
 
+def _reader_names() -> list[str]:
+    """Returns the names that ``datasets`` takes for its own readers: csv, json, text, ..."""
+    from datasets import packaged_modules
+
+    return [module.name for module in iter_modules(packaged_modules.__path__)]
+
+
 def _rows(
+    name: str,
     records: Callable[[], Iterator[Located]],
     parse: Parse,
     context: str,
     columns: Columns,
     gather: Gather | None,
+    skip_blank: bool,
     **hashed: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Yields parsed rows; ``hashed`` is only there to be hashed."""
-    renamed = _renamed(records(), columns)
-    for location, record in renamed if gather is None else gather(renamed):
-        yield parse_record(parse, record, location, context)
+    """Yields parsed rows; the last one's ``ignored`` tells of the blank ones. ``hashed`` is only hashed."""
+    blank: list[str] = []
+    row = None
+    try:
+        filled = _filled(records(), blank) if skip_blank else records()
+        renamed = _renamed(filled, columns)
+        for location, record in renamed if gather is None else gather(renamed):
+            if row is not None:
+                yield row
+            row = parse_record(parse, record, location, context)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{name}: the records cannot be used ({described(error)})") from error
+    if row is None:
+        raise DataError(f"{name} has only rows of empty cells. Give a file with at least one record")
+    if blank:
+        row["ignored"] = merged(row["ignored"], {f"{BLANK} (from {blank[0]} on)": len(blank)})
+    yield row
+
+
+def is_blank(record: Record) -> bool:
+    """Returns whether a record has fields, but none of them says anything, as rows below a sheet's data."""
+    values = dict.values(record) if isinstance(record, dict) else record.values()
+    return bool(record) and all(
+        value is None or value != value or (isinstance(value, str) and not value.strip()) for value in values
+    )
+
+
+def _filled(records: Iterable[Located], blank: list[str]) -> Iterator[Located]:
+    """Yields the records that say something, and adds the locations of the others to ``blank``."""
+    for location, record in records:
+        if is_blank(record):
+            blank.append(location)
+        else:
+            yield location, record
 
 
 def _renamed(records: Iterable[Located], columns: Columns) -> Iterator[Located]:

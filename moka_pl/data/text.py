@@ -7,6 +7,7 @@ from moka_pl.data.base import SplitDataModule, check_at_least
 from moka_pl.data.encoding.examples import Encoded
 from moka_pl.data.encoding.windows import WindowEncoder
 from moka_pl.data.formats.text import parse_text, read_text_file, text_features
+from moka_pl.data.readers import local_path
 from moka_pl.data.reading import read_rows
 from moka_pl.data.sources import Shard
 
@@ -82,7 +83,7 @@ class TextData(SplitDataModule):
         return [Shard(self.validation_path, self.validation_split, options, self.column)]
 
     def _read(self, shard: Shard) -> "Dataset":
-        path = Path(shard.source).expanduser()
+        path = local_path(shard.source)
         if path.suffix.lower() == ".txt":
             return read_text_file(path)
-        return read_rows(shard, parse_text, text_features())
+        return read_rows(shard, parse_text, text_features(), skip_blank=False)

@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from moka_pl._compat import rows_fingerprint
+from moka_pl.data.cache import cached
 from moka_pl.data.encoding.digest import rows_digest
 from moka_pl.data.encoding.pieces import tokenize_pieces
 from moka_pl.data.encoding.report import COUNTED, DROPPED, KEPT, TRUNCATED, EncodingReport, count_rows, merged
@@ -196,28 +198,41 @@ def encode_rows(
             f"the tokenizer {type(tokenizer).__name__} gives no character offsets, which are needed to "
             "locate the answer's tokens. Load its fast variant (`use_fast=True`)"
         )
+    fingerprint = _fingerprint(rows, encoder, key, digest)
+    columns = Features({**encoder.features(), "ignored": Value("large_string")})
+
+    def build(base: Path, fresh: bool) -> "Dataset":
+        return rows.map(
+            encoder,
+            batched=encoder.batched,
+            remove_columns=rows.column_names,
+            features=columns,
+            num_proc=num_proc,
+            cache_file_name=f"{base}.arrow",
+            load_from_cache_file=False if fresh else None,
+            new_fingerprint=fingerprint,
+            desc=f"Encoding {label}",
+        )
+
+    with progress_bars(len(rows) >= QUIET_ROWS):
+        encoded = cached(build, "encoded", fingerprint, label)
+    return _without_dropped(encoded, encoder.max_length, label)
+
+
+def _fingerprint(rows: "Dataset", encoder: Encoder, key: str, digest: str | None) -> str:
+    """Returns a hash of all that encoded rows depend on.
+
+    Tokenizers change their state when used, so the one that ``datasets`` would take is not stable.
+    """
     parts = [
         rows_fingerprint(rows),
-        digest or tokenizer_digest(tokenizer),
+        digest or tokenizer_digest(encoder.tokenizer),
         type(encoder).__name__,
         key,
         f"{encoder.max_length} {encoder.bos}",
         str(ENCODING_VERSION),
     ]
-    # Tokenizers change their state when used, so the hash ``datasets`` would take of the function is not
-    # stable.
-    fingerprint = sha256("\n".join(parts).encode()).hexdigest()[:32]
-    with progress_bars(len(rows) >= QUIET_ROWS):
-        encoded = rows.map(
-            encoder,
-            batched=encoder.batched,
-            remove_columns=rows.column_names,
-            features=Features({**encoder.features(), "ignored": Value("large_string")}),
-            num_proc=num_proc,
-            new_fingerprint=fingerprint,
-            desc=f"Encoding {label}",
-        )
-    return _without_dropped(encoded, encoder.max_length, label)
+    return sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def _without_dropped(encoded: "Dataset", max_length: int, label: str) -> Encoded:

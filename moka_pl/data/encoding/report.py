@@ -13,6 +13,9 @@ from moka_pl.prompts.chats import EMPTY
 KEPT, TRUNCATED, DROPPED = 0, 1, 2
 """Values of the column ``status`` of encoded rows."""
 
+BLANK = "rows of empty cells"
+"""What rows that say nothing are counted as, with where the first one stands."""
+
 COUNTED = ("status", "tokens", "trained", "full_length")
 """Columns of encoded rows that a report counts."""
 
@@ -90,18 +93,17 @@ def ignored_fields(ignored: Mapping[str, int]) -> str:
     Args:
         ignored: Names of fields, of messages' with ``messages[].`` before them, each with its number.
     """
-    counts = dict(sorted(ignored.items(), key=lambda item: -item[1]))
-    empty = counts.pop(EMPTY, 0)
-    inside = [name for name in counts if name.startswith(_INSIDE)]
-    rows = [
-        f"{name} ({n:,} {'row' if n == 1 else 'rows'})" for name, n in counts.items() if name not in inside
-    ]
-    parts = {
-        "ignored": rows,
-        "ignored in messages": [f"{name.removeprefix(_INSIDE)} ({counts[name]:,})" for name in inside],
-        "not trained": [f"{empty:,} empty answer{'s' * (empty > 1)}"] * bool(empty),
-    }
-    return "; ".join(f"{what}: {_listed(names)}" for what, names in parts.items() if names)
+    kinds: dict[str, list[str]] = {"ignored": [], "ignored in messages": [], "not trained": [], "skipped": []}
+    for name, n in sorted(ignored.items(), key=lambda item: -item[1]):
+        if name.startswith(_INSIDE):
+            kinds["ignored in messages"].append(f"{name.removeprefix(_INSIDE)} ({n:,})")
+        elif name.startswith(EMPTY):
+            kinds["not trained"].append(f"{n:,} empty answer{'s' * (n > 1)}{name.removeprefix(EMPTY)}")
+        elif name.startswith(BLANK):
+            kinds["skipped"].append(f"{n:,} row{'s' * (n > 1)} of empty cells{name.removeprefix(BLANK)}")
+        else:
+            kinds["ignored"].append(f"{name} ({n:,} {'row' if n == 1 else 'rows'})")
+    return "; ".join(f"{what}: {_listed(names)}" for what, names in kinds.items() if names)
 
 
 _INSIDE = "messages[]."

@@ -98,6 +98,8 @@ def _size(array: "pyarrow.Array | pyarrow.RecordBatch") -> int:
         return int(compute.sum(lengths.take(array.indices)).as_py() or 0)
     if types.is_struct(kind):
         return sum(map(_size, array.flatten()))
+    if types.is_map(kind):
+        return int(array.nbytes)
     if types.is_nested(kind):
         return 8 * len(array) + (_size(array.flatten()) if hasattr(array, "flatten") else array.nbytes)
     return int(array.nbytes) if _is_text(kind) else 8 * len(array)
