@@ -19,7 +19,7 @@ from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Shard, Sources, as_list, find_shards
 from moka_pl.errors import DataError
 from moka_pl.prompts.chats import beside_text, left_out
-from moka_pl.prompts.segments import alpaca, chat, require_template
+from moka_pl.prompts.segments import alpaca, chat, require_end, require_template
 from moka_pl.prompts.templates import PromptName
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ class InstructionData(SplitDataModule):
         stream_buffer: Examples per device (and worker) that are shuffled, and sorted by length, together.
         empty_answers: "skip" does not train answers without a text, and counts them; "train" teaches the
             model to answer nothing.
+        append_eos: For chat templates that write no end-of-turn token after an answer, without which the
+            model never learns to stop: true trains the tokenizer's end-of-sequence token there, false does
+            without, None refuses such a template. Other templates, and ``prompt: alpaca``, do not need it.
         **options: validation_share and separate_test (see SplitDataModule); batch_size, max_length,
             num_workers, num_proc, seed, bucket, eval_batch_size, packing, max_tokens (see MokaDataModule).
 
@@ -102,6 +105,7 @@ class InstructionData(SplitDataModule):
         streaming: bool = False,
         stream_buffer: int = 10_000,
         empty_answers: EmptyAnswers = "skip",
+        append_eos: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -127,6 +131,7 @@ class InstructionData(SplitDataModule):
         self.split = split
         self.columns = parse_columns(columns, INSTRUCTION_FIELDS)
         self.empty_answers = empty_answers
+        self.append_eos = append_eos
         self.tree_paths = tree_paths
         self.tree_language = tree_language
         self._prompt = prompt
@@ -140,6 +145,7 @@ class InstructionData(SplitDataModule):
         """Encodes what the run needs; checks the first record of a stream."""
         fits = self.trainer is None or self.trainer.state.fn == "fit"
         if self.streaming and fits:
+            self._check_prompt()
             self._stream_length()
             self._stream().check_first()
         super().prepare_data()
@@ -180,6 +186,7 @@ class InstructionData(SplitDataModule):
             "data": sources_digest(self._shards("train")),
             "prompt": self.prompt,
             "empty_answers": self.empty_answers,
+            "append_eos": self.append_eos,
             "stream_buffer": self.stream_buffer,
             "num_workers": self.num_workers,  # each has a position of its own
         }
@@ -203,18 +210,24 @@ class InstructionData(SplitDataModule):
         """Encodes a split, for ``"test"`` the validation data; a stream has no encoded training rows."""
         if self.streaming and split == "train":
             return None
-        if self.prompt == "chat":
-            require_template(self.tokenizer)  # before anything is read
-        key = f"{self.prompt} {self.empty_answers}"
+        self._check_prompt()
+        key = f"{self.prompt} {self.empty_answers} {self.append_eos}"
         return self._encode(split, self._split_rows(split), self._encoder(), key)
+
+    def _check_prompt(self) -> None:
+        """Refuses a tokenizer that has no use for the prompt, before anything is read."""
+        if self.prompt == "chat":
+            require_template(self.tokenizer)
+            require_end(self.tokenizer, self.append_eos)
 
     def _encoder(self) -> SegmentEncoder:
         options: dict[str, Any] = {"skip_empty": self.empty_answers == "skip"}
         if self.prompt == "chat":
             options["tokenizer"] = self.tokenizer
+        chats = partial(chat, append_eos=bool(self.append_eos))
         return SegmentEncoder(
             self.tokenizer,
-            partial(chat if self.prompt == "chat" else alpaca, **options),
+            partial(chats if self.prompt == "chat" else alpaca, **options),
             self.max_length,
             bos=self.prompt != "chat" and adds_bos(self.tokenizer),
             left_out=partial(left_out if self.prompt == "chat" else beside_text, **options),

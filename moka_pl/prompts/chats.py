@@ -7,7 +7,8 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.errors import DataError
+from moka_pl.errors import DataError, MokaError
+from moka_pl.prompts.rendering import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,21 +55,18 @@ class Chat:
         Raises:
             DataError: The template refuses the messages.
         """
-        from jinja2.exceptions import TemplateError
-
         turns = self.turns if turns is None else turns
         options = {name: value for name, value in self.options.items() if name != without}
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(turns), tokenize=False, add_generation_prompt=prompt, **options
-            )
-        except (TemplateError, ValueError, LookupError, TypeError, AttributeError) as error:
+            return render_chat(self.tokenizer, turns, prompt=prompt, **options)
+        except MokaError:
+            raise
+        except Exception as error:  # templates raise whatever they like
             roles = ", ".join(turn["role"] for turn in turns) or "no message"
             raise DataError(
                 f"{self.location}: the tokenizer's chat template rejects these messages ({roles}): "
                 f"{' '.join(str(error).split())}. Change the messages or their order, or use `prompt: alpaca`"
             ) from error
-        return str(text)
 
     def renders(self, turns: Sequence[Turn] | None = None, *, without: str = "", text: str) -> bool:
         """Returns whether the chat, changed, is another text.

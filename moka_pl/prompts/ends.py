@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from moka_pl.prompts.rendering import ANSWER, QUESTION, render_chat
+from moka_pl.prompts.rendering import ANSWER, QUESTION, SYSTEM, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_tails: dict[tuple[str, str], str | None] = {}
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -17,23 +19,41 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return special[:1] == [tokenizer.bos_token_id] and not (plain and special[: len(plain)] == plain)
 
 
-def template_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
-    """Returns the end-of-turn tokens: those that the chat template writes after the text of an answer.
+def template_tail(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Returns what the chat template writes after the text of an answer.
 
     None where there is no template, or none that renders a question with its answer.
     """
     if not tokenizer.chat_template:
         return None
-    try:
-        text = render_chat(tokenizer, [QUESTION, ANSWER], prompt=False)
-    except Exception:  # templates raise whatever they like
-        return None
-    _, answer, rest = text.rpartition(ANSWER["content"])
-    if not answer:
+    key = (str(tokenizer.chat_template), str(tokenizer.special_tokens_map))
+    if key not in _tails:
+        _tails[key] = _tail(tokenizer)
+    return _tails[key]
+
+
+def template_ends(tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
+    """Returns the end-of-turn tokens: those that the chat template writes after the text of an answer.
+
+    None where that is unknown (see ``template_tail``).
+    """
+    tail = template_tail(tokenizer)
+    if tail is None:
         return None
     added = tokenizer.added_tokens_decoder
-    ids = tokenizer(rest, add_special_tokens=False).input_ids
+    ids = tokenizer(tail, add_special_tokens=False).input_ids
     return list(dict.fromkeys(one for one in ids if one in added and added[one].content.strip()))
+
+
+def _tail(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    for before in ([], [SYSTEM]):
+        try:
+            text = render_chat(tokenizer, [*before, QUESTION, ANSWER], prompt=False)
+        except Exception:  # templates raise whatever they like
+            continue
+        _, answer, tail = text.rpartition(ANSWER["content"])
+        return tail if answer else None
+    return None
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -22,6 +22,9 @@ QUESTION = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
 """A chat that every template should take."""
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+"""What some templates refuse, and others cannot do without."""
+
 _bounded: dict[str, bool] = {}
 
 
@@ -67,7 +70,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 def _render_samples(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Renders chats short and long, with and without a system prompt; what is refused is another matter."""
     turns = [QUESTION, ANSWER]
-    for chat in (turns, [{"role": "system", "content": "Be brief."}, *turns], turns * 16):
+    for chat in (turns, [SYSTEM, *turns], turns * 16):
         for prompt in (False, True):
             try:
                 tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import DataError
 from moka_pl.prompts.chats import beside_text, conversation, is_blank
+from moka_pl.prompts.ends import template_ends, template_tail
 from moka_pl.prompts.templates import alpaca_prompt
 
 if TYPE_CHECKING:
@@ -19,8 +20,7 @@ class Segment:
     Attributes:
         text: The text.
         trained: Whether its tokens enter the loss.
-        end: Whether the tokenizer's end-of-sequence token follows it, trained as the text is. Only the last
-            segment of an example may have one.
+        end: Whether the tokenizer's end-of-sequence token follows it, trained as the text is.
     """
 
     text: str
@@ -54,18 +54,23 @@ def alpaca(row: Mapping[str, Any], skip_empty: bool = False) -> list[Segment]:
 
 
 def chat(
-    row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", skip_empty: bool = False
+    row: Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    skip_empty: bool = False,
+    append_eos: bool = False,
 ) -> list[Segment]:
     """Returns the chat template's rendering; every assistant turn with its end-of-turn token is trained.
 
     The span of a turn is what the rendering of the messages up to and including it adds to the rendering of
-    the messages before it (with the generation prompt), without the white space after the end-of-turn token.
-    An Alpaca row becomes a user turn (instruction, blank line, input) and an assistant turn.
+    the messages before it (with the generation prompt), without the white space that the template writes
+    after it. An Alpaca row becomes a user turn (instruction, blank line, input) and an assistant turn.
 
     Args:
         row: A checked row.
         tokenizer: A tokenizer with a chat template.
         skip_empty: Whether answers in which there is nothing to read are not trained.
+        append_eos: Whether a turn that the template leaves without an end-of-turn token gets the tokenizer's
+            end-of-sequence token.
 
     Raises:
         DataError: The tokenizer has no template, the template refuses the messages, or it renders the
@@ -74,6 +79,7 @@ def chat(
     require_template(tokenizer)
     chat = conversation(row, tokenizer)
     full = chat.render()
+    tail, ends = template_tail(tokenizer), template_ends(tokenizer)
     segments: list[Segment] = []
     end = 0
     for index in range(len(chat.turns)):
@@ -89,10 +95,26 @@ def chat(
                 "`prompt: alpaca`"
             )
         segments.append(Segment(full[end : len(before)], trained=False))
-        end = len(before) + len(after[len(before) :].rstrip())
-        segments.append(Segment(full[len(before) : end], trained=True))
+        end = _turn_end(after, len(before), tail if append_eos else None)
+        missing = append_eos and not ends
+        if missing and (between := _leading_eos(full[end:], tokenizer.eos_token)):
+            end, missing = end + between, False
+        segments.append(Segment(full[len(before) : end], trained=True, end=missing))
     segments.append(Segment(full[end:], trained=False))
-    return [segment for segment in segments if segment.text]
+    return [segment for segment in segments if segment.text or segment.end]
+
+
+def _turn_end(text: str, start: int, tail: str | None) -> int:
+    """Where a turn ends that begins at ``start``; if all that the template adds is ``tail``, before that."""
+    if tail is not None and not tail.strip() and text.endswith(tail):
+        return max(start, len(text) - len(tail))
+    return start + len(text[start:].rstrip())
+
+
+def _leading_eos(text: str, eos: str | None) -> int:
+    """Length of the end-of-sequence token at the beginning, which some templates write between turns only."""
+    space = len(text) - len(text.lstrip())
+    return space + len(eos) if eos and text.startswith(eos, space) else 0
 
 
 def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -102,4 +124,27 @@ def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         raise DataError(
             f"the tokenizer ({name}) has no chat template, which `prompt: chat` needs. Use `prompt: alpaca`, "
             "or the tokenizer of the model's chat variant"
+        )
+
+
+def require_end(tokenizer: "PreTrainedTokenizerBase", append_eos: bool | None) -> None:
+    """Refuses a chat template that writes no end-of-turn token, unless it is said what to do about it.
+
+    Raises:
+        DataError: There is none, and ``append_eos`` is None, or true for a tokenizer without such a token.
+    """
+    if template_ends(tokenizer) != []:
+        return
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    lacks = f"the chat template of the tokenizer ({name}) writes no end-of-turn token after an answer"
+    if append_eos is None:
+        raise DataError(
+            f"{lacks}, so that the model would never learn to stop. Set `append_eos: true` to train the "
+            f"tokenizer's end-of-sequence token ({tokenizer.eos_token!r}) after every answer, or "
+            "`append_eos: false` to train without one"
+        )
+    if append_eos and tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{lacks}, and the tokenizer has no end-of-sequence token to append. Set `tokenizer.eos_token`, "
+            "or `append_eos: false`"
         )

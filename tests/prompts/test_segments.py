@@ -5,7 +5,7 @@ from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.data.reading import parse_record
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
-from moka_pl.prompts.segments import alpaca, chat
+from moka_pl.prompts.segments import alpaca, chat, require_end
 
 TURNS = [
     {"role": "system", "content": "You are a teacher."},
@@ -108,3 +108,56 @@ def test_template_that_refuses_roles(tiny_tokenizer):
     tiny_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"line 1: .*rejects these messages \(system, .*roles must alternate"):
         chat(row(messages=TURNS), tiny_tokenizer)
+
+
+LOOP = "{%- for m in messages %}"
+PROMPTED = "{%- if add_generation_prompt %}assistant:{% endif %}"
+TURN = LOOP + "{{ m.role + ':' + m.content }}"
+OPENS = LOOP + "{% if m.role == 'user' and not loop.first %}{{ eos_token }}{% endif %}"
+BETWEEN = OPENS + TURN.removeprefix(LOOP) + "{% endfor %}" + PROMPTED
+NEWLINE = LOOP + "{{ m.role + ': ' + m.content }}\n{% endfor %}" + PROMPTED
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "learned"),
+    [
+        # The line break is the template's own, and comes after the appended token.
+        (NEWLINE, "assistant: Two.<|im_end|>\nuser:", [" Two.", "  \n Four\n"]),
+        (TURN + "{% endfor %}" + PROMPTED, "Two.<|im_end|>user:", ["Two.", " \n Four\n"]),
+        (BETWEEN, "Two.<|im_end|>user:", ["Two.", " \n Four\n"]),  # not a second time there
+    ],
+)
+def test_a_template_without_an_end_token(template, text, learned, tiny_tokenizer):
+    tiny_tokenizer.chat_template = template
+    turns = [*TURNS[1:4], {"role": "assistant", "content": " \n Four\n"}]
+    encoder = SegmentEncoder(
+        tiny_tokenizer, lambda row: chat(row, tiny_tokenizer, append_eos=True), 512, False
+    )
+    columns = encoder(row(messages=turns))
+    assert text in tiny_tokenizer.decode(columns["input_ids"])
+    found = tiny_tokenizer.decode([token for token in columns["labels"] if token != IGNORE_INDEX])
+    assert found == "".join(f"{answer}<|im_end|>" for answer in learned)
+    without = encoder.segments(row(messages=turns))
+    plain = chat(row(messages=turns), tiny_tokenizer)
+    assert joined(plain) == joined(without) == tiny_tokenizer.apply_chat_template(turns, tokenize=False)
+    assert not any(segment.end for segment in plain)
+
+
+def test_a_template_with_an_end_token_needs_no_other(tiny_tokenizer):
+    turns = row(messages=TURNS)
+    assert chat(turns, tiny_tokenizer, append_eos=True) == chat(turns, tiny_tokenizer)
+    for choice in (None, True, False):
+        require_end(tiny_tokenizer, choice)
+
+
+def test_a_template_without_an_end_token_is_refused(tiny_tokenizer):
+    tiny_tokenizer.chat_template = NEWLINE
+    with pytest.raises(DataError, match=r"no end-of-turn token .*Set `append_eos: true` .*'<\|im_end\|>'"):
+        require_end(tiny_tokenizer, None)
+    require_end(tiny_tokenizer, True)
+    tiny_tokenizer.eos_token = None
+    require_end(tiny_tokenizer, False)
+    with pytest.raises(DataError, match="no end-of-sequence token to append"):
+        require_end(tiny_tokenizer, True)
+    tiny_tokenizer.chat_template = "{{ raise_exception('no') }}"  # shows when the rows are read
+    require_end(tiny_tokenizer, None)
