@@ -4,6 +4,7 @@ from moka_pl.callbacks.checkpoints import AdapterCheckpoint, RunCheckpoint
 from moka_pl.callbacks.evaluation import EvaluationTable
 from moka_pl.callbacks.gates import GateMonitor
 from moka_pl.callbacks.interrupt import GracefulInterrupt
+from moka_pl.callbacks.monitors import MonitorCheck
 from moka_pl.callbacks.progress import ProgressBar
 from moka_pl.callbacks.summary import RunSummary
 from moka_pl.callbacks.throughput import BatchStatistics, Throughput
@@ -14,6 +15,7 @@ __all__ = [
     "EvaluationTable",
     "GateMonitor",
     "GracefulInterrupt",
+    "MonitorCheck",
     "ProgressBar",
     "RunCheckpoint",
     "RunSummary",

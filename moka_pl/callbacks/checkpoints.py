@@ -2,6 +2,8 @@
 
 import math
 import operator
+import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +12,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from moka_pl._compat import save_last_checkpoint
-from moka_pl.adapters import adapter_state, save_adapter
+from moka_pl.adapters import adapter_state, read_adapter, save_adapter
+from moka_pl.callbacks.monitors import check_monitor
 from moka_pl.data.types import data_of
-from moka_pl.errors import MokaError, NonFiniteError
+from moka_pl.errors import AdapterError, MokaError, NonFiniteError
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.checkpoint import VERSION_KEY
+from moka_pl.training.checkpoint_files import is_remote
 from moka_pl.training.module import MokaModule
+from moka_pl.utils import replaced_folder, write_failure
 
 
 class AdapterCheckpoint(Callback):
@@ -39,32 +44,56 @@ class AdapterCheckpoint(Callback):
         self.dirpath = dirpath
         self.best_score: float | None = None
         self.best_path: Path | None = None
+        self.best_step: int | None = None
         self.last_path: Path | None = None
         self._folder: Path | None = None
         self._begun_at = 0
+        self._validation: str | None = None
+        self._resumed_from: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder (on every rank: the log folder's name is broadcast)."""
         self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "adapters"))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the step from which on there is something to save."""
-        self._begun_at = trainer.global_step
+        self._validation = validation_name(trainer) if stage == "fit" else None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last adapter, and also the best one if the metric improved."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or is_trial(trainer):
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        score = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        check_monitor(trainer, "adapters.monitor", self.monitor)
+        if is_trial(trainer):
+            return
+        score = float(trainer.callback_metrics[self.monitor])
         self.last_path = self._save(trainer, pl_module, "last")
         if not math.isfinite(score):
-            if self.monitor in trainer.callback_metrics:
-                rank_zero_warn(f"{self.monitor} is {score} after step {trainer.global_step}: never the best")
+            rank_zero_warn(f"{self.monitor} is {score} after step {trainer.global_step}: never the best")
             return
         better = operator.lt if self.mode == "min" else operator.gt
         if self.best_score is None or better(score, self.best_score):
-            self.best_score = score
+            self.best_score, self.best_step = score, trainer.global_step
             self.best_path = self._save(trainer, pl_module, "best")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copies the best adapter of a resumed run into this run's folder, if that is another one.
+
+        Notes the step from which on there is something to save, too.
+        """
+        self._begun_at = trainer.global_step
+        if self.best_path is None or self._folder is None or is_trial(trainer):
+            return
+        best = self._folder / "best"
+        if best.exists() or best == self.best_path:
+            return
+        try:
+            if trainer.is_global_zero:
+                with replaced_folder(best) as new:
+                    shutil.copytree(self.best_path, new)
+        except OSError as error:
+            reason = write_failure(error, self._folder)
+            raise AdapterError(
+                f"cannot copy the best adapter {self.best_path} to {best}: {reason}"
+            ) from error
+        self.best_path = best
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last adapter, as steps may have followed the last validation."""
@@ -89,16 +118,57 @@ class AdapterCheckpoint(Callback):
         rank_zero_info(f"Adapter of step {trainer.global_step} saved in {self.last_path}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the best score and the path of its adapter."""
+        """Returns the best score, what it is a score of, and the path and step of its adapter."""
         return {
             "best_score": self.best_score,
             "best_path": None if self.best_path is None else str(self.best_path),
+            "best_step": self.best_step,
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "validation": self._validation,
         }
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Notes where the checkpoint lies, which may have moved with its run."""
+        path = trainer.ckpt_path
+        self._resumed_from = None if path is None or is_remote(path) else Path(path)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the best score of the resumed run."""
-        self.best_score = state_dict["best_score"]
-        self.best_path = None if state_dict["best_path"] is None else Path(state_dict["best_path"])
+        """Restores the best score of the resumed run, unless it is of something else or has no adapter."""
+        if state_dict["best_score"] is None:
+            return
+        for name, value in (("monitor", self.monitor), ("mode", self.mode)):
+            if (stored := state_dict.get(name, value)) != value:
+                self._say_anew(f"the best so far was chosen by {name} {stored}, now by {value}")
+                return
+        if self._validation is not None and state_dict.get("validation") not in (None, self._validation):
+            self._say_anew("the best so far was chosen on other validation data")
+            return
+        path = self._find_best(Path(state_dict["best_path"]), state_dict.get("best_step"))
+        if path is None:
+            self._say_anew(f"{state_dict['best_path']}, the best so far, is not there")
+            return
+        self.best_score, self.best_step = state_dict["best_score"], state_dict.get("best_step")
+        self.best_path = path
+
+    def _say_anew(self, reason: str) -> None:
+        if self._validation is not None:  # evaluations choose nothing
+            rank_zero_info(f"the choice of the best adapter begins anew: {reason}")
+
+    def _find_best(self, stored: Path, step: int | None) -> Path | None:
+        """Returns where the best adapter is: beside the checkpoint, in this run's folder, or where it was."""
+        places = [] if self._folder is None else [self._folder / "best"]
+        if self._resumed_from is not None:
+            places.insert(0, Path(os.path.normpath(self._resumed_from.parent / "../adapters/best")))
+        for path in (*places, stored):
+            try:
+                if step in (None, read_adapter(path).extra.get("step")):
+                    return path
+            except AdapterError:
+                continue
+        return None
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> Path | None:
         """Saves an adapter if it is finite; returns the path, or None if no adapter is there."""
@@ -125,6 +195,11 @@ class AdapterCheckpoint(Callback):
         return path
 
 
+def validation_name(trainer: Trainer) -> str:
+    """Names the data that a validation's metrics are of."""
+    return f"{data_of(trainer).validation_digest} {trainer.limit_val_batches}"
+
+
 def is_trial(trainer: Trainer) -> bool:
     """Whether this is a trial run of a few batches (``fast_dev_run``)."""
     return bool(getattr(trainer, "fast_dev_run", False))
@@ -140,15 +215,32 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     _version: int | str | None = None
+    _validation: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder, and notes the version of the logs."""
         super().setup(trainer, pl_module, stage)
         self._version = trainer.logger.version if trainer.logger is not None else None
+        self._validation = validation_name(trainer) if stage == "fit" else None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns Lightning's state and the version of the logs."""
-        return super().state_dict() | {VERSION_KEY: self._version}
+        return super().state_dict() | {VERSION_KEY: self._version, "validation": self._validation}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the best checkpoints that are there and were chosen on the same validation data."""
+        super().load_state_dict(state_dict)
+        there = all(is_remote(path) or Path(path).is_file() for path in self.best_k_models)
+        same = state_dict.get("validation") in (None, self._validation)
+        if not there or (self.monitor is not None and not same):
+            rank_zero_info(
+                "the choice of the best checkpoints begins anew: files are gone, or the validation data others"
+            )
+            self.best_model_score, self.best_k_models = None, {}
+            self.kth_best_model_path = ""
+        best = self.best_model_path
+        if best and not is_remote(best) and not Path(best).is_file():
+            self.best_model_path = ""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

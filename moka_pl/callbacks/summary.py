@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 from shlex import quote
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moka_pl.backbone.quantization import weight_count
-from moka_pl.callbacks.checkpoints import AdapterCheckpoint, is_trial
+from moka_pl.callbacks.checkpoints import AdapterCheckpoint, is_trial, validation_name
 from moka_pl.callbacks.throughput import BatchStatistics, Throughput, peak_memory
 from moka_pl.training.module import MokaModule
 
@@ -25,6 +25,7 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
+        self._validation: str | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes and logs the frozen base's metrics."""
@@ -36,13 +37,18 @@ class RunSummary(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(self.before, step=0)
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """Returns the base's metrics: a resumed run does not evaluate it again."""
-        return {"before": self.before}
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Notes which data are validated on."""
+        self._validation = validation_name(trainer) if stage == "fit" else None
 
-    def load_state_dict(self, state_dict: dict[str, dict[str, float]]) -> None:
-        """Takes over the base's metrics."""
-        self.before = state_dict["before"]
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the base's metrics: a resumed run does not evaluate it again."""
+        return {"before": self.before, "validation": self._validation}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the base's metrics, if they are of the same validation data."""
+        if state_dict.get("validation") in (None, self._validation):
+            self.before = state_dict["before"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table."""

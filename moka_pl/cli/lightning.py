@@ -19,6 +19,7 @@ from moka_pl.callbacks import (
     EvaluationTable,
     GateMonitor,
     GracefulInterrupt,
+    MonitorCheck,
     ProgressBar,
     RunCheckpoint,
     RunSummary,
@@ -212,6 +213,7 @@ class MokaCLI(LightningCLI):
         given = options.callbacks or []
         kinds = [type(callback) for callback in (given if isinstance(given, list) else [given])]
         ours = [Throughput(), BatchStatistics(), RunSummary(), GracefulInterrupt(), EvaluationTable()]
+        ours.insert(0, MonitorCheck())
         if options.enable_progress_bar is not False and not any(issubclass(k, LightningBar) for k in kinds):
             ours.insert(0, ProgressBar())
         configured = [built[name] for name in _CALLBACKS]

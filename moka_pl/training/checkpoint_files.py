@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moka_pl.errors import CheckpointError, ConfigError, one_line
 from moka_pl.ops.finite import non_finite_names
+from moka_pl.utils import write_failure
 
 #: Ends the names of files that are being written.
 _PART = ".part"
@@ -173,11 +174,7 @@ def _lock(file: IO[bytes]) -> bool:
 
 
 def _unwritten(path: Path, needed: int, error: OSError) -> str:
-    text = f"cannot write the checkpoint {path}: {error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        with suppress(OSError):
-            free = shutil.disk_usage(path.parent).free
-            text += f" (it needs {needed / 1e6:,.1f} MB beside the older one, {free / 1e6:,.1f} MB are free)"
+    text = f"cannot write the checkpoint {path}: {write_failure(error, path.parent, needed)}"
     kept = "The older file is unchanged. " if path.exists() else ""
     return (
         f"{text}. {kept}Free some space or set another checkpoint.dirpath, then resume with --ckpt_path last"
