@@ -234,7 +234,7 @@ class RunCheckpoint(ModelCheckpoint):
         same = state_dict.get("validation") in (None, self._validation)
         if not there or (self.monitor is not None and not same):
             rank_zero_info(
-                "the choice of the best checkpoints begins anew: files are gone, or the validation data others"
+                "the choice of the best checkpoints begins anew: files are gone, or validation data new"
             )
             self.best_model_score, self.best_k_models = None, {}
             self.kth_best_model_path = ""

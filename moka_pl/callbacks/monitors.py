@@ -57,8 +57,8 @@ class MonitorCheck(Callback):
             for owner, monitor in _monitors(trainer):
                 if monitor.startswith("val/") and owner != "adapters.monitor":  # by default, too
                     raise ConfigError(
-                        f"{owner} is {monitor!r}, but with trainer.limit_val_batches 0 there is no validation. "
-                        "Validate, or monitor train/loss"
+                        f"{owner} is {monitor!r}, but with trainer.limit_val_batches 0 there is no "
+                        "validation. Validate, or monitor train/loss"
                     )
 
 

@@ -16,6 +16,7 @@ from moka_pl.data.batching.loader import ResumableDataLoader
 from moka_pl.data.batching.order import Order, order_options, train_sampler
 from moka_pl.data.batching.report import epoch_report
 from moka_pl.data.batching.samplers import EvalSampler, GlobalBatchSampler
+from moka_pl.data.encoding.digest import sources_digest
 from moka_pl.data.encoding.examples import Encoded, Encoder, encode_rows, tokenizer_digest
 from moka_pl.data.encoding.report import EncodingReport, ignored_fields, sum_ignored
 from moka_pl.data.sources import Shard
@@ -351,6 +352,11 @@ class SplitDataModule(MokaDataModule):
     @abstractmethod
     def _read(self, shard: Shard) -> "Dataset":
         """The checked rows of a shard."""
+
+    @property
+    def batch_order(self) -> Order:
+        """What decides the training batches, by option, and the source of the rows; see the base class."""
+        return super().batch_order | {"source": sources_digest(self._shards("train"))}
 
     def _read_all(self, shards: list[Shard]) -> "Dataset":
         from datasets import concatenate_datasets

@@ -10,7 +10,6 @@ from moka_pl.data.base import SplitDataModule
 from moka_pl.data.batching.order import Order
 from moka_pl.data.batching.streaming import StreamedBatches, StreamedRecords, StreamLoader
 from moka_pl.data.catalog import find_corpus
-from moka_pl.data.encoding.digest import sources_digest
 from moka_pl.data.encoding.examples import Encoded, SegmentEncoder, adds_bos
 from moka_pl.data.formats.instruction import INSTRUCTION_FIELDS, instruction_features, parse_instruction
 from moka_pl.data.formats.trees import TreePaths, join_trees
@@ -183,7 +182,6 @@ class InstructionData(SplitDataModule):
         if not self.streaming:
             return super().batch_order
         return super().batch_order | {
-            "data": sources_digest(self._shards("train")),
             "prompt": self.prompt,
             "empty_answers": self.empty_answers,
             "append_eos": self.append_eos,

@@ -28,6 +28,7 @@ from moka_pl.training.course import (
     adapter_course,
     changed_course,
     check_changes,
+    only_held_out,
     quantization_of,
 )
 from moka_pl.training.learning_rates import LearningRateRatios
@@ -120,21 +121,21 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", traini
     if stored.base:
         samples = stored.base.get("samples", ""), current.base["samples"]
         check_samples(*samples, "the checkpoint", stored.base["name"])
-    return check_run(stored, module, module.course, training)
+    return check_run(checkpoint, module, module.course, training)
 
 
-def check_run(stored: StoredRun, module: "MokaModule", course: Course, training: bool) -> Changed:
+def check_run(checkpoint: Mapping[str, Any], module: "MokaModule", course: Course, training: bool) -> Changed:
     """Refuses a run whose options are not the module's; returns the changes that are allowed.
 
     It needs no model. What the stored run does not tell, or the module not yet, is not compared.
 
     Args:
-        stored: The run of a checkpoint.
+        checkpoint: A checkpoint of the run.
         module: The module that goes on.
         course: What is known of the course of its run.
         training: Whether training resumes.
     """
-    changed: Changed = {}
+    stored, changed = StoredRun.read(checkpoint), Changed()
     ratios = asdict(module.learning_rate_ratios)
     for part, ratio in ratios.items() if training else ():
         if stored.learning_rate_ratios[part] == ratio:
@@ -145,8 +146,8 @@ def check_run(stored: StoredRun, module: "MokaModule", course: Course, training:
                 f"{stored.learning_rate_ratios[part]:g}, but this run has {ratio:g}. {_REMEDY}, or allow the "
                 "change: --model.allow_changes '[learning_rate]'"
             )
-        ratio_name = f"learning_rate_ratios.{part}"
-        changed["learning_rate"] = {ratio_name: (stored.learning_rate_ratios[part], ratio)}
+        both = (stored.learning_rate_ratios[part], ratio)
+        changed.setdefault("learning_rate", {})[f"learning_rate_ratios.{part}"] = both
     if training:
         for name, found in changed_course(stored.course, course).items():
             changed.setdefault(name, {}).update(found)
@@ -154,8 +155,20 @@ def check_run(stored: StoredRun, module: "MokaModule", course: Course, training:
     was, now = (adapter_course(o, training) if o else {} for o in (stored.adapter, options))
     if different := differences(was, now):
         changed["adapter"] = different
-    check_changes(changed, module.allow_changes)
+    held_out = epoch_is_over(checkpoint) and only_held_out(changed)
+    check_changes(changed, module.allow_changes | ({"data"} if held_out else set()))
     return changed
+
+
+def epoch_is_over(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was written after the last batch of an epoch."""
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return False
+    epochs = loop["epoch_progress"]["total"]
+    return bool(
+        loop["epoch_loop.batch_progress"]["is_last_batch"] or epochs["started"] == epochs["processed"]
+    )
 
 
 def say_differences(stored: StoredRun, changed: Changed, module: "MokaModule", training: bool) -> None:

@@ -161,6 +161,11 @@ def changed_course(stored: Mapping[str, Mapping[str, Any]], current: Course) -> 
     return changed
 
 
+def only_held_out(changed: Changed) -> bool:
+    """Whether the same data are trained on but for the rows that are held out: validation data may change."""
+    return changed.get("data", {}).keys() <= {"rows", "data"}
+
+
 def check_changes(changed: Changed, allowed: Collection[str]) -> None:
     """Refuses changes that are not allowed.
 

@@ -151,7 +151,7 @@ class MokaModule(TrainedModule):
             check_trainer(self.trainer)
         if self.checkpoint_path is not None:
             expected = self.course | (optimizer_course(*build_trial(self)) if stage == "fit" else {})
-            check_run(StoredRun.read(peek(self.checkpoint_path)), self, expected, training=stage == "fit")
+            check_run(peek(self.checkpoint_path), self, expected, training=stage == "fit")
 
     def configure_model(self) -> None:
         """Loads the base onto this rank's device and injects the adapters (once).
@@ -244,13 +244,12 @@ class MokaModule(TrainedModule):
 
         In a run that resumes with changes, the stored optimizer is adjusted before it is restored.
         """
-        (optimizer,), (scheduled,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
-        self.course |= optimizer_course(optimizer, scheduled.scheduler)
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        self.course |= optimizer_course(optimizer, scheduler)
         if self._resumed is not None:
-            stored = StoredRun.read(self._resumed)
-            changed = check_run(stored, self, self.course, training=True)
-            say_differences(stored, changed, self, training=True)
-            adjust_optimizer(self._resumed, changed, optimizer, scheduled.scheduler)
+            changed = check_run(self._resumed, self, self.course, training=True)
+            say_differences(StoredRun.read(self._resumed), changed, self, training=True)
+            adjust_optimizer(self._resumed, changed, optimizer, scheduler)
             self._resumed = None
         if data_of(self.trainer).packing:
             self._prepare_packing()

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import Optimizer
 
+from moka_pl.training.checkpoint import epoch_is_over
 from moka_pl.training.course import OTHER_BATCHES, Changed
 
 
@@ -22,13 +23,12 @@ def begin_epoch_anew(checkpoint: dict[str, Any]) -> None:
     """Forgets how far the checkpoint's epoch was, unless it was over."""
     loop = checkpoint["loops"]["fit_loop"]
     loop["state_dict"].pop("combined_loader", None)
-    batches = loop["epoch_loop.batch_progress"]
+    over = epoch_is_over(checkpoint)
     for counts in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
         # The epoch of a checkpoint that was written after its last batch is not counted yet.
-        over = batches["is_last_batch"] and counts["started"] > counts["processed"]
-        done = counts["processed"] + int(over)
+        done = counts["processed"] + int(over and counts["started"] > counts["processed"])
         counts |= {"ready": done, "started": done, "processed": done, "completed": done}
-    batches["is_last_batch"] = False
+    loop["epoch_loop.batch_progress"]["is_last_batch"] = False
 
 
 def adjust_optimizer(
