@@ -161,6 +161,24 @@ def save_last_checkpoint(callback: "ModelCheckpoint", trainer: "Trainer") -> Non
     callback._last_global_step_saved = saved
 
 
+def logger_version(logger: Any) -> int | str | None:
+    """The version that a TensorBoardLogger or CSVLogger was given, or has chosen by now; None before.
+
+    Seen in Lightning 2.6.0 to 2.6.6, whose public ``version`` chooses one when it is asked. Without it a
+    version that the user gives could not be told from one that a run may choose.
+    """
+    version: int | str | None = logger._version
+    return version
+
+
+def set_logger_version(logger: Any, version: int) -> None:
+    """Has a logger write to a version that is made already; see :func:`logger_version`.
+
+    Without it two runs that begin at the same moment would choose the same one.
+    """
+    logger._version = version
+
+
 # TensorBoard
 
 

@@ -16,11 +16,6 @@ from pathlib import Path
 from moka_pl.errors import ConfigError
 
 
-def one_line(error: BaseException) -> str:
-    """Returns the whole message of an error in one line; its kind where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 @contextmanager
 def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
     """Runs the body with some loggers silenced below a level, and restores their levels."""

@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from moka_pl.errors import ConfigError
-from moka_pl.utils import one_line
+from moka_pl.errors import ConfigError, one_line
 
 #: The largest file; most have a thousandth of it.
 MAX_BYTES = 4 << 20

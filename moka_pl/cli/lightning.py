@@ -29,13 +29,14 @@ from moka_pl.cli.class_paths import explain_denied, restrict_class_paths, split_
 from moka_pl.cli.config_files import check_config
 from moka_pl.cli.configs import find_config
 from moka_pl.cli.parser import MokaParser
+from moka_pl.cli.run_folders import RunFolders
 from moka_pl.data import MokaDataModule
-from moka_pl.errors import ConfigError, MokaError
+from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.training.checkpoint import find_last
 from moka_pl.training.checkpoint_files import read_checkpoint
 from moka_pl.training.module import MokaModule
 from moka_pl.training.trial_optimizer import check_learns
-from moka_pl.utils import make_folder, one_line
+from moka_pl.utils import make_folder
 
 _LOGGER = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -58,17 +59,19 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
     given, trusted = split_trust(sys.argv[1:] if arguments is None else arguments)
     restrict_class_paths(trusted)
     try:
-        return MokaCLI(
-            MokaModule,
-            MokaDataModule,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "moka_pl", "allow_abbrev": False},
-            args=given,
-            run=not only_build,
-        )
+        with RunFolders() as folders:
+            return MokaCLI(
+                folders,
+                MokaModule,
+                MokaDataModule,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={"prog": "moka_pl", "allow_abbrev": False},
+                args=given,
+                run=not only_build,
+            )
     except MisconfigurationException as error:
         raise ConfigError(one_line(error)) from error
 
@@ -92,7 +95,17 @@ class _ConfigFile(ActionConfigFile):
 
 
 class MokaCLI(LightningCLI):
-    """Adds the callbacks' options, a TensorBoard logger, and resuming by ``--ckpt_path last``."""
+    """Adds the callbacks' options, a TensorBoard logger, and resuming by ``--ckpt_path last``.
+
+    Args:
+        folders: Holds the folders of the run.
+        *args: What Lightning's command line takes.
+        **kwargs: The same.
+    """
+
+    def __init__(self, folders: RunFolders, *args: Any, **kwargs: Any) -> None:
+        self._folders = folders
+        super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser whose ``--config`` takes names of the package's configurations, too."""
@@ -188,9 +201,19 @@ class MokaCLI(LightningCLI):
             checkpoint, version = find_last(logger, config.checkpoint.dirpath if keeping else None)
             config.ckpt_path = str(checkpoint)
             if version is not None:
+                self._given_version = logger.init_args.version
                 logger.init_args.version = version
             # The folder's config.yaml stays what it is: the run from its beginning.
             self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
+
+    def after_instantiate_classes(self) -> None:
+        """Claims the folders of the run, before anything is read or computed."""
+        if self.subcommand is not None:
+            options = self._options(self.config)
+            resumed = options.get("ckpt_path") is not None
+            if resumed and hasattr(self, "_given_version"):  # the saved configuration is for other runs, too
+                options.trainer.logger.init_args.version = self._given_version
+            self._folders.prepare(self.trainer, self.subcommand == "fit", resumed)
 
     def before_fit(self) -> None:
         """Tells the module whether a checkpoint follows; Lightning (2.6) says so only when it is built."""
