@@ -31,6 +31,7 @@ from moka_pl.cli.configs import find_config
 from moka_pl.cli.parser import MokaParser
 from moka_pl.cli.run_folders import RunFolders
 from moka_pl.data import MokaDataModule
+from moka_pl.data.batching.loader import killed_worker
 from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.training.checkpoint import find_last
 from moka_pl.training.checkpoint_files import read_checkpoint
@@ -74,6 +75,11 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
             )
     except MisconfigurationException as error:
         raise ConfigError(one_line(error)) from error
+    except RuntimeError as error:
+        # Its death is told by a signal, and so may interrupt anything.
+        if (killed := killed_worker(error)) is not None:
+            raise killed from error
+        raise
 
 
 def refusal(error: Exception) -> Exception:

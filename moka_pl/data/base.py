@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from moka_pl._compat import rows_fingerprint
 from moka_pl.data.batching.collate import BatchRows, SharePrefix
-from moka_pl.data.batching.loader import ResumableDataLoader
+from moka_pl.data.batching.loader import EvalDataLoader, ResumableDataLoader
 from moka_pl.data.batching.order import Order, order_options, train_sampler
 from moka_pl.data.batching.report import epoch_report
 from moka_pl.data.batching.samplers import EvalSampler, GlobalBatchSampler
@@ -303,7 +303,7 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         length, size = ("shared_tokens", "shared_tokens") if share else ("length", "padded_tokens")
         sampler = EvalSampler(rows[length][:], self.eval_batch_size, world, rank, padded_tokens=rows[size][:])
         batches = BatchRows(rows, self.pad_id, self.share_prefix)
-        return DataLoader(batches, sampler=sampler, generator=torch.Generator(), **self._loading())
+        return EvalDataLoader(batches, sampler=sampler, generator=torch.Generator(), **self._loading())
 
     def _loading(self) -> dict[str, Any]:
         return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
@@ -365,19 +365,20 @@ class SplitDataModule(MokaDataModule):
 
     def _split_rows(self, split: str) -> "Dataset | None":
         """The checked rows of a split; None if there are none."""
-        train = self._shards("train")
         held = self._shards("validation" if split == "validation" and not self.separate_test else "test")
+        part = 0 if split == "train" else 1
+        # Training data are asked for only where they are needed: a folder of tests can be evaluated on.
+        if split != "train" and held and (split == "test" or not self.separate_test):
+            return self._read_all(held)
+        if split != "train" and not self.separate_test and (self.streaming or self.validation_share == 0):
+            return None
+        rows = self._read_all(self._shards("train"))
         if self.separate_test:
-            rows, tests = (
-                (self._read_all(train), self._read_all(held))
-                if held
-                else self._hold_out_test(self._read_all(train))
-            )
-            return tests if split == "test" else self._hold_out(rows)[0 if split == "train" else 1]
+            rows, tests = (rows, None) if held else self._hold_out_test(rows)
+            return tests if split == "test" else self._hold_out(rows)[part]
         if held or self.streaming or self.validation_share == 0:
-            shards = train if split == "train" else held
-            return self._read_all(shards) if shards else None
-        return self._hold_out(self._read_all(train))[0 if split == "train" else 1]
+            return rows
+        return self._hold_out(rows)[part]
 
     def compared_rows(self) -> tuple["Dataset | None", list["Dataset"]]:
         """Training rows and the evaluation sets; see the base class."""

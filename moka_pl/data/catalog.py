@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moka_pl.data.readers import path_exists
 from moka_pl.prompts.templates import PromptName
 
 PARQUET = "refs/convert/parquet"
@@ -106,7 +107,7 @@ def find_corpus(source: str | Path) -> HubData | None:
 
     A local file or folder of that name comes first.
     """
-    if isinstance(source, Path) or Path(source).expanduser().exists():
+    if isinstance(source, Path) or path_exists(source):
         return None
     by_hub = {corpus.hub: corpus for corpus in CORPORA.values()}
     return CORPORA.get(source.lower().replace("-", "_")) or by_hub.get(source)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from lightning.pytorch.utilities import rank_zero_info
@@ -16,6 +16,9 @@ from moka_pl.data.encoding.examples import Encoded
 from moka_pl.data.encoding.report import EncodingReport
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def epoch_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -52,7 +55,8 @@ class MixtureData(MokaDataModule):
     Args:
         parts: The data modules, in the order of their validation dataloaders.
         weights: Relative share of each part in the training examples (``[3, 1]``: three of the first for one
-            of the second); None uses every example once.
+            of the second); None uses every example once. The weight of a part without training data, such as
+            MMLU, is not used.
         **options: batch_size, num_workers, seed, bucket, eval_batch_size, packing, max_tokens (see
             MokaDataModule). max_length and num_proc have no effect here; set them in the parts.
 
@@ -130,30 +134,28 @@ class MixtureData(MokaDataModule):
         """The parts' encoded training rows, concatenated; None for evaluation, where parts stay separate."""
         from datasets import concatenate_datasets
 
-        parts = [encoded for part in self._connected() if (encoded := part.encode(split)) is not None]
-        if split != "train" or not parts:
+        parts = [part.encode(split) for part in self._connected()]
+        trained = {number: encoded for number, encoded in enumerate(parts) if encoded is not None}
+        if split != "train" or not trained:
             return None
         return Encoded(
-            concatenate_datasets(self._weighted(parts)),
+            concatenate_datasets(self._weighted({number: part.rows for number, part in trained.items()})),
             # What they ignore is said by the parts themselves.
-            replace(reduce(add, [part.report for part in parts]), ignored={}),
+            replace(reduce(add, [part.report for part in trained.values()]), ignored={}),
         )
 
-    def _weighted(self, parts: Sequence[Encoded]) -> list[Any]:
-        """The parts' training rows, repeated according to the weights."""
-        rows = [encoded.rows for encoded in parts]
+    def _weighted(self, rows: Mapping[int, "Dataset"]) -> list["Dataset"]:
+        """The training rows of the parts that have some, by part, repeated according to the weights."""
         if self.weights is None:
-            return rows
-        counts = epoch_counts([len(part) for part in rows], self.weights)
+            return list(rows.values())
+        sizes = [len(one) for one in rows.values()]
+        counts = dict(zip(rows, epoch_counts(sizes, [self.weights[part] for part in rows]), strict=True))
         shares = [
-            f"{part.name} {count:,} (each {count / len(one):.2f} times)"
-            for part, count, one in zip(self.parts, counts, rows, strict=True)
+            f"{self.parts[part].name} {counts[part]:,} (each {counts[part] / len(one):.2f} times)"
+            for part, one in rows.items()
         ]
-        rank_zero_info(f"{self.name}: an epoch has {sum(counts):,} examples: {', '.join(shares)}")
-        return [
-            one.select(repeated(len(one), count, (self.seed, number)))
-            for number, (one, count) in enumerate(zip(rows, counts, strict=True))
-        ]
+        rank_zero_info(f"{self.name}: an epoch has {sum(counts.values()):,} examples: {', '.join(shares)}")
+        return [one.select(repeated(len(one), counts[part], (self.seed, part))) for part, one in rows.items()]
 
     def setup(self, stage: str | None = None) -> None:
         """Sets the parts up, then the mixture of their training rows."""

@@ -5,6 +5,7 @@ absent fields with None and do not say which record is wrong. To read another ki
 in ``files/`` and name its suffix in ``READERS``.
 """
 
+import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,6 +119,19 @@ def local_path(source: str | Path) -> Path:
         return Path(source).expanduser()
     except RuntimeError:  # there is no such user
         return Path(source)
+
+
+def path_exists(source: str | Path) -> bool:
+    """Returns whether there is something at a local path, be it a link to nowhere."""
+    return os.path.lexists(local_path(source))
+
+
+def is_folder(path: Path) -> bool:
+    """Returns whether a path is a folder; one that the system cannot look at is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def check_file(path: Path) -> None:

@@ -1,7 +1,6 @@
 """Turns a local file or a hub dataset into a parsed, disk-cached ``datasets.Dataset``."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from moka_pl.data.readers import (
     described,
     local_path,
     located,
+    path_exists,
     stream,
     suffix_of,
 )
@@ -132,7 +132,7 @@ def is_local(source: str | Path) -> bool:
     path = local_path(source)
     return (
         isinstance(source, Path)
-        or os.path.lexists(path)
+        or path_exists(source)
         or path.is_absolute()
         or "*" in path.name
         or suffix_of(path) is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 from moka_pl.data.catalog import CHOICE_TASKS, COMMONSENSE_170K, HubData, find_corpus, task_name
 from moka_pl.data.formats.llm_adapters import SCIENCE
-from moka_pl.data.readers import READERS, suffix_of
+from moka_pl.data.readers import READERS, check_file, is_folder, local_path, path_exists, suffix_of
 from moka_pl.data.samples import sample_path
 from moka_pl.errors import DataError
 
@@ -79,7 +79,8 @@ def split_files(folder: Path, split: str) -> list[Path]:
     for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inner.parts)
-        if suffix_of(path) and path.is_file() and not hidden and path.name not in _NO_DATA:
+        if suffix_of(path) and not path.is_dir() and not hidden and path.name not in _NO_DATA:
+            check_file(path)  # a link to nowhere would be missed by nobody
             files.setdefault(split_of(inner) or "train", []).append(path)
     if not files:
         raise DataError(f"{folder} has no data files ({', '.join(READERS)}). Add one, or give another path")
@@ -107,8 +108,8 @@ def _shards(source: Source, split: str, hub_split: str | None) -> list[Shard]:
     if corpus is not None:
         name = hub_split or corpus.splits.get(split)
         return [] if name is None else [Shard(corpus.hub, name, corpus.options)]
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = local_path(source)
+    if is_folder(folder):
         return [Shard(path) for path in split_files(folder, split)]
     if hub_split is not None:
         return [Shard(source, hub_split)]
@@ -130,10 +131,10 @@ def find_choice_shards(sources: Sources, split: str, wanted: list[str] | None) -
 def _choice_shards(source: Source, split: str, wanted: list[str] | None) -> list[Shard]:
     if source == "sample":
         return [Shard(sample_path("commonsense_train" if split == "train" else "commonsense_heldout"))]
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = local_path(source)
+    if is_folder(path):
         return _folder_shards(path, split, wanted)
-    named = not isinstance(source, Path) and not path.exists()
+    named = not isinstance(source, Path) and not path_exists(source)
     tasks = hub_tasks(source) if named else []
     if tasks:
         if wanted is not None:
@@ -179,7 +180,7 @@ def refuse_unknown(wanted: list[str], known: Collection[str], source: object, ki
 
 def _file_shard(source: Source) -> Shard:
     """Returns a file of the task that its folder or its own name says, else of its folder's name."""
-    path = Path(source).expanduser().absolute()
+    path = local_path(source).absolute()
     words = re.split(r"[_\-. ]", path.stem)
     # arc_easy_train, arc_easy, arc
     beginnings = ["_".join(words[:count]) for count in range(len(words), 0, -1)]

@@ -2,14 +2,43 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
 from moka_pl.data.batching.order import check_order
 from moka_pl.data.batching.samplers import GlobalBatchSampler
-from moka_pl.errors import DataError
+from moka_pl.errors import DataError, one_line
+
+Batch = TypeVar("Batch")
+
+
+def killed_worker(error: BaseException) -> DataError | None:
+    """Returns what a loader's error says if it is that a worker process was killed, else None."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
+        return None
+    return DataError(
+        f"a worker that loads data was killed ({one_line(error)}): probably memory ran out. Lower "
+        "num_workers, or set num_workers: 0"
+    )
+
+
+def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yields what a loader's iterator does; a killed worker is a ``DataError``."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if (killed := killed_worker(error)) is not None:
+            raise killed from error
+        raise
+
+
+class EvalDataLoader(DataLoader[Any]):
+    """A loader that says in one line that a worker was killed."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return watched(super().__iter__())
 
 
 class ResumableDataLoader(DataLoader[Any]):
@@ -77,6 +106,6 @@ class ResumableDataLoader(DataLoader[Any]):
         else:
             # Lightning put in a sampler of its own: the batches have to be loaded to be left out.
             batches = islice(super().__iter__(), start, None)
-        for batch in batches:
+        for batch in watched(batches):
             self._served += 1
             yield batch

@@ -21,13 +21,31 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moka_pl.data.batching.collate import collate_tokens
+from moka_pl.data.batching.loader import watched
 from moka_pl.data.batching.order import check_order
-from moka_pl.data.encoding.examples import SegmentEncoder, nothing_trained
-from moka_pl.data.encoding.report import COUNTED, DROPPED, EncodingReport, count_rows, ignored_fields
+from moka_pl.data.encoding.examples import EncodedRow, Row, SegmentEncoder, nothing_trained, token_row
+from moka_pl.data.encoding.report import (
+    BLANK,
+    COUNTED,
+    DROPPED,
+    EncodingReport,
+    count_rows,
+    ignored_fields,
+    merged,
+)
 from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.data.formats.trees import is_tree_message
-from moka_pl.data.readers import located, stream, suffix_of
-from moka_pl.data.reading import ARROW, Columns, is_local, load_hub, parse_record, rename, without_fill
+from moka_pl.data.readers import described, local_path, located, stream, suffix_of
+from moka_pl.data.reading import (
+    ARROW,
+    Columns,
+    is_blank,
+    is_local,
+    load_hub,
+    parse_record,
+    rename,
+    without_fill,
+)
 from moka_pl.data.sources import Shard
 from moka_pl.data.types import Batch
 from moka_pl.errors import DataError
@@ -70,7 +88,7 @@ class StreamedRecords:
         if not is_local(self.shards[0].source):
             shard = self.shards[0]
             return load_hub(str(shard.source), shard.split, {**shard.options, "streaming": True})
-        files = [str(Path(shard.source).expanduser()) for shard in self.shards]
+        files = [str(local_path(shard.source)) for shard in self.shards]
         order = numpy.random.default_rng([self.seed, epoch]).permutation(len(files))
         return HFIterableDataset.from_generator(_items, gen_kwargs={"files": [files[i] for i in order]})
 
@@ -87,6 +105,8 @@ class StreamedRecords:
                 record = without_fill(record)
         else:
             location, record = f"{shard.source} ({shard.split}), example {number}", without_fill(item)
+        if is_blank(record):
+            return {"location": location, "ignored": merged({BLANK: 1})}
         with located(location):
             record = rename(record, self.columns)
         if is_tree_message(record):
@@ -174,6 +194,9 @@ class StreamedBatches(IterableDataset[Served]):
         except DataError as error:
             # As an exception it would come out of a worker process with a traceback for a message.
             yield Served("error", worker, message=str(error))
+        except Exception as error:
+            names = ", ".join(str(shard.source) for shard in self.records.shards)
+            yield Served("error", worker, message=f"{names} cannot be streamed ({described(error)})")
         while True:
             yield Served("done", worker)
 
@@ -207,7 +230,7 @@ class StreamedBatches(IterableDataset[Served]):
         """This rank's batches of a block, equally many on all ranks."""
         random = numpy.random.default_rng([self.seed, self.epoch, worker, block])
         order = random.permutation(len(rows))
-        encoded = [self.encoder(rows[index]) for index in order[self.rank :: self.world]]
+        encoded = [self._encode(rows[index]) for index in order[self.rank :: self.world]]
         kept = [row for row in encoded if row["status"] != DROPPED]
         if self.bucket:
             kept.sort(key=lambda row: row["length"])
@@ -224,6 +247,10 @@ class StreamedBatches(IterableDataset[Served]):
         numbers = {name: [row[name] for row in encoded] for name in COUNTED}
         report = count_rows(numbers, [row.get("ignored", "") for row in encoded])
         return [batches[index] for index in random.permutation(count)], report
+
+    def _encode(self, row: Row) -> EncodedRow:
+        blank = "messages" not in row
+        return token_row([], [], 0) | {"ignored": row["ignored"]} if blank else self.encoder(row)
 
 
 class StreamLoader(DataLoader[Any]):
@@ -327,7 +354,7 @@ class StreamLoader(DataLoader[Any]):
         self.stream.epoch, self.stream.start, self.stream.turn = self._epoch, self._workers, self._turn
         workers = max(1, self.num_workers)
         done: set[int] = set()
-        for item in super().__iter__():
+        for item in watched(super().__iter__()):
             if item.kind == "error":
                 raise DataError(item.message)
             if item.kind == "done":
