@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import DataError, MokaError
@@ -114,7 +115,14 @@ def conversation(row: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -
         for message, others in zip(messages, further, strict=True)
     ]
     trained = [message["trained"] for message in messages]
-    chat = Chat(tokenizer, row["location"], turns, trained, more.get("options") or {})
+    options = more.get("options") or {}
+    own = signature(tokenizer.apply_chat_template).parameters.keys() if options else ()
+    if taken := next((name for name in options if name in own and name not in ("tools", "documents")), None):
+        raise DataError(
+            f"{row['location']}: field 'chat_template_kwargs' holds {taken!r}, which is no option of a "
+            "template. Take it out of the row"
+        )
+    chat = Chat(tokenizer, row["location"], turns, trained, options)
     if any(turn["content"] is None for turn in turns):
         turns[:] = _with_content(chat)
     if any(_arguments(turns)):

@@ -145,6 +145,9 @@ def test_options_of_the_template(tiny_tokenizer):
     one = row(user("a"), answer("b"), chat_template_kwargs={"thinking": "on", "loud": True})
     assert conversation(one, tiny_tokenizer).render().endswith("on")
     assert left_out(one, tiny_tokenizer) == {"loud": 1}
+    one = row(user("a"), answer("b"), chat_template_kwargs={"chat_template": "{{ 1 }}"})
+    with pytest.raises(DataError, match="line 1: field 'chat_template_kwargs' holds 'chat_template'"):
+        chat(one, tiny_tokenizer)
 
 
 def test_empty_answers(tools_tokenizer):
