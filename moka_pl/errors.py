@@ -1,5 +1,6 @@
 """Errors that a user can fix; the command line prints them without a traceback."""
 
+import errno
 import sys
 from typing import ClassVar, NoReturn
 
@@ -58,6 +59,41 @@ def one_line(error: BaseException) -> str:
     Nothing is cut off: such messages often end with the remedy.
     """
     return " ".join(str(error).split()) or type(error).__name__
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose a folder on another disk",
+    errno.EDQUOT: "free some of your quota, or choose a folder on another disk",
+    errno.EROFS: "choose a folder on a disk that can be written to",
+    errno.EACCES: "choose a place that you have the permission for",
+    errno.EPERM: "choose a place that you have the permission for",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the path; the folder may have been deleted meanwhile",
+    errno.ENOTDIR: "choose a path below a folder, not below a file",
+    errno.EISDIR: "give a file, not a folder",
+    errno.EEXIST: "choose another path",
+    errno.EIO: "the disk or its connection fails; check the system's log",
+    errno.ESTALE: "the network file system has lost it; try again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or lower --data.init_args.num_workers",
+    errno.ENFILE: "the system has too many open files; end other programs",
+    errno.ENOMEM: "end other programs, or lower batch sizes",
+}
+
+
+def system_failure(error: BaseException) -> str | None:
+    """Returns one line for what the operating system refused, with a remedy; None for other errors."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # Connections that break have libraries' own messages; a pipe's end is no failure.
+        if isinstance(cause, OSError) and not isinstance(cause, ConnectionError) and cause.errno is not None:
+            break
+        cause = cause.__cause__
+    else:
+        return None
+    paths = [str(path) for path in (cause.filename, cause.filename2) if path is not None]
+    reason = cause.strerror or one_line(cause)
+    remedy = _REMEDIES.get(cause.errno)
+    return " -> ".join(paths) + (": " if paths else "") + reason + (f"; {remedy}" if remedy else "")
 
 
 def end_interrupted(kept: str = "") -> NoReturn:

@@ -44,7 +44,8 @@ def unwritable_reason(folder: Path) -> str | None:
     """Makes a folder and returns why no file can be written there, or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk may still have room for a name
     except OSError as error:
         return error.strerror or str(error)
     return None

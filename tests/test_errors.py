@@ -1,6 +1,8 @@
 """Messages of other libraries, put into ours."""
 
-from moka_pl.errors import one_line
+import errno
+
+from moka_pl.errors import one_line, system_failure
 
 
 def test_a_message_is_never_cut_before_its_end() -> None:
@@ -11,3 +13,18 @@ def test_a_message_is_never_cut_before_its_end() -> None:
 
 def test_an_error_without_a_message_has_its_type() -> None:
     assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+
+
+def test_failures_of_the_system_are_one_line_with_a_remedy():
+    full = OSError(errno.ENOSPC, "No space left on device", "a/b")
+    assert system_failure(full) == (
+        "a/b: No space left on device; free some space, or choose a folder on another disk"
+    )
+    wrapped = RuntimeError("saving failed")
+    wrapped.__cause__ = PermissionError(errno.EACCES, "Permission denied", "a", None, "b")
+    assert system_failure(wrapped) == (
+        "a -> b: Permission denied; choose a place that you have the permission for"
+    )
+    assert "ulimit -n" in str(system_failure(OSError(errno.EMFILE, "Too many open files")))
+    for other in (RuntimeError("no"), OSError("no number"), ConnectionResetError(errno.ECONNRESET, "reset")):
+        assert system_failure(other) is None

@@ -6,6 +6,7 @@ from shlex import quote
 from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from moka_pl.backbone.quantization import weight_count
 from moka_pl.callbacks.checkpoints import AdapterCheckpoint, is_trial, validation_name
@@ -52,7 +53,8 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table."""
-        log_dir = trainer.log_dir  # on every rank: Lightning broadcasts it
+        # On every rank: Lightning broadcasts it. Without a logger it would be the current folder.
+        log_dir = trainer.log_dir if trainer.loggers else None
         if trainer.is_global_zero and not is_trial(trainer) and not trainer.interrupted:
             assert isinstance(pl_module, MokaModule)
             print(summary_text(trainer, pl_module, self.before, log_dir))
@@ -72,17 +74,21 @@ def summary_text(
     lines = _comparison(pl_module, before, trainer.global_step)
     facts = _facts(trainer, pl_module)
     checkpoint = _callback(trainer, AdapterCheckpoint)
-    paths = {"best": checkpoint.best_path, "last": checkpoint.last_path} if checkpoint is not None else {}
-    facts |= {f"{name} adapter": str(path) for name, path in paths.items() if path is not None}
-    if log_dir:
+    saved = {"best": checkpoint.best_path, "last": checkpoint.last_path} if checkpoint is not None else {}
+    paths = {name: path for name, path in saved.items() if path is not None and path.exists()}
+    facts |= {f"{name} adapter": str(path) for name, path in paths.items()}
+    following = []
+    if log_dir and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
         facts["TensorBoard logs"] = log_dir
-    lines += ["", *(f"{name:<22}{value}" for name, value in facts.items()), "", "Next:"]
-    if log_dir:
-        lines.append(f"  tensorboard --logdir {quote(str(Path(log_dir).parent))}")
+        following.append(f"  tensorboard --logdir {quote(str(Path(log_dir).parent))}")
+    elif log_dir:
+        facts["logs"] = log_dir
     if adapter := paths.get("best") or paths.get("last"):
         program = f"{Path(sys.executable).name} -m moka_pl"
-        lines.append(f"  {program} inspect {quote(str(adapter))}")
-        lines.append(f"  {program} generate {quote(str(adapter))} 'Why does bread rise?'")
+        following.append(f"  {program} inspect {quote(str(adapter))}")
+        following.append(f"  {program} generate {quote(str(adapter))} 'Why does bread rise?'")
+    lines += ["", *(f"{name:<22}{value}" for name, value in facts.items())]
+    lines += ["", "Next:", *following] if following else []
     rule = "-" * 64
     return "\n".join(["", rule, *lines, rule])
 

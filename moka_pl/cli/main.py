@@ -17,7 +17,7 @@ from moka_pl.cli.configs import configs
 from moka_pl.cli.evaluate import evaluate
 from moka_pl.cli.generate import generate
 from moka_pl.cli.inspect import inspect
-from moka_pl.errors import ConfigError, MokaError, end_interrupted
+from moka_pl.errors import ConfigError, MokaError, end_interrupted, system_failure
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -106,6 +106,11 @@ def _run(args: Sequence[str] | None) -> None:
     except MokaError as error:
         print(f"moka_pl: error: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except Exception as error:
+        if (message := system_failure(error)) is None:
+            raise
+        print(f"moka_pl: error: {message}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:  # outside of training, which sees to its own
         end_interrupted()
 

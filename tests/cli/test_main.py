@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -356,6 +357,22 @@ def test_ctrl_c_outside_of_training_ends_in_one_line(cli, capsys, monkeypatch):
         cli("fit")
     assert end.value.code == 130
     assert capsys.readouterr().err.split() == ["interrupted"]
+
+
+@pytest.mark.parametrize("command", ["fit", "inspect"])
+def test_what_the_system_refuses_ends_in_one_line(cli, capsys, monkeypatch, command):
+    def fail(*arguments, **options):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", "some/file")
+
+    monkeypatch.setattr("moka_pl.cli.lightning.run", fail)
+    monkeypatch.setattr("moka_pl.adapters.directory.read_adapter", fail)
+    with pytest.raises(SystemExit) as end:
+        cli(command, *(["adapter"] if command == "inspect" else []))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "moka_pl: error: some/file: Disk quota exceeded; free some of your quota, or choose a folder on another "
+        "disk\n"
+    )
 
 
 def test_without_a_logger_the_users_config_here_stays(cli, config):

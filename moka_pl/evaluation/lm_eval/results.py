@@ -1,5 +1,6 @@
 """What an evaluation leaves: a JSON file as lm_eval writes it, with what was evaluated, and a table."""
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from moka_pl.adapters.reading import WEIGHTS_NAME
 from moka_pl.errors import ConfigError
 from moka_pl.utils import unwritable_reason
 from moka_pl.version import __version__
+
+#: The file is written under its name with a few characters more, and most systems take 255.
+_LONGEST_NAME = 240
 
 _LIBRARIES = ("lm_eval", "torch", "transformers", "bitsandbytes", "datasets")
 
@@ -31,7 +35,10 @@ def results_path(output: Path | None, folder: Path) -> Path:
     path = output.expanduser() if output is not None else folder
     if output is None or path.is_dir():
         path = path / f"results_{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}.json"
-    if (reason := unwritable_reason(path.parent)) is not None:
+    reason = unwritable_reason(path.parent)
+    if reason is None and len(os.fsencode(path.name)) > _LONGEST_NAME:
+        reason = os.strerror(errno.ENAMETOOLONG)
+    if reason is not None:
         raise ConfigError(f"cannot write results to {path}: {reason}. Choose another file with --output")
     return path
 
