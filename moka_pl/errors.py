@@ -53,6 +53,10 @@ class NonFiniteError(MokaError):
         self.usable = usable
 
 
+class MokaWarning(UserWarning):
+    """Something that a user should know, and that stops nothing; the command line prints it in one line."""
+
+
 def one_line(error: BaseException) -> str:
     """The whole message of another library's error in one line; its type where it has none.
 

@@ -13,7 +13,7 @@ from moka_pl.adapters import load_adapter, read_adapter
 from moka_pl.adapters.reading import CONFIG_NAME
 from moka_pl.backbone import Backbone, BackboneConfig, fingerprint, load_backbone
 from moka_pl.backbone.quantization import QuantisedError
-from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.errors import AdapterError, ConfigError, MokaWarning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def load_model(
         ) from error
     loaded = load_base(config, device)
     for note in loaded.notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, MokaWarning, stacklevel=2)
     load_adapter(loaded.model, path, fingerprint(loaded.model))
     loaded.model.config.use_cache = True
     return loaded.model.eval(), loaded.tokenizer

@@ -74,47 +74,16 @@ def check_numbers(config: Mapping[str, Any], name: str) -> None:
             )
 
 
-def weight_bytes(folder: Path) -> int | None:
-    """Returns the size of a folder's weight files; None where it has none.
-
-    Raises:
-        BackboneError: If one is damaged, or holds whole or complex numbers for a weight.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    files = [file for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                kinds = {name: str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise BackboneError(
-                f"{folder} cannot be loaded: {file.name} is damaged ({one_line(error)}). Copy the model again"
-            ) from error
-        for name, kind in kinds.items():
-            if name.endswith("weight") and kind.startswith("C"):
-                raise BackboneError(f"{folder} cannot be loaded: {name} in {file.name} has dtype {kind}")
-    return sum(file.stat().st_size for file in [*files, *folder.glob("*.bin")]) or None
-
-
-def check_size(
-    model: "PreTrainedModel", name: str, weights: int | None, device: torch.device, bits: float
-) -> None:
-    """Refuses a model that its weight files cannot hold, or that memory cannot.
+def check_size(model: "PreTrainedModel", name: str, device: torch.device, bits: int) -> None:
+    """Refuses a model that memory cannot hold.
 
     Args:
         model: The model, on the meta device.
         name: Its name, for messages.
-        weights: Bytes of its weight files; None where they are not here.
         device: Where it is to go.
         bits: Fewest bits that one of its parameters takes there.
     """
     parameters, buffered = (sum(t.numel() for t in ts) for ts in (model.parameters(), model.buffers()))
-    if weights is not None and parameters > 4 * weights:
-        raise BackboneError(
-            f"{name} cannot be loaded: config.json describes {parameters:,} parameters, but the weight files "
-            f"have {weights:,} bytes; copy the model again"
-        )
     if buffered > _MOST_BUFFERED:
         raise BackboneError(
             f"{name} cannot be loaded: config.json asks for {buffered:,} numbers beside the parameters; copy "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moka_pl.backbone.quantization import NF4_LEVELS, relative_entries, storage_of, weight_count
-from moka_pl.errors import AdapterError
+from moka_pl.errors import AdapterError, MokaWarning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,6 +84,7 @@ def check_samples(stored: str, current: str, source: str, base: str) -> None:
         warnings.warn(
             f"{source} has no comparable samples of its base's weights (it was saved by another version): "
             "only the embeddings were compared",
+            MokaWarning,
             stacklevel=3,
         )
     elif found.different:

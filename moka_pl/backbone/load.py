@@ -1,8 +1,7 @@
 """Builds the frozen base model and its tokenizer from a configuration."""
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,26 +13,28 @@ from moka_pl.backbone.checks import (
     check_numbers,
     check_size,
     check_tokens,
-    weight_bytes,
 )
 from moka_pl.backbone.config import BackboneConfig
+from moka_pl.backbone.description import Description, build_empty, describe
 from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.hub import reach_model
 from moka_pl.backbone.loading import cache_root, loading, progress_bars
 from moka_pl.backbone.quantization import (
-    QuantisedError,
     import_quantiser,
     keep_weights,
     loading_options,
-    stored_quantization,
 )
-from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model, shape_config
+from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model
 from moka_pl.backbone.smollm2 import SHORT_NAME, bundled_gguf
-from moka_pl.errors import BackboneError, one_line
+from moka_pl.errors import BackboneError
 from moka_pl.prompts.ends import open_prompts, stop_at_ends
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+#: A layer's number in the name of a tensor.
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass
@@ -81,13 +82,15 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     if config.quantization != "none":
         import_quantiser()
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
-    described = _describe(config)
-    config, notes = described.settle(config)
-    empty, config = _build_empty(described.shape, config, dtype, notes)
     random = config.weights == "random"
-    check_tokens(tokenizer, described.shape, _rows(empty), config.name, random)
-    bits = 8 * dtype.itemsize if config.quantization == "none" else 4
-    check_size(empty, config.name, described.bytes, device, bits)
+    with loading(config.name):
+        described = describe(config, {} if random else _location(config))
+        config, notes = described.settle(config)
+        empty, config = build_empty(described.shape, config, dtype, notes)
+        check_tokens(tokenizer, described.shape, _rows(empty), config.name, random)
+        if described.files is not None:
+            described.files.check(empty, config.name, quantised=described.quantization is not None)
+        check_size(empty, config.name, device, 4 if config.quantization != "none" else 8 * dtype.itemsize)
     if random:
         with loading(config.name):
             model = random_model(config, empty, dtype, device)
@@ -123,102 +126,6 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-@dataclass
-class _Description:
-    """A model before it is loaded.
-
-    Attributes:
-        shape: Its configuration.
-        location: Where transformers finds its weights; empty for random ones.
-        bytes: Size of its weight files; None where they are not here.
-    """
-
-    shape: "PretrainedConfig"
-    location: dict[str, Any]
-    bytes: int | None
-
-    def settle(self, config: BackboneConfig) -> tuple[BackboneConfig, list[str]]:
-        """Returns the options that apply to this model, and what there is to say of them."""
-        notes = []
-        for shape in (self.shape, self.shape.get_text_config()):
-            if getattr(shape, "output_router_logits", False):
-                shape.output_router_logits = False
-                notes.append(f"{config.name}: the auxiliary loss of its router is not part of the loss here")
-        stored = getattr(self.shape, "quantization_config", None)
-        if not stored:
-            return config, notes
-        kind, double = stored_quantization(stored, config.name)
-        if kind != config.quantization:
-            raise QuantisedError(config.name, kind, config.quantization)
-        notes.append(f"{config.name} is quantised already: {kind}, as its checkpoint says")
-        return replace(config, quantization=kind, double_quantization=double), notes
-
-
-def _describe(config: BackboneConfig) -> _Description:
-    """Reads the configuration of a model."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    if config.weights == "random":
-        shape, location, size = shape_config(config.name), {}, None
-        if hasattr(shape, "quantization_config"):
-            del shape.quantization_config  # random weights are quantised as the options say
-    else:
-        location = _location(config)
-        folder = Path(location["pretrained_model_name_or_path"])
-        size = weight_bytes(folder) if folder.is_dir() else None
-        with loading(config.name):
-            shape = AutoConfig.from_pretrained(**location, trust_remote_code=False)
-    if type(shape) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BackboneError(
-            f"{config.name} cannot be loaded: transformers has no AutoModelForCausalLM of model_type "
-            f"{shape.model_type!r}; give a causal language model"
-        )
-    return _Description(shape, location, size)
-
-
-def _build_empty(
-    shape: "PretrainedConfig", config: BackboneConfig, dtype: torch.dtype, notes: list[str]
-) -> tuple["PreTrainedModel", BackboneConfig]:
-    """Builds the model without memory for its weights, with an attention that it supports.
-
-    Raises:
-        BackboneError: If the attention is not supported; instead of ``sdpa`` a model may get ``eager``.
-    """
-    from transformers import AutoModelForCausalLM
-
-    shape = copy.deepcopy(shape)
-    if hasattr(shape, "quantization_config"):
-        del shape.quantization_config
-
-    def build(attention: str) -> "PreTrainedModel":
-        options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-        with torch.device("meta"):
-            return cast("PreTrainedModel", AutoModelForCausalLM.from_config(shape, **options))
-
-    with loading(config.name):
-        try:
-            return build(config.attention), config
-        except (ValueError, ImportError) as error:
-            works = next((other for other in ("sdpa", "eager") if _works(build, other)), None)
-            if works is None:  # it is not the attention
-                raise
-            if config.attention != "sdpa":
-                raise BackboneError(
-                    f"{config.name} cannot be loaded: {one_line(error).rstrip('. ')}; set "
-                    f"--model.backbone.attention {works}"
-                ) from error
-    notes.append(f"{config.name} does not support attention sdpa; it computes with {works}")
-    return build(works), replace(config, attention=cast(Any, works))
-
-
-def _works(build: Callable[[str], Any], attention: str) -> bool:
-    try:
-        build(attention)
-    except (ValueError, ImportError):
-        return False
-    return True
-
-
 def _rows(model: "PreTrainedModel") -> int:
     """Number of tokens that the model has both an embedding and a logit of."""
     heads = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -227,7 +134,7 @@ def _rows(model: "PreTrainedModel") -> int:
 
 def _pretrained(
     config: BackboneConfig,
-    described: _Description,
+    described: Description,
     dtype: torch.dtype,
     device: torch.device,
     notes: list[str],
@@ -244,11 +151,11 @@ def _pretrained(
         "output_loading_info": True,
         "trust_remote_code": False,
     }
-    if stored := getattr(shape, "quantization_config", None):
+    if stored := described.quantization:
         shape.quantization_config = {**stored, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     else:
         options |= loading_options(config.quantization, config.double_quantization, dtype)
-    folder = described.bytes is not None  # nothing to download: no bar needed
+    folder = described.files is not None  # nothing to download: no bar needed
     with loading(config.name), progress_bars(show=not folder):
         model, info = AutoModelForCausalLM.from_pretrained(**options)
     if info["missing_keys"]:
@@ -258,6 +165,12 @@ def _pretrained(
             f"(first {min(info['missing_keys'])}). Copy the model again"
         )
     if unused := info["unexpected_keys"]:
+        parts = {_NUMBER.sub(".*.", key) for key in model.state_dict()}
+        if cut := [key for key in unused if _NUMBER.sub(".*.", key) in parts]:
+            raise BackboneError(
+                f"{config.name} cannot be loaded: its weight files hold layers that config.json leaves out "
+                f"(first {min(cut)}). Copy the model again"
+            )
         notes.append(
             f"{config.name}: {len(unused)} tensors of its weight files are no part of the model that its "
             f"config.json describes, and are not used (first {min(unused)})"

@@ -9,6 +9,7 @@ import argparse
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, NoReturn
@@ -17,7 +18,7 @@ from moka_pl.cli.configs import configs
 from moka_pl.cli.evaluate import evaluate
 from moka_pl.cli.generate import generate
 from moka_pl.cli.inspect import inspect
-from moka_pl.errors import ConfigError, MokaError, end_interrupted, system_failure
+from moka_pl.errors import ConfigError, MokaError, MokaWarning, end_interrupted, system_failure
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -37,6 +38,9 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "configs": configs,
 }
+
+#: How warnings are formatted without us.
+_formatted = warnings.formatwarning
 
 _STDOUT = 1
 #: The status that a shell reports of programs that, unlike Python, are ended by writing to a closed pipe.
@@ -85,6 +89,7 @@ def function_parser(name: str) -> "ArgumentParser":
 def _run(args: Sequence[str] | None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else ""
+    warnings.formatwarning = _format_warning
     # Threads of tokenisation and of data loading workers would otherwise warn about each other.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -113,6 +118,15 @@ def _run(args: Sequence[str] | None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:  # outside of training, which sees to its own
         end_interrupted()
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Formats our own warnings without the place in the code, and those of others as ever."""
+    if issubclass(category, MokaWarning):
+        return f"moka_pl: warning: {message}\n"
+    return _formatted(message, category, filename, lineno, line)
 
 
 def _print_help() -> NoReturn:

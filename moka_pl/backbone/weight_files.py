@@ -1,0 +1,93 @@
+"""Weight files, which are compared with the model that ``config.json`` describes before any is read."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from moka_pl.errors import BackboneError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+        file: Name of the file.
+        dtype: As safetensors calls it.
+        shape: Its sizes.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class WeightFiles(NamedTuple):
+    """The weight files of a folder.
+
+    Attributes:
+        size: Their bytes.
+        tensors: What safetensors files hold, by name; none of other files.
+    """
+
+    size: int
+    tensors: dict[str, Stored]
+
+    def check(self, model: "PreTrainedModel", name: str, quantised: bool) -> None:
+        """Refuses files that do not hold the model.
+
+        Args:
+            model: The model, on the meta device.
+            name: Its name, for messages.
+            quantised: Whether the files hold quantised weights, whose sizes and dtypes are others.
+
+        Raises:
+            BackboneError: Naming the first tensor that does not fit.
+        """
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if parameters > 4 * self.size:
+            raise BackboneError(
+                f"{name} cannot be loaded: config.json describes {parameters:,} parameters, but the weight "
+                f"files have {self.size:,} bytes; copy the model again"
+            )
+        for key, parameter in () if quantised else model.named_parameters():
+            stored = self.tensors.get(key)
+            if stored is None:
+                continue
+            if stored.shape != tuple(parameter.shape):
+                raise BackboneError(
+                    f"{name} cannot be loaded: {key} is {stored.shape} in {stored.file}, but "
+                    f"{tuple(parameter.shape)} by config.json; copy the model again"
+                )
+            if stored.dtype not in _FLOATS:
+                raise BackboneError(
+                    f"{name} cannot be loaded: {key} in {stored.file} has the dtype {stored.dtype}, but "
+                    "config.json names no quantisation; copy the model again"
+                )
+
+
+def read_weight_files(folder: Path) -> WeightFiles | None:
+    """Reads the heads of a folder's weight files; None where it has none.
+
+    Raises:
+        BackboneError: If one is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
+    tensors = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    part = opened.get_slice(name)
+                    tensors[name] = Stored(file.name, str(part.get_dtype()), tuple(part.get_shape()))
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise BackboneError(
+                f"{folder} cannot be loaded: {file.name} is damaged ({one_line(error)}). Copy the model again"
+            ) from error
+    size = sum(file.stat().st_size for file in [*files, *folder.glob("*.bin")])
+    return WeightFiles(size, tensors) if size else None
