@@ -365,6 +365,7 @@ class SplitDataModule(MokaDataModule):
 
     def _split_rows(self, split: str) -> "Dataset | None":
         """The checked rows of a split; None if there are none."""
+        train = self._shards("train") if split == "train" else None
         held = self._shards("validation" if split == "validation" and not self.separate_test else "test")
         part = 0 if split == "train" else 1
         # Training data are asked for only where they are needed: a folder of tests can be evaluated on.
@@ -372,7 +373,7 @@ class SplitDataModule(MokaDataModule):
             return self._read_all(held)
         if split != "train" and not self.separate_test and (self.streaming or self.validation_share == 0):
             return None
-        rows = self._read_all(self._shards("train"))
+        rows = self._read_all(self._shards("train") if train is None else train)
         if self.separate_test:
             rows, tests = (rows, None) if held else self._hold_out_test(rows)
             return tests if split == "test" else self._hold_out(rows)[part]

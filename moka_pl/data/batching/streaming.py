@@ -106,7 +106,7 @@ class StreamedRecords:
         else:
             location, record = f"{shard.source} ({shard.split}), example {number}", without_fill(item)
         if is_blank(record):
-            return {"location": location, "ignored": merged({BLANK: 1})}
+            return {"location": location, "ignored": merged({BLANK: 1}), "blank": True}
         with located(location):
             record = rename(record, self.columns)
         if is_tree_message(record):
@@ -249,8 +249,9 @@ class StreamedBatches(IterableDataset[Served]):
         return [batches[index] for index in random.permutation(count)], report
 
     def _encode(self, row: Row) -> EncodedRow:
-        blank = "messages" not in row
-        return token_row([], [], 0) | {"ignored": row["ignored"]} if blank else self.encoder(row)
+        if "blank" in row:
+            return token_row([], [], 0) | {"ignored": row["ignored"]}
+        return self.encoder(row)
 
 
 class StreamLoader(DataLoader[Any]):
