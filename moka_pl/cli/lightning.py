@@ -36,6 +36,7 @@ from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.training.checkpoint import find_last
 from moka_pl.training.checkpoint_files import read_checkpoint
 from moka_pl.training.module import MokaModule
+from moka_pl.training.preflight import check_options
 from moka_pl.training.trial_optimizer import check_learns
 from moka_pl.utils import make_folder
 
@@ -187,6 +188,8 @@ class MokaCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Resolves ``ckpt_path: last`` to the newest run of the same name, and continues its logs."""
         config = self._options(self.config)
+        if self.config.get("subcommand") == "fit":
+            check_options(vars(config.trainer))
         if "weights_only" in config:
             config.weights_only = True  # nothing is unpickled from a path that the user gives
         if "verbose" in config:

@@ -17,6 +17,7 @@ _LEAST = {
     "max_epochs": -1,
     "max_steps": -1,
     "num_nodes": 1,
+    "num_sanity_val_steps": -1,
     "val_check_interval": 0,
 }
 #: Of these, values with which nothing would be trained or checked.
@@ -54,7 +55,9 @@ def check_trainer(trainer: Trainer) -> None:
         return
     limit = trainer.limit_train_batches
     if isinstance(limit, float) and 0 < limit < 1 and data.epoch_length() == 0:
-        raise ConfigError(f"trainer.limit_train_batches {limit:g} of an epoch is less than one batch; raise it")
+        raise ConfigError(
+            f"trainer.limit_train_batches {limit:g} of an epoch is less than one batch; raise it"
+        )
     if not isinstance(interval, int) or interval == 1 or trainer.check_val_every_n_epoch is None:
         return
     if trainer.limit_val_batches == 0:
