@@ -32,6 +32,7 @@ SPEAKERS = {
 WEIGHTS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
 """Fields of a message that say whether it is trained: 0 or false, 1 or true."""
 
+_SPELLINGS = {"role", "content", "from", "value"}
 _CALLS = ("function_call", "tool_call")
 _REFUSED = {
     "mask": "It may be meant either way",
@@ -127,6 +128,8 @@ def _message(value: object, field: str, ignored: Counter[str]) -> Message:
     held: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
     sharegpt = "role" not in held and ("from" in held or field.startswith("conversations"))
     keys = ("from", "value") if sharegpt else ("role", "content")
+    if keys[1] not in held and (other := "content" if sharegpt else "value") in held:
+        keys = (keys[0], other)
     if not isinstance(value, Mapping):
         raise DataError(f"field {field!r} must be an object with {' and '.join(keys)}, found {show(value)}")
     for name, reason in _REFUSED.items():
@@ -136,11 +139,9 @@ def _message(value: object, field: str, ignored: Counter[str]) -> Message:
                 "are not to be trained"
             )
     role, speaker = _role(value, keys[0], field)
-    more = {
-        name: item
-        for name, item in value.items()
-        if name not in (*keys, *WEIGHTS, *_REFUSED) and not is_empty(item)
-    }
+    more = {n: v for n, v in value.items() if n not in (*keys, *WEIGHTS, *_REFUSED) and not is_empty(v)}
+    for name in _SPELLINGS & more.keys():
+        ignored[f"messages[].{name}"] += bool(more.pop(name))
     content = value.get(keys[1])
     if "tool_calls" in more:
         more["tool_calls"] = _listed(more["tool_calls"], f"{field}.tool_calls")
