@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from moka_pl.backbone.gguf_tokenizer import check_tokenizer, read_metadata, set_special_tokens
 from moka_pl.backbone.loading import loading, progress_bars, writable
 from moka_pl.errors import BackboneError
 from moka_pl.utils import replaced_folder
@@ -15,16 +17,21 @@ _LAYOUT = 2  # raise when a conversion of the same file would come out different
 def convert_gguf(file: Path, cache: Path) -> Path:
     """Dequantises a GGUF file into a folder of float32 safetensors, configuration and tokenizer.
 
-    The folder lies in ``cache``, named after the file and its size and time. Several processes may convert at
-    once; one does the work.
+    The folder lies in ``cache``, named after the file and its size and time, and after the versions of what
+    converts it: another one may read a file differently. Several processes may convert at once; one does the
+    work. The tokenizer is compared with what the file says about it.
 
     Raises:
-        BackboneError: If the file is missing or cannot be read, or the ``gguf`` package is absent.
+        BackboneError: If the file is missing or cannot be read, the ``gguf`` package is absent, or the
+            tokenizer comes out as another one.
     """
     if not file.is_file():
         raise BackboneError(f"{file}: no such GGUF file")
     status = file.stat()
-    key = hashlib.sha256(f"{_LAYOUT} {file.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    converters = " ".join(f"{name} {_version(name)}" for name in ("transformers", "gguf", "tokenizers"))
+    key = hashlib.sha256(
+        f"{_LAYOUT} {converters} {file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()
+    )
     target = cache / "converted" / f"{file.stem}-{key.hexdigest()[:12]}"
     if target.is_dir():
         return target
@@ -51,6 +58,8 @@ def _convert(file: Path, target: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32
             )
+            metadata = read_metadata(file)
+            set_special_tokens(tokenizer, model, metadata)
         # The weights are plain float32 now; with the GGUF entry transformers would refuse to save them.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -58,6 +67,8 @@ def _convert(file: Path, target: Path) -> None:
         with replaced_folder(target) as new:
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
+            with loading(str(file)):
+                check_tokenizer(AutoTokenizer.from_pretrained(new), metadata, file)
             _drop_unknown_tokens(new / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
 
 
@@ -67,3 +78,10 @@ def _drop_unknown_tokens(file: Path, rows: int) -> None:
         content = json.loads(file.read_text(encoding="utf-8"))
         content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]
         file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

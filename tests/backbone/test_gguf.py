@@ -1,16 +1,22 @@
 """GGUF files: converted once, whole or not at all."""
 
+import json
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from moka_pl.backbone import BackboneConfig, gguf, load_backbone
+from moka_pl.backbone import BackboneConfig, gguf, gguf_tokenizer, load_backbone
 from moka_pl.backbone.gguf import convert_gguf
+from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import BackboneError
 
 
@@ -109,3 +115,76 @@ def test_an_interrupted_conversion_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         convert_gguf(gguf_file, cache)
     assert not converted(cache)
+
+
+def reads_as(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has transformers read tokenizers of GGUF files otherwise."""
+    original = AutoTokenizer.from_pretrained
+
+    def read(*args: object, **options: object) -> object:
+        tokenizer = original(*args, **options)
+        return change(tokenizer) if "gguf_file" in options else tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
+
+
+def test_special_tokens_are_those_of_the_file(
+    gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def confused(tokenizer: Any) -> Any:
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", None
+        return tokenizer
+
+    reads_as(confused, monkeypatch)
+    loaded = load_backbone(BackboneConfig(str(gguf_file), quantization="none"))
+    tokenizer, generation = loaded.tokenizer, loaded.model.generation_config
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 0)
+    assert (loaded.model.config.eos_token_id, generation.eos_token_id) == (1, 1)
+
+
+def _swapped(tokenizer: Any) -> Any:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+
+
+def _with_bos(tokenizer: Any) -> Any:
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=["<|im_start|>", "$A"], special_tokens=[("<|im_start|>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_swapped, r"2 tokens differ \(token \d+ is '[ab]', in the file '[ab]'\)"),
+        (_with_bos, "it adds a beginning-of-sequence token, unlike the file"),
+        (lambda tokenizer: byte_tokenizer(), "it has 260 tokens, the file 261"),
+    ],
+)
+def test_a_tokenizer_that_comes_out_as_another_is_refused(
+    change: Callable[[Any], Any], reason: str, gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = gguf_tokenizer.read_metadata(gguf_file) | {"add_bos_token": False}
+    monkeypatch.setattr(gguf, "read_metadata", lambda file: metadata)
+    reads_as(change, monkeypatch)
+    with pytest.raises(
+        BackboneError, match=rf"tiny\.gguf cannot be used: transformers .* wrongly: {reason}\. Install"
+    ):
+        convert_gguf(gguf_file, cache)
+    assert not converted(cache)
+
+
+@pytest.mark.parametrize("package", ["transformers", "gguf", "tokenizers"])
+def test_another_version_of_a_converter_converts_anew(
+    package: str, gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf, "_convert", lambda file, target: target.mkdir())
+    first = convert_gguf(gguf_file, cache)
+    assert convert_gguf(gguf_file, cache) == first
+    known = gguf._version
+    monkeypatch.setattr(gguf, "_version", lambda name: "0.0.1" if name == package else known(name))
+    assert convert_gguf(gguf_file, cache) != first
