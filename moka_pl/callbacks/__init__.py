@@ -2,6 +2,7 @@
 
 from moka_pl.callbacks.checkpoints import AdapterCheckpoint, RunCheckpoint
 from moka_pl.callbacks.evaluation import EvaluationTable
+from moka_pl.callbacks.example import ExamplePrinter
 from moka_pl.callbacks.gates import GateMonitor
 from moka_pl.callbacks.interrupt import GracefulInterrupt
 from moka_pl.callbacks.monitors import MonitorCheck
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterCheckpoint",
     "BatchStatistics",
     "EvaluationTable",
+    "ExamplePrinter",
     "GateMonitor",
     "GracefulInterrupt",
     "MonitorCheck",

@@ -17,6 +17,7 @@ from moka_pl.callbacks import (
     AdapterCheckpoint,
     BatchStatistics,
     EvaluationTable,
+    ExamplePrinter,
     GateMonitor,
     GracefulInterrupt,
     MonitorCheck,
@@ -47,7 +48,12 @@ _LOGGER = {
 
 
 #: Callbacks with options of their own, by the options' names.
-_CALLBACKS = {"gates": GateMonitor, "adapters": AdapterCheckpoint, "checkpoint": RunCheckpoint}
+_CALLBACKS = {
+    "gates": GateMonitor,
+    "adapters": AdapterCheckpoint,
+    "checkpoint": RunCheckpoint,
+    "example": ExamplePrinter,
+}
 
 
 def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "MokaCLI":
