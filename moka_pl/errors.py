@@ -100,6 +100,11 @@ def system_failure(error: BaseException) -> str | None:
     return " -> ".join(paths) + (": " if paths else "") + reason + (f"; {remedy}" if remedy else "")
 
 
+def printable(text: str) -> str:
+    """The text with whatever a terminal would act upon, or cannot show, written out as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def end_interrupted(kept: str = "") -> NoReturn:
     """Ends the process after Ctrl-C with one line that says what was saved, and where."""
     print(f"\ninterrupted{'; ' if kept else ''}{kept}", file=sys.stderr)

@@ -9,6 +9,7 @@ from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.layer import MokaLinear
 from moka_pl.adapters.patterns import Pattern, compile_pattern, matching
 from moka_pl.adapters.reach import text_reach
+from moka_pl.adapters.schema import shown
 from moka_pl.errors import AdapterError
 
 ALL_LINEAR = "all-linear"
@@ -72,8 +73,8 @@ def suitable_targets(model: nn.Module, names: list[str], pattern: Pattern) -> li
     if not reached:
         part = unreached[names[0]]
         raise AdapterError(
-            f"target_modules {pattern!r} matches only layers that no text passes through (in {part}); name "
-            "others, or give these by a regular expression"
+            f"target_modules {shown(pattern)} matches only layers that no text passes through (in {part}); "
+            "name others, or give these by a regular expression"
         )
     refused = [name for name in reached if name in unsuitable]
     if refused and pattern != ALL_LINEAR:
@@ -119,8 +120,8 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def _nothing_matches(model: nn.Module, config: MokaConfig, excluded: bool) -> str:
     if excluded:
         return (
-            f"exclude_modules {config.exclude_modules!r} excludes every layer that "
-            f"target_modules {config.target_modules!r} matches"
+            f"exclude_modules {shown(config.exclude_modules)} excludes every layer that "
+            f"target_modules {shown(config.target_modules)} matches"
         )
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if len(linear) <= 1 and any(type(module).__name__ == "Conv1D" for module in model.modules()):
@@ -132,6 +133,6 @@ def _nothing_matches(model: nn.Module, config: MokaConfig, excluded: bool) -> st
     ]
     named = list(dict.fromkeys(near)) or suffixes
     return (
-        f"target_modules {config.target_modules!r} matches no layer of this model; "
+        f"target_modules {shown(config.target_modules)} matches no layer of this model; "
         f"closest names: {', '.join(named[:8]) or 'none (the model has no linear layers)'}"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import regex
 
+from moka_pl.adapters.schema import shown
 from moka_pl.errors import AdapterError
 
 #: Seconds that matching a regular expression with all names of a model may take.
@@ -45,13 +46,13 @@ def compile_pattern(pattern: str) -> "regex.Pattern[str]":
     """
     if len(pattern) > _LONGEST:
         raise AdapterError(
-            f"the regular expression {pattern[:40]!r}… has {len(pattern):,} characters; at most {_LONGEST:,}"
+            f"the regular expression {shown(pattern)} has {len(pattern):,} characters; at most {_LONGEST:,}"
         )
     try:
         re.compile(pattern)  # the dialect that is documented, and PEFT's
         return regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
-        raise AdapterError(f"{pattern!r} is not a valid regular expression: {error}") from error
+        raise AdapterError(f"{shown(pattern)} is not a valid regular expression: {error}") from error
 
 
 def is_simple(pattern: str) -> bool:
@@ -74,6 +75,6 @@ def _matched(pattern: str, names: Iterable[str]) -> Iterator[str]:
                 yield name
         except TimeoutError:
             raise AdapterError(
-                f"the regular expression {pattern!r} takes too long to match the names of the model's "
+                f"the regular expression {shown(pattern)} takes too long to match the names of the model's "
                 "layers; write it with fewer nested repetitions"
             ) from None

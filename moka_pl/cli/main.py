@@ -18,7 +18,7 @@ from moka_pl.cli.configs import configs
 from moka_pl.cli.evaluate import evaluate
 from moka_pl.cli.generate import generate
 from moka_pl.cli.inspect import inspect
-from moka_pl.errors import ConfigError, MokaError, MokaWarning, end_interrupted, system_failure
+from moka_pl.errors import ConfigError, MokaError, MokaWarning, end_interrupted, printable, system_failure
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -109,12 +109,12 @@ def _run(args: Sequence[str] | None) -> None:
                 else f"give a command: {known}"
             )
     except MokaError as error:
-        print(f"moka_pl: error: {error}", file=sys.stderr)
+        print(f"moka_pl: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.status)
     except Exception as error:
         if (message := system_failure(error)) is None:
             raise
-        print(f"moka_pl: error: {message}", file=sys.stderr)
+        print(f"moka_pl: error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # outside of training, which sees to its own
         end_interrupted()

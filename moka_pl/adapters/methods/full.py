@@ -11,6 +11,7 @@ from moka_pl.adapters.config import AdapterConfig
 from moka_pl.adapters.methods.base import AdapterMethod, name_targets
 from moka_pl.adapters.patterns import matching
 from moka_pl.adapters.reach import text_reach
+from moka_pl.adapters.schema import shown
 from moka_pl.backbone.quantization import is_quantised
 from moka_pl.errors import AdapterError
 
@@ -70,7 +71,7 @@ class FullMethod(AdapterMethod):
         every = dict(model.named_modules())
         names = [""] if targets == "all" else matching(filter(None, every), targets)
         if not names:
-            raise AdapterError(f"target_modules {targets!r} matches no module of this model")
+            raise AdapterError(f"target_modules {shown(targets)} matches no module of this model")
         if self.in_model(model):
             raise AdapterError("the base's own weights are already trainable; load the base again")
         quantised = [

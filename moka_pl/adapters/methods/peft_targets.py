@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.injection import ALL_LINEAR, output_head, suitable_targets
 from moka_pl.adapters.patterns import is_simple, matching
+from moka_pl.adapters.schema import shown
 from moka_pl.errors import AdapterError
 
 #: Options whose keys or entries PEFT takes for regular expressions.
@@ -39,7 +40,7 @@ def explicit_config(config: Any, model: nn.Module, saved: Mapping[str, Tensor] |
         for pattern in patterns:
             if not is_simple(str(pattern)):
                 raise AdapterError(
-                    f"{option} {pattern!r} is no simple expression: give a layer's name, or at most "
+                    f"{option} {shown(pattern)} is no simple expression: give a layer's name, or at most "
                     "three repetitions, none of a group"
                 )
     _expand(config, model)
@@ -69,7 +70,7 @@ def _expand(config: Any, model: nn.Module) -> None:
             continue
         found = matching(names, pattern)
         if not found and option == "target_modules":
-            raise AdapterError(f"target_modules {pattern!r} matches no module of this model")
+            raise AdapterError(f"target_modules {shown(pattern)} matches no module of this model")
         setattr(config, option, found or None)
 
 
