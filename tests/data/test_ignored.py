@@ -148,6 +148,17 @@ def test_untrained_answers(tiny_tokenizer, write_jsonl, said):
         InstructionData(path, empty_answers="no")
 
 
+def test_answers_before_the_first_question(tiny_tokenizer, write_jsonl, said):
+    turns = [
+        {"from": speaker, "value": text} for speaker, text in (("gpt", "x"), ("human", "a"), ("gpt", "b"))
+    ]
+    ready(
+        InstructionData(write_jsonl("a.jsonl", [{"conversations": turns}]), validation_share=0),
+        tiny_tokenizer,
+    )
+    assert named(said) == ["instruction: ignored in messages: answers before the first question (1)"]
+
+
 def test_held_out_rows_do_not_depend_on_what_is_ignored(tiny_tokenizer, write_jsonl):
     plain = write_jsonl("a.jsonl", [{key: row[key] for key in ("instruction", "output")} for row in ROWS])
     more = write_jsonl("b.jsonl", ROWS)

@@ -38,6 +38,8 @@ def _conversations(record: Record) -> dict[str, list[Message]]:
     for message in parse_messages(turns, "conversations", ignored_in(record)) if turns else []:
         if message["role"] != "assistant" or any(earlier["role"] == "user" for earlier in messages):
             messages.append(message)
+        else:
+            ignored_in(record)["messages[].answers before the first question"] += 1
     return {"messages": messages or [{"role": "user", "content": "", "trained": False, "more": {}}]}
 
 

@@ -10,6 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
+from moka_pl.data.encoding.report import ignored_fields, sum_ignored
 from moka_pl.data.formats.choice import choice_features, parse_choice
 from moka_pl.data.formats.mmlu import LETTERS, mmlu_groups, parse_mmlu
 from moka_pl.data.reading import read_rows
@@ -126,5 +129,7 @@ def choice_splits(
     """
     parse, features = parse_mmlu if mmlu else parse_choice, choice_features()
     rows = {split: read_rows(Shard(file, context=task), parse, features) for split, file in files.items()}
+    if ignored := sum_ignored(text for read in rows.values() for text in read["ignored"]):
+        rank_zero_info(f"{task}: {ignored_fields(ignored)}")
     # lm_eval hashes whole records: a path in them would make the hash another on every machine.
     return {split: read.select_columns(["question", "choices", "answer"]) for split, read in rows.items()}

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,12 @@ def test_rows_of_no_use(mmlu: Path) -> None:
     file.write_text(file.read_text(encoding="utf-8").replace("two", ""), encoding="utf-8")
     with pytest.raises(DataError, match=r"astronomy_test\.csv, line 2: choice 2 of 4 is empty"):
         choice_splits("astronomy", {"test": str(file)}, mmlu=True)
+
+
+def test_fields_of_no_use_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("moka_pl.evaluation.lm_eval.local_data.rank_zero_info", said.append)
+    record = {"question": "a?", "choices": ["b", "c"], "answer": 0, "hint": "b"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(record) + "\n")
+    choice_splits("riddles", {"test": str(tmp_path / "test.jsonl")})
+    assert said == ["riddles: ignored: hint (1 row)"]
