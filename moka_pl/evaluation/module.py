@@ -1,7 +1,10 @@
 """The evaluating half of the LightningModule: validation, test and prediction."""
 
 from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +14,10 @@ from torch import Tensor
 
 from moka_pl.backbone import BackboneConfig
 from moka_pl.data.types import DataDefaults, EvalBatch, data_of
+from moka_pl.evaluation.memory import Halving, OutOfMemoryError
 from moka_pl.evaluation.metrics import EvalMetrics
 from moka_pl.evaluation.results import Results
-from moka_pl.evaluation.shared_prompt import can_share, fits_window, score_shared
+from moka_pl.evaluation.shared_prompt import can_share, fits_window, score_shared, select_items
 from moka_pl.inference import generate_texts, named_option
 from moka_pl.lm.scoring import TokenScores, row_sums, score_tokens
 
@@ -41,6 +45,10 @@ class EvaluatedModule(LightningModule):
         self.eval_step: int | None = None
         self.eval_results: Results | None = None
         self._metrics: EvalMetrics | None = None
+        remedy = "Lower data.max_length, or free memory of the device"
+        self._rows = Halving("rows", remedy)
+        self._items = Halving("items", remedy)
+        self._answers = Halving("generated answers", remedy)
 
     @property
     @abstractmethod
@@ -104,10 +112,26 @@ class EvaluatedModule(LightningModule):
 
     def _score(self, batch: EvalBatch) -> TokenScores:
         """Scores the labelled tokens; of options that share a prompt, where the model can, in one row."""
-        longest = batch["input_ids"].shape[1]
-        if "shared" in batch and self._can_share and fits_window(self.causal_lm, longest):
-            return score_shared(self.causal_lm, batch["shared"])
-        return score_tokens(self.causal_lm, batch["input_ids"], batch["labels"])
+        ids, labels = batch["input_ids"], batch["labels"]
+        if "shared" in batch and self._can_share and fits_window(self.causal_lm, ids.shape[1]):
+            shared = batch["shared"]
+            with suppress(OutOfMemoryError):  # alone, its options may fit
+                return self._joined(
+                    self._items,
+                    len(shared["input_ids"]),
+                    lambda part: score_shared(self.causal_lm, select_items(shared, part)),
+                )
+
+        def score(part: slice) -> TokenScores:
+            nll, row = score_tokens(self.causal_lm, ids[part], labels[part])
+            return TokenScores(nll, row + part.start)
+
+        return self._joined(self._rows, len(ids), score)
+
+    @staticmethod
+    def _joined(halving: Halving, rows: int, score: Callable[[slice], TokenScores]) -> TokenScores:
+        parts = halving.parts(rows, score)
+        return parts[0] if len(parts) == 1 else TokenScores(*map(torch.cat, zip(*parts, strict=True)))
 
     @cached_property
     def _can_share(self) -> bool:
@@ -127,7 +151,12 @@ class EvaluatedModule(LightningModule):
         limit = data_of(self.trainer).generated_tokens
         if limit < 1:
             return None
-        answers = generate_texts(self.causal_lm, self.tokenizer, **batch["questions"], max_new_tokens=limit)
+        ids, mask = batch["questions"]["input_ids"], batch["questions"]["attention_mask"]
+
+        def generate(part: slice) -> list[str]:
+            return generate_texts(self.causal_lm, self.tokenizer, ids[part], mask[part], max_new_tokens=limit)
+
+        answers = list(chain.from_iterable(self._answers.parts(len(ids), generate)))
         right = [
             named_option(answer) == name.lower()
             for answer, name in zip(answers, batch["answer_names"], strict=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from moka_pl._compat import attention_implementation
 from moka_pl.data.batching.collate import share_prompts
 from moka_pl.data.types import SharedPrompts
+from moka_pl.evaluation.memory import is_out_of_memory
 from moka_pl.lm.architecture import decoder_inputs, sliding_window
 from moka_pl.lm.attention import VARLEN
 from moka_pl.lm.scoring import IGNORE_INDEX, TokenScores, logits_at, row_sums, score_tokens
@@ -36,6 +37,28 @@ def score_shared(model: "PreTrainedModel", shared: SharedPrompts) -> TokenScores
     predictor, target = shared["predictor"], shared["target"]
     nll = logits.logsumexp(-1)[predictor] - logits[predictor, target]  # (N,)
     return TokenScores(nll, shared["option"])
+
+
+def select_items(shared: SharedPrompts, items: slice) -> SharedPrompts:
+    """Returns some items of a batch, whose options keep their numbers in all of it."""
+    if items.start == 0 and items.stop == len(shared["input_ids"]):
+        return shared
+    rows = shared["predictor_row"]
+    kept = (rows >= items.start) & (rows < items.stop)  # (P,)
+    number = kept.cumsum(0) - 1  # of each kept position among those that are kept
+    scored = kept[shared["predictor"]]  # (N,)
+    selected = SharedPrompts(
+        input_ids=shared["input_ids"][items],
+        position_ids=shared["position_ids"][items],
+        predictor_row=rows[kept] - items.start,
+        predictor_column=shared["predictor_column"][kept],
+        predictor=number[shared["predictor"][scored]],
+        target=shared["target"][scored],
+        option=shared["option"][scored],
+    )
+    if "segments" in shared:
+        selected["segments"] = shared["segments"][items]
+    return selected
 
 
 def block_mask(model: "PreTrainedModel", segments: Tensor) -> Tensor:
@@ -79,7 +102,9 @@ def can_share(model: "PreTrainedModel") -> bool:
     try:
         alone = row_sums(score_tokens(model, ids, labels), len(options))
         together = row_sums(score_shared(model, shared), len(options))
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):  # which tells nothing of the model
+            raise
         return False
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.5
     return bool((alone - together).abs().max() < tolerance)

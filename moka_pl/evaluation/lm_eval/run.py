@@ -11,6 +11,7 @@ from moka_pl.adapters import method_of, read_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.evaluation.lm_eval.results import versions, weights_fingerprint
 from moka_pl.evaluation.lm_eval.tasks import Selection, silenced_lm_eval
+from moka_pl.evaluation.memory import halved_until_it_fits
 from moka_pl.prompts.rendering import check_template
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def run_harness(
         selection: The tasks.
         num_fewshot: Few-shot examples before each question; None uses each task's own number.
         limit: Most questions per task, the first ones; None takes all.
-        batch_size: Sequences computed at once.
+        batch_size: Sequences computed at once; half as many, from the beginning, where memory runs out.
         apply_chat_template: Put the tokenizer's chat template around the prompts.
         log_samples: Keep every question with the model's scores, in ``samples``.
         max_length: Most tokens of a sequence; None takes the model's own limit.
@@ -49,19 +50,22 @@ def run_harness(
         check_template(tokenizer)
     # A cache of keys and values would be filled and thrown away with every batch; generating asks for it.
     model.config.use_cache = False
-    with silenced_lm_eval():
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-    results = lm_eval.simple_evaluate(
-        model=wrapped,
-        tasks=selection.tasks,
-        task_manager=selection.manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        apply_chat_template=apply_chat_template,
-        log_samples=log_samples,
-    )
-    return cast(dict[str, Any], results)
+
+    def evaluate(size: int) -> Any:
+        with silenced_lm_eval():
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=max_length)
+        return lm_eval.simple_evaluate(
+            model=wrapped,
+            tasks=selection.tasks,
+            task_manager=selection.manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=size,
+            apply_chat_template=apply_chat_template,
+            log_samples=log_samples,
+        )
+
+    return cast(dict[str, Any], halved_until_it_fits(batch_size, evaluate))
 
 
 def load_described(
