@@ -35,8 +35,10 @@ class WarmupDecay(LambdaLR):
         min_lr_ratio: float = 0.0,
         total_steps: int | None = None,
     ) -> None:
-        if warmup < 0:
+        if not 0 <= warmup < math.inf:
             raise ConfigError(f"warmup must be 0 or more, not {warmup}")
+        if total_steps is not None and total_steps < 1:
+            raise ConfigError(f"total_steps must be at least 1, not {total_steps}")
         if not 0 <= min_lr_ratio <= 1:
             raise ConfigError(f"min_lr_ratio must be between 0 and 1, not {min_lr_ratio}")
         if decay not in ("cosine", "linear", "constant"):

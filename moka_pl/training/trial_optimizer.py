@@ -1,10 +1,12 @@
 """The optimizer and the scheduler, built on placeholders to see what is wrong with them before a model is."""
 
 import math
+import warnings
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 from torch.optim import Optimizer
 
@@ -51,11 +53,25 @@ def check_learns(module: "MokaModule") -> None:
         ConfigError: They refuse their options, or the options cannot train anything.
     """
     optimizer, scheduler = build_trial(module)
+    _step(scheduler)
     rates = _base_rates(optimizer, scheduler)
     if rates and not any(rates):
         raise ConfigError(
             f"{type(optimizer).__name__}: with a learning rate of 0 nothing is trained; set lr, {_USUAL}"
         )
+
+
+def _step(scheduler: Any) -> None:
+    """Steps a scheduler twice: some divide by their options only then."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would have the optimizer step first
+            scheduler.step()
+            scheduler.step()
+    except (ArithmeticError, ValueError, TypeError, IndexError) as error:
+        raise ConfigError(f"{type(scheduler).__name__} refuses its options: {one_line(error)}") from error
 
 
 def _check_numbers(optimizer: Optimizer) -> None:
