@@ -29,7 +29,13 @@ def read_metadata(file: Path) -> dict[str, Any]:
 def set_special_tokens(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", metadata: Mapping[str, Any]
 ) -> None:
-    """Gives a tokenizer, and the model that goes with it, the special tokens that the file names."""
+    """Gives a tokenizer, and the model that goes with it, the special tokens that the file names.
+
+    Args:
+        tokenizer: As transformers read it.
+        model: Its model.
+        metadata: What ``read_metadata`` returned.
+    """
     tokens = metadata.get("tokens", [])
     for name, said in _SPECIAL.items():
         number = metadata.get(f"{said}_token_id")
@@ -47,6 +53,11 @@ def set_special_tokens(
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", metadata: Mapping[str, Any], file: Path) -> None:
     """Compares a tokenizer with the file that it was read from.
+
+    Args:
+        tokenizer: The tokenizer.
+        metadata: What ``read_metadata`` returned for the file.
+        file: The file, for messages.
 
     Raises:
         BackboneError: A token has another number, a special token is another one or is not read as one token,

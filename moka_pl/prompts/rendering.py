@@ -1,6 +1,7 @@
 """Chat templates, which are programs of strangers, rendered within bounds."""
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,12 @@ ANSWER = {"role": "assistant", "content": "Because."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 """What some templates refuse, and others cannot do without."""
 
+_TOOL = {
+    "name": "answer",
+    "description": "Answers.",
+    "parameters": {"type": "object", "properties": {"text": {"type": "string", "description": "A text."}}},
+}
+_LONGEST_WAIT = 60  # seconds; on a busy machine a second of work may take many
 _bounded: dict[str, bool] = {}
 
 
@@ -68,12 +75,14 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def _render_samples(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Renders chats short and long, with and without a system prompt; what is refused is another matter."""
+    """Renders chats of few and many messages, and of a long one; what is refused is another matter."""
     turns = [QUESTION, ANSWER]
-    for chat in (turns, [SYSTEM, *turns], turns * 16):
-        for prompt in (False, True):
+    long = [{**turn, "content": turn["content"] * 300} for turn in turns]
+    tools = [{"type": "function", "function": _TOOL}] * 16
+    for chat in (turns, [SYSTEM, *turns], turns * 16, long):
+        for options in ({}, {"add_generation_prompt": True}, {"tools": tools}):
             try:
-                tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+                tokenizer.apply_chat_template(chat, tokenize=False, **options)
             except MemoryError:
                 raise
             except Exception:
@@ -81,8 +90,8 @@ def _render_samples(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def _ends(work: Callable[[], None]) -> bool:
-    """Whether ``work`` ends within the bounds, in a process of its own (where the system can fork one)."""
-    if not hasattr(os, "fork"):
+    """Whether ``work`` ends within the bounds, in a process of its own (where it is safe to fork one)."""
+    if not hasattr(os, "fork") or sys.platform == "darwin":
         return True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the child only renders, and takes no lock
@@ -95,7 +104,7 @@ def _ends(work: Callable[[], None]) -> bool:
             status = 0
         finally:
             os._exit(status)  # whatever was raised
-    deadline = time.monotonic() + 4 * SECONDS
+    deadline = time.monotonic() + _LONGEST_WAIT
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

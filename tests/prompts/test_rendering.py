@@ -14,6 +14,9 @@ HOSTILE = {
     "nested loops": LOOP + LOOP + "{{ i }}" + "{% endfor %}" * 2,
     "loops over messages": DEEP + "{{ a.role }}" + "{% endfor %}" * 8,
     "recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "loops over characters": "".join(f"{{% for {name} in messages[0].content %}}" for name in "abcd")
+    + "{% endfor %}" * 4,
+    "loops over tools": "".join(f"{{% for {name} in tools %}}" for name in "abcdefgh") + "{% endfor %}" * 8,
     "a power": "{{ 10 ** (10 ** 9) }}",
     "a long text": "{{ 'a' * 10 ** 10 }}",
     "a wide field": "{{ '%10000000000s' % 1 }}",
@@ -43,7 +46,7 @@ def test_a_template_that_does_not_end_is_refused(name, tiny_tokenizer):
 
 
 def test_a_slow_child_is_ended(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "SECONDS", 0.01)
+    monkeypatch.setattr(rendering, "_LONGEST_WAIT", 0.01)
     monkeypatch.setattr(rendering, "_limit", lambda: None)
     monkeypatch.setattr(rendering, "_render_samples", lambda tokenizer: rendering.time.sleep(60))
     with pytest.raises(DataError, match="takes more than"):
