@@ -107,7 +107,12 @@ class AdapterCheckpoint(Callback):
         """
         if trainer.state.fn != "fit" or is_trial(trainer) or trainer.global_step <= self._begun_at:
             return
-        if isinstance(exception, NonFiniteError) and not exception.usable and self.last_path is not None:
+        assert self._folder is not None
+        if (
+            isinstance(exception, NonFiniteError)
+            and not exception.usable
+            and (self._folder / "last").exists()
+        ):
             return
         try:
             self.last_path = self._save(trainer, pl_module, "last")

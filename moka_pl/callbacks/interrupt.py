@@ -1,40 +1,74 @@
-"""Stops on Ctrl-C or SIGTERM after the current optimizer step, with everything saved."""
+"""Stops on Ctrl-C or another signal after the current optimizer step, and saves a run that fails."""
 
+import contextlib
+import os
 import signal
+import stat
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl.callbacks.checkpoints import RunCheckpoint, between_steps, is_trial
+from moka_pl.errors import MokaError, NonFiniteError
+from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.checkpoint import LAST_NAME
 
 #: With several processes, ranks check for an interrupt every this many optimizer steps.
 _AGREE_EVERY = 10
+#: Seconds without a batch after which a loader counts as stuck, once a run is asked to stop.
+_STUCK_AFTER = 10.0
+
+#: Signals that ask for an end. Those beside Ctrl-C come from a scheduler, or from a terminal that is closed.
+_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]
 
 
 class GracefulInterrupt(Callback):
-    """On Ctrl-C or SIGTERM, finishes the optimizer step, writes ``last.ckpt`` and stops the run.
+    """On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, finishes the optimizer step, writes ``last.ckpt`` and stops.
 
     Only a checkpoint between two optimizer steps can be resumed exactly. A second Ctrl-C stops at once. In a
-    trial run (``fast_dev_run``), the first one does, and no file is written.
+    trial run (``fast_dev_run``), the first one does, and no file is written. A signal that somebody else
+    handles is left to them: ``nohup`` to ignore SIGHUP, Lightning to requeue a SLURM job on SIGUSR1.
+
+    A run that fails between two steps, such as by a loader's error, writes ``last.ckpt``, too.
+
+    Attributes:
+        asked: Whether a signal has asked for the end.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
         self._saved: str | None = None
+        self._kept = ""
         self._old: dict[int, Any] = {}
+        self._process = os.getpid()
+        self._begun_at = 0
+        self._trainer: Trainer | None = None
+        self._looking = threading.Event()
+        self._over = threading.Event()
+        self._stuck = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs the signal handlers."""
+        self._begun_at, self._trainer, self._process = trainer.global_step, trainer, os.getpid()
+        self._over.clear()
         if is_trial(trainer) or threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._ask)
+        for number in _SIGNALS:
+            if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) in (
+                signal.SIG_DFL,
+                stop_at_once,
+            ):
+                self._old[number] = signal.signal(number, self._ask)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -50,6 +84,7 @@ class GracefulInterrupt(Callback):
     ) -> None:
         """Stops a saved run, now that the previous batch's metrics are logged."""
         self._stop_if_saved(trainer)
+        self._wait_for_workers()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves and stops after a validation, whose results the last checkpoint lacks."""
@@ -60,35 +95,164 @@ class GracefulInterrupt(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the signals back."""
         # Not in teardown: Lightning has by then put back the handlers from before its own.
+        self._over.set()
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old.clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the signals back."""
+        """Saves what can be resumed, and gives the signals back."""
+        if self._resumable(trainer, exception):
+            # The run's own error says more than what else goes wrong.
+            with contextlib.suppress(MokaError, OSError):
+                self._save(trainer)
+                rank_zero_info(self._ending("Ended", trainer))
         self.on_train_end(trainer, pl_module)
+        if self.asked and self._saved is not None and not isinstance(exception, KeyboardInterrupt):
+            raise KeyboardInterrupt from exception  # the signal went to the loader's workers, too
+
+    def _resumable(self, trainer: Trainer, exception: BaseException) -> bool:
+        """Whether a failing run is between two steps, with steps that no checkpoint holds."""
+        if trainer.state.fn != "fit" or is_trial(trainer) or self._saved is not None:
+            return False
+        if isinstance(exception, KeyboardInterrupt) and not self._stuck:
+            return False  # at once, as was asked
+        if isinstance(exception, NonFiniteError):  # raised by all ranks alike
+            if not exception.usable:
+                return False
+        elif trainer.world_size > 1 or trainer.validating:
+            return False
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        done = 0 < batches.ready == batches.processed
+        return done and between_steps(trainer) and trainer.global_step > self._begun_at
 
     def _save_if_asked(self, trainer: Trainer) -> None:
-        asked = self._asked
+        asked = self.asked
         if trainer.world_size > 1:
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if asked:
-            self._saved = last_path(trainer)
-            trainer.save_checkpoint(self._saved)
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Writes the checkpoint, unless it would hold a NaN or an infinity."""
+        path = self._saved = last_path(trainer)
+        named = trainer.lightning_module.named_parameters()
+        values = {"weights": {name: p for name, p in named if p.requires_grad}}
+        if bad := non_finite_names(values | {"optimizer": trainer.optimizers[0].state_dict()["state"]}):
+            self._kept = f"{path} is left as it was, as {bad[0]} is not finite now"
+        else:
+            trainer.save_checkpoint(path)
+            self._kept = f"checkpoint saved in {path}"
 
     def _stop_if_saved(self, trainer: Trainer) -> None:
         if self._saved is not None:
-            rank_zero_info(
-                f"\nInterrupted after step {trainer.global_step}; checkpoint saved in {self._saved}. "
-                "To resume, add --ckpt_path last to the same command"
-            )
+            rank_zero_info(self._ending("Interrupted", trainer))
             raise KeyboardInterrupt
 
+    def _ending(self, how: str, trainer: Trainer) -> str:
+        return (
+            f"\n{how} after step {trainer.global_step}; {self._kept}. "
+            "To resume, add --ckpt_path last to the same command"
+        )
+
+    # Signals
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-        print("\nStopping after this step (press Ctrl-C again to stop immediately) ...", flush=True)
+        if os.getpid() != self._process:  # a worker of a loader, which has inherited this handler
+            return
+        if self._looking.is_set():
+            self._looking.clear()
+            if _in_loader(frame):
+                self._stuck = True
+                raise KeyboardInterrupt
+            return
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_terminal()
+        if self.asked:
+            # Schedulers and closed terminals send more than one; only a second Ctrl-C is in a hurry.
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.asked = True
+        if hasattr(signal, "pthread_kill"):
+            threading.Thread(target=self._watch_loader, args=[threading.get_ident()], daemon=True).start()
+        _say("\nStopping after this step (press Ctrl-C again to stop immediately) ...")
+
+    def _watch_loader(self, main: int) -> None:
+        """Has the main thread look whether it waits in a loader that is stuck: no step would ever end."""
+        assert self._trainer is not None
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress.total
+        seen = -1
+        while not self._over.wait(_STUCK_AFTER):
+            if progress.ready == seen and not self._over.is_set():
+                self._looking.set()
+                signal.pthread_kill(main, signal.SIGINT)
+            seen = progress.ready
+
+    def _wait_for_workers(self) -> None:
+        """Has a loader's dead worker noticed where its batch is waited for, not in the middle of a step."""
+        number = getattr(signal, "SIGCHLD", None)
+        if number is None or not self._old:
+            return
+        handler = signal.getsignal(number)
+        if callable(handler) and number not in self._old:  # PyTorch's, which raises an error
+
+            def look(number: int, frame: FrameType | None) -> None:
+                if _in_loader(frame):
+                    handler(number, frame)
+
+            self._old[number] = signal.signal(number, look)
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """A handler of signals for as long as there is nothing to save."""
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def signals_stop() -> Iterator[None]:
+    """Ends the body on SIGTERM, SIGHUP and SIGUSR1 as on Ctrl-C, where they have no other meaning."""
+    numbers = [number for number in _SIGNALS if number != signal.SIGINT]
+    if SLURMEnvironment.detect():  # Lightning's, to requeue the job
+        numbers = [number for number in numbers if number != getattr(signal, "SIGUSR1", None)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop_at_once)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _in_loader(frame: FrameType | None) -> bool:
+    """Whether a frame waits for a batch of a PyTorch loader."""
+    while frame is not None:
+        if frame.f_code.co_name == "__next__" and frame.f_globals.get("__name__") == _LOADER:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_LOADER = "torch.utils.data.dataloader"
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # in the middle of printing, or closed
+        print(text, flush=True)
+
+
+def _leave_terminal() -> None:
+    """Sends what is printed from now on nowhere, if the terminal is gone: printing would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            number = stream.fileno()
+            if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)
 
 
 def last_path(trainer: Trainer) -> str:

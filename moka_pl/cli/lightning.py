@@ -26,6 +26,7 @@ from moka_pl.callbacks import (
     RunSummary,
     Throughput,
 )
+from moka_pl.callbacks.interrupt import signals_stop
 from moka_pl.cli.class_paths import explain_denied, restrict_class_paths, split_trust
 from moka_pl.cli.config_files import check_config
 from moka_pl.cli.configs import find_config
@@ -63,11 +64,12 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
 
     Raises:
         ConfigError: If Lightning rejects the trainer's options. Errors of the package's classes pass through.
+        KeyboardInterrupt: If a signal has ended the run, with everything saved.
     """
     given, trusted = split_trust(sys.argv[1:] if arguments is None else arguments)
     restrict_class_paths(trusted)
     try:
-        with RunFolders() as folders:
+        with signals_stop(), RunFolders() as folders:
             return MokaCLI(
                 folders,
                 MokaModule,
@@ -80,6 +82,10 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
                 args=given,
                 run=not only_build,
             )
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning ends the process with status 1
+            raise end.__context__ from None
+        raise
     except MisconfigurationException as error:
         raise ConfigError(one_line(error)) from error
     except RuntimeError as error:

@@ -18,7 +18,15 @@ from moka_pl.cli.configs import configs
 from moka_pl.cli.evaluate import evaluate
 from moka_pl.cli.generate import generate
 from moka_pl.cli.inspect import inspect
-from moka_pl.errors import ConfigError, MokaError, MokaWarning, end_interrupted, printable, system_failure
+from moka_pl.errors import (
+    ConfigError,
+    MokaError,
+    MokaWarning,
+    NonFiniteError,
+    end_interrupted,
+    printable,
+    system_failure,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -109,7 +117,9 @@ def _run(args: Sequence[str] | None) -> None:
                 else f"give a command: {known}"
             )
     except MokaError as error:
-        print(f"moka_pl: error: {printable(str(error))}", file=sys.stderr)
+        alike = isinstance(error, NonFiniteError)  # raised by all ranks
+        if not alike or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"moka_pl: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.status)
     except Exception as error:
         if (message := system_failure(error)) is None:

@@ -1,13 +1,19 @@
 import os
 import signal
+import threading
+from multiprocessing import active_children
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import Dataset
 
-from moka_pl.callbacks import AdapterCheckpoint, GracefulInterrupt, RunCheckpoint
+from moka_pl.callbacks import AdapterCheckpoint, GracefulInterrupt, RunCheckpoint, interrupt
 from moka_pl.callbacks.checkpoints import between_steps
+from moka_pl.callbacks.interrupt import _leave_terminal, signals_stop, stop_at_once
+from moka_pl.data.batching.loader import ResumableDataLoader
+from moka_pl.errors import DataError
 
 
 class Kill(Callback):
@@ -38,7 +44,7 @@ def foreground():
 @pytest.fixture(autouse=True)
 def same_handlers(foreground):
     """The test's process is left with the signal handlers it had."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
     before = [signal.getsignal(number) for number in numbers]
     yield
     after = [signal.getsignal(number) for number in numbers]
@@ -148,3 +154,144 @@ def test_between_steps(train):
     look = Look()
     train(look, max_epochs=1, accumulate_grad_batches=3)
     assert look.seen == [False, False, True, False, False, True, True]
+
+
+# Other signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_repeated_signals_of_schedulers_and_terminals_are_one(train, tmp_path, number):
+    with pytest.raises(SystemExit):
+        train(Kill("on_train_batch_start", 3, number, repeat=3), GracefulInterrupt())
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_that_others_handle_is_theirs(train, number):
+    seen = []
+    before = signal.signal(number, lambda *args: seen.append(number))  # nohup, or Lightning under SLURM
+    try:
+        run = train(Kill("on_train_batch_end", 2, number), GracefulInterrupt(), max_epochs=1)
+    finally:
+        signal.signal(number, before)
+    assert run.trainer.state.finished
+    assert seen == [number]
+
+
+def test_signals_stop_at_once_before_there_is_something_to_save():
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        with pytest.raises(KeyboardInterrupt), signals_stop():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_leaves_the_requeueing_signal_to_slurm(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    with signals_stop():
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is stop_at_once
+
+
+def test_prints_nowhere_once_the_terminal_is_gone(monkeypatch):
+    ours, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        _leave_terminal()
+        assert os.isatty(terminal)
+        os.close(ours)
+        _leave_terminal()
+        print("x" * 10_000, flush=True)
+
+
+# Loaders
+
+
+class Breaking(Dataset):
+    """The training data of another dataset; after some rows something happens."""
+
+    def __init__(self, rows, after, act):
+        self.rows, self.left, self.act = rows, after, act
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left < 0:
+            self.act()
+        return self.rows[index]
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    """Has something happen in the loader of the training data, once so many batches are loaded."""
+
+    def arrange(after, act):
+        def loader(dataset, **options):
+            return ResumableDataLoader(Breaking(dataset, after, act), **options)
+
+        monkeypatch.setattr("moka_pl.data.base.ResumableDataLoader", loader)
+
+    return arrange
+
+
+def fail():
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("after", [4, 5, 11])
+def test_saves_a_run_whose_loader_fails(train, assert_continues, tmp_path, breaking, after):
+    breaking(after, fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        train(AdapterCheckpoint(), GracefulInterrupt())
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    assert (tmp_path / "adapters" / "last" / "adapter_model.safetensors").is_file()
+    if after == 5:  # in the middle of an accumulated batch
+        assert not path.exists()
+    else:
+        stopped = {4: 2, 11: 6}[after]
+        assert torch.load(path, weights_only=True)["global_step"] == stopped
+        breaking(10**9, fail)
+        assert_continues(train(ckpt_path=path), train(), stopped)
+
+
+def test_a_loader_that_is_stuck_does_not_keep_a_run_from_stopping(train, tmp_path, breaking, monkeypatch):
+    def hang():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([signal.SIGUSR2], 20)  # until interrupted
+        threading.Event().wait(20)
+
+    monkeypatch.setattr(interrupt, "_STUCK_AFTER", 0.1)
+    breaking(4, hang)
+    with pytest.raises(SystemExit):
+        train(AdapterCheckpoint(), GracefulInterrupt())
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_workers_of_a_loader_do_not_act_on_signals(make_module, make_data, make_trainer, number, capfd):
+    class KillWorkers(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 2:
+                for child in active_children():
+                    os.kill(child.pid, number)
+
+    trainer = make_trainer(KillWorkers(), GracefulInterrupt())
+    trainer.fit(make_module(), make_data(num_workers=2))
+    assert trainer.state.finished
+    assert "Stopping" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_line_and_the_run_is_saved(make_module, make_data, make_trainer, tmp_path):
+    class KillWorkers(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            if trainer.global_step == 2:
+                for child in active_children():
+                    os.kill(child.pid, signal.SIGKILL)
+
+    trainer = make_trainer(KillWorkers(), AdapterCheckpoint(), GracefulInterrupt(), max_epochs=20)
+    with pytest.raises(DataError, match=r"^a worker that loads data was killed .*num_workers") as error:
+        trainer.fit(make_module(), make_data(num_workers=2))
+    assert "\n" not in str(error.value)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] >= 3
+    assert (tmp_path / "adapters" / "last").is_dir()

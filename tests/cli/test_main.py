@@ -467,7 +467,7 @@ def test_interrupted_and_resumed(cli, interrupt, caplog, batch, number, stopped)
     interrupt(batch, number)
     with pytest.raises(SystemExit) as end, caplog.at_level("INFO"):
         cli("fit")
-    assert end.value.code == 1
+    assert end.value.code == 130
     assert f"Interrupted after step {stopped}; checkpoint saved in" in caplog.text
     assert "add --ckpt_path last to the same command" in caplog.text
     assert read_adapter(RUN / "adapters/last").extra["step"] == stopped

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from moka_pl.data.batching.order import check_order
 from moka_pl.data.batching.samplers import GlobalBatchSampler
-from moka_pl.errors import DataError, one_line
+from moka_pl.errors import DataError, MokaError, one_line
 
 Batch = TypeVar("Batch")
 
@@ -25,9 +25,17 @@ def killed_worker(error: BaseException) -> DataError | None:
 
 
 def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yields what a loader's iterator does; a killed worker is a ``DataError``."""
+    """Yields what a loader's iterator does; a killed worker is a ``DataError``.
+
+    Errors of ours in a worker are as if raised here: PyTorch puts the worker's whole traceback into their
+    messages, with the error's own at its end.
+    """
     try:
         yield from batches
+    except MokaError as error:
+        if not str(error).startswith("Caught "):
+            raise
+        raise type(error)(str(error).rsplit(f".{type(error).__qualname__}: ", 1)[-1].strip()) from error
     except RuntimeError as error:
         if (killed := killed_worker(error)) is not None:
             raise killed from error
