@@ -134,12 +134,15 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     try:
         check_values(_Stored, stored)
         check_values(_Extra, stored.get("extra", {}), "extra.")
-        check_values(BackboneConfig, stored.get("base_options", {}), "base_options.")
+        options = stored.get("base_options", {})
+        check_values(BackboneConfig, options, "base_options.")
+        if unknown := sorted(options.keys() - BackboneConfig().options().keys()):  # a stranger's cache_dir
+            raise ConfigError(f"base_options.{unknown[0]} is no option of a base")
         base = BaseModel(
             name=stored["base_model_name_or_path"],
             revision=stored.get("revision"),
             fingerprint=stored.get("base_fingerprint", ""),
-            options=stored.get("base_options", {}),
+            options=options,
             samples=stored.get("base_samples", ""),
         )
         config = config_from(stored)

@@ -9,11 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, load_adapter, moka_layers, save_adapter
+from moka_pl.adapters import (
+    BaseModel,
+    FullFineTuning,
+    MokaConfig,
+    inject_adapter,
+    load_adapter,
+    moka_layers,
+    save_adapter,
+)
 from moka_pl.adapters.reading import CONFIG_NAME, WEIGHTS_NAME
 from moka_pl.cli.inspect import inspect
 from moka_pl.errors import AdapterError, MokaError
@@ -158,6 +167,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "base a number": (configured(base_model_name_or_path=5), "base_model_name_or_path must be a text, not 5"),
     "base options a list": (configured(base_options=[]), "base_options must be a mapping"),
     "base option of a wrong type": (configured(base_options={"seed": "x"}), "base_options.seed must be"),
+    "base option of nobody": (
+        configured(base_options={"cache_dir": "/"}),
+        "base_options.cache_dir is no option",
+    ),
+    "full fine-tuning of a number": (
+        configured(peft_type="FULL", method="full", target_modules=5),
+        "target_modules must be",
+    ),
     "fingerprint a list": (configured(base_fingerprint=[1]), "base_fingerprint must be a text"),
     "method a list": (configured(peft_type=["MOKA"]), "is not a moka_pl adapter"),
     "PEFT without such a method": (configured(peft_type="NEW", method="new"), "has no method 'NEW'"),
@@ -198,7 +215,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "PEFT: LoRA of a billion ranks": (
         configured(peft_type="LORA", method="LoRA", r=10**9, target_modules=["q_proj"]),
-        "r is 1000000000",
+        "r must be at most 1,000,000",
     ),
     "PEFT: LoRA dropped out by NaN": (
         text("lora_dropout", "NaN", peft_type="LORA", method="LoRA"),
@@ -285,15 +302,27 @@ def scrambled(pick: random.Random, content: bytes) -> bytes:
     return content[:start] + bytes([content[start] ^ (1 << pick.randrange(8))]) + content[start + 1 :]
 
 
+ADAPTERS = {
+    "MoKA": lambda: MokaConfig(components=2),
+    "LoRA": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"]),
+    "SHiRA": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj"]),
+    "full fine-tuning": lambda: FullFineTuning(target_modules=["norm"]),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_mutated_directory_is_loaded_or_refused_in_one_line(adapter: Path, make_llama) -> None:
-    pick = random.Random(13)
+@pytest.mark.parametrize("make", ADAPTERS.values(), ids=ADAPTERS)
+def test_a_mutated_directory_is_loaded_or_refused_in_one_line(make, tmp_path: Path, make_llama) -> None:
+    pick, model, config = random.Random(13), make_llama(), make()
+    inject_adapter(model, config)
+    extra = {"metrics": {"val/loss": 1.5}, "step": 3, "prompt": "chat"}
+    adapter = save_adapter(tmp_path / "adapter", model, config, BaseModel("tiny", None, "abc"), extra)
     files = {name: (adapter / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)}
     stored = json.loads(files[CONFIG_NAME])
     length = struct.unpack("<Q", files[WEIGHTS_NAME][:8])[0]
     head = json.loads(files[WEIGHTS_NAME][8 : 8 + length])
-    for _ in range(400):
+    for _ in range(80):
         changed = dict(files)
         way = pick.randrange(4)
         if way == 0:
@@ -310,3 +339,18 @@ def test_a_mutated_directory_is_loaded_or_refused_in_one_line(adapter: Path, mak
             (adapter / name).write_bytes(content)
         said = refusals(adapter, make_llama)
         assert not any("\n" in line for line in said), said
+
+
+@pytest.mark.parametrize("index", [-1, 10**6])
+def test_an_index_beyond_the_layer_is_refused_before_a_kernel_reads_it(
+    index: int, tmp_path, make_llama
+) -> None:
+    model, config = make_llama(), peft.ShiraConfig(r=2, target_modules=["q_proj"])
+    inject_adapter(model, config)
+    path = save_adapter(tmp_path / "adapter", model, config, BaseModel("tiny"))
+    state = load_file(path / WEIGHTS_NAME)
+    name = next(name for name in state if name.endswith("indices"))
+    state[name][0, 0] = index
+    save_file(state, path / WEIGHTS_NAME)
+    with pytest.raises(AdapterError, match=r"indices points beyond the layer's weight of \(32, 32\)"):
+        load_adapter(make_llama(), path)

@@ -11,7 +11,7 @@ from moka_pl.adapters.config import AdapterConfig
 from moka_pl.adapters.methods.base import AdapterMethod, name_targets
 from moka_pl.adapters.patterns import matching
 from moka_pl.adapters.reach import text_reach
-from moka_pl.adapters.schema import shown
+from moka_pl.adapters.schema import check_fields, shown
 from moka_pl.backbone.quantization import is_quantised
 from moka_pl.errors import AdapterError
 
@@ -32,6 +32,10 @@ class FullFineTuning(AdapterConfig):
     """
 
     target_modules: list[str] | str = "all"
+
+    def __post_init__(self) -> None:
+        """Refuses values of other types."""
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options as plain JSON values."""

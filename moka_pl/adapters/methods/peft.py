@@ -29,7 +29,7 @@ _PREFIX = "base_model.model."
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica")
 #: Ranks and other sizes up to this, and numbers up to that, are nobody's mistake, however small the model is.
 _ANY_RANK, _ANY_SIZE = 4096, 2**20
-_MOST_ENTRIES = 10_000
+_MOST_ENTRIES, _LARGEST, _MOST_TERMS = 10_000, 1_000_000, 100
 #: Fields that say nothing of what is trained.
 _PASSING = ("peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
 
@@ -109,10 +109,7 @@ class PeftMethod(AdapterMethod):
         options = {name: value for name, value in stored.items() if name in names}
         check_values(config, options)
         for name, value in options.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{name} must be finite, not {value}")
-            if isinstance(value, (list, dict)) and len(value) > _MOST_ENTRIES:
-                raise ConfigError(f"{name} has {len(value):,} entries; at most {_MOST_ENTRIES:,}")
+            _check_option(name, value)
         return config(**options)
 
     @classmethod
@@ -265,12 +262,21 @@ class PeftMethod(AdapterMethod):
         """Lets PEFT put the tensors back."""
         from peft import set_peft_model_state_dict
 
+        self._check_indices(model, state)
         set_peft_model_state_dict(model, {name.removeprefix(_PREFIX): t for name, t in state.items()})
-        if any(not tensor.is_floating_point() for tensor in state.values()):  # indices, perhaps too large
-            try:
-                self._try_layers(model)
-            except Exception as error:
-                raise AdapterError(f"its indices do not fit the layers: {one_line(error)}") from error
+
+    def _check_indices(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Refuses indices, which some methods save, beyond a layer's weight: kernels do not check them."""
+        layers = self.layers(model)
+        for name, tensor in state.items():
+            if tensor.is_floating_point() or tensor.numel() == 0:
+                continue
+            own = next(layer for key, layer in layers.items() if name.startswith(f"{_PREFIX}{key}."))
+            weight: Any = own.base_layer.weight
+            sizes = [*weight.shape] if len(tensor) == weight.dim() else [weight.numel()]
+            rows = tensor.reshape(len(sizes), -1).cpu()
+            if bool((rows < 0).any()) or bool((rows.amax(1) >= torch.tensor(sizes)).any()):
+                raise AdapterError(f"{name} points beyond the layer's weight of {tuple(weight.shape)}")
 
     def unload(self, model: nn.Module, merge: bool) -> None:
         """Takes PEFT's layers out, and its note on them, which would make it warn of a second adapter."""
@@ -301,6 +307,18 @@ class PeftMethod(AdapterMethod):
         if targets is not None:
             facts["target modules"] = name_targets(targets)
         return {"method": self.title} | facts
+
+
+def _check_option(name: str, value: Any) -> None:
+    """Refuses a stranger's option that would take very long or much memory, or compute NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, not {value}")
+    if isinstance(value, (list, dict)) and len(value) > _MOST_ENTRIES:
+        raise ConfigError(f"{name} has {len(value):,} entries; at most {_MOST_ENTRIES:,}")
+    largest = _MOST_TERMS if name.endswith("_terms") else _LARGEST
+    free = any(word in name for word in ("seed", "key", "step", "alpha"))
+    if isinstance(value, int) and abs(value) > largest and not free:
+        raise ConfigError(f"{name} must be at most {largest:,}, not {shown(value)}")
 
 
 def _plain_options(config: Any) -> dict[str, Any]:
