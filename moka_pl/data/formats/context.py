@@ -32,32 +32,28 @@ def earlier_messages(record: Record) -> list[Message]:
             text = record[name]
             if not isinstance(text, str):
                 raise DataError(f"field {name!r} must be text, found {show(text)}. Write a text{_LEAVE_OUT}")
-            if messages and messages[0]["content"] != text:
-                raise DataError(
-                    f"field {name!r} is another system prompt than the row's first one. Keep one of them"
-                    f"{_LEAVE_OUT}"
-                )
-            messages = [_said("system", text)]
+            messages = joined(messages, [_said("system", text)])
     for name in _HISTORY:
         if has_value(record, name):
-            messages += _history(record[name], name, ignored_in(record))
+            messages = joined(messages, _history(record[name], name, ignored_in(record)))
     return messages
 
 
-def joined(earlier: list[Message], messages: list[Message]) -> list[Message]:
-    """Returns one chat of a row's earlier messages and its own, with one system prompt.
+def joined(*parts: list[Message]) -> list[Message]:
+    """Returns one chat of several parts, with one system prompt, which stands first.
 
     Raises:
-        DataError: Both have a system prompt, and they differ.
+        DataError: Parts have different system prompts.
     """
-    if earlier and earlier[0]["role"] == "system" and messages[0]["role"] == "system":
-        if earlier[0]["content"] != messages[0]["content"]:
-            raise DataError(
-                "the row's system prompt is another one than that of its first message. Keep one of them"
-                f"{_LEAVE_OUT}"
-            )
-        messages = messages[1:]
-    return earlier + messages
+    systems: list[Message] = []
+    others: list[Message] = []
+    for part in parts:
+        leading = part[:1] if part and part[0]["role"] == "system" else []
+        systems += leading
+        others += part[len(leading) :]
+    if any(message["content"] != systems[0]["content"] for message in systems):
+        raise DataError(f"the row has two different system prompts. Keep one of them{_LEAVE_OUT}")
+    return systems[:1] + others
 
 
 def template_options(record: Record) -> dict[str, Any]:
