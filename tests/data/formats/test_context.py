@@ -20,6 +20,7 @@ ROWS = [
     {"prompt": CHAT[:1], "completion": CHAT[1:]},
 ]
 HISTORY = [("user", "q", False), ("assistant", "r", False)]
+HISTORY_MESSAGES = [{"role": role, "content": text} for role, text, _ in HISTORY]
 OWN = [("user", "a", False), ("assistant", "b", True)]
 
 
@@ -43,7 +44,7 @@ def test_system_prompts(record, name):
 
 @pytest.mark.parametrize("record", ROWS)
 def test_history(record):
-    pairs, named = [["q", "r"]], [{"role": role, "content": text} for role, text, _ in HISTORY]
+    pairs, named = [["q", "r"]], HISTORY_MESSAGES
     shared = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]
     for history in (pairs, json.dumps(pairs), named, json.dumps(named), shared):
         row = parse(**record, history=history, system="S")
@@ -62,11 +63,18 @@ def test_one_system_prompt():
     chat = [{"role": "system", "content": "S"}, *CHAT]
     assert turns(parse(messages=chat, system="S")) == [("system", "S", False), *OWN]
     assert turns(parse(messages=CHAT, system="S", system_prompt="S")) == [("system", "S", False), *OWN]
+    # It stands before the history, wherever it comes from.
+    named = [{"role": "system", "content": "S"}, *HISTORY_MESSAGES]
+    for record in ({"messages": chat, "history": [["q", "r"]]}, {"messages": CHAT, "history": named}):
+        assert turns(parse(**record, system="S")) == [("system", "S", False), *HISTORY, *OWN]
+        assert turns(parse(**record)) == [("system", "S", False), *HISTORY, *OWN]
     for record in (
         {"messages": chat, "system": "T"},
         {"messages": CHAT, "system": "S", "system_prompt": "T"},
     ):
-        with pytest.raises(DataError, match=r"line 3: .*another .*Keep one of them, .*`columns`"):
+        with pytest.raises(
+            DataError, match=r"line 3: .*two different system prompts.*Keep one of them, .*`columns`"
+        ):
             parse(**record)
 
 
