@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from moka_pl.errors import ConfigError
 from moka_pl.prompts.choice import CHOICE_PROMPTS, PromptFormat
+from moka_pl.prompts.ends import prompt_ids
 from moka_pl.prompts.templates import alpaca_prompt, chat_prompt
 
 if TYPE_CHECKING:
@@ -42,21 +43,25 @@ def generate(
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature must be at least 0 and finite, not {temperature}")
     _check_format(prompt_format, "prompt_format")
+    import torch
+
     from moka_pl.adapters import adapters_disabled, read_adapter
     from moka_pl.inference import generate_texts, load_model
 
+    trained = read_adapter(adapter).extra.get("prompt")
     if prompt_format is None:
-        prompt_format = read_adapter(adapter).extra.get("prompt")
+        prompt_format = trained
         _check_format(prompt_format, f"{adapter} was trained with an unknown prompt; --prompt_format")
     model, tokenizer = load_model(adapter, base=base)
     chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
-    text = _around(prompt, chosen, tokenizer)
-    # A chat template writes the special tokens itself.
-    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=chosen != "chat").to(model.device)
+    ids = prompt_ids(tokenizer, _around(prompt, chosen, tokenizer), chosen, chosen == trained)
+    if not ids:
+        raise ConfigError(f"prompt has no token for the tokenizer of {adapter}; give another text")
+    input_ids = torch.tensor([ids], device=model.device)
 
     def answer() -> str:
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        return generate_texts(model, tokenizer, ids, mask, max_new_tokens, temperature)[0]
+        mask = torch.ones_like(input_ids)
+        return generate_texts(model, tokenizer, input_ids, mask, max_new_tokens, temperature)[0]
 
     if compare:
         with adapters_disabled(model):

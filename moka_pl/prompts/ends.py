@@ -62,6 +62,31 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return list(dict.fromkeys([*own, *(template_ends(tokenizer) or [])]))
 
 
+def opening_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Returns the token that opens plain texts: the beginning-of-sequence token, else that of the end."""
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next((int(one) for one in known if one is not None), None)
+
+
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase", text: str, prompt_format: str, is_trained: bool
+) -> list[int]:
+    """Returns the tokens of a prompt, as training has them.
+
+    Args:
+        tokenizer: A tokenizer with which ``open_prompts`` was called.
+        text: The prompt.
+        prompt_format: How it is written: a chat template writes the special tokens itself.
+        is_trained: Whether the adapter was trained with this format; raw texts then have an opening token,
+            which is not every tokenizer's habit.
+    """
+    ids = list(tokenizer(text, add_special_tokens=prompt_format != "chat").input_ids)
+    opening = opening_id(tokenizer)
+    if prompt_format == "raw" and is_trained and opening is not None and ids[:1] != [opening]:
+        ids.insert(0, opening)
+    return ids
+
+
 def open_prompts(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Has a tokenizer put what training puts around a text: its beginning-of-sequence token or nothing.
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from moka_pl.prompts.ends import adds_bos, end_tokens, open_prompts, stop_at_ends, template_ends
+from moka_pl.prompts.ends import adds_bos, end_tokens, open_prompts, prompt_ids, stop_at_ends, template_ends
 
 SAVED = {
     "bos and eos": (["<s>", "$A", "<|im_end|>"], ["<s>"]),
@@ -83,3 +83,21 @@ def test_a_model_without_any_end(tiny_tokenizer):
     stop_at_ends(model, tiny_tokenizer)
     assert model.generation_config.eos_token_id is None
     stop_at_ends(SimpleNamespace(generation_config=None), tiny_tokenizer)
+
+
+def test_prompts_begin_as_in_training(tiny_tokenizer):
+    plain = tiny_tokenizer("Hi", add_special_tokens=False).input_ids
+    bos, eos = tiny_tokenizer.bos_token_id, tiny_tokenizer.eos_token_id
+    assert prompt_ids(tiny_tokenizer, "Hi", "raw", is_trained=False) == plain
+    assert prompt_ids(tiny_tokenizer, "Hi", "alpaca", is_trained=True) == plain
+    assert prompt_ids(tiny_tokenizer, "Hi", "raw", is_trained=True) == [bos, *plain]  # as windows of text
+    assert prompt_ids(tiny_tokenizer, "<s>Hi", "raw", is_trained=True) == [bos, *plain]
+    tiny_tokenizer.bos_token = None
+    assert prompt_ids(tiny_tokenizer, "Hi", "raw", is_trained=True) == [eos, *plain]
+
+
+@pytest.mark.parametrize("kind", ["raw", "chat", "alpaca"])
+def test_the_special_tokens_of_a_chat_are_the_templates(kind, bos_tokenizer):
+    plain = bos_tokenizer("Hi", add_special_tokens=False).input_ids
+    ids = prompt_ids(bos_tokenizer, "Hi", kind, is_trained=True)
+    assert ids == ([] if kind == "chat" else [bos_tokenizer.bos_token_id]) + plain

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moka_pl.data.encoding.examples import eos_id, token_features, token_row
 from moka_pl.lm.scoring import IGNORE_INDEX
+from moka_pl.prompts.ends import opening_id
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -51,8 +52,8 @@ class WindowEncoder:
         return {name: [window[name] for window in windows] for name in (*self.features(), "ignored")}
 
     def _windows(self, text: str) -> list[dict[str, Any]]:
-        bos = self.tokenizer.bos_token_id
-        opening = eos_id(self.tokenizer) if bos is None else int(bos)
+        opening = opening_id(self.tokenizer)
+        opening = eos_id(self.tokenizer) if opening is None else opening  # raises that there is none
         ids = [opening, *self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         if len(ids) == 1:
             return [token_row([], [], 0) | {"words": 0, "bytes": 0}]
