@@ -56,7 +56,7 @@ def weight_samples(model: "PreTrainedModel", left_out: Collection[str] = ()) -> 
         if parameter.ndim < 2 or parameter.is_meta or name in left_out or ".merged_layer." in name:
             continue
         names.append(name.replace(".base_layer.", "."))
-        codes.append(_codes(parameter.detach()))
+        codes.append(_codes(parameter))
         storages.append(storage_of(parameter))
     if not names:
         return ""
@@ -114,9 +114,9 @@ def compare_samples(first: str, second: str) -> Comparison | None:
     # Most steps of an entry; entries of a matrix, and share of all entries, that may be a step away: devices
     # do not agree on the last bit.
     if one.storage == other.storage:
-        steps, entries, share = 1, 1, 0.002
+        steps, entries, share = 1, 1, 0.0005
     elif ("fp4" in one.storage) == ("fp4" in other.storage):
-        steps, entries, share = 1, 5, 0.015
+        steps, entries, share = 2 if "fp4" in one.storage else 1, 5, 0.015
     else:
         steps, entries, share = 3, _ENTRIES, 1.0
     moved = distance > 0
