@@ -135,6 +135,11 @@ def check_run(checkpoint: Mapping[str, Any], module: "MokaModule", course: Cours
         course: What is known of the course of its run.
         training: Whether training resumes.
     """
+    if training and "optimizer_states" not in checkpoint:
+        raise ConfigError(
+            "the checkpoint holds weights only, so no training can resume from it. Train with "
+            "checkpoint.save_weights_only: false"
+        )
     stored, changed = StoredRun.read(checkpoint), Changed()
     ratios = asdict(module.learning_rate_ratios)
     for part, ratio in ratios.items() if training else ():
