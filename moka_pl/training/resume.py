@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Collection
 from typing import Any
 
-from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from moka_pl.training.checkpoint import epoch_is_over
 from moka_pl.training.course import OTHER_BATCHES, Changed

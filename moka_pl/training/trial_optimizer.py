@@ -6,9 +6,9 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.training.learning_rates import check_scheduler, make_optimizer

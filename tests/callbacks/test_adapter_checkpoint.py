@@ -1,11 +1,19 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from moka_pl.adapters import adapter_state, read_adapter
+from moka_pl.adapters import (
+    BaseModel,
+    MokaConfig,
+    adapter_state,
+    inject_adapter,
+    read_adapter,
+    save_adapter,
+)
 from moka_pl.adapters.reading import read_adapter_state
 from moka_pl.callbacks import AdapterCheckpoint
 
@@ -118,3 +126,67 @@ def test_frozen_base_is_no_candidate(make_module, make_data, make_trainer, tmp_p
     make_trainer(saved, num_sanity_val_steps=-1).fit(make_module(lr=3e-2), make_data())
     described = json.loads((tmp_path / "adapters" / "best" / "adapter_config.json").read_text())
     assert described["extra"]["step"] == 7
+
+
+@pytest.fixture
+def make_stored(make_llama, randomize, tmp_path):
+    """Saves an adapter of a step as the best of a run; returns the state of its callback."""
+
+    def make(run, step, **state):
+        model = make_llama()
+        config = MokaConfig(components=2)
+        inject_adapter(model, config)
+        path = save_adapter(run / "adapters/best", model, config, BaseModel("x", None, "0"), {"step": step})
+        told = {"monitor": "val/loss", "mode": "min", "best_step": step, "validation": "data 1.0"}
+        return {"best_score": 1.0, "best_path": str(path)} | told | state
+
+    return make
+
+
+def resumed(checkpoint, folder, monitor="val/loss", mode="min"):
+    """A callback set up as a run in a folder does that resumes from a checkpoint."""
+    callback = AdapterCheckpoint(monitor, mode, dirpath=str(folder / "adapters"))
+    callback._folder, callback._validation = folder / "adapters", "data 1.0"
+    callback.on_load_checkpoint(SimpleNamespace(ckpt_path=str(checkpoint)), None, {})
+    return callback
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "reason"),
+    [
+        ({}, {"monitor": "val/accuracy"}, "chosen by monitor val/loss, now by val/accuracy"),
+        ({}, {"mode": "max"}, "chosen by mode min, now by max"),
+        ({"validation": "other 1.0"}, {}, "on other validation data"),
+        ({"best_step": 5}, {}, "the best so far, is not there"),
+    ],
+)
+def test_the_best_of_something_else_begins_anew(make_stored, tmp_path, caplog, state, options, reason):
+    stored = make_stored(tmp_path / "run", 3, **state)
+    callback = resumed(tmp_path / "run/checkpoints/last.ckpt", tmp_path / "run", **options)
+    with caplog.at_level("INFO"):
+        callback.load_state_dict(stored)
+    assert (callback.best_score, callback.best_path) == (None, None)
+    assert f"begins anew: the best so far was {reason}" in caplog.text or reason in caplog.text
+
+
+def test_the_best_of_a_moved_run_is_found_beside_its_checkpoint_and_copied(make_stored, tmp_path):
+    stored = make_stored(tmp_path / "old", 3)
+    (tmp_path / "old").rename(tmp_path / "moved")
+    make_stored(tmp_path / "old", 4)  # another run's, where the name leads
+    callback = resumed(tmp_path / "moved/checkpoints/last.ckpt", tmp_path / "new")
+    callback.load_state_dict(stored)
+    assert callback.best_path == tmp_path / "moved/adapters/best"
+    callback.on_train_start(SimpleNamespace(global_step=3, fast_dev_run=False, is_global_zero=True), None)
+    assert callback.best_path == tmp_path / "new/adapters/best"
+    assert read_adapter(callback.best_path).extra["step"] == 3
+    assert callback.state_dict() == stored | {"best_path": str(callback.best_path)}
+
+
+def test_a_state_of_before_has_the_path_alone(make_stored, tmp_path):
+    stored = make_stored(tmp_path / "run", 3)
+    callback = resumed("last.ckpt", tmp_path / "run")
+    callback.load_state_dict({name: stored[name] for name in ("best_score", "best_path")})
+    assert callback.best_path == tmp_path / "run/adapters/best"
+    callback = resumed("last.ckpt", tmp_path / "run")
+    callback.load_state_dict({"best_score": None, "best_path": None})
+    assert callback.best_path is None

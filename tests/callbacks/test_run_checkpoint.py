@@ -117,3 +117,23 @@ def test_trial_and_evaluation_leave_no_files(make_module, make_data, make_traine
 def test_save_last_can_be_switched_off(train, tmp_path):
     train(RunCheckpoint(tmp_path), max_epochs=1)
     assert [file.name for file in tmp_path.glob("*.ckpt")] == ["epoch=0-step=4.ckpt"]
+
+
+def test_the_best_checkpoints_are_those_that_are_there_and_of_the_same_data(tmp_path):
+    kept = tmp_path / "kept.ckpt"
+    kept.touch()
+
+    def load(best, validation="data 1.0", monitor="val/loss"):
+        callback = saving(tmp_path, monitor=monitor)
+        callback._validation = "data 1.0"
+        empty = callback.state_dict() | {"validation": validation}
+        score = torch.tensor(1.0)
+        told = {"best_model_score": score, "best_k_models": {best: score}, "best_model_path": best}
+        callback.load_state_dict(empty | told)
+        return callback
+
+    found = load(str(kept))
+    assert (found.best_model_path, set(found.best_k_models)) == (str(kept), {str(kept)})
+    gone = load(str(tmp_path / "gone.ckpt"))
+    assert (gone.best_model_path, gone.best_model_score, gone.best_k_models) == ("", None, {})
+    assert load(str(kept), validation="other 1.0").best_k_models == {}
