@@ -31,7 +31,7 @@ from moka_pl.errors import DataError, one_line
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-READING_VERSION = 6
+READING_VERSION = 7
 """Raise it when parsed rows come out differently: caches of older versions are then left alone."""
 
 ARROW = (".parquet",)

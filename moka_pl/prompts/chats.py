@@ -150,17 +150,17 @@ def left_out(
         skip_empty: Whether empty answers count, too.
 
     Raises:
-        DataError: The chat means something else without it: calls, tools, the reasoning of a trained answer,
-            or all messages of a role.
+        DataError: The chat means something else without it: calls, tools, the content of a message, or the
+            reasoning of an answer that is trained.
     """
     chat = conversation(row, tokenizer)
     fields = dict.fromkeys(name for turn in chat.turns for name in turn if name not in ("role", "content"))
-    roles = dict.fromkeys(turn["role"] for turn in chat.turns if turn["role"] not in ("user", "assistant"))
     ignored: Counter[str] = Counter()
     answers = [index for index, trained in enumerate(chat.trained) if trained and skip_empty]
     if empty := sum(map(chat.is_empty_answer, answers)):
         ignored[EMPTY] = empty
-    if not any(chat.trained) or not (fields or roles or chat.options):
+    plain = [turn["role"] for turn in chat.turns] == ["user", "assistant"]
+    if not any(chat.trained) or (plain and not fields and not chat.options):
         return ignored
     text = chat.render()
     for name in chat.options:
@@ -174,12 +174,12 @@ def left_out(
                 where = f"{name!r} of message {index + 1} of {len(chat.turns)}"
                 raise _refused(chat, where, ", or give its answer weight 0" if name in REASONING else "")
             ignored[f"messages[].{name}"] += 1
-    for role in roles:
+    for index, turn in enumerate(chat.turns):
         # What stands there anyway, such as the template's own system prompt, is written as well.
-        said = [str(turn["content"]).strip() for turn in chat.turns if turn["role"] == role]
-        others = [turn for turn in chat.turns if turn["role"] != role]
-        if not all(content in text for content in said) and not chat.renders(others, text=text):
-            raise _refused(chat, f"messages of the role {role!r}")
+        if (turn["content"] or "").strip() not in text and not chat.renders(
+            [*chat.turns[:index], turn | {"content": ""}, *chat.turns[index + 1 :]], text=text
+        ):
+            raise _refused(chat, f"the content of message {index + 1} of {len(chat.turns)} ({turn['role']})")
     return ignored
 
 
@@ -232,7 +232,7 @@ def _without(turn: Turn, name: str) -> Turn:
 def _refused(chat: Chat, what: str, advice: str = "") -> DataError:
     return DataError(
         f"{chat.location}: the tokenizer's chat template does not write {what}, so that the model would not "
-        "see it. Use the tokenizer of a model whose template does, or take it out of the row"
+        "see it. Use a tokenizer whose chat template does, or take it out of the row"
         f"{advice}"
     )
 

@@ -104,10 +104,19 @@ def test_reasoning_is_trained(tools_tokenizer):
         ({"messages": [user("a"), answer("b")], "functions": [{"name": "f"}]}, "the row's 'tools'"),
         ({"messages": [user("a"), answer("b", reasoning_content="c")]}, "'reasoning_content' of message 2"),
         ({"messages": [user("a"), answer("b", thinking="c")]}, "'thinking' of message 2 .*weight 0"),
-        ({"messages": [{"role": "developer", "content": "x"}, user("a"), answer("b")]}, "role 'developer'"),
-        ({"messages": [{"role": "system", "content": "x y"}, user("a"), answer("b")]}, "role 'system'"),
-        ({"messages": [user("a"), {"role": "tool", "content": "x y"}, answer("b")]}, "the role 'tool'"),
-        ({"prompt": "a", "completion": "b", "system": "x y"}, "role 'system'"),
+        (
+            {"messages": [{"role": "developer", "content": "x"}, user("a"), answer("b")]},
+            r"content of message 1 of 3 \(developer",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "x y"}, user("a"), answer("b")]},
+            r"content of message 1 of 3 \(system",
+        ),
+        (
+            {"messages": [user("a"), {"role": "tool", "content": "x y"}, answer("b")]},
+            r"content of message 2 of 3 \(tool",
+        ),
+        ({"prompt": "a", "completion": "b", "system": "x y"}, r"content of message 1 of 3 \(system"),
     ],
 )
 def test_what_matters_and_is_not_written_is_refused_by_line(tiny_tokenizer, record, part):
@@ -131,6 +140,15 @@ def test_a_system_prompt_that_the_template_has_itself_is_written(tiny_tokenizer)
     tiny_tokenizer.chat_template = "Be kind.\n" + USER_AND_ASSISTANT
     one = row({"role": "system", "content": "Be kind."}, user("a"), answer("b"))
     assert not left_out(one, tiny_tokenizer)
+
+
+def test_a_content_that_gives_way_to_a_call_is_refused(tiny_tokenizer):
+    tiny_tokenizer.chat_template = TOOLS.replace(
+        "{{ message.content }}", "{% if not message.tool_calls %}{{ message.content }}{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"does not write the content of message 2 of 2 \(assistant\)"):
+        left_out(row(user("a"), answer("Let me see.", tool_calls=[WEATHER])), tiny_tokenizer)
+    assert not left_out(row(user("a"), answer("", tool_calls=[WEATHER])), tiny_tokenizer)
 
 
 def test_what_does_not_matter_is_counted(tiny_tokenizer):

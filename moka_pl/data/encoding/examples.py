@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
-ENCODING_VERSION = 4
+ENCODING_VERSION = 5
 """Raise it when the same text gives other columns: caches of older versions are then left alone."""
 
 QUIET_ROWS = 20_000
