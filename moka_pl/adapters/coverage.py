@@ -36,7 +36,7 @@ def left_out(model: nn.Module, config: Any) -> str:
     total = sum(weights.values())
     parts: Counter[str] = Counter()
     for name in sorted(missed):
-        parts[_part(name, name in fused, list(adapted))] += weights[name]
+        parts[_part(name, fused, list(adapted))] += weights[name]
     if not parts:
         return ""
     shares = [f"{part} ({size / total:.1%})" for part, size in parts.most_common(_NAMED)]
@@ -58,17 +58,18 @@ def _linear_weights(model: nn.Module) -> tuple[dict[str, int], set[str]]:
             sizes.setdefault(name, weight_count(module.weight))
         elif not isinstance(module, nn.Conv1d):
             for key, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
+                if parameter.dim() == 3 and min(parameter.shape) > 1:
                     sizes[f"{name}.{key}"] = parameter.numel()
                     fused.add(f"{name}.{key}")
     return sizes, fused
 
 
-def _part(name: str, fused: bool, adapted: list[str]) -> str:
-    """Returns the outermost part of the model around a layer that holds no adapted one, for all blocks."""
-    part = name.rpartition(".")[0] if fused else name
-    while not fused and (outer := part.rpartition(".")[0]):
-        if any(layer.startswith(f"{outer}.") for layer in adapted):
+def _part(name: str, fused: set[str], adapted: list[str]) -> str:
+    """Returns the outermost part of the model around a layer that is left out as a whole, for all blocks."""
+    part = name.rpartition(".")[0] if name in fused else name
+    kept = adapted if name in fused else [*adapted, *fused]
+    while name not in fused and (outer := part.rpartition(".")[0]):
+        if any(layer.startswith(f"{outer}.") for layer in kept):
             break
         part = outer
-    return re.sub(r"\.\d+(?=\.|$)", ".*", part) + (" in fused weights" if fused else "")
+    return re.sub(r"\.\d+(?=\.|$)", ".*", part) + (" in fused weights" if name in fused else "")

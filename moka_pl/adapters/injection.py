@@ -96,8 +96,8 @@ def _names_part(pattern: Pattern, name: str, part: str) -> bool:
     """Whether a pattern means a layer although no text passes through that part of the model."""
     if isinstance(pattern, str):
         return pattern != ALL_LINEAR
-    own = part.rpartition(".")[2]
-    return any(entry == name or own in entry.split(".") for entry in pattern or ())
+    own = part.rpartition(".")[2] if part != name else ""
+    return any(entry == name or (own and own in entry.split(".")) for entry in pattern or ())
 
 
 def moka_layers(model: nn.Module) -> dict[str, MokaLinear]:

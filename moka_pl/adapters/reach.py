@@ -63,6 +63,7 @@ def text_reach(model: nn.Module) -> Reach:
     used = {name for module in called for name in _and_above(names[module])}
     outside = _around_decoder(model, names)
     unreached: dict[str, str] = {}
+    uncalled: dict[str, str] = {}
     for name, module in modules.items():
         if name in used or next(module.parameters(recurse=False), None) is None:
             continue
@@ -72,8 +73,13 @@ def text_reach(model: nn.Module) -> Reach:
         if parent not in used or parent in outside:
             unreached[name] = _outermost(name, used)
         elif isinstance(module, nn.Linear):
-            kind = type(modules[parent]).__name__
-            unsuitable[name] = f"{kind} reads its weight without calling it, or does not use it"
+            uncalled[name] = type(modules[parent]).__name__
+    read = _read_directly(model, [modules[name] for name in uncalled]) if uncalled else set()
+    for name, kind in uncalled.items():
+        if modules[name] in read:
+            unsuitable[name] = f"{kind} reads its weight without calling it"
+        else:  # as the keys and values of layers that take those of another one
+            unreached[name] = name
     return Reach(unreached, unsuitable)
 
 
@@ -91,6 +97,26 @@ def trains(model: nn.Module) -> bool:
         loss = score_tokens(cast("PreTrainedModel", model), ids, ids).nll.sum()
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
     return any(gradient is not None for gradient in gradients)
+
+
+def _read_directly(model: nn.Module, layers: list[nn.Module]) -> set[nn.Module]:
+    """Returns those of some layers that are not called whose weights the loss depends on all the same."""
+    dense = [layer for layer in layers if layer.weight.is_floating_point()]  # type: ignore[operator]
+    weights = [cast(Tensor, layer.weight) for layer in dense]
+    before = [weight.requires_grad for weight in weights]
+    ids = _few_tokens(model)
+    try:
+        with _training(model), torch.enable_grad():
+            for weight in weights:
+                weight.requires_grad_(True)
+            loss = score_tokens(cast("PreTrainedModel", model), ids, ids).nll.sum()
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    except Exception:  # it cannot be told
+        return set(layers)
+    finally:
+        for weight, required in zip(weights, before, strict=True):
+            weight.requires_grad_(required)
+    return {layer for layer, gradient in zip(dense, gradients, strict=True) if gradient is not None}
 
 
 def _few_tokens(model: nn.Module) -> Tensor:

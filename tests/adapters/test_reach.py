@@ -181,6 +181,16 @@ def test_what_is_left_out_is_said_with_its_share() -> None:
     assert said[experts].endswith("model.layers.*.mlp.experts in fused weights (85.7%)")
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "spare_proj"], "all-linear"], ids=["by suffix", "all-linear"])
+def test_a_layer_without_use_is_left_out_and_said(targets, make_llama) -> None:
+    model = make_llama()
+    model.model.layers[0].self_attn.spare_proj = nn.Linear(32, 32)
+    config = MokaConfig(components=2, target_modules=targets)
+    assert not any("spare" in name for name in inject_adapter(model, config))
+    assert "not adapted: model.layers.*.self_attn.spare_proj (" in left_out(model, config)
+    assert find_targets(make_llama(), MokaConfig(target_modules=["q_proj"]))
+
+
 def test_nothing_is_said_where_all_is_adapted(make_llama) -> None:
     for config in (MokaConfig(), MokaConfig(target_modules="all-linear")):
         model = make_llama()
