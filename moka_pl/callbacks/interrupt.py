@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl.callbacks.checkpoints import RunCheckpoint, between_steps, is_trial
 from moka_pl.errors import MokaError, NonFiniteError
-from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.checkpoint import LAST_NAME
 
 #: With several processes, ranks check for an interrupt every this many optimizer steps.
@@ -136,13 +135,11 @@ class GracefulInterrupt(Callback):
     def _save(self, trainer: Trainer) -> None:
         """Writes the checkpoint, unless it would hold a NaN or an infinity."""
         path = self._saved = last_path(trainer)
-        named = trainer.lightning_module.named_parameters()
-        values = {"weights": {name: p for name, p in named if p.requires_grad}}
-        if bad := non_finite_names(values | {"optimizer": trainer.optimizers[0].state_dict()["state"]}):
-            self._kept = f"{path} is left as it was, as {bad[0]} is not finite now"
-        else:
+        try:
             trainer.save_checkpoint(path)
             self._kept = f"checkpoint saved in {path}"
+        except NonFiniteError as error:
+            self._kept = str(error)
 
     def _stop_if_saved(self, trainer: Trainer) -> None:
         if self._saved is not None:

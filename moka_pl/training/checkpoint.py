@@ -19,7 +19,8 @@ from moka_pl.adapters.methods.base import check_tensors
 from moka_pl.backbone import check_samples
 from moka_pl.data.batching.order import describe, differences
 from moka_pl.data.types import data_of
-from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.errors import AdapterError, ConfigError, NonFiniteError
+from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.checkpoint_files import peek, step_of, unusable_reason
 from moka_pl.training.course import (
     CONSEQUENCES,
@@ -32,6 +33,7 @@ from moka_pl.training.course import (
     quantization_of,
 )
 from moka_pl.training.learning_rates import LearningRateRatios
+from moka_pl.training.non_finite import NON_FINITE_REMEDY
 
 if TYPE_CHECKING:
     from moka_pl.training.module import MokaModule
@@ -93,10 +95,20 @@ class StoredRun:
 
 
 def complete_checkpoint(checkpoint: dict[str, Any], module: "MokaModule") -> None:
-    """Drops the frozen tensors of Lightning's checkpoint and adds the run, in place."""
+    """Drops the frozen tensors of Lightning's checkpoint and adds the run, in place.
+
+    Raises:
+        NonFiniteError: If it would hold a NaN or an infinity: it must not replace an older checkpoint.
+    """
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     tensors = checkpoint["state_dict"]
     checkpoint["state_dict"] = {name: tensor for name, tensor in tensors.items() if name in trainable}
+    kept = {name: checkpoint.get(name) for name in ("state_dict", "optimizer_states")}
+    if bad := non_finite_names(kept):
+        raise NonFiniteError(
+            f"no checkpoint is written after step {module.trainer.global_step}: {len(bad)} tensors are not "
+            f"finite (first {bad[0]}); older files are kept. {NON_FINITE_REMEDY}"
+        )
     checkpoint |= {f"{_PREFIX}{name}": value for name, value in vars(StoredRun.of(module)).items()}
 
 

@@ -133,7 +133,7 @@ class NonFiniteSteps:
         if self.error is None and (bad := non_finite_names(weights)):
             self.error = NonFiniteError(
                 f"the weights are not finite after the last step, {trainer.global_step} (first {bad[0]}). "
-                f"They are not saved. {_REMEDY}"
+                f"They are not saved. {NON_FINITE_REMEDY}"
             )
         if self.error is None and self.numbers and self._finite is None:
             self.error = self._ending(f"none of the {len(self.numbers)} steps had a finite loss and gradient")
@@ -176,7 +176,7 @@ class NonFiniteSteps:
             if usable
             else "The weights themselves give no finite loss now; what was saved before is kept"
         )
-        return NonFiniteError(f"{reason}. {kept}. {_REMEDY}", usable)
+        return NonFiniteError(f"{reason}. {kept}. {NON_FINITE_REMEDY}", usable)
 
     def _still_finite(self, batch: Batch) -> bool:
         """Whether a batch that had a finite loss still has one."""
@@ -207,7 +207,8 @@ class NonFiniteSteps:
                 return (
                     f"; first layer whose output is not finite: {(outputs or ['the head'])[0]}{_listed(rows)}"
                 )
-            gradients = step.gradients
+            # Those of several ranks are averaged by now.
+            gradients = step.gradients if self._module.trainer.world_size == 1 else []
             for batch in step.batches:
                 for row in _rows(batch):
                     names = self._bad_gradients(row)
@@ -248,7 +249,7 @@ class NonFiniteSteps:
             yield
 
 
-_REMEDY = (
+NON_FINITE_REMEDY = (
     "Look at the rows that the warnings name, lower the learning rate, clip gradients "
     "(--trainer.gradient_clip_val 1), or compute in float32 (--model.backbone.compute_dtype float32)"
 )

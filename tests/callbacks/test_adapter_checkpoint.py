@@ -1,10 +1,13 @@
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from moka_pl.adapters import (
     BaseModel,
@@ -15,7 +18,7 @@ from moka_pl.adapters import (
     save_adapter,
 )
 from moka_pl.adapters.reading import read_adapter_state
-from moka_pl.callbacks import AdapterCheckpoint
+from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
 
 
 class Fake(Callback):
@@ -190,3 +193,17 @@ def test_a_state_of_before_has_the_path_alone(make_stored, tmp_path):
     callback = resumed("last.ckpt", tmp_path / "run")
     callback.load_state_dict({"best_score": None, "best_path": None})
     assert callback.best_path is None
+
+
+def test_a_folder_that_is_deleted_during_the_run_is_made_again(train, tmp_path):
+    class Delete(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if trainer.global_step == 5:
+                shutil.rmtree(trainer.log_dir, ignore_errors=True)
+
+    logger = TensorBoardLogger(tmp_path / "logs")
+    saving = RunCheckpoint(save_last=True)
+    run = train(Delete(), AdapterCheckpoint(), saving, logger=logger, val_check_interval=2)
+    folder = Path(run.trainer.log_dir)
+    assert same(folder / "adapters" / "last", run.state)
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8

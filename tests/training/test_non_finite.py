@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from moka_pl.adapters import FullFineTuning, adapter_state
 from moka_pl.adapters.reading import read_adapter_state
 from moka_pl.backbone import BackboneConfig
-from moka_pl.callbacks import AdapterCheckpoint
+from moka_pl.callbacks import AdapterCheckpoint, GracefulInterrupt, RunCheckpoint
 from moka_pl.errors import ConfigError, NonFiniteError
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.module import MokaModule
@@ -217,6 +217,23 @@ def test_an_overflow_by_the_last_step_is_not_saved(make_module, make_data, make_
     ):
         make_trainer(AdapterCheckpoint(), Overflow(), max_steps=3).fit(make_module(), make_data())
     assert not (tmp_path / "adapters").exists()
+
+
+def test_no_checkpoint_that_is_not_finite_replaces_an_older_one(train, tmp_path):
+    class Overflow(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 6:
+                next(p for p in pl_module.parameters() if p.requires_grad).data.fill_(math.inf)
+
+    saving = RunCheckpoint(dirpath=tmp_path, save_last=True, every_n_train_steps=2)
+    with pytest.raises(
+        NonFiniteError, match="no checkpoint is written after step 6: 1 tensors are not finite"
+    ):
+        train(Overflow(), saving, GracefulInterrupt())
+    for name in ("last.ckpt", "epoch=0-step=4.ckpt"):
+        stored = torch.load(tmp_path / name, weights_only=True)
+        assert stored["global_step"] == 4
+        assert non_finite_names(stored["state_dict"]) == []
 
 
 def test_a_validation_loss_of_nan_is_never_the_best(make_module, make_data, make_trainer, tmp_path):
