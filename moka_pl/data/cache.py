@@ -88,7 +88,10 @@ def _seal(file: Path) -> Path:
 def _write_seal(file: Path) -> None:
     with file.open("rb") as content:
         digest = file_digest(content, "blake2b").hexdigest()
-    _seal(file).write_text(json.dumps([_state(file), digest]), encoding="utf-8")
+    try:
+        _seal(file).write_text(json.dumps([_state(file), digest]), encoding="utf-8")
+    except OSError:  # the rows are there all the same
+        _seal(file).unlink(missing_ok=True)
 
 
 def _state(file: Path) -> list[int]:

@@ -146,5 +146,7 @@ def fill_blank(question: str, choices: list[str]) -> tuple[str, list[str]]:
 
 def _without_marks(text: str) -> str:
     """Takes out the [header], [title], [step] and [substeps] of HellaSwag's WikiHow texts."""
-    text = _MARKS.sub("", text.strip().replace(" [title]", ". "))
+    # Only up to a line's last closing bracket: each opening one after it would be followed to the line's end.
+    lines = [line.rpartition("]") for line in text.strip().replace(" [title]", ". ").split("\n")]
+    text = "\n".join(_MARKS.sub("", before + end) + after for before, end, after in lines)
     return re.sub(r" {2,}", " ", text).strip()

@@ -55,7 +55,8 @@ def located(location: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{location}: {error}") from error
+        text = one_line(error) if "\n" in str(error) else str(error)
+        raise DataError(f"{location}: {text}") from error
     except Exception as error:
         raise DataError(f"{location}: the record cannot be used ({described(error)})") from error
 

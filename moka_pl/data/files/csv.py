@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from moka_pl.data.files.text import MAX_RECORD, lines, shown, too_long
+from moka_pl.data.files.text import MAX_RECORD, lines, printable, shown, too_long
 from moka_pl.errors import DataError
 
 SEPARATORS = ",;\t|"
@@ -36,10 +36,10 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         blank = not any(cell.strip() for cell in row)
         if not blank and (len(row) < len(columns) or any(cell.strip() for cell in row[len(columns) :])):
+            names = printable(", ".join(columns), 300)
             raise DataError(
-                f"{source.location}: {len(row)} cells, but the header names {len(columns)} columns "
-                f"({', '.join(columns)}; the separator is {separator!r}). Quote cells that hold separators "
-                "or line breaks"
+                f"{source.location}: {len(row)} cells, but the header names {len(columns)} columns ({names}; the "
+                f"separator is {separator!r}). Quote cells that hold separators or line breaks"
             )
         for number, cell in enumerate(row[1 : len(columns)], start=2):
             if cell.strip() and number - 1 not in named:
@@ -105,5 +105,7 @@ def _named(header: list[str], location: str) -> dict[int, str]:
     named = {index: name for index, name in enumerate(header) if name.strip()}
     name, count = Counter(named.values()).most_common(1)[0]
     if count > 1:
-        raise DataError(f"{location}: the header names {name!r} {count} times. Rename or remove columns")
+        raise DataError(
+            f"{location}: the header names {printable(name, 60)!r} {count} times. Rename or remove columns"
+        )
     return named

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moka_pl.data.files.text import MAX_RECORD, lines, pieces, position, shown, too_long
+from moka_pl.data.files.text import MAX_RECORD, lines, pieces, position, printable, shown, too_long
 from moka_pl.errors import DataError
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -173,7 +173,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise DataError(f"an object has the key {name!r} twice. Keep one of them")
+        raise DataError(f"an object has the key {printable(name, 60)!r} twice. Keep one of them")
     return record
 
 

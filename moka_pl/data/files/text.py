@@ -27,7 +27,13 @@ _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 def shown(path: Path) -> str:
     """Returns a path as messages and rows name it: in one line of valid text, whatever the file's name."""
-    text = str(path)
+    return printable(str(path))
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """Returns a text for a message: in one line, and cut after a number of characters."""
+    if most is not None and len(text) > most:
+        text = f"{text[: most - 3]}..."
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

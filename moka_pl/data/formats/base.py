@@ -7,8 +7,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
+from moka_pl.data.files.text import printable
 from moka_pl.errors import DataError
 
 Record = Mapping[str, Any]
@@ -151,10 +153,22 @@ def require_text(record: Record, field: str, label: str = "") -> str:
 
 def names(record: Record) -> str:
     """Returns the names of a record's fields, for messages."""
-    return ", ".join(map(str, record)) or "nothing"
+    fields = [printable(str(name), 60) for name in islice(record, _NAMED)]
+    more = f" and {len(record) - _NAMED:,} more" if len(record) > _NAMED else ""
+    one = len(fields) == 1 and any(mark in fields[0] for mark in _SEPARATORS)
+    hint = " (one field: is its separator another one? Known are , ; tab and |)" if one else ""
+    return f"{', '.join(fields) or 'nothing'}{more}{hint}"
 
 
 def show(value: object) -> str:
     """Returns type and beginning of a value, for messages."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {printable(repr(value), 60)}"
+
+
+def brief(value: object) -> str:
+    """Returns a value as Python writes it, for messages; a long one is cut."""
+    return printable(repr(value), 200)
+
+
+_NAMED = 30
+_SEPARATORS = ",;\t|:^~"

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.catalog import CHOICE_TASKS, fill_blank, normalise, task_name
-from moka_pl.data.formats.base import Record, parse_as
+from moka_pl.data.formats.base import Record, brief, parse_as
 from moka_pl.data.formats.hub_tasks import ARC
 from moka_pl.data.formats.registry import CHOICE_FORMATS
 from moka_pl.errors import DataError
@@ -46,9 +46,9 @@ def parse_choice(record: Record, context: str = "") -> dict[str, Any]:
     if told not in (None, ARC) and task not in CHOICE_TASKS:
         task = told
     if not isinstance(task, str) or not task:
-        raise DataError(f"field 'task' must be a name, found {task!r}")
+        raise DataError(f"field 'task' must be a name, found {brief(task)}")
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"field 'question' must be text that is not empty, found {question!r}")
+        raise DataError(f"field 'question' must be text that is not empty, found {brief(question)}")
     _check_choices(choices)
     if not 0 <= answer < len(choices):
         raise DataError(
@@ -71,7 +71,7 @@ def with_filled_blank(row: dict[str, Any]) -> dict[str, Any]:
 
 def _check_choices(choices: object) -> None:
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"field 'choices' must be a list of texts, found {choices!r}")
+        raise DataError(f"field 'choices' must be a list of texts, found {brief(choices)}")
     if len(choices) < 2:
         raise DataError(f"{len(choices)} choice(s); a question needs at least two")
     for index, choice in enumerate(choices, start=1):

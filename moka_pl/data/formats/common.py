@@ -3,7 +3,7 @@
 import json
 from typing import Any, NamedTuple
 
-from moka_pl.data.formats.base import Format, Record, require
+from moka_pl.data.formats.base import Format, Record, brief, require
 from moka_pl.errors import DataError
 
 _FIELDS = ("question", "choices", "answer")
@@ -34,7 +34,7 @@ def _parse(record: Record) -> Item:
         try:
             choices = json.loads(choices)
         except json.JSONDecodeError as error:
-            raise DataError(f"field 'choices' is no JSON list ({error}), found {choices!r}") from error
+            raise DataError(f"field 'choices' is no JSON list ({error}), found {brief(choices)}") from error
     if isinstance(answer, str) and answer.strip().isdecimal():
         answer = int(answer)
     elif isinstance(answer, str) and len(answer.strip()) == 1 and "A" <= answer.strip() <= "Z":
@@ -42,7 +42,7 @@ def _parse(record: Record) -> Item:
     if isinstance(answer, bool) or not isinstance(answer, int):
         raise DataError(
             "field 'answer' must be the index of the right choice, counted from 0 (or its capital letter), "
-            f"found {answer!r}"
+            f"found {brief(answer)}"
         )
     return Item(question, choices, answer)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from moka_pl.data.formats.base import Format, Record, require_text
+from moka_pl.data.formats.base import Format, Record, brief, require_text
 from moka_pl.data.formats.common import Item
 from moka_pl.errors import DataError
 
@@ -31,7 +31,7 @@ def _boolq(record: Record) -> Item:
     if isinstance(answer, str) and answer.strip().lower() in ("true", "false"):  # as CSV files hold them
         answer = answer.strip().lower() == "true"
     if not isinstance(answer, bool):
-        raise DataError(f"field 'answer' of boolq must be true or false, found {answer!r}")
+        raise DataError(f"field 'answer' of boolq must be true or false, found {brief(answer)}")
     return Item(require_text(record, "question"), ["true", "false"], 0 if answer else 1)
 
 
@@ -51,14 +51,14 @@ def _hellaswag(record: Record) -> Item:
     question = f"{require_text(record, 'activity_label')}: {require_text(record, 'ctx')}"
     endings = record["endings"]
     if not isinstance(endings, list):
-        raise DataError(f"field 'endings' must be a list of texts, found {endings!r}")
+        raise DataError(f"field 'endings' must be a list of texts, found {brief(endings)}")
     return Item(question, endings, _label(record, "label", tuple(map(str, range(len(endings))))))
 
 
 def _winogrande(record: Record) -> Item:
     sentence = require_text(record, "sentence")
     if "_" not in sentence:
-        raise DataError(f"field 'sentence' has no blank '_' to fill in, found {sentence!r}")
+        raise DataError(f"field 'sentence' has no blank '_' to fill in, found {brief(sentence)}")
     options = [record["option1"], record["option2"]]
     return Item(sentence, options, _label(record, "answer", ("1", "2")))
 
@@ -74,7 +74,7 @@ def _arc(record: Record, question: str = "question") -> Item:
     if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):
         raise DataError(
             f"field 'choices' must hold 'text' and 'label', two lists of equal length, found "
-            f"{record['choices']!r}"
+            f"{brief(record['choices'])}"
         )
     return Item(require_text(record, question), texts, _label(record, "answerKey", tuple(map(str, labels))))
 
@@ -84,7 +84,8 @@ def _label(record: Record, column: str, labels: tuple[str, ...]) -> int:
     text = str(value).strip()
     if isinstance(value, bool) or text not in labels:
         hint = ". Splits without labels cannot be used: use the validation split" if value in ("", -1) else ""
-        raise DataError(f"field {column!r} is {value!r}, outside of the options {', '.join(labels)}{hint}")
+        known = brief(", ".join(labels))[1:-1]
+        raise DataError(f"field {column!r} is {brief(value)}, outside of the options {known}{hint}")
     return labels.index(text)
 
 

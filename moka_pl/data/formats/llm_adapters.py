@@ -8,7 +8,8 @@ true/false`` and lists no options.
 import re
 from collections.abc import Iterable, Iterator
 
-from moka_pl.data.formats.base import Format, Record, require_text
+from moka_pl.data.files.text import printable
+from moka_pl.data.formats.base import Format, Record, brief, require_text
 from moka_pl.data.formats.common import Item
 from moka_pl.data.readers import Located, located
 from moka_pl.errors import DataError
@@ -17,7 +18,7 @@ SCIENCE = "science"
 """Task of ARC's and OpenBookQA's records in a file that mixes tasks: nothing tells them apart."""
 
 _LEAD = re.compile(r"^\s*Please [^:]*:\s*")
-_FORMAT = re.compile(r"\s*Answer format:\s*(?P<labels>\S+)\s*$", re.IGNORECASE)
+_FORMAT = re.compile(r"Answer format:\s*(?P<labels>\S+)\s*$", re.IGNORECASE)
 _TASK_OF_LABEL = {"true": "boolq", "solution1": "piqa", "ending1": "hellaswag", "option1": "winogrande"}
 
 
@@ -32,10 +33,11 @@ def _parse(record: Record) -> Item:
         raise DataError("field 'instruction' does not end in 'Answer format: ...'")
     labels = ending["labels"].rstrip(".").split("/")
     names = [label.lower() for label in labels]
-    body = text[: ending.start()]
+    body = text[: ending.start()].rstrip()
     body, options = (body, ["true", "false"]) if names == ["true", "false"] else _split_options(body, labels)
     if answer.strip().lower() not in names:
-        raise DataError(f"field 'answer' is {answer!r}, outside of the options {', '.join(labels)}")
+        known = brief(", ".join(labels))[1:-1]
+        raise DataError(f"field 'answer' is {brief(answer)}, outside of the options {known}")
     question = _LEAD.sub("", body).strip()
     return Item(question, options, names.index(answer.strip().lower()), published=True)
 
@@ -83,8 +85,8 @@ def _split_options(body: str, labels: list[str]) -> tuple[str, list[str]]:
         start = lower.rfind(marker, 0, end)
         if start < 0:
             raise DataError(
-                f"field 'instruction' has no '{label[:1].upper()}{label[1:]}:' although its answer format "
-                "names it"
+                f"field 'instruction' has no '{printable(label[:1].upper() + label[1:], 60)}:' although its "
+                "answer format names it"
             )
         options.append(body[start + len(marker) : end].strip())
         end = start

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moka_pl.data.formats.base import Record, from_json, is_empty, require, show
+from moka_pl.data.formats.base import Record, brief, from_json, is_empty, require, show
 from moka_pl.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
@@ -163,14 +163,15 @@ def _role(value: Record, key: str, field: str) -> tuple[str, str]:
     if key == "role":
         if speaker not in ROLES:
             raise DataError(
-                f"field '{field}.role' is {speaker!r}; known roles are {', '.join(ROLES)}. Rename the role"
+                f"field '{field}.role' is {brief(speaker)}; known roles are {', '.join(ROLES)}. Rename "
+                "the role"
             )
         return ("tool" if speaker == "function" else speaker), speaker
     speaker = speaker.lower() if isinstance(speaker, str) else speaker
     role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise DataError(
-            f"field '{field}.from' is {speaker!r}; known speakers are {', '.join(SPEAKERS)}. "
+            f"field '{field}.from' is {brief(speaker)}; known speakers are {', '.join(SPEAKERS)}. "
             "Rename the speaker"
         )
     return role, speaker

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from moka_pl.data.formats.base import Record, require, require_text
+from moka_pl.data.formats.base import Record, brief, require, require_text
 from moka_pl.data.formats.choice import parse_choice
 from moka_pl.errors import DataError
 
@@ -23,7 +23,7 @@ def parse_mmlu(record: Record, context: str = "") -> dict[str, Any]:
     """
     subject = context or record.get("subject")
     if not isinstance(subject, str) or not subject:
-        raise DataError(f"field 'subject' must be a name, found {subject!r}")
+        raise DataError(f"field 'subject' must be a name, found {brief(subject)}")
     question, choices = require(record, "question"), record.get("choices")
     if choices is None:
         choices = [require_text(record, f"choice{number}") for number in range(len(LETTERS))]
@@ -46,8 +46,8 @@ def _index(answer: object) -> object:
     if len(text) == 1 and text.upper() in LETTERS:
         return LETTERS.index(text.upper())
     raise DataError(
-        f"field 'answer' is {answer!r}; it must be the number of the right option, 0 to 3, or its letter, A "
-        "to D"
+        f"field 'answer' is {brief(answer)}; it must be the number of the right option, 0 to 3, or its "
+        "letter, A to D"
     )
 
 

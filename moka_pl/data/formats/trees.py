@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, Literal
 
-from moka_pl.data.formats.base import Fields, Record, has_value, ignored_in, require, require_text
+from moka_pl.data.formats.base import Fields, Record, brief, has_value, ignored_in, require, require_text
 from moka_pl.data.formats.messages import WEIGHTS
 from moka_pl.data.readers import Located, located
 from moka_pl.errors import DataError
@@ -54,12 +54,18 @@ def join_trees(
     for location, record in chain([first], records):
         with located(location):
             _check(record)
+            if record["message_id"] in messages:
+                raise DataError(
+                    f"field 'message_id' is {brief(record['message_id'])} again. Remove one of them"
+                )
         messages[record["message_id"]] = location, record
         children[record["parent_id"] or None].append(record["message_id"])
     for parent, replies in children.items():
         if parent is not None and parent not in messages:
             location = messages[replies[0]][0]
-            raise DataError(f"{location}: field 'parent_id' names {parent!r}, but there is no such message")
+            raise DataError(
+                f"{location}: field 'parent_id' names {brief(parent)}, but there is no such message"
+            )
     languages = {str(messages[root][1].get("lang")) for root in children[None]}
     roots = [
         root
@@ -87,7 +93,7 @@ def _check(record: Record) -> None:
         require_text(record, field)
     if record["role"] not in _ROLES:
         raise DataError(
-            f"field 'role' is {record['role']!r}; known roles of message trees are {', '.join(_ROLES)}"
+            f"field 'role' is {brief(record['role'])}; known roles of message trees are {', '.join(_ROLES)}"
         )
 
 
