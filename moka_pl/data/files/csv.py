@@ -38,8 +38,8 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not blank and (len(row) < len(columns) or any(cell.strip() for cell in row[len(columns) :])):
             names = printable(", ".join(columns), 300)
             raise DataError(
-                f"{source.location}: {len(row)} cells, but the header names {len(columns)} columns ({names}; the "
-                f"separator is {separator!r}). Quote cells that hold separators or line breaks"
+                f"{source.location}: {len(row)} cells, but the header names {len(columns)} columns ({names}; "
+                f"the separator is {separator!r}). Quote cells that hold separators or line breaks"
             )
         for number, cell in enumerate(row[1 : len(columns)], start=2):
             if cell.strip() and number - 1 not in named:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.data.files.parquet_footer import claims
 from moka_pl.data.files.text import MAX_RECORD, expands, expansion_limit, shown, too_long
 from moka_pl.errors import DataError
 
@@ -24,9 +25,9 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     from pyarrow import parquet
 
+    _check_claims(path)
     with path.open("rb") as source:
         metadata = parquet.read_metadata(source)
-        _check_metadata(path, metadata)
         plain = parquet.ParquetFile(source, metadata=metadata).schema_arrow
         texts = _texts(metadata, plain)
         file = parquet.ParquetFile(source, metadata=metadata, read_dictionary=texts)
@@ -55,13 +56,12 @@ def _written_out(batch: "pyarrow.RecordBatch", plain: "pyarrow.Schema") -> list[
     return type(batch).from_arrays(columns, schema=plain).to_pylist()  # type: ignore[no-any-return]
 
 
-def _check_metadata(path: Path, metadata: Any) -> None:
+def _check_claims(path: Path) -> None:
     """Raises ``DataError`` for a file that holds too much for its size."""
     values = size = 0
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            values += column.num_values
-            size += column.total_uncompressed_size
+    for count, uncompressed in claims(path):
+        values += count
+        size += uncompressed
     length = path.stat().st_size
     if values > max(FREE_VALUES, length):
         raise DataError(

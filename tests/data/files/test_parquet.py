@@ -6,6 +6,7 @@ import pytest
 from pyarrow import parquet
 
 from moka_pl.data.files import text
+from moka_pl.data.files.parquet_footer import claims
 from moka_pl.data.files.text import MAX_RECORD
 from moka_pl.data.readers import stream
 from moka_pl.errors import DataError
@@ -109,4 +110,20 @@ def test_values_that_cannot_be_read(tmp_path, column):
 def test_damaged_files_are_told_in_one_line(tmp_path, kept):
     path = write(tmp_path, {"a": ["x"] * 10})
     path.write_bytes(path.read_bytes()[:kept])
+    refuse(path, "not a readable Parquet file")
+
+
+def test_claims_are_those_of_the_footer(tmp_path):
+    path = write(tmp_path, {"a": ["x"] * 10, "b": [["x", "y"]] * 10})
+    facts = list(claims(path))
+    assert [values for values, _ in facts] == [10, 20]
+    group = parquet.read_metadata(path).row_group(0)
+    assert [size for _, size in facts] == [group.column(n).total_uncompressed_size for n in range(2)]
+
+
+@pytest.mark.parametrize("fill", [b"\xff", b"\x00", b"\x19", b"\x1c", b"\x1b\xff"])
+def test_hostile_footers(tmp_path, fill):
+    footer = fill * (100_000 // len(fill))
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
     refuse(path, "not a readable Parquet file")
