@@ -52,8 +52,8 @@ def parse_choice(record: Record, context: str = "") -> dict[str, Any]:
     _check_choices(choices)
     if not 0 <= answer < len(choices):
         raise DataError(
-            f"field 'answer' is {brief(answer)}, outside of the {len(choices)} choices (0 to {len(choices) - 1}). "
-            "Count from 0"
+            f"field 'answer' is {brief(answer)}, outside of the {len(choices)} choices (0 to "
+            f"{len(choices) - 1}). Count from 0"
         )
     if published:
         question, choices = normalise(told or task_name(task), question, choices)

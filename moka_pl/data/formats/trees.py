@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, Literal
 
+from moka_pl.data.files.text import printable
 from moka_pl.data.formats.base import Fields, Record, brief, has_value, ignored_in, require, require_text
 from moka_pl.data.formats.messages import WEIGHTS
 from moka_pl.data.readers import Located, located
@@ -75,7 +76,7 @@ def join_trees(
     if not roots:
         raise DataError(
             f"{first[0]} and the following messages: no tree in the language {language!r}; found: "
-            f"{', '.join(sorted(languages))}. Change `tree_language`"
+            f"{printable(', '.join(sorted(languages)), 200)}. Change `tree_language`"
         )
     for root in roots:
         for path in _paths(root, messages, children, paths):
