@@ -1,10 +1,12 @@
 """What a chat template is given, and what becomes of what it does not write."""
 
 import json
+from functools import partial
 
 import pytest
 from shared.templates import LATEST_REASONING, TOOLS, USER_AND_ASSISTANT
 
+from moka_pl.data.encoding.examples import SegmentEncoder
 from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.data.reading import parse_record
 from moka_pl.errors import DataError
@@ -149,6 +151,18 @@ def test_a_content_that_gives_way_to_a_call_is_refused(tiny_tokenizer):
     with pytest.raises(DataError, match=r"does not write the content of message 2 of 2 \(assistant\)"):
         left_out(row(user("a"), answer("Let me see.", tool_calls=[WEATHER])), tiny_tokenizer)
     assert not left_out(row(user("a"), answer("", tool_calls=[WEATHER])), tiny_tokenizer)
+
+
+def test_what_is_left_out_is_said_before_spans_that_are_not_found(tiny_tokenizer):
+    tiny_tokenizer.chat_template = (
+        "{% for message in messages if message.role != 'system' %}"
+        "{% if loop.last and message.role == 'user' and messages[0].role == 'system' %}"
+        "{{ messages[0].content }}{% endif %}<{{ message.role }}>{{ message.content }}<|im_end|>{% endfor %}"
+    )
+    one = row({"role": "system", "content": "Be kind."}, user("a"), answer("b"))
+    parts = [partial(function, tokenizer=tiny_tokenizer) for function in (chat, left_out)]
+    with pytest.raises(DataError, match=r"does not write the content of message 1 of 3 \(system\)"):
+        SegmentEncoder(tiny_tokenizer, parts[0], 64, bos=False, left_out=parts[1])(one)
 
 
 def test_what_does_not_matter_is_counted(tiny_tokenizer):

@@ -126,6 +126,8 @@ class SegmentEncoder:
 
     def __call__(self, row: Row) -> EncodedRow:
         """Encodes ``row``; a row without a trained token comes back with the status DROPPED."""
+        # First: where the template leaves something out, the spans of answers may not be found either.
+        ignored = merged(row.get("ignored", ""), {} if self.left_out is None else self.left_out(row))
         ids: list[int] = []
         labels: list[int] = []
         stretches = _stretches(self.segments(row))
@@ -139,7 +141,6 @@ class SegmentEncoder:
         if self.bos:
             ids.insert(0, self.tokenizer.bos_token_id)
             labels.insert(0, IGNORE_INDEX)
-        ignored = merged(row.get("ignored", ""), {} if self.left_out is None else self.left_out(row))
         encoded = token_row(ids[: self.max_length], labels[: self.max_length], full_length=len(ids))
         return encoded | {"ignored": ignored}
 
