@@ -23,7 +23,7 @@ OPTIONAL = {"gguf": "demo", "peft": "peft", "lm-eval": "eval"}
 #: Comes with torch where there is a GPU, and is imported there only.
 WITH_TORCH = {"triton"}
 #: Used by other libraries of ours, not by us.
-INDIRECT = {"accelerate", "liger-kernel"}
+INDIRECT = {"accelerate", "jinja2", "liger-kernel"}
 #: Without an upper bound: other requirements bound them, and a new major comes every few months.
 UNBOUNDED = {"pillow", "pyarrow"}
 

@@ -167,7 +167,7 @@ def _cut(text: str, columns: int, room: int) -> str:
 
 
 def _has_colours() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def _screen() -> tuple[int, int]:
