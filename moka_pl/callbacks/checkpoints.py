@@ -47,13 +47,16 @@ class AdapterCheckpoint(Callback):
         self.best_step: int | None = None
         self.last_path: Path | None = None
         self._folder: Path | None = None
+        self._log_dir: Path | None = None
         self._begun_at = 0
         self._validation: str | None = None
         self._resumed_from: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder (on every rank: the log folder's name is broadcast)."""
-        self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "adapters"))
+        log_dir = trainer.log_dir
+        self._folder = Path(self.dirpath or Path(log_dir or trainer.default_root_dir, "adapters"))
+        self._log_dir = Path(log_dir) if log_dir and trainer.is_global_zero and trainer.loggers else None
         self._validation = validation_name(trainer) if stage == "fit" else None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,6 +82,8 @@ class AdapterCheckpoint(Callback):
         Notes the step from which on there is something to save, too.
         """
         self._begun_at = trainer.global_step
+        if self._log_dir is not None and not self._log_dir.is_dir():  # remote, or of a logger without files
+            self._log_dir = None
         if self.best_path is None or self._folder is None or is_trial(trainer):
             return
         best = self._folder / "best"
@@ -99,6 +104,14 @@ class AdapterCheckpoint(Callback):
         """Saves the last adapter, as steps may have followed the last validation."""
         if not is_trial(trainer):
             self.last_path = self._save(trainer, pl_module, "last")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Makes the run's log folder again if it was deleted: TensorBoard's writer would fail without it."""
+        if self._log_dir is not None and not self._log_dir.is_dir():
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            rank_zero_warn(f"{self._log_dir} was deleted during the run; it is made again")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves the last adapter of a run that was interrupted or failed.

@@ -203,7 +203,8 @@ def test_a_folder_that_is_deleted_during_the_run_is_made_again(train, tmp_path):
 
     logger = TensorBoardLogger(tmp_path / "logs")
     saving = RunCheckpoint(save_last=True)
-    run = train(Delete(), AdapterCheckpoint(), saving, logger=logger, val_check_interval=2)
+    with pytest.warns(UserWarning, match="was deleted during the run; it is made again"):
+        run = train(Delete(), AdapterCheckpoint(), saving, logger=logger, val_check_interval=2)
     folder = Path(run.trainer.log_dir)
     assert same(folder / "adapters" / "last", run.state)
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
