@@ -23,6 +23,8 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         ConfigError, match=r"cannot write results to .*a.json: .*Choose another file with --output"
     ):
         results_path(tmp_path / "file" / "a.json", tmp_path)
+    with pytest.raises(ConfigError, match="File name too long"):
+        results_path(tmp_path / ("x" * 250), tmp_path)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

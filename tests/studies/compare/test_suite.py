@@ -238,3 +238,33 @@ def test_ratios_of_a_method_of_another_kind_are_refused_before_any_run(tmp_path)
     method = "{name: a, learning_rate_ratios: {right: 2}, adapter: {class_path: peft.LoraConfig}}"
     with pytest.raises(ConfigError, match=r"method a: .*not to LoraConfig"):
         check_suite(read_suite(written(tmp_path, SMALL.replace("{name: a}", method))))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\n" + SMALL + "about: *c", "no complete value before"),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]\n" for i in range(1, 9)),
+            "values",
+        ),
+        (SMALL + "methods: []", "key 'methods' stands in line 3 already"),
+        ("data: " + "x" * (5 << 20), "are too many for a configuration"),
+    ],
+)
+def test_a_hostile_suite(tmp_path, text, message):
+    with pytest.raises(ConfigError) as error:
+        read_suite(written(tmp_path, text))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_suite_names_classes_of_installed_packages_only(tmp_path, monkeypatch):
+    monkeypatch.delenv("MOKA_PL_TRUST_CONFIG", raising=False)
+    shell = {"class_path": "os.system", "init_args": {"command": f"touch {tmp_path}/called"}}
+    with pytest.raises(ConfigError, match="may not name what belongs to Python"):
+        build_data(shell)
+    suite = read_suite(written(tmp_path, SMALL), [f"training.optimizer={json.dumps(shell)}"])
+    with pytest.raises(ConfigError, match="may not name what belongs to Python"):
+        build_module(run_of(suite, suite.methods[0], 0.01, 0))
+    assert not (tmp_path / "called").exists()
