@@ -201,7 +201,9 @@ def read_checkpoint(path: Path, mmap: bool = True) -> dict[str, Any]:
         ConfigError: The file is damaged, no checkpoint, or holds values that are not finite.
     """
     if (reason := unusable_reason(path)) is not None:
-        raise ConfigError(f"--ckpt_path {path} {reason}")
+        raise ConfigError(
+            f"--ckpt_path {path} {reason}. Give another one; --ckpt_path last finds the last good one"
+        )
     return _load(path, mmap)
 
 
@@ -242,10 +244,7 @@ def unusable_reason(path: Path) -> str | None:
     names = non_finite_names({name: stored.get(name) for name in ("state_dict", "optimizer_states")})
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return (
-            f"holds values that are not finite (in {names[0]}{more}): its training had failed. Give an "
-            "earlier checkpoint, or --ckpt_path last, which looks for one"
-        )
+        return f"holds values that are not finite (in {names[0]}{more}): its training had failed"
     return None
 
 
