@@ -32,6 +32,7 @@ SPEAKERS = {
 WEIGHTS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
 """Fields of a message that say whether it is trained: 0 or false, 1 or true."""
 
+_SWITCHES = ("train", "training", "trainable")
 _SPELLINGS = {"role", "content", "from", "value"}
 _CALLS = ("function_call", "tool_call")
 _REFUSED = {
@@ -153,7 +154,10 @@ def _message(value: object, field: str, ignored: Counter[str]) -> Message:
         content = text_of(require(value, keys[1], f"'{field}.{keys[1]}'"), f"{field}.content", ignored)
     elif not isinstance(content, str):
         content = None
-    trained = is_trained(value, prefix=f"{field}.") and role == "assistant"
+    trained = is_trained(value, prefix=f"{field}.")
+    if trained and role != "assistant":  # only answers are trained, whatever a turn asks for
+        trained = False
+        ignored.update(f"messages[].{name} of {role}" for name in _SWITCHES if not is_empty(value.get(name)))
     return {"role": role, "content": content, "trained": trained, "more": more}
 
 

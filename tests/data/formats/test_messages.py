@@ -40,6 +40,16 @@ def test_weights_of_turns(kind, name):
             parse(**two(kind, **{name: value}))
 
 
+def test_only_answers_are_trained():
+    chat = [
+        {"role": "user", "content": "a", "train": True, "weight": 1},
+        {"role": "assistant", "content": "b"},
+    ]
+    row = parse(messages=chat)
+    assert trained(row) == ["b"]
+    assert row["ignored"] == '{"messages[].train of user": 1}'
+
+
 def test_one_weight_of_zero_is_enough():
     assert trained(parse(**two("messages", weight=1, train=False))) == ["4"]
 
