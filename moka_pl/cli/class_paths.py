@@ -197,11 +197,16 @@ def _own_folders() -> Iterator[Path]:
 
 
 def _package_folders() -> list[Path]:
-    """Returns the folders that installers put packages in."""
+    """Returns the folders that installers put packages in, those of a cluster's modules among them."""
     names = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
         names.append(site.getusersitepackages())
-    return list(dict.fromkeys(folder for name in names if (folder := Path(name).resolve()).is_dir()))
+    names += [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    # Beside PyTorch and Lightning, wherever they are.
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "lightning")]
+    names += [str(Path(file).parents[1]) for file in files if file]
+    found = dict.fromkeys(folder for name in names if (folder := Path(name).resolve()).is_dir())
+    return [folder for folder in found if folder != Path.cwd()]
 
 
 def _installed_modules() -> Iterator[str]:

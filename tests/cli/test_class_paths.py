@@ -139,6 +139,16 @@ def test_python_is_never_the_users_own(own, build_cli, write, capsys):
     assert not (own / "called").exists()
 
 
+def test_packages_of_a_clusters_modules_are_installed(own, build_cli, write, monkeypatch):
+    folder = own / "software/site-packages"
+    folder.mkdir(parents=True)
+    (own / "own_module.py").rename(folder / "own_module.py")
+    monkeypatch.syspath_prepend(folder)
+    built = build_cli("fit", *write("model.optimizer", spec("own_module.Mine", lr=0.5))).model.optimizer
+    assert isinstance(built([torch.nn.Parameter(torch.ones(1))]), torch.optim.SGD)
+    assert (folder / "imported").exists()
+
+
 def test_trust_is_taken_out_of_the_command_line():
     assert split_trust(["fit", "--trust_config", "true", "-c", "a"]) == (["fit", "-c", "a"], True)
     assert split_trust(["fit", "--trust_config=false"]) == (["fit"], False)
