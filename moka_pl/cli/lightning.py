@@ -30,6 +30,7 @@ from moka_pl.callbacks.interrupt import signals_stop
 from moka_pl.cli.class_paths import explain_denied, restrict_class_paths, split_trust
 from moka_pl.cli.config_files import check_config
 from moka_pl.cli.configs import find_config
+from moka_pl.cli.log_writers import log_writers
 from moka_pl.cli.parser import MokaParser
 from moka_pl.cli.run_folders import RunFolders
 from moka_pl.data import MokaDataModule
@@ -69,7 +70,7 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
     given, trusted = split_trust(sys.argv[1:] if arguments is None else arguments)
     restrict_class_paths(trusted)
     try:
-        with signals_stop(), RunFolders() as folders:
+        with signals_stop(), log_writers(), RunFolders() as folders:
             return MokaCLI(
                 folders,
                 MokaModule,
