@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.cache import cached
 from moka_pl.data.catalog import CHOICE_TASKS, CORPORA
-from moka_pl.data.encoding.report import BLANK, merged
+from moka_pl.data.encoding.report import BLANK, merged, placed
 from moka_pl.data.files.text import shown
 from moka_pl.data.formats.base import Fields, Record, has_value, names
 from moka_pl.data.readers import (
@@ -265,7 +265,7 @@ def _rows(
     if row is None:
         raise DataError(f"{name} has only rows of empty cells. Give a file with at least one record")
     if blank:
-        row["ignored"] = merged(row["ignored"], {f"{BLANK} (from {blank[0]} on)": len(blank)})
+        row["ignored"] = merged(row["ignored"], {placed(BLANK, [f"from {blank[0]} on"]): len(blank)})
     yield row
 
 

@@ -135,7 +135,8 @@ def test_untrained_answers(tiny_tokenizer, write_jsonl, said):
         "a.jsonl", [*ROWS[3:5], {"prompt": "a", "completion": " "}, {"prompt": "a", "completion": ""}]
     )
     module = ready(InstructionData(path, validation_share=0), tiny_tokenizer)
-    assert "instruction: ignored: id (2 rows); not trained: 2 empty answers" in said
+    empty = f"2 empty answers ({path}, line 3; {path}, line 4)"
+    assert f"instruction: ignored: id (2 rows); not trained: {empty}" in said
     assert (module.report["train"].kept, module.report["train"].dropped) == (2, 2)
     module = ready(InstructionData(path, validation_share=0, empty_answers="train"), tiny_tokenizer)
     assert module.report["train"].kept == 4

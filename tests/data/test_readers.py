@@ -159,6 +159,23 @@ def test_blank_rows_are_counted_with_their_lines(tmp_path, shared_tokenizer, nam
         assert ignored_fields(report.ignored) == skipped
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_empty_answers_are_named_with_their_lines(tmp_path, shared_tokenizer, name):
+    path = tmp_path / name
+    empty = [(f"q{number}", "" if number % 2 else "a") for number in range(1, 16)]
+    if name == "a.csv":
+        path.write_text("instruction,output\n" + "".join(f"{asked},{answer}\n" for asked, answer in empty))
+    else:
+        path.write_text("\n" + "".join(json.dumps({"instruction": q, "output": a}) + "\n" for q, a in empty))
+    data = InstructionData(path, validation_share=0.0, prompt="alpaca")
+    report = ready(data, shared_tokenizer, "fit").report["train"]
+    assert (report.kept, report.dropped) == (7, 8)
+    lines = "; ".join(f"{path}, line {line}" for line in (2, 4, 6, 8, 10))
+    assert ignored_fields(report.ignored) == f"not trained: 8 empty answers ({lines}; ...)"
+    kept = InstructionData(path, validation_share=0.0, prompt="alpaca", empty_answers="train")
+    assert ready(kept, shared_tokenizer, "fit").report["train"].kept == 15
+
+
 @pytest.mark.parametrize(("name", "content"), [("a.csv", "a,b\n,\n,\n"), ("a.json", '[{"a": ""}]')])
 def test_blank_rows_alone_are_no_data(tmp_path, shared_tokenizer, name, content):
     path = tmp_path / name

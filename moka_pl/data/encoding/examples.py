@@ -12,10 +12,21 @@ from moka_pl._compat import rows_fingerprint
 from moka_pl.data.cache import cached
 from moka_pl.data.encoding.digest import rows_digest
 from moka_pl.data.encoding.pieces import tokenize_pieces
-from moka_pl.data.encoding.report import COUNTED, DROPPED, KEPT, TRUNCATED, EncodingReport, count_rows, merged
+from moka_pl.data.encoding.report import (
+    COUNTED,
+    DROPPED,
+    KEPT,
+    PLACES,
+    TRUNCATED,
+    EncodingReport,
+    count_rows,
+    merged,
+    placed,
+)
 from moka_pl.data.reading import progress_bars
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
+from moka_pl.prompts.chats import EMPTY
 from moka_pl.prompts.ends import adds_bos as adds_bos
 from moka_pl.prompts.segments import Segment
 
@@ -217,7 +228,10 @@ def encode_rows(
 
     with progress_bars(len(rows) >= QUIET_ROWS):
         encoded = cached(build, "encoded", fingerprint, label)
-    return _without_dropped(encoded, encoder.max_length, label)
+    ignored = encoded["ignored"][:]
+    empty = [index for index, text in enumerate(ignored) if EMPTY in text]
+    places = [] if encoder.batched else [str(rows[index]["location"]) for index in empty[: PLACES + 1]]
+    return _without_dropped(encoded, encoder.max_length, label, places)
 
 
 def _fingerprint(rows: "Dataset", encoder: Encoder, key: str, digest: str | None) -> str:
@@ -236,12 +250,23 @@ def _fingerprint(rows: "Dataset", encoder: Encoder, key: str, digest: str | None
     return sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def _without_dropped(encoded: "Dataset", max_length: int, label: str) -> Encoded:
+def _without_dropped(encoded: "Dataset", max_length: int, label: str, empty: Sequence[str]) -> Encoded:
+    """Returns the rows that are kept.
+
+    Args:
+        encoded: All rows.
+        max_length: Most tokens of one.
+        label: What messages call them.
+        empty: Where the first ones with empty answers stand.
+    """
     import numpy
 
     counted = [name for name in (*COUNTED, "left_out") if name in encoded.column_names]
     columns = encoded.with_format("numpy", columns=counted)[:]
     report = count_rows(columns, encoded["ignored"][:])
+    counts = dict(report.ignored)
+    if empty and (number := counts.pop(EMPTY, 0)):
+        report = replace(report, ignored={**counts, placed(EMPTY, empty): number})
     encoded = encoded.remove_columns("ignored")
     if report.kept == 0:
         raise DataError(

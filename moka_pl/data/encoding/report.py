@@ -97,16 +97,28 @@ def ignored_fields(ignored: Mapping[str, int]) -> str:
     for name, n in sorted(ignored.items(), key=lambda item: -item[1]):
         if name.startswith(_INSIDE):
             kinds["ignored in messages"].append(f"{name.removeprefix(_INSIDE)} ({n:,})")
-        elif name.startswith(EMPTY):
-            kinds["not trained"].append(f"{n:,} empty answer{'s' * (n > 1)}{name.removeprefix(EMPTY)}")
-        elif name.startswith(BLANK):
-            kinds["skipped"].append(f"{n:,} row{'s' * (n > 1)} of empty cells{name.removeprefix(BLANK)}")
-        else:
+        elif not name.startswith((EMPTY, BLANK)):
             kinds["ignored"].append(f"{name} ({n:,} {'row' if n == 1 else 'rows'})")
+    for what, kind, one in (("not trained", EMPTY, "empty answer"), ("skipped", BLANK, "row of empty cells")):
+        found = {name.removeprefix(kind): n for name, n in ignored.items() if name.startswith(kind)}
+        if count := sum(found.values()):
+            places = "; ".join(place.removeprefix(_AT) for place in found if place)
+            kinds[what] = [f"{count:,} {one if count == 1 else kind}{f' ({places})' if places else ''}"]
     return "; ".join(f"{what}: {_listed(names)}" for what, names in kinds.items() if names)
 
 
+_AT = ": "
 _INSIDE = "messages[]."
+PLACES = 5
+"""How many places of one kind are named."""
+
+
+def placed(kind: str, places: Sequence[str]) -> str:
+    """Returns the name under which rows of one kind are counted: the kind, and where the first ones stand."""
+    more = "; ..." if len(places) > PLACES else ""
+    return f"{kind}{_AT}{'; '.join(places[:PLACES])}{more}"
+
+
 _NAMED = 20
 
 
