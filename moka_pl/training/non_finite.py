@@ -171,11 +171,11 @@ class NonFiniteSteps:
         """Makes the error, which tells whether the weights are worth saving."""
         usable = self._finite is not None and self._still_finite(self._finite)
         usable = self._module.trainer.strategy.reduce_boolean_decision(usable, all=True)
-        kept = (
-            "The weights of before are saved"
-            if usable
-            else "The weights themselves give no finite loss now; what was saved before is kept"
-        )
+        kept = "The weights themselves give no finite loss now; what was saved before is kept"
+        if usable:
+            kept = "The weights of before are saved"
+        elif self._finite is None:
+            kept = "No step was finite, so nothing has been trained"
         return NonFiniteError(f"{reason}. {kept}. {NON_FINITE_REMEDY}", usable)
 
     def _still_finite(self, batch: Batch) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moka_pl.errors import AdapterError
+from moka_pl.errors import AdapterError, NonFiniteError
 
 #: Bytes of gradients that are held at once; more layers than fit take another pass over the batches.
 MEMORY = 2**31
@@ -39,6 +39,9 @@ def weight_gradients(
 
     Yields:
         Name and gradient, (m, n), float32 (float64 for float64 activations); zeros for layers that L ignores.
+
+    Raises:
+        NonFiniteError: A gradient holds a NaN or an infinity.
     """
     layers = linear_layers(model, names)
     training = model.training
@@ -53,7 +56,14 @@ def weight_gradients(
             for name in group:
                 layer = layers[name]
                 size = layer.out_features, layer.in_features
-                yield name, sums.pop(name) if name in sums else torch.zeros(size, device=layer.weight.device)
+                gradient = sums.pop(name) if name in sums else torch.zeros(size, device=layer.weight.device)
+                if not torch.isfinite(gradient).all():
+                    raise NonFiniteError(
+                        f"the gradient of {name} over the first batches is not finite, so nothing can be "
+                        "chosen from it. Look at the base model and the first rows, or set filters: diverse "
+                        "and start: zero"
+                    )
+                yield name, gradient
     finally:
         model.train(training)
 

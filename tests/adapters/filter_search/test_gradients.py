@@ -1,12 +1,14 @@
 """Gradients of frozen weights, against autograd."""
 
+import math
+
 import pytest
 import torch
 
 from moka_pl.adapters import MokaConfig, find_targets
 from moka_pl.adapters.filter_search.gradients import weight_gradients
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.errors import AdapterError
+from moka_pl.errors import AdapterError, NonFiniteError
 from moka_pl.lm.scoring import score_tokens
 
 
@@ -82,3 +84,10 @@ def test_four_bit_layers_and_layers_that_play_no_part() -> None:
 def test_only_linear_layers_have_them(tiny_llama) -> None:
     with pytest.raises(AdapterError, match=r"model\.norm is a LlamaRMSNorm"):
         next(weight_gradients(tiny_llama, ["model.norm"], [], lambda _: torch.zeros(())))
+
+
+def test_one_that_is_not_finite_is_named(tiny_llama) -> None:
+    names = find_targets(tiny_llama, MokaConfig())
+    loss = lambda ids: score_tokens(tiny_llama, ids, ids).nll.sum() * math.nan  # noqa: E731
+    with pytest.raises(NonFiniteError, match=f"{names[0]} over the first batches is not finite"):
+        list(weight_gradients(tiny_llama, names, batches_of(1), loss))
