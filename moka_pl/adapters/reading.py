@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moka_pl.adapters.methods.registry import config_from, method_of
-from moka_pl.adapters.schema import check_values, shown
+from moka_pl.adapters.schema import check_value, check_values, shown
 from moka_pl.backbone import BackboneConfig, check_samples
 from moka_pl.errors import AdapterError, ConfigError, one_line
 from moka_pl.ops.finite import non_finite_names
@@ -92,7 +92,6 @@ class _Stored(TypedDict, total=False):
     revision: str | None
     base_fingerprint: str
     base_samples: str
-    base_options: dict[str, Any]
     trainable_parameters: int
     extra: dict[str, Any]
 
@@ -134,10 +133,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     try:
         check_values(_Stored, stored)
         check_values(_Extra, stored.get("extra", {}), "extra.")
-        options = stored.get("base_options", {})
-        check_values(BackboneConfig, options, "base_options.")
-        if unknown := sorted(options.keys() - BackboneConfig().options().keys()):  # a stranger's cache_dir
-            raise ConfigError(f"base_options.{unknown[0]} is no option of a base")
+        options = _base_options(stored.get("base_options", {}))
         base = BaseModel(
             name=stored["base_model_name_or_path"],
             revision=stored.get("revision"),
@@ -154,6 +150,21 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     except (ConfigError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise AdapterError(f"{file} is damaged: {one_line(error)}. Copy the adapter again") from error
     return AdapterInfo(config, base, stored.get("extra", {}))
+
+
+def _base_options(options: Any) -> dict[str, Any]:
+    """Checks the options of the base; a stranger's may say where to write (``cache_dir``)."""
+    known = BackboneConfig().options()
+    try:
+        check_value(options, dict, "base_options")
+        check_values(BackboneConfig, options)
+        if unknown := sorted(options.keys() - known.keys()):
+            raise ConfigError(f"{unknown[0]} is no option of a base; choose one of {', '.join(known)}")
+    except ConfigError as error:
+        raise AdapterError(
+            f"base_options in {CONFIG_NAME} are damaged: {error}. Copy the adapter again"
+        ) from error
+    return dict(options)
 
 
 def read_adapter_shapes(path: str | Path) -> dict[str, Tensor]:

@@ -166,10 +166,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "step a text": (configured(extra={"step": "last"}), "extra.step must be"),
     "base a number": (configured(base_model_name_or_path=5), "base_model_name_or_path must be a text, not 5"),
     "base options a list": (configured(base_options=[]), "base_options must be a mapping"),
-    "base option of a wrong type": (configured(base_options={"seed": "x"}), "base_options.seed must be"),
+    "base option of a wrong type": (
+        configured(base_options={"seed": "x"}),
+        "seed must be a whole number",
+    ),
     "base option of nobody": (
         configured(base_options={"cache_dir": "/"}),
-        "base_options.cache_dir is no option",
+        "cache_dir is no option of a base",
     ),
     "full fine-tuning of a number": (
         configured(peft_type="FULL", method="full", target_modules=5),
