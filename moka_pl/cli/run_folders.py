@@ -125,7 +125,8 @@ class RunFolders:
 
     def _lock(self, folder: Path, option: str) -> None:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        self._held.callback(os.close, descriptor)
+        _descriptors.add(descriptor)
+        self._held.callback(_close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -135,6 +136,24 @@ class RunFolders:
             ) from None
         except OSError:
             pass  # some network file systems know no locks; the version is the run's own all the same
+
+
+#: What holds the locks. The processes that load data would inherit them, and may outlive a killed run.
+_descriptors: set[int] = set()
+
+
+def _close(descriptor: int) -> None:
+    if descriptor in _descriptors:
+        _descriptors.remove(descriptor)
+        os.close(descriptor)
+
+
+def _close_inherited() -> None:
+    while _descriptors:
+        os.close(_descriptors.pop())
+
+
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 def _folders_of_callbacks(trainer: Trainer) -> dict[str, Path]:

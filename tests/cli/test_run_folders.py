@@ -107,8 +107,11 @@ def hold(folder, ready):
         callbacks=[],
         profiler=None,
     )
-    RunFolders().prepare(run, training=True, resumed=True)
-    ready.set()
+    held = RunFolders()
+    held.prepare(run, training=True, resumed=True)
+    if worker := os.fork():  # as a loader's, which may outlive the run for seconds
+        (folder / "worker").write_text(str(worker))
+        ready.set()
     time.sleep(100)
 
 
@@ -127,6 +130,7 @@ def test_a_run_is_resumed_by_one_process_at_a_time(trainer, tmp_path):
     process.join()
     with RunFolders() as folders:
         folders.prepare(run, training=True, resumed=True)  # the lock has died with its process
+    os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kind", [AdapterCheckpoint, RunCheckpoint])
