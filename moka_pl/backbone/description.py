@@ -95,6 +95,15 @@ def build_empty(
 ) -> tuple["PreTrainedModel", BackboneConfig]:
     """Builds the model without memory for its weights, with an attention that it supports.
 
+    Args:
+        shape: Its configuration.
+        config: Its options.
+        dtype: Compute dtype.
+        notes: Where it is said if another attention takes the place of the one that was asked for.
+
+    Returns:
+        The model on the meta device, and the options with its attention.
+
     Raises:
         BackboneError: If the attention is not supported; instead of ``sdpa`` a model may get ``eager``.
     """
