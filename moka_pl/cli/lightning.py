@@ -93,6 +93,8 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
         # Its death is told by a signal, and so may interrupt anything.
         if (killed := killed_worker(error)) is not None:
             raise killed from error
+        if str(error).startswith("Early stopping conditioned on metric"):
+            raise ConfigError(one_line(error)) from error
         raise
 
 

@@ -76,6 +76,7 @@ def test_metrics_logged_later_are_left_to_what_monitors_them():
     MonitorCheck().on_fit_start(trainer_with(callbacks=callbacks, limit_val_batches=0), None)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_first_validation(train):
     with pytest.raises(ConfigError, match=r"adapters.monitor is 'val/acc_nrom'"):
         train(AdapterCheckpoint("val/acc_nrom"), max_epochs=1, limit_train_batches=1)

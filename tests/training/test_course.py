@@ -315,3 +315,29 @@ def test_plain_loaders_have_no_order(make_module, make_trainer):
     assert isinstance(trainer.strategy, SingleDeviceStrategy)
     assert DataLoader([1]).dataset == [1]
     assert course_of(make_module(), trainer)["batch_size"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Be aware", "ignore:Checkpoint directory")
+def test_what_evaluations_and_older_checkpoints_are_told(
+    half, make_module, make_data, make_trainer, caplog, tmp_path
+):
+    path = half()
+    options = {"ckpt_path": path, "weights_only": True}
+    quiet = options | {"verbose": False}
+    with pytest.warns(UserWarning, match="was trained with the prompt 'alpaca', these data have 'chat'"):
+        make_trainer().validate(make_module(lr=5.0), make_data(prompt="chat", batch_size=3), **quiet)
+    with pytest.raises(ConfigError, match=r"adapter: scaling 3.0, now 1.0"):
+        make_trainer().validate(make_module(adapter={"scaling": 1.0}), make_data(), **quiet)
+    make_trainer().validate(make_module(adapter={"scaling": 3.0, "dropout": 0.5}), make_data(), **quiet)
+
+    content = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in content.items() if k != "optimizer_states"}, path)
+    with pytest.raises(ConfigError, match="holds weights only"):
+        make_trainer().fit(make_module(), make_data(), **options)
+    torch.save({k: v for k, v in content.items() if k != "moka_course"}, path)
+    with caplog.at_level("INFO"):
+        make_trainer(max_steps=4, max_epochs=-1, limit_val_batches=0).fit(
+            make_module(), make_data(), **options
+        )
+    assert "the checkpoint is of an earlier version of moka_pl" in caplog.text

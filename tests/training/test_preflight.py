@@ -37,8 +37,16 @@ def test_common_options():
     ("options", "message"),
     [
         ({"val_check_interval": 100}, "val_check_interval is 100, but an epoch has 7 batches"),
-        ({"val_check_interval": 3, "limit_train_batches": 2}, "is 3, but an epoch has 2 batches"),
-        ({"limit_train_batches": 0.01}, "limit_train_batches 0.01 of an epoch is less than one batch"),
+        pytest.param(
+            {"val_check_interval": 3, "limit_train_batches": 2},
+            "is 3, but an epoch has 2 batches",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"limit_train_batches": 0.01},
+            "limit_train_batches 0.01 of an epoch is less than one batch",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
