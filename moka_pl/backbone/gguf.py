@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from moka_pl.backbone.gguf_tokenizer import check_tokenizer, read_metadata, set_special_tokens
+from moka_pl.backbone.gguf_tokenizer import bos_optional, check_tokenizer, read_metadata, set_special_tokens
 from moka_pl.backbone.loading import loading, progress_bars, writable
 from moka_pl.errors import BackboneError
 from moka_pl.utils import replaced_folder
@@ -53,7 +53,7 @@ def _convert(file: Path, target: Path) -> None:
 
     print(f"Converting {file.name} once (cached in {target}) ...", flush=True)
     with progress_bars(show=False):
-        with loading(str(file)):
+        with loading(str(file)), bos_optional():
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32

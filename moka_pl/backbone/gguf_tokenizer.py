@@ -1,6 +1,7 @@
 """The tokenizer of a GGUF file as the file itself describes it, whatever a version of transformers reads."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,26 @@ def read_metadata(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in said.items() if name not in ("merges", "scores")}
 
 
+@contextmanager
+def bos_optional() -> Iterator[None]:
+    """Lets the body read a file that names no beginning-of-sequence token.
+
+    transformers 5.14 to 5.17 fail without one. There the first token stands in for it, until
+    ``set_special_tokens`` takes it away.
+    """
+    from transformers.integrations import ggml
+
+    proto = getattr(ggml, "GGUFTokenizerSkeleton", None)
+    if proto is None or hasattr(proto, "bos_token_id"):
+        yield
+        return
+    proto.bos_token_id = 0
+    try:
+        yield
+    finally:
+        del proto.bos_token_id
+
+
 def set_special_tokens(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", metadata: Mapping[str, Any]
 ) -> None:
@@ -37,6 +58,8 @@ def set_special_tokens(
         metadata: What ``read_metadata`` returned.
     """
     tokens = metadata.get("tokens", [])
+    if "bos_token_id" not in metadata and tokenizer.bos_token in tokens[:1]:
+        tokenizer.bos_token = None  # what stood in for it
     for name, said in _SPECIAL.items():
         number = metadata.get(f"{said}_token_id")
         if number is None or not 0 <= number < len(tokens):

@@ -1,5 +1,6 @@
 """Chat templates, which are programs of strangers, rendered within bounds."""
 
+import contextlib
 import os
 import sys
 import time
@@ -97,11 +98,13 @@ def _ends(work: Callable[[], None]) -> bool:
         warnings.simplefilter("ignore", DeprecationWarning)  # the child only renders, and takes no lock
         child = os.fork()
     if child == 0:
-        status = 1
+        status = 0
         try:
-            _limit()
+            with contextlib.suppress(OSError, ValueError):
+                _limit()
             work()
-            status = 0
+        except MemoryError:
+            status = 1
         finally:
             os._exit(status)  # whatever was raised
     deadline = time.monotonic() + _LONGEST_WAIT
