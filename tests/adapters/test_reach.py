@@ -95,7 +95,9 @@ def loss(model: nn.Module) -> torch.Tensor:
     return score_tokens(model, IDS, IDS).nll.mean()
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"], ids=["q and v", "all-linear"])
+@pytest.mark.parametrize(
+    "targets", [pytest.param(["q_proj", "v_proj"], marks=pytest.mark.slow, id="q and v"), "all-linear"]
+)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_every_adapted_layer_is_trained_merged_and_loaded(kind, targets, tmp_path) -> None:
     model = build(kind)
