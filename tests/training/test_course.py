@@ -192,7 +192,6 @@ def sgd(parameters):
         ),
         ({"trainer": {"max_epochs": 9, "log_every_n_steps": 3}}, None, None),
     ],
-    ids=str,
 )
 def test_changes_are_named_with_both_values(make_module, make_trainer, options, change, found):
     stored = course(make_module, make_trainer, optimizer=adam())

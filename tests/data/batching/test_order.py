@@ -44,7 +44,6 @@ def edited(corpus, tmp_path):
         ({"max_length": 200}, "max_length 320, now 200", "data"),
         ({"prompt": "chat"}, "prompt alpaca, now chat", "data"),
     ],
-    ids=str,
 )
 def test_a_state_of_other_batches_is_refused(make_data, corpus, tmp_path, options, named, allowed):
     if callable(options.get("path")):
