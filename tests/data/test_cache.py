@@ -39,8 +39,10 @@ DAMAGES = {
 
 
 @pytest.mark.filterwarnings("always")
-@pytest.mark.parametrize("kind", ["read", "encoded"])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [("read", "cut"), ("encoded", "emptied"), ("encoded", "overwritten"), ("read", "zeroed")],
+)
 def test_damaged_rows_are_built_again(write_jsonl, shared_tokenizer, kind, damage):
     path = write_jsonl("a.jsonl", RECORDS)
     whole = encode(path, shared_tokenizer)

@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 ENCODING_VERSION = 5
 """Raise it when the same text gives other columns: caches of older versions are then left alone."""
 
+WHOLE_CHARACTERS = 1 << 20
+"""Examples of up to so many characters are tokenised whole."""
+
+MOST_CHARACTERS = 1000
+"""Of longer ones, so many characters for each token of ``max_length``; all behind them would be cut off."""
+
 QUIET_ROWS = 20_000
 """Fewer rows than this are encoded without a progress bar."""
 
@@ -141,7 +147,8 @@ class SegmentEncoder:
         ignored = merged(row.get("ignored", ""), {} if self.left_out is None else self.left_out(row))
         ids: list[int] = []
         labels: list[int] = []
-        stretches = _stretches(self.segments(row))
+        whole = _stretches(self.segments(row))
+        stretches = _beginning(whole, max(WHOLE_CHARACTERS, MOST_CHARACTERS * self.max_length))
         pieces = tokenize_pieces(self.tokenizer, [stretch.text for stretch in stretches])
         for stretch, piece in zip(stretches, pieces, strict=True):
             if stretch.end:
@@ -153,6 +160,8 @@ class SegmentEncoder:
             ids.insert(0, self.tokenizer.bos_token_id)
             labels.insert(0, IGNORE_INDEX)
         encoded = token_row(ids[: self.max_length], labels[: self.max_length], full_length=len(ids))
+        if stretches != whole:
+            encoded["status"] = DROPPED if encoded["status"] == DROPPED else TRUNCATED
         return encoded | {"ignored": ignored}
 
 
@@ -312,6 +321,17 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     state.pop("padding", None)
     content = [state, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _beginning(stretches: list[Segment], characters: int) -> list[Segment]:
+    """Returns the first characters of stretches: tokenising a text of megabytes takes gigabytes."""
+    kept: list[Segment] = []
+    for stretch in stretches:
+        if len(stretch.text) > characters:
+            return [*kept, replace(stretch, text=stretch.text[:characters], end=False)]
+        kept.append(stretch)
+        characters -= len(stretch.text)
+    return kept
 
 
 def _stretches(segments: Sequence[Segment]) -> list[Segment]:

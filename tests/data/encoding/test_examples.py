@@ -156,3 +156,15 @@ def test_digest_follows_the_vocabulary(tiny_tokenizer):
     before = tokenizer_digest(tiny_tokenizer)
     tiny_tokenizer.add_tokens(["newword"])
     assert tokenizer_digest(tiny_tokenizer) != before
+
+
+def test_only_the_beginning_of_an_endless_text_is_tokenised(shared_tokenizer, monkeypatch):
+    encoder = SegmentEncoder(shared_tokenizer, as_segments, 12, bos=False)
+    rows = [{"prompt": "Hi:", "completion": " one two" * 100}, {"prompt": "Hi " * 100, "completion": " one"}]
+    whole = [encoder(row) for row in rows]
+    monkeypatch.setattr(examples, "WHOLE_CHARACTERS", 150)
+    monkeypatch.setattr(examples, "MOST_CHARACTERS", 10)
+    for row, before in zip(rows, whole, strict=True):
+        after = encoder(row)
+        assert after["full_length"] < before["full_length"]
+        assert after | {"full_length": 0} == before | {"full_length": 0}

@@ -102,7 +102,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(
     records=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), max_size=4),
     indent=st.sampled_from([None, 1]),
