@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
+from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import BackboneError
 
 Change = Callable[[Path], None]
@@ -186,15 +188,22 @@ BAD: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.fixture
-def folder(make_llama: Callable, tmp_path: Path) -> Path:
-    """A model folder of two layers."""
-    from moka_pl.backbone.random_weights import byte_tokenizer
-
-    folder = tmp_path / "model"
-    make_llama(vocab_size=261, hidden_size=64, intermediate_size=96).save_pretrained(folder)
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of two layers with nothing wrong."""
+    folder = tmp_path_factory.mktemp("good")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 261, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def folder(good: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoilt."""
+    return Path(shutil.copytree(good, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("name", BAD)
