@@ -131,14 +131,29 @@ def check_tokens(
         "config.json's text_config": config.get_text_config(),
     }
     for source, holder in sources.items():
-        for kind in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
-            ids = getattr(holder, kind, None)
-            for token in ids if isinstance(ids, list | tuple) else [ids]:
-                if token is not None and not (isinstance(token, int) and 0 <= token < rows):
-                    raise BackboneError(
-                        f"{name}: {kind} of {source} is {token!r}, but the model's tokens are 0 to "
-                        f"{rows - 1}; correct it, or take it out"
-                    )
+        check_special_tokens(holder, source, rows, name)
+
+
+def check_special_tokens(holder: Any, source: str, rows: int, name: str) -> None:
+    """Refuses special tokens that the model has no embedding for.
+
+    Args:
+        holder: A tokenizer or a configuration.
+        source: What it is, for messages.
+        rows: Rows of the embedding.
+        name: The model's name, for messages.
+
+    Raises:
+        BackboneError: Naming the first such token.
+    """
+    for kind in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+        ids = getattr(holder, kind, None)
+        for token in ids if isinstance(ids, list | tuple) else [ids]:
+            if token is not None and not (isinstance(token, int) and 0 <= token < rows):
+                raise BackboneError(
+                    f"{name}: {kind} of {source} is {token!r}, but the model's tokens are 0 to {rows - 1}; "
+                    "correct it, or take it out"
+                )
 
 
 def check_loss(model: "PreTrainedModel", name: str) -> None:

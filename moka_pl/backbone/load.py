@@ -12,6 +12,7 @@ from moka_pl.backbone.checks import (
     check_loss,
     check_numbers,
     check_size,
+    check_special_tokens,
     check_tokens,
 )
 from moka_pl.backbone.config import BackboneConfig
@@ -97,6 +98,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
     else:
         del empty
         model = _pretrained(config, described, dtype, device, notes)
+    check_special_tokens(model.generation_config, "generation_config.json", _rows(model), config.name)
     keep_weights(model)
     stop_at_ends(model, tokenizer)
     model.requires_grad_(False)

@@ -182,6 +182,10 @@ BAD: dict[str, tuple[Change, str]] = {
     "quantised by nobody": (config(quantization_config={"a": 1}), "by an unnamed method"),
     "an end beyond the vocabulary": (config(eos_token_id=10**6), "eos_token_id of config.json is 1000000"),
     "one of several ends": (config(eos_token_id=[1, 999]), "eos_token_id of config.json is 999"),
+    "an end of generation beyond it": (
+        edit("generation_config.json", lambda content: content | {"eos_token_id": [1, 999]}),
+        "eos_token_id of generation_config.json is 999",
+    ),
     "a negative end": (config(eos_token_id=-1), "eos_token_id of config.json is -1"),
     "a negative beginning": (config(bos_token_id=-5), "bos_token_id of config.json is -5"),
     "negative padding": (config(pad_token_id=-1), "pad_token_id of config.json is -1"),
