@@ -15,7 +15,7 @@ ROWS = 1024
 def validated(make_module, make_data, make_trainer, tmp_path):
     """Validates all rows in one batch with at most some bytes of the GPU's memory; returns the metrics."""
     path = tmp_path / "many.jsonl"
-    rows = [{"instruction": f"{i} and so on " * 12, "output": f"answer {i} of many"} for i in range(ROWS)]
+    rows = [{"instruction": f"{i} and so on " * 4, "output": f"answer {i} of many"} for i in range(ROWS)]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
     def run(limit):
