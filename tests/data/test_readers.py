@@ -67,7 +67,7 @@ def test_bombs(tmp_path, suffix, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("a.jsonl", gzip.compress(b"{}"), ("compressed", ".jsonl.gz")),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), ("compressed", ".jsonl.gz")),
         ("a.jsonl.gz", LINE.encode(), ("not a readable .jsonl file", "BadGzipFile")),
         ("a.json", b"PAR1", ("a Parquet file", "Name it .parquet")),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", ("Git LFS", "git lfs pull")),
