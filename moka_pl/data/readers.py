@@ -46,6 +46,10 @@ _OTHER_FILES = {
 """What files may be whatever their names say, by their first bytes, and what to do then."""
 
 
+_PART = MAX_RECORD // 4
+"""Characters of the texts that a longer text file is cut into: tokenising takes 300 times their memory."""
+
+
 @contextmanager
 def located(location: str) -> Iterator[None]:
     """Runs the body, and puts the location of what it reads before the message of its ``DataError``.
@@ -155,13 +159,14 @@ def check_file(path: Path) -> None:
         raise DataError(f"{shown(path)} is a pipe or a device. Write its data to a file and give that")
 
 
-def read_text(path: Path) -> str:
-    """Reads a text file whole.
+def read_texts(path: Path) -> list[str]:
+    """Reads a text file: one text, or several where it is longer than a record may be, cut at line breaks.
 
     Raises:
-        DataError: The file is missing, longer than a record may be, not text, or has none.
+        DataError: The file is missing, has a line longer than a record may be, is not text, or has none.
     """
     check_file(path)
+    texts: list[str] = []
     parts, length = [], 0
     try:
         _check_kind(path, path.suffix)
@@ -170,13 +175,29 @@ def read_text(path: Path) -> str:
             parts.append(piece)
             length += len(piece)
             if length > MAX_RECORD:
-                raise too_long(f"{shown(path)}: the text")
+                *whole, rest = _cut("".join(parts), path)
+                texts += whole
+                parts, length = [rest], len(rest)
     except OSError as error:
         raise DataError(f"{shown(path)} cannot be read ({one_line(error)})") from error
-    text = "".join(parts)
-    if not text.strip():
+    texts = [text for text in (*texts, "".join(parts)) if text.strip()]
+    if not texts:
         raise DataError(f"{shown(path)} has no text. Give another file")
-    return text
+    return texts
+
+
+def _cut(text: str, path: Path) -> list[str]:
+    """Cuts a text after line breaks into parts of at most ``_PART`` characters, or of one longer line."""
+    parts = []
+    while len(text) > _PART:
+        end = text.rfind("\n", 0, _PART) + 1 or text.find("\n", _PART) + 1
+        if not end and len(text) > MAX_RECORD:
+            raise too_long(f"{shown(path)}: a line")
+        if not end:
+            break
+        parts.append(text[:end])
+        text = text[end:]
+    return [*parts, text]
 
 
 def _check_kind(path: Path, suffix: str | None) -> None:

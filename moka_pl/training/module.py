@@ -112,7 +112,7 @@ class MokaModule(TrainedModule):
         super().__init__(learning_rate_ratios, cuda_graphs, max_non_finite_steps)
         self.backbone = replace(backbone)
         self.adapter: Any = deepcopy(adapter)
-        method_of(adapter)  # what is no configuration shows before any loading
+        method_of(adapter).check_new()  # what is no configuration shows before any loading
         self.adapter_path = adapter_path
         self.adapter_prompt: str | None = None  # what the adapter's training data were written in
         if adapter_path is not None:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moka_pl.data import DataError, TextData
+from moka_pl.data import DataError, TextData, readers
 from moka_pl.data.encoding.windows import WindowEncoder
 from moka_pl.lm.scoring import IGNORE_INDEX
 
@@ -63,6 +63,25 @@ def test_text_file(tiny_tokenizer, tmp_path):
     assert isinstance(batch["words"], int)
     assert data.eval_sets == [("text", [])]
     assert data.prompt == "raw"
+
+
+def test_long_text_files_are_cut_at_line_breaks(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_RECORD", 100)
+    monkeypatch.setattr(readers, "_PART", 25)
+    lines = [f"line {number} " + "x" * (number % 40) + "\n" for number in range(60)]
+    path = tmp_path / "long.txt"
+    monkeypatch.setattr("moka_pl.data.files.text._PIECE", 30)
+    path.write_text("".join(lines))
+    texts = readers.read_texts(path)
+    assert "".join(texts) == "".join(lines)
+    assert len(texts) > 20
+    assert all(text.endswith("\n") for text in texts)
+    assert all(len(text) <= 25 or text.count("\n") == 1 for text in texts)
+    path.write_text("".join(lines[:3]))
+    assert readers.read_texts(path) == ["".join(lines[:3])]
+    path.write_text("a\n" + "x" * 200)
+    with pytest.raises(DataError, match="a line has more than"):
+        readers.read_texts(path)
 
 
 def test_records_and_columns(tiny_tokenizer, write_jsonl):

@@ -97,6 +97,9 @@ class AdapterMethod(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def check_new(self) -> None:  # noqa: B027  # most methods have nothing to refuse
+        """Refuses, with a ``ConfigError``, what adapters on disk may have but none is to be trained with."""
+
     @classmethod
     def accepts(cls, config: Any) -> bool:
         """Whether a configuration is for this method."""

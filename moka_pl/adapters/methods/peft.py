@@ -44,7 +44,6 @@ _UNFIT = {
 _SHARED = ("VERA", "VBLORA")
 #: Options that do more than put tensors into layers, with the values that do not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
     "layer_replication": (None,),
     "alora_invocation_tokens": (None,),
     "megatron_config": (None,),
@@ -80,6 +79,14 @@ class PeftMethod(AdapterMethod):
                     f"{type(config).__name__}: {option} {shown(value)} changes more than the adapted layers; "
                     f"set {'null' if neutral[0] is None else neutral[0]}"
                 )
+
+    def check_new(self) -> None:
+        """Refuses trained biases, which the base would not get back; adapters that have some are read."""
+        if (bias := getattr(self.config, "bias", "none")) != "none":
+            raise ConfigError(
+                f"{type(self.config).__name__}: bias {shown(bias)} changes more than the adapted layers; "
+                "set none"
+            )
 
     @classmethod
     def accepts(cls, config: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from moka_pl.data.files.text import shown
 from moka_pl.data.formats.base import Record, names, require_text
-from moka_pl.data.readers import read_text
+from moka_pl.data.readers import read_texts
 from moka_pl.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,11 +33,13 @@ def parse_text(record: Record, context: str) -> dict[str, str]:
 
 
 def read_text_file(path: Path) -> "Dataset":
-    """Reads a text file as one text.
+    """Reads a text file as one text; a very long one as several, cut at line breaks.
 
     Raises:
-        DataError: The file is missing, empty, too long or not UTF-8.
+        DataError: The file is missing, empty, not UTF-8 or has an endless line.
     """
     from datasets import Dataset
 
-    return Dataset.from_dict({"location": [shown(path)], "text": [read_text(path)]}, features=text_features())
+    texts = read_texts(path)
+    rows = {"location": [shown(path)] * len(texts), "text": texts}
+    return Dataset.from_dict(rows, features=text_features())

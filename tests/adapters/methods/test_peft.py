@@ -39,10 +39,10 @@ TRAINED = {"LORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "HRA", "LN_TUNING", "FO
 KINDS = {str(kind.value): config for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
-def base() -> LlamaForCausalLM:
+def base(**more: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-    options = {"vocab_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 64, **sizes}
+    options = {"vocab_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 64, **sizes, **more}
     return LlamaForCausalLM(LlamaConfig(**options, initializer_range=0.2)).float().eval()
 
 
@@ -135,7 +135,23 @@ REFUSED = {
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(make, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        method_of(make())
+        method_of(make()).check_new()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_adapters_with_biases_are_read_as_before(bias: str, tmp_path) -> None:
+    model = base(attention_bias=True)
+    config = peft.LoraConfig(**LORA, bias=bias)
+    inject_adapter(model, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    save_adapter(tmp_path / "adapter", model, config, BaseModel("tiny"))
+    loaded = base(attention_bias=True)
+    load_adapter(loaded, tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize(
