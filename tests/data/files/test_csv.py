@@ -1,6 +1,7 @@
 import csv
 
 import pytest
+from shared.refused import refuse
 
 from moka_pl.data.files.text import MAX_RECORD
 from moka_pl.data.readers import stream
@@ -13,16 +14,6 @@ def write(tmp_path, content, name="a.csv"):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-def refuse(path, *parts):
-    with pytest.raises(DataError) as caught:
-        list(stream(path))
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in (path.name, *parts):
-        assert part in message
-    return message
 
 
 def as_csv(separator=",", end="\r\n", encoding="utf-8", before="", columns=("instruction", "output")):

@@ -4,12 +4,12 @@ import decimal
 import pyarrow
 import pytest
 from pyarrow import parquet
+from shared.refused import refuse
 
 from moka_pl.data.files import text
 from moka_pl.data.files.parquet_footer import claims
 from moka_pl.data.files.text import MAX_RECORD
 from moka_pl.data.readers import stream
-from moka_pl.errors import DataError
 
 
 def write(tmp_path, columns, **options):
@@ -21,15 +21,6 @@ def write(tmp_path, columns, **options):
 def references(count, text):
     """The same text ``count`` times, which a file holds once."""
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), [text])
-
-
-def refuse(path, *parts):
-    with pytest.raises(DataError) as caught:
-        list(stream(path))
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in (path.name, *parts):
-        assert part in message
 
 
 @pytest.mark.parametrize(
