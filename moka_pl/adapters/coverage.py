@@ -13,8 +13,8 @@ from moka_pl.backbone.quantization import weight_count
 
 #: Parts that a line names before it sums up the rest.
 _NAMED = 4
-#: Linear layers that PEFT puts beside the frozen one.
-_PARTS_OF_ADAPTERS = re.compile(r"\.default$")
+#: How the names of linear layers end that PEFT puts beside the frozen one: its name of the adapter.
+_OF_ADAPTER = ".default"
 
 
 def left_out(model: nn.Module, config: Any) -> str:
@@ -54,7 +54,7 @@ def _linear_weights(model: nn.Module) -> tuple[dict[str, int], set[str]]:
     head, sizes, fused = output_head(model), dict[str, int](), set[str]()
     for full, module in model.named_modules():
         name = full.removesuffix(".base_layer")
-        if isinstance(module, nn.Linear) and module is not head and not _PARTS_OF_ADAPTERS.search(name):
+        if isinstance(module, nn.Linear) and module is not head and not name.endswith(_OF_ADAPTER):
             sizes.setdefault(name, weight_count(module.weight))
         elif not isinstance(module, nn.Conv1d):
             for key, parameter in module.named_parameters(recurse=False):

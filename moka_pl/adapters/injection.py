@@ -7,7 +7,7 @@ from torch import nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.layer import MokaLinear
-from moka_pl.adapters.patterns import Pattern, compile_pattern, matching
+from moka_pl.adapters.patterns import Pattern, matching
 from moka_pl.adapters.reach import text_reach
 from moka_pl.adapters.schema import shown
 from moka_pl.errors import AdapterError
@@ -30,9 +30,6 @@ def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | 
         AdapterError: If nothing matches (naming the nearest names), a match cannot be adapted, or the model
             has adapters already.
     """
-    for pattern in (config.target_modules, config.exclude_modules):
-        if isinstance(pattern, str):
-            compile_pattern(pattern)
     modules = dict(model.named_modules())
     present = [name for name, module in modules.items() if isinstance(module, MokaLinear)]
     if present:

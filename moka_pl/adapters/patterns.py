@@ -33,11 +33,6 @@ def matching(names: Iterable[str], pattern: Pattern) -> list[str]:
     return [name for name in names if not suffixes.isdisjoint(_suffixes(name))]
 
 
-def matches(name: str, pattern: Pattern) -> bool:
-    """Whether a module's full name matches a pattern."""
-    return bool(matching([name], pattern))
-
-
 def compile_pattern(pattern: str) -> "regex.Pattern[str]":
     """Compiles a regular expression.
 

@@ -84,9 +84,9 @@ def text_reach(model: nn.Module) -> Reach:
 
 
 def runs_text(model: nn.Module) -> bool:
-    """Whether a model takes plain token ids, as here it is given them."""
+    """Whether the loss of plain token ids can be computed, as :func:`trains` does."""
     with _training(model), torch.no_grad():
-        return _run(model)
+        return _run(model, scored=True)
 
 
 def trains(model: nn.Module) -> bool:
@@ -124,8 +124,8 @@ def _few_tokens(model: nn.Module) -> Tensor:
     return torch.arange(_TOKENS, device=embedded.device)[None] % embedded.shape[0]  # (1, T)
 
 
-def _run(model: nn.Module) -> bool:
-    """Scores a few tokens; returns whether the model can."""
+def _run(model: nn.Module, scored: bool = False) -> bool:
+    """Scores a few tokens, or at least runs them unless ``scored``; returns whether the model can."""
     if not hasattr(model, "get_input_embeddings") or any(p.is_meta for p in model.parameters()):
         return False
     ids = _few_tokens(model)
@@ -133,6 +133,8 @@ def _run(model: nn.Module) -> bool:
         try:
             run()
         except Exception:  # it needs more than token ids; whatever else is wrong shows where it is used
+            if scored:
+                break
             continue
         return True
     return False

@@ -209,10 +209,10 @@ def read_adapter_state(path: str | Path) -> dict[str, Tensor]:
         AdapterError: If the file is missing, truncated or damaged, or a number is not finite.
     """
     path = Path(path)
-    names = list(shapes := read_adapter_shapes(path))
+    shapes = read_adapter_shapes(path)
     check_count(path, shapes)
     with _open_weights(path) as handle:
-        state: dict[str, Tensor] = {name: handle.get_tensor(name) for name in names}
+        state: dict[str, Tensor] = {name: handle.get_tensor(name) for name in shapes}
     if bad := non_finite_names(state):
         count = int((~torch.isfinite(state[bad[0]])).sum())
         raise AdapterError(
@@ -238,11 +238,11 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{file} has {size:,} bytes; that of an adapter has at most {_LONGEST_CONFIG:,}"
             )
         stored = json.loads(file.read_text(encoding="utf-8"))
+    except AdapterError:
+        raise
     except OSError as error:
         raise AdapterError(f"cannot read {file}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, AdapterError):
-            raise
         raise AdapterError(f"{file} is damaged: {one_line(error)}. Copy the adapter again") from error
     if not isinstance(stored, dict):
         raise AdapterError(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 #: Entries of a configuration that say how many parts are built one by one, and how large they are.
-_PARTS = re.compile(r"^(n|num|encoder|decoder)?_?\w*(layer|block|expert|head|stage)s?$|depth$")
+_PARTS = re.compile(r"(layer|block|expert|head|stage)s?$|depth$")
 _SIZES = re.compile(r"hidden|intermediate|dim|size|rank|width|embd|inner|d_model|ff|channel|state|group")
 _UNBOUNDED = re.compile(r"vocab|position|length|token|param|chunk|window|block_size")
 _MOST_PARTS, _LARGEST, _MOST_BUFFERED = 4096, 2**20, 2**29

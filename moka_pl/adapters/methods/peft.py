@@ -40,15 +40,10 @@ _UNFIT = {
     "SHADOW": "trains a second network beside the model",
     "XLORA": "mixes adapters that are trained already",
 }
-#: Methods that do so in PEFT before 0.21, which does not say it.
+#: Methods that keep tensors outside of the layers; PEFT before 0.21 has no ``uses_shared_state`` to say so.
 _SHARED = ("VERA", "VBLORA")
-#: Options that do more than put tensors into layers, with the values that do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "layer_replication": (None,),
-    "alora_invocation_tokens": (None,),
-    "megatron_config": (None,),
-    "arrow_config": (None,),
-}
+#: Options that do more than put tensors into layers, unless they are None.
+_BEYOND_LAYERS = ("layer_replication", "alora_invocation_tokens", "megatron_config", "arrow_config")
 
 
 class PeftMethod(AdapterMethod):
@@ -73,11 +68,11 @@ class PeftMethod(AdapterMethod):
             raise ConfigError(
                 f"{type(config).__name__} {reason}; use a PEFT method that adapts layers, such as LoraConfig"
             )
-        for option, neutral in _NEUTRAL.items():
-            if (value := getattr(config, option, neutral[0])) not in neutral:
+        for option in _BEYOND_LAYERS:
+            if (value := getattr(config, option, None)) is not None:
                 raise ConfigError(
                     f"{type(config).__name__}: {option} {shown(value)} changes more than the adapted layers; "
-                    f"set {'null' if neutral[0] is None else neutral[0]}"
+                    "set null"
                 )
 
     def check_new(self) -> None:
@@ -297,7 +292,8 @@ class PeftMethod(AdapterMethod):
 
     def options(self) -> dict[str, Any]:
         """Returns PEFT's own dictionary, with plain values."""
-        return {name: value for name, value in _plain_options(self.config).items() if name not in _PASSING}
+        options = _plain_value(self.config.to_dict())
+        return {name: value for name, value in options.items() if name not in _PASSING}
 
     def facts(self) -> dict[str, Any]:
         """Returns the method, its size, and the options that are not the method's defaults."""
@@ -326,11 +322,6 @@ def _check_option(name: str, value: Any) -> None:
     free = any(word in name for word in ("seed", "key", "step", "alpha"))
     if isinstance(value, int) and abs(value) > largest and not free:
         raise ConfigError(f"{name} must be at most {largest:,}, not {shown(value)}")
-
-
-def _plain_options(config: Any) -> dict[str, Any]:
-    options: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain))
-    return options
 
 
 def _plain_value(value: Any) -> Any:
