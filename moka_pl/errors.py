@@ -100,9 +100,17 @@ def system_failure(error: BaseException) -> str | None:
     return " -> ".join(paths) + (": " if paths else "") + reason + (f"; {remedy}" if remedy else "")
 
 
-def printable(text: str) -> str:
-    """The text with whatever a terminal would act upon, or cannot show, written out as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, most: int | None = None, kept: str = "") -> str:
+    """The text with whatever a terminal would act upon, or cannot show, written out as an escape.
+
+    Args:
+        text: The text.
+        most: Most characters of it; a longer one is cut.
+        kept: Characters that stay as they are, such as line breaks.
+    """
+    if most is not None and len(text) > most:
+        text = f"{text[: most - 3]}..."
+    return "".join(c if c in kept or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def end_interrupted(kept: str = "") -> NoReturn:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, MokaWarning
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         yield new
         whole = new.rename(scratch / "whole")
         _put(whole, path, path.with_name(f"{path.name}.older-{scratch.name[-8:]}"))
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         # Never the only copy: the older folder lies in it only where the new one has its place.
         shutil.rmtree(scratch, ignore_errors=True)
@@ -119,6 +119,7 @@ def recover_folder(path: Path) -> None:
                     folder.rename(path)
                     warnings.warn(
                         f"{path} was left under the name {folder} by a killed process and has its own again",
+                        MokaWarning,
                         stacklevel=2,
                     )
                     return
@@ -242,7 +243,7 @@ def sync_file(file: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on disk, where the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

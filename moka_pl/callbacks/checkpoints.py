@@ -248,6 +248,8 @@ class RunCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the best checkpoints that are there and were chosen on the same validation data."""
         super().load_state_dict(state_dict)
+        if self._validation is None:  # evaluations choose nothing
+            return
         there = all(is_remote(path) or Path(path).is_file() for path in self.best_k_models)
         same = state_dict.get("validation") in (None, self._validation)
         if not there or (self.monitor is not None and not same):

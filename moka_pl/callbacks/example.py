@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moka_pl.data.types import HasTokenizer
+from moka_pl.errors import printable
 from moka_pl.lm.scoring import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -132,15 +133,9 @@ def _parts(
         text = str(
             tokenizer.decode(list(ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
-        parts.append((_printable(text[len(known) :]), trained))
+        parts.append((printable(text[len(known) :], kept="\n\t"), trained))
         known = text
     return parts
-
-
-def _printable(text: str) -> str:
-    """Returns a text whose control characters, which a terminal would obey, are written out."""
-    shown = {char: char.encode("unicode_escape").decode() for char in set(text) - {"\n", "\t"}}
-    return "".join(char if char in "\n\t" or char.isprintable() else shown[char] for char in text)
 
 
 def _height(text: str, columns: int) -> int:

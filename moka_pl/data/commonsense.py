@@ -14,6 +14,7 @@ from moka_pl.data.sources import Shard, Sources, as_list, find_choice_shards, hu
 from moka_pl.data.splits import subsample
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS, ChoicePromptName
+from moka_pl.prompts.ends import adds_bos
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -18,6 +18,7 @@ from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Shard, Sources, as_list, find_shards
 from moka_pl.errors import DataError
 from moka_pl.prompts.chats import beside_text, left_out
+from moka_pl.prompts.ends import adds_bos
 from moka_pl.prompts.segments import alpaca, chat, require_end, require_template
 from moka_pl.prompts.templates import PromptName
 
@@ -55,8 +56,8 @@ class InstructionData(SplitDataModule):
 
     The validation data also serve as test data. Examples are encoded once and memory-mapped from disk, so
     they need not fit into memory. Stream them if encoding everything first would take too long, or if the
-    disk cannot hold a second copy. A stream shuffles within a buffer only. Stream .jsonl, .csv or .parquet
-    files (a .json list is read whole), and several files if there are several workers.
+    disk cannot hold a second copy. A stream shuffles within a buffer only. Stream
+    several files if there are several workers.
 
     Args:
         path: A .json, .jsonl, .csv or .parquet file, a folder of such files, a hub dataset id, the name of a

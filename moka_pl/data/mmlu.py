@@ -16,6 +16,7 @@ from moka_pl.data.sources import Shard, refuse_unknown
 from moka_pl.data.splits import subsample
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import MMLU_PROMPTS, FewShot
+from moka_pl.prompts.ends import adds_bos
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,6 +1,5 @@
 """Turns a local file or a hub dataset into a parsed, disk-cached ``datasets.Dataset``."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,7 +85,7 @@ def parse_record(parse: Parse, record: dict[str, Any], location: str, context: s
     with located(location):
         row = parse(fields, context)
     ignored = fields.left_out()
-    return {"location": location, **row, "ignored": json.dumps(ignored) if ignored else ""}
+    return {"location": location, **row, "ignored": merged(ignored)}
 
 
 def rename(record: dict[str, Any], columns: Columns) -> Fields:
@@ -271,7 +270,7 @@ def _rows(
 
 def is_blank(record: Record) -> bool:
     """Returns whether a record has fields, but none of them says anything, as rows below a sheet's data."""
-    values = dict.values(record) if isinstance(record, dict) else record.values()
+    values = record.values()
     return bool(record) and all(
         value is None or value != value or (isinstance(value, str) and not value.strip()) for value in values
     )

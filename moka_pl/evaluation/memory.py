@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
-from moka_pl.errors import ConfigError, one_line
+from moka_pl.errors import ConfigError, MokaWarning, one_line
 
 T = TypeVar("T")
 
@@ -84,7 +84,9 @@ def halved_until_it_fits(size: int, compute: Callable[[int], T]) -> T:
 
 
 def _say(what: str) -> None:
-    warnings.warn(f"out of memory {what}", stacklevel=3)  # on every rank: each has its own memory
+    warnings.warn(
+        f"out of memory {what}", MokaWarning, stacklevel=3
+    )  # on every rank: each has its own memory
 
 
 def is_out_of_memory(error: BaseException) -> bool:

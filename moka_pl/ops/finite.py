@@ -14,7 +14,7 @@ def non_finite_names(values: Any) -> list[str]:
     dots, such as ``state_dict.model.norm.weight``. All that is no tensor is passed by. Waits for a GPU once.
     """
     names, flags = [], []
-    for name, tensor in _tensors(values, ""):
+    for name, tensor in named_tensors(values):
         if tensor.is_floating_point() or tensor.is_complex():
             names.append(name)
             flags.append(torch.isfinite(tensor.detach()).all())
@@ -27,7 +27,8 @@ def non_finite_names(values: Any) -> list[str]:
     return [name for index, name in enumerate(names) if not finite[index]]
 
 
-def _tensors(values: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(values: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of nested mappings and sequences, with their names."""
     if isinstance(values, Tensor):
         yield name, values
         return
@@ -38,4 +39,4 @@ def _tensors(values: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     else:
         return
     for key, value in items:
-        yield from _tensors(value, f"{name}.{key}" if name else str(key))
+        yield from named_tensors(value, f"{name}.{key}" if name else str(key))

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
@@ -14,11 +14,10 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 from moka_pl.errors import CheckpointError, ConfigError, one_line
-from moka_pl.ops.finite import non_finite_names
-from moka_pl.utils import write_failure
+from moka_pl.ops.finite import named_tensors, non_finite_names
+from moka_pl.utils import sync_folder, write_failure
 
 #: Ends the names of files that are being written.
 _PART = ".part"
@@ -118,7 +117,7 @@ def size_of(checkpoint: Any) -> int:
     """Returns about how many bytes a checkpoint takes on the disk."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in _tensors(checkpoint)
+        for _, tensor in named_tensors(checkpoint)
     }
     return sum(storages.values()) + _OVERHEAD
 
@@ -156,12 +155,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with suppress(OSError):  # some file systems cannot
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync_folder(path.parent)
 
 
 def _lock(file: IO[bytes]) -> bool:
@@ -179,14 +173,6 @@ def _unwritten(path: Path, needed: int, error: OSError) -> str:
     return (
         f"{text}. {kept}Free some space or set another checkpoint.dirpath, then resume with --ckpt_path last"
     )
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(one)
 
 
 # Reading

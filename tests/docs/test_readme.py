@@ -190,7 +190,6 @@ def test_a_wrong_option_would_be_seen(placed, build_cli, monkeypatch, capsys) ->
         test_a_command_can_be_parsed("pip install '.[nothing]'", placed, build_cli, monkeypatch, capsys)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.page)
 def test_python_blocks_run(block: Block, adapter: Path, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)

@@ -42,7 +42,6 @@ def test_scripts_are_short_and_all_run_here() -> None:
     assert all(len(text.splitlines()) <= 40 for text in scripts.values())
 
 
-@pytest.mark.slow
 def test_train_and_generate(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     adapter = imported("train").train(TINY, tmp_path / "adapters", prompt="alpaca")
@@ -53,7 +52,6 @@ def test_train_and_generate(tmp_path, monkeypatch, capsys) -> None:
     assert "self_attn.q_proj" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_plain_loop_learns() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -62,7 +60,6 @@ def test_the_plain_loop_learns() -> None:
     assert losses[-1] < losses[0] / 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("notebook", sorted(FOLDER.glob("*.ipynb")), ids=lambda file: file.stem)
 def test_notebooks_run(notebook: Path) -> None:
     cells = code_cells(notebook)

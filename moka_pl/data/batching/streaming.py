@@ -101,8 +101,6 @@ class StreamedRecords:
         shard = self.shards[0]
         if is_local(shard.source):
             location, record = item["location"], item["record"]
-            if suffix_of(Path(location.rpartition(",")[0])) in ARROW:
-                record = without_fill(record)
         else:
             location, record = f"{shard.source} ({shard.split}), example {number}", without_fill(item)
         if is_blank(record):
@@ -125,9 +123,10 @@ class StreamedRecords:
 
 
 def _items(files: list[str]) -> Iterator[dict[str, Any]]:
-    for file in files:
-        for location, record in stream(Path(file)):
-            yield {"location": location, "record": record}
+    for path in map(Path, files):
+        filled = suffix_of(path) in ARROW
+        for location, record in stream(path):
+            yield {"location": location, "record": without_fill(record) if filled else record}
 
 
 State = dict[str, Any]

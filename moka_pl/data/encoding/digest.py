@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterable
 from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moka_pl.data.readers import local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +30,7 @@ def sources_digest(shards: Iterable["Shard"]) -> str:
     """Returns a hash of streamed corpora: size and both ends of files, names of hub datasets."""
     digest = blake2b(digest_size=8)
     for shard in shards:
-        path = Path(shard.source).expanduser()
+        path = local_path(shard.source)
         if not path.is_file():
             digest.update(json.dumps([str(shard.source), shard.split, shard.options], default=str).encode())
             continue

@@ -27,7 +27,6 @@ from moka_pl.data.reading import progress_bars
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.prompts.chats import EMPTY
-from moka_pl.prompts.ends import adds_bos as adds_bos
 from moka_pl.prompts.segments import Segment
 
 if TYPE_CHECKING:

@@ -78,12 +78,18 @@ def merged(*ignored: str | Mapping[str, int]) -> str:
 
 def sum_ignored(ignored: Iterable[str | Mapping[str, int]]) -> dict[str, int]:
     """Returns the sums of counts of ignored fields, which are given as they are or as JSON."""
-    total: Counter[str] = Counter()
-    for text, times in Counter(part for part in ignored if isinstance(part, str) and part).items():
-        total.update({name: count * times for name, count in json.loads(text).items()})
+    texts: Counter[str] = Counter()
+    counts: list[Mapping[str, int]] = []
     for part in ignored:
         if not isinstance(part, str):
-            total.update(part)
+            counts.append(part)
+        elif part:
+            texts[part] += 1
+    total: Counter[str] = Counter()
+    for text, times in texts.items():  # rows of a corpus have few different ones
+        total.update({name: count * times for name, count in json.loads(text).items()})
+    for one in counts:
+        total.update(one)
     return dict(total)
 
 

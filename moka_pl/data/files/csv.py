@@ -8,8 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from moka_pl.data.files.text import MAX_RECORD, lines, printable, shown, too_long
-from moka_pl.errors import DataError
+from moka_pl.data.files.text import MAX_RECORD, lines, shown, too_long
+from moka_pl.errors import DataError, printable
 
 SEPARATORS = ",;\t|"
 """What may stand between cells; the header has the most of it, and more commas where two are equally many."""

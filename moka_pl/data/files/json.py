@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moka_pl.data.files.text import MAX_RECORD, lines, pieces, position, printable, shown, too_long
-from moka_pl.errors import DataError
+from moka_pl.data.files.text import MAX_RECORD, lines, pieces, position, shown, too_long
+from moka_pl.errors import DataError, printable
 
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """The escape of half a character: two in the right order make one."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moka_pl.errors import DataError
+from moka_pl.errors import DataError, printable
 
 MAX_RECORD = 1 << 24
 """Most characters of a record. A damaged or hostile file is refused before it fills the memory."""
@@ -28,15 +28,6 @@ _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 def shown(path: Path) -> str:
     """Returns a path as messages and rows name it: in one line of valid text, whatever the file's name."""
     return printable(str(path))
-
-
-def printable(text: str, most: int | None = None) -> str:
-    """Returns a text for a message: in one line, and cut after a number of characters."""
-    if most is not None and len(text) > most:
-        text = f"{text[: most - 3]}..."
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def expansion_limit(size: int) -> int:

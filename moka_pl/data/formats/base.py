@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from moka_pl.data.files.text import printable
-from moka_pl.errors import DataError
+from moka_pl.errors import DataError, printable
 
 Record = Mapping[str, Any]
 Parsed = TypeVar("Parsed")

@@ -8,11 +8,10 @@ true/false`` and lists no options.
 import re
 from collections.abc import Iterable, Iterator
 
-from moka_pl.data.files.text import printable
 from moka_pl.data.formats.base import Format, Record, brief, require_text
 from moka_pl.data.formats.common import Item
 from moka_pl.data.readers import Located, located
-from moka_pl.errors import DataError
+from moka_pl.errors import DataError, printable
 
 SCIENCE = "science"
 """Task of ARC's and OpenBookQA's records in a file that mixes tasks: nothing tells them apart."""

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, Literal
 
-from moka_pl.data.files.text import printable
 from moka_pl.data.formats.base import Fields, Record, brief, has_value, ignored_in, require, require_text
 from moka_pl.data.formats.messages import WEIGHTS
 from moka_pl.data.readers import Located, located
-from moka_pl.errors import DataError
+from moka_pl.errors import DataError, printable
 
 TreePaths = Literal["best", "all"]
 """Chats of a message tree: that of the best-ranked replies, or one for each last reply."""

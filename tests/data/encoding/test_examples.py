@@ -3,10 +3,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moka_pl.data.encoding import examples
-from moka_pl.data.encoding.examples import SegmentEncoder, adds_bos, encode_rows, tokenizer_digest
+from moka_pl.data.encoding.examples import SegmentEncoder, encode_rows, tokenizer_digest
 from moka_pl.data.encoding.report import DROPPED, KEPT, TRUNCATED
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
+from moka_pl.prompts.ends import adds_bos
 from moka_pl.prompts.segments import Segment
 
 SETTINGS = settings(
@@ -58,6 +59,8 @@ def test_labels_stay_inside_trained_segments(shared_tokenizer, pieces):
     columns = SegmentEncoder(shared_tokenizer, lambda row: row["segments"], 10_000, False)(
         {"segments": segments}
     )
+    pairs = zip(columns["labels"], columns["input_ids"], strict=True)
+    assert all(label in (IGNORE_INDEX, token) for label, token in pairs)
     learned = [token for token in columns["labels"] if token != IGNORE_INDEX]
     assert shared_tokenizer.decode(columns["input_ids"]) == "".join(text for text, _ in pieces)
     assert shared_tokenizer.decode(learned) == "".join(text for text, flag in pieces if flag)
