@@ -6,7 +6,7 @@ from moka_pl.data.base import SplitDataModule, check_at_least
 from moka_pl.data.batching.collate import SharePrefix
 from moka_pl.data.catalog import task_name
 from moka_pl.data.encoding.choices import ChoiceEncoder
-from moka_pl.data.encoding.examples import Encoded, Encoder, SegmentEncoder, adds_bos
+from moka_pl.data.encoding.examples import Encoded, Encoder, SegmentEncoder
 from moka_pl.data.formats.choice import CHOICE_FIELDS, choice_features, parse_choice, with_filled_blank
 from moka_pl.data.formats.llm_adapters import name_tasks
 from moka_pl.data.reading import parse_columns, read_rows

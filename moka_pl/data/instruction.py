@@ -10,7 +10,7 @@ from moka_pl.data.base import SplitDataModule
 from moka_pl.data.batching.order import Order
 from moka_pl.data.batching.streaming import StreamedBatches, StreamedRecords, StreamLoader
 from moka_pl.data.catalog import find_corpus
-from moka_pl.data.encoding.examples import Encoded, SegmentEncoder, adds_bos
+from moka_pl.data.encoding.examples import Encoded, SegmentEncoder
 from moka_pl.data.formats.instruction import INSTRUCTION_FIELDS, instruction_features, parse_instruction
 from moka_pl.data.formats.trees import TreePaths, join_trees
 from moka_pl.data.reading import parse_columns, read_rows

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moka_pl.data.base import MokaDataModule, check_at_least
 from moka_pl.data.batching.collate import SharePrefix
 from moka_pl.data.encoding.choices import ChoiceEncoder
-from moka_pl.data.encoding.examples import Encoded, adds_bos
+from moka_pl.data.encoding.examples import Encoded
 from moka_pl.data.formats.choice import choice_features
 from moka_pl.data.formats.mmlu import mmlu_groups, parse_mmlu
 from moka_pl.data.readers import local_path
