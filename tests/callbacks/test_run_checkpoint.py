@@ -123,9 +123,9 @@ def test_the_best_checkpoints_are_those_that_are_there_and_of_the_same_data(tmp_
     kept = tmp_path / "kept.ckpt"
     kept.touch()
 
-    def load(best, validation="data 1.0", monitor="val/loss"):
+    def load(best, validation="data 1.0", monitor="val/loss", here="data 1.0"):
         callback = saving(tmp_path, monitor=monitor)
-        callback._validation = "data 1.0"
+        callback._validation = here
         empty = callback.state_dict() | {"validation": validation}
         score = torch.tensor(1.0)
         told = {"best_model_score": score, "best_k_models": {best: score}, "best_model_path": best}
@@ -137,3 +137,6 @@ def test_the_best_checkpoints_are_those_that_are_there_and_of_the_same_data(tmp_
     gone = load(str(tmp_path / "gone.ckpt"))
     assert (gone.best_model_path, gone.best_model_score, gone.best_k_models) == ("", None, {})
     assert load(str(kept), validation="other 1.0").best_k_models == {}
+    assert set(load(str(kept), here=None).best_k_models) == {
+        str(kept)
+    }  # an evaluation, which chooses nothing

@@ -168,3 +168,10 @@ def test_absurd_options_are_refused_and_the_model_stays_plain(options: dict, mes
     with pytest.raises(AdapterError, match=message):
         inject_adapter(model, peft.LoraConfig(**(LORA | options)))
     assert not adapted_layers(model)
+
+
+def test_a_model_without_a_loss_over_tokens_is_adapted() -> None:
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification(base(pad_token_id=0).config).eval()
+    assert len(inject_adapter(model, peft.LoraConfig(**LORA))) == 4
