@@ -16,6 +16,8 @@ from moka_pl.studies.compare.runs import (
     Run,
     Store,
     Trial,
+    all_rates,
+    at_edge,
     frozen_run,
     pick,
     run_of,
@@ -78,6 +80,7 @@ def _frozen(suite: Suite, store: Store) -> Entry:
 
 
 def _entry(suite: Suite, method: Method, store: Store) -> Entry:
+    method = all_rates(suite, method, store.read)
     tried = trials(suite, method, store.read)
     rate = pick(method, tried)
     swept = [run for run in sweep(suite, method) if run.rate != rate or run.seed not in suite.seeds]
@@ -92,8 +95,7 @@ def _entry(suite: Suite, method: Method, store: Store) -> Entry:
         )
     else:
         missing += [f"{run}{': test' if known.is_trained(run) else ''}" for run in untested]
-    edge = len(method.learning_rates) > 1 and rate in {min(method.learning_rates), max(method.learning_rates)}
-    errors = known.errors | others.errors
+    edge, errors = at_edge(method, rate), known.errors | others.errors
     return Entry(method.name, rate, edge, tried, known.outcomes, known.items, errors, tuple(missing))
 
 

@@ -8,8 +8,8 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,49 @@ def pick(method: Method, tried: tuple[Trial, ...]) -> float | None:
         return method.learning_rates[0]
     worked = [(trial.loss, trial.rate) for trial in tried if trial.loss is not None]
     return min(worked)[1] if worked else None
+
+
+def sweeps(suite: Suite, method: Method, outcome_of: Callable[[Run], Outcome]) -> Iterator[Method]:
+    """A method with the rates that its suite gives it, then with one more each time that the best is an edge.
+
+    The next rate lies as far beyond the edge as the edge lies beyond its neighbour. It follows from the
+    outcomes alone, so that runs and reports find the same rates. The last method yielded has all of them.
+
+    Args:
+        suite: Its ``widen`` says how many rates may be added.
+        method: The method as the suite has it.
+        outcome_of: Tells what is known of a run; it is asked anew after every yield.
+    """
+    yield method
+    for _ in range(suite.widen):
+        ended = all({"trained", "error"} & outcome_of(run).keys() for run in sweep(suite, method))
+        beyond = _beyond(method, trials(suite, method, outcome_of)) if ended else None
+        if beyond is None:
+            return
+        method = replace(method, learning_rates=(*method.learning_rates, beyond))
+        yield method
+
+
+def all_rates(suite: Suite, method: Method, outcome_of: Callable[[Run], Outcome]) -> Method:
+    """The method with all rates that :func:`sweeps` gives it, as far as outcomes are known."""
+    *_, last = sweeps(suite, method, outcome_of)
+    return last
+
+
+def at_edge(method: Method, rate: float | None) -> bool:
+    """Whether a rate is the lowest or highest of several: a better one may lie beyond."""
+    rates = method.learning_rates
+    return len(rates) > 1 and rate in (min(rates), max(rates))
+
+
+def _beyond(method: Method, tried: tuple[Trial, ...]) -> float | None:
+    """The next rate beyond the best one; None if that is no edge."""
+    best = pick(method, tried)
+    if best is None or not at_edge(method, best):
+        return None
+    rates = sorted(method.learning_rates)
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / neighbour:.6g}")  # as it would be written: suites share such runs
 
 
 def warn(text: str) -> None:

@@ -10,10 +10,12 @@ from moka_pl.studies.compare.runs import (
     Outcome,
     Run,
     Store,
+    all_rates,
     frozen_run,
     pick,
     run_of,
     sweep,
+    sweeps,
     tested_with,
     trials,
 )
@@ -44,9 +46,10 @@ class Remaining:
 class Plan:
     """The order of the work.
 
-    A method's learning rates are tried first; as soon as all of them are known, the picked one is trained
-    with the other seeds and tested. Suites and their methods come in their order, so that what is left out
-    when time runs out is the last. A run that two suites have in common is done once.
+    A method's learning rates are tried first, and more beyond where the suite says so; as soon as all of them
+    are known, the picked one is trained with the other seeds and tested. Suites and their methods come in
+    their order, so that what is left out when time runs out is the last. A run that two suites have in common
+    is done once.
 
     Args:
         suites: What is compared.
@@ -106,7 +109,7 @@ class Plan:
 
     def known(self) -> list[tuple[Task, Outcome]]:
         """The runs that were done before, as far as they have been asked for, with their outcomes."""
-        runs = {run.key: run for queue in self._queues for run in queue.runs()}
+        runs = {run.key: run for queue in self._queues for run in queue.runs(self)}
         outcomes = [(run, self.outcome(run)) for run in runs.values()]
         return [(Task(run, "tested" in known), known) for run, known in outcomes if "trained" in known]
 
@@ -135,7 +138,7 @@ class FrozenTasks:
         """What cannot be named yet."""
         return []
 
-    def runs(self) -> list[Run]:
+    def runs(self, plan: Plan) -> list[Run]:
         """All runs that it may have."""
         return [self._task.run]
 
@@ -145,28 +148,38 @@ class MethodTasks:
 
     def __init__(self, suite: Suite, method: Method) -> None:
         self._suite, self._method = suite, method
-        self._sweep = [Task(run, False) for run in sweep(suite, method)]
+        self._tried: dict[tuple[float, ...], list[Task]] = {}
         self._expected = self._tests(method.learning_rates[0])
         self._picked: list[Task] | None = None
 
     def tasks(self, plan: Plan) -> list[Task]:
         """What is left and can be named."""
-        trying = [task for task in self._sweep if plan.is_open(task)]
-        if trying:
-            return trying
         if self._picked is None:
-            rate = pick(self._method, trials(self._suite, self._method, plan.outcome))
+            if trying := self._trying(plan):
+                return trying
+            method = all_rates(self._suite, self._method, plan.outcome)
+            rate = pick(method, trials(self._suite, method, plan.outcome))
             self._picked = [] if rate is None else self._tests(rate)
         return [task for task in self._picked if plan.is_open(task)]
 
     def later(self, plan: Plan) -> list[Task]:
         """What cannot be named yet, with a rate that may be another one in the end."""
-        return self._expected if any(plan.is_open(task) for task in self._sweep) else []
+        return self._expected if self._picked is None and self._trying(plan) else []
 
-    def runs(self) -> list[Run]:
+    def runs(self, plan: Plan) -> list[Run]:
         """All runs that it may have."""
-        method, seeds = self._method, self._suite.seeds
-        return [run_of(self._suite, method, rate, seed) for rate in method.learning_rates for seed in seeds]
+        rates = all_rates(self._suite, self._method, plan.outcome).learning_rates
+        return [run_of(self._suite, self._method, rate, seed) for rate in rates for seed in self._suite.seeds]
+
+    def _trying(self, plan: Plan) -> list[Task]:
+        """Trainings that are left to pick a rate; a sweep is widened once all of it has ended."""
+        for method in sweeps(self._suite, self._method, plan.outcome):
+            rates = method.learning_rates
+            if rates not in self._tried:
+                self._tried[rates] = [Task(run, False) for run in sweep(self._suite, method)]
+            if trying := [task for task in self._tried[rates] if plan.is_open(task)]:
+                return trying
+        return []
 
     def _tests(self, rate: float) -> list[Task]:
         return [Task(run_of(self._suite, self._method, rate, seed), True) for seed in self._suite.seeds]

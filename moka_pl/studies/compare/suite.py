@@ -55,6 +55,7 @@ class Suite:
         frozen: Test the base without training, too.
         reference: The method that the others are compared with; None compares every pair.
         methods: What is compared.
+        widen: How often a sweep whose best rate is its lowest or highest is given one more beyond.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Suite:
     frozen: bool
     reference: str | None
     methods: tuple[Method, ...]
+    widen: int = 0
 
     @property
     def pick_seeds(self) -> tuple[int, ...]:
@@ -101,7 +103,7 @@ def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
 _PICKS = ("first", "all")
 _OWN_KEYS = {"name", "about", "reference", "methods"}
 _KEYS = {"extends", "corpus", "backbone", "data", "test", "training", "learning_rates", "seeds", "pick"}
-_KEYS |= {"frozen"} | _OWN_KEYS
+_KEYS |= {"frozen", "widen"} | _OWN_KEYS
 _METHOD_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "backbone"}
 _TRAINING_KEYS = {"trainer", "optimizer", "lr_scheduler", "gradient_checkpointing", "cuda_graphs"}
 
@@ -228,6 +230,9 @@ def _suite(written: Settings, stem: str) -> Suite:
     pick = written.get("pick", "first")
     if pick not in _PICKS:
         raise ConfigError(f"pick is {pick!r}; choose one of {', '.join(_PICKS)}")
+    widen = written.get("widen", 0)
+    if not _whole(widen):
+        raise ConfigError(f"widen must be a whole number from 0, not {widen!r}")
     read = tuple(_method(method, written.get("learning_rates"), i) for i, method in enumerate(methods))
     name = str(written.get("name", stem))
     if name in ("runs", "logs"):
@@ -256,6 +261,7 @@ def _suite(written: Settings, stem: str) -> Suite:
         bool(written.get("frozen", True)),
         reference,
         read,
+        widen,
     )
 
 

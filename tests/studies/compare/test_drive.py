@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -7,7 +8,7 @@ from moka_pl.studies.compare.drive import run_suites
 from moka_pl.studies.compare.report import collect, make_report
 from moka_pl.studies.compare.runs import Store, frozen_run, run_of
 from moka_pl.studies.compare.schedule import Clock
-from moka_pl.studies.compare.suite import read_suite
+from moka_pl.studies.compare.suite import Suite, read_suite
 from moka_pl.studies.compare.tables import markdown
 from moka_pl.studies.compare.write import as_json, write_across, write_report
 
@@ -101,6 +102,23 @@ def test_rates_are_picked_with_one_seed_and_only_the_picked_one_is_tested(read, 
     assert "left" in lines[1]
     assert lines[-2].startswith("[8/8] bad, lr 0.1, seed 1")
     assert lines[-1] == "8 runs in 0 s, 1 at a time"
+
+
+def test_reports_and_plans_know_the_rates_beyond(read, store, fake):
+    suite = read(changes=["widen=1"])
+    edge = replace(suite, methods=(replace(suite.methods[0], learning_rates=(0.05, 0.1)),))
+    entry = run_suite(edge, store)[1]
+    assert ([trial.rate for trial in entry.trials], entry.rate, entry.edge) == ([0.05, 0.1, 0.2], 0.2, True)
+    text = markdown(make_report(edge, [entry]))
+    assert "0.05: 0.1500, 0.1: 0.1000, 0.2: **0.0000**" in text
+    assert "| good | 40 | 0.2 * |" in text
+    stored = Suite.from_dict(json.loads(json.dumps(asdict(replace(edge, widen=2)))))
+    entry = collect(stored, store)[1]  # one that may be widened further waits for its next rate
+    assert entry.missing[0] == "good, lr 0.4, seed 0"
+    fake.calls.clear()
+    entry = run_suite(stored, store)[1]
+    assert fake.calls == [("good", 0.4, 0, False)]
+    assert (entry.rate, entry.edge, entry.missing) == (0.2, False, ())
 
 
 def test_all_seeds_pick_where_that_is_asked_for(read, store, fake):

@@ -1,6 +1,9 @@
+import dataclasses
+import math
+
 import pytest
 
-from moka_pl.studies.compare.runs import Store, run_of
+from moka_pl.studies.compare.runs import Store, all_rates, run_of
 from moka_pl.studies.compare.schedule import Clock, Plan, Task, Times
 from moka_pl.studies.compare.suite import read_suite
 
@@ -94,6 +97,60 @@ def test_what_is_left_is_counted_once(suites, store):
     assert [task for task in remaining.tasks if task.test] == [
         Task(run_of(suites[0], suites[0].methods[0], 0.1, seed), True) for seed in (0, 1)
     ]
+
+
+def widening(suites, widen):
+    return [dataclasses.replace(suites[0], widen=widen, methods=suites[0].methods[:1])]
+
+
+@pytest.mark.parametrize(
+    ("best", "widen", "tried"),
+    [
+        (0.05, 9, [0.1, 0.2, 0.05, 0.025]),
+        (0.8, 9, [0.1, 0.2, 0.4, 0.8, 1.6]),
+        (0.8, 1, [0.1, 0.2, 0.4]),
+        (0.8, 0, [0.1, 0.2]),
+        (0.15, 1, [0.1, 0.2, 0.4]),
+    ],
+)
+def test_a_sweep_is_widened_until_its_best_is_no_edge(suites, store, best, widen, tried):
+    (suite,) = widening(suites, widen)
+    for _ in range(2):  # another plan goes on with what the store has
+        plan = Plan([suite], store)
+        begun = []
+        while (task := plan.next()) is not None:
+            begun.append(task)
+            outcome = whole(task, 0.0) if task.test else trained(abs(math.log(task.run.rate / best)))
+            outcome["trained"]["validation_loss"] = abs(math.log(task.run.rate / best))
+            store.write(task.run, outcome)
+            plan.end(task, outcome)
+        sweep = [task.run.rate for task in begun if not task.test]
+        assert sweep == (tried if begun else [])
+        method = all_rates(suite, suite.methods[0], store.read)
+        assert list(method.learning_rates) == tried
+    assert {task.run.rate for task, _ in plan.known()} == set(tried)
+
+
+def test_a_sweep_is_widened_only_when_all_of_it_has_ended(suites, store):
+    plan = Plan(widening(suites, 2), store)
+    first, second = plan.next(), plan.next()
+    plan.end(second, trained(1.0))
+    assert plan.next() is None
+    assert (len(plan.remaining().tasks), len(plan.remaining().later)) == (1, 2)
+    plan.end(first, {"error": "no"})  # its only rate that worked is the highest
+    third = plan.next()
+    assert words(third) == ("one", 0.4, 0, False)
+    assert (len(plan.remaining().tasks), len(plan.remaining().later)) == (1, 2)
+    plan.end(third, trained(None))  # diverged: nothing to gain beyond
+    assert words(plan.next()) == ("one", 0.2, 0, True)
+
+
+def test_nothing_is_widened_without_a_rate_that_worked(suites, store):
+    plan = Plan(widening(suites, 2), store)
+    for task in (plan.next(), plan.next()):
+        plan.end(task, trained(None))
+    assert plan.next() is None
+    assert plan.remaining().tasks == []
 
 
 def test_only_what_fits_is_begun(suites, store):

@@ -151,6 +151,7 @@ def test_a_suite_of_ones_own_with_options_over_it(tmp_path):
         (SMALL.replace("name: b", "name: a"), "'a'"),
         (SMALL + "seeds: [0, 0]\n", "twice"),
         (SMALL + "pick: test\n", "'test'"),
+        (SMALL + "widen: -1\n", "widen must be a whole number from 0, not -1"),
         (SMALL + "reference: c\n", "'c'"),
         (SMALL + "name: a/b\n", "slashes"),
         (SMALL.replace("[1.0e-2]", "1.0e-2"), r"such as \[4.0e-3"),
