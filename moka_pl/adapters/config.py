@@ -4,16 +4,19 @@ import json
 import math
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from moka_pl.adapters.filters import AUTO, check_size, filter_shapes
+from moka_pl.adapters.filters import AUTO, DEFAULT_RANK, SERVABLE, check_rank, check_size, filter_shapes
 from moka_pl.adapters.schema import check_values, shown
 from moka_pl.errors import ConfigError
 from moka_pl.ops.dispatch import BACKENDS
 from moka_pl.ops.gating import GATINGS, Gating
-from moka_pl.ops.layout import Shape
+from moka_pl.ops.layout import Shape, exact_rank
+
+Start = Literal["zero", "zero_left", "gradient"]
 
 
 class AdapterConfig(ABC):
@@ -40,13 +43,17 @@ class MokaConfig(AdapterConfig):
     Args:
         components: Number r of Kronecker components per layer (not a rank); the number of parameters grows
             linearly with it. The paper uses 10.
+        rank: Rank of one component of ``filters: servable``, which alone takes it; ``null`` is 16. All
+            components of a layer together are exactly a LoRA of rank components × rank, at most 512.
         filters: Shapes of the factors. ``diverse`` cycles through five aspect ratios, ``square`` uses one
-            shape, and ``prime`` is MoKA_s (identity left factors, about 20% fewer parameters). ``auto``
-            chooses each layer's shapes when a training run begins, from the gradient of the first rank's
-            batches of the first 4 optimizer steps, and saves the choice. A list gives one shape for all
-            components or one each: ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or ``[k, m_b, n_b]`` with an
-            identity of size k on the left. A mapping of full layer names to lists, or a ``.json`` file of
-            such a mapping, gives each layer its own list.
+            shape, and ``prime`` is MoKA_s (identity left factors, about 20% fewer parameters). With
+            ``servable`` every component is exactly a LoRA of rank ``rank`` with the parameters of one of rank
+            1 (for a square rank; the family of CDKA, arXiv 2602.01267). ``auto`` chooses each layer's shapes
+            when a training run begins, from the gradient of the first rank's batches of the first 4 optimizer
+            steps, and saves the choice. A list gives one shape for all components or one each:
+            ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or ``[k, m_b, n_b]`` with an identity of size k on the
+            left. A mapping of full layer names to lists, or a ``.json`` file of such a mapping, gives each
+            layer its own list.
         gating: ``softmax`` trains one logit per component, α = softmax(g); the gates sum to 1. ``sigmoid``
             trains independent gates, α_i = (2/r) · sigmoid(g_i), each from 0 to 2/r. Both start at
             α_i = 1/r, and ``none`` keeps that value (the paper's ungated ablation).
@@ -64,13 +71,15 @@ class MokaConfig(AdapterConfig):
         budget: For ``filters: auto``, total entries of the factors of all adapted layers; ``null`` is the
             total of ``diverse`` with as many components.
         start: How factors start; ΔW starts at 0 either way. ``zero``: random left factors (Kaiming-uniform)
-            and zero right factors. ``gradient``: left factors along the gradient of the first batches (the
-            components of one shape take its best Kronecker products in order), scaled like random ones. It
-            affects new training runs only: a resumed run, or one from ``adapter_path``, continues from what
-            was saved. It does not work with ``prime``, whose left factors are all identities.
+            and zero right factors. ``zero_left``: zero left factors and random right ones. ``gradient``: left
+            factors along the gradient of the first batches (the components of one shape take its best
+            Kronecker products in order), scaled like random ones. It affects new training runs only: a
+            resumed run, or one from ``adapter_path``, continues from what was saved. ``gradient`` does not
+            work with ``prime``, whose left factors are all identities, and ``zero_left`` with no identity.
     """
 
     components: int = 10
+    rank: int | None = field(default=None, kw_only=True)
     filters: str | list[list[int]] | dict[str, list[list[int]]] = "diverse"
     gating: Gating = "softmax"
     scaling: float | None = None
@@ -79,14 +88,15 @@ class MokaConfig(AdapterConfig):
     exclude_modules: list[str] | str | None = None
     backend: Literal["auto", "structured", "dense", "fused"] = "auto"
     budget: int | None = None
-    start: Literal["zero", "gradient"] = "zero"
+    start: Start = "zero"
 
     def __post_init__(self) -> None:
         """Refuses invalid values before anything is loaded."""
-        for option, names in (("gating", GATINGS), ("backend", BACKENDS), ("start", ("zero", "gradient"))):
+        for option, names in (("gating", GATINGS), ("backend", BACKENDS), ("start", get_args(Start))):
             if (value := getattr(self, option)) not in names:
                 raise ConfigError(f"unknown {option} {shown(value)}; choose one of {', '.join(names)}")
         check_values(type(self), {name: value for name, value in vars(self).items() if name != "filters"})
+        self._check_rank()
         # A layer of any size reveals an unknown name or a malformed list; whether a listed filter fits
         # the real layers is checked once the model is loaded.
         if isinstance(self.filters, str) and self.filters.endswith(".json"):
@@ -98,9 +108,9 @@ class MokaConfig(AdapterConfig):
                 except ConfigError as error:
                     raise ConfigError(f"filters of layer {name}: {error}") from None
         else:
-            size = 64 if isinstance(self.filters, str) else 1 << 30
+            size = 64 if self.filters == "prime" else 1 << 30
             known = "diverse" if self.filters == AUTO else self.filters
-            filter_shapes(known, self.components, size, size)
+            filter_shapes(known, self.components, size, size, self.rank)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.scaling is not None and not 0 < self.scaling < math.inf:
@@ -109,21 +119,54 @@ class MokaConfig(AdapterConfig):
             raise ConfigError("target_modules is empty; name at least one layer, or set all-linear")
         self._check_start()
 
+    def _check_rank(self) -> None:
+        if self.filters == SERVABLE:
+            self.rank = DEFAULT_RANK if self.rank is None else self.rank
+            check_rank(self.rank, self.components)
+        elif self.rank is not None:
+            raise ConfigError(
+                f"rank ({shown(self.rank)}) works only with filters: {SERVABLE}; remove it or set those"
+            )
+
     def _check_start(self) -> None:
         if self.budget is not None and self.filters != AUTO:
             raise ConfigError(f"budget ({self.budget}) works only with filters: auto; remove it")
         if self.budget is not None and self.budget < 1:
             raise ConfigError(f"budget must be at least 1, not {self.budget}")
-        if self.start == "gradient" and self.filters == "prime":
-            raise ConfigError(
-                "start: gradient needs left factors, but those of filters: prime are identities; "
-                "set start: zero"
-            )
+        listed = self.filters.values() if isinstance(self.filters, dict) else [self.filters]
+        identities = any(len(sizes) == 3 for f in listed if not isinstance(f, str) for sizes in f)
+        if self.filters == "prime" or (identities and self.start == "zero_left"):
+            named = "filters: prime" if self.filters == "prime" else "filters [k, m_b, n_b]"
+            if self.start != "zero":
+                raise ConfigError(
+                    f"start: {self.start} needs left factors, but those of {named} are identities; "
+                    "set start: zero"
+                )
 
     @property
     def effective_scaling(self) -> float:
         """The applied factor s: ``scaling``, or ``components`` if that is ``null``."""
         return float(self.components if self.scaling is None else self.scaling)
+
+    def scaling_of(self, shapes: Sequence[Shape]) -> float:
+        """Returns the factor s of a layer whose components have these shapes."""
+        return float(len(shapes) if self.scaling is None else self.scaling)
+
+    def exact_lora_rank(self, name: str, m: int, n: int) -> int:
+        """Returns the rank R of the LoRA that a layer's update is exactly, whatever its factors are.
+
+        ΔW = lora_B · lora_A with lora_A of R × n and lora_B of m × R entries; R is the sum of the components'
+        ranks, and at most min(m, n).
+
+        Args:
+            name: The layer's full name.
+            m: Its output features.
+            n: Its input features.
+
+        Raises:
+            ConfigError: As :meth:`shapes_of`.
+        """
+        return exact_rank(self.shapes_of(name, m, n), m, n)
 
     def shapes_of(self, name: str, m: int, n: int) -> tuple[Shape, ...]:
         """Shapes of the r components of one layer.
@@ -145,7 +188,7 @@ class MokaConfig(AdapterConfig):
                     f"{name or 'this layer'}; list every layer that target_modules adapts"
                 )
             filters = filters[name]
-        shapes = filter_shapes(filters, self.components, m, n)
+        shapes = filter_shapes(filters, self.components, m, n, self.rank)
         check_size(shapes, m, n)
         return shapes
 

@@ -23,11 +23,18 @@ PRIME_BUDGET = 0.8
 #: More components are a mistake: a hundred times the paper's.
 MAX_COMPONENTS = 1024
 
+#: ``filters: servable``: the rank of a component unless ``rank`` says another, and the most of a layer
+#: (vLLM's largest ``max-lora-rank``).
+DEFAULT_RANK, MAX_RANK = 16, 512
+
 #: Factors may hold as many entries as their layer, and in small layers as many as this.
 _SMALL_LAYER = 2**16
 
 #: Filters that a training run chooses from its first batches (:mod:`moka_pl.training.auto_filters`).
 AUTO = "auto"
+
+#: Filters whose components are LoRAs of a given rank.
+SERVABLE = "servable"
 
 #: What to do about ``filters: auto`` without a run; ends the sentence of an error.
 WITHOUT_TRAINER = (
@@ -38,20 +45,25 @@ WITHOUT_TRAINER = (
 Filters = str | Sequence[Sequence[int]]
 
 
-def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Shape, ...]:
+def filter_shapes(
+    filters: Filters, components: int, m: int, n: int, rank: int | None = None
+) -> tuple[Shape, ...]:
     """Returns the factor shapes of all components for an m × n layer.
 
     Args:
         filters: ``"diverse"`` (five aspect ratios in turn), ``"square"`` (one shape for all), ``"prime"``
-            (MoKA_s: identity left factor, right factors with different prime sides), or a list with one
-            entry for all components or one each: ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or
-            ``[k, m_b, n_b]`` for an identity of size k on the left.
+            (MoKA_s: identity left factor, right factors with different prime sides), ``"servable"`` (each
+            component exactly a LoRA of rank ``rank``), or a list with one entry for all components or one
+            each: ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or ``[k, m_b, n_b]`` for an identity of size k on
+            the left.
         components: r, the number of components.
         m: Output features.
         n: Input features.
+        rank: Of ``servable`` only, the rank of one component; None is ``DEFAULT_RANK``.
 
     Raises:
-        ConfigError: For an unknown name, a wrong count or sizes that are not positive whole numbers.
+        ConfigError: For an unknown name, a wrong count, sizes that are not positive whole numbers, or a rank
+            that the layer cannot have.
     """
     if components < 1:
         raise ConfigError(f"components must be at least 1, not {components}")
@@ -66,11 +78,13 @@ def filter_shapes(filters: Filters, components: int, m: int, n: int) -> tuple[Sh
             return (_aspect_shape(m, n, 1.0),) * components
         if filters == "prime":
             return _prime_shapes(m, n, components)
+        if filters == SERVABLE:
+            return (_servable_shape(m, n, components, DEFAULT_RANK if rank is None else rank),) * components
         if filters == AUTO:
             raise ConfigError(f"filters: auto needs a training run; without a trainer, {WITHOUT_TRAINER}")
         raise ConfigError(
-            f"unknown filters {shown(filters)}; choose one of diverse, square, prime, {AUTO}, or give "
-            "a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
+            f"unknown filters {shown(filters)}; choose one of diverse, square, prime, {SERVABLE}, {AUTO}, "
+            "or give a list of [m_a, n_a], [m_a, n_a, m_b, n_b] or (identity left) [k, m_b, n_b]"
         )
     return _explicit_shapes(filters, components, m, n)
 
@@ -195,6 +209,41 @@ def _primes_up_to(limit: int) -> tuple[int, ...]:
         if sieve[i]:
             sieve[i * i :: i] = bytes(len(range(i * i, limit + 1, i)))
     return tuple(i for i, prime in enumerate(sieve) if prime)
+
+
+def check_rank(rank: int, components: int) -> None:
+    """Refuses ranks of servable components that no layer can have.
+
+    Raises:
+        ConfigError: If the rank is below 1, or all components together are above ``MAX_RANK``.
+    """
+    if rank < 1:
+        raise ConfigError(f"rank must be at least 1, not {shown(rank)}")
+    if rank > MAX_RANK:
+        raise ConfigError(f"rank must be at most {MAX_RANK}, the largest that vLLM serves, not {shown(rank)}")
+    if components * rank > MAX_RANK:
+        raise ConfigError(
+            f"components × rank must be at most {MAX_RANK}, the largest rank that vLLM serves, not "
+            f"{shown(components)} × {rank}; set components to at most {MAX_RANK // rank}"
+        )
+
+
+def _servable_shape(m: int, n: int, components: int, rank: int) -> Shape:
+    """Returns A (a × n/b) ⊗ B (m/a × b) with a·b = rank, of all splits the one with the fewest parameters.
+
+    n/b and m/a are rounded up: the last block may be partial. That costs no rank as long as the layer has as
+    many rows and columns as the components have ranks together.
+    """
+    check_rank(rank, components)
+    if components * rank > min(m, n):
+        most = min(m, n) // components
+        remedy = f"set rank to at most {most}" if most else f"set at most {min(m, n)} components with rank 1"
+        raise ConfigError(
+            f"a layer of {m} × {n} cannot have the rank {components * rank} of {components} × {rank} "
+            f"(components × rank); {remedy}, or add the layer to exclude_modules"
+        )
+    splits = [Shape(a, -(-n * a // rank), -(-m // a), rank // a) for a in divisors(rank)]
+    return min(splits, key=lambda shape: (shape.num_parameters, abs(shape.m_a - shape.n_b)))
 
 
 def _explicit_shapes(filters: Sequence[Sequence[int]], components: int, m: int, n: int) -> tuple[Shape, ...]:

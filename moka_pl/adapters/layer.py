@@ -43,7 +43,7 @@ from moka_pl.adapters.forward import ForwardPlan, is_decoding, plan_forward
 from moka_pl.backbone.quantization import is_quantised, keep_weights, merged_linear
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear
-from moka_pl.ops.layout import Pairs, left_sizes, right_sizes, unpack
+from moka_pl.ops.layout import Pairs, exact_rank, left_sizes, right_sizes, unpack
 from moka_pl.ops.merged_forward import MergedForward
 
 
@@ -53,8 +53,9 @@ class MokaLinear(nn.Module):
     Of the gate logits g, α is ``softmax(g)``, or with ``gating: sigmoid`` ``α_i = (2/r) sigmoid(g_i)``;
     without gates α_i = 1/r.
 
-    The left factors start Kaiming-uniform and the right ones at zero, so that ΔW = 0 exactly; the gate
-    logits start at zero, so that α is uniform. With left identities (MoKA_s), only right factors exist.
+    The left factors start Kaiming-uniform and the right ones at zero, or with ``start: zero_left`` the other
+    way round, so that ΔW = 0 exactly; the gate logits start at zero, so that α is uniform. With left
+    identities (MoKA_s), only right factors exist.
 
     Args:
         base_layer: The frozen layer, ``nn.Linear`` or ``bitsandbytes.nn.Linear4bit``.
@@ -81,7 +82,8 @@ class MokaLinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.shapes = config.shapes_of(name, self.out_features, self.in_features)
-        self.scaling = config.effective_scaling
+        self.scaling = config.scaling_of(self.shapes)
+        self.start = config.start
         self.gating = config.gating
         self.backend = config.backend
         self.dropout = nn.Dropout(config.dropout)
@@ -103,10 +105,12 @@ class MokaLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises factors and gates: ΔW = 0, α uniform."""
-        for factor, _ in self.factors():
-            if factor is not None:
-                nn.init.kaiming_uniform_(factor.detach(), a=math.sqrt(5))
-        nn.init.zeros_(self.moka_B)
+        for left, right in self.factors():
+            zero, random = (left, right) if self.start == "zero_left" and left is not None else (right, left)
+            if random is not None:
+                nn.init.kaiming_uniform_(random.detach(), a=math.sqrt(5))
+            assert zero is not None
+            nn.init.zeros_(zero.detach())
         if self.moka_gate is not None:
             nn.init.zeros_(self.moka_gate)
 
@@ -130,6 +134,10 @@ class MokaLinear(nn.Module):
         if self.moka_gate is None:
             return self.moka_B.new_full((self.components,), 1 / self.components)
         return gates_of(self.moka_gate, self.gating)
+
+    def exact_lora_rank(self) -> int:
+        """Returns the rank R of the LoRA that the update is exactly (:meth:`MokaConfig.exact_lora_rank`)."""
+        return exact_rank(self.shapes, self.out_features, self.in_features)
 
     def factors(self) -> Pairs:
         """Returns the r pairs (A_i or None for an identity, B_i), views of the trained vectors."""

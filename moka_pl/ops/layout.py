@@ -39,6 +39,11 @@ class Shape(NamedTuple):
         return self.m_b * self.n_b + (0 if self.identity else self.m_a * self.n_a)
 
     @property
+    def rank(self) -> int:
+        """Largest rank of A ⊗ B, which is reached unless a factor has lost rank of its own."""
+        return min(self.m_a, self.n_a) * min(self.m_b, self.n_b)
+
+    @property
     def costs(self) -> tuple[int, int]:
         """Multiply-adds for a token of (A X) Bᵀ, the left factor first, and of A (X Bᵀ)."""
         left = self.m_a * self.n_b * (self.n_a + self.m_b)
@@ -47,6 +52,11 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         left = f"I{self.m_a}" if self.identity else f"{self.m_a}×{self.n_a}"
         return f"{left} ⊗ {self.m_b}×{self.n_b}"
+
+
+def exact_rank(shapes: Sequence[Shape], m: int, n: int) -> int:
+    """Returns the rank of the LoRA that a sum of components, cut to m × n, is exactly."""
+    return min(sum(shape.rank for shape in shapes), m, n)
 
 
 def group_equal(shapes: Sequence[Shape]) -> dict[Shape, list[int]]:

@@ -23,7 +23,7 @@ def configs(draw: st.DrawFn) -> MokaConfig:
     names = st.lists(st.text(min_size=1), min_size=1, max_size=3) | st.text(min_size=1)
     return MokaConfig(
         components=components,
-        filters=draw(st.sampled_from(["diverse", "square", "prime"]) | listed),
+        filters=draw(st.sampled_from(["diverse", "square", "prime", "servable"]) | listed),
         gating=draw(st.sampled_from(["softmax", "sigmoid", "none"])),
         scaling=draw(st.none() | st.floats(0, 1e9, exclude_min=True)),
         dropout=draw(st.floats(0, 1, exclude_max=True)),
@@ -37,6 +37,13 @@ def configs(draw: st.DrawFn) -> MokaConfig:
 @given(config=configs())
 def test_any_config_survives_json(config: MokaConfig) -> None:
     assert MokaConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_servable_has_rank_16_unless_another_is_set() -> None:
+    assert MokaConfig(filters="servable").rank == 16
+    config = MokaConfig(filters="servable", components=2, rank=4)
+    assert config.exact_lora_rank("layer", 64, 48) == 8
+    assert MokaConfig(components=10).exact_lora_rank("layer", 64, 48) == 48
 
 
 def test_scaling_defaults_to_components_and_follows_them() -> None:
@@ -64,6 +71,18 @@ def test_scaling_defaults_to_components_and_follows_them() -> None:
         ({"backend": "magic"}, r"'magic'.*auto, structured, dense, fused"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ""}, "target_modules is empty"),
+        ({"filters": "servable", "rank": 0}, "rank must be at least 1, not 0"),
+        ({"filters": "servable", "rank": -4}, "rank must be at least 1, not -4"),
+        ({"filters": "servable", "rank": 2.5}, r"rank must be a whole number or null, not 2\.5"),
+        ({"filters": "servable", "rank": True}, "rank must be a whole number or null, not True"),
+        ({"filters": "servable", "rank": 513}, "rank must be at most 512.*vLLM.*not 513"),
+        ({"filters": "servable", "rank": 64}, "at most 512.*not 10 × 64; set components to at most 8"),
+        ({"filters": "servable", "budget": 5}, "budget .5. works only with filters: auto"),
+        ({"rank": 16}, r"rank \(16\) works only with filters: servable; remove it"),
+        ({"rank": 16, "filters": {"layer": [[2, 2]]}}, r"rank \(16\) works only with"),
+        ({"start": "zero_left", "filters": "prime"}, "start: zero_left.*prime are identities"),
+        ({"start": "zero_left", "filters": [[2, 3, 4]]}, "start: zero_left.*identities; set start: zero"),
+        ({"start": "gradient", "filters": "prime"}, "start: gradient.*prime are identities"),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict, message: str) -> None:

@@ -100,6 +100,36 @@ def test_factors_of_highly_composite_layers_divide_them_and_are_balanced(m: int,
             assert 0.6 < entries / math.sqrt(m * n) < 1.7
 
 
+@settings(max_examples=200, deadline=None)
+@given(m=layer_sizes, n=layer_sizes, components=st.integers(1, 4), rank=st.integers(1, 64))
+def test_servable_covers_any_layer_by_the_cheapest_split_of_its_rank(
+    m: int, n: int, components: int, rank: int
+) -> None:
+    assume(components * rank <= min(m, n))
+    shapes = filter_shapes("servable", components, m, n, rank)
+    (shape,) = set(shapes)
+    assert len(shapes) == components
+    assert shape.rank == shape.m_a * shape.n_b == rank
+    assert shape.rows >= m > shape.m_a * (shape.m_b - 1)
+    assert shape.cols >= n > shape.n_b * (shape.n_a - 1)
+    splits = [(a, rank // a) for a in range(1, rank + 1) if rank % a == 0]
+    assert shape.num_parameters == min(a * math.ceil(n / b) + math.ceil(m / a) * b for a, b in splits)
+    if m == n and (side := math.isqrt(rank)) ** 2 == rank and n % side == 0:
+        assert shape.num_parameters == n + m
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "components", "remedy"),
+    [
+        (8, 576, 2, "8 × 576 cannot have the rank 32 of 2 × 16.*set rank to at most 4, or add the layer"),
+        (1, 576, 2, "set at most 1 components with rank 1"),
+    ],
+)
+def test_layers_too_small_for_a_rank_are_refused(m: int, n: int, components: int, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        filter_shapes("servable", components, m, n)
+
+
 @pytest.mark.parametrize("size", [4099, 2 * 2503])  # without a divisor near the square root
 def test_layers_without_near_divisors_are_padded(size: int) -> None:
     (shape,) = filter_shapes("square", 1, size, size)
