@@ -67,6 +67,7 @@ KINDS = {
     "model.backbone.cache_dir": FREE,
     "model.adapter.class_path": NEVER,
     "model.adapter.init_args.components": NEVER,
+    "model.adapter.init_args.rank": NEVER,
     "model.adapter.init_args.filters": NEVER,
     "model.adapter.init_args.gating": NEVER,
     "model.adapter.init_args.target_modules": NEVER,
