@@ -238,7 +238,7 @@ def test_too_small_a_budget_is_told(fit) -> None:
     [
         ({"budget": 100}, r"budget \(100\) works only with filters: auto"),
         ({"filters": "auto", "budget": 0}, "at least 1, not 0"),
-        ({"start": "warm"}, "'warm'; choose one of zero, gradient"),
+        ({"start": "warm"}, "'warm'; choose one of zero, zero_left, gradient"),
         ({"start": "gradient", "filters": "prime"}, "identities; set start: zero"),
         ({"filters": "auto", "components": 0}, "at least 1, not 0"),
     ],
