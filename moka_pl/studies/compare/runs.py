@@ -36,6 +36,7 @@ class Run:
         settings: ``backbone``, ``adapter``, ``data``, ``training`` of the run, and ``learning_rate_ratios``
             where it has some.
         test: The data module whose test data are reported.
+        spectra: Whether to keep the effective ranks of its updates; decides about nothing else.
     """
 
     method: str
@@ -43,6 +44,7 @@ class Run:
     seed: int
     settings: Settings
     test: Settings
+    spectra: bool = True
 
     @cached_property
     def key(self) -> str:
@@ -86,7 +88,7 @@ def run_of(suite: Suite, method: Method, rate: float, seed: int) -> Run:
     }
     if method.learning_rate_ratios:  # not in the hashes of runs without
         settings["learning_rate_ratios"] = method.learning_rate_ratios
-    return Run(method.name, rate, seed, settings, suite.test or suite.data)
+    return Run(method.name, rate, seed, settings, suite.test or suite.data, suite.spectra)
 
 
 def frozen_run(suite: Suite) -> Run:

@@ -56,6 +56,7 @@ class Suite:
         reference: The method that the others are compared with; None compares every pair.
         methods: What is compared.
         widen: How often a sweep whose best rate is its lowest or highest is given one more beyond.
+        spectra: Whether to keep the effective ranks of every update, which can take as long as to train it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Suite:
     reference: str | None
     methods: tuple[Method, ...]
     widen: int = 0
+    spectra: bool = True
 
     @property
     def pick_seeds(self) -> tuple[int, ...]:
@@ -103,7 +105,7 @@ def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
 _PICKS = ("first", "all")
 _OWN_KEYS = {"name", "about", "reference", "methods"}
 _KEYS = {"extends", "corpus", "backbone", "data", "test", "training", "learning_rates", "seeds", "pick"}
-_KEYS |= {"frozen", "widen"} | _OWN_KEYS
+_KEYS |= {"frozen", "widen", "spectra"} | _OWN_KEYS
 _METHOD_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "backbone"}
 _TRAINING_KEYS = {"trainer", "optimizer", "lr_scheduler", "gradient_checkpointing", "cuda_graphs"}
 
@@ -262,6 +264,7 @@ def _suite(written: Settings, stem: str) -> Suite:
         reference,
         read,
         widen,
+        bool(written.get("spectra", True)),
     )
 
 

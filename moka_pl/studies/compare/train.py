@@ -278,7 +278,7 @@ class Executor:
             "validation_acc_norm": values.get("val/acc_norm"),
             "losses": [(step, _number(loss)) for step, loss in recorder.loss_values()],
             "gates": recorder.gates(module.causal_lm),
-            "spectra": _spectra(module),
+            "spectra": _spectra(module) if run.spectra else None,
             "seconds": time.monotonic() - start,
         }
 

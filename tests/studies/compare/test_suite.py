@@ -6,6 +6,7 @@ import pytest
 from shared.counts import factor_entries
 
 from moka_pl.errors import ConfigError
+from moka_pl.studies.compare import build
 from moka_pl.studies.compare.build import build_data, build_module, check_suite
 from moka_pl.studies.compare.runs import frozen_run, run_of
 from moka_pl.studies.compare.suite import Suite, find_suite, keep_methods, merged, read_suite
@@ -31,15 +32,30 @@ def test_there_are_some():
     assert {"commonsense-smollm2", "components", "one-layer", "rank-one-task", "tiny"} <= names
 
 
+@pytest.fixture(scope="module")
+def build_once():
+    """Builds a module once for all suites that have it."""
+    built = {}
+
+    def build(run):
+        key = json.dumps(run.settings, sort_keys=True)
+        if key not in built:
+            built[key] = build_module(run)
+        return built[key]
+
+    return build
+
+
 @pytest.mark.parametrize("file", SUITES, ids=lambda file: file.stem)
-def test_every_suite_builds_what_it_compares(file):
+def test_every_suite_builds_what_it_compares(file, build_once, monkeypatch):
+    monkeypatch.setattr(build, "build_module", build_once)
     suite = read_suite(file)
     check_suite(suite)
     assert suite.name == file.stem
     data = build_data(suite.data)
     assert data.separate_test  # the rate is not picked on the test
     for method in suite.methods:
-        module = build_module(run_of(suite, method, method.learning_rates[0], 0))
+        module = build_once(run_of(suite, method, method.learning_rates[0], 0))
         for name, value in method.adapter.get("init_args", method.adapter).items():
             if name == "components":
                 assert module.adapter.components == value
