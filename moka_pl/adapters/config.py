@@ -66,8 +66,8 @@ class MokaConfig(AdapterConfig):
             paper's. Few components on every layer learn more than many on two layers of each block.
         exclude_modules: Layers to leave out: a list of suffixes or a regular expression.
         backend: How to compute the update. ``structured`` never forms an m × n matrix; ``dense`` forms one
-            temporarily, which is faster for many tokens; ``fused`` does so in Triton kernels on a GPU;
-            ``auto`` chooses.
+            temporarily, which is faster for many tokens; ``thin`` uses two thin products, for components of
+            small ranks; ``fused`` uses Triton kernels on a GPU; ``auto`` chooses.
         budget: For ``filters: auto``, total entries of the factors of all adapted layers; ``null`` is the
             total of ``diverse`` with as many components.
         start: How factors start; ΔW starts at 0 either way. ``zero``: random left factors (Kaiming-uniform)
@@ -86,7 +86,7 @@ class MokaConfig(AdapterConfig):
     dropout: float = 0.0
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
     exclude_modules: list[str] | str | None = None
-    backend: Literal["auto", "structured", "dense", "fused"] = "auto"
+    backend: Literal["auto", "structured", "dense", "thin", "fused"] = "auto"
     budget: int | None = None
     start: Start = "zero"
 

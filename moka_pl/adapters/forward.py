@@ -7,19 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl._compat import hook_count
-from moka_pl.backbone.quantization import dense_weight, is_quantised, kernel_weight, layer_compute_dtype
+from moka_pl.backbone.quantization import (
+    dense_weight,
+    frozen_output,
+    is_quantised,
+    kernel_weight,
+    layer_compute_dtype,
+)
 from moka_pl.ops.dispatch import DECODE_TOKENS, can_fuse, resolve_backend
-from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates
+from moka_pl.ops.kronecker import UPDATES
+from moka_pl.ops.merged_forward import DenseUpdates
+from moka_pl.ops.thin import ThinUpdates
 
 if TYPE_CHECKING:
     from moka_pl.adapters.layer import MokaLinear
 
 
 class ForwardPlan(NamedTuple):
-    """How to compute a layer and its update as one product.
+    """How to compute a layer and its update as one operation.
 
     Attributes:
-        updates: Builds W + ΔW.
+        updates: Computes it.
         compute: Dtype of the product.
         result: Dtype of the layer's output.
     """
@@ -39,11 +47,11 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
     if _must_run_itself(layer, x.device):
         return None
     compute: torch.dtype
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which it leaves as it is
     if is_quantised(layer):
         compute, result = layer_compute_dtype(layer, x), x.dtype
     elif type(layer) is nn.Linear:
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
         compute = result = torch.get_autocast_dtype(device) if autocast else x.dtype
         if compute != layer.weight.dtype and not autocast:
             return None
@@ -53,6 +61,8 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
     resolved = resolve_backend(adapted.backend, x, dtype, shapes, m)
     weight = partial(dense_weight, layer)
     parts = (shapes, m, n, adapted.scaling, weight, is_quantised(layer), adapted.gating)
+    if resolved == "thin":
+        return ForwardPlan(ThinUpdates(*parts, partial(frozen_output, layer, autocast)), compute, result)
     if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
         from moka_pl.ops.triton import FusedUpdates, make_plan
 
@@ -60,8 +70,7 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
         source = kernel_weight(layer, compute, even=plan.side > 0 or plan.even)
         return ForwardPlan(FusedUpdates(*parts, plan, source), compute, result)
     if resolved != "fused" and compute == dtype and compute.itemsize >= 4:
-        updates = (DenseUpdates if resolved == "dense" else StructuredUpdates)(*parts)
-        return ForwardPlan(updates, compute, result)
+        return ForwardPlan(UPDATES[resolved](*parts), compute, result)
     return None
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moka_pl.errors import AdapterError, BackboneError
 from moka_pl.utils import silenced
@@ -217,6 +218,21 @@ def dense_weight(layer: nn.Linear) -> Tensor:
             "floating-point and bitsandbytes 4-bit layers can be merged"
         )
     return layer.weight.detach()
+
+
+def frozen_output(layer: nn.Linear, autocast: bool, x: Tensor) -> Tensor:
+    """Returns ``W x + bias``, (..., m), bit for bit as the layer computes it, in the dtype of x.
+
+    Args:
+        layer: An ``nn.Linear`` or a ``bitsandbytes.nn.Linear4bit``.
+        autocast: Whether the layer is called under autocast, which a 4-bit layer's product heeds, too.
+        x: Its input in the dtype of the product, shape (..., n).
+    """
+    if is_quantised(layer):
+        with torch.autocast(x.device.type, enabled=autocast):
+            return layer(x).to(x.dtype)  # type: ignore[no-any-return]
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 def kernel_weight(layer: nn.Linear, compute: torch.dtype, even: bool) -> "WeightSource | None":

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moka_pl.errors import ConfigError
 from moka_pl.ops.layout import Shape, group_equal
+from moka_pl.ops.thin import is_thin
 
-Backend = Literal["auto", "structured", "dense", "fused"]
+Backend = Literal["auto", "structured", "dense", "thin", "fused"]
 
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
@@ -23,8 +24,10 @@ DECODE_TOKENS = 32
 
 def resolve_backend(
     backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int
-) -> Literal["structured", "dense", "fused"]:
+) -> Literal["structured", "dense", "thin", "fused"]:
     """Chooses the backend for an update of ``x``: ``"fused"`` only where its kernels can run.
+
+    ``"thin"`` is chosen only for components of small ranks, and for these always.
 
     Args:
         backend: The requested backend.
@@ -36,7 +39,10 @@ def resolve_backend(
     Raises:
         ConfigError: For an unknown backend.
     """
+    thin = is_thin(tuple(shapes), m, x.shape[-1])
     if backend == "auto":
+        if thin:
+            return "thin"
         # However few the tokens: a step of structured products takes many times as many launches.
         if x.is_cuda and can_fuse(x, factors, shapes, m):
             return "fused"
@@ -46,6 +52,9 @@ def resolve_backend(
         if can_fuse(x, factors, shapes, m):
             return "fused"
         _warn_unfused()
+        return "dense"
+    if backend == "thin" and not thin:
+        _warn_not_thin()
         return "dense"
     if backend not in BACKENDS:
         raise ConfigError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
@@ -104,5 +113,13 @@ def _warn_unfused() -> None:
     warnings.warn(
         "backend: fused needs a CUDA device, Triton, float32 factors, and either only or no identity left "
         "factors; using backend: dense instead",
+        stacklevel=3,
+    )
+
+
+@cache
+def _warn_not_thin() -> None:
+    warnings.warn(
+        "backend: thin needs components of small ranks, without identities; using backend: dense instead",
         stacklevel=3,
     )

@@ -5,9 +5,10 @@ n_a·n_b > n the input is zero-padded, where it is smaller the input's tail is d
 output is cut, where it is smaller its tail is zero. Both are what cutting or zero-filling the matrix
 ``A ⊗ B`` to m × n gives.
 
-Three backends compute the same product:
+Four backends compute the same product:
     structured  two small products per shape of component; never forms an m × n matrix
     dense       forms ΔW for the time of one product; its cost hardly grows with r
+    thin        two thin products, for components of small ranks
     fused       the same with Triton kernels that build ΔW and project its gradient in one to two launches
 
 Source: MoKA, arXiv 2508.03527; the identity is Van Loan, "The ubiquitous Kronecker product" (2000).
@@ -21,6 +22,14 @@ from moka_pl.ops.dispatch import Backend, resolve_backend
 from moka_pl.ops.gating import Gating
 from moka_pl.ops.layout import Shape
 from moka_pl.ops.merged_forward import DenseUpdates, MergedForward, StructuredUpdates
+from moka_pl.ops.thin import ThinUpdates
+
+#: What computes an update, by backend.
+UPDATES: dict[str, type[DenseUpdates]] = {
+    "structured": StructuredUpdates,
+    "dense": DenseUpdates,
+    "thin": ThinUpdates,
+}
 
 
 def delta_weight(
@@ -57,8 +66,9 @@ def kronecker_linear(
         right: Packed right factors, likewise.
         shapes: r shapes.
         out_features: m.
-        backend: ``"structured"``, ``"dense"``, ``"fused"`` (falls back to dense, with a warning, where Triton
-            cannot run), or ``"auto"`` for the cheapest at this size on this device.
+        backend: ``"structured"``, ``"dense"``, ``"thin"`` and ``"fused"`` (which fall back to dense, with a
+            warning, for other shapes, and where Triton cannot run), or ``"auto"`` for the cheapest at this
+            size on this device.
 
     Raises:
         ConfigError: For an unknown backend.
@@ -75,6 +85,6 @@ def kronecker_linear(
 
         updates = FusedUpdates(*alone, make_plan(shapes, out_features, n, x.device))
     else:
-        updates = (DenseUpdates if resolved == "dense" else StructuredUpdates)(*alone)
+        updates = UPDATES[resolved](*alone)
     out: Tensor = MergedForward.apply(x.reshape(-1, n), weights, left, right, None, updates)  # type: ignore[no-untyped-call]
     return out.reshape(*x.shape[:-1], out_features)

@@ -50,7 +50,7 @@ class DenseUpdates:
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Computes ``(W + ΔW) x + bias``, shape (T, m).
 
         Args:
@@ -59,11 +59,21 @@ class DenseUpdates:
             left: Packed left factors.
             right: Packed right factors.
             gate: Gate logits, (r,), or None.
+
+        Returns:
+            The product, and a small tensor that :meth:`backward` would compute again, or None.
         """
-        return F.linear(x, self.weight(left, right, gate, x.dtype), bias)
+        return F.linear(x, self.weight(left, right, gate, x.dtype), bias), None
 
     def backward(
-        self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
+        self,
+        grad: Tensor,
+        x: Tensor,
+        left: Tensor,
+        right: Tensor,
+        gate: Tensor | None,
+        kept: Tensor | None,
+        needs_x: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """Computes the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``.
 
@@ -73,6 +83,7 @@ class DenseUpdates:
             left: Packed left factors.
             right: Packed right factors.
             gate: Gate logits, (r,), or None.
+            kept: What :meth:`product` returned beside its result.
             needs_x: Whether the gradient of ``x`` is needed.
         """
         grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
@@ -129,7 +140,7 @@ class StructuredUpdates(DenseUpdates):
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.product`."""
         wide = torch.promote_types(x.dtype, right.dtype)
         if self.base_weight is None:
@@ -138,10 +149,17 @@ class StructuredUpdates(DenseUpdates):
             # The frozen layer's own product: W xᵀ rounds otherwise on some CPUs, and step 0 would differ.
             out = transposed(F.linear(x, self.base_weight().to(x.dtype), bias), wide)  # (m, T)
         parts = left.to(wide), right.to(wide), (self._alpha(gate, right) * self.scaling).to(wide)
-        return transposed(add_update_(out, transposed(x, wide), *parts, self.shapes), x.dtype)  # (T, m)
+        return transposed(add_update_(out, transposed(x, wide), *parts, self.shapes), x.dtype), None
 
     def backward(
-        self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None, needs_x: bool
+        self,
+        grad: Tensor,
+        x: Tensor,
+        left: Tensor,
+        right: Tensor,
+        gate: Tensor | None,
+        kept: Tensor | None,
+        needs_x: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.backward`."""
         dtype, wide = x.dtype, torch.promote_types(x.dtype, right.dtype)
@@ -159,7 +177,7 @@ class StructuredUpdates(DenseUpdates):
 
 
 class MergedForward(torch.autograd.Function):
-    """``y = (W + s Σ_i α_i (A_i ⊗ B_i)) x + bias``; saves x, gate logits and factors, no m × n matrix."""
+    """``y = (W + s Σ_i α_i (A_i ⊗ B_i)) x + bias``; saves no m × n matrix, but x, gate logits and factors."""
 
     @staticmethod
     def forward(
@@ -182,17 +200,19 @@ class MergedForward(torch.autograd.Function):
             bias: Bias of the frozen layer, (m,), or None.
             updates: Computes the product and its gradients.
         """
-        ctx.save_for_backward(x, gate, left, right)
         ctx.updates = updates
         # Every product has the dtype it should have; autocast would build ΔW in half precision.
         with torch.autocast(x.device.type, enabled=False):
-            return updates.product(x, bias, left, right, gate)  # (T, m)
+            out, kept = updates.product(x, bias, left, right, gate)  # (T, m)
+        ctx.save_for_backward(x, gate, left, right, kept)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, gate logits and packed factors."""
-        x, gate, left, right = ctx.saved_tensors
-        needs_x = ctx.needs_input_grad[0]
-        grad_x, grad_left, grad_right, grad_gate = ctx.updates.backward(grad, x, left, right, gate, needs_x)
+        x, gate, left, right, kept = ctx.saved_tensors
+        grad_x, grad_left, grad_right, grad_gate = ctx.updates.backward(
+            grad, x, left, right, gate, kept, ctx.needs_input_grad[0]
+        )
         return grad_x, grad_gate, grad_left, grad_right, None, None

@@ -68,7 +68,7 @@ def test_scaling_defaults_to_components_and_follows_them() -> None:
         ({"scaling": -2.0}, r"scaling.*not -2\.0"),
         ({"scaling": float("nan")}, "scaling.*not nan"),
         ({"scaling": float("inf")}, "scaling.*not inf"),
-        ({"backend": "magic"}, r"'magic'.*auto, structured, dense, fused"),
+        ({"backend": "magic"}, r"'magic'.*auto, structured, dense, thin, fused"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ""}, "target_modules is empty"),
         ({"filters": "servable", "rank": 0}, "rank must be at least 1, not 0"),

@@ -11,6 +11,7 @@ from moka_pl.backbone.quantization import dense_weight
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight
 from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates
+from moka_pl.ops.thin import ThinUpdates
 
 M, N, TOKENS = 24, 64, 40  # bitsandbytes misreads rows of 32 on some CPUs
 
@@ -20,6 +21,8 @@ OPTIONS = {
     "ungated": {"components": 3, "gating": "none", "scaling": 1.7},
     "prime": {"components": 2, "filters": "prime"},
 }
+#: Two components of rank 2; the second stands out of the layer.
+THIN = {"components": 2, "filters": [[2, 64, 12, 1], [1, 22, 24, 3]], "scaling": 1.7}
 
 
 def adapted(
@@ -47,12 +50,15 @@ def tokens(count: int = TOKENS, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
-@pytest.mark.parametrize("backend", ["structured", "dense", "fused"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [(b, o) for b in ("structured", "dense", "fused") for o in [*OPTIONS, "thin"]]
+    + [("thin", "thin"), ("auto", "thin")],
+)
 def test_one_product_gives_the_outputs_and_gradients_of_float64(backend, options, four_bit) -> None:
-    layer = adapted(backend, four_bit, **options)
+    layer = adapted(backend, four_bit, **{**OPTIONS, "thin": THIN}[options])
     x = tokens().requires_grad_()
-    assert plan_forward(layer, x) is not None
+    assert (type(plan_forward(layer, x).updates) is ThinUpdates) == (backend in ("thin", "auto"))
     wanted = {"x": x} | {name: p for name, p in layer.named_parameters() if name.startswith("moka_")}
     upstream = torch.randn(2, TOKENS // 2, M, generator=torch.Generator().manual_seed(2))
     out = layer(x)
@@ -71,6 +77,40 @@ def test_one_product_gives_the_outputs_and_gradients_of_float64(backend, options
     for name, ours, theirs in zip(wanted, found, expected, strict=True):
         error = (ours.double() - theirs).norm() / theirs.norm()
         assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "four_bit"),  # bitsandbytes does not compute in float64
+    [(torch.float32, False), (torch.float32, True), (torch.float64, False), (torch.bfloat16, True)],
+)
+def test_thin_products_start_as_the_frozen_layer_bit_for_bit(dtype, autocast, four_bit) -> None:
+    layer = adapted("thin", four_bit, dtype, **THIN)
+    x = tokens(8, dtype).requires_grad_()
+    update = x.double() @ layer.get_delta_weight().double().mT
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        changed, frozen = layer(x), layer.base_layer(x)
+        nn.init.zeros_(layer.moka_B)
+        started = layer(x)
+    assert torch.equal(started, frozen)
+    assert started.dtype == frozen.dtype
+    error = (changed.double() - frozen.double() - update).norm() / update.norm()
+    assert error < {torch.float32: 1e-5, torch.float64: 1e-12}.get(started.dtype, 1e-2)
+    assert type(plan_forward(layer, x).updates) is ThinUpdates
+    started.float().square().sum().backward()
+    assert layer.moka_A.grad.abs().max() == 0  # as B is
+    assert layer.moka_B.grad.isfinite().all()
+    assert layer.moka_B.grad.abs().max() > 0
+
+
+def test_thin_products_save_the_hidden_numbers_too() -> None:
+    layer = adapted("thin", **THIN)
+    x = tokens().requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    entries = sum(t.numel() for t in (x, layer.moka_gate, layer.moka_A, layer.moka_B))
+    assert sum(t.numel() for t in saved) == entries + TOKENS * 5
 
 
 @pytest.mark.parametrize("backend", ["structured", "dense", "fused"])

@@ -86,7 +86,7 @@ def test_product_and_gradients_equal_those_of_the_cut_kronecker_product(case: Ca
     expected = x @ delta.mT
     probe = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     gradients = torch.autograd.grad((expected * probe).sum(), leaves(x, weights, factors))
-    for backend in BACKENDS:
+    for backend in (b for b in BACKENDS if b != "thin"):  # see test_thin.py
         out = kronecker_linear(x, weights, *pack(factors), case.shapes, case.m, backend)
         torch.testing.assert_close(out, expected)
         found = torch.autograd.grad((out * probe).sum(), leaves(x, weights, factors))
@@ -171,7 +171,7 @@ def test_no_tokens_give_no_output_and_zero_gradients(backend: str) -> None:
 
 def test_unknown_backend_is_refused_by_name() -> None:
     x, weights, factors = tensors(SOME_CASES["exact"])
-    with pytest.raises(ConfigError, match=r"'magic'.*auto, structured, dense, fused"):
+    with pytest.raises(ConfigError, match=r"'magic'.*auto, structured, dense, thin, fused"):
         kronecker_linear(x, weights, *pack(factors), SOME_CASES["exact"].shapes, 6, "magic")
 
 
