@@ -105,10 +105,11 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
 
 def _report(suites: Sequence[Suite], args: argparse.Namespace) -> bool:
     """Writes the reports and prints their tables; returns whether there is any result."""
+    from moka_pl.studies.compare.across.write import write_across
     from moka_pl.studies.compare.report import collect, make_report
     from moka_pl.studies.compare.runs import Store
     from moka_pl.studies.compare.tables import markdown
-    from moka_pl.studies.compare.write import write_across, write_report
+    from moka_pl.studies.compare.write import write_report
 
     store, target = Store(args.out), args.results or args.out
     reports, files = [], []

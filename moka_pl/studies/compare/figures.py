@@ -1,6 +1,6 @@
 """Pictures of a comparison: scores over trainable parameters, losses, gates, and ranks of the updates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,29 +127,6 @@ def draw_spectra(report: "Report", file: Path) -> None:
         axis.set_title(f"{kind}: σ_i / σ_1 of ΔW, mean over layers and seeds", fontsize=9)
         axis.grid(alpha=0.3)
     finish(figure, axes[0], title_of(report), file)
-
-
-def draw_ranks(reports: Sequence["Report"], file: Path) -> None:
-    """Stable and entropy rank of every method over the suites."""
-    methods = list(dict.fromkeys(row.entry.name for report in reports for row in report.rows if row.ranks))
-    figure = new_figure(11, 4.8)
-    axes: Any = figure.subplots(1, 2)
-    for axis, which in zip(axes, ("stable", "entropy"), strict=True):
-        for index, method in enumerate(methods):
-            points = [
-                (x, *getattr(row.ranks, which))
-                for x, report in enumerate(reports)
-                for row in report.rows
-                if row.entry.name == method and row.ranks is not None
-            ]
-            xs, means, spreads = zip(*points, strict=True)
-            axis.errorbar(xs, means, spreads, marker="o", capsize=3, label=method, **style_of(index))
-        axis.set_yscale("log")
-        axis.set_xticks(range(len(reports)), [report.suite.name for report in reports], fontsize=8)
-        axis.set_title(f"{which} rank of ΔW, mean over layers", fontsize=10)
-        axis.grid(alpha=0.3)
-    devices = sorted({device for report in reports for device in report.devices})
-    finish(figure, axes[0], f"ranks reached, {'; '.join(devices)}", file)
 
 
 def write_figures(report: "Report", folder: Path) -> list[Path]:

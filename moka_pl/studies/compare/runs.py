@@ -230,7 +230,13 @@ def sweeps(suite: Suite, method: Method, outcome_of: Callable[[Run], Outcome]) -
 
 
 def all_rates(suite: Suite, method: Method, outcome_of: Callable[[Run], Outcome]) -> Method:
-    """The method with all rates that :func:`sweeps` gives it, as far as outcomes are known."""
+    """The method with all rates that :func:`sweeps` gives it, as far as outcomes are known.
+
+    Args:
+        suite: The suite.
+        method: The method as the suite has it.
+        outcome_of: Tells what is known of a run.
+    """
     *_, last = sweeps(suite, method, outcome_of)
     return last
 

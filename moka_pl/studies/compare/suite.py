@@ -57,6 +57,8 @@ class Suite:
         methods: What is compared.
         widen: How often a sweep whose best rate is its lowest or highest is given one more beyond.
         spectra: Whether to keep the effective ranks of every update, which can take as long as to train it.
+        family: What its tasks are called beside those of other suites with about the same methods; empty
+            where nothing is set beside it.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Suite:
     methods: tuple[Method, ...]
     widen: int = 0
     spectra: bool = True
+    family: str = ""
 
     @property
     def pick_seeds(self) -> tuple[int, ...]:
@@ -103,7 +106,7 @@ def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
 
 
 _PICKS = ("first", "all")
-_OWN_KEYS = {"name", "about", "reference", "methods"}
+_OWN_KEYS = {"name", "about", "family", "reference", "methods"}
 _KEYS = {"extends", "corpus", "backbone", "data", "test", "training", "learning_rates", "seeds", "pick"}
 _KEYS |= {"frozen", "widen", "spectra"} | _OWN_KEYS
 _METHOD_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "backbone"}
@@ -197,7 +200,9 @@ def _load(file: Path, known: Path, extending: tuple[Path, ...] = ()) -> Settings
     if "methods" in written:
         written["methods"] = _borrowed(written["methods"], below, file)
         below = {key: value for key, value in below.items() if key not in _OWN_KEYS}
-    return merged({key: value for key, value in below.items() if key not in ("name", "about")}, written)
+    return merged(
+        {key: value for key, value in below.items() if key not in ("name", "about", "family")}, written
+    )
 
 
 def _borrowed(methods: Any, below: Settings, file: Path) -> Any:
@@ -265,6 +270,7 @@ def _suite(written: Settings, stem: str) -> Suite:
         read,
         widen,
         bool(written.get("spectra", True)),
+        str(written.get("family", "")),
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from statistics import median
 
 from moka_pl.evaluation.results import Share
 from moka_pl.studies.compare.report import Entry, Report, Row, matched_order
@@ -26,6 +27,9 @@ def markdown(report: Report) -> str:
     if swept:
         heads = ["", "validation loss by learning rate"]
         lines += ["", "## Learning rates", "", *_table(heads, [[e.name, _trials(e)] for e in swept])]
+    timed = [row for row in report.rows if row.entry.rate is not None and row.entry.outcomes]
+    if timed:
+        lines += ["", "## Time and memory", "", *_cost_lines(timed)]
     gated = [row for row in report.rows if row.gates is not None]
     if gated:
         lines += ["", "## Gates", "", *_gate_lines(gated)]
@@ -99,6 +103,21 @@ def _trials(entry: Entry) -> str:
         loss = "none" if trial.loss is None else f"{trial.loss:.4f}"
         shown.append(f"{trial.rate:g}: **{loss}**" if trial.rate == entry.rate else f"{trial.rate:g}: {loss}")
     return ", ".join(shown)
+
+
+def _cost_lines(rows: Sequence[Row]) -> list[str]:
+    cells = []
+    for row in rows:
+        trained = [outcome["trained"] for outcome in row.entry.outcomes.values()]
+        peaks = [run["peak_gib"] for run in trained if run.get("peak_gib")]
+        seconds = f"{median(run['seconds'] for run in trained):.0f}"
+        cells.append([row.entry.name, seconds, f"{median(peaks):.2f}" if peaks else ""])
+    told = (
+        "Medians over seeds. Seconds are of a whole training with its evaluation on held-out data, while "
+        "other processes may have shared the device: no measure of a method's speed. Memory is the GPU's "
+        "that the training steps of this process alone took."
+    )
+    return [*_table(["", "seconds", "peak GiB"], cells), "", told]
 
 
 def _gate_lines(rows: Sequence[Row]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from moka_pl.adapters import moka_layers, save_adapter
@@ -23,7 +24,15 @@ from moka_pl.data import MokaDataModule
 from moka_pl.data.types import DataDefaults
 from moka_pl.errors import ConfigError
 from moka_pl.ops.gating import normalised_entropy
-from moka_pl.studies.common import device_name, first_line, free_memory, silenced_lightning, versions
+from moka_pl.studies.common import (
+    device_name,
+    first_line,
+    free_memory,
+    peak_gib,
+    reset_peak,
+    silenced_lightning,
+    versions,
+)
 from moka_pl.studies.compare.build import backbone_of, build_data, build_module, build_trainer
 from moka_pl.studies.compare.runs import Outcome, Run, Store, tested_with, warn
 from moka_pl.studies.compare.shared_base import ComparedModule, SharedBase
@@ -113,20 +122,29 @@ def prepare_data(suites: Sequence[Suite]) -> None:
 
 
 class RunRecorder(Callback):
-    """Notes the training loss and the gates at every logged step.
+    """Notes the training loss and the gates at every logged step, and the training's memory.
 
     Attributes:
         losses: (step, loss in nats per token), on the training's device until they are asked for.
+        peak: Largest GPU memory of the training steps in GiB; None without a GPU.
     """
 
     def __init__(self) -> None:
         self.losses: list[tuple[int, Tensor]] = []
+        self.peak: float | None = None
         self._gates: list[tuple[int, Tensor]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes the gates as they are before the first step."""
-        self.losses, self._gates = [], []
+        self.losses, self._gates, self.peak = [], [], None
+        if pl_module.device.type == "cuda":
+            reset_peak(pl_module.device)
         self._note_gates(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the memory before evaluations add theirs."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._note_peak(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -141,7 +159,8 @@ class RunRecorder(Callback):
         self._note_gates(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the last gates."""
+        """Notes the last gates, and the memory if nothing was evaluated."""
+        self._note_peak(pl_module)
         if self._gates and self._gates[-1][0] != trainer.global_step:
             self._note_gates(trainer, pl_module)
 
@@ -175,6 +194,10 @@ class RunRecorder(Callback):
             "shapes": {name: _rounded(torch.stack(gates).mean(0) * r) for name, gates in columns.items()},
             "final_entropy": _rounded(entropy[-1]),
         }
+
+    def _note_peak(self, pl_module: LightningModule) -> None:
+        if self.peak is None and pl_module.device.type == "cuda":
+            self.peak = peak_gib(pl_module.device)
 
     def _note_gates(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gates = gate_matrix(pl_module)
@@ -279,6 +302,8 @@ class Executor:
             "losses": [(step, _number(loss)) for step, loss in recorder.loss_values()],
             "gates": recorder.gates(module.causal_lm),
             "spectra": _spectra(module) if run.spectra else None,
+            "lora_rank": _lora_rank(module),
+            "peak_gib": recorder.peak,
             "seconds": time.monotonic() - start,
         }
 
@@ -288,6 +313,14 @@ class Executor:
         if key not in self._data:
             self._data[key] = PreparedData(build_data(settings), tokenizer, stage)
         return self._data[key]
+
+
+def _lora_rank(module: ComparedModule) -> int | None:
+    """Rank of the LoRA that the largest update is exactly; None where that is not known."""
+    config: Any = module.adapter
+    if type(config).__name__ == "LoraConfig" and not config.use_dora:
+        return int(config.r)
+    return max((layer.exact_lora_rank() for layer in moka_layers(module.causal_lm).values()), default=None)
 
 
 def _spectra(module: ComparedModule) -> dict[str, Any] | None:

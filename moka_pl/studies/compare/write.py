@@ -1,7 +1,6 @@
-"""A comparison's report on disk: Markdown, JSON and pictures; and ranks of several suites side by side."""
+"""A comparison's report on disk: Markdown, JSON and pictures."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "mean": None if row.mean is None else asdict(row.mean),
                 "nll": None if row.nll is None else asdict(row.nll),
                 "seconds": [round(o["trained"]["seconds"], 1) for o in row.entry.outcomes.values()],
+                "peak_gib": [o["trained"].get("peak_gib") for o in row.entry.outcomes.values()],
                 "training_loss": row.curve,
                 "gates": None if row.gates is None else asdict(row.gates),
                 "ranks": None if row.ranks is None else asdict(row.ranks),
@@ -70,60 +70,3 @@ def as_json(report: Report) -> dict[str, Any]:
         ],
         "differences": [asdict(pair) for pair in report.pairs],
     }
-
-
-#: Suites whose names begin so are set side by side.
-PREFIX = "rank-"
-
-
-def write_across(reports: Sequence[Report], folder: Path) -> list[Path]:
-    """Writes ``ranks.md``, ``ranks.json`` and ``ranks.png`` of the suites about ranks, if there are several.
-
-    Args:
-        reports: The reports, in the order of what their data ask for.
-        folder: Where the files go.
-
-    Returns:
-        The files.
-    """
-    chosen = [report for report in reports if report.suite.name.startswith(PREFIX)]
-    chosen = [report for report in chosen if any(row.ranks for row in report.rows)]
-    if len(chosen) < 2:
-        return []
-    from moka_pl.studies.compare.figures import draw_ranks
-
-    rows = [
-        {"suite": report.suite.name, "method": row.entry.name, "seeds": sorted(row.entry.outcomes)}
-        | {"learning_rate": row.entry.rate, "parameters": row.parameters, **asdict(row.ranks)}
-        for report in chosen
-        for row in report.rows
-        if row.ranks is not None
-    ]
-    for row in rows:
-        row.pop("spectra")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "ranks.md", folder / "ranks.json", folder / "ranks.png"]
-    write_atomically(files[0], _markdown(chosen))
-    write_atomically(files[1], lines_of({"rows": rows}))
-    draw_ranks(chosen, files[2])
-    return files
-
-
-def _markdown(reports: Sequence[Report]) -> str:
-    methods = list(dict.fromkeys(row.entry.name for report in reports for row in report.rows if row.ranks))
-    lines = ["# Ranks of the trained updates by suite", "", *(_about(report) for report in reports), ""]
-    lines += ["Mean over layers and seeds of the stable rank and the entropy rank of ΔW, and its norm.", ""]
-    lines += [f"| | {' | '.join(report.suite.name for report in reports)} |"]
-    lines += ["|---" * (len(reports) + 1) + "|"]
-    for method in methods:
-        cells = []
-        for report in reports:
-            ranks = next((row.ranks for row in report.rows if row.entry.name == method), None)
-            means = () if ranks is None else (ranks.stable[0], ranks.entropy[0], ranks.norm[0])
-            cells.append(", ".join(f"{mean:.2f}" for mean in means))
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _about(report: Report) -> str:
-    return f"- {report.suite.name}: {report.suite.about or 'no description'}"

@@ -4,13 +4,14 @@ from dataclasses import asdict, replace
 import pytest
 
 from moka_pl.studies.compare import drive
+from moka_pl.studies.compare.across.write import write_across
 from moka_pl.studies.compare.drive import run_suites
 from moka_pl.studies.compare.report import collect, make_report
 from moka_pl.studies.compare.runs import Store, frozen_run, run_of
 from moka_pl.studies.compare.schedule import Clock
 from moka_pl.studies.compare.suite import Suite, read_suite
 from moka_pl.studies.compare.tables import markdown
-from moka_pl.studies.compare.write import as_json, write_across, write_report
+from moka_pl.studies.compare.write import as_json, write_report
 
 SUITE = """
 data: {class_path: moka_pl.data.CommonsenseData}

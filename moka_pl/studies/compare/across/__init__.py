@@ -1,0 +1,1 @@
+"""What several suites, or many methods of one, tell together."""

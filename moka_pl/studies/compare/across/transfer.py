@@ -1,0 +1,131 @@
+"""Which scaling of servable updates needs no new learning rate when their rank or number changes."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from moka_pl.studies.compare.report import Entry, Report
+from moka_pl.studies.compare.suite import Settings
+
+#: Rank k² of a component, and number of components.
+Size = tuple[int, int]
+
+#: Factor s of an update with c components of rank k²; all are 1 for one component of rank 16.
+RULES: Mapping[str, Callable[[float, int], float]] = {
+    "constant, 1": lambda k, c: 1.0,
+    "sum, c": lambda k, c: float(c),
+    "mean over the width, 4 c / k": lambda k, c: 4 * c / k,
+    "CDKA's, 2 √(c / k)": lambda k, c: 2 * math.sqrt(c / k),
+}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a rule gave for one size.
+
+    Attributes:
+        best: The rate with the lowest validation loss.
+        loss: Validation loss at the best rate of the reference.
+        regret: How much of it is lost against the best of all rules and rates for this size.
+    """
+
+    best: float
+    loss: float
+    regret: float
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How far the reference's best rate suits other sizes, by rule.
+
+    Attributes:
+        rate: The reference's best rate.
+        sizes: Sizes that every listed rule was tried for.
+        rules: By rule what it gave for every size.
+    """
+
+    rate: float
+    sizes: list[Size]
+    rules: dict[str, dict[Size, Tried]]
+
+    @property
+    def winner(self) -> str:
+        """The rule with the least mean regret."""
+        return min(self.rules, key=lambda rule: mean_regret(self.rules[rule]))
+
+
+def mean_regret(of_rule: Mapping[Size, Tried]) -> float:
+    """Mean over the sizes."""
+    return fmean(tried.regret for tried in of_rule.values())
+
+
+def transfer(report: Report) -> Transfer | None:
+    """Compares rules of scaling by the validation losses of a suite's sweeps.
+
+    A rule takes part if every size has a method with its factor and a loss at the reference's best rate.
+
+    Args:
+        report: Of a suite with servable updates of several scalings, one of which is the reference.
+
+    Returns:
+        The comparison; None if no size has two scalings, or nothing can be compared yet.
+    """
+    entries = {row.entry.name: row.entry for row in report.rows}
+    losses: dict[Size, dict[float, dict[float, float]]] = {}  # size, factor, rate
+    for method in report.suite.methods:
+        if (sized := _size(method.adapter)) is not None and method.name in entries:
+            losses.setdefault(sized[0], {})[sized[1]] = _losses(entries[method.name])
+    reference = entries.get(report.suite.reference or "")
+    if reference is None or reference.rate is None or all(len(tried) < 2 for tried in losses.values()):
+        return None
+    rate = reference.rate
+    rules = {}
+    for name, rule in RULES.items():
+        tried = {
+            size: _tried(by_factor, rule(math.sqrt(size[0]), size[1]), rate)
+            for size, by_factor in losses.items()
+        }
+        known = {size: one for size, one in tried.items() if one is not None}
+        if len(known) == len(losses):
+            rules[name] = known
+    return Transfer(rate, sorted(losses), rules) if rules else None
+
+
+def markdown(found: Transfer) -> str:
+    """The comparison as a table."""
+    heads = ["s", *(f"rank {rank} × {count}" for rank, count in found.sizes), "mean regret", "worst"]
+    lines = ["# Which scaling keeps its learning rate", ""]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, tried in sorted(found.rules.items(), key=lambda item: mean_regret(item[1])):
+        cells = [f"{one.best:g}: {one.loss:.4f} (+{one.regret:.4f})" for _, one in sorted(tried.items())]
+        worst = max(one.regret for one in tried.values())
+        lines.append(f"| {name} | {' | '.join(cells)} | {mean_regret(tried):.4f} | {worst:.4f} |")
+    lines += [
+        "",
+        f"By rule and size: its best learning rate, and the validation loss at {found.rate:g}, the best rate "
+        "of the reference, with what is lost against the best of all rules and rates for that size (regret). "
+        "s is the factor for c components of rank k². "
+        f"Least mean regret: {found.winner}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _size(adapter: Settings) -> tuple[Size, float] | None:
+    """Size and factor of a servable update; None for other methods."""
+    if adapter.get("filters") != "servable" or adapter.get("start", "zero") != "zero":
+        return None
+    count = adapter.get("components", 10)
+    return (adapter.get("rank") or 16, count), float(adapter.get("scaling") or count)
+
+
+def _losses(entry: Entry) -> dict[float, float]:
+    return {trial.rate: trial.loss for trial in entry.trials if trial.loss is not None}
+
+
+def _tried(by_factor: Mapping[float, Mapping[float, float]], factor: float, rate: float) -> Tried | None:
+    own = next((losses for s, losses in by_factor.items() if math.isclose(s, factor, rel_tol=1e-3)), {})
+    if rate not in own:
+        return None
+    lowest = min(loss for losses in by_factor.values() for loss in losses.values())
+    return Tried(min(own, key=lambda tried: own[tried]), own[rate], own[rate] - lowest)
