@@ -1,6 +1,6 @@
 """MoKA adapters and other methods: configuration, layers, injection into a model, and form on disk."""
 
-from moka_pl.adapters.config import AdapterConfig, KronA, MokaConfig, MokaS, MokaUngated
+from moka_pl.adapters.config import AdapterConfig, KronA, MokaConfig, MokaS, MokaServable, MokaUngated
 from moka_pl.adapters.directory import adapter_state, load_adapter, load_adapter_state, save_adapter
 from moka_pl.adapters.injection import find_targets, moka_layers
 from moka_pl.adapters.layer import MokaLinear
@@ -27,6 +27,7 @@ __all__ = [
     "MokaConfig",
     "MokaLinear",
     "MokaS",
+    "MokaServable",
     "MokaUngated",
     "adapted_layers",
     "adapter_state",

@@ -231,6 +231,16 @@ class MokaS(MokaConfig):
 
 
 @dataclass
+class MokaServable(MokaConfig):
+    """One component in every linear layer: exactly a LoRA of rank 16, with about the parameters of rank 1."""
+
+    components: int = 1
+    rank: int | None = field(default=16, kw_only=True)
+    filters: str | list[list[int]] | dict[str, list[list[int]]] = SERVABLE
+    target_modules: list[str] | str = "all-linear"
+
+
+@dataclass
 class KronA(MokaConfig):
     """KronA: a single Kronecker product, no gate, scaling 1."""
 

@@ -9,7 +9,7 @@ Files:
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
+from moka_pl.adapters.filters import SERVABLE
 from moka_pl.adapters.methods.base import check_tensors
 from moka_pl.adapters.methods.registry import inject_adapter, method_in, method_of, unload
 from moka_pl.adapters.model_card import model_card
@@ -73,7 +74,8 @@ def save_adapter(
         raise AdapterError("the model has no adapters to save")
     _check_finite(state, path)
     base = replace(base, samples=base.samples or _samples_below(model))
-    stored = _contents(config, base, sum(tensor.numel() for tensor in state.values()), extra or {})
+    ranks = method_of(config).lora_ranks(model)
+    stored = _contents(config, base, sum(tensor.numel() for tensor in state.values()), ranks, extra or {})
     # Not save_file: it hides OSErrors and makes a file that only its owner may read.
     weights = save(state, metadata={"format": "pt"})
     texts = {
@@ -171,8 +173,18 @@ def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = N
     return info
 
 
-def _contents(config: Any, base: BaseModel, size: int, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what ``adapter_config.json`` holds."""
+def _contents(
+    config: Any, base: BaseModel, size: int, ranks: Sequence[int], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what ``adapter_config.json`` holds.
+
+    Args:
+        config: The adapters' configuration.
+        base: The base model.
+        size: Number of trained parameters.
+        ranks: Exact LoRA ranks of the layers, if the method tells them.
+        extra: Further values.
+    """
     method = method_of(config)
     # For people only; of other methods than MoKA, what marks a folder as written here.
     notes = (
@@ -192,6 +204,7 @@ def _contents(config: Any, base: BaseModel, size: int, extra: Mapping[str, Any])
         "base_samples": base.samples,
         "trainable_parameters": size,
         **notes,
+        **({"exact_lora_rank": [min(ranks), max(ranks)]} if ranks else {}),
         "extra": dict(extra),
     }
 
@@ -200,6 +213,8 @@ def _format_of(config: Any) -> int:
     """Returns the oldest format that can say this."""
     if not isinstance(config, MokaConfig):
         return 1
+    if config.filters == SERVABLE or config.start == "zero_left":
+        return 4
     if config.gating == "sigmoid":
         return 3
     filters = config.filters

@@ -231,8 +231,9 @@ def check_rank(rank: int, components: int) -> None:
 def _servable_shape(m: int, n: int, components: int, rank: int) -> Shape:
     """Returns A (a × n/b) ⊗ B (m/a × b) with a·b = rank, of all splits the one with the fewest parameters.
 
-    n/b and m/a are rounded up: the last block may be partial. That costs no rank as long as the layer has as
-    many rows and columns as the components have ranks together.
+    n/b and m/a are rounded up, so that the last block of columns and of rows may be partial. Columns cost no
+    rank: ⌊n/b⌋ blocks are whole, at least the r·a that r components need, since n is at least r·rank. Rows
+    cost none if the last block keeps at least r·b; other splits do not count. With a = 1 it always does.
     """
     check_rank(rank, components)
     if components * rank > min(m, n):
@@ -243,7 +244,8 @@ def _servable_shape(m: int, n: int, components: int, rank: int) -> Shape:
             f"(components × rank); {remedy}, or add the layer to exclude_modules"
         )
     splits = [Shape(a, -(-n * a // rank), -(-m // a), rank // a) for a in divisors(rank)]
-    return min(splits, key=lambda shape: (shape.num_parameters, abs(shape.m_a - shape.n_b)))
+    kept = [s for s in splits if m - (s.m_a - 1) * s.m_b >= components * s.n_b]
+    return min(kept, key=lambda shape: (shape.num_parameters, abs(shape.m_a - shape.n_b)))
 
 
 def _explicit_shapes(filters: Sequence[Sequence[int]], components: int, m: int, n: int) -> tuple[Shape, ...]:

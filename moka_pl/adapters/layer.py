@@ -42,7 +42,7 @@ from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.forward import ForwardPlan, is_decoding, plan_forward
 from moka_pl.backbone.quantization import is_quantised, keep_weights, merged_linear
 from moka_pl.ops.gating import gates_of
-from moka_pl.ops.kronecker import delta_weight, kronecker_linear
+from moka_pl.ops.kronecker import delta_weight, kronecker_linear, lora_factors
 from moka_pl.ops.layout import Pairs, exact_rank, left_sizes, right_sizes, unpack
 from moka_pl.ops.merged_forward import MergedForward
 
@@ -156,6 +156,17 @@ class MokaLinear(nn.Module):
         weights = self.gates() * self.scaling  # (r,)
         sizes = self.out_features, self.in_features
         return delta_weight(weights, self._left(), self.moka_B, self.shapes, *sizes)
+
+    @torch.no_grad()
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """Returns the LoRA that the update is exactly: lora_A of (R, n) and lora_B of (m, R).
+
+        ``lora_B @ lora_A`` is ΔW, with gates and scaling in lora_B; R is :meth:`exact_lora_rank`. PEFT's LoRA
+        takes them with ``r`` = ``lora_alpha`` = R.
+        """
+        weights = self.gates() * self.scaling  # (r,)
+        sizes = self.out_features, self.in_features
+        return lora_factors(weights, self._left(), self.moka_B, self.shapes, *sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x of shape (..., n) to (..., m); the update is computed in the dtype of x (or of autocast)."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moka_pl.adapters.methods.base import AdapterMethod
+from moka_pl.adapters.methods.base import AdapterMethod, name_ranks
 
 _USAGE = """```python
 from moka_pl import load_model
@@ -21,6 +21,7 @@ def model_card(stored: Mapping[str, Any], method: AdapterMethod) -> str:
     header = ModelCardData(base_model=base, library_name="moka_pl", tags=tags).to_yaml()
     facts = {
         **method.facts(),
+        **({"exact LoRA rank": name_ranks(ranks)} if (ranks := stored.get("exact_lora_rank")) else {}),
         "trainable parameters": f"{stored['trainable_parameters']:,}",
         "quantization of the base": stored["base_options"].get("quantization", "none"),
     }

@@ -18,7 +18,7 @@ from moka_pl.ops.finite import non_finite_names
 from moka_pl.utils import recover_folder
 from moka_pl.version import __version__
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
@@ -60,11 +60,20 @@ class BaseModel:
 
 @dataclass
 class AdapterInfo:
-    """The contents of ``adapter_config.json``; ``config`` is a ``MokaConfig`` or that of another method."""
+    """The contents of ``adapter_config.json``.
+
+    Args:
+        config: A ``MokaConfig`` or that of another method.
+        base: The base model.
+        extra: Further values.
+        exact_lora_rank: Smallest and largest rank of the LoRAs that the layers' updates are exactly; empty
+            where the directory does not tell.
+    """
 
     config: Any
     base: BaseModel
     extra: dict[str, Any] = field(default_factory=dict)
+    exact_lora_rank: list[int] = field(default_factory=list, compare=False)
 
     def check_base(self, fingerprint: str | None, path: str | Path, samples: str = "") -> None:
         """Refuses a base other than the adapter's own, if both fingerprints are known.
@@ -93,6 +102,7 @@ class _Stored(TypedDict, total=False):
     base_fingerprint: str
     base_samples: str
     trainable_parameters: int
+    exact_lora_rank: list[int]
     extra: dict[str, Any]
 
 
@@ -149,7 +159,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         raise AdapterError(f"{file} is damaged: it has no {error.args[0]}. Copy the adapter again") from error
     except (ConfigError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise AdapterError(f"{file} is damaged: {one_line(error)}. Copy the adapter again") from error
-    return AdapterInfo(config, base, stored.get("extra", {}))
+    return AdapterInfo(config, base, stored.get("extra", {}), stored.get("exact_lora_rank", []))
 
 
 def _base_options(options: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from moka_pl._compat import event_writer
 from moka_pl.adapters import MokaLinear, moka_layers
 from moka_pl.callbacks.checkpoints import is_trial
 from moka_pl.callbacks.throughput import log_interval
-from moka_pl.ops.gating import Gating, gates_of, normalised_entropy
+from moka_pl.ops.gating import Gating, can_move, gates_of, normalised_entropy
 from moka_pl.training.module import MokaModule
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ _SINGLE = 0.99
 
 class GateMonitor(Callback):
     """Logs α_i of every layer and component, their entropy, and a heat map of layers × components.
+
+    Nothing is logged of a single component with ``gating: softmax``, whose gate is always 1.
 
     Tags:
         ``gate/<layer>/alpha_<i>``: α_i, from 0 to 1, or to 2/r with ``gating: sigmoid``.
@@ -138,9 +140,9 @@ def _layer_label(name: str) -> str:
 
 
 def gate_matrix(pl_module: LightningModule) -> Tensor | None:
-    """Returns all gates, (layers, r), on the CPU, by a single copy; None without trained gates."""
+    """Returns all gates, (layers, r), on the CPU, by a single copy; None without gates that can move."""
     logits = [layer.moka_gate for layer in _layers(pl_module).values() if layer.moka_gate is not None]
-    if not logits:
+    if not logits or not can_move(_gating(pl_module), len(logits[0])):
         return None
     with torch.no_grad():
         return gates_of(torch.stack(list(logits)).float(), _gating(pl_module)).cpu()  # (layers, r)

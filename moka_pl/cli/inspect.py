@@ -16,9 +16,10 @@ def inspect(adapter: Path) -> None:
         adapter: An adapter directory.
     """
     from moka_pl.adapters.config import MokaConfig
+    from moka_pl.adapters.methods.base import name_ranks
     from moka_pl.adapters.methods.registry import method_of
     from moka_pl.adapters.reading import check_count, read_adapter, read_adapter_shapes, read_adapter_state
-    from moka_pl.ops.gating import gates_of, normalised_entropy
+    from moka_pl.ops.gating import can_move, gates_of, normalised_entropy
 
     info, shapes = read_adapter(adapter), read_adapter_shapes(adapter)
     check_count(adapter, shapes)
@@ -29,6 +30,7 @@ def inspect(adapter: Path) -> None:
         "base model": f"{info.base.name} (fingerprint {info.base.fingerprint})",
         "quantization": info.base.options.get("quantization", "none"),
         **method_of(info.config).facts(),
+        **({"exact LoRA rank": name_ranks(info.exact_lora_rank)} if info.exact_lora_rank else {}),
         "parameters": f"{sum(t.numel() for t in shapes.values()):,}",
         **{name: f"{value:.4f}" for name, value in sorted((info.extra.get("metrics") or {}).items())},
     }
@@ -42,6 +44,8 @@ def inspect(adapter: Path) -> None:
     if not gates or not isinstance(info.config, MokaConfig):
         return
     components = info.config.components
+    if not can_move(info.config.gating, components):
+        return
     print(f"\n{'gates by layer':<44}{'entropy':>8}  α_1 … α_{components}")
     for name, logits in sorted(gates.items(), key=lambda gate: _by_number(gate[0])):
         if logits.shape != (components,):

@@ -28,6 +28,11 @@ def gates_of(logits: Tensor, gating: Gating) -> Tensor:
     return logits.softmax(-1)
 
 
+def can_move(gating: Gating, components: int) -> bool:
+    """Whether training moves the gates; the softmax of a single logit is always 1."""
+    return gating == "sigmoid" or (gating == "softmax" and components > 1)
+
+
 def logits_gradient(gates: Tensor, grad: Tensor, gating: Gating) -> Tensor:
     """Returns the gradient of the gate logits, ∂L/∂g, shape (r,), for that of α.
 

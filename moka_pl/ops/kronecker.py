@@ -20,7 +20,7 @@ from torch import Tensor
 from moka_pl.ops.dense import add_delta_
 from moka_pl.ops.dispatch import Backend, resolve_backend
 from moka_pl.ops.gating import Gating
-from moka_pl.ops.layout import Shape
+from moka_pl.ops.layout import Shape, exact_rank, unpack
 from moka_pl.ops.merged_forward import DenseUpdates, MergedForward, StructuredUpdates
 from moka_pl.ops.thin import ThinUpdates
 
@@ -46,6 +46,45 @@ def delta_weight(
         n: Columns of the layer (input features).
     """
     return add_delta_(right.new_zeros(m, n), left, right, weights, shapes)
+
+
+def lora_factors(
+    weights: Tensor, left: Tensor, right: Tensor, shapes: tuple[Shape, ...], m: int, n: int
+) -> tuple[Tensor, Tensor]:
+    """Factorises ``ΔW = Σ_i w_i (A_i ⊗ B_i)`` as a LoRA: lora_A, shape (R, n), and lora_B, shape (m, R).
+
+    A factor with fewer rows than columns is I A, another one A I. With A_i = P Q and B_i = S T split like
+    that, ``A_i ⊗ B_i = (P ⊗ S)(Q ⊗ T)``, whose inner size is the rank of the shape. Cutting or zero-filling
+    the product to m × n does so to the rows of P ⊗ S and the columns of Q ⊗ T. Components lie side by side,
+    and w_i is in lora_B. Where their ranks add up to min(m, n) or more, one of both is ΔW, the other I.
+
+    Args:
+        weights: Weights w, shape (r,).
+        left: Packed left factors (see :mod:`moka_pl.ops.layout`).
+        right: Packed right factors.
+        shapes: r shapes.
+        m: Rows of the layer (output features).
+        n: Columns of the layer (input features).
+    """
+    rank = exact_rank(shapes, m, n)
+    if rank == min(m, n):
+        delta, identity = delta_weight(weights, left, right, shapes, m, n), torch.eye(rank).to(right)
+        return (delta, identity) if rank == m else (identity, delta)
+    lora_a, lora_b = right.new_zeros(rank, n), right.new_zeros(m, rank)
+    row = 0
+    for weight, (a, b), shape in zip(weights, unpack(left, right, shapes), shapes, strict=True):
+        (p, q), (s, t) = _halves(torch.eye(shape.m_a).to(b) if a is None else a), _halves(b)
+        rows = slice(row, row := row + shape.rank)
+        outputs, inputs = torch.kron(p, s)[:m], torch.kron(q, t)[:, :n]  # (≤ m, rank), (rank, ≤ n)
+        lora_b[: len(outputs), rows] = weight * outputs
+        lora_a[rows, : inputs.shape[1]] = inputs
+    return lora_a, lora_b
+
+
+def _halves(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits a factor into itself and an identity, of the smaller of its sizes in between."""
+    identity = torch.eye(min(factor.shape)).to(factor)
+    return (identity, factor) if len(factor) <= factor.shape[1] else (factor, identity)
 
 
 def kronecker_linear(

@@ -22,6 +22,7 @@ from moka_pl.adapters import (
     unload,
 )
 from moka_pl.adapters.coverage import left_out
+from moka_pl.adapters.methods.base import name_ranks
 from moka_pl.adapters.reading import read_adapter_shapes, read_adapter_state
 from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
 from moka_pl.backbone.quantization import describe_storage
@@ -65,8 +66,8 @@ class MokaModule(TrainedModule):
     Args:
         backbone: The base model.
         adapter: The adapter's configuration. ``class_path`` and ``init_args`` select another method:
-            ``moka_pl.adapters.MokaUngated``, ``MokaS``, ``KronA`` or ``FullFineTuning``, or a PEFT
-            configuration such as ``peft.LoraConfig``.
+            ``moka_pl.adapters.MokaServable``, ``MokaS``, ``MokaUngated``, ``KronA`` or ``FullFineTuning``, or
+            a PEFT configuration such as ``peft.LoraConfig``.
         adapter_path: An adapter directory to start from; its configuration replaces ``adapter``.
         optimizer: Builds the optimizer from the trainable parameters.
         lr_scheduler: Builds the learning-rate scheduler, stepped after every optimizer step.
@@ -192,6 +193,8 @@ class MokaModule(TrainedModule):
             f"{self.backbone.name} on {self.device} in {self.base.options['compute_dtype']}, {storage}; "
             f"{method_of(self.adapter).title} in {len(self.adapted)} layers, {count:,} trainable parameters"
         )
+        if ranks := method_of(self.adapter).lora_ranks(model):
+            rank_zero_info(f"exact LoRA rank: {name_ranks(ranks)}")
         for note in loaded.notes:
             rank_zero_info(note)
         if not_adapted := left_out(model, self.adapter):

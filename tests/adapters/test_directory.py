@@ -519,6 +519,20 @@ def test_gates_are_told_and_only_sigmoid_ones_need_a_newer_format(
     assert f"| gating | {gating} |" in card
 
 
+@pytest.mark.parametrize("options", [{"filters": "servable", "rank": 4}, {"start": "zero_left"}])
+def test_ranks_are_told_and_servable_filters_need_the_newest_format(
+    options: dict, tmp_path: Path, tiny_llama
+) -> None:
+    inject_adapter(tiny_llama, config(**options))
+    path = save_adapter(tmp_path / "adapter", tiny_llama, config(**options), BASE)
+    stored = json.loads((path / CONFIG_NAME).read_text())
+    ranks = [12, 12] if "rank" in options else [16, 32]  # v_proj has 16 outputs
+    assert (stored["format_version"], stored["exact_lora_rank"]) == (4, ranks)
+    assert read_adapter(path).exact_lora_rank == ranks
+    shown = "12" if "rank" in options else "16 to 32"
+    assert f"| exact LoRA rank | {shown} |" in (path / "README.md").read_text(encoding="utf-8")
+
+
 # --- accidents ------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,9 @@
 """One adapted layer, on dense and on 4-bit bases."""
 
+from collections import OrderedDict
+
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -329,3 +332,33 @@ def test_any_leading_dimensions(leading: tuple[int, ...], randomize) -> None:
 def test_printing_tells_sizes_components_and_gating() -> None:
     text = adapt(linear(), gating="none").extra_repr()
     assert text == "in_features=48, out_features=40, components=3, gating=none, scaling=1.7"
+
+
+@pytest.mark.parametrize(
+    ("options", "rank"),
+    [
+        ({"filters": "servable", "components": 1, "rank": 16}, 16),
+        ({"filters": "servable", "components": 3, "rank": 6, "gating": "sigmoid"}, 18),
+        ({"filters": [[2, 6, 20, 8]]}, 40),  # the ranks add up to more
+        ({"filters": [[5, 2, 4, 3]]}, 18),  # covers half of the rows and an eighth of the columns
+        ({"filters": "prime"}, 40),
+    ],
+)
+def test_pefts_lora_of_the_exact_rank_gives_the_same_outputs(options: dict, rank: int) -> None:
+    layer = adapt(linear(dtype=torch.float32), **options)
+    with torch.no_grad():
+        for parameter in (layer.moka_A, layer.moka_B, layer.moka_gate):
+            if parameter is not None:
+                parameter.normal_(std=0.3)
+    lora_a, lora_b = layer.lora_factors()
+    assert len(lora_a) == layer.exact_lora_rank() == rank
+    wrapped = nn.Sequential(OrderedDict(proj=linear(dtype=torch.float32)))
+    served = peft.get_peft_model(
+        wrapped, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["proj"], init_lora_weights=False)
+    )
+    proj = served.base_model.model.proj
+    with torch.no_grad():
+        proj.lora_A["default"].weight.copy_(lora_a)
+        proj.lora_B["default"].weight.copy_(lora_b)
+    x = inputs(4, 7, dtype=torch.float32)
+    torch.testing.assert_close(served(x), layer(x), rtol=1e-5, atol=1e-5)

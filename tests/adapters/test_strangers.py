@@ -140,6 +140,16 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "filters a number": (configured(filters=7), "filters must be a name, a list or a mapping"),
     "filters of layers, huge": (configured(filters={"x": [[2**40, 1]]}), "factor larger than the layer"),
     "filters named absurdly": (configured(filters="x" * 10**6), "unknown filters"),
+    "a rank beyond any": (configured(filters="servable", rank=10**9), "rank must be at most 512"),
+    "a rank of 1,000 digits": (configured(filters="servable", rank=10**1000), "rank must be at most 512"),
+    "ranks beyond any": (configured(filters="servable", components=100, rank=500), "at most 512.*100 × 500"),
+    "a rank beyond the layer": (
+        configured(filters="servable", components=1, rank=512),
+        "cannot have the rank 512",
+    ),
+    "a rank of a half": (configured(filters="servable", rank=0.5), "rank must be a whole number"),
+    "a rank of other filters": (configured(rank=16), "rank .16. works only with filters: servable"),
+    "told ranks a text": (configured(exact_lora_rank="16"), "exact_lora_rank must be a list"),
     "prime components": (configured(filters="prime", components=1024), "1024 components hold"),
     "regex": (configured(target_modules=r"(\w|\w\w|[a-z._0-9])*!"), "takes too long|matches no layer"),
     "regex excludes": (

@@ -192,12 +192,8 @@ def test_adapters_without_a_choice(make_module, make_data, make_trainer, tmp_pat
     make_trainer(GateMonitor(), logger=logger).fit(make_module(adapter=adapter), make_data())
     found = EventAccumulator(logger.log_dir)
     found.Reload()
-    gates = [tag for tag in found.Tags()["scalars"] if tag.startswith("gate")]
-    if "gating" in adapter:
-        assert gates == []
-    else:
-        assert found.Scalars("gate/layer00.q_proj/alpha_0")[-1].value == 1.0
-        assert found.Scalars("gate_entropy/mean")[-1].value == 1.0
+    tags = found.Tags()
+    assert [tag for tag in tags["scalars"] + tags["images"] if tag.startswith("gate")] == []
 
 
 def test_other_loggers_and_none(train, tmp_path):

@@ -30,6 +30,7 @@ def test_it_prints_the_facts(adapter: Path, capsys: pytest.CaptureFixture[str]) 
         "gating": "softmax",
         "scaling": "3.0",
         "target modules": "q_proj, v_proj",
+        "exact LoRA rank": "32 to 64",
         "parameters": f"{count:,}",
         "val/accuracy": "0.5000",
         "val/loss": "1.2346",
@@ -78,8 +79,22 @@ def test_it_prints_sigmoid_gates(make_adapter: Callable, capsys: pytest.CaptureF
 
 
 def test_a_single_component_has_full_entropy(make_adapter: Callable, capsys: pytest.CaptureFixture) -> None:
-    inspect(make_adapter(components=1))
-    assert capsys.readouterr().out.splitlines()[-1].split()[1:] == ["1.0000", "1.000"]
+    path = make_adapter(components=1, gating="sigmoid")
+    inspect(path)
+    *_, row = capsys.readouterr().out.splitlines()
+    name, *values = row.split()
+    alpha = 2 * float(torch.sigmoid(read_adapter_state(path)[f"{name}.moka_gate"]))
+    assert values == ["1.0000", f"{alpha:.3f}"]
+
+
+def test_a_servable_adapter_tells_its_ranks_and_no_gate_that_is_always_1(
+    make_adapter: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    inspect(make_adapter(components=1, filters="servable", rank=9, target_modules="all-linear"))
+    output = capsys.readouterr().out
+    found = facts(output)
+    assert (found["filters"], found["exact LoRA rank"]) == ("servable, rank 9", "9")
+    assert "entropy" not in output
 
 
 def test_without_gates(make_adapter: Callable, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,8 @@ def write(tmp_path):
         ({"class_path": "peft.LoKrConfig", "init_args": {"alpha": 3}}, [], {"alpha": 3}),
         ({"class_path": "moka_pl.adapters.KronA"}, [], {"components": 1, "gating": "none"}),
         ({"class_path": "MokaS"}, ["--model.adapter.components=4"], {"components": 4, "filters": "prime"}),
+        ({"class_path": "MokaServable"}, ["--model.adapter.rank=4"], {"rank": 4, "components": 1}),
+        ({"components": 2}, ["--model.adapter.filters=servable"], {"rank": 16, "components": 2}),
         ({"class_path": "peft.LoraConfig"}, [], {"r": 8, "target_modules": None}),
         ({"class_path": "FullFineTuning"}, [], {"target_modules": "all"}),
         ({"components": 4}, ["--model.adapter.filters=square"], {"components": 4, "filters": "square"}),

@@ -178,7 +178,7 @@ def test_there_are_commands_of_every_kind() -> None:
 
 def test_a_wrong_option_would_be_seen(placed, build_cli, monkeypatch, capsys) -> None:
     for command in (
-        "python -m moka_pl fit --config configs/smollm2.yaml --model.adapter.rank 3",
+        "python -m moka_pl fit --config configs/smollm2.yaml --model.adapter.ranks 3",
         "python -m moka_pl fit --config configs/no_such.yaml",
         "python -m moka_pl inspect DIR --gate",
         "python scripts/compare.py --suites tiny",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,8 +17,9 @@ from moka_pl.ops.dispatch import BACKENDS, pick_backend
 from moka_pl.ops.kronecker import (
     delta_weight,
     kronecker_linear,
+    lora_factors,
 )
-from moka_pl.ops.layout import Shape, pack, unpack
+from moka_pl.ops.layout import Shape, exact_rank, pack, unpack
 
 PLAIN = ("structured", "dense")
 Factors = list[tuple[Tensor | None, Tensor]]
@@ -92,6 +93,36 @@ def test_product_and_gradients_equal_those_of_the_cut_kronecker_product(case: Ca
         found = torch.autograd.grad((out * probe).sum(), leaves(x, weights, factors))
         for name, ours, theirs in zip(["x", "weights", *["factor"] * 99], found, gradients, strict=False):
             torch.testing.assert_close(ours, theirs, msg=lambda m, n=name, b=backend: f"{b}, {n}: {m}")
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases())
+def test_lora_factors_multiply_to_the_cut_kronecker_product(case: Case) -> None:
+    _, weights, factors = tensors(case)
+    lora_a, lora_b = lora_factors(weights, *pack(factors), case.shapes, case.m, case.n)
+    rank = exact_rank(case.shapes, case.m, case.n)
+    assert (lora_a.shape, lora_b.shape) == ((rank, case.n), (case.m, rank))
+    expected = reference_delta(weights, factors, case.shapes, case.m, case.n)
+    torch.testing.assert_close(lora_b @ lora_a, expected)
+    assert torch.linalg.matrix_rank(expected) <= rank
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    m=st.integers(1, 80),
+    n=st.integers(1, 80),
+    components=st.integers(1, 3),
+    rank=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+)
+def test_servable_components_have_exactly_their_rank(
+    m: int, n: int, components: int, rank: int, seed: int
+) -> None:
+    assume(components * rank <= min(m, n))  # also where the last blocks of rows and columns are partial
+    shapes = filter_shapes("servable", components, m, n, rank)
+    _, weights, factors = tensors(Case(m, n, shapes, (1,), seed))
+    delta = reference_delta(weights.detach().sign(), factors, shapes, m, n)
+    assert torch.linalg.matrix_rank(delta) == exact_rank(shapes, m, n) == components * rank
 
 
 SOME_CASES = {

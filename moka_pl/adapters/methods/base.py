@@ -1,7 +1,7 @@
 """The interface of adapter methods."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -152,6 +152,10 @@ class AdapterMethod(ABC):
     def facts(self) -> dict[str, Any]:
         """Returns the main options for display."""
 
+    def lora_ranks(self, model: nn.Module) -> list[int]:
+        """Returns the rank of the LoRA that each layer's update is exactly; nothing where none is told."""
+        return []
+
     def about(self, base: str) -> str:
         """Returns a sentence, in Markdown, on an adapter of this method for the base model of this name."""
         return f"Trained weights of {self.title} for `{base}`."
@@ -169,6 +173,11 @@ class AdapterMethod(ABC):
             kept = layer.merged_layer if merge else layer.base_layer
             assert kept is not None
             replace_module(model, name, kept)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Returns the smallest and the largest of some ranks as a few words."""
+    return f"{ranks[0]}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
 
 
 def name_targets(target_modules: list[str] | str) -> str:

@@ -1,6 +1,7 @@
 """MoKA as one of the methods."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,10 +56,8 @@ class MokaMethod(AdapterMethod):
         for name in names:
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            try:
+            with _naming(name):
                 wrapped[name] = MokaLinear(layer, self.config, dtype, name)
-            except ValueError as error:
-                raise type(error)(f"{name}: {error}") from None
         model.requires_grad_(False)  # the new factors and gates are not in it yet
         for name, adapted in wrapped.items():
             replace_module(model, name, adapted)
@@ -70,7 +69,9 @@ class MokaMethod(AdapterMethod):
         for name in names:
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            for i, shape in enumerate(self.config.shapes_of(name, layer.out_features, layer.in_features)):
+            with _naming(name):
+                shapes = self.config.shapes_of(name, layer.out_features, layer.in_features)
+            for i, shape in enumerate(shapes):
                 if not shape.identity:
                     sizes[f"{name}.moka_A.{i}"] = shape[:2]
                 sizes[f"{name}.moka_B.{i}"] = shape[2:4]
@@ -86,15 +87,20 @@ class MokaMethod(AdapterMethod):
             for key, tensor in layer.tensors().items()
         }
 
+    def lora_ranks(self, model: nn.Module) -> list[int]:
+        """Returns :meth:`MokaLinear.exact_lora_rank` of each layer, in model order."""
+        return [layer.exact_lora_rank() for layer in moka_layers(model).values()]
+
     def options(self) -> dict[str, Any]:
         """Returns the configuration's fields."""
         return self.config.to_dict()
 
     def facts(self) -> dict[str, Any]:
         """Returns components, filters, gates, scaling and targets."""
+        rank = "" if self.config.rank is None else f", rank {self.config.rank}"
         return {
             "components": self.config.components,
-            "filters": describe_filters(self.config.filters),
+            "filters": describe_filters(self.config.filters) + rank,
             "gating": self.config.gating,
             "scaling": self.config.effective_scaling,
             "target modules": name_targets(self.config.target_modules),
@@ -106,3 +112,12 @@ class MokaMethod(AdapterMethod):
             f"A gated mixture of Kronecker adapters for `{base}`: `y = W x + s Σ α_i (A_i ⊗ B_i) x`, "
             f"`{GATINGS[self.config.gating]}`."
         )
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Names the layer in what is refused within the block."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"{layer}: {error}") from None

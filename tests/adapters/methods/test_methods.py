@@ -11,6 +11,7 @@ from moka_pl.adapters import (
     FullFineTuning,
     KronA,
     MokaS,
+    MokaServable,
     MokaUngated,
     adapters_disabled,
     inject_adapter,
@@ -150,6 +151,9 @@ def test_full_fine_tuning(tmp_path):
 def test_presets(tmp_path):
     assert MokaUngated().gating == "none"
     assert MokaS().filters == "prime"
+    servable = MokaServable()
+    assert (servable.components, servable.filters, servable.rank) == (1, "servable", 16)
+    assert servable.target_modules == "all-linear"
     krona = KronA()
     assert (krona.components, krona.filters, krona.gating, krona.effective_scaling) == (
         1,
