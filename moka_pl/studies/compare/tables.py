@@ -105,19 +105,23 @@ def _trials(entry: Entry) -> str:
     return ", ".join(shown)
 
 
+#: What a training cost, with the digits to show.
+_COSTS = {"seconds": 0, "step_ms": 0, "peak_gib": 2}
+
+
 def _cost_lines(rows: Sequence[Row]) -> list[str]:
     cells = []
     for row in rows:
         trained = [outcome["trained"] for outcome in row.entry.outcomes.values()]
-        peaks = [run["peak_gib"] for run in trained if run.get("peak_gib")]
-        seconds = f"{median(run['seconds'] for run in trained):.0f}"
-        cells.append([row.entry.name, seconds, f"{median(peaks):.2f}" if peaks else ""])
+        known = {cost: [run[cost] for run in trained if run.get(cost)] for cost in _COSTS}
+        shown = [f"{median(of):.{_COSTS[cost]}f}" if of else "" for cost, of in known.items()]
+        cells.append([row.entry.name, *shown])
     told = (
-        "Medians over seeds. Seconds are of a whole training with its evaluation on held-out data, while "
-        "other processes may have shared the device: no measure of a method's speed. Memory is the GPU's "
-        "that the training steps of this process alone took."
+        "Medians over seeds. Seconds are of a whole training with its evaluation on held-out data. Other "
+        "processes may have shared the device: no time here tells a method's speed. Memory is the GPU's that "
+        "the training steps of this process alone took."
     )
-    return [*_table(["", "seconds", "peak GiB"], cells), "", told]
+    return [*_table(["", "seconds", "ms a step", "peak GiB"], cells), "", told]
 
 
 def _gate_lines(rows: Sequence[Row]) -> list[str]:

@@ -127,24 +127,28 @@ class RunRecorder(Callback):
     Attributes:
         losses: (step, loss in nats per token), on the training's device until they are asked for.
         peak: Largest GPU memory of the training steps in GiB; None without a GPU.
+        step_ms: Mean time of the optimizer steps before the first evaluation.
     """
 
     def __init__(self) -> None:
         self.losses: list[tuple[int, Tensor]] = []
         self.peak: float | None = None
+        self.step_ms: float | None = None
+        self._begun = 0.0
         self._gates: list[tuple[int, Tensor]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes the gates as they are before the first step."""
-        self.losses, self._gates, self.peak = [], [], None
+        self.losses, self._gates, self.peak, self.step_ms = [], [], None, None
         if pl_module.device.type == "cuda":
             reset_peak(pl_module.device)
         self._note_gates(trainer, pl_module)
+        self._begun = time.monotonic()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the memory before evaluations add theirs."""
+        """Notes memory and time before evaluations add theirs."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._note_peak(pl_module)
+            self._note_cost(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -159,8 +163,8 @@ class RunRecorder(Callback):
         self._note_gates(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the last gates, and the memory if nothing was evaluated."""
-        self._note_peak(pl_module)
+        """Notes the last gates, and memory and time if nothing was evaluated."""
+        self._note_cost(trainer, pl_module)
         if self._gates and self._gates[-1][0] != trainer.global_step:
             self._note_gates(trainer, pl_module)
 
@@ -195,9 +199,10 @@ class RunRecorder(Callback):
             "final_entropy": _rounded(entropy[-1]),
         }
 
-    def _note_peak(self, pl_module: LightningModule) -> None:
-        if self.peak is None and pl_module.device.type == "cuda":
-            self.peak = peak_gib(pl_module.device)
+    def _note_cost(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.step_ms is None and trainer.global_step:
+            self.step_ms = round(1000 * (time.monotonic() - self._begun) / trainer.global_step, 2)
+            self.peak = peak_gib(pl_module.device) if pl_module.device.type == "cuda" else None
 
     def _note_gates(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gates = gate_matrix(pl_module)
@@ -304,6 +309,7 @@ class Executor:
             "spectra": _spectra(module) if run.spectra else None,
             "lora_rank": _lora_rank(module),
             "peak_gib": recorder.peak,
+            "step_ms": recorder.step_ms,
             "seconds": time.monotonic() - start,
         }
 

@@ -60,6 +60,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "mean": None if row.mean is None else asdict(row.mean),
                 "nll": None if row.nll is None else asdict(row.nll),
                 "seconds": [round(o["trained"]["seconds"], 1) for o in row.entry.outcomes.values()],
+                "step_ms": [o["trained"].get("step_ms") for o in row.entry.outcomes.values()],
                 "peak_gib": [o["trained"].get("peak_gib") for o in row.entry.outcomes.values()],
                 "training_loss": row.curve,
                 "gates": None if row.gates is None else asdict(row.gates),

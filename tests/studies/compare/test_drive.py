@@ -213,6 +213,7 @@ def test_the_report_is_written_with_figures(read, store, fake, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| bad | 30 | 0.1 | 37.5 ± 16.0 |" in text
     assert "| bad − good | -37.50 |" in text
+    assert "| bad | 1 |  |  |" in text.partition("## Time and memory")[2]
 
 
 def test_time_that_is_up_leaves_an_honest_report(read, store, fake, capsys):

@@ -118,6 +118,8 @@ def test_a_run_that_fails_leaves_a_clean_base(suite, tmp_path):
     outcome = execute(run_of(replace(suite, spectra=False), suite.methods[0], 0.01, 0), False)
     assert outcome.get("error") is None
     assert outcome["trained"]["spectra"] is None
+    assert outcome["trained"]["lora_rank"] == 64  # of full rank
+    assert outcome["trained"]["step_ms"] > 0
     assert execute.base.loads == 1
 
 
