@@ -11,13 +11,27 @@ from moka_pl.studies.compare.suite import Settings
 #: Rank k² of a component, and number of components.
 Size = tuple[int, int]
 
-#: Factor s of an update with c components of rank k²; all are 1 for one component of rank 16.
-RULES: Mapping[str, Callable[[float, int], float]] = {
-    "constant, 1": lambda k, c: 1.0,
-    "sum, c": lambda k, c: float(c),
-    "mean over the width, 4 c / k": lambda k, c: 4 * c / k,
-    "CDKA's, 2 √(c / k)": lambda k, c: 2 * math.sqrt(c / k),
+#: Parts of the factor s of an update with c components of rank k²: by their number, and by their width k.
+#: All products are 1 for one component of rank 16.
+_BY_NUMBER: Mapping[str, Callable[[int], float]] = {"c": float, "√c": math.sqrt}
+_BY_WIDTH: Mapping[str, Callable[[float], float]] = {
+    "": lambda k: 1.0,
+    " · 2 / √k": lambda k: 2 / math.sqrt(k),
+    " · 4 / k": lambda k: 4 / k,
 }
+
+
+Rule = Callable[[float, int], float]
+
+
+def rules() -> dict[str, Rule]:
+    """Factors s by k and c: ``c`` sums the components, ``√c · 2 / √k`` is CDKA's, but for a constant."""
+    numbers, widths = _BY_NUMBER.items(), _BY_WIDTH.items()
+    return {n + w: _product(of_number, of_width) for n, of_number in numbers for w, of_width in widths}
+
+
+def _product(of_number: Callable[[int], float], of_width: Callable[[float], float]) -> Rule:
+    return lambda k, c: of_number(c) * of_width(k)
 
 
 @dataclass(frozen=True)
@@ -80,16 +94,16 @@ def transfer(report: Report) -> Transfer | None:
     if reference is None or reference.rate is None or all(len(tried) < 2 for tried in losses.values()):
         return None
     rate = reference.rate
-    rules = {}
-    for name, rule in RULES.items():
+    complete = {}
+    for name, rule in rules().items():
         tried = {
             size: _tried(by_factor, rule(math.sqrt(size[0]), size[1]), rate)
             for size, by_factor in losses.items()
         }
         known = {size: one for size, one in tried.items() if one is not None}
         if len(known) == len(losses):
-            rules[name] = known
-    return Transfer(rate, sorted(losses), rules) if rules else None
+            complete[name] = known
+    return Transfer(rate, sorted(losses), complete) if complete else None
 
 
 def markdown(found: Transfer) -> str:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from moka_pl.studies.compare.across.transfer import RULES, markdown, transfer
+from moka_pl.studies.compare.across.transfer import markdown, rules, transfer
 from moka_pl.studies.compare.report import Entry, Report, Row
 from moka_pl.studies.compare.runs import Trial
 from moka_pl.studies.compare.suite import read_suite
 
+RULES = rules()
 SUITE = read_suite(Path(__file__).parents[4] / "scripts" / "suites" / "servable-scaling.yaml")
 
 
@@ -33,7 +34,7 @@ def needs(rule):
 
 
 def test_the_rules_agree_at_the_reference():
-    assert [rule(4, 1) for rule in RULES.values()] == [1] * 4
+    assert [rule(4, 1) for rule in RULES.values()] == [1] * 6
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -52,14 +53,14 @@ def test_the_rule_that_the_losses_follow_loses_nothing(rule):
 
 
 def test_a_rule_with_an_unknown_loss_takes_no_part():
-    known = needs("sum, c")
+    known = needs("c")
     found = transfer(
         report(lambda adapter, rate: None if adapter["scaling"] == 0.5 else known(adapter, rate))
     )
-    assert set(RULES) - set(found.rules) == {"mean over the width, 4 c / k"}
+    assert set(RULES) - set(found.rules) == {"c · 4 / k", "√c · 4 / k"}
 
 
 def test_nothing_is_told_of_one_scaling_or_without_results():
     assert transfer(report(lambda adapter, rate: None)) is None
     one = [method for method in SUITE.methods if "s =" not in method.name]
-    assert transfer(report(needs("sum, c"), replace(SUITE, methods=tuple(one)))) is None
+    assert transfer(report(needs("c"), replace(SUITE, methods=tuple(one)))) is None
