@@ -125,7 +125,7 @@ class MokaConfig(AdapterConfig):
             check_rank(self.rank, self.components)
         elif self.rank is not None:
             raise ConfigError(
-                f"rank ({shown(self.rank)}) works only with filters: {SERVABLE}; remove it or set those"
+                f"rank ({shown(self.rank)}) works only with filters: {SERVABLE}; set them, or remove rank"
             )
 
     def _check_start(self) -> None:

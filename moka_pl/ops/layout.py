@@ -55,7 +55,13 @@ class Shape(NamedTuple):
 
 
 def exact_rank(shapes: Sequence[Shape], m: int, n: int) -> int:
-    """Returns the rank of the LoRA that a sum of components, cut to m × n, is exactly."""
+    """Returns the rank of the LoRA that a sum of components, cut to m × n, is exactly.
+
+    Args:
+        shapes: The components' shapes.
+        m: Output features.
+        n: Input features.
+    """
     return min(sum(shape.rank for shape in shapes), m, n)
 
 

@@ -78,7 +78,7 @@ def test_scaling_defaults_to_components_and_follows_them() -> None:
         ({"filters": "servable", "rank": 513}, "rank must be at most 512.*vLLM.*not 513"),
         ({"filters": "servable", "rank": 64}, "at most 512.*not 10 × 64; set components to at most 8"),
         ({"filters": "servable", "budget": 5}, "budget .5. works only with filters: auto"),
-        ({"rank": 16}, r"rank \(16\) works only with filters: servable; remove it"),
+        ({"rank": 16}, r"rank \(16\) works only with filters: servable; set them"),
         ({"rank": 16, "filters": {"layer": [[2, 2]]}}, r"rank \(16\) works only with"),
         ({"start": "zero_left", "filters": "prime"}, "start: zero_left.*prime are identities"),
         ({"start": "zero_left", "filters": [[2, 3, 4]]}, "start: zero_left.*identities; set start: zero"),
