@@ -99,6 +99,11 @@ class MixtureData(MokaDataModule):
         return max(part.generated_tokens for part in self.parts)
 
     @property
+    def separate_test(self) -> bool:  # type: ignore[override]
+        """Whether validation and test data are disjoint in all parts."""
+        return all(part.separate_test for part in self.parts)
+
+    @property
     def task_groups(self) -> Mapping[str, Sequence[str]]:
         """The groups of all parts."""
         return {name: tasks for part in self.parts for name, tasks in part.task_groups.items()}

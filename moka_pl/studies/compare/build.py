@@ -109,9 +109,14 @@ def check_suite(suite: Suite) -> None:
         assert callable(optimizer)
     with silenced_lightning():
         _make_trainer(suite.training.get("trainer", {}) | {"logger": False})
-    for settings in (suite.data, suite.test):
+    for settings in (suite.data, suite.test, suite.forgetting):
         if settings is not None:
             build_data(settings)
+    sets, named = build_data(suite.test or suite.data).eval_sets, suite.generate.get("tasks", [])
+    if named and len(named) != len(sets):
+        raise ConfigError(
+            f"generate.tasks names {len(named)} sets, but the test has {len(sets)}: one name each"
+        )
     if suite.test is None and not build_data(suite.data).separate_test:
         raise ConfigError(
             "the learning rate would be picked on the test data: set data.init_args.separate_test: true, or "

@@ -12,7 +12,7 @@ from typing import Any
 
 from moka_pl.errors import INTERRUPTED, MokaError, end_interrupted
 from moka_pl.studies.common import Parser, write_json
-from moka_pl.studies.compare.suite import Suite, find_suite, keep_methods, read_suite
+from moka_pl.studies.compare.suite import DATA, Suite, find_suite, keep_methods, names_data, read_suite
 from moka_pl.utils import make_folder
 
 DESCRIPTION = """\
@@ -147,6 +147,8 @@ def _read(folder: Path, args: argparse.Namespace) -> list[Suite]:
         except MokaError as error:
             raise MokaError(f"--suite {error}") from None
         suites.append(read_suite(file, changes, args.data, folder))
+        if names_data([suites[-1].data, suites[-1].test, suites[-1].forgetting]):
+            raise MokaError(f"suite {name} needs data; set --data to the folder that it calls {DATA}")
     names = [suite.name for suite in suites]
     if len(set(names)) < len(names):
         raise MokaError(f"--suite names a suite twice: {', '.join(names)}")

@@ -161,7 +161,7 @@ def write_figures(report: "Report", folder: Path) -> list[Path]:
 def draw_scores(report: "Report", file: Path) -> None:
     """Accuracy and likelihood over trainable parameters, with standard errors."""
     panels: list[tuple[str, Callable[[Row], Share | None], float]] = [
-        ("acc_norm, mean of the tasks, %", lambda row: row.mean, 100.0),
+        (f"{report.suite.score_name}, mean of the tasks, %", lambda row: row.mean, 100.0),
         ("NLL of the right answer, nats per token", lambda row: row.nll, 1.0),
     ]
     panels = [panel for panel in panels if any(panel[1](row) is not None for row in report.rows)]

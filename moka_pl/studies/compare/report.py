@@ -25,7 +25,15 @@ from moka_pl.studies.compare.runs import (
     tested_with,
     trials,
 )
-from moka_pl.studies.compare.statistics import Comparison, Items, compare, resample, stack_items
+from moka_pl.studies.compare.statistics import (
+    Comparison,
+    Forgotten,
+    Items,
+    compare,
+    forgotten,
+    resample,
+    stack_items,
+)
 from moka_pl.studies.compare.suite import Method, Suite
 
 
@@ -263,6 +271,7 @@ class Row:
         curve: Mean training loss over the seeds, by step.
         gates: The gates over the steps; None without trained gates.
         ranks: Effective ranks of the trained updates; None where they are not known.
+        forgotten: Likelihood of plain text before and after; None where it was not looked at.
     """
 
     entry: Entry
@@ -274,6 +283,7 @@ class Row:
     curve: Curve
     gates: Gates | None
     ranks: Ranks | None
+    forgotten: Forgotten | None = None
 
 
 @dataclass(frozen=True)
@@ -321,7 +331,8 @@ def make_report(suite: Suite, entries: Sequence[Entry]) -> Report:
         entries: What became of its methods.
     """
     items = {entry.name: stack_items(dict(sorted(entry.items.items()))) for entry in entries if entry.items}
-    rows = [_row(entry, items.get(entry.name)) for entry in entries]
+    reference = next((entry.items for entry in entries if entry.name == suite.reference), None)
+    rows = [_row(entry, items.get(entry.name), reference) for entry in entries]
     trained = {e.name: items[e.name] for e in entries if e.name in items and e.rate is not None}
     samples = resample(trained)
     if suite.reference in trained:
@@ -332,7 +343,7 @@ def make_report(suite: Suite, entries: Sequence[Entry]) -> Report:
     return Report(suite, rows, [pair for pair in pairs if pair is not None])
 
 
-def _row(entry: Entry, items: Items | None) -> Row:
+def _row(entry: Entry, items: Items | None, reference: dict[int, ItemColumns] | None) -> Row:
     outcomes = [outcome for _, outcome in sorted(entry.outcomes.items())]
     if not outcomes or items is None:
         return Row(entry, None, {}, None, None, [], [], None, None)
@@ -350,6 +361,7 @@ def _row(entry: Entry, items: Items | None) -> Row:
         _mean_curve([t.get("losses", []) for t in trained]),
         mean_gates([t["gates"] for t in trained if t.get("gates")]),
         mean_ranks([t["spectra"] for t in trained if t.get("spectra")]),
+        forgotten(entry.items, None if entry.items is reference else reference),
     )
 
 

@@ -9,7 +9,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Run:
             where it has some.
         test: The data module whose test data are reported.
         spectra: Whether to keep the effective ranks of its updates; decides about nothing else.
+        beside: ``generate`` and ``forgetting`` of the suite, where it has them.
     """
 
     method: str
@@ -45,6 +46,7 @@ class Run:
     settings: Settings
     test: Settings
     spectra: bool = True
+    beside: Settings = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -56,7 +58,7 @@ class Run:
     @cached_property
     def test_key(self) -> str:
         """Hash of what is tested."""
-        return _hash([_FORMAT, self.test])
+        return _hash([_FORMAT, self.test, *([self.beside] if self.beside else [])])
 
     @property
     def folder(self) -> str:
@@ -88,7 +90,7 @@ def run_of(suite: Suite, method: Method, rate: float, seed: int) -> Run:
     }
     if method.learning_rate_ratios:  # not in the hashes of runs without
         settings["learning_rate_ratios"] = method.learning_rate_ratios
-    return Run(method.name, rate, seed, settings, suite.test or suite.data, suite.spectra)
+    return Run(method.name, rate, seed, settings, suite.test or suite.data, suite.spectra, _beside(suite))
 
 
 def frozen_run(suite: Suite) -> Run:
@@ -97,7 +99,19 @@ def frozen_run(suite: Suite) -> Run:
     kept = {option: trainer[option] for option in _EVALUATION if option in trainer}
     training = {"trainer": kept} if kept else {}
     settings = {"backbone": suite.backbone, "adapter": _UNTRAINED, "data": suite.data, "training": training}
-    return Run(FROZEN, None, suite.seeds[0], settings, suite.test or suite.data)
+    test = suite.test or suite.data
+    return Run(FROZEN, None, suite.seeds[0], settings, test, beside=_beside(suite))
+
+
+def untrained_run(run: Run) -> Run:
+    """The base of a run, without training."""
+    return replace(run, method=FROZEN, rate=None, settings=run.settings | {"adapter": _UNTRAINED})
+
+
+def _beside(suite: Suite) -> Settings:
+    """What a test does beside the likelihoods."""
+    known = {"generate": suite.generate, "forgetting": suite.forgetting}
+    return {name: value for name, value in known.items() if value}
 
 
 def _hash(value: object) -> str:
@@ -107,6 +121,11 @@ def _hash(value: object) -> str:
 Outcome = dict[str, Any]
 ItemColumns = dict[str, list[Any]]
 _FILE, _ITEMS = "result.json", "items.json"
+
+
+def text_columns(before: ItemColumns, after: ItemColumns) -> ItemColumns:
+    """Columns of the same windows of a plain text, scored before and after a training."""
+    return {"text_tokens": after["tokens"], "text_before": before["nll"], "text_after": after["nll"]}
 
 
 class Store:

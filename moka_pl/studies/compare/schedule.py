@@ -19,7 +19,7 @@ from moka_pl.studies.compare.runs import (
     tested_with,
     trials,
 )
-from moka_pl.studies.compare.suite import Method, Suite
+from moka_pl.studies.compare.suite import Method, Settings, Suite
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class Progress:
         self.done += 1
         remaining = self._remaining()
         tasks = remaining.tasks + remaining.later
-        told = _words(outcome) if "error" not in outcome else f"FAILED: {outcome['error']}"
+        told = _words(outcome, task.run.beside) if "error" not in outcome else f"FAILED: {outcome['error']}"
         line = f"[{self.done}/{self.done + len(tasks)}] {task.run}: {told} ({duration(seconds)})"
         if tasks:
             total = sum(self._times.expected(task, self._outcome(task)) for task in tasks)
@@ -309,12 +309,13 @@ def _kinds(task: Task) -> list[str]:
     return [json.dumps([*same, settings["adapter"]], sort_keys=True), json.dumps(same, sort_keys=True), ""]
 
 
-def _words(outcome: Outcome) -> str:
+def _words(outcome: Outcome, beside: Settings) -> str:
     trained, tested = outcome["trained"], outcome.get("tested")
     words = []
     if "validation_loss" in trained:
         loss = trained["validation_loss"]
         words.append("diverged" if loss is None else f"validation loss {loss:.4f}")
     if tested and "acc_norm" in tested["mean"]:
-        words.append(f"test acc_norm {100 * tested['mean']['acc_norm']:.1f}")
+        score = "right answers" if "generate" in beside else "acc_norm"
+        words.append(f"test {score} {100 * tested['mean']['acc_norm']:.1f}")
     return ", ".join(words) or "done"

@@ -1,7 +1,7 @@
 """Scores of single test items, and the methods' differences on them: a paired bootstrap and a sign test."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,76 @@ class Items:
 
     def nll_per_token(self) -> Share:
         """The mean over seeds, with its standard error (of a ratio of sums over items; and of seeds)."""
-        total, n = self.tokens.sum(), len(self.tokens)
-        shares = []
-        for row in self.nll:
-            ratio = row.sum() / total
-            spread = ((row - ratio * self.tokens) ** 2).sum()
-            error = math.sqrt(spread * n / (n - 1)) / total if n > 1 else None
-            shares.append(Share(float(ratio), error))
-        return over_seeds(shares)
+        return per_token(self.nll, self.tokens)
+
+
+def per_token(sums: Floats, tokens: Floats) -> Share:
+    """The mean over seeds of a ratio of sums over items, with the standard error of items and seeds.
+
+    Args:
+        sums: What is summed, by seed and item, shape (S, n).
+        tokens: Tokens of every item, shape (n,).
+    """
+    total, n = tokens.sum(), len(tokens)
+    shares = []
+    for row in sums:
+        ratio = row.sum() / total
+        spread = ((row - ratio * tokens) ** 2).sum()
+        error = math.sqrt(spread * n / (n - 1)) / total if n > 1 else None
+        shares.append(Share(float(ratio), error))
+    return over_seeds(shares)
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Negative log-likelihood per token of a plain text, nats; differences are paired by window.
+
+    Attributes:
+        before: Of the base.
+        after: After the trainings.
+        difference: After minus before.
+        over_reference: After minus after the reference's trainings with the same seeds; None without any.
+    """
+
+    before: Share
+    after: Share
+    difference: Share
+    over_reference: Share | None
+
+
+ByColumn = Mapping[str, list[Any]]
+
+
+def forgotten(
+    by_seed: Mapping[int, ByColumn], reference: Mapping[int, ByColumn] | None = None
+) -> Forgotten | None:
+    """What trainings did to the likelihood of a plain text.
+
+    Args:
+        by_seed: What :func:`~moka_pl.studies.compare.runs.text_columns` returned, by seed.
+        reference: The same of the method that the others are compared with.
+
+    Returns:
+        The scores; None where no text was scored.
+    """
+    known = {seed: table for seed, table in sorted(by_seed.items()) if "text_after" in table}
+    if not known:
+        return None
+    tables = list(known.values())
+    tokens = numpy.asarray(tables[0]["text_tokens"], float)  # (n,)
+    before, after = (_stack(tables, column) for column in ("text_before", "text_after"))  # (S, n)
+    seeds = [seed for seed in known if "text_after" in (reference or {}).get(seed, {})]
+    over = None
+    if reference and seeds and reference[seeds[0]]["text_tokens"] == tables[0]["text_tokens"]:
+        own, others = ([one[seed] for seed in seeds] for one in (known, reference))
+        over = per_token(_stack(own, "text_after") - _stack(others, "text_after"), tokens)
+    return Forgotten(
+        per_token(before[:1], tokens), per_token(after, tokens), per_token(after - before, tokens), over
+    )
+
+
+def _stack(tables: Sequence[ByColumn], column: str) -> Floats:
+    return numpy.asarray([table[column] for table in tables], float)
 
 
 def stack_items(by_seed: Mapping[int, Mapping[str, list[Any]]]) -> Items:

@@ -59,6 +59,11 @@ class Suite:
         spectra: Whether to keep the effective ranks of every update, which can take as long as to train it.
         family: What its tasks are called beside those of other suites with about the same methods; empty
             where nothing is set beside it.
+        generate: How the test's instructions are answered, where an answer is right or wrong by a rule:
+            ``max_new_tokens``, and the ``tasks``, a name for each of the test's sets (default: their own).
+            Empty without.
+        forgetting: Data module whose test data, plain text, are scored before and after every training that
+            is tested; None scores none.
     """
 
     name: str
@@ -75,6 +80,13 @@ class Suite:
     widen: int = 0
     spectra: bool = True
     family: str = ""
+    generate: Settings = field(default_factory=dict)
+    forgetting: Settings | None = None
+
+    @property
+    def score_name(self) -> str:
+        """What the share of right items is called."""
+        return "right answers" if self.generate else "acc_norm"
 
     @property
     def pick_seeds(self) -> tuple[int, ...]:
@@ -108,7 +120,9 @@ def _other_class(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
 _PICKS = ("first", "all")
 _OWN_KEYS = {"name", "about", "family", "reference", "methods"}
 _KEYS = {"extends", "corpus", "backbone", "data", "test", "training", "learning_rates", "seeds", "pick"}
-_KEYS |= {"frozen", "widen", "spectra"} | _OWN_KEYS
+_KEYS |= {"frozen", "widen", "spectra", "generate", "forgetting"} | _OWN_KEYS
+#: Begins paths in the folder that ``--data`` names.
+DATA = "$DATA"
 _METHOD_KEYS = {"name", "adapter", "learning_rates", "learning_rate_ratios", "backbone"}
 _TRAINING_KEYS = {"trainer", "optimizer", "lr_scheduler", "gradient_checkpointing", "cuda_graphs"}
 
@@ -142,7 +156,8 @@ def read_suite(
     Args:
         file: A YAML file.
         changes: ``key.key=value`` with the value in YAML, put over what the file says.
-        data: Where the data are: a path, or a folder that holds the suite's ``corpus`` under that name.
+        data: Where the data are: a path, or a folder that holds the suite's ``corpus`` under that name, and
+            what the suite's paths call ``$DATA/...``.
         known: Folder of the suites that are known by name.
 
     Raises:
@@ -152,12 +167,32 @@ def read_suite(
     for change in changes:
         _put(written, change)
     if data is not None:
-        corpus = Path(data) / str(written.get("corpus", "."))
-        _put(written, f"data.init_args.path={corpus if corpus.exists() else data}")
+        if not names_data(written.get("data")):
+            corpus = Path(data) / str(written.get("corpus", "."))
+            _put(written, f"data.init_args.path={corpus if corpus.exists() else data}")
+        written = _placed(written, data)
     try:
         return _suite(written, file.stem)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+
+
+def names_data(written: object) -> bool:
+    """Whether settings hold a path that begins with ``$DATA``."""
+    if isinstance(written, Mapping):
+        return any(names_data(value) for value in written.values())
+    if isinstance(written, list | tuple):
+        return any(names_data(value) for value in written)
+    return isinstance(written, str) and Path(written).parts[:1] == (DATA,)
+
+
+def _placed(written: Any, folder: str) -> Any:
+    """The settings with that folder in the place of ``$DATA``."""
+    if isinstance(written, dict):
+        return {key: _placed(value, folder) for key, value in written.items()}
+    if isinstance(written, list):
+        return [_placed(value, folder) for value in written]
+    return str(Path(folder, *Path(written).parts[1:])) if names_data(written) else written
 
 
 def keep_methods(suites: Sequence[Suite], names: Sequence[str]) -> list[Suite]:
@@ -253,15 +288,12 @@ def _suite(written: Settings, stem: str) -> Suite:
     reference = written.get("reference")
     if reference is not None and reference not in names:
         raise ConfigError(f"reference is {reference!r}, which is none of the methods: {', '.join(names)}")
-    test = written.get("test")
-    if test is not None and (not isinstance(test, dict) or "class_path" not in test):
-        raise ConfigError("test must name a data module by class_path, with its options as init_args")
     return Suite(
         name,
         str(written.get("about", "")),
         _mapping(written, "backbone"),
         data,
-        test,
+        _data_module(written, "test"),
         training,
         tuple(seeds),
         cast(Pick, pick),
@@ -271,7 +303,27 @@ def _suite(written: Settings, stem: str) -> Suite:
         widen,
         bool(written.get("spectra", True)),
         str(written.get("family", "")),
+        _generate(written),
+        _data_module(written, "forgetting"),
     )
+
+
+def _data_module(written: Settings, key: str) -> Settings | None:
+    value = written.get(key)
+    if value is not None and (not isinstance(value, dict) or "class_path" not in value):
+        raise ConfigError(f"{key} must name a data module by class_path, with its options as init_args")
+    return value
+
+
+def _generate(written: Settings) -> Settings:
+    value = _mapping(written, "generate")
+    _refuse(value, {"max_new_tokens", "tasks"}, "", "generate.")
+    limit, tasks = value.get("max_new_tokens"), value.get("tasks", [])
+    if value and not (_whole(limit) and limit):
+        raise ConfigError(f"generate.max_new_tokens must be a whole number from 1, not {limit!r}")
+    if not isinstance(tasks, list) or not all(isinstance(task, str) and task for task in tasks):
+        raise ConfigError(f"generate.tasks must be a list of names, not {tasks!r}")
+    return value
 
 
 def _method(written: object, rates: object, index: int) -> Method:

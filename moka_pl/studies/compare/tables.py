@@ -22,7 +22,10 @@ def markdown(report: Report) -> str:
     lines += _table(heads, [_cells(row, tasks, several, count) for row in report.rows])
     lines += ["", *_notes(report)]
     if report.pairs:
-        lines += ["", "## Differences on the same items", "", *_pair_lines(report.pairs)]
+        lines += ["", "## Differences on the same items", "", *_pair_lines(report.pairs, suite.score_name)]
+    scored = [row for row in report.rows if row.forgotten is not None and row.entry.rate is not None]
+    if scored:
+        lines += ["", "## Plain text, before and after", "", *_forgotten_lines(scored, suite.reference)]
     swept = [row.entry for row in report.rows if len(row.entry.trials) > 1]
     if swept:
         heads = ["", "validation loss by learning rate"]
@@ -75,7 +78,7 @@ def _notes(report: Report) -> list[str]:
     which = f"means over the seeds {seeds}" if len(suite.seeds) > 1 else f"seed {seeds}"
     by = f"seed {suite.seeds[0]}" if suite.pick == "first" else "all seeds"
     answered = any(row.tasks for row in report.rows)
-    scores = "acc_norm in % and negative log-likelihood per token of the right answers (NLL)"
+    scores = f"{suite.score_name} in % and negative log-likelihood per token of the right answers (NLL)"
     notes = [
         f"{scores if answered else 'Negative log-likelihood per token (NLL)'}, ± standard error; "
         f"{which}. Learning rates were picked by the validation loss of {by}, on data held out of "
@@ -166,11 +169,33 @@ def _rank_lines(rows: Sequence[Row]) -> list[str]:
     return [*_table(heads, cells), "", told]
 
 
-def _pair_lines(pairs: Sequence[Comparison]) -> list[str]:
+def _forgotten_lines(rows: Sequence[Row], reference: str | None) -> list[str]:
+    several = any(row.forgotten and row.forgotten.over_reference for row in rows)
+    heads = ["", "before", "after", "difference", *([f"after − {reference}"] if several else [])]
+    cells = []
+    for row in rows:
+        assert row.forgotten is not None
+        text = row.forgotten
+        over = [_signed(text.over_reference)] if several else []
+        cells.append(
+            [row.entry.name, _plain(text.before), _plain(text.after), _signed(text.difference), *over]
+        )
+    told = (
+        "Negative log-likelihood per token, nats, ± standard error over windows and seeds; differences are "
+        "paired by window. The more it rises, the more was forgotten."
+    )
+    return [*_table(heads, cells), "", told]
+
+
+def _signed(share: Share | None) -> str:
+    return "" if share is None else f"{share.value:+.4f} ± {share.stderr or 0:.4f}"
+
+
+def _pair_lines(pairs: Sequence[Comparison], score: str) -> list[str]:
     answered = any(pair.acc_norm is not None for pair in pairs)
     heads = ["NLL", "95% interval", "p"]
     if answered:
-        heads = ["acc_norm", "95% interval", "p", "items won : lost", "sign test p", *heads]
+        heads = [score, "95% interval", "p", "items won : lost", "sign test p", *heads]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for pair in pairs:
         cells = [f"{pair.one} − {pair.other}"]

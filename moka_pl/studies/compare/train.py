@@ -34,7 +34,16 @@ from moka_pl.studies.common import (
     versions,
 )
 from moka_pl.studies.compare.build import backbone_of, build_data, build_module, build_trainer
-from moka_pl.studies.compare.runs import Outcome, Run, Store, tested_with, warn
+from moka_pl.studies.compare.runs import (
+    ItemColumns,
+    Outcome,
+    Run,
+    Store,
+    tested_with,
+    text_columns,
+    untrained_run,
+    warn,
+)
 from moka_pl.studies.compare.shared_base import ComparedModule, SharedBase
 from moka_pl.studies.compare.suite import Settings, Suite, merged
 from moka_pl.studies.spectra import spectra_summary
@@ -221,6 +230,7 @@ class Executor:
         self.store = store
         self.base = SharedBase()
         self._data: dict[str, PreparedData] = {}
+        self._before: dict[str, ItemColumns] = {}
 
     def __call__(self, run: Run, test: bool) -> Outcome:
         """Trains a run, unless it is trained already, and tests it if that is wanted.
@@ -268,12 +278,37 @@ class Executor:
             module.configure_model()
         if test and not tested_with(outcome, run):
             start = time.monotonic()
-            data = self._prepared(run.test, run, tokenizer, "test")
-            trainer.test(module, datamodule=data, verbose=False)
-            assert module.eval_results is not None
-            scores = results_dict(module.eval_results)
+            items, scores = self._test(run, module, trainer, tokenizer)
             outcome["tested"] = {"key": run.test_key, "seconds": time.monotonic() - start, **scores}
-            self.store.write(run, outcome, module.items)
+            self.store.write(run, outcome, items)
+
+    def _test(
+        self, run: Run, module: ComparedModule, trainer: Trainer, tokenizer: Any
+    ) -> tuple[ItemColumns, dict[str, Any]]:
+        """What the test's items scored, with the plain text's windows where that is asked for; the scores."""
+        answers = run.beside.get("generate", {})
+        module.max_new_tokens, module.answer_tasks = (
+            answers.get("max_new_tokens", 0),
+            answers.get("tasks", []),
+        )
+        trainer.test(module, datamodule=self._prepared(run.test, run, tokenizer, "test"), verbose=False)
+        assert module.eval_results is not None
+        assert module.items is not None
+        items, scores = module.items, results_dict(module.eval_results)
+        if "forgetting" in run.beside:
+            text = self._prepared(run.beside["forgetting"], run, tokenizer, "test")
+            module.max_new_tokens = 0
+            after = _windows(module, trainer, text)
+            key = json.dumps([run.settings["backbone"], run.beside["forgetting"]], sort_keys=True)
+            if run.rate is None:
+                self._before[key] = after
+            elif key not in self._before:
+                self.base.restore()
+                untrained = build_module(untrained_run(run))
+                untrained.shared, untrained.base_device = self.base, module.base_device
+                self._before[key] = _windows(untrained, trainer, text)
+            items |= text_columns(self._before[key], after)
+        return items, scores
 
     def _train(
         self, run: Run, module: ComparedModule, trainer: Trainer, recorder: RunRecorder, tokenizer: Any
@@ -327,6 +362,13 @@ def _lora_rank(module: ComparedModule) -> int | None:
     if type(config).__name__ == "LoraConfig" and not config.use_dora:
         return int(config.r)
     return max((layer.exact_lora_rank() for layer in moka_layers(module.causal_lm).values()), default=None)
+
+
+def _windows(module: ComparedModule, trainer: Trainer, text: PreparedData) -> ItemColumns:
+    """What the windows of a plain text score."""
+    trainer.test(module, datamodule=text, verbose=False)
+    assert module.items is not None
+    return module.items
 
 
 def _spectra(module: ComparedModule) -> dict[str, Any] | None:

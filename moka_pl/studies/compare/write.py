@@ -65,6 +65,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "training_loss": row.curve,
                 "gates": None if row.gates is None else asdict(row.gates),
                 "ranks": None if row.ranks is None else asdict(row.ranks),
+                "forgotten": None if row.forgotten is None else asdict(row.forgotten),
                 "errors": row.entry.errors,
             }
             for row in report.rows
