@@ -13,6 +13,7 @@ teachers       whether gates and gradients find structure that is known
 backends       loss curves of backends beside the noise of the seed
 shared_prompt  scoring with and without a shared prompt
 spectra        singular values and effective ranks of trained updates
+reasoning      tasks whose answers are checked by rule, and the rule
 filters, gates filters chosen before a run; pictures of a run's gates
 common         what these have in common
 ============== ======================================================================

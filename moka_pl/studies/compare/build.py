@@ -1,6 +1,7 @@
 """Builds modules, data modules and trainers from a suite's settings, by the rules of the command line."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,9 @@ def _data_parser() -> MokaParser:
 def _instantiate(parser: MokaParser, written: dict[str, Any], what: str) -> Namespace:
     restrict_class_paths()
     try:
-        built: Namespace = parser.instantiate_classes(parser.parse_object(written))
+        built: Namespace = parser.instantiate_classes(
+            parser.parse_object(deepcopy(written))
+        )  # it changes lists in place
         return built
     except (ArgumentError, TypeError, ValueError) as error:
         cause: BaseException | None = error  # jsonargparse wraps what a class refuses

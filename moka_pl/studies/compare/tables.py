@@ -78,7 +78,8 @@ def _notes(report: Report) -> list[str]:
     which = f"means over the seeds {seeds}" if len(suite.seeds) > 1 else f"seed {seeds}"
     by = f"seed {suite.seeds[0]}" if suite.pick == "first" else "all seeds"
     answered = any(row.tasks for row in report.rows)
-    scores = f"{suite.score_name} in % and negative log-likelihood per token of the right answers (NLL)"
+    name = suite.score_name.capitalize() if suite.generate else suite.score_name
+    scores = f"{name} in % and negative log-likelihood per token of the right answers (NLL)"
     notes = [
         f"{scores if answered else 'Negative log-likelihood per token (NLL)'}, ± standard error; "
         f"{which}. Learning rates were picked by the validation loss of {by}, on data held out of "

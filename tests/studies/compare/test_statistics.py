@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moka_pl.errors import ConfigError
-from moka_pl.studies.compare.statistics import Items, compare, resample, sign_test, stack_items
+from moka_pl.studies.compare.statistics import (
+    Items,
+    compare,
+    forgotten,
+    resample,
+    sign_test,
+    stack_items,
+)
 
 
 def table(correct, nll, tasks=None):
@@ -101,3 +108,22 @@ def test_the_error_of_the_loss_is_that_of_a_ratio():
     share = items.nll_per_token()
     assert share.value == pytest.approx(3.0)
     assert share.stderr == pytest.approx(numpy.std([1, 2, 6], ddof=1) / math.sqrt(3))
+
+
+def test_what_is_forgotten_is_paired_by_window():
+    random = numpy.random.default_rng(0)
+    tokens = random.integers(50, 100, 40).tolist()
+    before = (3.0 * numpy.array(tokens) + random.normal(size=40) * 40).tolist()
+
+    def after(rise):
+        by_token = [value + rise * count for value, count in zip(before, tokens, strict=True)]
+        return {"text_tokens": tokens, "text_before": before, "text_after": by_token}
+
+    one = forgotten({0: after(0.1), 1: after(0.3)}, {1: after(0.2), 2: after(0.0)})
+    assert one.difference.value == pytest.approx(0.2)
+    assert one.difference.stderr == pytest.approx(0.1)  # of two seeds; all windows rise alike
+    assert one.after.value == pytest.approx(one.before.value + 0.2)
+    assert one.before.stderr > 0.05
+    assert one.over_reference.value == pytest.approx(0.1)  # the seed that both have
+    assert forgotten({0: after(0.1)}).over_reference is None
+    assert forgotten({0: {"nll": [1.0]}}) is None

@@ -9,7 +9,7 @@ from moka_pl.errors import ConfigError
 from moka_pl.studies.compare import build
 from moka_pl.studies.compare.build import build_data, build_module, check_suite
 from moka_pl.studies.compare.runs import frozen_run, run_of
-from moka_pl.studies.compare.suite import Suite, find_suite, keep_methods, merged, read_suite
+from moka_pl.studies.compare.suite import Suite, find_suite, keep_methods, merged, names_data, read_suite
 from moka_pl.training.learning_rates import LearningRateRatios
 
 FOLDER = Path(__file__).parents[3] / "scripts" / "suites"
@@ -19,6 +19,7 @@ SMALL = """data: {class_path: moka_pl.data.CommonsenseData}
 learning_rates: [1.0e-2]
 methods: [{name: a}, {name: b}]
 """
+SEPARATE = SMALL.replace("}", ", init_args: {path: sample, separate_test: true}}", 1)
 
 
 def written(tmp_path, text):
@@ -137,8 +138,47 @@ def test_data_are_found_under_the_name_of_the_corpus(tmp_path):
     assert paths == [str(tmp_path / "root" / "some" / "where"), str(tmp_path / "x")]
 
 
-def test_a_suite_can_be_stored_and_read_back():
-    suite = read_suite(FOLDER / "commonsense-smollm2.yaml")
+def test_paths_may_lie_in_the_folder_of_the_data(tmp_path):
+    text = SMALL.replace("}", ", init_args: {path: [$DATA/some/where, other]}}", 1) + "corpus: nowhere\n"
+    text += "forgetting: {class_path: moka_pl.data.TextData, init_args: {path: $DATA/text.txt}}\n"
+    file = written(tmp_path, text)
+    assert names_data(read_suite(file).data)
+    suite = read_suite(file, (), str(tmp_path))
+    assert suite.data["init_args"]["path"] == [str(tmp_path / "some" / "where"), "other"]
+    assert suite.forgetting["init_args"] == {"path": str(tmp_path / "text.txt")}
+    assert not names_data([suite.data, suite.forgetting])
+
+
+def test_what_a_test_does_beside_is_part_of_its_hash_alone(tmp_path):
+    suite = read_suite(written(tmp_path, SMALL))
+    other = read_suite(written(tmp_path, SMALL + "generate: {max_new_tokens: 4, tasks: [t]}\n"))
+    one, two = (run_of(s, s.methods[0], 0.01, 0) for s in (suite, other))
+    assert one.key == two.key
+    assert one.test_key != two.test_key
+    assert (suite.score_name, other.score_name) == ("acc_norm", "right answers")
+    with pytest.raises(ConfigError, match="names 2 sets, but the test has 1"):
+        check_suite(
+            read_suite(written(tmp_path, SEPARATE + "generate: {max_new_tokens: 4, tasks: [t, u]}\n"))
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("generate: {max_new_tokens: 0}", "max_new_tokens must be a whole number from 1, not 0"),
+        ("generate: {max_new_tokens: 4, tasks: t}", "tasks must be a list of names, not 't'"),
+        ("generate: {temperature: 1.0}", "unknown key generate.temperature"),
+        ("forgetting: {path: text.txt}", "forgetting must name a data module"),
+    ],
+)
+def test_what_cannot_be_generated_or_forgotten_is_refused(tmp_path, text, named):
+    with pytest.raises(ConfigError, match=named):
+        read_suite(written(tmp_path, f"{SMALL}{text}\n"))
+
+
+@pytest.mark.parametrize("name", ["commonsense-smollm2", "servable-reasoning"])
+def test_a_suite_can_be_stored_and_read_back(name):
+    suite = read_suite(FOLDER / f"{name}.yaml")
     assert Suite.from_dict(json.loads(json.dumps(asdict(suite)))) == suite
 
 

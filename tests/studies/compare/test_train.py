@@ -1,3 +1,4 @@
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,33 @@ from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter, read_adapter
 from moka_pl.backbone import BackboneConfig
+from moka_pl.studies.compare.build import check_suite
 from moka_pl.studies.compare.runs import Store, frozen_run, run_of
 from moka_pl.studies.compare.shared_base import SharedBase
 from moka_pl.studies.compare.suite import Method, read_suite
 from moka_pl.studies.compare.train import ADAPTER, Executor
 
 TINY = Path(__file__).parents[3] / "scripts" / "suites" / "tiny.yaml"
+
+ANSWERED = """
+backbone: {name: tiny, weights: random, quantization: none}
+data:
+  class_path: moka_pl.data.MixtureData
+  init_args:
+    batch_size: 8
+    parts:
+      - class_path: moka_pl.data.InstructionData
+        init_args: {path: $DATA/sums, prompt: alpaca, separate_test: true, validation_share: 0.1}
+      - class_path: moka_pl.data.InstructionData
+        init_args: {path: $DATA/words, prompt: alpaca, separate_test: true, validation_share: 0.1}
+generate: {max_new_tokens: 6, tasks: [sums, words]}
+forgetting:
+  class_path: moka_pl.data.TextData
+  init_args: {path: $DATA/text.txt, validation_path: $DATA/text.txt, max_length: 32, stride: 32}
+training: {trainer: {max_steps: 60, max_epochs: 100, accelerator: cpu}}
+learning_rates: [3.0e-2]
+methods: [{name: a, adapter: {components: 4, target_modules: all-linear}}]
+"""
 
 
 @pytest.fixture
@@ -156,3 +178,36 @@ def test_a_spoilt_base_is_loaded_again(base, spoil):
     assert not shared.restore()
     assert shared.get(config, "cpu").model is not model
     assert shared.loads == 2
+
+
+@pytest.mark.slow
+def test_answers_are_generated_and_plain_text_is_scored_before_and_after(one_thread, tmp_path):
+    for task, asked in (("sums", "7"), ("words", "8")):
+        (tmp_path / task).mkdir()
+        for split, count, answer in (("train", 12, "7"), ("test", 3, asked)):
+            rows = [{"instruction": f"{task} {split} {i}", "output": answer} for i in range(count)]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / task / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "text.txt").write_text("Some plain text that nobody trains on. " * 9, encoding="utf-8")
+    file = tmp_path / "mine.yaml"
+    file.write_text(ANSWERED, encoding="utf-8")
+    suite = read_suite(file, (), str(tmp_path))
+    check_suite(suite)
+    store = Store(tmp_path / "out")
+    execute = Executor(store)
+    runs = [frozen_run(suite), run_of(suite, suite.methods[0], 0.3, 0)]
+    outcomes = [execute(run, True) for run in runs]
+    assert [outcome.get("error") for outcome in outcomes] == [None, None]
+    frozen, trained = (store.read_items(run) for run in runs)
+    assert frozen["task"] == trained["task"] == ["sums"] * 3 + ["words"] * 3
+    assert frozen["correct_norm"] == [0] * 6
+    assert trained["correct_norm"] == [1] * 3 + [0] * 3  # the one answer that was trained
+    assert outcomes[1]["tested"]["tasks"]["sums"]["acc_norm"] == 1
+    assert trained["text_before"] == frozen["text_before"] == frozen["text_after"] == trained["text_before"]
+    assert len(trained["text_after"]) == len(trained["text_tokens"]) > 1
+    assert trained["text_after"] != trained["text_before"]
+    # Alone, and tested later, the run gives the same.
+    apart = Store(tmp_path / "apart")
+    Executor(apart)(runs[1], False)
+    Executor(apart)(runs[1], True)
+    assert apart.read_items(runs[1]) == trained
