@@ -240,8 +240,8 @@ def _servable_shape(m: int, n: int, components: int, rank: int) -> Shape:
         most = min(m, n) // components
         remedy = f"set rank to at most {most}" if most else f"set at most {min(m, n)} components with rank 1"
         raise ConfigError(
-            f"a layer of {m} × {n} cannot have the rank {components * rank} of {components} × {rank} "
-            f"(components × rank); {remedy}, or add the layer to exclude_modules"
+            f"a layer of {m} × {n} has at most rank {min(m, n)}, not {components * rank} (components × rank "
+            f"= {components} × {rank}); {remedy}, or add the layer to exclude_modules"
         )
     splits = [Shape(a, -(-n * a // rank), -(-m // a), rank // a) for a in divisors(rank)]
     kept = [s for s in splits if m - (s.m_a - 1) * s.m_b >= components * s.n_b]

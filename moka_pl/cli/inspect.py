@@ -1,38 +1,67 @@
 """``moka-pl inspect``: what an adapter is and where its gates stand."""
 
 import re
+from collections.abc import Mapping
+from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import AdapterError, printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moka_pl.adapters.reading import AdapterInfo
 
 #: Bytes of tensors that are read whole.
 _SMALL = 2**30
 
 
-def inspect(adapter: Path) -> None:
+def inspect(adapter: Path, json: bool = False) -> None:
     """Print an adapter's options, base model, metrics and gates, without loading the base.
 
     Args:
         adapter: An adapter directory.
+        json: Print one JSON object, for scripts.
     """
-    from moka_pl.adapters.config import MokaConfig
     from moka_pl.adapters.methods.base import name_ranks
     from moka_pl.adapters.methods.registry import method_of
     from moka_pl.adapters.reading import check_count, read_adapter, read_adapter_shapes, read_adapter_state
-    from moka_pl.ops.gating import can_move, gates_of, normalised_entropy
 
     info, shapes = read_adapter(adapter), read_adapter_shapes(adapter)
     check_count(adapter, shapes)
     small = sum(tensor.nbytes for tensor in shapes.values()) <= _SMALL
     state = read_adapter_state(adapter) if small else {}  # which looks for NaN in every number
-    step, found_at = info.extra.get("step"), info.extra.get("metrics_step")
+    method, ranks, size = (
+        method_of(info.config),
+        info.exact_lora_rank,
+        sum(t.numel() for t in shapes.values()),
+    )
+    step, found_at, metrics = (info.extra.get(key) for key in ("step", "metrics_step", "metrics"))
+    gates = _gates(adapter, info, state)
+    if json:
+        contents = {
+            "base_model": info.base.name,
+            "base_fingerprint": info.base.fingerprint,
+            "quantization": info.base.options.get("quantization", "none"),
+            "method": method.title,
+            "options": method.options(),
+            "exact_lora_rank": ranks or None,
+            "parameters": size,
+            "metrics": metrics or {},
+            "metrics_step": step if found_at is None else found_at,
+            "step": step,
+            "gates": {name: alpha for name, (_, alpha) in gates.items()},
+        }
+        print(dumps(contents, indent=2))
+        return
     facts = {
         "base model": f"{info.base.name} (fingerprint {info.base.fingerprint})",
         "quantization": info.base.options.get("quantization", "none"),
-        **method_of(info.config).facts(),
-        **({"exact LoRA rank": name_ranks(info.exact_lora_rank)} if info.exact_lora_rank else {}),
-        "parameters": f"{sum(t.numel() for t in shapes.values()):,}",
-        **{name: f"{value:.4f}" for name, value in sorted((info.extra.get("metrics") or {}).items())},
+        **method.facts(),
+        **({"exact LoRA rank": name_ranks(ranks)} if ranks else {}),
+        "parameters": f"{size:,}",
+        **{name: f"{value:.4f}" for name, value in sorted((metrics or {}).items())},
     }
     if found_at is not None and found_at != step:
         facts["metrics measured at step"] = f"{found_at} (weights: step {step})"
@@ -40,22 +69,39 @@ def inspect(adapter: Path) -> None:
     width = max(30, *(len(name) + 2 for name in named))
     for name, value in named.items():
         print(f"{name:<{width}}{value}")
-    gates = {name.removesuffix(".moka_gate"): t for name, t in state.items() if name.endswith(".moka_gate")}
-    if not gates or not isinstance(info.config, MokaConfig):
-        return
-    components = info.config.components
-    if not can_move(info.config.gating, components):
-        return
-    print(f"\n{'gates by layer':<44}{'entropy':>8}  α_1 … α_{components}")
-    for name, logits in sorted(gates.items(), key=lambda gate: _by_number(gate[0])):
-        if logits.shape != (components,):
+    if gates:
+        print(f"\n{'gates by layer':<44}{'entropy':>8}  α_1 … α_{info.config.components}")
+    for name, (entropy, alpha) in gates.items():
+        print(f"{printable(name):<44}{entropy:>8.4f}  {' '.join(f'{a:.3f}' for a in alpha)}")
+
+
+def _gates(
+    adapter: Path, info: "AdapterInfo", state: "Mapping[str, Tensor]"
+) -> dict[str, tuple[float, list[float]]]:
+    """Returns the entropy and the gates α of each layer whose gates can move, in the model's order.
+
+    Args:
+        adapter: The adapter directory.
+        info: What its configuration says.
+        state: Its tensors.
+    """
+    from moka_pl.adapters.config import MokaConfig
+    from moka_pl.ops.gating import can_move, gates_of, normalised_entropy
+
+    config: Any = info.config
+    if not isinstance(config, MokaConfig) or not can_move(config.gating, config.components):
+        return {}
+    logits = {name.removesuffix(".moka_gate"): t for name, t in state.items() if name.endswith(".moka_gate")}
+    gates = {}
+    for name in sorted(logits, key=_by_number):
+        if logits[name].shape != (config.components,):
             raise AdapterError(
-                f"{adapter} does not fit together: {name}.moka_gate is {tuple(logits.shape)}, but components "
-                f"is {components}. Copy the adapter again"
+                f"{adapter} does not fit together: {name}.moka_gate is {tuple(logits[name].shape)}, but "
+                f"components is {config.components}. Copy the adapter again"
             )
-        alpha = gates_of(logits.float(), info.config.gating)  # (r,)
-        entropy = float(normalised_entropy(alpha[None]))
-        print(f"{printable(name):<44}{entropy:>8.4f}  {' '.join(f'{a:.3f}' for a in alpha.tolist())}")
+        alpha = gates_of(logits[name].float(), config.gating)  # (r,)
+        gates[name] = float(normalised_entropy(alpha[None])), alpha.tolist()
+    return gates
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

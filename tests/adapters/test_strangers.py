@@ -145,7 +145,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "ranks beyond any": (configured(filters="servable", components=100, rank=500), "at most 512.*100 × 500"),
     "a rank beyond the layer": (
         configured(filters="servable", components=1, rank=512),
-        "cannot have the rank 512",
+        "has at most rank 32, not 512",
     ),
     "a rank of a half": (configured(filters="servable", rank=0.5), "rank must be a whole number"),
     "a rank of other filters": (configured(rank=16), "rank .16. works only with filters: servable"),

@@ -1,5 +1,6 @@
 """``moka-pl inspect``."""
 
+import json
 import math
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moka_pl.adapters import MokaConfig
 from moka_pl.adapters.reading import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_state
 from moka_pl.cli.inspect import _by_number, inspect
 from moka_pl.cli.main import FUNCTIONS, main
@@ -95,6 +97,22 @@ def test_a_servable_adapter_tells_its_ranks_and_no_gate_that_is_always_1(
     found = facts(output)
     assert (found["filters"], found["exact LoRA rank"]) == ("servable, rank 9", "9")
     assert "entropy" not in output
+
+
+def test_json_holds_the_same(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(adapter), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["options"] == MokaConfig(components=3).to_dict()
+    assert (found["exact_lora_rank"], found["metrics"]) == (
+        [32, 64],
+        {"val/loss": 1.23456, "val/accuracy": 0.5},
+    )
+    assert found["step"] == found["metrics_step"] == 7
+    state = read_adapter_state(adapter)
+    assert found["parameters"] == sum(tensor.numel() for tensor in state.values())
+    gates = {name: state[f"{name}.moka_gate"].softmax(0).tolist() for name in found["gates"]}
+    assert len(gates) == 4
+    assert found["gates"] == gates
 
 
 def test_without_gates(make_adapter: Callable, capsys: pytest.CaptureFixture[str]) -> None:
