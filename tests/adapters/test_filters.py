@@ -123,12 +123,7 @@ def test_servable_covers_any_layer_by_the_cheapest_split_of_its_rank(
 @pytest.mark.parametrize(
     ("m", "n", "components", "remedy"),
     [
-        (
-            8,
-            576,
-            2,
-            "8 × 576 has at most rank 8, not 32 .components × rank = 2 × 16.; set rank to at most 4, or add the layer",
-        ),
+        (8, 576, 2, "at most rank 8, not 32 .components × rank = 2 × 16.; set rank to at most 4, or add"),
         (1, 576, 2, "set at most 1 components with rank 1"),
     ],
 )
