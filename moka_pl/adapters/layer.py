@@ -30,7 +30,8 @@ One component is the matrix of m_a × n_a blocks, each the whole of B times an e
 It should cover the layer: m_a m_b ≈ m and n_a n_b ≈ n (entries that stand out are cut, missing ones are 0). A
 4096 × 4096 layer is covered by a 64 × 64 and a 64 × 64 factor: 8,192 entries for 16.8 million, at full rank.
 Components differ in their block sizes (``filters``), so that each can express what the others cannot. With
-``filters: prime`` (MoKA_s) A is the identity: blocks of one B along the diagonal.
+``filters: prime`` (MoKA_s) A is the identity: blocks of one B along the diagonal. With ``filters: servable``
+A is flat and B tall, a × n/b and m/a × b: A ⊗ B is exactly a LoRA of rank a·b (``MokaLinear.lora_factors``).
 """
 
 import math

@@ -32,11 +32,8 @@ def inspect(adapter: Path, json: bool = False) -> None:
     check_count(adapter, shapes)
     small = sum(tensor.nbytes for tensor in shapes.values()) <= _SMALL
     state = read_adapter_state(adapter) if small else {}  # which looks for NaN in every number
-    method, ranks, size = (
-        method_of(info.config),
-        info.exact_lora_rank,
-        sum(t.numel() for t in shapes.values()),
-    )
+    method, ranks = method_of(info.config), info.exact_lora_rank
+    size = sum(tensor.numel() for tensor in shapes.values())
     step, found_at, metrics = (info.extra.get(key) for key in ("step", "metrics_step", "metrics"))
     gates = _gates(adapter, info, state)
     if json:

@@ -40,6 +40,7 @@ VARIANTS = {
     "prime": {"filters": "prime"},
     "listed, ungated": {"filters": [[4, 8], [2, 3, 8, 9]], "gating": "none", "components": 2},
     "sigmoid": {"gating": "sigmoid"},
+    "servable": {"filters": "servable", "rank": 4, "start": "zero_left", "target_modules": "all-linear"},
     "everything": {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
 }
 
@@ -531,6 +532,13 @@ def test_ranks_are_told_and_servable_filters_need_the_newest_format(
     assert read_adapter(path).exact_lora_rank == ranks
     shown = "12" if "rank" in options else "16 to 32"
     assert f"| exact LoRA rank | {shown} |" in (path / "README.md").read_text(encoding="utf-8")
+
+
+def test_adapters_from_before_ranks_load(adapter: Path) -> None:
+    change_config(adapter, rank=None, exact_lora_rank=None)
+    assert "rank" not in (adapter / CONFIG_NAME).read_text()
+    found = read_adapter(adapter)
+    assert (found.config, found.exact_lora_rank) == (config(), [])
 
 
 # --- accidents ------------------------------------------------------------------------------------------
