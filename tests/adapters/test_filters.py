@@ -12,6 +12,8 @@ from moka_pl.errors import ConfigError
 from moka_pl.ops.layout import Shape
 
 LLAMA2_7B = [(4096, 4096)] * 64  # q_proj and v_proj of 32 layers
+LLAMA2_7B_LINEAR = [*[(4096, 4096)] * 4, (11008, 4096), (11008, 4096), (4096, 11008)] * 32
+SMOLLM2_LINEAR = [*[(576, 576), (192, 576)] * 2, (1536, 576), (1536, 576), (576, 1536)] * 30
 LLAMA3_8B = [(4096, 4096), (1024, 4096)] * 32
 HIGHLY_COMPOSITE = [1024, 2048, 4096, 8192, 5120, 14336, 11008, 5040, 3072, 960]
 
@@ -100,7 +102,7 @@ def test_factors_of_highly_composite_layers_divide_them_and_are_balanced(m: int,
             assert 0.6 < entries / math.sqrt(m * n) < 1.7
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(m=layer_sizes, n=layer_sizes, components=st.integers(1, 4), rank=st.integers(1, 64))
 def test_servable_covers_any_layer_by_the_cheapest_split_of_its_rank(
     m: int, n: int, components: int, rank: int
@@ -118,6 +120,21 @@ def test_servable_covers_any_layer_by_the_cheapest_split_of_its_rank(
     assert shape.num_parameters == min(a * math.ceil(n / b) + math.ceil(m / a) * b for a, b in splits)
     if m == n and (side := math.isqrt(rank)) ** 2 == rank and n % side == 0:
         assert (shape.m_a, shape.n_b, shape.num_parameters) == (side, side, n + m)
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "entries"),
+    [
+        (LLAMA2_7B_LINEAR, 1, 2_498_560),  # as a LoRA of rank 1
+        (LLAMA2_7B_LINEAR, 8, 2_625_536),
+        (LLAMA2_7B_LINEAR, 16, 2_498_560),
+        (LLAMA2_7B_LINEAR, 256, 2_498_560),
+        (SMOLLM2_LINEAR, 16, 305_280),
+    ],
+)
+def test_counts_of_servable_components(layers: list[tuple[int, int]], rank: int, entries: int) -> None:
+    shapes = [shape for m, n in layers for shape in filter_shapes("servable", 1, m, n, rank)]
+    assert sum(shape.num_parameters for shape in shapes) == entries
 
 
 @pytest.mark.parametrize(

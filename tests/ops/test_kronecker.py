@@ -95,7 +95,7 @@ def test_product_and_gradients_equal_those_of_the_cut_kronecker_product(case: Ca
             torch.testing.assert_close(ours, theirs, msg=lambda m, n=name, b=backend: f"{b}, {n}: {m}")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_lora_factors_multiply_to_the_cut_kronecker_product(case: Case) -> None:
     _, weights, factors = tensors(case)
