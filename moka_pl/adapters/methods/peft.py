@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.injection import replace_module
 from moka_pl.adapters.methods.base import AdapterMethod, check_tensors, name_targets
-from moka_pl.adapters.methods.peft_layers import PeftLayer, SavedModule
+from moka_pl.adapters.methods.peft_layers import PeftLayer, SavedModule, keep_dtype
 from moka_pl.adapters.methods.peft_targets import explicit_config
 from moka_pl.adapters.reach import runs_text, trains
 from moka_pl.adapters.schema import check_values, shown
@@ -188,6 +188,8 @@ class PeftMethod(AdapterMethod):
         inject_adapter_in_model(copy.deepcopy(config), model, low_cpu_mem_usage=empty)
         for layer in self.layers(model).values():
             layer.module.train(layer.base_layer.training)  # PEFT's dropout is on in an evaluating model, too
+            if is_quantised(layer.base_layer):
+                layer.module.register_forward_hook(keep_dtype)
 
     def _check_size(self, config: Any, model: nn.Module, saved: Mapping[str, Tensor] | None) -> None:
         """Refuses absurd sizes, and those of another adapter than the saved one, before they take memory."""

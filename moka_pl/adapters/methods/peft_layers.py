@@ -115,3 +115,8 @@ class _MergedForward:
         out: torch.Tensor
         out = self.dense(x.to(self.dense.weight.dtype)).to(x.dtype) if self.any_dtype else self.dense(x)
         return out
+
+
+def keep_dtype(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """A forward hook that returns the input's dtype: on 4-bit layers IA3 and RoAd return float32."""
+    return output.to(inputs[0].dtype)

@@ -119,6 +119,21 @@ def test_4bit_layers_are_pefts_own():
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: peft.IA3Config(target_modules="all-linear", feedforward_modules=["down_proj"]),
+        lambda: peft.RoadConfig(target_modules="all-linear", group_size=8),
+    ],
+    ids=["ia3", "road"],
+)
+def test_layers_return_the_dtype_that_they_are_given(make):
+    config = BackboneConfig("tiny", weights="random", quantization="nf4", compute_dtype="bfloat16")
+    model = load_backbone(config).model
+    assert inject_adapter(model, make())
+    assert model(IDS).logits.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["lokr", "loha"])
 def test_what_fails_on_4bit_layers_is_refused_and_the_model_stays_plain(name):
     model = base("nf4")
