@@ -14,7 +14,7 @@ from moka_pl.backbone.quantization import (
     kernel_weight,
     layer_compute_dtype,
 )
-from moka_pl.ops.dispatch import DECODE_TOKENS, can_fuse, resolve_backend
+from moka_pl.ops.dispatch import DECODE_TOKENS, can_fuse, can_fuse_thin, resolve_backend
 from moka_pl.ops.kronecker import UPDATES
 from moka_pl.ops.merged_forward import DenseUpdates
 from moka_pl.ops.thin import ThinUpdates
@@ -62,7 +62,21 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
     weight = partial(dense_weight, layer)
     parts = (shapes, m, n, adapted.scaling, weight, is_quantised(layer), adapted.gating)
     if resolved == "thin":
-        return ForwardPlan(ThinUpdates(*parts, partial(frozen_output, layer, autocast)), compute, result)
+        frozen = partial(frozen_output, layer, autocast)
+        if not can_fuse_thin(x, compute, dtype, shapes, m):
+            return ForwardPlan(ThinUpdates(*parts, frozen), compute, result)
+        from moka_pl.ops.triton import FusedThinUpdates, can_dequantise, make_thin_plan
+
+        # Under autocast a 4-bit layer's product may have another dtype than the layer says.
+        own = not autocast or torch.get_autocast_dtype(device) == compute
+        source = kernel_weight(layer, compute, even=True) if own else None
+        fused = FusedThinUpdates(
+            *parts,
+            frozen,
+            plan=make_thin_plan(shapes, m, n, x.device),
+            source=source if can_dequantise(source) else None,
+        )
+        return ForwardPlan(fused, compute, result)
     if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
         from moka_pl.ops.triton import FusedUpdates, make_plan
 

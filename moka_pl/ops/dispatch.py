@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moka_pl.errors import ConfigError
 from moka_pl.ops.layout import Shape, group_equal
-from moka_pl.ops.thin import is_thin
+from moka_pl.ops.thin import hidden_size, is_thin
 
 Backend = Literal["auto", "structured", "dense", "thin", "fused"]
 
@@ -20,6 +20,9 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 #: Tokens below which, on a GPU and without gradients, building ΔW costs more than kernels for few tokens.
 DECODE_TOKENS = 32
+
+#: Hidden numbers of a token up to which the kernels' tiles fit.
+_WIDEST = 128
 
 
 def resolve_backend(
@@ -75,6 +78,22 @@ def can_fuse(x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int) -
     device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     one_kind = len({shape.identity for shape in shapes}) == 1
     return device and factors == torch.float32 and one_kind and m * x.shape[-1] < 2**31 and _has_triton()
+
+
+def can_fuse_thin(
+    x: Tensor, compute: torch.dtype, factors: torch.dtype, shapes: tuple[Shape, ...], m: int
+) -> bool:
+    """Whether the Triton kernels for thin products serve an update of x on its GPU.
+
+    Args:
+        x: Input, shape (..., n).
+        compute: Dtype of the products.
+        factors: Dtype of factors and weights.
+        shapes: r shapes of small ranks.
+        m: Output features.
+    """
+    served = compute in (torch.bfloat16, torch.float32) and hidden_size(shapes) <= _WIDEST
+    return served and x.is_cuda and can_fuse(x, factors, shapes, m)
 
 
 @lru_cache(maxsize=4096)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moka_pl.ops.dense import add_delta_
-from moka_pl.ops.dispatch import Backend, resolve_backend
+from moka_pl.ops.dispatch import Backend, can_fuse_thin, resolve_backend
 from moka_pl.ops.gating import Gating
 from moka_pl.ops.layout import Shape, exact_rank, unpack
 from moka_pl.ops.merged_forward import DenseUpdates, MergedForward, StructuredUpdates
@@ -123,6 +123,10 @@ def kronecker_linear(
         from moka_pl.ops.triton import FusedUpdates, make_plan
 
         updates = FusedUpdates(*alone, make_plan(shapes, out_features, n, x.device))
+    elif resolved == "thin" and can_fuse_thin(x, x.dtype, dtype, shapes, out_features):
+        from moka_pl.ops.triton import FusedThinUpdates, make_thin_plan
+
+        updates = FusedThinUpdates(*alone, plan=make_thin_plan(shapes, out_features, n, x.device))
     else:
         updates = UPDATES[resolved](*alone)
     out: Tensor = MergedForward.apply(x.reshape(-1, n), weights, left, right, None, updates)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Triton kernels: ΔW built, or added to a frozen weight, in one launch; its gradient projected in two.
+"""Triton kernels: ΔW built, or added to a frozen weight, in one launch; thin products in few passes.
 
 Every kernel names its plain reference in :mod:`moka_pl.ops`, which the tests hold it to.
 
@@ -11,18 +11,25 @@ from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.decode import add_decode_update_
 from moka_pl.ops.triton.delta import fused_weight
 from moka_pl.ops.triton.gates import Gates, layer_gates
-from moka_pl.ops.triton.merged_forward import FusedUpdates
+from moka_pl.ops.triton.merged_forward import FusedThinUpdates, FusedUpdates
 from moka_pl.ops.triton.plan import Plan, make_plan
 from moka_pl.ops.triton.projection import fused_projection
+from moka_pl.ops.triton.thin_factors import can_dequantise, thin_factors
+from moka_pl.ops.triton.thin_plan import ThinPlan, make_thin_plan
 
 __all__ = [
+    "FusedThinUpdates",
     "FusedUpdates",
     "Gates",
     "Plan",
+    "ThinPlan",
     "WeightSource",
     "add_decode_update_",
+    "can_dequantise",
     "fused_projection",
     "fused_weight",
     "layer_gates",
     "make_plan",
+    "make_thin_plan",
+    "thin_factors",
 ]

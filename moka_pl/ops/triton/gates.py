@@ -66,3 +66,24 @@ def weight(values, c, scaling, top, total, GATING: tl.constexpr):  # type: ignor
     elif GATING == "sigmoid":
         value = 1 / (1 + tl.exp(-value))
     return value * scaling
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def logits_gradient(  # type: ignore[no-untyped-def]
+    grad, values, scaling, R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr
+):
+    """The gradient of ``Gates.values``, (PADDED,), for that of the weights w.
+
+    Reference: :func:`moka_pl.ops.gating.logits_gradient`.
+    """
+    c = tl.arange(0, PADDED)
+    grad *= scaling
+    if GATING == "softmax":
+        # dα_i/dg_j = α_i (δ_ij - α_j)
+        highest, sum_ = softmax_parts(values, R, PADDED, GATING)
+        alpha = tl.exp(tl.load(values + c, mask=c < R, other=-float("inf")) - highest) / sum_
+        grad = alpha * (grad - tl.sum(alpha * tl.where(c < R, grad, 0.0), 0))
+    elif GATING == "sigmoid":
+        value = 1 / (1 + tl.exp(-tl.load(values + c, mask=c < R, other=0.0)))
+        grad *= value * (1 - value)
+    return grad

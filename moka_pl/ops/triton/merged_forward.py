@@ -1,4 +1,4 @@
-"""The merged forward by the kernels; its reference is :mod:`moka_pl.ops.merged_forward`."""
+"""The merged forward by the kernels; its references are in :mod:`moka_pl.ops`."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,23 @@ import torch
 from torch import Tensor
 
 from moka_pl.ops.merged_forward import DenseUpdates
+from moka_pl.ops.thin import ThinUpdates
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.delta import fused_weight
 from moka_pl.ops.triton.gates import layer_gates
 from moka_pl.ops.triton.plan import Plan
 from moka_pl.ops.triton.projection import fused_projection
+from moka_pl.ops.triton.thin import (
+    thin_factor_gradients,
+    thin_forward,
+    thin_inputs_backward,
+    thin_outputs_backward,
+)
+from moka_pl.ops.triton.thin_factors import thin_factors
+from moka_pl.ops.triton.thin_plan import ThinPlan
+
+#: Tokens above which bitsandbytes dequantises a 4-bit weight for its product, too; for fewer it has a kernel.
+_DEQUANTISED = 1536
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,3 +52,57 @@ class FusedUpdates(DenseUpdates):
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
         grad_left, grad_right, grad_gate = fused_projection(self.plan, grad, left, right, gates)
         return grad_left, grad_right, None if gate is None else grad_gate
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FusedThinUpdates(ThinUpdates):
+    """The thin products in one pass forward and two backward; reference: :class:`ThinUpdates`.
+
+    With many tokens the frozen layer's product adds itself to the update, which costs no pass of its own.
+
+    Args:
+        plan: The layer's plan.
+        source: The frozen 4-bit weight as the kernels read it; None for a storage that they do not read.
+    """
+
+    plan: ThinPlan
+    source: WeightSource | None = None
+
+    def product(
+        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`ThinUpdates.product`."""
+        if len(x) == 0:
+            return super().product(x, bias, left, right, gate)
+        x = x.contiguous()
+        gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
+        own = self.source if bias is None and len(x) > _DEQUANTISED else None
+        thin, weight = thin_factors(self.plan, left, right, gates, x.dtype, own)
+        if weight is not None:
+            update, hidden = thin_forward(self.plan, x, thin)
+            return update.addmm_(x, weight.mT), hidden
+        out = None if self.frozen is None else self.frozen(x).contiguous()
+        return thin_forward(self.plan, x, thin, out)
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        left: Tensor,
+        right: Tensor,
+        gate: Tensor | None,
+        kept: Tensor | None,
+        needs_x: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """As :meth:`ThinUpdates.backward`."""
+        if len(x) == 0 or kept is None:
+            return super().backward(grad, x, left, right, gate, kept, needs_x)
+        grad, x = grad.contiguous(), x.contiguous()
+        gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
+        thin, weight = thin_factors(self.plan, left, right, gates, x.dtype, self.source if needs_x else None)
+        grad_hidden, up_parts = thin_outputs_backward(self.plan, grad, kept, thin)
+        grad_x, down_parts = thin_inputs_backward(self.plan, x, grad_hidden, thin, needs_x)
+        if grad_x is not None and self.base_weight is not None:
+            grad_x.addmm_(grad, self.base_weight().to(grad.dtype) if weight is None else weight)
+        grads = thin_factor_gradients(self.plan, down_parts, up_parts, right, gates, gate is not None)
+        return grad_x, *grads

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
+from moka_pl.ops.triton.gates import Gates, logits_gradient, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.plan import CHUNK, ENTRIES, MEMBERS, PAIRS, Plan
 
@@ -129,14 +129,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
             part = start + tl.arange(0, CHUNK)
             index = begin_weights + first[:, None] + part[None, :] * MEMBERS
             sums += tl.load(parts + index, mask=real[:, None] & (part[None, :] < count[:, None]), other=0.0)
-        grad = tl.sum(sums, 1) * scaling  # (PADDED,)
-        if GATING == "softmax":
-            # dα_i/dg_j = α_i (δ_ij - α_j)
-            alpha = tl.exp(tl.load(values + c, mask=real, other=-float("inf")) - highest) / sum_
-            grad = alpha * (grad - tl.sum(alpha * tl.where(real, grad, 0.0), 0))
-        elif GATING == "sigmoid":
-            value = 1 / (1 + tl.exp(-tl.load(values + c, mask=real, other=0.0)))
-            grad *= value * (1 - value)
+        grad = logits_gradient(tl.sum(sums, 1), values, scaling, R, PADDED, GATING)  # (PADDED,)
         tl.store(grad_values + c, grad, mask=real)
     else:
         chunk = chunks + program * 5

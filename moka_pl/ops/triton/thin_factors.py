@@ -1,0 +1,177 @@
+"""What the thin products multiply with, filled in by one launch: L and Uᵀ, and the frozen weight beside them.
+
+References: ``lora_left`` and ``lora_right`` of :mod:`moka_pl.ops.thin`, and
+:func:`moka_pl.backbone.quantization.dense_weight`, bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments
+from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
+from moka_pl.ops.triton.launch import launch
+from moka_pl.ops.triton.thin_plan import COLUMNS, ThinPlan
+
+#: 32-bit words, of eight 4-bit numbers each, that a program dequantises four times: one a thread.
+_WORDS = 256
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scales(  # type: ignore[no-untyped-def]
+    absmax, outer_code, outer_absmax, offset, i, inside, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr
+):
+    """The scales of words i."""
+    block = i // (BLOCKSIZE // 8)
+    if NESTED:
+        number = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+        outer = tl.load(outer_absmax + block // 256, mask=inside, other=0.0)
+        largest = tl.load(outer_code + number) * outer + tl.load(offset)
+    else:
+        largest = tl.load(absmax + block, mask=inside, other=0.0)
+    return largest
+
+
+@triton.jit
+def _put_words(out, word, largest, code, i, inside):  # type: ignore[no-untyped-def]
+    """Stores the entries of words i: eight each, the first in the upper half of the lowest byte.
+
+    A thread has one word, so that its entries lie side by side in one wide store.
+    """
+    k = tl.arange(0, 8)[None, :]
+    number = (word[:, None] >> (4 * (k ^ 1))) & 15
+    value = tl.load(code + number) * largest[:, None]
+    tl.store(out + i[:, None] * 8 + k, value.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dequantise(  # type: ignore[no-untyped-def]
+    out, words, absmax, code, outer_code, outer_absmax, offset, program, size,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Four times WORDS words of W: all are under way before the first is stored."""
+    i_0 = program * (4 * WORDS) + tl.arange(0, WORDS)
+    i_1, i_2, i_3 = i_0 + WORDS, i_0 + 2 * WORDS, i_0 + 3 * WORDS
+    word_0 = tl.load(words + i_0, mask=i_0 < size, other=0)
+    word_1 = tl.load(words + i_1, mask=i_1 < size, other=0)
+    word_2 = tl.load(words + i_2, mask=i_2 < size, other=0)
+    word_3 = tl.load(words + i_3, mask=i_3 < size, other=0)
+    scale_0 = _scales(absmax, outer_code, outer_absmax, offset, i_0, i_0 < size, BLOCKSIZE, NESTED)
+    scale_1 = _scales(absmax, outer_code, outer_absmax, offset, i_1, i_1 < size, BLOCKSIZE, NESTED)
+    scale_2 = _scales(absmax, outer_code, outer_absmax, offset, i_2, i_2 < size, BLOCKSIZE, NESTED)
+    scale_3 = _scales(absmax, outer_code, outer_absmax, offset, i_3, i_3 < size, BLOCKSIZE, NESTED)
+    _put_words(out, word_0, scale_0, code, i_0, i_0 < size)
+    _put_words(out, word_1, scale_1, code, i_1, i_1 < size)
+    _put_words(out, word_2, scale_2, code, i_2, i_2 < size)
+    _put_words(out, word_3, scale_3, code, i_3, i_3 < size)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fill_down(  # type: ignore[no-untyped-def]
+    thin, left, rows, n, program, R: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """COLUMNS columns of L, (R, n)."""
+    r = tl.arange(0, PADDED)[:, None]
+    real = r < R
+    j = (program * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    begin = tl.load(rows + r, mask=real, other=0)
+    n_a = tl.load(rows + R + r, mask=real, other=0)
+    n_b = tl.load(rows + 2 * R + r, mask=real, other=1)
+    q = tl.load(rows + 3 * R + r, mask=real, other=0)
+    p = j // n_b
+    met = (j - p * n_b == q) & (p < n_a) & (j < n)
+    value = tl.load(left + begin + p, mask=met, other=0.0)
+    tl.store(thin + r * n + j, value.to(thin.dtype.element_ty), mask=real & (j < n))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fill_up(  # type: ignore[no-untyped-def]
+    thin, right, values, scaling, rows, m, program,
+    R: tl.constexpr, PADDED: tl.constexpr, COMPONENTS: tl.constexpr, COMPONENTS_PADDED: tl.constexpr,
+    GATING: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS columns of Uᵀ, (R, m)."""
+    r = tl.arange(0, PADDED)[:, None]
+    real = r < R
+    j = (program * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    n_b = tl.load(rows + 2 * R + r, mask=real, other=1)
+    a = tl.load(rows + 4 * R + r, mask=real, other=-1)
+    begin = tl.load(rows + 5 * R + r, mask=real, other=0)
+    m_b = tl.load(rows + 6 * R + r, mask=real, other=1)
+    component = tl.load(rows + 7 * R + r, mask=real, other=0)
+    highest, sum_ = softmax_parts(values, COMPONENTS, COMPONENTS_PADDED, GATING)
+    scale = weight(values, component, scaling, highest, sum_, GATING)
+    i = j // m_b
+    value = tl.load(right + begin + (j - i * m_b) * n_b, mask=(i == a) & (j < m), other=0.0) * scale
+    tl.store(thin + r * m + j, value.to(thin.dtype.element_ty), mask=real & (j < m))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fill_kernel(  # type: ignore[no-untyped-def]
+    w, thin, left, right, values, scaling, rows, data, absmax, code, outer_code, outer_absmax, offset,
+    programs, size, m, n,
+    R: tl.constexpr, PADDED: tl.constexpr, COMPONENTS: tl.constexpr, COMPONENTS_PADDED: tl.constexpr,
+    GATING: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """L and Uᵀ by the first programs, W by the others."""
+    program = tl.program_id(0)
+    stripes = tl.cdiv(n, COLUMNS)
+    if program < stripes:
+        _fill_down(thin, left, rows, n, program, R, PADDED, COLUMNS)
+    elif program < programs:
+        _fill_up(thin + R * n, right, values, scaling, rows, m, program - stripes,
+                 R, PADDED, COMPONENTS, COMPONENTS_PADDED, GATING, COLUMNS)  # fmt: skip
+    elif READ:
+        _dequantise(w, data, absmax, code, outer_code, outer_absmax, offset, program - programs, size,
+                    BLOCKSIZE, NESTED, WORDS)  # fmt: skip
+
+
+def can_dequantise(source: WeightSource | None) -> bool:
+    """Whether :func:`thin_factors` reads this weight: of 4 bits, in whole words."""
+    return (
+        source is not None
+        and source.code is not None
+        and source.data.element_size() == 1
+        and source.data.numel() % 4 == 0
+        and source.data.data_ptr() % 16 == 0
+    )
+
+
+def thin_factors(
+    plan: ThinPlan,
+    left: Tensor,
+    right: Tensor,
+    gates: Gates,
+    dtype: torch.dtype,
+    source: WeightSource | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns L, (R, n), and Uᵀ, (R, m), in one vector, and the frozen weight W, (m, n), where asked for.
+
+    Args:
+        plan: The layer's plan.
+        left: Packed left factors, float32.
+        right: Packed right factors, float32; U holds them times w.
+        gates: The weights w.
+        dtype: Dtype of the results.
+        source: A frozen 4-bit weight that :func:`can_dequantise`; None for L and Uᵀ alone.
+    """
+    m, n = plan.plan.m, plan.plan.n
+    thin = torch.empty(plan.hidden * (m + n), dtype=dtype, device=right.device)
+    w = None if source is None else torch.empty(m, n, dtype=dtype, device=right.device)
+    frozen_pointers, blocksize, nested = frozen_arguments(source, right)
+    if w is not None:
+        frozen_pointers = (frozen_pointers[0].view(-1).view(torch.int32), *frozen_pointers[1:])
+    size = 0 if w is None else m * n // 8
+    programs = -(-n // COLUMNS) - (-m // COLUMNS)
+    values, scaling, gating = gates
+    launch(
+        _fill_kernel, plan.compiled, ("fill", dtype, gating, blocksize, nested),
+        (programs - (-size // (4 * _WORDS)), 1, 1), (right, left, values, *frozen_pointers[:2]),
+        (thin if w is None else w, thin, left, right, values, scaling, plan.rows, *frozen_pointers,
+         programs, size, m, n, plan.hidden, plan.padded, len(plan.plan.shapes), plan.plan.padded, gating,
+         w is not None, blocksize, nested, COLUMNS, _WORDS),
+        num_warps=_WORDS // 32, enable_fp_fusion=False,
+    )  # fmt: skip
+    return thin, w

@@ -1,0 +1,151 @@
+"""The kernels of thin products, under Triton's interpreter where there is no GPU (see conftest)."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moka_pl.adapters.filters import filter_shapes
+from moka_pl.backbone.quantization import dense_weight, kernel_weight, quantised_linear
+from moka_pl.ops.gating import Gating, gates_of
+from moka_pl.ops.kronecker import delta_weight
+from moka_pl.ops.layout import Shape, left_sizes, right_sizes
+from moka_pl.ops.merged_forward import MergedForward
+from moka_pl.ops.thin import down, hidden_size, lora_left, lora_right
+
+pytest.importorskip("triton")
+kernels = pytest.importorskip("moka_pl.ops.triton")
+
+DEVICE = torch.device("cpu")
+SCALING = 1.7
+
+#: Shapes, m, n, tokens, gating.
+CASES = {
+    "sums taken early": ((Shape(4, 16, 16, 4),), 64, 64, 32, "softmax"),
+    "two components": ((Shape(4, 32, 16, 4),) * 2, 64, 128, 40, "softmax"),
+    "padded ranks": ((Shape(2, 33, 40, 2),), 80, 66, 37, "sigmoid"),
+    "several shapes, cut and filled": ((Shape(3, 7, 9, 5), Shape(2, 9, 20, 3)), 30, 43, 17, "softmax"),
+    "odd ranks": ((Shape(7, 5, 5, 1),) * 3, 33, 5, 70, "sigmoid"),
+    "many hidden numbers, ungated": ((Shape(8, 16, 16, 8), Shape(1, 128, 128, 1)), 128, 128, 33, None),
+}
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+def _updates(
+    shapes: tuple[Shape, ...], m: int, n: int, gating: Gating, layer: nn.Linear | None = None
+) -> kernels.FusedThinUpdates:
+    frozen = None if layer is None else lambda x: nn.functional.linear(x, dense_weight(layer))
+    weight = None if layer is None else lambda: dense_weight(layer)
+    source = None if layer is None else kernel_weight(layer, torch.float32, even=True)
+    return kernels.FusedThinUpdates(
+        shapes, m, n, SCALING, weight, True, gating, frozen,
+        plan=kernels.make_thin_plan(shapes, m, n, DEVICE), source=source,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> tuple[tuple[Shape, ...], int, int, int, Gating | None]:
+    torch.manual_seed(len(request.param))
+    return CASES[request.param]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_and_all_gradients_agree_with_float64(case, dtype: torch.dtype) -> None:
+    shapes, m, n, tokens, gating = case
+    left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
+    gate = None if gating is None else torch.randn(len(shapes))
+    x, upstream = torch.randn(tokens, n).to(dtype), torch.randn(tokens, m).to(dtype)
+    own = [p.requires_grad_() for p in (x, left, right, gate) if p is not None]
+    updates = _updates(shapes, m, n, gating or "none")
+    out = MergedForward.apply(x, gate, left, right, None, updates)
+    found = torch.autograd.grad(out, own, upstream)
+
+    exact = [p.detach().double().requires_grad_() for p in own]
+    alpha = torch.full((len(shapes),), 1 / len(shapes)) if gating is None else gates_of(exact[3], gating)
+    target = exact[0] @ delta_weight(alpha.double() * SCALING, exact[1], exact[2], shapes, m, n).mT
+    expected = torch.autograd.grad(target, exact, upstream.double())
+    bound = 2e-2 if dtype is torch.bfloat16 else 1e-5  # the interpreter cuts bfloat16 off
+    assert _error(out, target) < bound
+    for value, reference in zip(found[:3], expected[:3], strict=True):
+        assert _error(value, reference) < bound
+    if gating == "softmax" and len(shapes) == 1:
+        assert found[3].tolist() == [0.0]
+    elif gating is not None:
+        assert _error(found[3], expected[3]) < bound
+
+
+def test_thin_matrices_are_their_references(case) -> None:
+    shapes, m, n, *_ = case
+    left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
+    weights = torch.randn(len(shapes))
+    plan = kernels.make_thin_plan(shapes, m, n, DEVICE)
+    thin, weight = kernels.thin_factors(plan, left, right, kernels.Gates(weights), torch.float32)
+    size = hidden_size(shapes)
+    assert weight is None
+    assert torch.equal(thin[: size * n].view(size, n), lora_left(left, shapes, n, thin.dtype))
+    assert torch.equal(thin[size * n :].view(size, m).mT, lora_right(right, weights, shapes, m, thin.dtype))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("m", "n"), [(64, 128), (40, 24)])
+def test_a_4bit_weight_is_dequantised_as_bitsandbytes_does(m: int, n: int, nested: bool) -> None:
+    torch.manual_seed(0)
+    layer = quantised_linear(nn.Linear(n, m), torch.randn(m, n) / 50, "nf4", nested, torch.float32)
+    shapes = filter_shapes([[2, -(-n // 2), -(-m // 2), 2]], 1, m, n)
+    plan = kernels.make_thin_plan(shapes, m, n, DEVICE)
+    left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
+    source = kernel_weight(layer, torch.float32, even=True)
+    assert kernels.can_dequantise(source)
+    _, found = kernels.thin_factors(plan, left, right, kernels.Gates(torch.ones(1)), torch.float32, source)
+    assert torch.equal(found, dense_weight(layer))  # bit for bit
+
+
+def test_the_frozen_product_adds_itself_to_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    m, n, tokens = 64, 128, 40
+    monkeypatch.setattr("moka_pl.ops.triton.merged_forward._DEQUANTISED", tokens - 1)
+    layer = quantised_linear(nn.Linear(n, m, bias=False), torch.randn(m, n), "nf4", True, torch.float32)
+    shapes = (Shape(2, 64, 32, 2),)
+    left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
+    x, upstream = torch.randn(tokens, n).requires_grad_(), torch.randn(tokens, m)
+    updates = _updates(shapes, m, n, "none", layer)
+    out, hidden = updates.product(x.detach(), None, left, right, None)
+    total = dense_weight(layer).double() + SCALING * delta_weight(
+        torch.ones(1).double(), left.double(), right.double(), shapes, m, n
+    )
+    assert _error(out, x.detach().double() @ total.mT) < 1e-5
+    assert _error(hidden, down(x.detach().double(), left.double(), shapes)) < 1e-5
+    grad_x, *_ = updates.backward(upstream, x.detach(), left, right, None, hidden, True)
+    assert _error(grad_x, upstream.double() @ total) < 1e-5
+    grad_x, grad_left, _, _ = updates.backward(upstream, x.detach(), left, right, None, hidden, False)
+    assert grad_x is None
+    assert grad_left.isfinite().all()
+
+
+def test_no_tokens_give_no_output_and_zero_gradients() -> None:
+    shapes, m, n, _, _ = CASES["two components"]
+    left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
+    updates = _updates(shapes, m, n, "none")
+    out, hidden = updates.product(torch.empty(0, n), None, left, right, None)
+    assert out.shape == (0, m)
+    _, grad_left, grad_right, _ = updates.backward(
+        torch.empty(0, m), torch.empty(0, n), left, right, None, hidden, True
+    )
+    assert not grad_left.any()
+    assert not grad_right.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_values_show(bad: float) -> None:
+    shapes, m, n, tokens, _ = CASES["sums taken early"]
+    left, right = torch.ones(sum(left_sizes(shapes))), torch.ones(sum(right_sizes(shapes)))
+    updates = _updates(shapes, m, n, "none")
+    x = torch.ones(tokens, n)
+    x[3, 5] = bad
+    out, hidden = updates.product(x, None, left, right, None)
+    assert not out[3].isfinite().any()
+    grads = updates.backward(torch.ones(tokens, m), x, left, right, None, hidden, True)
+    assert not grads[1].isfinite().all()
+    assert not grads[2].isfinite().all()
