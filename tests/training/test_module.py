@@ -457,3 +457,12 @@ def test_ungated_module_trains(make_module, make_data, make_trainer, step_log):
     assert all(math.isfinite(loss) for loss in log.losses.values())
     assert log.losses[max(log.losses)] < log.losses[1]
     assert isinstance(module.adapter, MokaConfig)
+
+
+def test_the_exact_lora_rank_is_told_with_the_parameters(make_module, caplog) -> None:
+    options = {"filters": "servable", "rank": 9, "target_modules": "all-linear"}
+    for adapter, told in ((options, "exact LoRA rank: 27"), ({}, "exact LoRA rank: 32 to 64")):
+        caplog.clear()
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            make_module(adapter=adapter).configure_model()
+        assert told in caplog.messages
