@@ -57,8 +57,14 @@ class Run:
 
     @cached_property
     def test_key(self) -> str:
-        """Hash of what is tested."""
-        return _hash([_FORMAT, self.test, *([self.beside] if self.beside else [])])
+        """Hash of what is tested, and how it is answered."""
+        answers = {name: value for name, value in self.beside.items() if name != "forgetting"}
+        return _hash([_FORMAT, self.test, *([answers] if answers else [])])
+
+    @cached_property
+    def text_key(self) -> str | None:
+        """Hash of the plain text that is scored, too; None without one."""
+        return _hash([_FORMAT, self.beside["forgetting"]]) if "forgetting" in self.beside else None
 
     @property
     def folder(self) -> str:
@@ -170,8 +176,9 @@ class Store:
 
 
 def tested_with(outcome: Outcome, run: Run) -> bool:
-    """Whether an outcome is that of a run tested on the run's test data."""
-    return bool(outcome.get("tested", {}).get("key") == run.test_key)
+    """Whether an outcome is that of a run tested on its test data, and on its plain text if it has one."""
+    tested = outcome.get("tested", {})
+    return tested.get("key") == run.test_key and run.text_key in (None, tested.get("text"))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Plan:
         self._store = store
         self._outcomes: dict[str, Outcome] = {}
         self._failed: set[str] = set()
+        self._tested: set[tuple[str, str, str | None]] = set()
         self._busy: dict[str, Task] = {}
         self._queues: list[FrozenTasks | MethodTasks] = []
         for suite in suites:
@@ -87,6 +88,8 @@ class Plan:
         self._outcomes[task.run.key] = outcome
         if "error" in outcome:
             self._failed.add(task.run.key)
+        if task.test:
+            self._tested.add(_test_of(task.run))
 
     def remaining(self) -> Remaining:
         """Everything that is not done yet, with what is being done; every run once."""
@@ -114,14 +117,22 @@ class Plan:
         return [(Task(run, "tested" in known), known) for run, known in outcomes if "trained" in known]
 
     def is_open(self, task: Task) -> bool:
-        """Whether something of a task is left; not if it has failed here."""
+        """Whether something of a task is left; not if it has failed here.
+
+        Of suites that test the same run differently the last test is kept: none is repeated here.
+        """
         outcome = self.outcome(task.run)
-        done = "trained" in outcome and (not task.test or tested_with(outcome, task.run))
+        tested = _test_of(task.run) in self._tested or tested_with(outcome, task.run)
+        done = "trained" in outcome and (not task.test or tested)
         return not done and task.run.key not in self._failed
 
     def _open(self) -> Iterator[Task]:
         for queue in self._queues:
             yield from queue.tasks(self)
+
+
+def _test_of(run: Run) -> tuple[str, str, str | None]:
+    return run.key, run.test_key, run.text_key
 
 
 class FrozenTasks:

@@ -279,7 +279,8 @@ class Executor:
         if test and not tested_with(outcome, run):
             start = time.monotonic()
             items, scores = self._test(run, module, trainer, tokenizer)
-            outcome["tested"] = {"key": run.test_key, "seconds": time.monotonic() - start, **scores}
+            keys = {"key": run.test_key} | ({} if run.text_key is None else {"text": run.text_key})
+            outcome["tested"] = keys | {"seconds": time.monotonic() - start, **scores}
             self.store.write(run, outcome, items)
 
     def _test(

@@ -85,6 +85,20 @@ def test_runs_in_common_are_done_once_and_suites_come_in_their_order(suites, sto
     assert plan.remaining().tasks == []
 
 
+@pytest.mark.parametrize("other", [{"forgetting": {"class_path": "x"}}, {"test": {"class_path": "x"}}])
+def test_suites_that_test_a_run_differently_test_it_once_each(suites, store, other):
+    plan = Plan([suites[0], dataclasses.replace(suites[0], name="other", **other)], store)
+    tests = []
+    while task := plan.next():
+        outcome = whole(task, 1.0) if task.test else trained(1.0)
+        if task.test:
+            tests.append((task.run.key, task.run.test_key, task.run.text_key))
+            outcome["tested"]["text"] = task.run.text_key
+        plan.end(task, outcome)
+    assert len(tests) == len(set(tests))
+    assert {key for key, _, _ in tests} == {t.run.key for t, _ in plan.known() if t.test}
+
+
 def test_what_is_left_is_counted_once(suites, store):
     plan = Plan(suites, store)
     remaining = plan.remaining()
