@@ -118,5 +118,11 @@ class _MergedForward:
 
 
 def keep_dtype(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-    """A forward hook that returns the input's dtype: on 4-bit layers IA3 and RoAd return float32."""
+    """A forward hook that returns the input's dtype: on 4-bit layers IA3 and RoAd return float32.
+
+    Args:
+        module: The layer.
+        inputs: What it was given.
+        output: What it made of that.
+    """
     return output.to(inputs[0].dtype)
