@@ -195,7 +195,7 @@ def test_answers_are_generated_and_plain_text_is_scored_before_and_after(one_thr
     check_suite(suite)
     store = Store(tmp_path / "out")
     execute = Executor(store)
-    runs = [frozen_run(suite), run_of(suite, suite.methods[0], 0.3, 0)]
+    runs = [frozen_run(suite), run_of(suite, suite.methods[0], 0.05, 0)]
     outcomes = [execute(run, True) for run in runs]
     assert [outcome.get("error") for outcome in outcomes] == [None, None]
     frozen, trained = (store.read_items(run) for run in runs)
