@@ -7,7 +7,7 @@ from moka_pl.evaluation.results import Share
 from moka_pl.studies.compare.across import families
 from moka_pl.studies.compare.across.write import write_across
 from moka_pl.studies.compare.report import Entry, Report, Row
-from moka_pl.studies.compare.statistics import Comparison, Difference
+from moka_pl.studies.compare.statistics import Comparison, Difference, Forgotten
 from moka_pl.studies.compare.suite import read_suite
 
 FOLDER = Path(__file__).parents[4] / "scripts" / "suites"
@@ -67,6 +67,17 @@ def test_what_the_reference_gains_is_told_by_family(reports):
     assert f"| LoRA r1 \\* | 1,000 | 1 |  |  | 2.530 ± 0.020 | {gain} |" in texts
     assert "| servable 16 | 1,000 | 16 | 50.0 ± 1.0 |  | 2.500 ± 0.020 |  |" in questions
     assert "frozen" not in text
+    assert "plain text |" not in text
+
+
+def test_what_is_forgotten_is_told_beside(reports):
+    first, rows = reports[0], reports[0].rows
+    share = Share(3.0, 0.01)
+    rows[1] = replace(rows[1], forgotten=Forgotten(share, share, Share(0.25, 0.0123), None))
+    lines = families.markdown([first]).splitlines()
+    assert any(line.endswith("| NLL | servable 16 minus it | plain text |") for line in lines)
+    assert any(line.startswith("| servable 16 |") and line.endswith("| +0.250 ± 0.012 |") for line in lines)
+    assert families.as_json([first])["scores"][0]["forgotten"]["difference"]["value"] == 0.25
 
 
 def test_the_files_are_those_of_suites_with_a_family(reports, tmp_path):
