@@ -188,14 +188,14 @@ class MokaLinear(nn.Module):
         """Returns ``(W + ΔW) x + bias``, (..., m)."""
         bias = self.base_layer.bias
         out: Tensor = MergedForward.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, self.in_features).to(plan.compute),  # (T, n)
+            x.to(plan.compute),
             self.moka_gate,
             self._left(),
             self.moka_B,
             None if bias is None else bias.to(plan.compute),
             plan.updates,
-        )  # (T, m)
-        return out.to(plan.result).view(*x.shape[:-1], self.out_features)  # (..., m)
+        )  # (..., m)
+        return out.to(plan.result)
 
     def _decode(self, x: Tensor) -> Tensor:
         """Returns ``W x + bias + ΔW x``, (..., m), for a few tokens on a GPU."""

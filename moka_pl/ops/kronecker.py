@@ -129,5 +129,4 @@ def kronecker_linear(
         updates = FusedThinUpdates(*alone, plan=make_thin_plan(shapes, out_features, n, x.device))
     else:
         updates = UPDATES[resolved](*alone)
-    out: Tensor = MergedForward.apply(x.reshape(-1, n), weights, left, right, None, updates)  # type: ignore[no-untyped-call]
-    return out.reshape(*x.shape[:-1], out_features)
+    return MergedForward.apply(x, weights, left, right, None, updates)  # type: ignore[no-any-return, no-untyped-call]

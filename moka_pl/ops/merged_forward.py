@@ -11,6 +11,7 @@ Without W the same code computes the update alone (see :func:`moka_pl.ops.kronec
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,7 +190,7 @@ class MergedForward(torch.autograd.Function):
         bias: Tensor | None,
         updates: DenseUpdates,
     ) -> Tensor:
-        """Maps x of shape (T, n) to (T, m).
+        """Maps x of shape (..., n) to (..., m).
 
         Args:
             ctx: Autograd's context.
@@ -202,17 +203,22 @@ class MergedForward(torch.autograd.Function):
         """
         ctx.updates = updates
         # Every product has the dtype it should have; autocast would build ΔW in half precision.
-        with torch.autocast(x.device.type, enabled=False):
-            out, kept = updates.product(x, bias, left, right, gate)  # (T, m)
+        tokens = x.reshape(-1, updates.n)  # (T, n)
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            out, kept = updates.product(tokens, bias, left, right, gate)  # (T, m)
         ctx.save_for_backward(x, gate, left, right, kept)
-        return out
+        return out.view(*x.shape[:-1], updates.m)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, gate logits and packed factors."""
         x, gate, left, right, kept = ctx.saved_tensors
-        grad_x, grad_left, grad_right, grad_gate = ctx.updates.backward(
-            grad, x, left, right, gate, kept, ctx.needs_input_grad[0]
+        updates: DenseUpdates = ctx.updates
+        parts = grad.reshape(-1, updates.m).contiguous(), x.reshape(-1, updates.n)  # (T, m), (T, n)
+        grad_x, grad_left, grad_right, grad_gate = updates.backward(
+            *parts, left, right, gate, kept, ctx.needs_input_grad[0]
         )
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
         return grad_x, grad_gate, grad_left, grad_right, None, None

@@ -6,10 +6,13 @@ A component whose left factor has few rows and whose right one has few columns i
     L[(a, q), (p, q')] = A[a, p] δ_qq'        (m_a n_b, n)      hidden = L x
     U[(a', b), (a, q)] = δ_aa' w B[b, q]      (m, m_a n_b)      y = U hidden
 
-The R = Σ m_a n_b hidden numbers of a token lie side by side, component by component, row by row. L and U are
-filled in for the time of a product and hold R (m + n) entries. An update is then two matrix products forward
-and four backward, for all components at once, and where these stand out of the layer, or do not cover it, L
-and U are cut or filled up, and not the activations.
+The R = Σ m_a n_b hidden numbers of a token lie side by side: by runs of equal neighbours, within a run by a,
+component and q. L and U are filled in for the time of a product and hold R (m + n) entries. An update is then
+two matrix products forward and four backward, for all components at once, and where these stand out of the
+layer, or do not cover it, L and U are cut or filled up, and not the activations.
+
+Where all components have as many rows as the layer, U is not needed: the output and its gradient, m_a m_b
+numbers a token, are matrices of (T m_a, m_b), too, and meet H as one of (T m_a, C n_b).
 
 Products run in the dtype of x, as a LoRA's own do.
 """
@@ -26,6 +29,9 @@ from torch.nn import functional as F
 
 from moka_pl.ops.layout import ComponentIndex, Shape, right_sizes
 from moka_pl.ops.merged_forward import DenseUpdates
+
+#: The weights w of the components, (r,), or one number for all.
+Weights = Tensor | float
 
 #: How many times smaller than a layer's shorter side R must be.
 _THIN = 4
@@ -50,7 +56,7 @@ def hidden_size(shapes: tuple[Shape, ...]) -> int:
 
 
 class _Run(NamedTuple):
-    """Neighbouring components of one shape.
+    """Equal components that are neighbours.
 
     Attributes:
         shape: Their shape.
@@ -67,36 +73,56 @@ class _Run(NamedTuple):
     right: int
 
     def lefts(self, packed: Tensor) -> Tensor:
-        """Their left factors, (C, m_a, n_a, 1)."""
-        s, count = self.shape, self.members
-        size = count * s.m_a * s.n_a
-        return packed[self.left : self.left + size].view(count, s.m_a, s.n_a, 1)
+        """Their left factors, (C, m_a, n_a); a view."""
+        m_a, n_a, *_ = self.shape
+        return packed.as_strided((self.members, m_a, n_a), (m_a * n_a, n_a, 1), self.left)
 
     def rights(self, packed: Tensor) -> Tensor:
-        """Their right factors, (C, 1, m_b, n_b)."""
-        s, count = self.shape, self.members
-        size = count * s.m_b * s.n_b
-        return packed[self.right : self.right + size].view(count, 1, s.m_b, s.n_b)
+        """Their right factors, (C, m_b, n_b); a view."""
+        _, _, m_b, n_b, _ = self.shape
+        return packed.as_strided((self.members, m_b, n_b), (m_b * n_b, n_b, 1), self.right)
+
+    def up(self, packed: Tensor) -> Tensor:
+        """Their right factors, transposed and on top of each other, (C n_b, m_b)."""
+        return self.rights(packed).mT.reshape(-1, self.shape.m_b).contiguous()
 
     def in_left(self, matrix: Tensor) -> Tensor:
-        """Where A[a, p] stands for every q in L of (R, columns), (C, m_a, n_a, n_b)."""
-        s, width = self.shape, matrix.shape[1]
-        steps = s.m_a * s.n_b * width, s.n_b * width, s.n_b, width + 1
-        return matrix.as_strided((self.members, s.m_a, s.n_a, s.n_b), steps, self.hidden * width)
+        """Where A[a, p] stands for every q in L of (R, columns), (C, m_a, n_a, n_b); a view."""
+        (m_a, n_a, _, n_b, _), width = self.shape, matrix.shape[1]
+        steps = n_b * width, self.members * n_b * width, n_b, width + 1
+        return matrix.as_strided((self.members, m_a, n_a, n_b), steps, self.hidden * width)
 
     def in_right(self, matrix: Tensor) -> Tensor:
-        """Where B[b, q] stands for every a in U of (rows, R), (C, m_a, m_b, n_b)."""
-        s, width = self.shape, matrix.shape[1]
-        steps = s.m_a * s.n_b, s.m_b * width + s.n_b, width, 1
-        return matrix.as_strided((self.members, s.m_a, s.m_b, s.n_b), steps, self.hidden)
+        """Where B[b, q] stands for every a in U of (rows, R), (C, m_a, m_b, n_b); a view."""
+        (m_a, _, m_b, n_b, _), width = self.shape, matrix.shape[1]
+        steps = n_b, m_b * width + self.members * n_b, width, 1
+        return matrix.as_strided((self.members, m_a, m_b, n_b), steps, self.hidden)
+
+    def rows_of(self, hidden: Tensor) -> Tensor:
+        """Their hidden numbers of (T, R) as (T m_a, C n_b); a view where this is the only run."""
+        m_a, n_b = self.shape.m_a, self.shape.n_b
+        size = m_a * self.members * n_b
+        own = hidden if size == hidden.shape[1] else hidden[:, self.hidden : self.hidden + size]
+        return own.reshape(-1, self.members * n_b)
 
 
 class _Layout(NamedTuple):
-    """All runs, the rows and columns of the largest component, and the component of each right entry."""
+    """All runs, the rows and columns of the largest component, and the component of each right entry.
+
+    Attributes:
+        runs: The runs.
+        hidden: R.
+        rows: Rows of all components; 0 where they differ.
+        highest: Rows of the highest component.
+        widest: Columns of the widest component.
+        component_index: The component of each packed right entry.
+    """
 
     runs: tuple[_Run, ...]
+    hidden: int
     rows: int
-    columns: int
+    highest: int
+    widest: int
     component_index: ComponentIndex
 
 
@@ -109,8 +135,15 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
         runs.append(_Run(s, count, hidden, left, right))
         hidden += count * s.m_a * s.n_b
         left, right = left + count * s.m_a * s.n_a, right + count * s.m_b * s.n_b
-    sides = max(s.rows for s in shapes), max(s.cols for s in shapes)
-    return _Layout(tuple(runs), *sides, ComponentIndex.of_sizes(right_sizes(shapes), device))
+    rows = {s.rows for s in shapes}
+    return _Layout(
+        tuple(runs),
+        hidden,
+        rows=rows.copy().pop() if len(rows) == 1 else 0,
+        highest=max(rows),
+        widest=max(s.cols for s in shapes),
+        component_index=ComponentIndex.of_sizes(right_sizes(shapes), device),
+    )
 
 
 def lora_left(left: Tensor, shapes: tuple[Shape, ...], n: int, dtype: torch.dtype) -> Tensor:
@@ -123,30 +156,37 @@ def lora_left(left: Tensor, shapes: tuple[Shape, ...], n: int, dtype: torch.dtyp
         dtype: Dtype of the result.
     """
     layout = _layout(shapes, left.device)
-    matrix = left.new_zeros(hidden_size(shapes), max(n, layout.columns), dtype=dtype)
+    matrix = torch.zeros(layout.hidden, max(n, layout.widest), dtype=dtype, device=left.device)
     for run in layout.runs:
-        run.in_left(matrix).copy_(run.lefts(left))
-    return matrix[:, :n]
+        run.in_left(matrix).copy_(run.lefts(left)[..., None])
+    return matrix if n >= layout.widest else matrix[:, :n]
 
 
 def lora_right(
-    right: Tensor, weights: Tensor, shapes: tuple[Shape, ...], m: int, dtype: torch.dtype
+    right: Tensor, weights: Weights, shapes: tuple[Shape, ...], m: int, dtype: torch.dtype
 ) -> Tensor:
     """Returns U, shape (m, R).
 
     Args:
         right: Packed right factors.
-        weights: w, shape (r,).
+        weights: w, shape (r,), or one number for all.
         shapes: r shapes.
         m: Output features.
         dtype: Dtype of the result.
     """
     layout = _layout(shapes, right.device)
-    matrix = right.new_zeros(max(m, layout.rows), hidden_size(shapes), dtype=dtype)
-    scaled = layout.component_index.scale(right, weights)
+    matrix = torch.zeros(max(m, layout.highest), layout.hidden, dtype=dtype, device=right.device)
+    right = _scaled(right, weights, layout)
     for run in layout.runs:
-        run.in_right(matrix).copy_(run.rights(scaled))
-    return matrix[:m]
+        run.in_right(matrix).copy_(run.rights(right)[:, None])
+    return matrix if m >= layout.highest else matrix[:m]
+
+
+def _scaled(right: Tensor, weights: Weights, layout: _Layout) -> Tensor:
+    """The packed right factors, or their gradients, times the weights."""
+    if isinstance(weights, float):
+        return right if weights == 1 else right * weights
+    return layout.component_index.scale(right, weights)
 
 
 def down(x: Tensor, left: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
@@ -157,47 +197,67 @@ def down(x: Tensor, left: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
         left: Packed left factors.
         shapes: r shapes.
     """
-    return x @ lora_left(left, shapes, x.shape[1], x.dtype).mT
+    return torch.mm(x, lora_left(left, shapes, x.shape[1], x.dtype).t())
 
 
-def add_up_(out: Tensor, hidden: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
+def add_up_(
+    out: Tensor, hidden: Tensor, right: Tensor, weights: Weights, shapes: tuple[Shape, ...]
+) -> Tensor:
     """Adds ``Σ_i w_i flatten(H_i B_iᵀ)`` to ``out`` and returns that.
 
     Args:
-        out: What is changed in place, shape (T, m).
+        out: What is changed in place, shape (T, m), contiguous.
         hidden: H of all components, shape (T, R), in the dtype of ``out``.
         right: Packed right factors.
-        weights: w, shape (r,).
+        weights: w, shape (r,), or one number for all.
         shapes: r shapes.
     """
-    return out.addmm_(hidden, lora_right(right, weights, shapes, out.shape[1], out.dtype).mT)
+    m = out.shape[1]
+    layout = _layout(shapes, right.device)
+    if layout.rows != m:
+        return out.addmm_(hidden, lora_right(right, weights, shapes, m, out.dtype).t())
+    right = _scaled(right, weights, layout).to(out.dtype)
+    for run in layout.runs:
+        out.view(-1, run.shape.m_b).addmm_(run.rows_of(hidden), run.up(right))  # (T m_a, m_b)
+    return out
 
 
 def up_backward(
-    grad: Tensor, hidden: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, hidden: Tensor, right: Tensor, weights: Weights, shapes: tuple[Shape, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns the gradients of ``hidden``, (T, R), ``right`` and ``weights`` in :func:`add_up_`.
 
-    Since the product is linear in B, ``dw_i = <dB_i / w_i, B_i>``.
+    Since the product is linear in B, ``dw_i = <dB_i / w_i, B_i>``. A number for all weights has no gradient.
 
     Args:
-        grad: Gradient of the sum, shape (T, m).
+        grad: Gradient of the sum, shape (T, m), contiguous.
         hidden: H of all components, shape (T, R), in the dtype of ``grad``.
         right: Packed right factors.
-        weights: w, shape (r,).
+        weights: w, shape (r,), or one number for all.
         shapes: r shapes.
     """
     m = grad.shape[1]
     layout = _layout(shapes, right.device)
-    grad_hidden = grad @ lora_right(right, weights, shapes, m, grad.dtype)  # (T, R)
-    full = grad.mT @ hidden  # (m, R)
-    if layout.rows > m:
-        full = F.pad(full, (0, 0, 0, layout.rows - m))
     grad_right = torch.empty_like(right)
-    for run in layout.runs:
-        run.rights(grad_right)[:, 0].copy_(run.in_right(full).sum(1))
-    grad_weights = layout.component_index.sums(grad_right * right, len(shapes))
-    return grad_hidden, layout.component_index.scale(grad_right, weights), grad_weights
+    if layout.rows == m:
+        scaled, parts = _scaled(right, weights, layout).to(grad.dtype), []
+        for run in layout.runs:
+            m_a, _, m_b, n_b, _ = run.shape
+            rows = grad.view(-1, m_b)  # (T m_a, m_b)
+            part = torch.mm(rows, run.up(scaled).t())  # (T m_a, C n_b)
+            parts.append(part.view(len(grad), m_a * part.shape[1]))
+            full = torch.mm(run.rows_of(hidden).t(), rows)  # (C n_b, m_b)
+            run.rights(grad_right).copy_(full.view(-1, n_b, m_b).mT)
+        grad_hidden = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # (T, R)
+    else:
+        grad_hidden = torch.mm(grad, lora_right(right, weights, shapes, m, grad.dtype))  # (T, R)
+        full = F.pad(torch.mm(grad.t(), hidden), (0, 0, 0, max(0, layout.highest - m)))  # (rows, R)
+        for run in layout.runs:
+            run.rights(grad_right).copy_(run.in_right(full).sum(1))
+    grad_weights = None
+    if not isinstance(weights, float):
+        grad_weights = layout.component_index.sums(grad_right * right, len(shapes))
+    return grad_hidden, _scaled(grad_right, weights, layout), grad_weights
 
 
 def down_backward(
@@ -216,12 +276,15 @@ def down_backward(
     layout = _layout(shapes, left.device)
     if grad_x is not None:
         grad_x.addmm_(grad_hidden, lora_left(left, shapes, n, x.dtype))
-    full = grad_hidden.mT @ x  # (R, n)
-    if layout.columns > n:
-        full = F.pad(full, (0, layout.columns - n))
+    full = torch.mm(grad_hidden.t(), x)  # (R, n)
+    if layout.widest > n:
+        full = F.pad(full, (0, layout.widest - n))
+    if len(layout.runs) == 1:
+        grad = layout.runs[0].in_left(full).sum(-1)
+        return grad.to(left.dtype).view(-1)
     grad_left = torch.empty_like(left)
     for run in layout.runs:
-        run.lefts(grad_left)[..., 0].copy_(run.in_left(full).sum(-1))
+        run.lefts(grad_left).copy_(run.in_left(full).sum(-1))
     return grad_left
 
 
@@ -241,8 +304,7 @@ class ThinUpdates(DenseUpdates):
         """As :meth:`DenseUpdates.product`; keeps the hidden numbers."""
         out = x.new_zeros(len(x), self.m) if self.frozen is None else self.frozen(x)  # (T, m)
         hidden = down(x, left, self.shapes)  # (T, R)
-        weights = self._alpha(gate, right) * self.scaling  # (r,)
-        return add_up_(out, hidden, right, weights, self.shapes), hidden
+        return add_up_(out, hidden, right, self._weights(gate), self.shapes), hidden
 
     def backward(
         self,
@@ -259,11 +321,20 @@ class ThinUpdates(DenseUpdates):
         if needs_x and self.base_weight is None:
             grad_x = torch.zeros_like(x)  # (T, n)
         elif needs_x and self.base_weight is not None:
-            grad_x = grad @ self.base_weight().to(grad.dtype)  # (T, n)
+            grad_x = torch.mm(grad, self.base_weight().to(grad.dtype))  # (T, n)
         hidden = down(x, left, self.shapes) if kept is None else kept
-        alpha = self._alpha(gate, right)  # (r,)
-        grad_hidden, grad_right, grad_weights = up_backward(
-            grad, hidden, right, alpha * self.scaling, self.shapes
-        )
+        weights = self._weights(gate)
+        grad_hidden, grad_right, grad_weights = up_backward(grad, hidden, right, weights, self.shapes)
         grad_left = down_backward(x, grad_hidden, left, self.shapes, grad_x)
+        if gate is None or grad_weights is None:
+            return grad_x, grad_left, grad_right, None if gate is None else torch.zeros_like(gate)
+        alpha = self._alpha(gate, right)  # (r,)
         return grad_x, grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
+
+    def _weights(self, gate: Tensor | None) -> Weights:
+        """w, a single number where all are equal whatever is trained."""
+        if gate is None:
+            return self.scaling / len(self.shapes)
+        if len(self.shapes) == 1 and self.gating == "softmax":
+            return self.scaling
+        return self._alpha(gate, gate) * self.scaling  # (r,)
