@@ -132,8 +132,10 @@ def _plan(suites: Sequence[Suite], store: Any) -> None:
     for task in remaining.tasks:
         print(f"to do  {task.run}{': train and test' if task.test and task.run.rate is not None else ''}")
     print(f"then {len(remaining.later)} runs with the picked learning rates and their tests")
-    if any(suite.widen for suite in suites):
-        print("and up to", ", ".join(f"{s.widen} more learning rates a method of {s.name}" for s in suites))
+    if widened := [
+        f"{suite.widen} more learning rates a method of {suite.name}" for suite in suites if suite.widen
+    ]:
+        print("and up to", ", ".join(widened))
 
 
 def _read(folder: Path, args: argparse.Namespace) -> list[Suite]:

@@ -61,12 +61,13 @@ def test_folders_that_cannot_be_written_to_are_refused_at_once(capsys, tmp_path,
 
 def test_the_plan_lists_runs_without_running(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(drive, "_executor", lambda store: pytest.fail("something ran"))
-    run("--suite", "tiny", "--plan", "--out", tmp_path, "--seeds", 3, "--methods", "MoKA")
+    run("--suite", "tiny", "--plan", "--out", tmp_path, "--seeds", 3, "--methods", "MoKA", "--set", "widen=2")
     assert not list(tmp_path.iterdir())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "to do  frozen base"
     assert lines[1:3] == ["to do  MoKA, lr 0.01, seed 3", "to do  MoKA, lr 0.03, seed 3"]
     assert lines[3].startswith("then 1 runs")
+    assert lines[4] == "and up to 2 more learning rates a method of tiny"
 
 
 def test_an_interrupted_suite_says_how_to_go_on(capsys, tmp_path, monkeypatch):
