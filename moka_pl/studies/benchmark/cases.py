@@ -23,6 +23,9 @@ QV = ["q_proj", "v_proj"]
 #: The usual target modules of QLoRA without the output projections.
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
+#: Every linear layer except the output head.
+ALL = "all-linear"
+
 #: Parts of the names of the factors that start at zero.
 _ZERO_STARTS = ("moka_B", "lora_B", "lokr_w1")
 
@@ -62,6 +65,12 @@ def moka(name: str, **options: Any) -> Row:
     return Row(name, put)
 
 
+def servable() -> Row:
+    """MoKA whose updates are LoRAs of rank 16, on every linear layer."""
+    options = {"filters": "servable", "rank": 16, "components": 1, "target_modules": ALL}
+    return moka("MoKA servable r16 all linear", **options)
+
+
 def lora(name: str, rank: int, modules: list[str] | str, **options: Any) -> Row:
     """PEFT's LoRA, or a variant of it that ``options`` choose.
 
@@ -96,9 +105,10 @@ def step_rows(device: str) -> list[Row]:
         moka("MoKA r1", components=1),
         moka("MoKA r20", components=20),
         moka("MoKA_s r10", filters="prime"),
-        moka("MoKA r2 all linear", components=2, target_modules="all-linear"),
+        moka("MoKA r2 all linear", components=2, target_modules=ALL),
+        servable(),
         lora("LoRA r8 q,v", 8, QV),
-        lora("LoRA r2 all linear", 2, "all-linear"),
+        *(lora(f"LoRA r{rank} all linear", rank, ALL) for rank in (1, 2, 16)),
         lora("LoRA r64 q,v", 64, QV),
         lora("LoRA r32 q,k,v,up,down", 32, FIVE),
         lora("DoRA r64 q,v", 64, QV, use_dora=True),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from moka_pl.studies.benchmark.bench import Bench, Record, Values
-from moka_pl.studies.benchmark.cases import FROZEN, QV, Preset, Row, frozen, lora, moka
+from moka_pl.studies.benchmark.cases import ALL, FROZEN, QV, Preset, Row, frozen, lora, moka, servable
 from moka_pl.studies.common import peak_gib, reset_peak
 
 if TYPE_CHECKING:
@@ -216,7 +216,9 @@ def decode_rows() -> list[Row]:
     return [
         frozen(),
         moka("MoKA r10"),
+        servable(),
         lora("LoRA r64 q,v", 64, QV),
+        lora("LoRA r16 all linear", 16, ALL),
         frozen(f"{FROZEN} (again)"),
     ]
 

@@ -86,7 +86,10 @@ def test_results_are_written_row_by_row(preset, tmp_path, monkeypatch, capsys) -
         (["--preset", "llama2-7b-h100"], "llama2-7b-h100 needs a CUDA device; choose"),
         (["--rows", "MoKA"], "unknown row 'MoKA'; choose some of frozen base, MoKA r10"),
         (["--rows", "frozen base + Liger"], "unknown row 'frozen base + Liger'"),
-        (["--measure", "decode", "--rows", "MoKA r1"], "choose some of frozen base, MoKA r10, LoRA r64 q,v"),
+        (
+            ["--measure", "decode", "--rows", "MoKA r1"],
+            "choose some of frozen base, MoKA r10, MoKA servable r16 all linear",
+        ),
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--figures", "f"], "--figures draws growth; add --measure growth"),
         (["--json", "/no/folder/x.json"], "no such folder; create /no/folder first"),
