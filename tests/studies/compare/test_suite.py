@@ -39,7 +39,10 @@ def build_once():
     built = {}
 
     def build(run):
-        key = json.dumps(run.settings, sort_keys=True)
+        training = {**run.settings["training"], "trainer": None}  # no part of the module, as the data
+        key = json.dumps(
+            {**run.settings, "training": training, "data": None, "rate": run.rate}, sort_keys=True
+        )
         if key not in built:
             built[key] = build_module(run)
         return built[key]
