@@ -106,7 +106,14 @@ def test_peak_memory_begins_anew() -> None:
 
 def test_decode(bench, preset) -> None:
     records = list(steps.measure_decode(bench, preset, steps.decode_rows()))
-    assert [r.row for r in records] == ["frozen base", "MoKA r10", "LoRA r64 q,v", "frozen base (again)"]
+    assert [r.row for r in records] == [
+        "frozen base",
+        "MoKA r10",
+        "MoKA servable r16 all linear",
+        "LoRA r64 q,v",
+        "LoRA r16 all linear",
+        "frozen base (again)",
+    ]
     for record in records:
         assert record.error is None
         assert all(math.isfinite(value) for value in record.values.values())
