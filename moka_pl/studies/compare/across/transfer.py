@@ -77,7 +77,8 @@ def mean_regret(of_rule: Mapping[Size, Tried]) -> float:
 def transfer(report: Report) -> Transfer | None:
     """Compares rules of scaling by the validation losses of a suite's sweeps.
 
-    A rule takes part if every size has a method with its factor and a loss at the reference's best rate.
+    A rule takes part if every size has a method with its factor and a loss at the reference's best rate; a
+    size for which no rule has one is left out.
 
     Args:
         report: Of a suite with servable updates of several scalings, one of which is the reference.
@@ -93,17 +94,16 @@ def transfer(report: Report) -> Transfer | None:
     reference = entries.get(report.suite.reference or "")
     if reference is None or reference.rate is None or all(len(tried) < 2 for tried in losses.values()):
         return None
-    rate = reference.rate
-    complete = {}
+    by_rule: dict[str, dict[Size, Tried]] = {}
     for name, rule in rules().items():
         tried = {
-            size: _tried(by_factor, rule(math.sqrt(size[0]), size[1]), rate)
+            size: _tried(by_factor, rule(math.sqrt(size[0]), size[1]), reference.rate)
             for size, by_factor in losses.items()
         }
-        known = {size: one for size, one in tried.items() if one is not None}
-        if len(known) == len(losses):
-            complete[name] = known
-    return Transfer(rate, sorted(losses), complete) if complete else None
+        by_rule[name] = {size: one for size, one in tried.items() if one is not None}
+    sizes = sorted(set().union(*by_rule.values()))
+    complete = {name: tried for name, tried in by_rule.items() if len(tried) == len(sizes) > 1}
+    return Transfer(reference.rate, sizes, complete) if complete else None
 
 
 def markdown(found: Transfer) -> str:

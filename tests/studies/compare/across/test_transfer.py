@@ -60,6 +60,13 @@ def test_a_rule_with_an_unknown_loss_takes_no_part():
     assert set(RULES) - set(found.rules) == {"c · 4 / k", "√c · 4 / k"}
 
 
+def test_sizes_that_were_not_run_are_left_out():
+    known = needs("√c")
+    found = transfer(report(lambda adapter, rate: None if adapter["rank"] == 64 else known(adapter, rate)))
+    assert found.sizes == [(4, 1), (16, 1), (16, 2), (16, 4)]
+    assert found.winner == "√c"
+
+
 def test_nothing_is_told_of_one_scaling_or_without_results():
     assert transfer(report(lambda adapter, rate: None)) is None
     one = [method for method in SUITE.methods if "s =" not in method.name]
