@@ -51,7 +51,7 @@ class DenseUpdates:
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Computes ``(W + ΔW) x + bias``, shape (T, m).
 
         Args:
@@ -62,9 +62,9 @@ class DenseUpdates:
             gate: Gate logits, (r,), or None.
 
         Returns:
-            The product, and a small tensor that :meth:`backward` would compute again, or None.
+            The product, and small tensors that :meth:`backward` would compute again.
         """
-        return F.linear(x, self.weight(left, right, gate, x.dtype), bias), None
+        return F.linear(x, self.weight(left, right, gate, x.dtype), bias), ()
 
     def backward(
         self,
@@ -73,7 +73,7 @@ class DenseUpdates:
         left: Tensor,
         right: Tensor,
         gate: Tensor | None,
-        kept: Tensor | None,
+        kept: tuple[Tensor, ...],
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """Computes the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``.
@@ -141,7 +141,7 @@ class StructuredUpdates(DenseUpdates):
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As :meth:`DenseUpdates.product`."""
         wide = torch.promote_types(x.dtype, right.dtype)
         if self.base_weight is None:
@@ -150,7 +150,7 @@ class StructuredUpdates(DenseUpdates):
             # The frozen layer's own product: W xᵀ rounds otherwise on some CPUs, and step 0 would differ.
             out = transposed(F.linear(x, self.base_weight().to(x.dtype), bias), wide)  # (m, T)
         parts = left.to(wide), right.to(wide), (self._alpha(gate, right) * self.scaling).to(wide)
-        return transposed(add_update_(out, transposed(x, wide), *parts, self.shapes), x.dtype), None
+        return transposed(add_update_(out, transposed(x, wide), *parts, self.shapes), x.dtype), ()
 
     def backward(
         self,
@@ -159,7 +159,7 @@ class StructuredUpdates(DenseUpdates):
         left: Tensor,
         right: Tensor,
         gate: Tensor | None,
-        kept: Tensor | None,
+        kept: tuple[Tensor, ...],
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.backward`."""
@@ -207,18 +207,18 @@ class MergedForward(torch.autograd.Function):
         device = x.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             out, kept = updates.product(tokens, bias, left, right, gate)  # (T, m)
-        ctx.save_for_backward(x, gate, left, right, kept)
+        ctx.save_for_backward(x, gate, left, right, *kept)
         return out.view(*x.shape[:-1], updates.m)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, gate logits and packed factors."""
-        x, gate, left, right, kept = ctx.saved_tensors
+        x, gate, left, right, *kept = ctx.saved_tensors
         updates: DenseUpdates = ctx.updates
         parts = grad.reshape(-1, updates.m).contiguous(), x.reshape(-1, updates.n)  # (T, m), (T, n)
         grad_x, grad_left, grad_right, grad_gate = updates.backward(
-            *parts, left, right, gate, kept, ctx.needs_input_grad[0]
+            *parts, left, right, gate, tuple(kept), ctx.needs_input_grad[0]
         )
         grad_x = None if grad_x is None else grad_x.view(x.shape)
         return grad_x, grad_gate, grad_left, grad_right, None, None

@@ -189,15 +189,17 @@ def _scaled(right: Tensor, weights: Weights, layout: _Layout) -> Tensor:
     return layout.component_index.scale(right, weights)
 
 
-def down(x: Tensor, left: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
+def down(x: Tensor, left: Tensor, shapes: tuple[Shape, ...], matrix: Tensor | None = None) -> Tensor:
     """Computes ``H_i = A_i X`` of all components, shape (T, R), for x of shape (T, n).
 
     Args:
         x: Input.
         left: Packed left factors.
         shapes: r shapes.
+        matrix: L, where it is there already.
     """
-    return torch.mm(x, lora_left(left, shapes, x.shape[1], x.dtype).t())
+    matrix = lora_left(left, shapes, x.shape[1], x.dtype) if matrix is None else matrix
+    return torch.mm(x, matrix.t())
 
 
 def add_up_(
@@ -279,9 +281,6 @@ def down_backward(
     full = torch.mm(grad_hidden.t(), x)  # (R, n)
     if layout.widest > n:
         full = F.pad(full, (0, layout.widest - n))
-    if len(layout.runs) == 1:
-        grad = layout.runs[0].in_left(full).sum(-1)
-        return grad.to(left.dtype).view(-1)
     grad_left = torch.empty_like(left)
     for run in layout.runs:
         run.lefts(grad_left).copy_(run.in_left(full).sum(-1))
@@ -300,11 +299,12 @@ class ThinUpdates(DenseUpdates):
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`DenseUpdates.product`; keeps the hidden numbers."""
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As :meth:`DenseUpdates.product`; keeps the hidden numbers and L."""
         out = x.new_zeros(len(x), self.m) if self.frozen is None else self.frozen(x)  # (T, m)
-        hidden = down(x, left, self.shapes)  # (T, R)
-        return add_up_(out, hidden, right, self._weights(gate), self.shapes), hidden
+        matrix = lora_left(left, self.shapes, self.n, x.dtype)  # (R, n)
+        hidden = down(x, left, self.shapes, matrix)  # (T, R)
+        return add_up_(out, hidden, right, self._weights(gate), self.shapes), (hidden, matrix)
 
     def backward(
         self,
@@ -313,19 +313,19 @@ class ThinUpdates(DenseUpdates):
         left: Tensor,
         right: Tensor,
         gate: Tensor | None,
-        kept: Tensor | None,
+        kept: tuple[Tensor, ...],
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.backward`."""
-        grad_x = None
-        if needs_x and self.base_weight is None:
-            grad_x = torch.zeros_like(x)  # (T, n)
-        elif needs_x and self.base_weight is not None:
-            grad_x = torch.mm(grad, self.base_weight().to(grad.dtype))  # (T, n)
-        hidden = down(x, left, self.shapes) if kept is None else kept
+        hidden, matrix = kept
         weights = self._weights(gate)
         grad_hidden, grad_right, grad_weights = up_backward(grad, hidden, right, weights, self.shapes)
-        grad_left = down_backward(x, grad_hidden, left, self.shapes, grad_x)
+        grad_left = down_backward(x, grad_hidden, left, self.shapes, None)
+        grad_x = None
+        if needs_x:
+            grad_x = torch.mm(grad_hidden, matrix)  # (T, n)
+            if self.base_weight is not None:
+                grad_x.addmm_(grad, self.base_weight().to(grad.dtype))
         if gate is None or grad_weights is None:
             return grad_x, grad_left, grad_right, None if gate is None else torch.zeros_like(gate)
         alpha = self._alpha(gate, right)  # (r,)
