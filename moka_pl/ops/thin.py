@@ -6,10 +6,10 @@ A component whose left factor has few rows and whose right one has few columns i
     L[(a, q), (p, q')] = A[a, p] δ_qq'        (m_a n_b, n)      hidden = L x
     U[(a', b), (a, q)] = δ_aa' w B[b, q]      (m, m_a n_b)      y = U hidden
 
-The R = Σ m_a n_b hidden numbers of a token lie side by side: by runs of equal neighbours, within a run by a,
-component and q. L and U are filled in for the time of a product and hold R (m + n) entries. An update is then
-two matrix products forward and four backward, for all components at once, and where these stand out of the
-layer, or do not cover it, L and U are cut or filled up, and not the activations.
+The R = Σ m_a n_b hidden numbers of a token lie side by side, component by component, row by row. L and U are
+filled in for a step and hold R (m + n) entries. An update is then two matrix products forward and four
+backward, for all components at once, and where these stand out of the layer, or do not cover it, L and U are
+cut or filled up, and not the activations.
 
 Where all components have as many rows as the layer, U is not needed: the output and its gradient, m_a m_b
 numbers a token, are matrices of (T m_a, m_b), too, and meet H as one of (T m_a, C n_b).
@@ -89,21 +89,26 @@ class _Run(NamedTuple):
     def in_left(self, matrix: Tensor) -> Tensor:
         """Where A[a, p] stands for every q in L of (R, columns), (C, m_a, n_a, n_b); a view."""
         (m_a, n_a, _, n_b, _), width = self.shape, matrix.shape[1]
-        steps = n_b * width, self.members * n_b * width, n_b, width + 1
+        steps = m_a * n_b * width, n_b * width, n_b, width + 1
         return matrix.as_strided((self.members, m_a, n_a, n_b), steps, self.hidden * width)
 
     def in_right(self, matrix: Tensor) -> Tensor:
         """Where B[b, q] stands for every a in U of (rows, R), (C, m_a, m_b, n_b); a view."""
         (m_a, _, m_b, n_b, _), width = self.shape, matrix.shape[1]
-        steps = n_b, m_b * width + self.members * n_b, width, 1
+        steps = m_a * n_b, m_b * width + n_b, width, 1
         return matrix.as_strided((self.members, m_a, m_b, n_b), steps, self.hidden)
 
     def rows_of(self, hidden: Tensor) -> Tensor:
-        """Their hidden numbers of (T, R) as (T m_a, C n_b); a view where this is the only run."""
-        m_a, n_b = self.shape.m_a, self.shape.n_b
-        size = m_a * self.members * n_b
+        """Their hidden numbers of (T, R) as (T m_a, C n_b)."""
+        m_a, n_b, count = self.shape.m_a, self.shape.n_b, self.members
+        size = count * m_a * n_b
         own = hidden if size == hidden.shape[1] else hidden[:, self.hidden : self.hidden + size]
-        return own.reshape(-1, self.members * n_b)
+        return own.view(-1, count, m_a, n_b).transpose(1, 2).reshape(-1, count * n_b)
+
+    def hidden_of(self, rows: Tensor) -> Tensor:
+        """The reverse of :meth:`rows_of`, (T, C m_a n_b)."""
+        m_a, n_b, count = self.shape.m_a, self.shape.n_b, self.members
+        return rows.view(-1, m_a, count, n_b).transpose(1, 2).reshape(-1, count * m_a * n_b)
 
 
 class _Layout(NamedTuple):
@@ -244,10 +249,9 @@ def up_backward(
     if layout.rows == m:
         scaled, parts = _scaled(right, weights, layout).to(grad.dtype), []
         for run in layout.runs:
-            m_a, _, m_b, n_b, _ = run.shape
+            _, _, m_b, n_b, _ = run.shape
             rows = grad.view(-1, m_b)  # (T m_a, m_b)
-            part = torch.mm(rows, run.up(scaled).t())  # (T m_a, C n_b)
-            parts.append(part.view(len(grad), m_a * part.shape[1]))
+            parts.append(run.hidden_of(torch.mm(rows, run.up(scaled).t())))  # (T, C m_a n_b)
             full = torch.mm(run.rows_of(hidden).t(), rows)  # (C n_b, m_b)
             run.rights(grad_right).copy_(full.view(-1, n_b, m_b).mT)
         grad_hidden = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # (T, R)

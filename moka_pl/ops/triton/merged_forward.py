@@ -70,7 +70,7 @@ class FusedThinUpdates(ThinUpdates):
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As :meth:`ThinUpdates.product`."""
         if len(x) == 0:
             return super().product(x, bias, left, right, gate)
@@ -80,9 +80,10 @@ class FusedThinUpdates(ThinUpdates):
         thin, weight = thin_factors(self.plan, left, right, gates, x.dtype, own)
         if weight is not None:
             update, hidden = thin_forward(self.plan, x, thin)
-            return update.addmm_(x, weight.mT), hidden
+            return update.addmm_(x, weight.mT), (hidden,)
         out = None if self.frozen is None else self.frozen(x).contiguous()
-        return thin_forward(self.plan, x, thin, out)
+        total, hidden = thin_forward(self.plan, x, thin, out)
+        return total, (hidden,)
 
     def backward(
         self,
@@ -91,16 +92,16 @@ class FusedThinUpdates(ThinUpdates):
         left: Tensor,
         right: Tensor,
         gate: Tensor | None,
-        kept: Tensor | None,
+        kept: tuple[Tensor, ...],
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`ThinUpdates.backward`."""
-        if len(x) == 0 or kept is None:
+        if len(x) == 0:
             return super().backward(grad, x, left, right, gate, kept, needs_x)
         grad, x = grad.contiguous(), x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
         thin, weight = thin_factors(self.plan, left, right, gates, x.dtype, self.source if needs_x else None)
-        grad_hidden, up_parts = thin_outputs_backward(self.plan, grad, kept, thin)
+        grad_hidden, up_parts = thin_outputs_backward(self.plan, grad, kept[0], thin)
         grad_x, down_parts = thin_inputs_backward(self.plan, x, grad_hidden, thin, needs_x)
         if grad_x is not None and self.base_weight is not None:
             grad_x.addmm_(grad, self.base_weight().to(grad.dtype) if weight is None else weight)

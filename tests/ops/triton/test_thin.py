@@ -111,15 +111,15 @@ def test_the_frozen_product_adds_itself_to_the_update(monkeypatch: pytest.Monkey
     left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
     x, upstream = torch.randn(tokens, n).requires_grad_(), torch.randn(tokens, m)
     updates = _updates(shapes, m, n, "none", layer)
-    out, hidden = updates.product(x.detach(), None, left, right, None)
+    out, kept = updates.product(x.detach(), None, left, right, None)
     total = dense_weight(layer).double() + SCALING * delta_weight(
         torch.ones(1).double(), left.double(), right.double(), shapes, m, n
     )
     assert _error(out, x.detach().double() @ total.mT) < 1e-5
-    assert _error(hidden, down(x.detach().double(), left.double(), shapes)) < 1e-5
-    grad_x, *_ = updates.backward(upstream, x.detach(), left, right, None, hidden, True)
+    assert _error(kept[0], down(x.detach().double(), left.double(), shapes)) < 1e-5
+    grad_x, *_ = updates.backward(upstream, x.detach(), left, right, None, kept, True)
     assert _error(grad_x, upstream.double() @ total) < 1e-5
-    grad_x, grad_left, _, _ = updates.backward(upstream, x.detach(), left, right, None, hidden, False)
+    grad_x, grad_left, _, _ = updates.backward(upstream, x.detach(), left, right, None, kept, False)
     assert grad_x is None
     assert grad_left.isfinite().all()
 
@@ -128,10 +128,10 @@ def test_no_tokens_give_no_output_and_zero_gradients() -> None:
     shapes, m, n, _, _ = CASES["two components"]
     left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
     updates = _updates(shapes, m, n, "none")
-    out, hidden = updates.product(torch.empty(0, n), None, left, right, None)
+    out, kept = updates.product(torch.empty(0, n), None, left, right, None)
     assert out.shape == (0, m)
     _, grad_left, grad_right, _ = updates.backward(
-        torch.empty(0, m), torch.empty(0, n), left, right, None, hidden, True
+        torch.empty(0, m), torch.empty(0, n), left, right, None, kept, True
     )
     assert not grad_left.any()
     assert not grad_right.any()
@@ -144,8 +144,8 @@ def test_non_finite_values_show(bad: float) -> None:
     updates = _updates(shapes, m, n, "none")
     x = torch.ones(tokens, n)
     x[3, 5] = bad
-    out, hidden = updates.product(x, None, left, right, None)
+    out, kept = updates.product(x, None, left, right, None)
     assert not out[3].isfinite().any()
-    grads = updates.backward(torch.ones(tokens, m), x, left, right, None, hidden, True)
+    grads = updates.backward(torch.ones(tokens, m), x, left, right, None, kept, True)
     assert not grads[1].isfinite().all()
     assert not grads[2].isfinite().all()
