@@ -120,7 +120,7 @@ def _gains(pair: Comparison) -> dict[str, Difference | None]:
 
 
 def _reversed(of: Difference | None) -> Difference | None:
-    return None if of is None else Difference(-of.value, -of.high, -of.low, of.p)
+    return None if of is None else Difference(0.0 - of.value, 0.0 - of.high, 0.0 - of.low, of.p)  # no -0
 
 
 def _interval(of: Difference | None, factor: float, digits: int) -> str:
@@ -191,6 +191,7 @@ def _panel(
             where = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8, "color": style["color"]}
             axis.annotate(size_of(row.entry.name), (x, y), **where)
     axis.set_xscale("log")
+    axis.margins(x=0.08)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(
         lambda number, _: f"{number / 1e6:g} M" if number >= 1e6 else f"{number / 1e3:g} k"
