@@ -74,7 +74,7 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
             *parts,
             frozen,
             plan=make_thin_plan(shapes, m, n, x.device),
-            source=source if can_dequantise(source) else None,
+            source=source if can_dequantise(source, m * n) else None,
         )
         return ForwardPlan(fused, compute, result)
     if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
@@ -90,8 +90,9 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
 
 def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:
     """Whether passing the frozen layer by would leave something undone."""
-    trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-    return trained or hook_count(layer) > 0 or layer.weight.device != device
+    weight, bias = layer.weight, layer.bias
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return trained or hook_count(layer) > 0 or weight.device != device
 
 
 def is_decoding(adapted: "MokaLinear", x: Tensor) -> bool:

@@ -146,7 +146,13 @@ def is_quantised(layer: nn.Module) -> "TypeGuard[Linear4bit]":
 
     Such a layer takes inputs of any dtype and returns that dtype.
     """
-    return any(kind.__name__ == "Linear4bit" for kind in type(layer).__mro__)
+    kind: Any = type(layer)
+    return _is_quantised_kind(kind)
+
+
+@cache
+def _is_quantised_kind(kind: type) -> bool:
+    return any(base.__name__ == "Linear4bit" for base in kind.__mro__)
 
 
 def keep_weights(model: nn.Module) -> None:
@@ -246,7 +252,8 @@ def kernel_weight(layer: nn.Linear, compute: torch.dtype, even: bool) -> "Weight
     """
     from moka_pl.ops.triton import WeightSource
 
-    data, state = layer.weight.data, layer.weight.quant_state if is_quantised(layer) else None
+    weight: Any = layer.weight  # asked for once: each time takes microseconds
+    data, state = weight.data, weight.quant_state if is_quantised(layer) else None
     if state is None:
         return WeightSource(data)
     # W in another half precision would be rounded twice, as its own dequantisation does.

@@ -14,7 +14,7 @@ from moka_pl.ops.triton.gates import Gates, layer_gates
 from moka_pl.ops.triton.merged_forward import FusedThinUpdates, FusedUpdates
 from moka_pl.ops.triton.plan import Plan, make_plan
 from moka_pl.ops.triton.projection import fused_projection
-from moka_pl.ops.triton.thin_factors import can_dequantise, thin_factors
+from moka_pl.ops.triton.thin_factors import can_dequantise, thin_matrices
 from moka_pl.ops.triton.thin_plan import ThinPlan, make_thin_plan
 
 __all__ = [
@@ -31,5 +31,5 @@ __all__ = [
     "layer_gates",
     "make_plan",
     "make_thin_plan",
-    "thin_factors",
+    "thin_matrices",
 ]

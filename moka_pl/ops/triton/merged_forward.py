@@ -12,13 +12,8 @@ from moka_pl.ops.triton.delta import fused_weight
 from moka_pl.ops.triton.gates import layer_gates
 from moka_pl.ops.triton.plan import Plan
 from moka_pl.ops.triton.projection import fused_projection
-from moka_pl.ops.triton.thin import (
-    thin_factor_gradients,
-    thin_forward,
-    thin_inputs_backward,
-    thin_outputs_backward,
-)
-from moka_pl.ops.triton.thin_factors import thin_factors
+from moka_pl.ops.triton.thin import thin_backward, thin_factor_gradients, thin_forward
+from moka_pl.ops.triton.thin_factors import thin_matrices
 from moka_pl.ops.triton.thin_plan import ThinPlan
 
 #: Tokens above which bitsandbytes dequantises a 4-bit weight for its product, too; for fewer it has a kernel.
@@ -72,12 +67,12 @@ class FusedThinUpdates(ThinUpdates):
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As :meth:`ThinUpdates.product`."""
-        if len(x) == 0:
+        if x.shape[0] == 0:
             return super().product(x, bias, left, right, gate)
         x = x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
-        own = self.source if bias is None and len(x) > _DEQUANTISED else None
-        thin, weight = thin_factors(self.plan, left, right, gates, x.dtype, own)
+        own = self.source if bias is None and x.shape[0] > _DEQUANTISED else None
+        thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own)
         if weight is not None:
             update, hidden = thin_forward(self.plan, x, thin)
             return update.addmm_(x, weight.mT), (hidden,)
@@ -96,14 +91,13 @@ class FusedThinUpdates(ThinUpdates):
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`ThinUpdates.backward`."""
-        if len(x) == 0:
+        if x.shape[0] == 0:
             return super().backward(grad, x, left, right, gate, kept, needs_x)
         grad, x = grad.contiguous(), x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
-        thin, weight = thin_factors(self.plan, left, right, gates, x.dtype, self.source if needs_x else None)
-        grad_hidden, up_parts = thin_outputs_backward(self.plan, grad, kept[0], thin)
-        grad_x, down_parts = thin_inputs_backward(self.plan, x, grad_hidden, thin, needs_x)
+        thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, self.source if needs_x else None)
+        grad_x, parts = thin_backward(self.plan, grad, x, kept[0], thin, needs_x)
         if grad_x is not None and self.base_weight is not None:
             grad_x.addmm_(grad, self.base_weight().to(grad.dtype) if weight is None else weight)
-        grads = thin_factor_gradients(self.plan, down_parts, up_parts, right, gates, gate is not None)
+        grads = thin_factor_gradients(self.plan, parts, right, gates, gate is not None)
         return grad_x, *grads

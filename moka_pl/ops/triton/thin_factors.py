@@ -128,18 +128,14 @@ def _fill_kernel(  # type: ignore[no-untyped-def]
                     BLOCKSIZE, NESTED, WORDS)  # fmt: skip
 
 
-def can_dequantise(source: WeightSource | None) -> bool:
-    """Whether :func:`thin_factors` reads this weight: of 4 bits, in whole words."""
-    return (
-        source is not None
-        and source.code is not None
-        and source.data.element_size() == 1
-        and source.data.numel() % 4 == 0
-        and source.data.data_ptr() % 16 == 0
-    )
+def can_dequantise(source: WeightSource | None, entries: int) -> bool:
+    """Whether :func:`thin_matrices` reads a weight of so many entries: of 4 bits, in whole words."""
+    if source is None or source.code is None or source.data.element_size() != 1:
+        return False
+    return entries % 8 == 0 and source.data.numel() * 2 == entries and source.data.data_ptr() % 16 == 0
 
 
-def thin_factors(
+def thin_matrices(
     plan: ThinPlan,
     left: Tensor,
     right: Tensor,

@@ -1,6 +1,6 @@
 """What the thin kernels know of a layer's components; made once for every layer size."""
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from moka_pl.ops.triton.plan import Plan, make_plan
 NARROWEST = 16
 #: Columns that one program fills of L and U, and packed entries of which one program adds up the gradient.
 COLUMNS, CHUNK = 128, 32
+#: Programs that keep a large GPU busy, twice over, and the most programs that share the tokens of G.
+_PROGRAMS, _BLOCKS = 264, 64
 
 
 class Tile(NamedTuple):
@@ -23,8 +25,43 @@ class Tile(NamedTuple):
     stages: int
 
 
+#: The tiles of the forward pass, the pass over G and that over x.
+FORWARD, OUTPUTS, INPUTS = Tile(32, 128, 4, 6), Tile(64, 128, 4, 3), Tile(64, 128, 4, 3)
+
+
+class Grids(NamedTuple):
+    """How the passes over some tokens are split among programs.
+
+    Attributes:
+        forward: Tile of the forward pass.
+        outputs: Tile of the pass over G.
+        inputs: Tile of the pass over x.
+        full: For each pass, whether tiles fill the matrices, and R needs no padding.
+        times: Tiles of tokens that a program of the pass over G takes one after another.
+        blocks: Programs that share the tokens there, each with a part of ∂L/∂U.
+        columns: Columns that such a program takes.
+        shares: Programs that share the columns, each with a part of ∂L/∂hidden.
+        tokens: Tokens that a program of the pass over x takes.
+        stretches: Programs that share the tokens there, each with a part of ∂L/∂L.
+    """
+
+    forward: Tile
+    outputs: Tile
+    inputs: Tile
+    full: tuple[bool, bool, bool]
+    times: int
+    blocks: int
+    columns: int
+    shares: int
+    tokens: int
+    stretches: int
+
+
 class ThinPlan:
     """Sizes, tables and work lists of one layer's thin kernels.
+
+    ∂L/∂L and ∂L/∂U are kept where L and U have entries of the factors only: for every component as
+    (m_a, n_a n_b), and as (m_a n_b, m_b).
 
     Args:
         shapes: r shapes without identities.
@@ -37,13 +74,14 @@ class ThinPlan:
         hidden: R, the hidden numbers of a token.
         padded: R, rounded up to a power of two.
         rows: For every hidden number where its row of A begins, n_a, n_b, q, a, where its column of B begins,
-            m_b, and its component, (8, R).
-        parts: For every component m_a, n_a, m_b, n_b, and where its hidden numbers, A and B begin, (r, 7).
-        early: m_a and n_b where all shapes are one and these are powers of two, so that sums over a and q are
-            taken early; else 1 and 1.
-        work: Side (0 left, 1 right), component and first entry of every stretch of packed entries.
+            m_b, its component, its first row in U and the one after the last, and where what is kept of its
+            columns of L and its rows of U, counted from the first of all, begins, (12, R).
+        kept: Entries that are kept of L and of U.
         left_size: Entries of all left factors.
+        work: Of every stretch of packed entries its side (0 left, 1 right), component, first entry, m_a, n_a,
+            m_b, n_b, and where its component begins in the packed vector and in what is kept.
         counts: For every component the first of its parts of ∂L/∂w in ``work``, and their number, (2, r).
+        grids: Returns the :class:`Grids` for so many tokens and bytes of a number.
         compiled: Kernels compiled for this plan.
     """
 
@@ -51,45 +89,58 @@ class ThinPlan:
         self.plan: Plan = make_plan(shapes, m, n, device)
         self.hidden = sum(s.m_a * s.n_b for s in shapes)
         self.padded = max(NARROWEST, 1 << (self.hidden - 1).bit_length())
-        begins = starts([s.m_a * s.n_b for s in shapes])
         left_at, right_at = starts(left_sizes(shapes)), starts(right_sizes(shapes))
+        kept = [s.m_a * s.cols for s in shapes], [s.n_b * s.rows for s in shapes]
+        down_at, up_at = starts(kept[0]), starts(kept[1])
+        self.kept = sum(kept[0]), sum(kept[1])
         rows = [
-            [left_at[c] + a * s.n_a, s.n_a, s.n_b, q, a, right_at[c] + q, s.m_b, c]
+            [left_at[c] + a * s.n_a, s.n_a, s.n_b, q, a, right_at[c] + q, s.m_b, c, a * s.m_b,
+             (a + 1) * s.m_b, down_at[c] + a * s.cols, up_at[c] + ((a * s.n_b + q) - a) * s.m_b]
             for c, s in enumerate(shapes)
             for a in range(s.m_a)
             for q in range(s.n_b)
-        ]
-        self.rows = torch.tensor(rows, dtype=torch.int32).mT.contiguous().to(device)  # (8, R)
-        parts = [
-            [*s[:4], begin, *at] for s, begin, *at in zip(shapes, begins, left_at, right_at, strict=True)
-        ]
-        self.parts = torch.tensor(parts, dtype=torch.int32).to(device)  # (r, 7)
-        first = shapes[0]
-        even = len(set(shapes)) == 1 and all(k & (k - 1) == 0 for k in (first.m_a, first.n_b))
-        self.early = (first.m_a, first.n_b) if even else (1, 1)
-        sizes = [(s.m_a * s.n_a, s.m_b * s.n_b) for s in shapes]
+        ]  # fmt: skip
+        self.rows = torch.tensor(rows, dtype=torch.int32).mT.contiguous().to(device)  # (12, R)
+        sizes = left_sizes(shapes), right_sizes(shapes)
+        self.left_size = sum(sizes[0])
+        begins = (left_at, down_at), (right_at, up_at)
         work = [
-            [side, c, k]
+            [side, c, k, *s[:4], begins[side][0][c], begins[side][1][c]]
             for side in (0, 1)
-            for c, size in enumerate(sizes)
-            for k in range(0, size[side], CHUNK)
+            for c, s in enumerate(shapes)
+            for k in range(0, sizes[side][c], CHUNK)
         ]
         self.work = torch.tensor(work, dtype=torch.int32).to(device)
-        self.left_size = sum(left for left, _ in sizes)
-        chunks = [-(-right // CHUNK) for _, right in sizes]
-        begin = len(work) - sum(chunks)
-        counts = [[begin + k for k in starts(chunks)], chunks]
+        chunks = [-(-size // CHUNK) for size in sizes[1]]
+        first = len(work) - sum(chunks)
+        counts = [[first + k for k in starts(chunks)], chunks]
         self.counts = torch.tensor(counts, dtype=torch.int32).to(device)  # (2, r)
+        self.grids = lru_cache(256)(self._grids)
         self.compiled: dict[Any, Any] = {}
 
-    def fit(self, tile: Tile, itemsize: int) -> Tile:
-        """A tile narrowed where hidden numbers are many or wide."""
-        columns = tile.columns // (max(1, self.padded // 32) * max(1, itemsize // 2))
-        return tile._replace(columns=max(16, columns))
-
-    def full(self, columns: int, *sizes: int) -> bool:
-        """Whether tiles of so many columns fill matrices of these widths, and R needs no padding."""
-        return self.hidden == self.padded and all(size % columns == 0 for size in sizes)
+    def _grids(self, tokens: int, itemsize: int) -> Grids:
+        m, n = self.plan.m, self.plan.n
+        # Narrower tiles where hidden numbers are many or wide.
+        part = max(1, self.padded // 32) * max(1, itemsize // 2)
+        tiles = [tile._replace(columns=max(16, tile.columns // part)) for tile in (FORWARD, OUTPUTS, INPUTS)]
+        forward, outputs, inputs = tiles
+        most = min(_BLOCKS, max(16, tokens * itemsize * m // (16 * self.kept[1])))
+        blocks, stripes = -(-tokens // outputs.tokens), -(-m // outputs.columns)
+        times = -(-blocks // min(blocks, most))
+        blocks = -(-blocks // times)
+        columns = -(-stripes // max(1, min(stripes, _PROGRAMS // blocks))) * outputs.columns
+        lengths, stripes = -(-tokens // inputs.tokens), -(-n // inputs.columns)
+        stretch = -(-lengths // max(1, min(lengths, 2 * _PROGRAMS // stripes))) * inputs.tokens
+        widths = (m, n), (m,), (n,)
+        spans = forward.tokens, blocks * times * outputs.tokens, inputs.tokens
+        full = [
+            self.hidden == self.padded and tokens % span == 0 and all(w % tile.columns == 0 for w in width)
+            for tile, span, width in zip(tiles, spans, widths, strict=True)
+        ]
+        return Grids(
+            forward, outputs, inputs, (full[0], full[1], full[2]),
+            times, blocks, columns, -(-m // columns), stretch, -(-tokens // stretch),
+        )  # fmt: skip
 
 
 @cache

@@ -81,7 +81,7 @@ def test_thin_matrices_are_their_references(case) -> None:
     left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
     weights = torch.randn(len(shapes))
     plan = kernels.make_thin_plan(shapes, m, n, DEVICE)
-    thin, weight = kernels.thin_factors(plan, left, right, kernels.Gates(weights), torch.float32)
+    thin, weight = kernels.thin_matrices(plan, left, right, kernels.Gates(weights), torch.float32)
     size = hidden_size(shapes)
     assert weight is None
     assert torch.equal(thin[: size * n].view(size, n), lora_left(left, shapes, n, thin.dtype))
@@ -97,8 +97,8 @@ def test_a_4bit_weight_is_dequantised_as_bitsandbytes_does(m: int, n: int, neste
     plan = kernels.make_thin_plan(shapes, m, n, DEVICE)
     left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
     source = kernel_weight(layer, torch.float32, even=True)
-    assert kernels.can_dequantise(source)
-    _, found = kernels.thin_factors(plan, left, right, kernels.Gates(torch.ones(1)), torch.float32, source)
+    assert kernels.can_dequantise(source, m * n)
+    _, found = kernels.thin_matrices(plan, left, right, kernels.Gates(torch.ones(1)), torch.float32, source)
     assert torch.equal(found, dense_weight(layer))  # bit for bit
 
 
