@@ -1,7 +1,8 @@
 """Chooses how an adapted layer is computed: frozen layer and update apart, merged, or by decoding kernels."""
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ from moka_pl.ops.thin import ThinUpdates
 
 if TYPE_CHECKING:
     from moka_pl.adapters.layer import MokaLinear
+
+
+#: The fused thin products of layers, and what they were made for: to make them takes as long as a launch.
+_FUSED_THIN: "WeakKeyDictionary[MokaLinear, tuple[tuple[Any, ...], DenseUpdates]]" = WeakKeyDictionary()
 
 
 class ForwardPlan(NamedTuple):
@@ -59,24 +64,12 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
         return None
     m, n = layer.out_features, layer.in_features
     resolved = resolve_backend(adapted.backend, x, dtype, shapes, m)
+    if resolved == "thin" and can_fuse_thin(x, compute, dtype, shapes, m):
+        return ForwardPlan(_fused_thin(adapted, compute, autocast, x.device), compute, result)
     weight = partial(dense_weight, layer)
     parts = (shapes, m, n, adapted.scaling, weight, is_quantised(layer), adapted.gating)
     if resolved == "thin":
-        frozen = partial(frozen_output, layer, autocast)
-        if not can_fuse_thin(x, compute, dtype, shapes, m):
-            return ForwardPlan(ThinUpdates(*parts, frozen), compute, result)
-        from moka_pl.ops.triton import FusedThinUpdates, can_dequantise, make_thin_plan
-
-        # Under autocast a 4-bit layer's product may have another dtype than the layer says.
-        own = not autocast or torch.get_autocast_dtype(device) == compute
-        source = kernel_weight(layer, compute, even=True) if own else None
-        fused = FusedThinUpdates(
-            *parts,
-            frozen,
-            plan=make_thin_plan(shapes, m, n, x.device),
-            source=source if can_dequantise(source, m * n) else None,
-        )
-        return ForwardPlan(fused, compute, result)
+        return ForwardPlan(ThinUpdates(*parts, partial(frozen_output, layer, autocast)), compute, result)
     if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
         from moka_pl.ops.triton import FusedUpdates, make_plan
 
@@ -86,6 +79,37 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
     if resolved != "fused" and compute == dtype and compute.itemsize >= 4:
         return ForwardPlan(UPDATES[resolved](*parts), compute, result)
     return None
+
+
+def _fused_thin(
+    adapted: "MokaLinear", compute: torch.dtype, autocast: bool, device: torch.device
+) -> DenseUpdates:
+    """The fused thin products of a layer, made again only where something about them has changed."""
+    layer = adapted.base_layer
+    cast = torch.get_autocast_dtype(device.type) if autocast else None
+    key = (layer, compute, cast, device, adapted.scaling, adapted.gating)
+    made_for, updates = _FUSED_THIN.get(adapted, (None, None))
+    if updates is not None and made_for == key:
+        return updates
+    from moka_pl.ops.triton import FusedThinUpdates, make_thin_plan
+
+    m, n = layer.out_features, layer.in_features
+    # Under autocast a 4-bit layer's product may have another dtype than the layer says.
+    own = is_quantised(layer) and cast in (None, compute)
+    updates = FusedThinUpdates(
+        adapted.shapes,
+        m,
+        n,
+        adapted.scaling,
+        partial(dense_weight, layer),
+        is_quantised(layer),
+        adapted.gating,
+        partial(frozen_output, layer, autocast),
+        plan=make_thin_plan(adapted.shapes, m, n, device),
+        source=partial(kernel_weight, layer, compute, even=True) if own else None,
+    )
+    _FUSED_THIN[adapted] = key, updates
+    return updates
 
 
 def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:

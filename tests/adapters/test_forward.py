@@ -103,6 +103,23 @@ def test_thin_products_start_as_the_frozen_layer_bit_for_bit(dtype, autocast, fo
     assert layer.moka_B.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_fused_thin_products_are_made_again_where_a_layer_has_changed(four_bit, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("moka_pl.adapters.forward.can_fuse_thin", lambda *_: True)
+    layer, x = adapted("thin", four_bit, **THIN), tokens()
+    first = plan_forward(layer, x).updates
+    assert type(first).__name__ == "FusedThinUpdates"
+    assert plan_forward(layer, x).updates is first
+    for scaling in (1.7, -0.4):
+        layer.scaling = scaling
+        with torch.no_grad():
+            found = layer(x)
+            exact = layer.base_layer(x) + x @ layer.get_delta_weight().mT
+        torch.testing.assert_close(found, exact, atol=1e-4, rtol=1e-4)
+    assert plan_forward(layer, x).updates is not first
+
+
 def test_thin_products_save_little_beside_the_input() -> None:
     layer = adapted("thin", **THIN)
     x = tokens().requires_grad_()

@@ -1,5 +1,6 @@
 """The merged forward by the kernels; its references are in :mod:`moka_pl.ops`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from moka_pl.ops.triton.gates import layer_gates
 from moka_pl.ops.triton.plan import Plan
 from moka_pl.ops.triton.projection import fused_projection
 from moka_pl.ops.triton.thin import thin_backward, thin_factor_gradients, thin_forward
-from moka_pl.ops.triton.thin_factors import thin_matrices
+from moka_pl.ops.triton.thin_factors import can_dequantise, thin_matrices
 from moka_pl.ops.triton.thin_plan import ThinPlan
 
 #: Tokens above which bitsandbytes dequantises a 4-bit weight for its product, too; for fewer it has a kernel.
@@ -57,11 +58,12 @@ class FusedThinUpdates(ThinUpdates):
 
     Args:
         plan: The layer's plan.
-        source: The frozen 4-bit weight as the kernels read it; None for a storage that they do not read.
+        source: Returns the frozen 4-bit weight as the kernels read it, or None for a storage that they do not
+            read; None where there is no such weight.
     """
 
     plan: ThinPlan
-    source: WeightSource | None = None
+    source: Callable[[], WeightSource | None] | None = None
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
@@ -71,7 +73,7 @@ class FusedThinUpdates(ThinUpdates):
             return super().product(x, bias, left, right, gate)
         x = x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
-        own = self.source if bias is None and x.shape[0] > _DEQUANTISED else None
+        own = self._own_weight() if bias is None and x.shape[0] > _DEQUANTISED else None
         thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own)
         if weight is not None:
             update, hidden = thin_forward(self.plan, x, thin)
@@ -95,9 +97,15 @@ class FusedThinUpdates(ThinUpdates):
             return super().backward(grad, x, left, right, gate, kept, needs_x)
         grad, x = grad.contiguous(), x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
-        thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, self.source if needs_x else None)
+        own = self._own_weight() if needs_x else None
+        thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own)
         grad_x, parts = thin_backward(self.plan, grad, x, kept[0], thin, needs_x)
         if grad_x is not None and self.base_weight is not None:
             grad_x.addmm_(grad, self.base_weight().to(grad.dtype) if weight is None else weight)
         grads = thin_factor_gradients(self.plan, parts, right, gates, gate is not None)
         return grad_x, *grads
+
+    def _own_weight(self) -> WeightSource | None:
+        """The frozen weight, where the kernels dequantise it."""
+        source = None if self.source is None else self.source()
+        return source if can_dequantise(source, self.m * self.n) else None

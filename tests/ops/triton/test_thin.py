@@ -38,7 +38,7 @@ def _updates(
 ) -> kernels.FusedThinUpdates:
     frozen = None if layer is None else lambda x: nn.functional.linear(x, dense_weight(layer))
     weight = None if layer is None else lambda: dense_weight(layer)
-    source = None if layer is None else kernel_weight(layer, torch.float32, even=True)
+    source = None if layer is None else lambda: kernel_weight(layer, torch.float32, even=True)
     return kernels.FusedThinUpdates(
         shapes, m, n, SCALING, weight, True, gating, frozen,
         plan=kernels.make_thin_plan(shapes, m, n, DEVICE), source=source,
