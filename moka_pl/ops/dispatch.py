@@ -21,8 +21,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 #: Tokens below which, on a GPU and without gradients, building ΔW costs more than kernels for few tokens.
 DECODE_TOKENS = 32
 
-#: Hidden numbers of a token up to which the kernels' tiles fit.
-_WIDEST = 128
+#: Bytes of a token's hidden numbers up to which the thin kernels' tiles fit, and the oldest GPU for these.
+_WIDEST, _OLDEST = 256, (8, 0)
 
 
 def resolve_backend(
@@ -92,8 +92,10 @@ def can_fuse_thin(
         shapes: r shapes of small ranks.
         m: Output features.
     """
-    served = compute in (torch.bfloat16, torch.float32) and hidden_size(shapes) <= _WIDEST
-    return served and x.is_cuda and can_fuse(x, factors, shapes, m)
+    if not x.is_cuda or compute not in (torch.bfloat16, torch.float32):
+        return False
+    narrow = hidden_size(shapes) * compute.itemsize <= _WIDEST
+    return narrow and _capability(x.device) >= _OLDEST and can_fuse(x, factors, shapes, m)
 
 
 @lru_cache(maxsize=4096)
@@ -120,6 +122,11 @@ def pick_backend(tokens: int, shapes: tuple[Shape, ...], m: int, n: int) -> Lite
         dense += (120 if shape.identity else 200) * m * n
         structured += 6e6 + tokens * (3.5 * len(members) * product + 150 * (m + n))
     return "dense" if dense <= structured else "structured"
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
