@@ -1,5 +1,7 @@
 """The kernels of thin products, under Triton's interpreter where there is no GPU (see conftest)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,6 +124,23 @@ def test_the_frozen_product_adds_itself_to_the_update(monkeypatch: pytest.Monkey
     grad_x, grad_left, _, _ = updates.backward(upstream, x.detach(), left, right, None, kept, False)
     assert grad_x is None
     assert grad_left.isfinite().all()
+
+
+def test_programs_may_take_several_tiles_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shapes, m, n, *_ = CASES["several shapes, cut and filled"]
+    left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
+    x, upstream = torch.randn(150, n), torch.randn(150, m)
+    runs = []
+    for blocks in (64, 2):
+        monkeypatch.setattr("moka_pl.ops.triton.thin_plan._BLOCKS", blocks)
+        plan = kernels.ThinPlan(shapes, m, n, DEVICE)
+        assert (plan.grids(150, x.itemsize).times > 1) == (blocks == 2)
+        updates = replace(_updates(shapes, m, n, "none"), plan=plan)
+        _, kept = updates.product(x, None, left, right, None)
+        runs.append(updates.backward(upstream, x, left, right, None, kept, True)[:3])
+    for found, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
 def test_no_tokens_give_no_output_and_zero_gradients() -> None:
