@@ -59,17 +59,27 @@ def _cells(row: Row, tasks: Sequence[str], several: bool, seeds: int) -> list[st
         shown = f"failed: {why}" if why else "not tested yet" if entry.rate else "not run yet"
         return [entry.name, shown, *[""] * (len(tasks) + several + 3)]
     rate = "" if entry.rate is None else f"{entry.rate:g}{' *' if entry.edge else ''}"
+    shares = [row.tasks.get(task) for task in tasks] + ([row.mean] if several else [])
+    known = [loss for loss in row.validation if loss is not None]
+    validation = f"{sum(known) / len(known):.4f}" if known and len(known) == len(row.validation) else ""
+    parameters = f"{row.parameters:,}"
+    name = told_name(entry, seeds)
+    return [name, parameters, rate, *(_percent(share) for share in shares), _plain(row.nll), validation]
+
+
+def told_name(entry: Entry, seeds: int) -> str:
+    """A method's name, with what is still missing of its runs.
+
+    Args:
+        entry: What became of the method.
+        seeds: Number of seeds that the suite asks for.
+    """
     notes = ["some runs failed"] if entry.errors else []
     if len(entry.trials) > 1 and entry.missing and any(trial.loss is None for trial in entry.trials):
         notes.append("not all rates tried")
     if entry.rate is not None and len(entry.outcomes) < seeds:
         notes.append(f"{len(entry.outcomes)} of {seeds} seeds")
-    name = f"{entry.name} ({', '.join(notes)})" if notes else entry.name
-    shares = [row.tasks.get(task) for task in tasks] + ([row.mean] if several else [])
-    known = [loss for loss in row.validation if loss is not None]
-    validation = f"{sum(known) / len(known):.4f}" if known and len(known) == len(row.validation) else ""
-    parameters = f"{row.parameters:,}"
-    return [name, parameters, rate, *(_percent(share) for share in shares), _plain(row.nll), validation]
+    return f"{entry.name} ({', '.join(notes)})" if notes else entry.name
 
 
 def _notes(report: Report) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from moka_pl.studies.compare.figures import new_figure, save_small
 from moka_pl.studies.compare.report import Report, Row
 from moka_pl.studies.compare.statistics import Comparison, Difference
+from moka_pl.studies.compare.tables import told_name
 
 #: The size in a method's name: rank r8, or x4 components. Methods that differ in it alone are a series.
 _SIZE = re.compile(r" (r\d+|x\d+)(?=$|,)")
@@ -60,6 +61,7 @@ def as_json(reports: Sequence[Report]) -> dict[str, Any]:
     return {
         "scores": [
             {"family": report.suite.family, "suite": report.suite.name, "method": row.entry.name}
+            | {"seeds": sorted(row.entry.outcomes)}
             | {"parameters": row.parameters, "lora_rank": lora_rank(row)}
             | {"mean": None if row.mean is None else asdict(row.mean), "nll": asdict(row.nll)}
             | {"forgotten": None if row.forgotten is None else asdict(row.forgotten)}
@@ -92,7 +94,8 @@ def _table(report: Report) -> list[str]:
     for row in shown_rows(report):
         assert row.nll is not None
         rank, gain = lora_rank(row), gains.get(row.entry.name, {})
-        cells = [row.entry.name + (" \\*" if row.entry.edge else ""), f"{row.parameters:,}", str(rank or "")]
+        name = told_name(row.entry, len(report.suite.seeds)) + (" \\*" if row.entry.edge else "")
+        cells = [name, f"{row.parameters:,}", str(rank or "")]
         cells += [
             "" if row.mean is None else f"{100 * row.mean.value:.1f} ± {100 * (row.mean.stderr or 0):.1f}"
         ]

@@ -22,7 +22,7 @@ def row(name, parameters, accuracy, nll, rank=None, edge=False):
 
 @pytest.fixture
 def reports():
-    suite = read_suite(FOLDER / "servable-smollm2.yaml")
+    suite = replace(read_suite(FOLDER / "servable-smollm2.yaml"), seeds=(0,))
     nll = Difference(0.03, 0.01, 0.05, 0.01)
     found = []
     for name, answered in (("questions", True), ("texts", False)):
@@ -68,6 +68,12 @@ def test_what_the_reference_gains_is_told_by_family(reports):
     assert "| servable 16 | 1,000 | 16 | 50.0 ± 1.0 |  | 2.500 ± 0.020 |  |" in questions
     assert "frozen" not in text
     assert "plain text |" not in text
+
+
+def test_missing_seeds_are_told(reports):
+    report = replace(reports[0], suite=replace(reports[0].suite, seeds=(0, 1, 2)))
+    assert "| LoRA r1 (1 of 3 seeds) \\* | 1,000 |" in families.markdown([report])
+    assert families.as_json([report])["scores"][0]["seeds"] == [0]
 
 
 def test_what_is_forgotten_is_told_beside(reports):
