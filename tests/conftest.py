@@ -251,9 +251,11 @@ def train(make_module, make_data, make_trainer) -> Callable[..., SimpleNamespace
     Returns losses and learning rates by step, validation losses by step, and the final adapter.
     """
 
-    def run(*callbacks: Callback, ckpt_path: Path | None = None, **options: object) -> SimpleNamespace:
+    def run(
+        *callbacks: Callback, ckpt_path: Path | None = None, adapter: dict | None = None, **options: object
+    ) -> SimpleNamespace:
         steps, validations = StepLog(), Validations()
-        module = make_module(lr=1e-2, adapter={"dropout": 0.1})
+        module = make_module(lr=1e-2, adapter={"dropout": 0.1} if adapter is None else adapter)
         keeping = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         defaults = {"max_epochs": 2, "accumulate_grad_batches": 2, "enable_checkpointing": keeping}
         trainer = make_trainer(steps, validations, *callbacks, **(defaults | options))

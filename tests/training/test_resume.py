@@ -5,7 +5,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from moka_pl.adapters import moka_layers
 from moka_pl.errors import ConfigError
+from moka_pl.ops.thin import is_thin
 from moka_pl.training.checkpoint import find_last
 
 
@@ -39,6 +41,14 @@ def test_resumed_run_equals_one_never_stopped(train, assert_continues, tmp_path,
         assert_continues(resumed, whole, step)
         later = {k: v for k, v in whole.validations.items() if k > step}
         assert {k: v for k, v in resumed.validations.items() if k > step} == later
+
+
+def test_a_run_of_thin_products_resumes(train, assert_continues, tmp_path):
+    adapter = {"filters": "servable", "rank": 4, "components": 1, "target_modules": "all-linear"}
+    whole = train(saving(tmp_path, every_n_train_steps=1), adapter=adapter, max_epochs=1)
+    layers = moka_layers(whole.module.causal_lm).values()
+    assert all(is_thin(layer.shapes, layer.out_features, layer.in_features) for layer in layers)
+    assert_continues(train(ckpt_path=tmp_path / "2.ckpt", adapter=adapter, max_epochs=1), whole, 2)
 
 
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 4}], ids=str)
