@@ -30,7 +30,8 @@ def resolve_backend(
 ) -> Literal["structured", "dense", "thin", "fused"]:
     """Chooses the backend for an update of ``x``: ``"fused"`` only where its kernels can run.
 
-    ``"thin"`` is chosen only for components of small ranks, and for these always.
+    ``"thin"`` is chosen only for components of small ranks: by ``"auto"`` for all of these, and by
+    ``"fused"`` on a GPU, where it has kernels of its own.
 
     Args:
         backend: The requested backend.
@@ -53,7 +54,7 @@ def resolve_backend(
         return pick_backend(x.numel() // n, tuple(shapes), m, n)
     if backend == "fused":
         if can_fuse(x, factors, shapes, m):
-            return "fused"
+            return "thin" if thin and x.is_cuda else "fused"
         _warn_unfused()
         return "dense"
     if backend == "thin" and not thin:

@@ -1,5 +1,7 @@
 """Which backend computes an update."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -18,3 +20,14 @@ def test_kernels_are_for_layers_of_one_kind() -> None:
     assert resolve_backend("fused", x, torch.float32, [PAIR, BLOCKS], 8) == "dense"
     kinds = ([PAIR], [BLOCKS, BLOCKS], [BLOCKS, PAIR])
     assert [can_fuse(x, torch.float32, shapes, 8) for shapes in kinds] == [True, True, False]
+
+
+def test_on_a_gpu_fused_takes_the_kernels_of_thin_products() -> None:
+    if not can_fuse(torch.zeros(64, 576), torch.float32, [PAIR], 576):
+        pytest.fail("Triton's interpreter is missing: the test extra brings it")
+    thin, square = [Shape(4, 144, 144, 4)], [Shape(24, 24, 24, 24)]
+    found = []
+    for on_gpu in (True, False):
+        x = SimpleNamespace(is_cuda=on_gpu, shape=(64, 576))
+        found.append([resolve_backend("fused", x, torch.float32, shapes, 576) for shapes in (thin, square)])
+    assert found == [["thin", "fused"], ["fused", "fused"]]
