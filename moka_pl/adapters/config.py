@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from moka_pl.adapters.filters import AUTO, DEFAULT_RANK, SERVABLE, check_rank, check_size, filter_shapes
+from moka_pl.adapters.filters import (
+    AUTO,
+    DEFAULT_RANK,
+    SERVABLE,
+    check_rank,
+    check_size,
+    describe_filters,
+    filter_shapes,
+)
 from moka_pl.adapters.schema import check_values, shown
 from moka_pl.errors import ConfigError
 from moka_pl.ops.dispatch import BACKENDS
@@ -43,12 +51,13 @@ class MokaConfig(AdapterConfig):
     Args:
         components: Number r of Kronecker components per layer (not a rank); the number of parameters grows
             linearly with it. The paper uses 10.
-        rank: Rank of one component of ``filters: servable``, which alone takes it; ``null`` is 16. All
-            components of a layer together are exactly a LoRA of rank components × rank, at most 512.
+        rank: Rank of each component with ``filters: servable``, the only filters that have this option;
+            ``null`` is 16. A layer's components together are exactly a LoRA of rank components × rank, which
+            may be at most 512. Squares (4, 16, 64, 256) take the parameters of rank 1.
         filters: Shapes of the factors. ``diverse`` cycles through five aspect ratios, ``square`` uses one
             shape, and ``prime`` is MoKA_s (identity left factors, about 20% fewer parameters). With
-            ``servable`` every component is exactly a LoRA of rank ``rank`` with the parameters of one of rank
-            1 (for a square rank; the family of CDKA, arXiv 2602.01267). ``auto`` chooses each layer's shapes
+            ``servable`` every component is exactly a LoRA of rank ``rank`` (the family of CDKA, arXiv
+            2602.01267). ``auto`` chooses each layer's shapes
             when a training run begins, from the gradient of the first rank's batches of the first 4 optimizer
             steps, and saves the choice. A list gives one shape for all components or one each:
             ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or ``[k, m_b, n_b]`` with an identity of size k on the
@@ -73,9 +82,9 @@ class MokaConfig(AdapterConfig):
         start: How factors start; ΔW starts at 0 either way. ``zero``: random left factors (Kaiming-uniform)
             and zero right factors. ``zero_left``: zero left factors and random right ones. ``gradient``: left
             factors along the gradient of the first batches (the components of one shape take its best
-            Kronecker products in order), scaled like random ones. It affects new training runs only: a
+            Kronecker products in order), scaled like random ones. ``start`` affects new training runs only: a
             resumed run, or one from ``adapter_path``, continues from what was saved. ``gradient`` does not
-            work with ``prime``, whose left factors are all identities, and ``zero_left`` with no identity.
+            work with ``prime``, whose left factors are all identities, nor ``zero_left`` with any identity.
     """
 
     components: int = 10
@@ -125,7 +134,8 @@ class MokaConfig(AdapterConfig):
             check_rank(self.rank, self.components)
         elif self.rank is not None:
             raise ConfigError(
-                f"rank ({shown(self.rank)}) works only with filters: {SERVABLE}; set them, or remove rank"
+                f"rank ({shown(self.rank)}) works only with filters: {SERVABLE}; set them instead of "
+                f"{shown(describe_filters(self.filters))}, or remove rank"
             )
 
     def _check_start(self) -> None:

@@ -222,9 +222,11 @@ def check_rank(rank: int, components: int) -> None:
     if rank > MAX_RANK:
         raise ConfigError(f"rank must be at most {MAX_RANK}, the largest that vLLM serves, not {shown(rank)}")
     if components * rank > MAX_RANK:
+        most = MAX_RANK // components
         raise ConfigError(
             f"components × rank must be at most {MAX_RANK}, the largest rank that vLLM serves, not "
             f"{shown(components)} × {rank}; set components to at most {MAX_RANK // rank}"
+            + (f", or rank to at most {most}" if most else "")
         )
 
 

@@ -76,9 +76,16 @@ def test_scaling_defaults_to_components_and_follows_them() -> None:
         ({"filters": "servable", "rank": 2.5}, r"rank must be a whole number or null, not 2\.5"),
         ({"filters": "servable", "rank": True}, "rank must be a whole number or null, not True"),
         ({"filters": "servable", "rank": 513}, "rank must be at most 512.*vLLM.*not 513"),
-        ({"filters": "servable", "rank": 64}, "at most 512.*not 10 × 64; set components to at most 8"),
+        (
+            {"filters": "servable", "rank": 64},
+            "at most 512.*not 10 × 64; set components to at most 8, or rank to at most 51",
+        ),
         ({"filters": "servable", "budget": 5}, "budget .5. works only with filters: auto"),
-        ({"rank": 16}, r"rank \(16\) works only with filters: servable; set them"),
+        ({"filters": "servable", "rank": 1, "components": 600}, "600 × 1; set components to at most 512$"),
+        (
+            {"rank": 16},
+            r"rank \(16\) works only with filters: servable; set them instead of 'diverse', or rem",
+        ),
         ({"rank": 16, "filters": {"layer": [[2, 2]]}}, r"rank \(16\) works only with"),
         ({"start": "zero_left", "filters": "prime"}, "start: zero_left.*prime are identities"),
         ({"start": "zero_left", "filters": [[2, 3, 4]]}, "start: zero_left.*identities; set start: zero"),

@@ -520,6 +520,36 @@ def test_gates_are_told_and_only_sigmoid_ones_need_a_newer_format(
     assert f"| gating | {gating} |" in card
 
 
+@pytest.mark.parametrize(
+    ("options", "about"),
+    [
+        (
+            {"components": 1, "filters": "servable", "rank": 4},
+            "`y = W x + s (A ⊗ B) x`. In every adapted layer this is exactly a LoRA of rank 4.",
+        ),
+        (
+            {"components": 1, "gating": "none"},
+            "A Kronecker adapter for `someone/tiny-llama`: `y = W x + s (A",
+        ),
+        ({"components": 1, "gating": "sigmoid"}, "A gated mixture of Kronecker adapters for `someone/"),
+        ({"gating": "none"}, "A mixture of Kronecker adapters for `someone/"),
+        (
+            {"components": 2, "filters": "servable", "rank": 4},
+            "`α = softmax(g)`. In every adapted layer this is exactly a LoRA of rank 8.",
+        ),
+    ],
+)
+def test_a_card_tells_of_gates_only_where_there_are_some(
+    options: dict, about: str, tmp_path: Path, tiny_llama
+) -> None:
+    inject_adapter(tiny_llama, config(**options))
+    path = save_adapter(tmp_path / "adapter", tiny_llama, config(**options), BASE)
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert about in card
+    still = options.get("components") == 1 and options.get("gating") != "sigmoid"
+    assert ("| gating |" not in card) == ("α" not in card) == still
+
+
 @pytest.mark.parametrize("options", [{"filters": "servable", "rank": 4}, {"start": "zero_left"}])
 def test_ranks_are_told_and_servable_filters_need_the_newest_format(
     options: dict, tmp_path: Path, tiny_llama

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, save_adapter
+from moka_pl.adapters import BaseModel, MokaConfig, adapter_state, inject_adapter, save_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.cli.main import FUNCTIONS, function_parser
 from moka_pl.data import CommonsenseData, InstructionData
@@ -73,15 +73,28 @@ def commands() -> dict[str, list[list[str]]]:
 COMMANDS = sorted({shlex.join(command) for page in commands().values() for command in page if command})
 
 
+def save_tiny_adapter(folder: Path, config: MokaConfig) -> Path:
+    """Saves an adapter as trained: of random factors and gates."""
+    base = BackboneConfig("tiny", weights="random", quantization="none")
+    model = load_backbone(base).model
+    inject_adapter(model, config)
+    for tensor in adapter_state(model).values():
+        tensor.normal_(std=0.2)
+    remembered = BaseModel(base.name, None, fingerprint(model), base.options())
+    return save_adapter(folder / "adapters" / "best", model, config, remembered, {"prompt": "raw"})
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny adapter in the place of those that a run would leave."""
-    base = BackboneConfig("tiny", weights="random", quantization="none")
-    config, model = MokaConfig(components=3), load_backbone(base).model
-    inject_adapter(model, config)
-    remembered = BaseModel(base.name, None, fingerprint(model), base.options())
-    path = tmp_path_factory.mktemp("run") / "adapters" / "best"
-    return save_adapter(path, model, config, remembered, {"prompt": "raw"})
+    return save_tiny_adapter(tmp_path_factory.mktemp("run"), MokaConfig(components=3))
+
+
+@pytest.fixture(scope="module")
+def servable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with servable filters."""
+    config = MokaConfig(components=2, filters="servable", rank=4, target_modules="all-linear")
+    return save_tiny_adapter(tmp_path_factory.mktemp("servable"), config)
 
 
 @pytest.fixture
@@ -191,8 +204,13 @@ def test_a_wrong_option_would_be_seen(placed, build_cli, monkeypatch, capsys) ->
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.page)
-def test_python_blocks_run(block: Block, adapter: Path, tmp_path, monkeypatch, capsys) -> None:
+def test_python_blocks_run(
+    block: Block, adapter: Path, servable: Path, tmp_path, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
+    if "peft" in block.text:
+        pytest.importorskip("peft")
+    adapter = servable if "filters: servable" in block.text else adapter
     (tmp_path / "adapters").symlink_to(adapter.parent, target_is_directory=True)
     text = block.text.replace(
         'BackboneConfig("smollm2-135m-instruct")', 'BackboneConfig("tiny", weights="random")'
@@ -201,7 +219,12 @@ def test_python_blocks_run(block: Block, adapter: Path, tmp_path, monkeypatch, c
     text = text.replace('dirpath="adapters"', 'dirpath="own"').replace(
         "pl.Trainer(", "pl.Trainer(logger=False, "
     )
-    exec(compile(text, block.page, "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(text, block.page, "exec"), names)
+    if "served" in names:  # the LoRA that stands for the adapter is no empty one
+        with names["torch"].no_grad(), names["served"].disable_adapter():
+            base = names["served"](**names["tokens"]).logits
+        assert (base - names["expected"]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("block", blocks("json"), ids=lambda block: block.page)

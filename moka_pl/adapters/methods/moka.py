@@ -14,7 +14,7 @@ from moka_pl.adapters.layer import MokaLinear
 from moka_pl.adapters.methods.base import AdapterMethod, check_tensors, name_targets
 from moka_pl.adapters.schema import shown
 from moka_pl.errors import ConfigError
-from moka_pl.ops.gating import GATINGS
+from moka_pl.ops.gating import GATINGS, can_move
 
 
 class MokaMethod(AdapterMethod):
@@ -96,22 +96,32 @@ class MokaMethod(AdapterMethod):
         return self.config.to_dict()
 
     def facts(self) -> dict[str, Any]:
-        """Returns components, filters, gates, scaling and targets."""
-        rank = "" if self.config.rank is None else f", rank {self.config.rank}"
+        """Returns components, filters, gates (unless α is always 1), scaling and targets."""
+        config = self.config
+        rank = "" if config.rank is None else f", rank {config.rank}"
+        weighted = config.components > 1 or can_move(config.gating, config.components)
         return {
-            "components": self.config.components,
-            "filters": describe_filters(self.config.filters) + rank,
-            "gating": self.config.gating,
-            "scaling": self.config.effective_scaling,
-            "target modules": name_targets(self.config.target_modules),
+            "components": config.components,
+            "filters": describe_filters(config.filters) + rank,
+            **({"gating": config.gating} if weighted else {}),
+            "scaling": config.effective_scaling,
+            "target modules": name_targets(config.target_modules),
         }
 
     def about(self, base: str) -> str:
         """Returns the equation of the adapted layers."""
-        return (
-            f"A gated mixture of Kronecker adapters for `{base}`: `y = W x + s Σ α_i (A_i ⊗ B_i) x`, "
-            f"`{GATINGS[self.config.gating]}`."
-        )
+        config = self.config
+        if config.components == 1 and not can_move(config.gating, 1):
+            told = f"A Kronecker adapter for `{base}`: `y = W x + s (A ⊗ B) x`."
+        else:
+            kind = "mixture" if config.gating == "none" else "gated mixture"
+            told = f"A {kind} of Kronecker adapters for `{base}`: `y = W x + s Σ α_i (A_i ⊗ B_i) x`, "
+            told += f"`{GATINGS[config.gating]}`."
+        if config.rank is not None:
+            told += (
+                f" In every adapted layer this is exactly a LoRA of rank {config.components * config.rank}."
+            )
+        return told
 
 
 @contextmanager
