@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moka_pl.ops import dispatch
 from moka_pl.ops.dispatch import resolve_backend
+from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight
 from moka_pl.ops.layout import Shape, left_sizes, right_sizes
 from moka_pl.ops.merged_forward import MergedForward
@@ -75,9 +76,10 @@ def test_both_products_and_their_gradients_are_those_of_the_dense_update(problem
     torch.testing.assert_close(x @ lora.mT, expected)
 
 
-@pytest.mark.parametrize("gating", ["softmax", "none"])
-def test_the_operation_passes_gradcheck(gating) -> None:
-    m, n, shapes = 7, 9, (Shape(2, 5, 4, 2), Shape(2, 5, 4, 2), Shape(1, 3, 6, 2))
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("components", [1, 3])
+def test_the_operation_is_its_formula_and_passes_gradcheck(components, gating) -> None:
+    m, n, shapes = 7, 9, (Shape(1, 3, 6, 2), Shape(2, 5, 4, 2), Shape(2, 5, 4, 2))[:components]
     leaves = tensors(m, n, 3, shapes)
     weight, bias = torch.randn(m, n, dtype=torch.float64), torch.randn(m, dtype=torch.float64)
     updates = ThinUpdates(
@@ -87,6 +89,9 @@ def test_the_operation_passes_gradcheck(gating) -> None:
     def product(x: Tensor, left: Tensor, right: Tensor, gate: Tensor) -> Tensor:
         return MergedForward.apply(x, gate, left, right, bias, updates)
 
+    x, left, right, gate = leaves.values()
+    delta = delta_weight(1.3 * gates_of(gate, gating), left, right, shapes, m, n)
+    torch.testing.assert_close(product(*leaves.values()), nn.functional.linear(x, weight + delta, bias))
     assert torch.autograd.gradcheck(product, tuple(leaves.values()))
 
 
