@@ -66,7 +66,7 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
     resolved = resolve_backend(adapted.backend, x, dtype, shapes, m)
     if resolved == "thin" and can_fuse_thin(x, compute, dtype, shapes, m):
         return ForwardPlan(_fused_thin(adapted, compute, autocast, x.device), compute, result)
-    weight = partial(dense_weight, layer)
+    weight = partial(dense_weight, layer, often=True)
     parts = (shapes, m, n, adapted.scaling, weight, is_quantised(layer), adapted.gating)
     if resolved == "thin":
         return ForwardPlan(ThinUpdates(*parts, partial(frozen_output, layer, autocast)), compute, result)
@@ -101,7 +101,7 @@ def _fused_thin(
         m,
         n,
         adapted.scaling,
-        partial(dense_weight, layer),
+        partial(dense_weight, layer, often=True),
         is_quantised(layer),
         adapted.gating,
         partial(frozen_output, layer, autocast),

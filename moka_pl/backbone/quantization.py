@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moka_pl.errors import AdapterError, BackboneError
 from moka_pl.utils import silenced
@@ -155,6 +156,11 @@ def _is_quantised_kind(kind: type) -> bool:
     return any(base.__name__ == "Linear4bit" for base in kind.__mro__)
 
 
+@cache
+def _is_quantised(kind: type) -> bool:
+    return any(base.__name__ == "Linear4bit" for base in kind.__mro__)
+
+
 def keep_weights(model: nn.Module) -> None:
     """Keeps the 4-bit layers of a model, or a single one, from changing between training and evaluation.
 
@@ -205,8 +211,13 @@ def layer_compute_dtype(layer: "Linear4bit", x: Tensor | None = None) -> torch.d
     return layer.compute_dtype or (torch.float32 if x is None else x.dtype)
 
 
-def dense_weight(layer: nn.Linear) -> Tensor:
+def dense_weight(layer: nn.Linear, often: bool = False) -> Tensor:
     """Returns the layer's weight as a dense (m, n) matrix: itself, not a copy, or the dequantised 4-bit one.
+
+    Args:
+        layer: The layer.
+        often: Whether a 4-bit weight is asked for in every step. On a CPU its block scales are then
+            dequantised only once and kept, which takes an eighth of the weight's own memory.
 
     Raises:
         AdapterError: For a quantised layer of another kind.
@@ -217,6 +228,8 @@ def dense_weight(layer: nn.Linear) -> Tensor:
         state = layer.weight.quant_state
         if state is None:
             raise AdapterError("a 4-bit layer is not quantised yet; move the model to its device first")
+        if often and state.nested and layer.weight.device.type == "cpu":
+            state = _with_plain_scales(state)
         return bnb.functional.dequantize_4bit(layer.weight.data, state)  # type: ignore[no-any-return]
     if not layer.weight.dtype.is_floating_point:
         raise AdapterError(
@@ -224,6 +237,22 @@ def dense_weight(layer: nn.Linear) -> Tensor:
             "floating-point and bitsandbytes 4-bit layers can be merged"
         )
     return layer.weight.detach()
+
+
+#: By quantised block scales of weights on CPUs, the ``QuantState`` with these dequantised.
+_PLAIN = WeakTensorKeyDictionary()
+
+
+def _with_plain_scales(state: Any) -> Any:
+    """The ``QuantState`` without the second quantisation: the same numbers, bit for bit."""
+    plain = _PLAIN.get(state.absmax)  # type: ignore[no-untyped-call]
+    if plain is None:
+        from bitsandbytes.functional import QuantState, dequantize_blockwise
+
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        kept = state.shape, state.code, state.blocksize, state.quant_type, state.dtype
+        plain = _PLAIN[state.absmax] = QuantState(scales.float(), *kept)
+    return plain
 
 
 def frozen_output(layer: nn.Linear, autocast: bool, x: Tensor) -> Tensor:
@@ -239,7 +268,7 @@ def frozen_output(layer: nn.Linear, autocast: bool, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=autocast):
             return layer(x).to(x.dtype)  # type: ignore[no-any-return]
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, dense_weight(layer).to(x.dtype), bias)
+    return F.linear(x, dense_weight(layer, often=True).to(x.dtype), bias)
 
 
 def kernel_weight(layer: nn.Linear, compute: torch.dtype, even: bool) -> "WeightSource | None":

@@ -75,40 +75,42 @@ class _Run(NamedTuple):
     def lefts(self, packed: Tensor) -> Tensor:
         """Their left factors, (C, m_a, n_a); a view."""
         m_a, n_a, *_ = self.shape
-        return packed.as_strided((self.members, m_a, n_a), (m_a * n_a, n_a, 1), self.left)
+        start = packed.storage_offset() + self.left
+        return packed.as_strided((self.members, m_a, n_a), (m_a * n_a, n_a, 1), start)
 
     def rights(self, packed: Tensor) -> Tensor:
-        """Their right factors, (C, m_b, n_b); a view."""
+        """Their right factors, transposed, (C, n_b, m_b); a view."""
         _, _, m_b, n_b, _ = self.shape
-        return packed.as_strided((self.members, m_b, n_b), (m_b * n_b, n_b, 1), self.right)
-
-    def up(self, packed: Tensor) -> Tensor:
-        """Their right factors, transposed and on top of each other, (C n_b, m_b)."""
-        return self.rights(packed).mT.reshape(-1, self.shape.m_b).contiguous()
+        start = packed.storage_offset() + self.right
+        return packed.as_strided((self.members, n_b, m_b), (m_b * n_b, 1, n_b), start)
 
     def in_left(self, matrix: Tensor) -> Tensor:
-        """Where A[a, p] stands for every q in L of (R, columns), (C, m_a, n_a, n_b); a view."""
+        """Where A[a, p] stands for every q in L of (R, columns), (n_b, C, m_a, n_a); a view."""
         (m_a, n_a, _, n_b, _), width = self.shape, matrix.shape[1]
-        steps = m_a * n_b * width, n_b * width, n_b, width + 1
-        return matrix.as_strided((self.members, m_a, n_a, n_b), steps, self.hidden * width)
+        steps = width + 1, m_a * n_b * width, n_b * width, n_b
+        return matrix.as_strided((n_b, self.members, m_a, n_a), steps, self.hidden * width)
 
     def in_right(self, matrix: Tensor) -> Tensor:
-        """Where B[b, q] stands for every a in U of (rows, R), (C, m_a, m_b, n_b); a view."""
+        """Where B[b, q] stands for every a in U of (rows, R), (m_a, C, n_b, m_b); a view."""
         (m_a, _, m_b, n_b, _), width = self.shape, matrix.shape[1]
-        steps = m_a * n_b, m_b * width + n_b, width, 1
-        return matrix.as_strided((self.members, m_a, m_b, n_b), steps, self.hidden)
+        steps = m_b * width + n_b, m_a * n_b, 1, width
+        return matrix.as_strided((m_a, self.members, n_b, m_b), steps, self.hidden)
 
     def rows_of(self, hidden: Tensor) -> Tensor:
         """Their hidden numbers of (T, R) as (T m_a, C n_b)."""
         m_a, n_b, count = self.shape.m_a, self.shape.n_b, self.members
         size = count * m_a * n_b
         own = hidden if size == hidden.shape[1] else hidden[:, self.hidden : self.hidden + size]
-        return own.view(-1, count, m_a, n_b).transpose(1, 2).reshape(-1, count * n_b)
+        if count > 1:
+            own = own.view(-1, count, m_a, n_b).transpose(1, 2)
+        return own.reshape(-1, count * n_b)
 
     def hidden_of(self, rows: Tensor) -> Tensor:
         """The reverse of :meth:`rows_of`, (T, C m_a n_b)."""
         m_a, n_b, count = self.shape.m_a, self.shape.n_b, self.members
-        return rows.view(-1, m_a, count, n_b).transpose(1, 2).reshape(-1, count * m_a * n_b)
+        if count > 1:
+            rows = rows.view(-1, m_a, count, n_b).transpose(1, 2)
+        return rows.reshape(-1, count * m_a * n_b)
 
 
 class _Layout(NamedTuple):
@@ -163,7 +165,7 @@ def lora_left(left: Tensor, shapes: tuple[Shape, ...], n: int, dtype: torch.dtyp
     layout = _layout(shapes, left.device)
     matrix = torch.zeros(layout.hidden, max(n, layout.widest), dtype=dtype, device=left.device)
     for run in layout.runs:
-        run.in_left(matrix).copy_(run.lefts(left)[..., None])
+        run.in_left(matrix).copy_(run.lefts(left))
     return matrix if n >= layout.widest else matrix[:, :n]
 
 
@@ -183,7 +185,7 @@ def lora_right(
     matrix = torch.zeros(max(m, layout.highest), layout.hidden, dtype=dtype, device=right.device)
     right = _scaled(right, weights, layout)
     for run in layout.runs:
-        run.in_right(matrix).copy_(run.rights(right)[:, None])
+        run.in_right(matrix).copy_(run.rights(right))
     return matrix if m >= layout.highest else matrix[:m]
 
 
@@ -225,7 +227,9 @@ def add_up_(
         return out.addmm_(hidden, lora_right(right, weights, shapes, m, out.dtype).t())
     right = _scaled(right, weights, layout).to(out.dtype)
     for run in layout.runs:
-        out.view(-1, run.shape.m_b).addmm_(run.rows_of(hidden), run.up(right))  # (T m_a, m_b)
+        m_b = run.shape.m_b
+        factors = run.rights(right).reshape(-1, m_b)  # (C n_b, m_b)
+        out.view(-1, m_b).addmm_(run.rows_of(hidden), factors)  # (T m_a, m_b)
     return out
 
 
@@ -249,17 +253,18 @@ def up_backward(
     if layout.rows == m:
         scaled, parts = _scaled(right, weights, layout).to(grad.dtype), []
         for run in layout.runs:
-            _, _, m_b, n_b, _ = run.shape
+            m_b = run.shape.m_b
             rows = grad.view(-1, m_b)  # (T m_a, m_b)
-            parts.append(run.hidden_of(torch.mm(rows, run.up(scaled).t())))  # (T, C m_a n_b)
-            full = torch.mm(run.rows_of(hidden).t(), rows)  # (C n_b, m_b)
-            run.rights(grad_right).copy_(full.view(-1, n_b, m_b).mT)
+            factors = run.rights(scaled).contiguous().view(-1, m_b)  # (C n_b, m_b)
+            parts.append(run.hidden_of(torch.mm(rows, factors.t())))  # (T, C m_a n_b)
+            target = run.rights(grad_right)  # (C, n_b, m_b)
+            target.copy_(torch.mm(run.rows_of(hidden).t(), rows).view_as(target))
         grad_hidden = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # (T, R)
     else:
         grad_hidden = torch.mm(grad, lora_right(right, weights, shapes, m, grad.dtype))  # (T, R)
         full = F.pad(torch.mm(grad.t(), hidden), (0, 0, 0, max(0, layout.highest - m)))  # (rows, R)
         for run in layout.runs:
-            run.rights(grad_right).copy_(run.in_right(full).sum(1))
+            run.rights(grad_right).copy_(run.in_right(full).sum(0))
     grad_weights = None
     if not isinstance(weights, float):
         grad_weights = layout.component_index.sums(grad_right * right, len(shapes))
@@ -287,7 +292,7 @@ def down_backward(
         full = F.pad(full, (0, layout.widest - n))
     grad_left = torch.empty_like(left)
     for run in layout.runs:
-        run.lefts(grad_left).copy_(run.in_left(full).sum(-1))
+        run.lefts(grad_left).copy_(run.in_left(full).sum(0))
     return grad_left
 
 

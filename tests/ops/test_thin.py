@@ -61,6 +61,8 @@ def test_both_products_and_their_gradients_are_those_of_the_dense_update(problem
     gradients = torch.autograd.grad(expected, list(exact.values()), probe)
 
     with torch.no_grad():
+        # Factors may begin anywhere in what holds them.
+        left, right = (torch.cat([t.new_ones(3), t])[3:] for t in (left, right))
         hidden = down(x, left, shapes)
         out = base.clone()
         add_up_(out, hidden, right, weights, shapes)
