@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from moka_pl.adapters.layer import MokaLinear
 
 
-#: The fused thin products of layers, and what they were made for: to make them takes as long as a launch.
-_FUSED_THIN: "WeakKeyDictionary[MokaLinear, tuple[tuple[Any, ...], DenseUpdates]]" = WeakKeyDictionary()
+#: The thin products of layers, and what they were made for: to make them takes as long as a launch.
+_THIN: "WeakKeyDictionary[MokaLinear, tuple[tuple[Any, ...], DenseUpdates]]" = WeakKeyDictionary()
 
 
 class ForwardPlan(NamedTuple):
@@ -64,12 +64,11 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
         return None
     m, n = layer.out_features, layer.in_features
     resolved = resolve_backend(adapted.backend, x, dtype, shapes, m)
-    if resolved == "thin" and can_fuse_thin(x, compute, dtype, shapes, m):
-        return ForwardPlan(_fused_thin(adapted, compute, autocast, x.device), compute, result)
+    if resolved == "thin":
+        fused = can_fuse_thin(x, compute, dtype, shapes, m)
+        return ForwardPlan(_thin_updates(adapted, compute, autocast, x.device, fused), compute, result)
     weight = partial(dense_weight, layer, often=True)
     parts = (shapes, m, n, adapted.scaling, weight, is_quantised(layer), adapted.gating)
-    if resolved == "thin":
-        return ForwardPlan(ThinUpdates(*parts, partial(frozen_output, layer, autocast)), compute, result)
     if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
         from moka_pl.ops.triton import FusedUpdates, make_plan
 
@@ -81,34 +80,32 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
     return None
 
 
-def _fused_thin(
-    adapted: "MokaLinear", compute: torch.dtype, autocast: bool, device: torch.device
+def _thin_updates(
+    adapted: "MokaLinear", compute: torch.dtype, autocast: bool, device: torch.device, fused: bool
 ) -> DenseUpdates:
-    """The fused thin products of a layer, made again only where something about them has changed."""
+    """The thin products of a layer, made again only where something about them has changed."""
     layer = adapted.base_layer
     cast = torch.get_autocast_dtype(device.type) if autocast else None
-    key = (layer, compute, cast, device, adapted.scaling, adapted.gating)
-    made_for, updates = _FUSED_THIN.get(adapted, (None, None))
+    key = (layer, compute, cast, device, fused, adapted.scaling, adapted.gating)
+    made_for, updates = _THIN.get(adapted, (None, None))
     if updates is not None and made_for == key:
         return updates
-    from moka_pl.ops.triton import FusedThinUpdates, make_thin_plan
+    m, n, quantised = layer.out_features, layer.in_features, is_quantised(layer)
+    weight, frozen = partial(dense_weight, layer, often=True), partial(frozen_output, layer, autocast)
+    parts = (adapted.shapes, m, n, adapted.scaling, weight, quantised, adapted.gating, frozen)
+    if fused:
+        from moka_pl.ops.triton import FusedThinUpdates, make_thin_plan
 
-    m, n = layer.out_features, layer.in_features
-    # Under autocast a 4-bit layer's product may have another dtype than the layer says.
-    own = is_quantised(layer) and cast in (None, compute)
-    updates = FusedThinUpdates(
-        adapted.shapes,
-        m,
-        n,
-        adapted.scaling,
-        partial(dense_weight, layer, often=True),
-        is_quantised(layer),
-        adapted.gating,
-        partial(frozen_output, layer, autocast),
-        plan=make_thin_plan(adapted.shapes, m, n, device),
-        source=partial(kernel_weight, layer, compute, even=True) if own else None,
-    )
-    _FUSED_THIN[adapted] = key, updates
+        # Under autocast a 4-bit layer's product may have another dtype than the layer says.
+        own = quantised and cast in (None, compute)
+        updates = FusedThinUpdates(
+            *parts,
+            plan=make_thin_plan(adapted.shapes, m, n, device),
+            source=partial(kernel_weight, layer, compute, even=True) if own else None,
+        )
+    else:
+        updates = ThinUpdates(*parts)
+    _THIN[adapted] = key, updates
     return updates
 
 

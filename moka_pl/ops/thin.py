@@ -18,7 +18,7 @@ Products run in the dtype of x, as a LoRA's own do.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
 from typing import NamedTuple
@@ -32,6 +32,9 @@ from moka_pl.ops.merged_forward import DenseUpdates
 
 #: The weights w of the components, (r,), or one number for all.
 Weights = Tensor | float
+
+#: L, once it was made, by dtype and device.
+Rooms = dict[tuple[torch.dtype, torch.device], Tensor]
 
 #: How many times smaller than a layer's shorter side R must be.
 _THIN = 4
@@ -153,7 +156,9 @@ def _layout(shapes: tuple[Shape, ...], device: torch.device) -> _Layout:
     )
 
 
-def lora_left(left: Tensor, shapes: tuple[Shape, ...], n: int, dtype: torch.dtype) -> Tensor:
+def lora_left(
+    left: Tensor, shapes: tuple[Shape, ...], n: int, dtype: torch.dtype, room: Rooms | None = None
+) -> Tensor:
     """Returns L, shape (R, n).
 
     Args:
@@ -161,9 +166,15 @@ def lora_left(left: Tensor, shapes: tuple[Shape, ...], n: int, dtype: torch.dtyp
         shapes: r shapes.
         n: Input features.
         dtype: Dtype of the result.
+        room: Where L of an earlier call lies, whose zeros need not be written again.
     """
     layout = _layout(shapes, left.device)
-    matrix = torch.zeros(layout.hidden, max(n, layout.widest), dtype=dtype, device=left.device)
+    matrix = None if room is None else room.get((dtype, left.device))
+    if matrix is None:
+        with torch.inference_mode(False):  # what an evaluation makes first serves training, too
+            matrix = torch.zeros(layout.hidden, max(n, layout.widest), dtype=dtype, device=left.device)
+        if room is not None:
+            room[dtype, left.device] = matrix
     for run in layout.runs:
         run.in_left(matrix).copy_(run.lefts(left))
     return matrix if n >= layout.widest else matrix[:, :n]
@@ -196,17 +207,16 @@ def _scaled(right: Tensor, weights: Weights, layout: _Layout) -> Tensor:
     return layout.component_index.scale(right, weights)
 
 
-def down(x: Tensor, left: Tensor, shapes: tuple[Shape, ...], matrix: Tensor | None = None) -> Tensor:
+def down(x: Tensor, left: Tensor, shapes: tuple[Shape, ...], room: Rooms | None = None) -> Tensor:
     """Computes ``H_i = A_i X`` of all components, shape (T, R), for x of shape (T, n).
 
     Args:
         x: Input.
         left: Packed left factors.
         shapes: r shapes.
-        matrix: L, where it is there already.
+        room: As for :func:`lora_left`.
     """
-    matrix = lora_left(left, shapes, x.shape[1], x.dtype) if matrix is None else matrix
-    return torch.mm(x, matrix.t())
+    return torch.mm(x, lora_left(left, shapes, x.shape[1], x.dtype, room).t())
 
 
 def add_up_(
@@ -249,22 +259,21 @@ def up_backward(
     """
     m = grad.shape[1]
     layout = _layout(shapes, right.device)
-    grad_right = torch.empty_like(right)
+    hidden_parts, right_parts = [], []
     if layout.rows == m:
-        scaled, parts = _scaled(right, weights, layout).to(grad.dtype), []
+        scaled = _scaled(right, weights, layout).to(grad.dtype)
         for run in layout.runs:
-            m_b = run.shape.m_b
+            _, _, m_b, n_b, _ = run.shape
             rows = grad.view(-1, m_b)  # (T m_a, m_b)
             factors = run.rights(scaled).contiguous().view(-1, m_b)  # (C n_b, m_b)
-            parts.append(run.hidden_of(torch.mm(rows, factors.t())))  # (T, C m_a n_b)
-            target = run.rights(grad_right)  # (C, n_b, m_b)
-            target.copy_(torch.mm(run.rows_of(hidden).t(), rows).view_as(target))
-        grad_hidden = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # (T, R)
+            hidden_parts.append(run.hidden_of(torch.mm(rows, factors.t())))  # (T, C m_a n_b)
+            full = torch.mm(run.rows_of(hidden).t(), rows)  # (C n_b, m_b)
+            right_parts.append(full.view(-1, n_b, m_b).mT.reshape(-1))
     else:
-        grad_hidden = torch.mm(grad, lora_right(right, weights, shapes, m, grad.dtype))  # (T, R)
+        hidden_parts.append(torch.mm(grad, lora_right(right, weights, shapes, m, grad.dtype)))  # (T, R)
         full = F.pad(torch.mm(grad.t(), hidden), (0, 0, 0, max(0, layout.highest - m)))  # (rows, R)
-        for run in layout.runs:
-            run.rights(grad_right).copy_(run.in_right(full).sum(0))
+        right_parts += [run.in_right(full).sum(0).mT.reshape(-1) for run in layout.runs]
+    grad_hidden, grad_right = _joined(hidden_parts, 1), _joined(right_parts).to(right.dtype)
     grad_weights = None
     if not isinstance(weights, float):
         grad_weights = layout.component_index.sums(grad_right * right, len(shapes))
@@ -290,10 +299,12 @@ def down_backward(
     full = torch.mm(grad_hidden.t(), x)  # (R, n)
     if layout.widest > n:
         full = F.pad(full, (0, layout.widest - n))
-    grad_left = torch.empty_like(left)
-    for run in layout.runs:
-        run.lefts(grad_left).copy_(run.in_left(full).sum(0))
-    return grad_left
+    return _joined([run.in_left(full).sum(0).view(-1) for run in layout.runs]).to(left.dtype)
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    """The parts one after another."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,18 +313,19 @@ class ThinUpdates(DenseUpdates):
 
     Args:
         frozen: Computes ``W x + bias``, shape (T, m), as the frozen layer does; None for ΔW alone.
+        room: As for :func:`lora_left`.
     """
 
     frozen: Callable[[Tensor], Tensor] | None = None
+    room: Rooms = field(default_factory=dict)
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As :meth:`DenseUpdates.product`; keeps the hidden numbers and L."""
+        """As :meth:`DenseUpdates.product`; keeps the hidden numbers."""
         out = x.new_zeros(len(x), self.m) if self.frozen is None else self.frozen(x)  # (T, m)
-        matrix = lora_left(left, self.shapes, self.n, x.dtype)  # (R, n)
-        hidden = down(x, left, self.shapes, matrix)  # (T, R)
-        return add_up_(out, hidden, right, self._weights(gate), self.shapes), (hidden, matrix)
+        hidden = down(x, left, self.shapes, self.room)  # (T, R)
+        return add_up_(out, hidden, right, self._weights(gate), self.shapes), (hidden,)
 
     def backward(
         self,
@@ -326,12 +338,13 @@ class ThinUpdates(DenseUpdates):
         needs_x: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.backward`."""
-        hidden, matrix = kept
+        (hidden,) = kept
         weights = self._weights(gate)
         grad_hidden, grad_right, grad_weights = up_backward(grad, hidden, right, weights, self.shapes)
         grad_left = down_backward(x, grad_hidden, left, self.shapes, None)
         grad_x = None
         if needs_x:
+            matrix = lora_left(left, self.shapes, self.n, x.dtype, self.room)  # (R, n)
             grad_x = torch.mm(grad_hidden, matrix)  # (T, n)
             if self.base_weight is not None:
                 grad_x.addmm_(grad, self.base_weight().to(grad.dtype))
