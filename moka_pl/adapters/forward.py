@@ -14,6 +14,7 @@ from moka_pl.backbone.quantization import (
     is_quantised,
     kernel_weight,
     layer_compute_dtype,
+    storage_device,
 )
 from moka_pl.ops.dispatch import DECODE_TOKENS, can_fuse, can_fuse_thin, resolve_backend
 from moka_pl.ops.kronecker import UPDATES
@@ -111,9 +112,10 @@ def _thin_updates(
 
 def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:
     """Whether passing the frozen layer by would leave something undone."""
-    weight, bias = layer.weight, layer.bias
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    return trained or hook_count(layer) > 0 or weight.device != device
+    bias = layer.bias
+    trained = not is_quantised(layer) and layer.weight.requires_grad
+    trained = trained or (bias is not None and bias.requires_grad)
+    return trained or hook_count(layer) > 0 or storage_device(layer) != device
 
 
 def is_decoding(adapted: "MokaLinear", x: Tensor) -> bool:

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from moka_pl.errors import AdapterError, BackboneError
 from moka_pl.utils import silenced
@@ -225,12 +225,13 @@ def dense_weight(layer: nn.Linear, often: bool = False) -> Tensor:
     if is_quantised(layer):
         import bitsandbytes as bnb
 
-        state = layer.weight.quant_state
+        weight = layer.weight
+        state = weight.quant_state
         if state is None:
             raise AdapterError("a 4-bit layer is not quantised yet; move the model to its device first")
-        if often and state.nested and layer.weight.device.type == "cpu":
-            state = _with_plain_scales(state)
-        return bnb.functional.dequantize_4bit(layer.weight.data, state)  # type: ignore[no-any-return]
+        if often and state.nested and state.absmax.device.type == "cpu":
+            return bnb.functional.dequantize_4bit(*_plainly_scaled(layer, weight, state))  # type: ignore[no-any-return]
+        return bnb.functional.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
     if not layer.weight.dtype.is_floating_point:
         raise AdapterError(
             f"cannot merge into a {type(layer).__name__} with {layer.weight.dtype} weights; only "
@@ -239,20 +240,42 @@ def dense_weight(layer: nn.Linear, often: bool = False) -> Tensor:
     return layer.weight.detach()
 
 
-#: By quantised block scales of weights on CPUs, the ``QuantState`` with these dequantised.
-_PLAIN = WeakTensorKeyDictionary()
+class _PlainlyScaled(NamedTuple):
+    """A 4-bit weight whose block scales are not quantised, and the quantised ones that these were.
+
+    It does not hold the weight's own tensor, which holds its layer.
+    """
+
+    scales: Tensor
+    data: Tensor
+    state: Any
 
 
-def _with_plain_scales(state: Any) -> Any:
-    """The ``QuantState`` without the second quantisation: the same numbers, bit for bit."""
-    plain = _PLAIN.get(state.absmax)  # type: ignore[no-untyped-call]
-    if plain is None:
+_PLAINLY_SCALED: WeakKeyDictionary[nn.Module, _PlainlyScaled] = WeakKeyDictionary()
+
+
+def _plainly_scaled(layer: nn.Module, weight: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Data and ``QuantState`` of a weight without the second quantisation: the same numbers, bit for bit.
+
+    It also avoids attributes of the weight, each of which takes bitsandbytes' subclass some microseconds.
+    """
+    known = _PLAINLY_SCALED.get(layer)
+    if known is None or known.scales is not state.absmax:
         from bitsandbytes.functional import QuantState, dequantize_blockwise
 
         scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
         kept = state.shape, state.code, state.blocksize, state.quant_type, state.dtype
-        plain = _PLAIN[state.absmax] = QuantState(scales.float(), *kept)
-    return plain
+        plain = QuantState(scales.float(), *kept)
+        known = _PlainlyScaled(state.absmax, weight.data.as_subclass(Tensor), plain)
+        _PLAINLY_SCALED[layer] = known
+    return known.data, known.state
+
+
+def storage_device(layer: nn.Linear) -> torch.device:
+    """Returns where the layer's weight lies."""
+    state = layer.weight.quant_state if is_quantised(layer) else None
+    device: torch.device = (layer.weight if state is None else state.absmax).device
+    return device
 
 
 def frozen_output(layer: nn.Linear, autocast: bool, x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """That 4-bit layers keep their weights, and that rows which bitsandbytes misreads are refused."""
 
+import gc
 import logging
+import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -9,7 +11,14 @@ from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import quantization
-from moka_pl.backbone.quantization import is_quantised, keep_weights, kernel_weight, quantised_linear
+from moka_pl.backbone.quantization import (
+    dense_weight,
+    frozen_output,
+    is_quantised,
+    keep_weights,
+    kernel_weight,
+    quantised_linear,
+)
 from moka_pl.errors import BackboneError
 
 
@@ -101,3 +110,19 @@ def test_other_storages_are_left_to_bitsandbytes() -> None:
     # What is not float32 would be rounded twice.
     half = quantised_linear(nn.Linear(128, 32), torch.randn(32, 128).half(), "nf4", True, torch.float16)
     assert kernel_weight(half, torch.bfloat16, even=True) is None
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_plain_scales_give_the_same_weight_and_product_bit_for_bit(double: bool) -> None:
+    layer = quantised(128, compress_statistics=double)
+    x = torch.randn(5, 128)
+    for _ in range(2):  # the second time they are there already
+        assert torch.equal(dense_weight(layer, often=True), dense_weight(layer))
+        assert torch.equal(frozen_output(layer, False, x), layer.train()(x))
+    new = bnb.nn.Params4bit(torch.randn(64, 128), requires_grad=False, compress_statistics=double)
+    layer.weight = new.to("cpu")
+    assert torch.equal(dense_weight(layer, often=True), dense_weight(layer))  # of the new weight
+    kept = weakref.ref(layer)
+    del layer, new
+    gc.collect()
+    assert kept() is None
