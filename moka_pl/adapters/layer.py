@@ -194,8 +194,8 @@ class MokaLinear(nn.Module):
             self.moka_B,
             None if bias is None else bias.to(plan.compute),
             plan.updates,
-        )  # (..., m)
-        return out.to(plan.result)
+        )  # (T, m)
+        return out.to(plan.result).view(*x.shape[:-1], self.out_features)  # (..., m)
 
     def _decode(self, x: Tensor) -> Tensor:
         """Returns ``W x + bias + ΔW x``, (..., m), for a few tokens on a GPU."""

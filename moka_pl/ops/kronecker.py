@@ -129,4 +129,5 @@ def kronecker_linear(
         updates = FusedThinUpdates(*alone, plan=make_thin_plan(shapes, out_features, n, x.device))
     else:
         updates = UPDATES[resolved](*alone)
-    return MergedForward.apply(x, weights, left, right, None, updates)  # type: ignore[no-any-return, no-untyped-call]
+    out: Tensor = MergedForward.apply(x, weights, left, right, None, updates)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], out_features)

@@ -190,7 +190,7 @@ class MergedForward(torch.autograd.Function):
         bias: Tensor | None,
         updates: DenseUpdates,
     ) -> Tensor:
-        """Maps x of shape (..., n) to (..., m).
+        """Maps x of shape (..., n) to (T, m): a view made here could not be changed in place by a model.
 
         Args:
             ctx: Autograd's context.
@@ -208,7 +208,7 @@ class MergedForward(torch.autograd.Function):
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             out, kept = updates.product(tokens, bias, left, right, gate)  # (T, m)
         ctx.save_for_backward(x, gate, left, right, *kept)
-        return out.view(*x.shape[:-1], updates.m)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -216,7 +216,7 @@ class MergedForward(torch.autograd.Function):
         """Gradients of x, gate logits and packed factors."""
         x, gate, left, right, *kept = ctx.saved_tensors
         updates: DenseUpdates = ctx.updates
-        parts = grad.reshape(-1, updates.m).contiguous(), x.reshape(-1, updates.n)  # (T, m), (T, n)
+        parts = grad.contiguous(), x.reshape(-1, updates.n)  # (T, m), (T, n)
         grad_x, grad_left, grad_right, grad_gate = updates.backward(
             *parts, left, right, gate, tuple(kept), ctx.needs_input_grad[0]
         )
