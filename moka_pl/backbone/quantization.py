@@ -156,11 +156,6 @@ def _is_quantised_kind(kind: type) -> bool:
     return any(base.__name__ == "Linear4bit" for base in kind.__mro__)
 
 
-@cache
-def _is_quantised(kind: type) -> bool:
-    return any(base.__name__ == "Linear4bit" for base in kind.__mro__)
-
-
 def keep_weights(model: nn.Module) -> None:
     """Keeps the 4-bit layers of a model, or a single one, from changing between training and evaluation.
 
@@ -267,7 +262,8 @@ def _plainly_scaled(layer: nn.Module, weight: Tensor, state: Any) -> tuple[Tenso
         kept = state.shape, state.code, state.blocksize, state.quant_type, state.dtype
         plain = QuantState(scales.float(), *kept)
         known = _PlainlyScaled(state.absmax, weight.data.as_subclass(Tensor), plain)
-        _PLAINLY_SCALED[layer] = known
+        if type(plain.absmax) is Tensor:  # no stand-in for a tensor, which a trace puts here
+            _PLAINLY_SCALED[layer] = known
     return known.data, known.state
 
 

@@ -166,14 +166,15 @@ def lora_left(
         shapes: r shapes.
         n: Input features.
         dtype: Dtype of the result.
-        room: Where L of an earlier call lies, whose zeros need not be written again.
+        room: Where L of an earlier call on a CPU lies, whose zeros need not be written again.
     """
     layout = _layout(shapes, left.device)
     matrix = None if room is None else room.get((dtype, left.device))
     if matrix is None:
         with torch.inference_mode(False):  # what an evaluation makes first serves training, too
             matrix = torch.zeros(layout.hidden, max(n, layout.widest), dtype=dtype, device=left.device)
-        if room is not None:
+        # No stand-in for a tensor, which a trace puts here, and no memory that belongs to a CUDA graph.
+        if room is not None and type(matrix) is Tensor and left.device.type == "cpu":
             room[dtype, left.device] = matrix
     for run in layout.runs:
         run.in_left(matrix).copy_(run.lefts(left))

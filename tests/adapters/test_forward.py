@@ -4,6 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from moka_pl.adapters import MokaConfig, MokaLinear
 from moka_pl.adapters.forward import plan_forward
@@ -118,6 +119,16 @@ def test_fused_thin_products_are_made_again_where_a_layer_has_changed(four_bit, 
             exact = layer.base_layer(x) + x @ layer.get_delta_weight().mT
         torch.testing.assert_close(found, exact, atol=1e-4, rtol=1e-4)
     assert plan_forward(layer, x).updates is not first
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_trace_leaves_nothing_behind(four_bit) -> None:
+    layer, x = adapted("thin", four_bit, **THIN), tokens()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert layer(mode.from_tensor(x)).shape == (*x.shape[:-1], M)
+    with torch.no_grad():
+        found = layer(x)
+    torch.testing.assert_close(found, layer.base_layer(x) + x @ layer.get_delta_weight().mT)
 
 
 def test_thin_products_save_little_beside_the_input() -> None:

@@ -47,6 +47,14 @@ def test_other_factors_of_the_same_sizes_are_refused() -> None:
         check_same_factors(written, own)
 
 
+def test_another_rank_is_refused_though_its_factors_have_as_many_entries() -> None:
+    own, written = (MokaConfig(filters="servable", components=1, rank=rank) for rank in (4, 16))
+    sizes = [[s.num_parameters for s in config.shapes_of("", 64, 64)] for config in (own, written)]
+    assert sizes[0] == sizes[1]
+    with pytest.raises(AdapterError, match=r"adapter.rank is 16, this model's is 4"):
+        check_same_factors(written.to_dict(), own.to_dict())
+
+
 def test_gates_of_another_kind_are_refused_though_their_logits_fit() -> None:
     own, written = MokaConfig(gating="sigmoid").to_dict(), MokaConfig(gating="softmax").to_dict()
     with pytest.raises(AdapterError, match=r"adapter.gating is 'softmax', this model's is 'sigmoid'"):
