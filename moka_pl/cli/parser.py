@@ -19,6 +19,11 @@ from moka_pl.cli.config_files import YAML_MODE
 _ADAPTER = "model.adapter"
 #: Most characters of a message.
 _LONGEST = 6_000
+#: What jsonargparse says of a value of none of several plain types: each of them once more, with each error.
+_PLAIN_TYPES = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: \[((?:<class '\w+'>(?:, )?)+)\] "
+    r"Errors: .*? Given value type: <class '\w+'> Given value: "
+)
 
 
 class MokaParser(LightningArgumentParser):
@@ -64,9 +69,15 @@ class MokaParser(LightningArgumentParser):
         program = parser.prog.replace(" [options]", "")
         # A class may be given as a file, too, but nobody means one.
         line = re.sub(r"- Expected a path but \S+ either .*? invalid - ", "", explain_denied(message))
+        line = _PLAIN_TYPES.sub(_expected, line)
         if len(line) > _LONGEST:  # a value of a megabyte; what stands before and after it tells the mistake
             line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
         if "No module named 'peft'" in line:
             line += "; run pip install 'moka_pl[peft]'"
         self.exit(2, f"{program}: error: {line}\nAll options: {program} --help\n")
         raise AssertionError  # exit does not return
+
+
+def _expected(found: re.Match[str]) -> str:
+    names = re.findall(r"'(\w+)'", found[1])
+    return f"Expected {' or '.join('null' if name == 'NoneType' else name for name in names)}. Got value: "

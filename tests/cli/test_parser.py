@@ -69,6 +69,8 @@ def test_parses(build_cli, write, adapter, options, expected):
         ({"class_path": "AdapterConfig"}, "AdapterConfig"),  # abstract; its words differ by version
         ({"componets": 3}, "Option 'componets' is not accepted"),
         ({"components": "many"}, "Expected a <class 'int'>. Got value: many"),
+        ({"filters": "servable", "rank": 1.5}, 'Parser key "rank": Expected int or null. Got value: 1.5'),
+        ({"filters": "servable", "rank": {"q_proj": 16}}, "Expected int or null. Got value: {'q_proj': 16}"),
     ],
 )
 def test_a_wrong_option_or_class_is_told_in_one_line(build_cli, write, capsys, adapter, message):
