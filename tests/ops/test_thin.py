@@ -101,7 +101,8 @@ def test_thin_are_small_ranks_without_identities() -> None:
     servable, wide = Shape(4, 144, 144, 4), Shape(2, 72, 288, 8)
     assert is_thin((servable,), 576, 576)
     assert is_thin((servable, wide), 192, 576)
-    assert not is_thin((servable,) * 4, 192, 576)
+    assert is_thin((servable,) * 4, 192, 576)
+    assert not is_thin((servable,) * 5, 192, 576)
     assert not is_thin((Shape(24, 24, 24, 24),), 576, 576)
     assert not is_thin((servable, Shape(2, 2, 288, 288, identity=True)), 576, 576)
 
