@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from moka_pl.studies.compare.runs import Store, all_rates, run_of
+from moka_pl.studies.compare.runs import Store, all_rates, run_of, tested_with
 from moka_pl.studies.compare.schedule import Clock, Plan, Task, Times
 from moka_pl.studies.compare.suite import read_suite
 
@@ -97,6 +97,15 @@ def test_suites_that_test_a_run_differently_test_it_once_each(suites, store, oth
         plan.end(task, outcome)
     assert len(tests) == len(set(tests))
     assert {key for key, _, _ in tests} == {t.run.key for t, _ in plan.known() if t.test}
+
+
+def test_a_test_without_the_plain_text_is_not_one_with_it(suites):
+    plain = run_of(suites[0], suites[0].methods[0], 0.1, 0)
+    with_text = dataclasses.replace(plain, beside={"forgetting": {"class_path": "x"}})
+    assert (plain.key, plain.test_key) == (with_text.key, with_text.test_key)
+    outcomes = [{"tested": {"key": plain.test_key, "text": text}} for text in (None, with_text.text_key, "y")]
+    assert [tested_with(outcome, with_text) for outcome in outcomes] == [False, True, False]
+    assert all(tested_with(outcome, plain) for outcome in outcomes)
 
 
 def test_what_is_left_is_counted_once(suites, store):
