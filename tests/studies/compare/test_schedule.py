@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from moka_pl.studies.compare.runs import Store, all_rates, run_of, tested_with
+from moka_pl.studies.compare import runs
+from moka_pl.studies.compare.runs import Store, all_rates, run_of
 from moka_pl.studies.compare.schedule import Clock, Plan, Task, Times
 from moka_pl.studies.compare.suite import read_suite
 
@@ -104,8 +105,8 @@ def test_a_test_without_the_plain_text_is_not_one_with_it(suites):
     with_text = dataclasses.replace(plain, beside={"forgetting": {"class_path": "x"}})
     assert (plain.key, plain.test_key) == (with_text.key, with_text.test_key)
     outcomes = [{"tested": {"key": plain.test_key, "text": text}} for text in (None, with_text.text_key, "y")]
-    assert [tested_with(outcome, with_text) for outcome in outcomes] == [False, True, False]
-    assert all(tested_with(outcome, plain) for outcome in outcomes)
+    assert [runs.tested_with(outcome, with_text) for outcome in outcomes] == [False, True, False]
+    assert all(runs.tested_with(outcome, plain) for outcome in outcomes)
 
 
 def test_what_is_left_is_counted_once(suites, store):
