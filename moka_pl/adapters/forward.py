@@ -87,7 +87,7 @@ def _thin_updates(
     """The thin products of a layer, made again only where something about them has changed."""
     layer = adapted.base_layer
     cast = torch.get_autocast_dtype(device.type) if autocast else None
-    key = (layer, compute, cast, device, fused, adapted.scaling, adapted.gating)
+    key = (layer, compute, cast, device, fused, adapted.shapes, adapted.scaling, adapted.gating)
     made_for, updates = _THIN.get(adapted, (None, None))
     if updates is not None and made_for == key:
         return updates

@@ -364,5 +364,5 @@ class ThinUpdates(DenseUpdates):
         if gate is None:
             return self.scaling / len(self.shapes)
         if len(self.shapes) == 1 and self.gating == "softmax":
-            return self.scaling
+            return float(self.scaling)  # somebody may have set a whole number
         return self._alpha(gate, gate) * self.scaling  # (r,)

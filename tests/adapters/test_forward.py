@@ -121,6 +121,13 @@ def test_fused_thin_products_are_made_again_where_a_layer_has_changed(four_bit, 
     assert plan_forward(layer, x).updates is not first
 
 
+def test_the_scaling_of_a_layer_may_be_set_to_a_whole_number() -> None:
+    layer, x = adapted("thin", components=1, filters=[[2, 64, 12, 1]]), tokens()
+    for scaling in (2, 0, 1.5):
+        layer.scaling = scaling
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ layer.get_delta_weight().mT)
+
+
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_a_trace_leaves_nothing_behind(four_bit) -> None:
     layer, x = adapted("thin", four_bit, **THIN), tokens()

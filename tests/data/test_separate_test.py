@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from moka_pl.data import CommonsenseData, DataError, InstructionData, TextData
+from moka_pl.data import CommonsenseData, DataError, InstructionData, MixtureData, TextData
 
 
 def rows(data, split):
@@ -37,6 +37,11 @@ def test_it_needs_a_share():
             kind(path="sample", separate_test=True, validation_share=0)
     with pytest.raises(DataError, match="streaming"):
         InstructionData(separate_test=True, streaming=True)
+
+
+def test_a_mixture_has_a_separate_test_where_all_parts_have() -> None:
+    parts = [InstructionData(path="sample", separate_test=separate) for separate in (True, True, False)]
+    assert [MixtureData(parts[:2]).separate_test, MixtureData(parts[1:]).separate_test] == [True, False]
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -37,6 +37,7 @@ def layer_gates(plan: Plan, logits: Tensor | None, scaling: float, gating: Gatin
         scaling: s.
         gating: How gate logits make α.
     """
+    scaling = float(scaling)  # for whole numbers other kernels would be compiled
     if logits is None:
         return Gates(plan.uniform, scaling)
     if gating == "sigmoid":  # α_i = (2/r) sigmoid(g_i)
