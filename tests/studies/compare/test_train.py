@@ -2,10 +2,11 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter, read_adapter
@@ -14,7 +15,7 @@ from moka_pl.studies.compare.build import check_suite
 from moka_pl.studies.compare.runs import Store, frozen_run, run_of
 from moka_pl.studies.compare.shared_base import SharedBase
 from moka_pl.studies.compare.suite import Method, read_suite
-from moka_pl.studies.compare.train import ADAPTER, Executor
+from moka_pl.studies.compare.train import ADAPTER, Executor, _lora_rank
 
 TINY = Path(__file__).parents[3] / "scripts" / "suites" / "tiny.yaml"
 
@@ -211,3 +212,11 @@ def test_answers_are_generated_and_plain_text_is_scored_before_and_after(one_thr
     Executor(apart)(runs[1], False)
     Executor(apart)(runs[1], True)
     assert apart.read_items(runs[1]) == trained
+
+
+def test_the_rank_of_a_lora_is_its_own_and_of_other_peft_methods_unknown():
+    told = [
+        _lora_rank(SimpleNamespace(adapter=adapter, causal_lm=nn.Linear(2, 2)))
+        for adapter in (LoraConfig(r=5), LoraConfig(r=5, use_dora=True), IA3Config())
+    ]
+    assert told == [5, None, None]
