@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +19,7 @@ from moka_pl.adapters.filters import (
 )
 from moka_pl.adapters.schema import check_values, shown
 from moka_pl.errors import ConfigError
-from moka_pl.ops.dispatch import BACKENDS
+from moka_pl.ops.dispatch import BACKENDS, Backend
 from moka_pl.ops.gating import GATINGS, Gating
 from moka_pl.ops.layout import Shape, exact_rank
 
@@ -57,12 +56,11 @@ class MokaConfig(AdapterConfig):
         filters: Shapes of the factors. ``diverse`` cycles through five aspect ratios, ``square`` uses one
             shape, and ``prime`` is MoKA_s (identity left factors, about 20% fewer parameters). With
             ``servable`` every component is exactly a LoRA of rank ``rank`` (the family of CDKA, arXiv
-            2602.01267). ``auto`` chooses each layer's shapes
-            when a training run begins, from the gradient of the first rank's batches of the first 4 optimizer
-            steps, and saves the choice. A list gives one shape for all components or one each:
-            ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or ``[k, m_b, n_b]`` with an identity of size k on the
-            left. A mapping of full layer names to lists, or a ``.json`` file of such a mapping, gives each
-            layer its own list.
+            2602.01267). ``auto`` chooses each layer's shapes when a training run begins, from the gradient of
+            the first rank's batches of the first 4 optimizer steps, and saves the choice. A list gives one
+            shape for all components or one each: ``[m_a, n_a]``, ``[m_a, n_a, m_b, n_b]``, or
+            ``[k, m_b, n_b]`` with an identity of size k on the left. A mapping of full layer names to lists,
+            or a ``.json`` file of such a mapping, gives each layer its own list.
         gating: ``softmax`` trains one logit per component, α = softmax(g); the gates sum to 1. ``sigmoid``
             trains independent gates, α_i = (2/r) · sigmoid(g_i), each from 0 to 2/r. Both start at
             α_i = 1/r, and ``none`` keeps that value (the paper's ungated ablation).
@@ -95,7 +93,7 @@ class MokaConfig(AdapterConfig):
     dropout: float = 0.0
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
     exclude_modules: list[str] | str | None = None
-    backend: Literal["auto", "structured", "dense", "thin", "fused"] = "auto"
+    backend: Backend = "auto"
     budget: int | None = None
     start: Start = "zero"
 
@@ -143,24 +141,25 @@ class MokaConfig(AdapterConfig):
             raise ConfigError(f"budget ({self.budget}) works only with filters: auto; remove it")
         if self.budget is not None and self.budget < 1:
             raise ConfigError(f"budget must be at least 1, not {self.budget}")
+        if self.start == "zero":
+            return
         listed = self.filters.values() if isinstance(self.filters, dict) else [self.filters]
-        identities = any(len(sizes) == 3 for f in listed if not isinstance(f, str) for sizes in f)
-        if self.filters == "prime" or (identities and self.start == "zero_left"):
-            named = "filters: prime" if self.filters == "prime" else "filters [k, m_b, n_b]"
-            if self.start != "zero":
-                raise ConfigError(
-                    f"start: {self.start} needs left factors, but those of {named} are identities; "
-                    "set start: zero"
-                )
+        if self.filters == "prime":
+            named = "filters: prime"
+        elif self.start == "zero_left" and any(
+            len(sizes) == 3 for filters in listed if not isinstance(filters, str) for sizes in filters
+        ):
+            named = "filters [k, m_b, n_b]"
+        else:
+            return
+        raise ConfigError(
+            f"start: {self.start} needs left factors, but those of {named} are identities; set start: zero"
+        )
 
     @property
     def effective_scaling(self) -> float:
         """The applied factor s: ``scaling``, or ``components`` if that is ``null``."""
         return float(self.components if self.scaling is None else self.scaling)
-
-    def scaling_of(self, shapes: Sequence[Shape]) -> float:
-        """Returns the factor s of a layer whose components have these shapes."""
-        return float(len(shapes) if self.scaling is None else self.scaling)
 
     def exact_lora_rank(self, name: str, m: int, n: int) -> int:
         """Returns the rank R of the LoRA that a layer's update is exactly, whatever its factors are.

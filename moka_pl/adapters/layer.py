@@ -83,7 +83,7 @@ class MokaLinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.shapes = config.shapes_of(name, self.out_features, self.in_features)
-        self.scaling = config.scaling_of(self.shapes)
+        self.scaling = config.effective_scaling
         self.start = config.start
         self.gating = config.gating
         self.backend = config.backend
