@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moka_pl.ops.layout import Shape, left_sizes, right_sizes, starts
+from moka_pl.ops.thin import hidden_size
 from moka_pl.ops.triton.plan import Plan, make_plan
 
 #: The least hidden numbers of a token that a matrix product on a GPU takes.
@@ -87,7 +88,7 @@ class ThinPlan:
 
     def __init__(self, shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -> None:
         self.plan: Plan = make_plan(shapes, m, n, device)
-        self.hidden = sum(s.m_a * s.n_b for s in shapes)
+        self.hidden = hidden_size(shapes)
         self.padded = max(NARROWEST, 1 << (self.hidden - 1).bit_length())
         left_at, right_at = starts(left_sizes(shapes)), starts(right_sizes(shapes))
         kept = [s.m_a * s.cols for s in shapes], [s.n_b * s.rows for s in shapes]

@@ -149,9 +149,8 @@ def _data_parser() -> MokaParser:
 def _instantiate(parser: MokaParser, written: dict[str, Any], what: str) -> Namespace:
     restrict_class_paths()
     try:
-        built: Namespace = parser.instantiate_classes(
-            parser.parse_object(deepcopy(written))
-        )  # it changes lists in place
+        # A copy: parsing changes lists in place.
+        built: Namespace = parser.instantiate_classes(parser.parse_object(deepcopy(written)))
         return built
     except (ArgumentError, TypeError, ValueError) as error:
         cause: BaseException | None = error  # jsonargparse wraps what a class refuses

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
+from moka_pl.adapters.config import MokaConfig
+from moka_pl.adapters.filters import SERVABLE
 from moka_pl.studies.compare.report import Entry, Report
 from moka_pl.studies.compare.suite import Settings
 
@@ -127,10 +129,12 @@ def markdown(found: Transfer) -> str:
 
 def _size(adapter: Settings) -> tuple[Size, float] | None:
     """Size and factor of a servable update; None for other methods."""
-    if adapter.get("filters") != "servable" or adapter.get("start", "zero") != "zero":
+    if adapter.get("filters") != SERVABLE:
         return None
-    count = adapter.get("components", 10)
-    return (adapter.get("rank") or 16, count), float(adapter.get("scaling") or count)
+    config = MokaConfig(**adapter)
+    if config.rank is None or config.start != "zero":
+        return None
+    return (config.rank, config.components), config.effective_scaling
 
 
 def _losses(entry: Entry) -> dict[float, float]:
