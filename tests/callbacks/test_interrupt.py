@@ -16,6 +16,14 @@ from moka_pl.data.batching.loader import ResumableDataLoader
 from moka_pl.errors import DataError
 
 
+@pytest.fixture(autouse=True)
+def _heeded_hangup():
+    """Under ``nohup`` SIGHUP is ignored, and a run leaves it so; these tests are of one that heeds it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 class Kill(Callback):
     """Sends this process a signal at a moment of the run: a hook's name and how often it was called."""
 
