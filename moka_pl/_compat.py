@@ -62,6 +62,28 @@ def copy_all_(targets: "list[Tensor]", sources: "Sequence[Tensor]") -> None:
     torch._foreach_copy_(targets, list(sources))
 
 
+def saving_hooks() -> "tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None":
+    """How tensors are packed and unpacked that autograd saves now, or None where they are kept as they are.
+
+    Seen in torch 2.11 to 2.13; such hooks are set publicly with ``torch.autograd.graph.saved_tensors_hooks``,
+    which checkpointing does, but only this tells them. Without it a layer could save its input only when its
+    product is done, and checkpointing, which stops after the last saved tensor, would compute that again.
+    """
+    import torch
+
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks
+
+
+def change_count(tensor: "Tensor") -> int:
+    """How often a tensor has been changed in place.
+
+    Seen in torch 2.11 to 2.13, which counts so itself. Without it a tensor that is changed between forward
+    and backward pass would give a wrong gradient, and no error.
+    """
+    return tensor._version
+
+
 def leave_out_of_ddp(module: "nn.Module", names: Iterable[str]) -> None:
     """Has ``DistributedDataParallel`` neither broadcast nor reduce some parameters and buffers of a module.
 

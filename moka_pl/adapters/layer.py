@@ -194,6 +194,7 @@ class MokaLinear(nn.Module):
             self.moka_B,
             None if bias is None else bias.to(plan.compute),
             plan.updates,
+            torch.is_grad_enabled(),
         )  # (T, m)
         return out.to(plan.result).view(*x.shape[:-1], self.out_features)  # (..., m)
 

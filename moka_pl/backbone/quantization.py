@@ -301,13 +301,14 @@ def kernel_weight(layer: nn.Linear, compute: torch.dtype, even: bool) -> "Weight
     from moka_pl.ops.triton import WeightSource
 
     weight: Any = layer.weight  # asked for once: each time takes microseconds
-    data, state = weight.data, weight.quant_state if is_quantised(layer) else None
+    # Everything that is asked of bitsandbytes' subclass takes microseconds, too.
+    data, state = weight.as_subclass(Tensor), weight.quant_state if is_quantised(layer) else None
     if state is None:
         return WeightSource(data)
     # W in another half precision would be rounded twice, as its own dequantisation does.
     if state.dtype not in (compute, torch.float32) or (not even and data.numel() > _LARGE):
         return None
-    if state.quant_type != "nf4" or state.blocksize % 16 or getattr(state, "packing_format_for_cpu", False):
+    if state.quant_type != "nf4" or state.blocksize % 16 or vars(state).get("packing_format_for_cpu"):
         return None
     nested = None
     if state.nested:

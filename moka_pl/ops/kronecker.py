@@ -129,5 +129,7 @@ def kronecker_linear(
         updates = FusedThinUpdates(*alone, plan=make_thin_plan(shapes, out_features, n, x.device))
     else:
         updates = UPDATES[resolved](*alone)
-    out: Tensor = MergedForward.apply(x, weights, left, right, None, updates)  # type: ignore[no-untyped-call]
+    out: Tensor = MergedForward.apply(  # type: ignore[no-untyped-call]
+        x, weights, left, right, None, updates, torch.is_grad_enabled()
+    )  # (T, m)
     return out.view(*x.shape[:-1], out_features)

@@ -20,10 +20,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from moka_pl._compat import change_count, saving_hooks
 from moka_pl.ops.dense import add_delta_, project
 from moka_pl.ops.gating import Gating, gates_of, logits_gradient
 from moka_pl.ops.layout import Shape
 from moka_pl.ops.structured import add_update_, transposed, update_backward
+
+#: Takes what is to be saved for the backward pass.
+Keep = Callable[..., None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +54,8 @@ class DenseUpdates:
     gating: Gating
 
     def product(
-        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None, keep: Keep
+    ) -> Tensor:
         """Computes ``(W + ΔW) x + bias``, shape (T, m).
 
         Args:
@@ -60,11 +64,11 @@ class DenseUpdates:
             left: Packed left factors.
             right: Packed right factors.
             gate: Gate logits, (r,), or None.
-
-        Returns:
-            The product, and small tensors that :meth:`backward` would compute again.
+            keep: Called once, with small tensors that :meth:`backward` would compute again, as early as these
+                are there: when checkpointing computes a block again, nothing after its last call is needed.
         """
-        return F.linear(x, self.weight(left, right, gate, x.dtype), bias), ()
+        keep()
+        return F.linear(x, self.weight(left, right, gate, x.dtype), bias)
 
     def backward(
         self,
@@ -84,7 +88,7 @@ class DenseUpdates:
             left: Packed left factors.
             right: Packed right factors.
             gate: Gate logits, (r,), or None.
-            kept: What :meth:`product` returned beside its result.
+            kept: What :meth:`product` has kept.
             needs_x: Whether the gradient of ``x`` is needed.
         """
         grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
@@ -140,9 +144,10 @@ class StructuredUpdates(DenseUpdates):
     """
 
     def product(
-        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None, keep: Keep
+    ) -> Tensor:
         """As :meth:`DenseUpdates.product`."""
+        keep()
         wide = torch.promote_types(x.dtype, right.dtype)
         if self.base_weight is None:
             out = torch.zeros(self.m, len(x), dtype=wide, device=x.device)  # (m, T)
@@ -150,7 +155,7 @@ class StructuredUpdates(DenseUpdates):
             # The frozen layer's own product: W xᵀ rounds otherwise on some CPUs, and step 0 would differ.
             out = transposed(F.linear(x, self.base_weight().to(x.dtype), bias), wide)  # (m, T)
         parts = left.to(wide), right.to(wide), (self._alpha(gate, right) * self.scaling).to(wide)
-        return transposed(add_update_(out, transposed(x, wide), *parts, self.shapes), x.dtype), ()
+        return transposed(add_update_(out, transposed(x, wide), *parts, self.shapes), x.dtype)
 
     def backward(
         self,
@@ -177,6 +182,37 @@ class StructuredUpdates(DenseUpdates):
         return grad_x, grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
 
 
+def _save(ctx: Any, parameters: tuple[Tensor | None, ...], activations: tuple[Tensor, ...]) -> None:
+    """Saves what the backward pass needs: activations now, not when the forward pass has ended.
+
+    Where hooks pack what is saved, as checkpointing's do, they are called at once, and for activations only:
+    parameters stay where they are, and each would take these hooks tens of microseconds.
+    """
+    hooks = saving_hooks()
+    ctx.unpack = None
+    if hooks is None:
+        ctx.save_for_backward(*parameters, *activations)
+        return
+    pack, ctx.unpack = hooks
+    ctx.packed = [pack(tensor) for tensor in activations]
+    ctx.parameters = parameters
+    ctx.versions = _versions(parameters)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`_save` has saved, parameters first."""
+    if ctx.unpack is None:
+        return ctx.saved_tensors  # type: ignore[no-any-return]
+    if _versions(ctx.parameters) != ctx.versions:
+        raise RuntimeError("a MoKA layer's factors or gates were changed in place before the backward pass")
+    return *ctx.parameters, *map(ctx.unpack, ctx.packed)
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    """How often each tensor has been changed in place."""
+    return [-1 if tensor is None or tensor.is_inference() else change_count(tensor) for tensor in tensors]
+
+
 class MergedForward(torch.autograd.Function):
     """``y = (W + s Σ_i α_i (A_i ⊗ B_i)) x + bias``; saves no m × n matrix, but x, gate logits and factors."""
 
@@ -189,6 +225,7 @@ class MergedForward(torch.autograd.Function):
         right: Tensor,
         bias: Tensor | None,
         updates: DenseUpdates,
+        saves: bool,
     ) -> Tensor:
         """Maps x of shape (..., n) to (T, m): a view made here could not be changed in place by a model.
 
@@ -200,25 +237,29 @@ class MergedForward(torch.autograd.Function):
             right: Packed right factors.
             bias: Bias of the frozen layer, (m,), or None.
             updates: Computes the product and its gradients.
+            saves: Whether gradients are enabled, which a function itself cannot see.
         """
         ctx.updates = updates
         # Every product has the dtype it should have; autocast would build ΔW in half precision.
         tokens = x.reshape(-1, updates.n)  # (T, n)
         device = x.device.type
+
+        def keep(*kept: Tensor) -> None:
+            if saves:
+                _save(ctx, (gate, left, right), (x, *kept))
+
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            out, kept = updates.product(tokens, bias, left, right, gate)  # (T, m)
-        ctx.save_for_backward(x, gate, left, right, *kept)
-        return out
+            return updates.product(tokens, bias, left, right, gate, keep)  # (T, m)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, gate logits and packed factors."""
-        x, gate, left, right, *kept = ctx.saved_tensors
+        gate, left, right, x, *kept = _saved(ctx)
         updates: DenseUpdates = ctx.updates
         parts = grad.contiguous(), x.reshape(-1, updates.n)  # (T, m), (T, n)
         grad_x, grad_left, grad_right, grad_gate = updates.backward(
             *parts, left, right, gate, tuple(kept), ctx.needs_input_grad[0]
         )
         grad_x = None if grad_x is None else grad_x.view(x.shape)
-        return grad_x, grad_gate, grad_left, grad_right, None, None
+        return grad_x, grad_gate, grad_left, grad_right, None, None, None

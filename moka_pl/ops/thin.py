@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moka_pl.ops.layout import ComponentIndex, Shape, right_sizes
-from moka_pl.ops.merged_forward import DenseUpdates
+from moka_pl.ops.merged_forward import DenseUpdates, Keep
 
 #: The weights w of the components, (r,), or one number for all.
 Weights = Tensor | float
@@ -326,12 +326,13 @@ class ThinUpdates(DenseUpdates):
     room: Rooms = field(default_factory=dict)
 
     def product(
-        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None, keep: Keep
+    ) -> Tensor:
         """As :meth:`DenseUpdates.product`; keeps the hidden numbers."""
-        out = x.new_zeros(len(x), self.m) if self.frozen is None else self.frozen(x)  # (T, m)
         hidden = down(x, left, self.shapes, self.room)  # (T, R)
-        return add_up_(out, hidden, right, self._weights(gate), self.shapes), (hidden,)
+        keep(hidden)
+        out = x.new_zeros(len(x), self.m) if self.frozen is None else self.frozen(x)  # (T, m)
+        return add_up_(out, hidden, right, self._weights(gate), self.shapes)
 
     def backward(
         self,

@@ -127,7 +127,7 @@ def test_the_merged_forward_passes_gradcheck(gating) -> None:
     updates = DenseUpdates(layer.shapes, *layer.base_layer.weight.shape, 1.3, base_weight, False, gating)
     x = torch.randn(2, N, dtype=torch.float64, requires_grad=True)
     leaves = (x, layer.moka_gate, layer.moka_A, layer.moka_B)
-    assert torch.autograd.gradcheck(lambda *leaves: MergedForward.apply(*leaves, None, updates), leaves)
+    assert torch.autograd.gradcheck(lambda *leaves: MergedForward.apply(*leaves, None, updates, True), leaves)
 
 
 @pytest.mark.parametrize("gating", ["sigmoid", "softmax"])

@@ -89,7 +89,7 @@ def test_the_operation_is_its_formula_and_passes_gradcheck(components, gating) -
     )
 
     def product(x: Tensor, left: Tensor, right: Tensor, gate: Tensor) -> Tensor:
-        return MergedForward.apply(x, gate, left, right, bias, updates)
+        return MergedForward.apply(x, gate, left, right, bias, updates, True)
 
     x, left, right, gate = leaves.values()
     delta = delta_weight(1.3 * gates_of(gate, gating), left, right, shapes, m, n)

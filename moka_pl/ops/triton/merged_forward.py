@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moka_pl.ops.merged_forward import DenseUpdates
+from moka_pl.ops.merged_forward import DenseUpdates, Keep
 from moka_pl.ops.thin import ThinUpdates
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.delta import fused_weight
@@ -66,21 +66,23 @@ class FusedThinUpdates(ThinUpdates):
     source: Callable[[], WeightSource | None] | None = None
 
     def product(
-        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None, keep: Keep
+    ) -> Tensor:
         """As :meth:`ThinUpdates.product`."""
         if x.shape[0] == 0:
-            return super().product(x, bias, left, right, gate)
+            return super().product(x, bias, left, right, gate, keep)
         x = x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
         own = self._own_weight() if bias is None and x.shape[0] > _DEQUANTISED else None
         thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own)
         if weight is not None:
             update, hidden = thin_forward(self.plan, x, thin)
-            return update.addmm_(x, weight.mT), (hidden,)
+            keep(hidden)
+            return update.addmm_(x, weight.mT)
         out = None if self.frozen is None else self.frozen(x).contiguous()
         total, hidden = thin_forward(self.plan, x, thin, out)
-        return total, (hidden,)
+        keep(hidden)
+        return total
 
     def backward(
         self,

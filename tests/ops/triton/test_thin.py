@@ -61,7 +61,7 @@ def test_products_and_all_gradients_agree_with_float64(case, dtype: torch.dtype)
     x, upstream = torch.randn(tokens, n).to(dtype), torch.randn(tokens, m).to(dtype)
     own = [p.requires_grad_() for p in (x, left, right, gate) if p is not None]
     updates = _updates(shapes, m, n, gating or "none")
-    out = MergedForward.apply(x, gate, left, right, None, updates)
+    out = MergedForward.apply(x, gate, left, right, None, updates, True)
     found = torch.autograd.grad(out, own, upstream)
 
     exact = [p.detach().double().requires_grad_() for p in own]
@@ -113,15 +113,16 @@ def test_the_frozen_product_adds_itself_to_the_update(monkeypatch: pytest.Monkey
     left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
     x, upstream = torch.randn(tokens, n).requires_grad_(), torch.randn(tokens, m)
     updates = _updates(shapes, m, n, "none", layer)
-    out, kept = updates.product(x.detach(), None, left, right, None)
+    kept = []
+    out = updates.product(x.detach(), None, left, right, None, lambda *parts: kept.extend(parts))
     total = dense_weight(layer).double() + SCALING * delta_weight(
         torch.ones(1).double(), left.double(), right.double(), shapes, m, n
     )
     assert _error(out, x.detach().double() @ total.mT) < 1e-5
     assert _error(kept[0], down(x.detach().double(), left.double(), shapes)) < 1e-5
-    grad_x, *_ = updates.backward(upstream, x.detach(), left, right, None, kept, True)
+    grad_x, *_ = updates.backward(upstream, x.detach(), left, right, None, tuple(kept), True)
     assert _error(grad_x, upstream.double() @ total) < 1e-5
-    grad_x, grad_left, _, _ = updates.backward(upstream, x.detach(), left, right, None, kept, False)
+    grad_x, grad_left, _, _ = updates.backward(upstream, x.detach(), left, right, None, tuple(kept), False)
     assert grad_x is None
     assert grad_left.isfinite().all()
 
@@ -137,8 +138,9 @@ def test_programs_may_take_several_tiles_of_tokens(monkeypatch: pytest.MonkeyPat
         plan = kernels.ThinPlan(shapes, m, n, DEVICE)
         assert (plan.grids(150, x.itemsize).times > 1) == (blocks == 2)
         updates = replace(_updates(shapes, m, n, "none"), plan=plan)
-        _, kept = updates.product(x, None, left, right, None)
-        runs.append(updates.backward(upstream, x, left, right, None, kept, True)[:3])
+        kept: list[torch.Tensor] = []
+        updates.product(x, None, left, right, None, lambda *parts, to=kept: to.extend(parts))
+        runs.append(updates.backward(upstream, x, left, right, None, tuple(kept), True)[:3])
     for found, expected in zip(*runs, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
@@ -147,10 +149,11 @@ def test_no_tokens_give_no_output_and_zero_gradients() -> None:
     shapes, m, n, _, _ = CASES["two components"]
     left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
     updates = _updates(shapes, m, n, "none")
-    out, kept = updates.product(torch.empty(0, n), None, left, right, None)
+    kept = []
+    out = updates.product(torch.empty(0, n), None, left, right, None, lambda *parts: kept.extend(parts))
     assert out.shape == (0, m)
     _, grad_left, grad_right, _ = updates.backward(
-        torch.empty(0, m), torch.empty(0, n), left, right, None, kept, True
+        torch.empty(0, m), torch.empty(0, n), left, right, None, tuple(kept), True
     )
     assert not grad_left.any()
     assert not grad_right.any()
@@ -163,8 +166,9 @@ def test_non_finite_values_show(bad: float) -> None:
     updates = _updates(shapes, m, n, "none")
     x = torch.ones(tokens, n)
     x[3, 5] = bad
-    out, kept = updates.product(x, None, left, right, None)
+    kept = []
+    out = updates.product(x, None, left, right, None, lambda *parts: kept.extend(parts))
     assert not out[3].isfinite().any()
-    grads = updates.backward(torch.ones(tokens, m), x, left, right, None, kept, True)
+    grads = updates.backward(torch.ones(tokens, m), x, left, right, None, tuple(kept), True)
     assert not grads[1].isfinite().all()
     assert not grads[2].isfinite().all()
