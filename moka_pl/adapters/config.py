@@ -65,8 +65,9 @@ class MokaConfig(AdapterConfig):
             trains independent gates, α_i = (2/r) · sigmoid(g_i), each from 0 to 2/r. Both start at
             α_i = 1/r, and ``none`` keeps that value (the paper's ungated ablation).
         scaling: Factor s of the update. ``null`` is ``components``, which cancels the gates' 1/r so that
-            common adapter learning rates (1e-3 to 4e-3) work. ``1.0`` follows the paper literally and needs
-            about ten times higher rates.
+            common adapter learning rates (1e-3 to 4e-3) work; for ``filters: servable`` it is the square root
+            of ``components``, with which the best rate stays the same from one component to four. ``1.0``
+            follows the paper literally and, with ten components, needs about ten times higher rates.
         dropout: Dropout probability of the adapter's input features, at least 0 and below 1.
         target_modules: Layers to adapt: a list of name suffixes, a regular expression that matches whole
             names, or ``all-linear`` for every linear layer except the output head. The default is the
@@ -158,8 +159,8 @@ class MokaConfig(AdapterConfig):
 
     @property
     def effective_scaling(self) -> float:
-        """The applied factor s: ``scaling``, or ``components`` if that is ``null``."""
-        return float(self.components if self.scaling is None else self.scaling)
+        """The applied factor s (:func:`applied_scaling`)."""
+        return applied_scaling(self.scaling, self.filters, self.components)
 
     def exact_lora_rank(self, name: str, m: int, n: int) -> int:
         """Returns the rank R of the LoRA that a layer's update is exactly, whatever its factors are.
@@ -204,6 +205,19 @@ class MokaConfig(AdapterConfig):
     def to_dict(self) -> dict[str, Any]:
         """Returns all options as plain JSON values."""
         return asdict(self)
+
+
+def applied_scaling(scaling: float | None, filters: object, components: int) -> float:
+    """Returns the factor s of an update.
+
+    Args:
+        scaling: The option; ``null`` is r, or √r for servable filters.
+        filters: The filters.
+        components: r.
+    """
+    if scaling is not None:
+        return float(scaling)
+    return math.sqrt(components) if filters == SERVABLE else float(components)
 
 
 def _read_filters(file: Path) -> dict[str, list[list[int]]]:

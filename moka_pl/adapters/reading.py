@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from moka_pl.adapters.config import AdapterConfig, MokaConfig
 from moka_pl.adapters.methods.registry import config_from, method_of
 from moka_pl.adapters.schema import check_value, check_values, shown
 from moka_pl.backbone import BackboneConfig, check_samples
@@ -151,7 +152,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
             options=options,
             samples=stored.get("base_samples", ""),
         )
-        config = config_from(stored)
+        config = _as_applied(config_from(stored), stored.get("effective_scaling"))
         method_of(config)
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
@@ -160,6 +161,13 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     except (ConfigError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise AdapterError(f"{file} is damaged: {one_line(error)}. Copy the adapter again") from error
     return AdapterInfo(config, base, stored.get("extra", {}), stored.get("exact_lora_rank", []))
+
+
+def _as_applied(config: AdapterConfig, applied: Any) -> AdapterConfig:
+    """The configuration with the scaling that was applied, where ``null`` has had another meaning since."""
+    if not isinstance(config, MokaConfig) or config.scaling is not None or not isinstance(applied, float):
+        return config
+    return config if applied == config.effective_scaling else replace(config, scaling=applied)
 
 
 def _base_options(options: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 
+from moka_pl.adapters.config import applied_scaling
 from moka_pl.backbone import compute_dtype
 from moka_pl.data.batching.order import change_of, describe, differences
 from moka_pl.data.types import data_of
@@ -144,8 +145,9 @@ def adapter_course(options: Mapping[str, Any], training: bool) -> dict[str, Any]
     """
     course = {name: value for name, value in options.items() if training and "dropout" in name}
     if "components" in options:
-        scaling = options.get("scaling")
-        course["scaling"] = float(options["components"] if scaling is None else scaling)
+        course["scaling"] = applied_scaling(
+            options.get("scaling"), options.get("filters"), options["components"]
+        )
     return course
 
 

@@ -46,7 +46,9 @@ def test_servable_has_rank_16_unless_another_is_set() -> None:
     assert MokaConfig(components=10).exact_lora_rank("layer", 64, 48) == 48
 
 
-def test_scaling_defaults_to_components_and_follows_them() -> None:
+def test_scaling_defaults_to_components_or_their_root_and_follows_them() -> None:
+    assert MokaConfig(components=4, filters="servable").effective_scaling == 2.0
+    assert MokaConfig(components=4, filters="servable", scaling=1.0).effective_scaling == 1.0
     assert MokaConfig(components=7).effective_scaling == 7.0
     assert replace(MokaConfig(components=7), components=3).effective_scaling == 3.0
     assert MokaConfig(components=7, scaling=0.5).effective_scaling == 0.5

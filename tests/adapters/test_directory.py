@@ -550,6 +550,21 @@ def test_a_card_tells_of_gates_only_where_there_are_some(
     assert ("| gating |" not in card) == ("α" not in card) == still
 
 
+def test_an_adapter_keeps_the_scaling_that_was_applied(tmp_path: Path, tiny_llama) -> None:
+    options = {"filters": "servable", "rank": 4, "components": 4, "scaling": None}
+    inject_adapter(tiny_llama, config(**options))
+    path = save_adapter(tmp_path / "adapter", tiny_llama, config(**options), BASE)
+    file = path / CONFIG_NAME
+    stored = json.loads(file.read_text())
+    assert (stored["scaling"], stored["effective_scaling"]) == (None, 2.0)
+    for applied, expected in ((2.0, None), (4.0, 4.0)):
+        file.write_text(json.dumps(stored | {"effective_scaling": applied}))
+        assert read_adapter(path).config.scaling == expected
+    file.write_text(json.dumps(stored | {"effective_scaling": -4.0}))
+    with pytest.raises(AdapterError, match="scaling must be positive"):
+        read_adapter(path)
+
+
 @pytest.mark.parametrize("options", [{"filters": "servable", "rank": 4}, {"start": "zero_left"}])
 def test_ranks_are_told_and_servable_filters_need_the_newest_format(
     options: dict, tmp_path: Path, tiny_llama
