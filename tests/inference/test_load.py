@@ -112,7 +112,7 @@ def test_the_revision_belongs_to_the_remembered_name(
         seen.append((config.name, config.revision))
         raise BackboneError("far enough")
 
-    monkeypatch.setattr("moka_pl.inference.load_backbone", load)
+    monkeypatch.setattr("moka_pl.inference.load.load_backbone", load)
     for base in (None, "mirror/tiny"):
         with pytest.raises(BackboneError, match="far enough"):
             load_model(adapter, device="cpu", base=base)
@@ -128,6 +128,6 @@ def test_damaged_base_options(options: object, train: Callable) -> None:
 
 
 def test_a_missing_adapter_loads_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moka_pl.inference.load_backbone", lambda *_: pytest.fail("loaded the base"))
+    monkeypatch.setattr("moka_pl.inference.load.load_backbone", lambda *_: pytest.fail("loaded the base"))
     with pytest.raises(AdapterError, match="no such folder"):
         load_model(tmp_path / "nothing")
