@@ -23,14 +23,14 @@ LAYERS = {
     "data": 5,
     "adapters": 6,
     "inference": 7,
-    "export": 7,
-    "evaluation": 8,
-    "training": 9,
-    "callbacks": 10,
-    "cli": 11,
-    "studies": 12,
-    "__main__": 13,
-    "__init__": 13,
+    "export": 8,
+    "evaluation": 9,
+    "training": 10,
+    "callbacks": 11,
+    "cli": 12,
+    "studies": 13,
+    "__main__": 14,
+    "__init__": 14,
 }
 
 MAX_LINES, MAX_FUNCTION_LINES, MAX_FILES, MAX_ROOT_FILES = 400, 60, 15, 8

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from moka_pl.cli.configs import configs
 from moka_pl.cli.evaluate import evaluate
+from moka_pl.cli.export import export
 from moka_pl.cli.generate import generate
 from moka_pl.cli.inspect import inspect
 from moka_pl.errors import (
@@ -44,6 +45,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "generate": generate,
     "evaluate": evaluate,
+    "export": export,
     "configs": configs,
 }
 

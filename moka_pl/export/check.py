@@ -1,0 +1,127 @@
+"""Compares what was exported with the adapter that it came from, on a set of prompts."""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.prompts.ends import prompt_ids
+from moka_pl.prompts.templates import alpaca_prompt, chat_prompt, cloze_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLES, _MOST_PROMPTS, _MOST_TOKENS = "instruction_heldout.jsonl", 8, 96
+#: Largest difference of logits, as a share of the largest logit, and of losses, by the coarsest dtype.
+BOUNDS = {torch.float32: (1e-4, 1e-4), torch.float16: (2e-2, 5e-3), torch.bfloat16: (1e-1, 2e-2)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model makes of the prompts.
+
+    Attributes:
+        logits: One tensor (T, V) a prompt, float32, on the CPU.
+        loss: Mean -log p of the tokens after each prompt's first, nats.
+    """
+
+    logits: list[Tensor]
+    loss: float
+
+
+def prompt_set(tokenizer: "PreTrainedTokenizerBase", trained: str | None, file: Path | None) -> list[Tensor]:
+    """Returns the tokens of some questions with their answers, in the format of the adapter's training.
+
+    Args:
+        tokenizer: The tokenizer.
+        trained: The prompt format; None takes the chat template if there is one.
+        file: A text file with a prompt a line; None takes the package's own held-out samples.
+
+    Raises:
+        ConfigError: If the file cannot be read or has no text.
+    """
+    chosen = trained or ("chat" if tokenizer.chat_template else "raw")
+    texts = [_around(question, chosen, tokenizer) + answer for question, answer in _questions(file)]
+    ids = [prompt_ids(tokenizer, text, chosen, chosen == trained)[:_MOST_TOKENS] for text in texts]
+    kept = [torch.tensor(one) for one in ids if len(one) > 1]
+    if not kept:
+        raise ConfigError(f"--prompts {file} has no prompt of at least two tokens; give longer texts")
+    return kept
+
+
+def _questions(file: Path | None) -> list[tuple[str, str]]:
+    if file is None:
+        lines = resources.files("moka_pl.data.samples").joinpath(_SAMPLES).read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in lines.splitlines()]
+        return [(row["instruction"], row["output"]) for row in rows if not row["input"]][:_MOST_PROMPTS]
+    try:
+        lines = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigError(f"--prompts {file} cannot be read: {reason}; give a text file") from error
+    return [(line, "") for line in lines.splitlines() if line.strip()]
+
+
+def _around(question: str, chosen: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    if chosen == "chat":
+        return chat_prompt(question, tokenizer)
+    if chosen in ("alpaca", "llm_adapters"):
+        return alpaca_prompt(question)
+    return f"{cloze_prompt(question)} " if chosen in ("cloze", "letters") else f"{question}\n"
+
+
+@torch.no_grad()
+def measure(model: "PreTrainedModel | Any", prompts: list[Tensor]) -> Measured:
+    """Runs a model on every prompt."""
+    logits = [model(input_ids=ids[None].to(model.device)).logits[0].float().cpu() for ids in prompts]
+    return measured(logits, prompts)
+
+
+def measured(logits: list[Tensor], prompts: list[Tensor]) -> Measured:
+    """Adds the loss to logits of whatever engine."""
+    pairs = zip(logits, prompts, strict=True)
+    nll = torch.cat([F.cross_entropy(x[:-1], ids[1:], reduction="none") for x, ids in pairs])
+    return Measured(logits, float(nll.mean()))
+
+
+def largest_difference(one: Measured, other: Measured) -> float:
+    """Largest absolute difference of two models' logits; infinite where the vocabularies differ."""
+    pairs = list(zip(one.logits, other.logits, strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    return max(float((a - b).abs().nan_to_num(torch.inf).max()) for a, b in pairs)
+
+
+def check(expected: Measured, found: Measured, reader: str, *dtypes: torch.dtype) -> str:
+    """Compares an export, as its reader computes it, with the adapter; returns the comparison in words.
+
+    Args:
+        expected: The adapter's.
+        found: The export's.
+        reader: Name and version of what read it.
+        *dtypes: Of the export and of the computation; the coarsest decides on the bounds of ``BOUNDS``.
+
+    Raises:
+        AdapterError: If the logits or the loss differ by more.
+    """
+    share, loss_share = max(BOUNDS[dtype] for dtype in dtypes)
+    largest = max(float(one.abs().max()) for one in expected.logits)
+    bound, loss_bound = share * largest, loss_share * max(expected.loss, 1.0)
+    difference, loss = largest_difference(expected, found), abs(expected.loss - found.loss)
+    told = (
+        f"{reader}, {len(expected.logits)} prompts: largest logit difference {difference:.2g} "
+        f"(bound {bound:.2g}, largest logit {largest:.1f}); "
+        f"loss {expected.loss:.5f} before, {found.loss:.5f} after"
+    )
+    if difference > bound or not loss <= loss_bound:
+        raise AdapterError(
+            f"the export is not what was trained, and nothing was written: {told}. "
+            "Export in float32, or report it"
+        )
+    return told

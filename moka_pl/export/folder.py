@@ -1,0 +1,78 @@
+"""The folder that an export writes: refused where it holds something else, whole or not there."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moka_pl.adapters.reading import CONFIG_NAME
+from moka_pl.errors import ConfigError
+from moka_pl.utils import replaced_folder, sync_file, write_failure
+
+#: Names of files that exports write; a folder with others is never replaced.
+_WRITTEN = re.compile(
+    r"(adapter_config|config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json"
+    r"|(adapter_model|adapters|model|model-\d+-of-\d+)\.safetensors|model\.safetensors\.index\.json"
+    r"|merges\.txt|chat_template\.jinja|tokenizer\.model|[\w.-]+\.gguf|Modelfile"
+)
+
+
+def check_output(out: Path, adapter: Path, overwrite: bool) -> None:
+    """Refuses a folder that may not be written, before any work.
+
+    Args:
+        out: The folder to write.
+        adapter: The adapter directory.
+        overwrite: Whether an older export may be replaced.
+
+    Raises:
+        ConfigError: If ``out`` is a file, the adapter, or not empty; with ``overwrite``, if it holds anything
+            that no export writes.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; give a folder")
+    entries = sorted(entry.name for entry in out.iterdir())
+    if not entries:
+        return
+    if out.resolve() == adapter.resolve() or _is_trained(out):
+        raise ConfigError(
+            f"--out {out} holds a trained adapter, which is never replaced; choose another folder"
+        )
+    if not overwrite:
+        raise ConfigError(f"--out {out} is not empty; choose another folder, or add --overwrite")
+    foreign = [name for name in entries if not _WRITTEN.fullmatch(name) or not (out / name).is_file()]
+    if foreign:
+        raise ConfigError(
+            f"--out {out} holds {foreign[0]}, which no export writes, and is not replaced; "
+            "choose another folder"
+        )
+
+
+def _is_trained(folder: Path) -> bool:
+    """Whether a folder holds an adapter that this package trained."""
+    try:
+        stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(stored, dict) and "moka_pl_version" in stored
+
+
+@contextmanager
+def written_folder(out: Path) -> Iterator[Path]:
+    """Gives a new folder to fill, which takes the place of ``out`` unless the body fails.
+
+    Raises:
+        ConfigError: If the disk is full or cannot be written; nothing is left behind.
+    """
+    try:
+        with replaced_folder(out) as new:
+            new.mkdir()
+            yield new
+            for file in new.iterdir():
+                sync_file(file)
+    except OSError as error:
+        reason = write_failure(error, out.parent)
+        raise ConfigError(f"cannot write to --out {out}: {reason}; nothing was left there") from error

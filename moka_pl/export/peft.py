@@ -1,0 +1,147 @@
+"""A LoRA as a PEFT directory, which PEFT, vLLM, SGLang and llama.cpp's converter read."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from moka_pl.adapters import unload
+from moka_pl.backbone.quantization import import_quantiser
+from moka_pl.errors import ConfigError
+from moka_pl.export.check import Measured, check, measure
+from moka_pl.export.folder import written_folder
+from moka_pl.export.lora import LoraForm, lora_applied
+from moka_pl.export.source import Source, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: The values that vLLM takes for ``--max-lora-rank``.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def import_peft() -> str:
+    """Returns PEFT's name and version.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    import_quantiser()  # which PEFT would import in its own way
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            "--to lora is read back by PEFT, which is not installed; pip install 'moka_pl[peft]'"
+        ) from error
+    return f"PEFT {peft.__version__}"
+
+
+def export_lora(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) -> None:
+    """Writes the PEFT directory ``out``, reads it back by PEFT onto the same base and compares both.
+
+    Args:
+        source: The adapter in its model, which is without adapters afterwards.
+        out: The folder to write.
+        form: The adapter's LoRA.
+        dtype: Dtype of its tensors.
+
+    Raises:
+        AdapterError: If PEFT computes something else than the adapter; nothing is written then.
+        ConfigError: If ``out`` cannot be written.
+    """
+    reader = import_peft()
+    expected = lora_reference(source, form)
+    with written_folder(out) as new:
+        write_peft(new, form, source.model, source.base_name, source.info.base.revision, dtype)
+        say(f"{reader} reads it back ...")
+        served = _loaded(source.model, new)
+        say(check(expected, measure(served, source.prompts), reader, dtype, source.model.dtype))
+    size = sum(file.stat().st_size for file in out.iterdir())
+    say(f"{out}: rank {form.rank}, {size / 2**20:.1f} MiB; {_vllm(form.rank)}")
+
+
+def lora_reference(source: Source, form: LoraForm) -> Measured:
+    """Takes the adapter out and returns what its LoRA is to compute: the adapter's own logits if it is exact.
+
+    Args:
+        source: The adapter in its model, which is the frozen base afterwards.
+        form: Its LoRA; if that is truncated, the loss before and after is printed.
+    """
+    unload(source.model)
+    if not form.lost:
+        return source.expected
+    with lora_applied(source.model, form):
+        cut = measure(source.model, source.prompts)
+    say(f"rank {form.rank} of {form.needed}; share of the update's energy lost, by layer:")
+    for name, lost in form.lost.items():
+        say(f"  {name:<44} {lost:.3%}")
+    say(f"loss {source.expected.loss:.5f} before, {cut.loss:.5f} truncated")
+    return cut
+
+
+def _loaded(model: "PreTrainedModel", folder: Path) -> Any:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():  # of transformers' to PEFT
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def _vllm(rank: int) -> str:
+    """What vLLM has to be told."""
+    step = next((step for step in _VLLM_RANKS if step >= rank), None)
+    return f"vLLM: --max-lora-rank {step}" if step else f"vLLM takes ranks up to {_VLLM_RANKS[-1]}"
+
+
+def write_peft(
+    folder: Path, form: LoraForm, model: nn.Module, base: str, revision: str | None, dtype: torch.dtype
+) -> None:
+    """Writes a PEFT directory that all readers of such directories understand alike.
+
+    ``lora_alpha`` is r, so that every reader's scale is 1; there is no rsLoRA, DoRA, bias or pattern.
+
+    Args:
+        folder: An empty folder.
+        form: The LoRA.
+        model: The frozen base, for the names of its layers.
+        base: Its name or folder.
+        revision: Its revision on the hub.
+        dtype: Dtype of the tensors.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "inference_mode": True,
+        "r": form.rank,
+        "lora_alpha": form.rank,
+        "lora_dropout": 0.0,
+        "target_modules": target_modules(model, list(form.factors)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+    tensors = {}
+    for name, (lora_a, lora_b) in form.factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a.to(dtype).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b.to(dtype).contiguous()
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def target_modules(model: nn.Module, layers: list[str]) -> list[str]:
+    """Returns the last parts of the layers' names, or the whole names where other layers end alike."""
+    ends = sorted({name.rpartition(".")[2] for name in layers})
+    alike = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ends
+    }
+    return ends if alike == set(layers) else layers

@@ -1,0 +1,80 @@
+"""The adapter to export, in its model, and what it makes of the prompts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moka_pl.adapters import AdapterInfo, moka_layers, read_adapter
+from moka_pl.adapters.layer import MokaLinear
+from moka_pl.backbone.smollm2 import SHORT_NAME
+from moka_pl.errors import ConfigError
+from moka_pl.export.check import Measured, measure, prompt_set
+from moka_pl.inference import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Source:
+    """An adapter in its model.
+
+    Attributes:
+        info: What the adapter directory says.
+        model: Its base with the adapter, evaluating.
+        tokenizer: The base's tokenizer.
+        prompts: Tokens of the prompts, shape (T,) each.
+        expected: What the adapter makes of them.
+        base_name: Hub id or folder of the base, as other libraries find it.
+    """
+
+    info: AdapterInfo
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    prompts: list[Tensor]
+    expected: Measured
+    base_name: str
+
+    def moka_layers(self) -> dict[str, MokaLinear]:
+        """Returns the adapted layers.
+
+        Raises:
+            ConfigError: If the adapter is not of MoKA.
+        """
+        if not (layers := moka_layers(self.model)):
+            raise ConfigError(
+                "only MoKA adapters are written as a LoRA; PEFT reads the folders of its own methods, and "
+                "any method can be exported --to merged"
+            )
+        return layers
+
+
+def open_source(
+    adapter: Path,
+    base: str | None = None,
+    prompts: Path | None = None,
+    device: torch.device | str | None = None,
+) -> Source:
+    """Loads an adapter with its base and measures it.
+
+    Args:
+        adapter: An adapter directory.
+        base: Name or folder of the base; None is the stored one.
+        prompts: A text file with a prompt a line; None takes the package's own.
+        device: The model's device; None is the GPU if there is one, else the CPU.
+    """
+    info = read_adapter(adapter)
+    model, tokenizer = load_model(adapter, device, base)
+    ids = prompt_set(tokenizer, info.extra.get("prompt"), prompts)
+    name = base or info.base.name
+    if name == SHORT_NAME or name.endswith(".gguf"):  # which only this package converts
+        name = model.name_or_path
+    return Source(info, model, tokenizer, ids, measure(model, ids), name)
+
+
+def say(line: str) -> None:
+    """Prints a line of progress at once."""
+    print(line, flush=True)

@@ -1,0 +1,68 @@
+"""The comparison of an export with its adapter."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moka_pl.backbone.random_weights import byte_tokenizer
+from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.export.check import check, largest_difference, measured, prompt_set
+
+IDS = [torch.tensor([1, 2, 3])]
+
+
+def model_of(logits: torch.Tensor):
+    return measured([logits], IDS)
+
+
+def test_the_loss_is_that_of_the_tokens_after_the_first() -> None:
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    chosen = logits.log_softmax(-1)
+    assert model_of(logits).loss == pytest.approx(-float(chosen[0, 2] + chosen[1, 3]) / 2)
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(0.9, True), (1.5, False)])
+def test_logits_may_differ_up_to_the_bound(factor: float, passes: bool) -> None:
+    logits = torch.zeros(3, 5)
+    logits[:, 0] = 8.0
+    other = logits.clone()
+    other[2, 4] += 8e-4 * factor  # the last row decides on no token
+    if passes:
+        assert "(bound 0.0008, largest logit 8.0)" in check(
+            model_of(logits), model_of(other), "X 1", torch.float32
+        )
+    else:
+        with pytest.raises(
+            AdapterError, match=r"X 1, 1 prompts: largest logit difference 0\.0012 \(bound 0\.0008"
+        ):
+            check(model_of(logits), model_of(other), "X 1", torch.float32)
+
+
+def test_the_coarsest_dtype_decides() -> None:
+    logits = torch.full((3, 5), 8.0)
+    check(model_of(logits), model_of(logits + 0.1), "X 1", torch.float32, torch.bfloat16)
+    with pytest.raises(AdapterError):
+        check(model_of(logits), model_of(logits + 0.1), "X 1", torch.float32)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_no_match(value: float) -> None:
+    logits = torch.zeros(3, 5)
+    with pytest.raises(AdapterError):
+        check(model_of(logits), model_of(torch.full((3, 5), value)), "X 1", torch.bfloat16)
+
+
+def test_another_vocabulary_is_no_match() -> None:
+    assert largest_difference(model_of(torch.zeros(3, 5)), model_of(torch.zeros(3, 6))) == float("inf")
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("One question?\n\nAnother\n")
+    assert len(prompt_set(byte_tokenizer(), "raw", file)) == 2
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="has no prompt of at least two tokens"):
+        prompt_set(byte_tokenizer(), "alpaca", file)
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        prompt_set(byte_tokenizer(), None, tmp_path / "none")
