@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from moka_pl.version import __version__
 
 if TYPE_CHECKING:
-    from moka_pl.adapters import MokaConfig, inject_adapter, load_adapter, save_adapter
+    from moka_pl.adapters import MokaConfig, attach, inject_adapter, load_adapter, push_to_hub, save_adapter
     from moka_pl.backbone import BackboneConfig, load_backbone
     from moka_pl.data import CommonsenseData, InstructionData, MixtureData, MmluData, TextData
     from moka_pl.inference import load_model
@@ -24,15 +24,17 @@ __all__ = [
     "TextData",
     "WarmupDecay",
     "__version__",
+    "attach",
     "inject_adapter",
     "load_adapter",
     "load_backbone",
     "load_model",
+    "push_to_hub",
     "save_adapter",
 ]
 
 _HOMES = {
-    "adapters": ("MokaConfig", "inject_adapter", "load_adapter", "save_adapter"),
+    "adapters": ("MokaConfig", "attach", "inject_adapter", "load_adapter", "push_to_hub", "save_adapter"),
     "backbone": ("BackboneConfig", "load_backbone"),
     "data": ("CommonsenseData", "InstructionData", "MixtureData", "MmluData", "TextData"),
     "inference": ("load_model",),

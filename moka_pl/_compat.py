@@ -108,6 +108,20 @@ def skip_on_device(optimizer: "torch.optim.Optimizer", skip: "Tensor") -> bool:
 # transformers
 
 
+def mark_as_adapted(model: "PreTrainedModel", frozen: "Iterable[str] | None") -> None:
+    """Tells trainers that a model has adapters: it may be quantised, and checkpoints lack frozen tensors.
+
+    Seen in transformers 5.14 to 5.24, whose own integration of PEFT sets the first name. Without it their
+    Trainer would refuse a quantised model, and warn of every frozen tensor when it goes on from a checkpoint.
+
+    Args:
+        model: The model.
+        frozen: Names of the tensors that checkpoints lack; None where it has adapters no more.
+    """
+    model._hf_peft_config_loaded = frozen is not None
+    model._keys_to_ignore_on_save = set(frozen or type(model)._keys_to_ignore_on_save or ())
+
+
 def attention_implementation(model: "PreTrainedModel") -> str | None:
     """Name of the attention that a model computes with, such as ``sdpa``.
 

@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,22 @@ def test_a_models_attention_can_be_asked_for_and_put_back(tiny_llama) -> None:
     tiny_llama.set_attn_implementation("sdpa")
     assert _compat.attention_implementation(tiny_llama) == "sdpa"
     assert _compat.supports_flash_attention(tiny_llama)
+
+
+def test_a_trainer_takes_a_marked_model_as_adapted(tiny_llama) -> None:
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    tiny_llama.is_quantized = True
+    with pytest.raises(ValueError, match="purely quantized"):
+        validate_quantization_for_training(tiny_llama)
+    tiny_llama.hf_quantizer = SimpleNamespace(is_trainable=True, is_qat_trainable=False)
+    _compat.mark_as_adapted(tiny_llama, ["lm_head.weight"])
+    validate_quantization_for_training(tiny_llama)
+    assert tiny_llama._keys_to_ignore_on_save == {"lm_head.weight"}
+    _compat.mark_as_adapted(tiny_llama, None)
+    with pytest.raises(ValueError, match="purely quantized"):
+        validate_quantization_for_training(tiny_llama)
+    assert tiny_llama._keys_to_ignore_on_save == set(type(tiny_llama)._keys_to_ignore_on_save or ())
 
 
 def test_rows_have_a_fingerprint_of_what_they_are() -> None:

@@ -84,7 +84,9 @@ def test_every_declared_package_is_imported() -> None:
     assert "reasoning_gym" in imported_modules(ast.parse(source))  # by its name: it need not be installed
 
 
-@pytest.mark.parametrize("extra", ["demo", "peft", "eval", "studies", "reasoning", "liger", "test", "docs"])
+@pytest.mark.parametrize(
+    "extra", ["demo", "peft", "eval", "studies", "reasoning", "liger", "test", "trl", "docs"]
+)
 def test_every_requirement_is_bounded_on_both_sides(extra: str) -> None:
     for name, requirement in requirements(extra).items():
         operators = {specifier.operator for specifier in requirement.specifier}

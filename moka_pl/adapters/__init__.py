@@ -15,7 +15,8 @@ from moka_pl.adapters.methods.registry import (
     unload,
     unmerge,
 )
-from moka_pl.adapters.reading import AdapterInfo, BaseModel, read_adapter
+from moka_pl.adapters.pretrained.attach import attach, hand_over_saving, push_to_hub
+from moka_pl.adapters.reading import AdapterInfo, BaseModel, local_adapter, read_adapter
 
 __all__ = [
     "AdapterConfig",
@@ -32,13 +33,17 @@ __all__ = [
     "adapted_layers",
     "adapter_state",
     "adapters_disabled",
+    "attach",
     "find_targets",
+    "hand_over_saving",
     "inject_adapter",
     "load_adapter",
     "load_adapter_state",
+    "local_adapter",
     "merge",
     "method_of",
     "moka_layers",
+    "push_to_hub",
     "read_adapter",
     "save_adapter",
     "unload",

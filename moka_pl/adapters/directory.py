@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
@@ -27,6 +28,7 @@ from moka_pl.adapters.reading import (
     WEIGHTS_NAME,
     AdapterInfo,
     BaseModel,
+    local_adapter,
     read_adapter,
     read_adapter_shapes,
     read_adapter_state,
@@ -83,7 +85,7 @@ def save_adapter(
         CARD_NAME: model_card(stored, method_of(config)),
     }
     try:
-        if path.exists() and not _replaceable(path):
+        if path.exists() and not replaceable(path):
             raise AdapterError(
                 f"cannot save the adapter to {path}: it is not an adapter directory and would be "
                 "overwritten. Choose a new or empty folder"
@@ -145,23 +147,27 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
             layer.merge()
 
 
-def load_adapter(model: nn.Module, path: str | Path, fingerprint: str | None = None) -> AdapterInfo:
+def load_adapter(
+    model: nn.Module, path: str | Path, fingerprint: str | None = None, dtype: torch.dtype = torch.float32
+) -> AdapterInfo:
     """Injects a saved adapter into its base model, in place.
 
     Args:
         model: The frozen base, without adapters.
-        path: An adapter directory.
+        path: An adapter directory, or the hub id of one.
         fingerprint: The base's fingerprint; None skips the check of the base.
+        dtype: Dtype of the adapter's tensors.
 
     Raises:
         AdapterError: If the directory is damaged, of a newer format or of another base model. No adapters
             are then left in the model.
     """
+    path = local_adapter(path)
     info = read_adapter(path)
     info.check_base(fingerprint, path, weight_samples(model) if fingerprint else "")
     shapes = read_adapter_shapes(path)
     try:
-        inject_adapter(model, info.config, saved=shapes)
+        inject_adapter(model, info.config, dtype, saved=shapes)
     except (AdapterError, ConfigError) as error:
         raise AdapterError(f"{path}: {error}") from error
     try:
@@ -222,7 +228,7 @@ def _format_of(config: Any) -> int:
     return 2 if identities or isinstance(filters, dict) else 1
 
 
-def _replaceable(path: Path) -> bool:
+def replaceable(path: Path) -> bool:
     """Whether saving may take this place: an older adapter or an empty folder, never a user's other files."""
     return path.is_dir() and ((path / CONFIG_NAME).exists() or not any(path.iterdir()))
 

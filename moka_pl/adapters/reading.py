@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moka_pl.adapters.config import AdapterConfig, MokaConfig
 from moka_pl.adapters.methods.registry import config_from, method_of
+from moka_pl.adapters.pretrained.hub import download, is_hub_id
 from moka_pl.adapters.schema import check_value, check_values, shown
 from moka_pl.backbone import BackboneConfig, check_samples
 from moka_pl.errors import AdapterError, ConfigError, one_line
@@ -116,13 +117,33 @@ class _Extra(TypedDict, total=False):
     prompt: str | None
 
 
+def local_adapter(path: str | Path, revision: str | None = None) -> Path:
+    """Returns the folder of an adapter: ``path`` itself, or what the hub has under that id.
+
+    An id is ``owner/name`` where neither such a folder nor a folder ``owner`` is here. Of the hub's files the
+    configuration and the tensors are downloaded, nothing else.
+
+    Args:
+        path: An adapter directory, or a hub id.
+        revision: Branch, tag or commit on the hub; a folder here has none.
+
+    Raises:
+        AdapterError: If the hub has no such adapter or refuses it, or it is neither cached nor within reach.
+    """
+    if is_hub_id(name := Path(path).as_posix()):
+        return download(name, (CONFIG_NAME, WEIGHTS_NAME), revision)
+    if revision is not None:
+        raise AdapterError(f"{path} is a path on this machine, without revision {revision!r}; leave that out")
+    return Path(path)
+
+
 def read_adapter(path: str | Path) -> AdapterInfo:
-    """Reads and checks ``adapter_config.json`` of an adapter directory.
+    """Reads and checks ``adapter_config.json`` of an adapter directory, here or on the hub.
 
     Raises:
         AdapterError: If the folder or a file is missing, malformed, of a newer format or another method.
     """
-    path = Path(path)
+    path = local_adapter(path)
     recover_folder(path)
     file, stored = path / CONFIG_NAME, _read_config(path)
     ours = stored.get("peft_type") == "MOKA" or "method" in stored
@@ -191,7 +212,7 @@ def read_adapter_shapes(path: str | Path) -> dict[str, Tensor]:
     Raises:
         AdapterError: If the file is missing or damaged, or holds numbers of a kind that no adapter has.
     """
-    path = Path(path)
+    path = local_adapter(path)
     with _open_weights(path) as handle:
         tensors = {}
         for name in handle.keys():  # noqa: SIM118  # it is no mapping
@@ -211,7 +232,7 @@ def check_count(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         AdapterError: Naming both counts.
     """
-    path = Path(path)
+    path = local_adapter(path)
     promised, held = _read_config(path).get("trainable_parameters"), sum(t.numel() for t in tensors.values())
     if promised is not None and promised != held:
         raise AdapterError(
@@ -226,7 +247,7 @@ def read_adapter_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         AdapterError: If the file is missing, truncated or damaged, or a number is not finite.
     """
-    path = Path(path)
+    path = local_adapter(path)
     shapes = read_adapter_shapes(path)
     check_count(path, shapes)
     with _open_weights(path) as handle:

@@ -1,6 +1,7 @@
 """Looks a model up on the hub before a download, and explains failures."""
 
 from pathlib import Path
+from typing import Literal
 
 from moka_pl.errors import BackboneError, one_line
 
@@ -30,32 +31,58 @@ def reach_model(name: str, revision: str | None = None) -> Path | None:
     return None
 
 
-def _explain(name: str, error: BaseException) -> BackboneError:
-    """Turns an error of the hub client into one that names the remedy."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
+HubFailure = Literal["offline", "denied", "no file", "missing", "malformed", "unreachable", "other"]
 
+
+def hub_failure(error: BaseException) -> HubFailure:
+    """Tells what an error of the hub client means, of whichever version and transport.
+
+    ``denied`` is also what it answers for a repository that is missing, to who is not logged in; ``other`` is
+    an answer that is none of these.
+    """
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    # A download that nothing is cached of wraps the reason why the hub was not asked.
+    while type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, HFValidationError):
+        return "malformed"
     if isinstance(error, OfflineModeIsEnabled):
-        return BackboneError(
-            f"{name} is not in the hub cache, and HF_HUB_OFFLINE is set; unset it, or set backbone.name to a "
-            "local folder"
-        )
+        return "offline"
     kinds = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)
     if "GatedRepoError" in kinds or status in (401, 403):
-        return BackboneError(
-            f"{name} is gated, private or missing: accept the licence on its model page, then log in "
-            "with 'hf auth login' (or set HF_TOKEN); otherwise check the spelling"
-        )
+        return "denied"
     if "EntryNotFoundError" in kinds and status == 404:
-        return BackboneError(
-            f"{name} is on the hub but is not a transformers model: it has no config.json; if it has GGUF "
-            "files, download one and set backbone.name to its path"
-        )
+        return "no file"
     if "RepositoryNotFoundError" in kinds or "RevisionNotFoundError" in kinds or status == 404:
-        return BackboneError(
-            f"no model (or revision) {name!r} on the hub, and no such local folder; check the spelling, and "
-            "log in with 'hf auth login' if it is private"
-        )
+        return "missing"
+    return "unreachable" if status is None else "other"
+
+
+def _explain(name: str, error: BaseException) -> BackboneError:
+    """Turns an error of the hub client into one that names the remedy."""
+    match hub_failure(error):
+        case "offline":
+            reason = (
+                "is not in the hub cache, and HF_HUB_OFFLINE is set; unset it, or set backbone.name to a "
+            )
+            return BackboneError(f"{name} {reason}local folder")
+        case "denied":
+            return BackboneError(
+                f"{name} is gated, private or missing: accept the licence on its model page, then log in "
+                "with 'hf auth login' (or set HF_TOKEN); otherwise check the spelling"
+            )
+        case "no file":
+            return BackboneError(
+                f"{name} is on the hub but is not a transformers model: it has no config.json; if it has "
+                "GGUF files, download one and set backbone.name to its path"
+            )
+        case "missing":
+            return BackboneError(
+                f"no model (or revision) {name!r} on the hub, and no such local folder; check the spelling, "
+                "and log in with 'hf auth login' if it is private"
+            )
     return BackboneError(
         f"{name} is not in the hub cache and the hub cannot be reached ({one_line(error)}); connect to the "
         "network, or set backbone.name to a local folder"

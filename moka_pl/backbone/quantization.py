@@ -372,6 +372,14 @@ def storage_of(parameter: Tensor) -> str:
     return f"{kind}-{str(dtype).removeprefix('torch.')}"
 
 
+def quantization_of(model: nn.Module) -> tuple[Quantization, bool]:
+    """Returns how a model's linear layers are stored, and whether the block scales are quantised, too."""
+    for layer in model.modules():
+        if is_quantised(layer) and (state := layer.weight.quant_state) is not None:
+            return state.quant_type, bool(state.nested)
+    return "none", True
+
+
 def merged_linear(layer: nn.Linear, delta: Tensor) -> nn.Linear:
     """Builds the frozen dense layer ``W + ΔW``, ΔW of shape (m, n), with the bias of ``layer``.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moka_pl.adapters import load_adapter, read_adapter
+from moka_pl.adapters import hand_over_saving, load_adapter, local_adapter, read_adapter
 from moka_pl.adapters.reading import CONFIG_NAME
 from moka_pl.backbone import Backbone, BackboneConfig, fingerprint, load_backbone
 from moka_pl.backbone.quantization import QuantisedError
@@ -18,15 +18,23 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    path: str | Path, device: torch.device | str | None = None, base: str | None = None
+    path: str | Path,
+    device: torch.device | str | None = None,
+    base: str | None = None,
+    revision: str | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Loads an adapter together with its base model.
 
+    The model is one of transformers, for ``generate``, pipelines and everything else. Its ``save_pretrained``
+    and ``push_to_hub`` write the adapter directory again.
+
     Args:
-        path: An adapter directory, such as ``lightning_logs/smollm2/version_0/adapters/best``.
+        path: An adapter directory, such as ``lightning_logs/smollm2/version_0/adapters/best``, or the hub id
+            of one.
         device: The model's device; None is the GPU if there is one, else the CPU.
         base: Name or path of the base model; None is the one stored with the adapter. A stored revision is
             ignored if ``base`` is given.
+        revision: Branch, tag or commit of the adapter on the hub.
 
     Returns:
         The model with its adapters, in evaluation mode, and the tokenizer.
@@ -35,7 +43,10 @@ def load_model(
         AdapterError: If the directory is damaged, of a newer format, or of another base model.
         BackboneError: If the base model cannot be loaded.
     """
+    path = local_adapter(path, revision)
     info = read_adapter(path)
+    if not (base or info.base.name):
+        raise AdapterError(f"{path} does not name its base model; give base, its name or folder")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -50,6 +61,7 @@ def load_model(
     for note in loaded.notes:
         warnings.warn(note, MokaWarning, stacklevel=2)
     load_adapter(loaded.model, path, fingerprint(loaded.model))
+    hand_over_saving(loaded.model, info.config, replace(info.base, name=base or info.base.name), info.extra)
     loaded.model.config.use_cache = True
     return loaded.model.eval(), loaded.tokenizer
 
