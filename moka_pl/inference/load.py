@@ -61,7 +61,8 @@ def load_model(
     for note in loaded.notes:
         warnings.warn(note, MokaWarning, stacklevel=2)
     load_adapter(loaded.model, path, fingerprint(loaded.model))
-    hand_over_saving(loaded.model, info.config, replace(info.base, name=base or info.base.name), info.extra)
+    saved = info.base if base is None else replace(info.base, name=base, revision=None)
+    hand_over_saving(loaded.model, info.config, saved, info.extra)
     loaded.model.config.use_cache = True
     return loaded.model.eval(), loaded.tokenizer
 
