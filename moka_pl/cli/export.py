@@ -5,8 +5,9 @@ from typing import Literal, get_args
 
 from moka_pl.errors import ConfigError
 
-Target = Literal["lora"]
+Target = Literal["merged", "lora"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Onto = Literal["dequantised", "original"]
 
 
 def export(
@@ -15,6 +16,7 @@ def export(
     out: Path | None = None,
     base: str | None = None,
     dtype: Dtype | None = None,
+    onto: Onto = "dequantised",
     rank: int | None = None,
     energy: float | None = None,
     max_rank: int = 512,
@@ -25,10 +27,13 @@ def export(
 
     Args:
         adapter: An adapter directory.
-        to: lora: a PEFT directory, which vLLM, SGLang and llama.cpp's converter read, too.
-        out: The folder to write. Default: beside the adapter, ADAPTER-lora and so on.
+        to: merged: a plain transformers folder. lora: a PEFT directory, which vLLM, SGLang and llama.cpp's
+            converter read, too.
+        out: The folder to write. Default: beside the adapter, ADAPTER-merged and so on.
         base: Name or path of the base model. Default: the one stored with the adapter.
-        dtype: Dtype of the written tensors. Default: float32.
+        dtype: Dtype of the written tensors. Default: bfloat16 of merged, float32 of lora.
+        onto: The weights to merge into: dequantised (as in training), or the original ones of the base, which
+            give another model; both losses are printed.
         rank: Truncate the LoRA to this rank, by singular values.
         energy: Truncate it to the lowest rank with which every layer keeps this share of its update's squared
             Frobenius norm, such as 0.99.
@@ -38,6 +43,10 @@ def export(
     """
     if to is None:
         raise ConfigError(f"give a format: --to {', '.join(get_args(Target))}")
+    if to == "merged" and (rank is not None or energy is not None):
+        raise ConfigError("rank and energy truncate a LoRA, and --to merged writes none; leave them out")
+    if to != "merged" and onto != "dequantised":
+        raise ConfigError(f"--onto {onto} is for --to merged; a LoRA lies beside the base's weights")
     if max_rank < 1:
         raise ConfigError(f"max_rank must be at least 1, not {max_rank}")
     if rank is not None and rank < 1:
@@ -47,8 +56,8 @@ def export(
     if rank is not None and energy is not None:
         raise ConfigError("rank and energy exclude each other; give one of them")
     from moka_pl.export.folder import check_output
-    from moka_pl.export.run import run_lora
+    from moka_pl.export.run import FORMATS, Request
 
     out = out or adapter.with_name(f"{adapter.name}-{to}")
     check_output(out, adapter, overwrite)
-    run_lora(adapter, out, base, dtype or "float32", rank, energy, max_rank, prompts)
+    FORMATS[to](Request(adapter, out, dtype, base, onto == "original", rank, energy, max_rank, prompts))

@@ -1,14 +1,16 @@
 """The adapter to export, in its model, and what it makes of the prompts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from moka_pl.adapters import AdapterInfo, moka_layers, read_adapter
+from moka_pl.adapters import AdapterInfo, load_adapter, moka_layers, read_adapter
 from moka_pl.adapters.layer import MokaLinear
+from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+from moka_pl.backbone.quantization import QuantisedError
 from moka_pl.backbone.smollm2 import SHORT_NAME
 from moka_pl.errors import ConfigError
 from moka_pl.export.check import Measured, measure, prompt_set
@@ -73,6 +75,34 @@ def open_source(
     if name == SHORT_NAME or name.endswith(".gguf"):  # which only this package converts
         name = model.name_or_path
     return Source(info, model, tokenizer, ids, measure(model, ids), name)
+
+
+def onto_original(adapter: Path, source: Source, base: str | None) -> Source:
+    """Puts the same adapter onto the unquantised weights of its base, and measures it there.
+
+    Args:
+        adapter: The adapter directory.
+        source: The adapter on the weights that it was trained on.
+        base: Name or folder of the base; None is the stored one.
+
+    Raises:
+        ConfigError: If the base was not quantised in training, or is stored quantised.
+    """
+    stored = source.info.base
+    if stored.options.get("quantization", "none") == "none":
+        raise ConfigError("--onto original: the base was not quantised in training; leave the option out")
+    options = stored.options | {"quantization": "none", "compute_dtype": "auto"}
+    config = BackboneConfig(base or stored.name, None if base else stored.revision, **options)
+    try:
+        loaded = load_backbone(config, source.model.device)
+    except QuantisedError as error:
+        raise ConfigError(
+            f"--onto original: {config.name} is stored as {error.stored}; give its unquantised original by "
+            "--base"
+        ) from error
+    load_adapter(loaded.model, adapter, fingerprint(loaded.model))
+    model = loaded.model.eval()
+    return replace(source, model=model, expected=measure(model, source.prompts))
 
 
 def say(line: str) -> None:

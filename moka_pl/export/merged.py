@@ -1,0 +1,236 @@
+"""A merged model as a plain transformers folder, written shard by shard.
+
+Only one shard is dense in memory at a time: a 7B model in 4 bits takes its own 4 GB and a little more.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from moka_pl.adapters import adapted_layers
+from moka_pl.backbone.loading import loading, progress_bars
+from moka_pl.backbone.quantization import dense_weight, is_quantised
+from moka_pl.errors import AdapterError
+from moka_pl.export.check import Measured, check, measure
+from moka_pl.export.folder import written_folder
+from moka_pl.export.source import Source, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Bytes of a shard.
+_SHARD = 2**30
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the merged model that is not made yet.
+
+    Attributes:
+        name: Its name in transformers' folder.
+        shape: Its sizes.
+        make: Makes it, dense.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def merged_parts(model: "PreTrainedModel") -> list[Part]:
+    """Lists the tensors of the model with its updates merged: dense, each once, in the model's order.
+
+    Args:
+        model: A model with adapters of any method, or without.
+    """
+    layers, kept = adapted_layers(model), set(model.state_dict())
+    parts: list[Part] = []
+    seen: set[int] = set()
+    inside = ""
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if name in layers:
+            inside = f"{name}."
+            parts += _adapted(name, layers[name])
+            continue
+        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            full = f"{name}.{own}" if name else own
+            if id(tensor) in seen or full not in kept:  # tied, or made anew by every model
+                continue
+            seen.add(id(tensor))
+            parts.append(_plain(full, module, tensor))
+    return parts
+
+
+def _plain(name: str, module: nn.Module, tensor: Tensor) -> Part:
+    if is_quantised(module) and tensor is module.weight:
+        return Part(name, (module.out_features, module.in_features), lambda: dense_weight(module))
+    return Part(name, tuple(tensor.shape), lambda: tensor.detach())
+
+
+def _adapted(name: str, layer: Any) -> Iterator[Part]:
+    """The merged weight of an adapted layer, and its bias."""
+
+    def merged(own: str) -> Tensor:
+        was = layer.merged_layer is not None
+        layer.merge()
+        made: Tensor = getattr(layer.merged_layer, own).detach()
+        if not was:
+            layer.unmerge()
+        return made
+
+    base = layer.base_layer
+    sizes = (base.out_features, base.in_features) if is_quantised(base) else tuple(base.weight.shape)
+    yield Part(f"{name}.weight", sizes, lambda: merged("weight"))
+    if getattr(base, "bias", None) is not None:
+        yield Part(f"{name}.bias", tuple(base.bias.shape), lambda: merged("bias"))
+
+
+def converted(part: Part, dtype: torch.dtype) -> Tensor:
+    """Makes a part in another dtype, on the CPU.
+
+    Raises:
+        AdapterError: If a number is too large for it.
+    """
+    tensor = part.make()
+    if tensor.dtype.is_floating_point:
+        tensor = tensor.to(dtype)
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                f"{part.name} holds numbers beyond {str(dtype).removeprefix('torch.')}; export with "
+                "another --dtype"
+            )
+    return tensor.cpu().contiguous()
+
+
+def write_weights(folder: Path, parts: list[Part], dtype: torch.dtype) -> None:
+    """Writes safetensors, and an index where there are several files.
+
+    Args:
+        folder: An empty folder.
+        parts: What to write.
+        dtype: Dtype of floating-point tensors.
+    """
+    shards: list[list[Part]] = [[]]
+    room = _SHARD
+    for part in parts:
+        size = torch.Size(part.shape).numel() * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = _SHARD
+        room -= size
+        shards[-1].append(part)
+    names: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        file = (
+            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        tensors = {part.name: converted(part, dtype) for part in shard}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        names |= dict.fromkeys(tensors, file)
+        (folder / file).write_bytes(save(tensors, metadata={"format": "pt"}))
+        say(f"wrote {file} ({number} of {len(shards)}, {total / 2**20:,.0f} MiB so far)")
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_description(
+    folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype
+) -> None:
+    """Writes config, generation config, tokenizer and chat template; nothing in them speaks of quantisation.
+
+    Args:
+        folder: The folder of the weights.
+        model: The adapted model.
+        tokenizer: Its tokenizer.
+        dtype: Dtype of the weights.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype, config.use_cache = dtype, True
+    config.architectures = [type(model).__name__]
+    if any(layer is model.get_output_embeddings() for layer in _modules(model)):
+        config.tie_word_embeddings = False  # the head's update is not the embedding's
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    return (model.get_submodule(name) for name in adapted_layers(model))
+
+
+def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
+    """Writes the folder ``out``, loads it by transformers alone and compares it with the adapter.
+
+    Args:
+        source: The adapter in its model.
+        out: The folder to write.
+        dtype: Dtype of the weights.
+
+    Raises:
+        AdapterError: If transformers computes something else, reads texts into other tokens, or a weight
+            does not fit into ``dtype``; nothing is written then.
+        ConfigError: If ``out`` cannot be written.
+    """
+    import transformers
+
+    reader = f"transformers {transformers.__version__}"
+    device, compute = source.model.device, source.model.dtype
+    parts = merged_parts(source.model)
+    with written_folder(out) as new:
+        write_weights(new, parts, dtype)
+        write_description(new, source.model, source.tokenizer, dtype)
+        say(f"{reader} reads it back ...")
+        found = reloaded(new, source, device, dtype if device.type == "cuda" else compute)
+        say(check(source.expected, found, reader, dtype, compute))
+    size = sum(file.stat().st_size for file in out.iterdir())
+    say(f"{out}: {sum(map(_count, parts)):,} parameters, {size / 2**20:,.1f} MiB")
+
+
+def _count(part: Part) -> int:
+    return torch.Size(part.shape).numel()
+
+
+def reloaded(folder: Path, source: Source, device: torch.device, compute: torch.dtype) -> Measured:
+    """Loads a written folder and measures it; what does not fit into memory stays on disk.
+
+    Args:
+        folder: The folder.
+        source: The adapter, for prompts and tokenizer.
+        device: Where to compute.
+        compute: Dtype of the computation.
+    """
+    import psutil
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for ids in source.prompts:
+        text = source.tokenizer.decode(ids)
+        ours, theirs = (list(one(text).input_ids) for one in (source.tokenizer, tokenizer))
+        if ours != theirs or tokenizer.chat_template != source.tokenizer.chat_template:
+            raise AdapterError(f"the written tokenizer reads {text!r} into other tokens; nothing was written")
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    room = psutil.virtual_memory().available // 2
+    placed: dict[str, Any] = {"device_map": {"": device}}
+    if device.type == "cpu" and 2 * stored > room:
+        placed = {
+            "device_map": "auto",
+            "max_memory": {"cpu": room},
+            "offload_folder": str(folder.parent / "offload"),
+        }
+    with progress_bars(show=False), loading(str(folder)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **placed)
+    return measure(model.eval(), source.prompts)
