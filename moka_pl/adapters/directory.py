@@ -82,7 +82,7 @@ def save_adapter(
     weights = save(state, metadata={"format": "pt"})
     texts = {
         CONFIG_NAME: json.dumps(stored, indent=2) + "\n",
-        CARD_NAME: model_card(stored, method_of(config)),
+        CARD_NAME: model_card(stored, method_of(config), model),
     }
     try:
         if path.exists() and not replaceable(path):

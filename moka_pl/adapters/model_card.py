@@ -1,9 +1,15 @@
 """The README.md of an adapter directory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
+from moka_pl.adapters.injection import moka_layers
+from moka_pl.adapters.layer import MokaLinear
 from moka_pl.adapters.methods.base import AdapterMethod, name_ranks
+from moka_pl.ops.gating import can_move, normalised_entropy
 
 _USAGE = """```python
 from moka_pl import load_model
@@ -11,32 +17,128 @@ from moka_pl import load_model
 model, tokenizer = load_model("path/to/this/folder")
 ```"""
 
+#: Metrics of tasks, ``<set>/<score>/<task>``, and whether they are shares.
+_SCORES = {"accuracy": True, "acc_norm": True, "generated": True, "nll": False}
+_ERROR, _MACRO = "_stderr", "_macro"
 
-def model_card(stored: Mapping[str, Any], method: AdapterMethod) -> str:
-    """Writes an adapter's model card from what ``adapter_config.json`` holds: Markdown with a YAML header."""
+
+def model_card(stored: Mapping[str, Any], method: AdapterMethod, model: nn.Module | None = None) -> str:
+    """Writes an adapter's model card: Markdown with a YAML header.
+
+    Args:
+        stored: What ``adapter_config.json`` holds.
+        method: The adapter's method.
+        model: The adapted model, of whose gates the card tells.
+    """
     from huggingface_hub import ModelCardData
 
     base, extra = stored["base_model_name_or_path"], stored["extra"]
     tags = [method.kind.lower(), *method.tags, "adapter"]
     header = ModelCardData(base_model=base, library_name="moka_pl", tags=tags).to_yaml()
+    options = stored["base_options"]
     facts = {
+        "base model": f"`{base}`" + (f" ({stored['revision']})" if stored.get("revision") else ""),
         **method.facts(),
         **({"exact LoRA rank": name_ranks(ranks)} if (ranks := stored.get("exact_lora_rank")) else {}),
         "trainable parameters": f"{stored['trainable_parameters']:,}",
-        "quantization of the base": stored["base_options"].get("quantization", "none"),
+        "quantization of the base": options.get("quantization", "none"),
     }
-    parts = [f"---\n{header}\n---\n# {method.title}", method.about(base), _table("option", facts)]
+    trained = {"data": extra.get("data"), **(extra.get("training") or {}), "prompt": extra.get("prompt")}
+    trained |= {"steps": extra.get("step")} if trained["data"] else {}
+    trained = {name: value for name, value in trained.items() if value not in (None, "")}
+    parts = [
+        f"---\n{header}\n---\n# {method.title}",
+        method.about(base),
+        _table(("option", "value"), facts.items()),
+    ]
+    if trained:
+        parts.append(_table(("training", "value"), trained.items()))
     if metrics := extra.get("metrics"):
-        parts.append(_table("metric", {name: f"{value:.4f}" for name, value in sorted(metrics.items())}))
+        parts += _metrics(metrics)
         step, metrics_step = extra.get("step"), extra.get("metrics_step")
         if metrics_step is not None and metrics_step != step:
             parts.append(
                 f"The metrics were measured after step {metrics_step}; the weights are those of step {step}."
             )
+    parts += [] if model is None else _gates(moka_layers(model))
     parts += [_USAGE, f"Written by moka_pl {stored['moka_pl_version']}."]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(title: str, rows: Mapping[str, Any]) -> str:
-    lines = [f"| {title} | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    return "\n".join(lines)
+def _metrics(metrics: Mapping[str, float]) -> list[str]:
+    """Returns a table of tasks, one row each with all its scores, and one of everything else."""
+    tasks: dict[str, dict[str, str]] = {}
+    others: dict[str, str] = {}
+    for name, value in sorted(metrics.items()):
+        if name.endswith(_ERROR) and name.removesuffix(_ERROR) in metrics:
+            continue  # stands beside its value
+        error = metrics.get(name + _ERROR)
+        parts = name.split("/")
+        found = next((i for i, part in enumerate(parts) if part in _SCORES), None)
+        if found is None:
+            others[name] = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+            continue
+        task = "/".join(parts[found + 1 :]) or "/".join([*parts[1:found], "mean of tasks"])
+        unit, digits = (100, 1) if _SCORES[parts[found]] else (1, 3)
+        shown = f"{unit * value:.{digits}f}" + ("" if error is None else f" ± {unit * error:.{digits}f}")
+        tasks.setdefault(task, {})[parts[found]] = shown
+    tables = []
+    if tasks:
+        columns = [score for score in _SCORES if any(score in row for row in tasks.values())]
+        heads = [f"{score} (%)" if _SCORES[score] else score for score in columns]
+        single = [task for task in tasks if not task.endswith((_MACRO, "mean of tasks"))]
+        together = [task for task in tasks if task not in single]
+        rows = [
+            [_task_title(task), *(tasks[task].get(score, "") for score in columns)]
+            for task in (*single, *(() if len(single) == 1 else together))
+        ]
+        tables.append(_table(("task", *heads), rows))
+    return tables + ([_table(("metric", "value"), others.items())] if others else [])
+
+
+def _task_title(task: str) -> str:
+    return f"{task.removesuffix(_MACRO)}, mean of its tasks" if task.endswith(_MACRO) else task
+
+
+def _gates(layers: Mapping[str, MokaLinear]) -> list[str]:
+    """Returns what the gates have come to, by projection; nothing where they cannot move."""
+    kinds: dict[str, list[MokaLinear]] = {}
+    for name, layer in layers.items():
+        if can_move(layer.gating, layer.components):
+            kinds.setdefault(name.rpartition(".")[2], []).append(layer)
+    if not kinds:
+        return []
+    rows = []
+    for kind, members in kinds.items():
+        with torch.no_grad():
+            gates = torch.stack([layer.gates().float().cpu() for layer in members])  # (L, r)
+        mean = gates.mean(0)  # (r,)
+        top = int(mean.argmax())
+        shapes = {layer.shapes[top] for layer in members}
+        shape = f" ({shapes.pop()})" if len(shapes) == 1 else ""
+        entropies = normalised_entropy(gates)  # (L,)
+        rows.append(
+            [
+                kind,
+                str(len(members)),
+                f"{entropies.mean():.3f} (least {entropies.min():.3f})",
+                f"{gates.min():.3f} to {gates.max():.3f}",
+                f"{top + 1}{shape}: {mean[top]:.3f}",
+            ]
+        )
+    r = len(mean)
+    text = (
+        f"Gates α of {r} components; all start at {1 / r:.3f}. An entropy of 1 is that of equal gates, "
+        "one of 0 that of a single component."
+    )
+    return [text, _table(("layers", "number", "entropy", "α", "largest on average"), rows)]
+
+
+def _table(heads: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in (heads, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    """Returns a value as one cell of a table."""
+    return " ".join(str(value).replace("|", "\\|").split())

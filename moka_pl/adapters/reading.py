@@ -115,6 +115,8 @@ class _Extra(TypedDict, total=False):
     step: int | None
     metrics_step: int | None
     prompt: str | None
+    data: str | None
+    training: dict[str, Any] | None
 
 
 def local_adapter(path: str | Path, revision: str | None = None) -> Path:

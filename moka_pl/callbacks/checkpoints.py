@@ -19,6 +19,7 @@ from moka_pl.errors import AdapterError, MokaError, NonFiniteError
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.checkpoint import VERSION_KEY
 from moka_pl.training.checkpoint_files import is_remote
+from moka_pl.training.course import main_settings
 from moka_pl.training.module import MokaModule
 from moka_pl.utils import replaced_folder, write_failure
 
@@ -208,6 +209,8 @@ class AdapterCheckpoint(Callback):
                 # Less than "step" where steps have followed the last validation.
                 "metrics_step": pl_module.eval_step,
                 "prompt": data_of(trainer).prompt,
+                "data": data_of(trainer).source,
+                "training": main_settings(pl_module.course),
             }
             save_adapter(path, pl_module.causal_lm, pl_module.adapter, pl_module.base, extra)
         return path

@@ -82,6 +82,11 @@ class MixtureData(MokaDataModule):
         self.parts = parts
 
     @property
+    def source(self) -> str:
+        """The parts' own, one after another."""
+        return f"{type(self).__name__} of {'; '.join(part.source for part in self.parts)}"
+
+    @property
     def prompt(self) -> str | None:  # type: ignore[override]
         """The parts' prompt, if they share one; prompts of questions count only without others."""
         prompts = {part.prompt for part in self.parts if part.prompt is not None}

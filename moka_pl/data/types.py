@@ -157,6 +157,11 @@ class DataDefaults:
         return {}
 
     @property
+    def source(self) -> str:
+        """What the data are called in model cards; empty where that is not known."""
+        return ""
+
+    @property
     def validation_digest(self) -> str | None:
         """A hash of the validation rows, if there are any that are known."""
         return None

@@ -125,6 +125,22 @@ def optimizer_course(optimizer: Optimizer, scheduler: Any) -> Course:
     }
 
 
+def main_settings(course: Course) -> dict[str, Any]:
+    """Returns the settings of a run that a reader of its results asks for first."""
+    told = {
+        "training examples": course["data"].get("rows"),
+        "batch size": course["batch_size"].get("batch_size"),
+        "devices": course["ranks"].get("ranks"),
+        "accumulated batches": course["accumulation"].get("accumulate_grad_batches"),
+        "optimizer": course["optimizer"].get("class"),
+        "learning rate": course["learning_rate"].get("lr"),
+        "schedule": course["scheduler"].get("class"),
+        "seed": course["seed"].get("seed"),
+        "precision": course["precision"].get("precision"),
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def quantization_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns how the base is quantised, from its options."""
     kind = options.get("quantization")
