@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,13 +115,6 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         self._trained_prompt: str | None = None
         self._encoded_prompt: str | None = None
         self._warned_of: set[str] = set()  # prompts of adapters that are not those of the data
-
-    @property
-    def source(self) -> str:
-        """The class and the name of the file, folder or hub data set, without the folders above it."""
-        path = getattr(self, "path", None)
-        named = "" if path is None else f": {Path(path).name if Path(path).exists() else path}"
-        return f"{type(self).__name__}{named}"
 
     @property
     def tasks(self) -> list[str]:

@@ -5,6 +5,7 @@ A batch is a dictionary of one of three kinds, distinguished by their keys: plai
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict, final, runtime_checkable
 
@@ -158,8 +159,14 @@ class DataDefaults:
 
     @property
     def source(self) -> str:
-        """What the data are called in model cards; empty where that is not known."""
-        return ""
+        """What the data are called in model cards: class, and file, folder without those above, or hub id.
+
+        It is empty where nothing is known.
+        """
+        path = getattr(self, "path", None)
+        if path is None:
+            return ""
+        return f"{type(self).__name__}: {Path(path).name if Path(path).exists() else path}"
 
     @property
     def validation_digest(self) -> str | None:
