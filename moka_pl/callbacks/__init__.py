@@ -1,6 +1,8 @@
-"""Lightning callbacks, one a file."""
+"""Lightning callbacks, one a file, and the logger that they write to."""
 
+from moka_pl.callbacks.board import BoardLogger
 from moka_pl.callbacks.checkpoints import AdapterCheckpoint, RunCheckpoint
+from moka_pl.callbacks.dashboard import Dashboard
 from moka_pl.callbacks.evaluation import EvaluationTable
 from moka_pl.callbacks.example import ExamplePrinter
 from moka_pl.callbacks.gates import GateMonitor
@@ -13,6 +15,8 @@ from moka_pl.callbacks.throughput import BatchStatistics, Throughput
 __all__ = [
     "AdapterCheckpoint",
     "BatchStatistics",
+    "BoardLogger",
+    "Dashboard",
     "EvaluationTable",
     "ExamplePrinter",
     "GateMonitor",

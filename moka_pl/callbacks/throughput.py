@@ -16,7 +16,7 @@ class Throughput(Callback):
     Padding is not counted. The progress bar shows the recent speed.
 
     Tags:
-        ``speed/tokens_per_second``, ``speed/peak_memory_gib``.
+        ``train/tokens_per_second``, ``train/peak_memory_gib``.
 
     Args:
         window: Number of batches to average the shown speed over.
@@ -58,8 +58,8 @@ class Throughput(Callback):
         # Every rank works on an equal share, so this rank's speed times their number is the whole speed.
         pl_module.log("tok/s", speed * trainer.world_size, prog_bar=True, logger=False)
         if trainer.global_step % log_interval(trainer) == 0:
-            pl_module.log("speed/tokens_per_second", speed * trainer.world_size)
-            pl_module.log("speed/peak_memory_gib", peak_memory(pl_module.device))
+            pl_module.log("train/tokens_per_second", speed * trainer.world_size)
+            pl_module.log("train/peak_memory_gib", peak_memory(pl_module.device))
 
 
 def log_interval(trainer: Trainer) -> int:
@@ -82,14 +82,14 @@ def peak_memory(device: torch.device) -> float:
 
 
 class BatchStatistics(Callback):
-    """Logs padding, rows and examples of the training batches, and truncated and dropped examples.
+    """Logs padding, rows and examples of the training batches.
 
-    Values cover this process's batches since the last log.
+    Values cover this process's batches since the last log. Rows and examples are logged where they vary: of
+    packed batches, and of batches by a budget of tokens.
 
     Tags:
-        ``batch/padding_share`` (0 to 1), ``batch/rows`` and ``batch/examples`` (per micro-batch; packed
-        batches have more examples than rows); once, at the start: ``data/examples``,
-        ``data/truncated``, ``data/dropped``.
+        ``train/padding_share`` (0 to 1), ``train/rows`` and ``train/examples`` (per micro-batch; packed
+        batches have more examples than rows).
 
     Attributes:
         tokens: Real tokens of all training batches of this process.
@@ -106,18 +106,6 @@ class BatchStatistics(Callback):
         """Share of padding in all training batches of this process, 0 to 1."""
         return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs how many examples were kept, truncated and dropped."""
-        report = data_of(trainer).report.get("train")
-        if report is not None and trainer.global_step == 0:
-            counts: dict[str, float] = {
-                "data/examples": report.kept,
-                "data/truncated": report.truncated,
-                "data/dropped": report.dropped,
-            }
-            for logger in trainer.loggers:
-                logger.log_metrics(counts, step=0)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
@@ -133,7 +121,9 @@ class BatchStatistics(Callback):
             batches=1, tokens=tokens, padded_tokens=padded_tokens, rows=rows, examples=batch["num_examples"]
         )
         if trainer.global_step % log_interval(trainer) == 0:
-            pl_module.log("batch/padding_share", 1 - recent["tokens"] / recent["padded_tokens"])
-            pl_module.log("batch/rows", recent["rows"] / recent["batches"])
-            pl_module.log("batch/examples", recent["examples"] / recent["batches"])
+            pl_module.log("train/padding_share", 1 - recent["tokens"] / recent["padded_tokens"])
+            data = data_of(trainer)
+            if data.packing or data.batch_order.get("max_tokens") is not None:
+                pl_module.log("train/rows", recent["rows"] / recent["batches"])
+                pl_module.log("train/examples", recent["examples"] / recent["batches"])
             recent.clear()

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from moka_pl.callbacks import (
     AdapterCheckpoint,
     BatchStatistics,
+    Dashboard,
     EvaluationTable,
     ExamplePrinter,
     GateMonitor,
@@ -44,7 +45,7 @@ from moka_pl.training.trial_optimizer import check_learns
 from moka_pl.utils import make_folder
 
 _LOGGER = {
-    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "class_path": "moka_pl.callbacks.BoardLogger",
     "init_args": {"save_dir": "lightning_logs", "name": "moka", "default_hp_metric": False},
 }
 
@@ -259,7 +260,14 @@ class MokaCLI(LightningCLI):
         options = built.trainer
         given = options.callbacks or []
         kinds = [type(callback) for callback in (given if isinstance(given, list) else [given])]
-        ours = [Throughput(), BatchStatistics(), RunSummary(), GracefulInterrupt(), EvaluationTable()]
+        ours = [
+            Throughput(),
+            BatchStatistics(),
+            RunSummary(),
+            GracefulInterrupt(),
+            EvaluationTable(),
+            Dashboard(),
+        ]
         ours.insert(0, MonitorCheck())
         if options.enable_progress_bar is not False and not any(issubclass(k, LightningBar) for k in kinds):
             ours.insert(0, ProgressBar())

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moka_pl.studies.common import Parser, scalar_events
+from moka_pl.callbacks.gate_tags import read_gate_curves
+from moka_pl.studies.common import Parser
 
 DESCRIPTION = """\
 Draws the gate curves of a run from its TensorBoard events.
@@ -43,12 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def read_gates(run: Path) -> dict[str, Curves]:
     """The curves of all gates that a run logged, by layer."""
-    gates: dict[str, Curves] = {}
-    for tag, curve in scalar_events(run).items():
-        kind, _, rest = tag.partition("/")
-        if kind == "gate":
-            layer, _, component = rest.rpartition("/")
-            gates.setdefault(layer, {})[component] = curve
+    curves = read_gate_curves(run)
+    if curves is None:
+        return {}
+    gates = {}
+    for number, layer in enumerate(curves.layers):
+        values = enumerate(curves.alpha[:, number].T.tolist())  # (r, S)
+        gates[layer] = {f"alpha_{i}": list(zip(curves.steps, of, strict=True)) for i, of in values}
     return gates
 
 

@@ -33,10 +33,10 @@ def test_counts_real_tokens_only(make_module, make_data, make_trainer, tmp_path,
     found.Reload()
     loader = data.train_dataloader()
     tokens = [batch["num_tokens"] for batch in loader]
-    logged = [event.value for event in found.Scalars("speed/tokens_per_second")]
+    logged = [event.value for event in found.Scalars("train/tokens_per_second")]
     expected = [tokens[0] / 0.5, *((a + b) / 1.0 for a, b in itertools.pairwise(tokens))]
     assert logged == pytest.approx(expected)
-    memory = [event.value for event in found.Scalars("speed/peak_memory_gib")]
+    memory = [event.value for event in found.Scalars("train/peak_memory_gib")]
     assert 0.1 < memory[0] <= memory[-1] < 32
     assert "tok/s" not in found.Tags()["scalars"]  # for the progress bar only
 

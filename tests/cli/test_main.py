@@ -329,7 +329,7 @@ def test_fit_then_everything_else(cli, capsys):
     logged = scalars(RUN, "val/loss")
     assert list(logged) == [0, 3, 7]  # Lightning counts steps from 0
     assert numpy.float32(best.extra["metrics"]["val/loss"]) == numpy.float32(min(logged.values()))
-    assert scalars(RUN, "gate/layer01.v_proj/alpha_2")
+    assert scalars(RUN, "α v_proj/layer01/2: 8×4 ⊗ 4×16")
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
 
     # The adapter alone gives the same metrics again, whatever the configuration says of adapters.
@@ -482,7 +482,7 @@ def test_interrupted_and_resumed(cli, interrupt, caplog, batch, number, stopped)
         assert all(torch.equal(one[key], other[key]) for key in one)
         first, second = (read_adapter(run / "adapters" / name).extra for run in (RUN, whole))
         assert first == second
-    for tag in ("train/loss", "train/lr", "train/grad_norm", "val/loss", "gate/layer00.q_proj/alpha_1"):
+    for tag in ("train/loss", "train/lr", "train/grad_norm", "val/loss", "α q_proj/layer00/1: 4×16 ⊗ 16×4"):
         resumed, uninterrupted = scalars(RUN, tag), scalars(whole, tag)
         assert resumed == uninterrupted, tag
     kept = sorted(path.name for path in (RUN / "checkpoints").iterdir())

@@ -53,7 +53,8 @@ def test_every_key_that_we_add_to_checkpoints_is_named() -> None:
 
 def test_every_tag_of_the_callbacks_is_named() -> None:
     tags = set()
-    for file in [*(ROOT / "moka_pl" / "callbacks").glob("*.py"), ROOT / "moka_pl" / "training" / "module.py"]:
+    training = [ROOT / "moka_pl" / "training" / name for name in ("module.py", "steps.py")]
+    for file in [*(ROOT / "moka_pl" / "callbacks").glob("*.py"), *training]:
         text = file.read_text(encoding="utf-8")
         tags |= set(re.findall(r"\"((?:train|speed|batch|data)/\w+)\"", text))
     assert len(tags) > 6

@@ -13,7 +13,8 @@ def run(tmp_path):
             writer.add_scalar("train/loss", 1.0, step)
             for layer, pull in (("layer00.q_proj", 0.05), ("layer01.v_proj", 0.1)):
                 for i, sign in enumerate((-1, 1)):
-                    writer.add_scalar(f"gate/{layer}/alpha_{i}", 0.5 + sign * pull * step, step)
+                    tag = "α {1}/{0}/{2}: 4×4 ⊗ 8×8".format(*layer.split("."), i)
+                    writer.add_scalar(tag, 0.5 + sign * pull * step, step)
     return tmp_path
 
 

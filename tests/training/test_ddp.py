@@ -271,7 +271,7 @@ def test_logged_and_saved_once(folder):
     found.Reload()
     assert [event.step for event in found.Scalars("train/loss")] == list(range(6))
     assert len(found.Scalars("val/loss")) == 3
-    assert len(found.Images("gate_heatmap")) == 2
+    assert len(found.Images("α/heat map q_proj")) == 2
     assert [path.name for path in (folder / "logs/two").iterdir()] == ["version_0"]
 
 

@@ -6,8 +6,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
-from moka_pl.callbacks import BatchStatistics, RunSummary, Throughput
+from moka_pl.callbacks import BatchStatistics, Dashboard, RunSummary, Throughput
 from moka_pl.data import CommonsenseData, DataError, MixtureData
 from moka_pl.errors import ConfigError
 from moka_pl.training.schedule import WarmupDecay
@@ -93,7 +94,7 @@ def test_logs_how_full_batches_are(fit, tmp_path, capsys):
     logger = TensorBoardLogger(tmp_path, name="run")
     counts, speed = BatchStatistics(), Throughput()
     data = {"packing": True, "max_length": 200}
-    recorder, _, data = fit(counts, speed, RunSummary(), data=data, logger=logger)
+    recorder, _, data = fit(counts, speed, RunSummary(), Dashboard(), data=data, logger=logger)
     lengths = data._encoded["train"].rows["length"][:]
     assert counts.tokens == speed.total_tokens == sum(lengths)
     padded = [batch["input_ids"].numel() for batch in recorder.batches]
@@ -103,15 +104,17 @@ def test_logs_how_full_batches_are(fit, tmp_path, capsys):
     assert f"padding               {share} of training batch tokens" in capsys.readouterr().out
     found = EventAccumulator(logger.log_dir)
     found.Reload()
-    shares = [event.value for event in found.Scalars("batch/padding_share")]
+    shares = [event.value for event in found.Scalars("train/padding_share")]
     expected = [1 - batch["num_tokens"] / n for batch, n in zip(recorder.batches, padded, strict=True)]
     assert shares == pytest.approx(expected, abs=1e-6)
-    values = [event.value for event in found.Scalars("batch/examples")]
+    values = [event.value for event in found.Scalars("train/examples")]
     assert sum(values) == len(lengths)
-    assert [e.value for e in found.Scalars("batch/rows")] == [len(b["input_ids"]) for b in recorder.batches]
+    assert [e.value for e in found.Scalars("train/rows")] == [len(b["input_ids"]) for b in recorder.batches]
     report = data.report["train"]
     assert report.truncated > 0
-    logged = {name: found.Scalars(f"data/{name}")[0].value for name in ("examples", "truncated", "dropped")}
+    start = found.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    settings = metadata.parse_session_start_info_plugin_data(start).hparams
+    logged = {name: settings[name].number_value for name in ("examples", "truncated", "dropped")}
     assert logged == {"examples": report.kept, "truncated": report.truncated, "dropped": report.dropped}
 
 

@@ -76,6 +76,6 @@ def measure(devices: int, shape: str, batch_size: int, steps: int) -> dict[str, 
         command += [f"--{name}={value}" for name, value in options.items()]
         subprocess.run(command, check=True)
         logged = scalar_events(next(Path(folder).glob("*/version_0")))
-    speeds = [value for step, value in logged["speed/tokens_per_second"] if step > _WARMUP]
-    peak = max(value for _, value in logged["speed/peak_memory_gib"])
+    speeds = [value for step, value in logged["train/tokens_per_second"] if step > _WARMUP]
+    peak = max(value for _, value in logged["train/peak_memory_gib"])
     return {"devices": devices, "tokens_per_second": median(speeds), "peak_memory_gib": peak}

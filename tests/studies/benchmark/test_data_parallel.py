@@ -18,8 +18,8 @@ def test_the_median_after_the_first_steps(monkeypatch, capsys) -> None:
         folder = Path(options["trainer.logger.init_args.save_dir"]) / "run" / "version_0"
         with SummaryWriter(str(folder)) as writer:
             for step, share in ((5, 0.1), (25, 0.9), (30, 1.0), (35, 1.1)):
-                writer.add_scalar("speed/tokens_per_second", share * speed, step)
-                writer.add_scalar("speed/peak_memory_gib", step / 10, step)
+                writer.add_scalar("train/tokens_per_second", share * speed, step)
+                writer.add_scalar("train/peak_memory_gib", step / 10, step)
 
     monkeypatch.setattr(data_parallel.subprocess, "run", run)
     data_parallel.main(["--devices", "1", "2", "--steps", "40"])
