@@ -130,6 +130,13 @@ class MokaCLI(LightningCLI):
         self._folders = folders
         super().__init__(*args, **kwargs)
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Returns Lightning's commands but ``predict``, whose results nothing would write."""
+        commands = LightningCLI.subcommands()
+        del commands["predict"]
+        return commands
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Makes a parser whose ``--config`` takes names of the package's configurations, too."""
         parser = MokaParser(dump_header=[f"lightning.pytorch=={lightning.__version__}"], **kwargs)
@@ -252,7 +259,7 @@ class MokaCLI(LightningCLI):
         if path is not None and Path(path).is_file():
             self.model.checkpoint_path = Path(path)
 
-    before_validate = before_test = before_predict = _name_checkpoint
+    before_validate = before_test = _name_checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Makes the trainer with our callbacks, but none of a kind that the user gave or switched off."""

@@ -11,14 +11,15 @@ import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from inspect import signature
-from typing import TYPE_CHECKING, NoReturn
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from moka_pl.cli.configs import configs
 from moka_pl.cli.evaluate import evaluate
 from moka_pl.cli.export import export
 from moka_pl.cli.generate import generate
 from moka_pl.cli.inspect import inspect
+from moka_pl.cli.predict import predict
 from moka_pl.errors import (
     ConfigError,
     MokaError,
@@ -37,11 +38,11 @@ LIGHTNING = {
     "fit": "Train adapters.",
     "validate": "Evaluate on the validation data.",
     "test": "Evaluate on the test data.",
-    "predict": "Compute log-likelihoods of the test data.",
 }
 
 #: Commands that are plain functions.
 FUNCTIONS: dict[str, Callable[..., None]] = {
+    "predict": predict,
     "inspect": inspect,
     "generate": generate,
     "evaluate": evaluate,
@@ -79,21 +80,56 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def function_parser(name: str) -> "ArgumentParser":
-    """Makes the parser of a plain function's command; its flags are given as ``--flag``, without a value."""
+    """Makes the parser of a plain function's command; its flags are given as ``--flag``, without a value.
+
+    A parameter of one text or several takes all positional arguments that are left.
+    """
     from docstring_parser import parse
     from jsonargparse import ActionYesNo, ArgumentParser
 
     function = FUNCTIONS[name]
     described = parse(function.__doc__ or "")
-    flags = [p.name for p in signature(function).parameters.values() if p.annotation is bool]
+    help_of = {argument.arg_name: argument.description for argument in described.params}
+    flags, several = _flags(function), [p.name for p in _parameters(function) if p.annotation == _SEVERAL]
     parser = ArgumentParser(prog=f"moka_pl {name}", description=described.short_description)
-    parser.add_function_arguments(function, as_positional=True, skip=set(flags))
-    for argument in described.params:
-        if argument.arg_name in flags:
-            parser.add_argument(
-                f"--{argument.arg_name}", action=ActionYesNo, default=False, help=argument.description
-            )
+    parser.add_function_arguments(function, as_positional=True, skip={*flags, *several})
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action=ActionYesNo, default=False, help=help_of[flag])
+    for listed in several:
+        parser.add_argument(listed, nargs="*", type=str, help=help_of[listed])
     return parser
+
+
+def parse_function(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Parses the arguments of a plain function's command.
+
+    Positional ones may stand among the options, which argparse cannot do where their number is open.
+    """
+    flags = {"-h", "--help", *(f"--{no}{flag}" for flag in _flags(FUNCTIONS[name]) for no in ("", "no_"))}
+    options: list[str] = []
+    positional: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        if word == "--":
+            positional += rest
+        elif not word.startswith("-"):
+            positional.append(word)
+        else:
+            options.append(word)
+            if word not in flags and "=" not in word:
+                options += [value for value in [next(rest, None)] if value is not None]
+    return dict(function_parser(name).parse_args([*options, "--", *positional]).as_dict())
+
+
+_SEVERAL = str | Sequence[str]
+
+
+def _parameters(function: Callable[..., None]) -> list[Parameter]:
+    return list(signature(function).parameters.values())
+
+
+def _flags(function: Callable[..., None]) -> list[str]:
+    return [parameter.name for parameter in _parameters(function) if parameter.annotation is bool]
 
 
 def _run(args: Sequence[str] | None) -> None:
@@ -104,7 +140,7 @@ def _run(args: Sequence[str] | None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if command in FUNCTIONS:
-            FUNCTIONS[command](**function_parser(command).parse_args(arguments[1:]).as_dict())
+            FUNCTIONS[command](**parse_function(command, arguments[1:]))
         elif command in ("-h", "--help"):
             _print_help()
         elif command in LIGHTNING or command.startswith("-"):  # options may come first

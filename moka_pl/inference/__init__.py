@@ -1,6 +1,14 @@
 """A trained adapter in use: loads it with its base model, and generates texts."""
 
-from moka_pl.inference.generation import generate_texts, named_option
+from moka_pl.inference.generation import Completion, complete, context_window, generate_texts, named_option
 from moka_pl.inference.load import load_base, load_model
 
-__all__ = ["generate_texts", "load_base", "load_model", "named_option"]
+__all__ = [
+    "Completion",
+    "complete",
+    "context_window",
+    "generate_texts",
+    "load_base",
+    "load_model",
+    "named_option",
+]

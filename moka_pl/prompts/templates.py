@@ -43,11 +43,7 @@ def chat_prompt(question: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """
     from moka_pl.prompts.rendering import render_chat
 
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "--prompt_format is chat, but the base model's tokenizer has no chat template; choose another, "
-            "such as alpaca or raw"
-        )
+    require_chat_template(tokenizer)
     try:
         return render_chat(tokenizer, [{"role": "user", "content": question}], prompt=True)
     except MokaError:
@@ -57,3 +53,12 @@ def chat_prompt(question: str, tokenizer: "PreTrainedTokenizerBase") -> str:
             "--prompt_format is chat, but the base model's chat template rejects a single user message: "
             f"{' '.join(str(error).split())}. Choose another format, such as alpaca or raw"
         ) from error
+
+
+def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises ``ConfigError`` for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "--prompt_format is chat, but the base model's tokenizer has no chat template; choose another, "
+            "such as alpaca or raw"
+        )

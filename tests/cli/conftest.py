@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, save_adapter
+from moka_pl.adapters import BaseModel, MokaConfig, adapter_state, inject_adapter, save_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+from moka_pl.inference import load_model
 
 
 @pytest.fixture
@@ -29,3 +32,25 @@ def make_adapter(tmp_path: Path, randomize: Callable) -> Callable[..., Path]:
 def adapter(make_adapter: Callable[..., Path]) -> Path:
     """An adapter of three gated components in q_proj and v_proj."""
     return make_adapter()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of three components over the tiny model in float32, trained with the chat prompt."""
+    base, adapter = BackboneConfig("tiny", weights="random", quantization="none"), MokaConfig(components=3)
+    model = load_backbone(base).model
+    inject_adapter(model, adapter)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in adapter_state(model).values():
+        tensor.normal_(std=0.3, generator=generator)
+    remembered = BaseModel(base.name, None, fingerprint(model), base.options())
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    return save_adapter(folder, model, adapter, remembered, {"prompt": "chat"})
+
+
+@pytest.fixture
+def loaded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The same loaded once, for this test's commands as well."""
+    model, tokenizer = load_model(saved, device="cpu")
+    monkeypatch.setattr("moka_pl.inference.load_model", lambda *args, **options: (model, tokenizer))
+    return SimpleNamespace(path=saved, model=model, tokenizer=tokenizer)

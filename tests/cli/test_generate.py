@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from moka_pl.adapters import adapters_disabled
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.cli.generate import generate
 from moka_pl.cli.main import main
-from moka_pl.errors import AdapterError, ConfigError
-from moka_pl.inference import load_model
+from moka_pl.errors import AdapterError, ConfigError, MokaError
+from moka_pl.inference import complete, load_model
 from moka_pl.prompts.segments import alpaca
 from moka_pl.prompts.templates import cloze_prompt
 
@@ -186,3 +187,116 @@ def _another(base: object, folder: Path) -> str:
 def test_options_that_cannot_work(options: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         generate(**({"adapter": tmp_path, "prompt": PROMPT} | options))
+
+
+def test_several_prompts_are_answered_in_turn(
+    loaded: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = [continued(loaded, text) for text in ("Hi", "Bye")]
+    # Options may stand between the prompts.
+    main(["generate", str(loaded.path), "Hi", "--max_new_tokens", "12", "Bye"])
+    assert capsys.readouterr().out == f"> Hi\n{alone[0]}\n\n> Bye\n{alone[1]}\n"
+    main(["generate", "--max_new_tokens=12", str(loaded.path), "--", "Hi"])
+    assert capsys.readouterr().out == alone[0] + "\n"
+
+
+def test_a_file_is_answered_in_its_order(
+    loaded: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["Hi", "What is the capital of France?", "Bye", "x"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(texts))
+    expected = [f"> {text}\n{continued(loaded, text)}\n" for text in texts]
+    main(["generate", str(loaded.path), f"--file={file}", "--batch_size=3", "--max_new_tokens=12"])
+    assert capsys.readouterr().out == "\n".join(expected)
+
+
+def continued(loaded: SimpleNamespace, text: str) -> str:
+    turns = [{"role": "user", "content": text}]
+    ids = loaded.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
+    return complete(loaded.model, loaded.tokenizer, [ids["input_ids"]], 12, do_sample=False)[0].text
+
+
+def test_what_is_streamed_is_what_is_generated(
+    loaded: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = continued(loaded, "Hi")
+    written: list[str] = []
+    monkeypatch.setattr(
+        "builtins.print", lambda *words, end="\n", **options: written.append(f"{words[0]}{end}")
+    )
+    generate(loaded.path, "Hi", max_new_tokens=12)
+    assert "".join(written) == expected + "\n"
+    assert len(written) > 1
+    written.clear()
+    generate(loaded.path, "Hi", max_new_tokens=12, num_beams=2)
+    assert len(written) == 1
+
+
+def test_a_terminal_is_shown_nothing_that_it_acts_upon(
+    loaded: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded.tokenizer, "decode", lambda *args, **options: "a\x1b[2Jb\n")
+    generate(loaded.path, "Hi", max_new_tokens=1)
+    assert "a\x1b[2Jb" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    generate(loaded.path, "Hi", max_new_tokens=1)
+    assert "a\\x1b[2Jb\n" in capsys.readouterr().out
+
+
+def test_merged_it_answers_the_same(loaded: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = []
+    for options in ([], ["--merge"]):
+        main(["generate", str(loaded.path), PROMPT, "--max_new_tokens=24", *options])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
+def test_a_seed_repeats_the_drawing(loaded: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = []
+    for seed in (1, 1, 2):
+        generate(loaded.path, PROMPT, max_new_tokens=12, do_sample=True, top_p=0.99, seed=seed)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_without_prompts_a_terminal_gets_a_chat(
+    loaded: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(["Hi", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    expected = continued(loaded, "Hi")
+    main(["generate", str(loaded.path), "--max_new_tokens=12"])
+    assert capsys.readouterr().out == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": [], "file": None}, "nothing to answer; give a prompt, or --file FILE"),
+        ({"file": Path("prompts.txt")}, "prompts cannot be combined with --file"),
+        ({"prompt": [], "file": Path("prompts.txt")}, r"prompts.txt does not exist"),
+        ({"prompt": ["Hi", " "]}, "prompt is empty"),
+        ({"compare": True, "merge": True}, "--compare cannot be combined with --merge"),
+        ({"compare": True, "prompt": [], "file": Path("a.txt")}, "--compare cannot be combined with --file"),
+        ({"compare": True, "prompt": []}, "--compare cannot be combined with a chat"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"system": "Be brief.", "prompt_format": "raw"}, "raw has no system message"),
+    ],
+)
+def test_it_is_refused_before_anything_is_loaded(
+    options: dict[str, object], message: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moka_pl.inference.load_model", lambda *args, **more: pytest.fail("loaded"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False)
+    with pytest.raises(MokaError, match=message):
+        generate(**({"adapter": saved, "prompt": "Hi"} | options))
+
+
+def test_a_prompt_beyond_the_context_is_named_before_the_first_answer(
+    loaded: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"prompt 2 has 6\d\d tokens, which leave .* context of 512"):
+        generate(loaded.path, ["Hi", "x" * 600])
+    assert capsys.readouterr().out == ""

@@ -69,7 +69,7 @@ def cli(config, tmp_path, monkeypatch, dataset_cache, one_thread):
 
     def run(command, *arguments):
         given = []
-        if command in ("fit", "validate", "test", "predict"):
+        if command in ("fit", "validate", "test"):
             Path("config.yaml").write_text(yaml.safe_dump(config))
             given = ["--config", "config.yaml"]
         main([command, *given, *map(str, arguments)])
@@ -339,7 +339,12 @@ def test_fit_then_everything_else(cli, capsys):
     cli("test", "--ckpt_path", RUN / "checkpoints/last.ckpt")
     last = read_adapter(RUN / "adapters/last").extra["metrics"]["val/loss"]
     assert list(scalars(version(2), "test/loss").values()) == [numpy.float32(last)]
-    cli("predict", "--model.adapter_path", RUN / "adapters/best")
+    Path("prompts.txt").write_text("alpha?\nbeta?\n")
+    cli(
+        "predict", RUN / "adapters/best", "--file=prompts.txt", "--output=answers.jsonl", "--max_new_tokens=2"
+    )
+    answers = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["alpha?", "beta?"]
 
     capsys.readouterr()
     cli("inspect", RUN / "adapters/best")

@@ -29,7 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ON_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
 #: Programs that are not this project's.
 OTHERS = {"tensorboard", "mkdocs", "mypy", "pre-commit", "ruff"}
-LIGHTNING = {"fit", "validate", "test", "predict"}
+LIGHTNING = {"fit", "validate", "test"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: Commands in a sentence or a table; what is cut short there is no command.
 INLINE = re.compile(r"`(python (?:-m moka_pl|scripts/)[^`…]*)`")

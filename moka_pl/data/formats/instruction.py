@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.data.formats.base import Record, parse_as
+from moka_pl.data.formats.base import Fields, Record, from_json, has_value, names, parse_as
 from moka_pl.data.formats.context import (
     CONTEXT_FIELDS,
     earlier_messages,
@@ -14,7 +14,8 @@ from moka_pl.data.formats.context import (
 )
 from moka_pl.data.formats.registry import INSTRUCTION_FORMATS
 from moka_pl.data.formats.trees import FIELDS as TREE_FIELDS
-from moka_pl.prompts.chats import as_messages
+from moka_pl.errors import DataError
+from moka_pl.prompts.chats import as_messages, is_blank
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -71,3 +72,44 @@ def parse_instruction(record: Record, context: str = "") -> dict[str, Any]:
     more = {"options": template_options(record), "messages": further if any(further) else []}
     # Read back as it was written, whatever types Parquet had.
     return row | {"more": json.dumps(more, default=str) if any(more.values()) else ""}
+
+
+def parse_prompt(record: Record) -> dict[str, Any]:
+    """Parses one record of which only the question counts: an answer may be missing, and is left out.
+
+    Returns:
+        A row as of :func:`parse_instruction`, with an empty output. A chat ends with what is asked last.
+
+    Raises:
+        DataError: A field is missing or has the wrong type, or nothing is asked.
+    """
+    if not any(has_value(record, name) for name in (*_CHATS, *_ANSWERS)):
+        raise DataError(
+            f"nothing is asked in these fields: {names(record)}. Give prompt, instruction (and input), "
+            "messages or conversations"
+        )
+    answered = dict(record)
+    for name in _CHATS:
+        turns = from_json(record.get(name))
+        if isinstance(turns, list) and turns:
+            answered[name] = [*turns, {"role": "assistant", "content": ""}]
+    for asked, answer in _ANSWERS.items():
+        answer = "response" if has_value(record, "context") and asked == "instruction" else answer
+        if has_value(record, asked) and not any(has_value(record, name) for name in (answer, "response")):
+            is_chat = isinstance(record[asked], list)
+            answered[answer] = [{"role": "assistant", "content": ""}] if is_chat else ""
+    row = parse_instruction(Fields(answered))
+    turns = list(row["messages"])
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    more = json.loads(row["more"] or "{}")
+    if more.get("messages"):
+        row["more"] = json.dumps(more | {"messages": more["messages"][: len(turns)]})
+    if not turns and is_blank(row["instruction"]):
+        raise DataError("nothing is asked; give a text")
+    return row | {"output": "", "messages": turns}
+
+
+_CHATS = ("messages", "conversations")
+_ANSWERS = {"instruction": "output", "prompt": "completion", "inputs": "targets"}
+"""Columns of a question, and of the answer that a prompt lacks."""

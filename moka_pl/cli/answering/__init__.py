@@ -1,0 +1,1 @@
+"""What the commands share that let a model answer."""
