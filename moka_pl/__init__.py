@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 from moka_pl.version import __version__
 
 if TYPE_CHECKING:
-    from moka_pl.adapters import MokaConfig, attach, inject_adapter, load_adapter, push_to_hub, save_adapter
+    from moka_pl.adapters import (
+        MokaAdapters,
+        MokaConfig,
+        attach,
+        inject_adapter,
+        load_adapter,
+        push_to_hub,
+        save_adapter,
+    )
     from moka_pl.backbone import BackboneConfig, load_backbone
     from moka_pl.data import CommonsenseData, InstructionData, MixtureData, MmluData, TextData
     from moka_pl.inference import load_model
@@ -19,6 +27,7 @@ __all__ = [
     "InstructionData",
     "MixtureData",
     "MmluData",
+    "MokaAdapters",
     "MokaConfig",
     "MokaModule",
     "TextData",
@@ -34,7 +43,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapters": ("MokaConfig", "attach", "inject_adapter", "load_adapter", "push_to_hub", "save_adapter"),
+    "adapters": (
+        "MokaAdapters",
+        "MokaConfig",
+        "attach",
+        "inject_adapter",
+        "load_adapter",
+        "push_to_hub",
+        "save_adapter",
+    ),
     "backbone": ("BackboneConfig", "load_backbone"),
     "data": ("CommonsenseData", "InstructionData", "MixtureData", "MmluData", "TextData"),
     "inference": ("load_model",),

@@ -15,6 +15,7 @@ from moka_pl.adapters.methods.registry import (
     unload,
     unmerge,
 )
+from moka_pl.adapters.named.adapters import MokaAdapters
 from moka_pl.adapters.pretrained.attach import attach, hand_over_saving, push_to_hub
 from moka_pl.adapters.reading import AdapterInfo, BaseModel, local_adapter, read_adapter
 
@@ -25,6 +26,7 @@ __all__ = [
     "BaseModel",
     "FullFineTuning",
     "KronA",
+    "MokaAdapters",
     "MokaConfig",
     "MokaLinear",
     "MokaS",

@@ -48,6 +48,22 @@ class MokaMethod(AdapterMethod):
             dtype: Dtype of the trainable tensors.
             saved: The tensors to be loaded next, if any.
         """
+        wrapped = self.build(model, dtype, saved)
+        model.requires_grad_(False)  # the new factors and gates are not in it yet
+        for name, adapted in wrapped.items():
+            replace_module(model, name, adapted)
+        return list(wrapped)
+
+    def build(
+        self, model: nn.Module, dtype: torch.dtype, saved: Mapping[str, Tensor] | None = None
+    ) -> dict[str, MokaLinear]:
+        """Returns adapted layers over a model's own, by name; the model is left as it is.
+
+        Args:
+            model: The model, without adapters.
+            dtype: Dtype of the trainable tensors.
+            saved: The tensors to be loaded next, if any.
+        """
         layers = None if saved is None else {name.rpartition(".moka_")[0] for name in saved}
         names = find_targets(model, self.config, layers)
         if saved is not None:
@@ -58,10 +74,7 @@ class MokaMethod(AdapterMethod):
             assert isinstance(layer, nn.Linear)
             with _naming(name):
                 wrapped[name] = MokaLinear(layer, self.config, dtype, name)
-        model.requires_grad_(False)  # the new factors and gates are not in it yet
-        for name, adapted in wrapped.items():
-            replace_module(model, name, adapted)
-        return names
+        return wrapped
 
     def _sizes(self, model: nn.Module, names: list[str]) -> dict[str, Tensor]:
         """Returns what :meth:`state` will be, without contents."""

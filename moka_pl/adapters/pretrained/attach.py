@@ -68,7 +68,7 @@ def attach(
             directory is damaged or of another base. The model is then unchanged.
         ConfigError: If the configuration does not fit the model.
     """
-    current = _base_of(model, base)
+    current = base_of(model, base)
     extra = {}
     if isinstance(adapter, AdapterConfig):
         config: Any = adapter
@@ -100,6 +100,12 @@ def hand_over_saving(
     mark_as_adapted(model, names - saving.trained().keys())
     model.save_pretrained = saving.save_pretrained
     model.push_to_hub = saving.push_to_hub
+
+
+def saving_of(model: nn.Module) -> "_Saving | None":
+    """Returns what :func:`hand_over_saving` has given a model, if anything: configuration and base."""
+    saving = getattr(vars(model).get("save_pretrained"), "__self__", None)
+    return saving if isinstance(saving, _Saving) else None
 
 
 def push_to_hub(path: str | Path, repo_id: str, private: bool | None = None, **options: Any) -> str:
@@ -190,7 +196,7 @@ def _save_among_others(
         raise AdapterError(f"cannot save the adapter to {folder}: {reason}. Choose another folder") from error
 
 
-def _base_of(model: "PreTrainedModel", name: str | None) -> BaseModel:
+def base_of(model: "PreTrainedModel", name: str | None) -> BaseModel:
     """Describes the model that adapters are in, so that it can be loaded again."""
     quantization, double = quantization_of(model)
     options = BackboneConfig("any", quantization=quantization, double_quantization=double).options()

@@ -1,0 +1,198 @@
+"""Named adapters on one base: switched, disabled, mixed, saved, and in different rows of one batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moka_pl import MokaAdapters, attach, load_model
+from moka_pl.adapters import MokaConfig, moka_layers, read_adapter
+from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.errors import AdapterError
+
+IDS = torch.randint(4, 260, (5, 3), generator=torch.Generator().manual_seed(4))
+LONG = torch.randint(4, 260, (5, 20), generator=torch.Generator().manual_seed(5))
+CONFIGS = {
+    "diverse": MokaConfig(components=3),
+    "like it": MokaConfig(components=3, gating="sigmoid"),
+    "servable": MokaConfig(2, filters="servable", rank=4, target_modules="all-linear"),
+    "prime": MokaConfig(components=2, filters="prime", target_modules=["o_proj", "v_proj"]),
+}
+
+
+def logits(model: Callable, ids: Tensor = IDS, **options: object) -> Tensor:
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
+@pytest.fixture(params=["none", "nf4"])
+def named(request: pytest.FixtureRequest, randomize: Callable) -> MokaAdapters:
+    """Four adapters of different kinds on a tiny base, none of them active."""
+    model = load_backbone(BackboneConfig("tiny", weights="random", quantization=request.param)).model
+    model.config.use_cache = True
+    named = MokaAdapters(model)
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        named.add_adapter(name, config)
+        named.set_adapter(name)
+        randomize(model, seed=seed)
+    named.delete_adapter(name)
+    named.add_adapter(name, config)
+    named.set_adapter(name)
+    randomize(model, seed=9)
+    return named
+
+
+def alone(named: MokaAdapters, name: str, ids: Tensor = IDS) -> Tensor:
+    if name == "__base__":
+        with named.disable_adapter():
+            return logits(named.model, ids)
+    named.set_adapter(name)
+    return logits(named.model, ids)
+
+
+def test_they_are_switched_disabled_and_deleted(named: MokaAdapters) -> None:
+    every = [alone(named, name) for name in (*CONFIGS, "__base__")]
+    assert all(not torch.allclose(a, b, atol=0.01) for i, a in enumerate(every) for b in every[:i])
+    named.set_adapter("diverse")
+    assert named.active_adapter == "diverse"
+    with named.disable_adapter():
+        assert not moka_layers(named.model)
+        assert torch.equal(logits(named), every[-1])
+    assert torch.equal(logits(named), every[0])
+    assert len(moka_layers(named.model)) == 4
+    named.delete_adapter("servable")
+    assert torch.equal(logits(named), every[0])
+    named.delete_adapter("diverse")
+    assert named.active_adapter is None
+    assert torch.equal(logits(named), every[-1])
+    assert list(named.configs) == ["like it", "prime"]
+
+
+@pytest.mark.parametrize("ids", [IDS, LONG], ids=["few tokens", "many tokens"])
+def test_rows_have_adapters_of_their_own(ids: Tensor, named: MokaAdapters) -> None:
+    named.set_adapter("prime")
+    for names in (
+        ["servable", "diverse", "__base__", "like it", "diverse"],
+        ["prime"] * 5,
+        ["diverse", "like it", "like it", "diverse", "like it"],
+        ["__base__"] * 5,
+    ):
+        mixed = logits(named, ids, adapter_names=names)
+        assert named.active_adapter == "prime"
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row], alone(named, name, ids)[row], atol=1e-4, rtol=1e-4)
+        named.set_adapter("prime")
+    assert not [m for m in named.model.modules() if type(m).__name__ == "RowLinear"]
+
+
+def test_mixed_batches_generate_what_each_adapter_does(named: MokaAdapters) -> None:
+    names = ["servable", "diverse", "__base__", "like it", "prime"]
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    for beams in ({}, {"num_beams": 2, "num_return_sequences": 2}):
+        mixed = named.generate(IDS, adapter_names=names, **options, **beams)
+        times = len(mixed) // 5
+        for row, name in enumerate(names):
+            if name == "__base__":
+                with named.disable_adapter():
+                    own = named.generate(IDS, **options, **beams)
+            else:
+                named.set_adapter(name)
+                own = named.generate(IDS, **options, **beams)
+            rows = slice(row * times, (row + 1) * times)
+            length = min(own.shape[1], mixed.shape[1])
+            assert torch.equal(own[rows, :length], mixed[rows, :length])
+
+
+def test_a_mix_is_the_sum_of_its_adapters(named: MokaAdapters, tmp_path: Path) -> None:
+    deltas: dict[str, Tensor] = {}
+    for name, weight in (("diverse", 0.5), ("servable", -2.0), ("prime", 1.5)):
+        named.set_adapter(name)
+        for target, layer in moka_layers(named.model).items():
+            deltas[target] = (
+                deltas.get(target, torch.tensor(0.0)) + weight * layer.get_delta_weight().detach()
+            )
+    named.add_weighted_adapter(["diverse", "servable", "prime"], [0.5, -2.0, 1.5], "mix")
+    named.set_adapter("mix")
+    layers = moka_layers(named.model)
+    assert layers.keys() == deltas.keys()
+    for target, delta in deltas.items():
+        torch.testing.assert_close(layers[target].get_delta_weight(), delta, atol=1e-5, rtol=1e-4)
+    expected = logits(named)
+    named.save_pretrained(tmp_path / "mix")
+    named.load_adapter(tmp_path / "mix", "again")
+    torch.testing.assert_close(alone(named, "again"), expected)
+    with pytest.raises(AdapterError, match="2 adapters have 1 weights"):
+        named.add_weighted_adapter(["mix", "prime"], [1.0], "other")
+    with pytest.raises(AdapterError, match="a weight is nan"):
+        named.add_weighted_adapter(["mix"], [float("nan")], "other")
+
+
+def test_what_is_saved_is_the_active_adapter(named: MokaAdapters, tmp_path: Path) -> None:
+    named.set_adapter("servable")
+    named.model.save_pretrained(tmp_path / "servable")
+    named.save_pretrained(tmp_path / "prime", "prime")
+    assert read_adapter(tmp_path / "servable").config == CONFIGS["servable"]
+    assert read_adapter(tmp_path / "prime").config == CONFIGS["prime"]
+    assert named.active_adapter == "servable"
+    with named.disable_adapter(), pytest.raises(AdapterError, match="no adapter is active"):
+        named.save_pretrained(tmp_path / "none")
+
+
+def test_a_loaded_model_gets_more_adapters(tmp_path: Path, randomize: Callable) -> None:
+    config = BackboneConfig("tiny", weights="random", quantization="none")
+    for name, seed in (("a", 1), ("b", 2)):
+        model = load_backbone(config).model
+        attach(model, CONFIGS["diverse"], base="tiny")
+        randomize(model, seed=seed)
+        saved = model.save_pretrained.__self__
+        saved.base.options = config.options()
+        model.save_pretrained(tmp_path / name)
+    first, _ = load_model(tmp_path / "a", device="cpu")
+    expected = logits(first)
+    named = MokaAdapters(first, "a")
+    named.load_adapter(tmp_path / "b", "b", dtype=torch.bfloat16)
+    assert named.memory()["b"] * 2 == named.memory()["a"]
+    assert torch.equal(logits(named), expected)
+    other = MokaAdapters.from_pretrained(load_backbone(config).model, tmp_path / "b")
+    torch.testing.assert_close(alone(named, "b"), logits(other), atol=0.2, rtol=0.05)
+    assert not torch.allclose(alone(named, "b"), expected, atol=0.2)
+
+
+def test_new_adapters_train_and_loaded_ones_do_not(named: MokaAdapters, tmp_path: Path) -> None:
+    named.save_pretrained(tmp_path / "prime", "prime")
+    named.load_adapter(tmp_path / "prime", "frozen")
+    named.load_adapter(tmp_path / "prime", "trained", is_trainable=True)
+    for name, trains in (("prime", True), ("frozen", False), ("trained", True)):
+        named.set_adapter(name)
+        found = {n.rpartition(".")[2] for n, p in named.model.named_parameters() if p.requires_grad}
+        assert bool(found) == trains
+        assert found <= {"moka_B", "moka_gate"}
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda named: named.set_adapter("x"), "no adapter is called 'x'; there are diverse, like it"),
+        (lambda named: named.add_adapter("prime", CONFIGS["prime"]), "'prime' is taken or reserved"),
+        (lambda named: named.add_adapter("__base__", CONFIGS["prime"]), "'__base__' is taken or reserved"),
+        (lambda named: named(IDS, adapter_names=["prime"] * 4), "adapter_names has 4 rows; give one name"),
+        (lambda named: named(IDS, adapter_names=[]), "adapter_names is empty"),
+        (lambda named: named(IDS, adapter_names=["y"] * 5), "no adapter is called 'y'"),
+        (lambda named: MokaAdapters(named.model, "__base__"), "is taken or reserved"),
+    ],
+)
+def test_what_cannot_be_is_refused(act: Callable, message: str, named: MokaAdapters) -> None:
+    before = logits(named)
+    with pytest.raises(AdapterError, match=message):
+        act(named)
+    assert torch.equal(logits(named), before)
+
+
+def test_an_adapter_of_another_base_is_refused(named: MokaAdapters, tmp_path: Path) -> None:
+    named.save_pretrained(tmp_path / "prime", "prime")
+    other = load_backbone(BackboneConfig("tiny", weights="random", quantization="none", seed=5)).model
+    with pytest.raises(AdapterError, match="was trained on another base"):
+        MokaAdapters.from_pretrained(other, tmp_path / "prime")
+    assert not moka_layers(other)
