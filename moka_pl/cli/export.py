@@ -5,8 +5,9 @@ from typing import Literal, get_args
 
 from moka_pl.errors import ConfigError
 
-Target = Literal["merged", "lora"]
+Target = Literal["merged", "lora", "gguf"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+GgufType = Literal["lora", "f32", "f16", "q8_0"]
 Onto = Literal["dequantised", "original"]
 
 
@@ -20,6 +21,7 @@ def export(
     rank: int | None = None,
     energy: float | None = None,
     max_rank: int = 512,
+    gguf_type: GgufType = "lora",
     prompts: Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -28,7 +30,7 @@ def export(
     Args:
         adapter: An adapter directory.
         to: merged: a plain transformers folder. lora: a PEFT directory, which vLLM, SGLang and llama.cpp's
-            converter read, too.
+            converter read, too. gguf: a file for llama.cpp and Ollama, with a Modelfile.
         out: The folder to write. Default: beside the adapter, ADAPTER-merged and so on.
         base: Name or path of the base model. Default: the one stored with the adapter.
         dtype: Dtype of the written tensors. Default: bfloat16 of merged, float32 of lora.
@@ -38,15 +40,25 @@ def export(
         energy: Truncate it to the lowest rank with which every layer keeps this share of its update's squared
             Frobenius norm, such as 0.99.
         max_rank: Refuse a LoRA of a higher rank; vLLM takes up to 512.
+        gguf_type: What the GGUF file holds: the adapter as a LoRA, or the merged model with its matrices
+            stored as f32, f16 or q8_0.
         prompts: A text file with a prompt a line, on which both are compared. Default: eight samples.
         overwrite: Replace an older export in the output folder.
     """
     if to is None:
         raise ConfigError(f"give a format: --to {', '.join(get_args(Target))}")
-    if to == "merged" and (rank is not None or energy is not None):
-        raise ConfigError("rank and energy truncate a LoRA, and --to merged writes none; leave them out")
-    if to != "merged" and onto != "dequantised":
-        raise ConfigError(f"--onto {onto} is for --to merged; a LoRA lies beside the base's weights")
+    merged = to == "merged" or (to == "gguf" and gguf_type != "lora")
+    if to != "gguf" and gguf_type != "lora":
+        raise ConfigError(f"--gguf_type {gguf_type} is for --to gguf, not for --to {to}")
+    if to == "gguf" and (dtype == "bfloat16" or (dtype and merged)):
+        raise ConfigError(
+            f"--dtype {dtype} is not for a GGUF file; for a model give --gguf_type, for a LoRA float32 "
+            "or float16"
+        )
+    if merged and (rank is not None or energy is not None):
+        raise ConfigError("rank and energy truncate a LoRA, and a merged model has none; leave them out")
+    if not merged and onto != "dequantised":
+        raise ConfigError(f"--onto {onto} is for merged models; a LoRA lies beside the base's weights")
     if max_rank < 1:
         raise ConfigError(f"max_rank must be at least 1, not {max_rank}")
     if rank is not None and rank < 1:
@@ -60,4 +72,6 @@ def export(
 
     out = out or adapter.with_name(f"{adapter.name}-{to}")
     check_output(out, adapter, overwrite)
-    FORMATS[to](Request(adapter, out, dtype, base, onto == "original", rank, energy, max_rank, prompts))
+    FORMATS[to](
+        Request(adapter, out, dtype, base, onto == "original", rank, energy, max_rank, prompts, gguf_type)
+    )

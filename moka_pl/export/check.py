@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 _SAMPLES, _MOST_PROMPTS, _MOST_TOKENS = "instruction_heldout.jsonl", 8, 96
 #: Largest difference of logits, as a share of the largest logit, and of losses, by the coarsest dtype.
-BOUNDS = {torch.float32: (1e-4, 1e-4), torch.float16: (1e-2, 2e-3), torch.bfloat16: (5e-2, 1e-2)}
+BOUNDS = {
+    torch.float32: (1e-4, 1e-4),
+    torch.float16: (1e-2, 2e-3),
+    torch.bfloat16: (5e-2, 1e-2),
+    torch.int8: (2e-1, 2e-2),
+}
 
 
 @dataclass(frozen=True)

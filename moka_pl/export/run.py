@@ -8,10 +8,12 @@ import torch
 
 from moka_pl.adapters import read_adapter
 from moka_pl.adapters.reading import read_adapter_state
+from moka_pl.export.gguf import GgufType, import_gguf
 from moka_pl.export.lora import LoraForm, check_rank, lora_form, stored_rank
 from moka_pl.export.merged import export_merged
 from moka_pl.export.peft import export_lora, import_peft
 from moka_pl.export.source import Source, onto_original, open_source, say
+from moka_pl.export.to_gguf import export_adapter, export_model
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Request:
         energy: Share of the squared norm of its update that every layer is to keep; None for all.
         max_rank: Largest rank of a LoRA.
         prompts: A text file with a prompt a line; None takes the package's own.
+        gguf_type: What a GGUF file is to hold.
     """
 
     adapter: Path
@@ -39,6 +42,7 @@ class Request:
     energy: float | None = None
     max_rank: int = 512
     prompts: Path | None = None
+    gguf_type: GgufType = "lora"
 
     def torch_dtype(self, usual: torch.dtype) -> torch.dtype:
         """Returns the dtype that was asked for, or the format's own."""
@@ -59,7 +63,17 @@ def run_lora(request: Request) -> None:
     export_lora(source, request.out, form, request.torch_dtype(torch.float32))
 
 
-FORMATS: dict[str, Callable[[Request], None]] = {"merged": run_merged, "lora": run_lora}
+def run_gguf(request: Request) -> None:
+    """Exports a GGUF file: the adapter, or with another ``gguf_type`` the merged model."""
+    import_gguf()
+    if request.gguf_type == "lora":
+        source, form = _with_lora(request)
+        export_adapter(source, request.out, form, request.torch_dtype(torch.float32))
+    else:
+        export_model(_opened(request), request.out, request.gguf_type)
+
+
+FORMATS: dict[str, Callable[[Request], None]] = {"merged": run_merged, "lora": run_lora, "gguf": run_gguf}
 
 
 def _opened(request: Request) -> Source:

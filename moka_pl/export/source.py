@@ -31,6 +31,7 @@ class Source:
         prompts: Tokens of the prompts, shape (T,) each.
         expected: What the adapter makes of them.
         base_name: Hub id or folder of the base, as other libraries find it.
+        asked_name: Its name here, which may be a GGUF file or a short name.
     """
 
     info: AdapterInfo
@@ -39,6 +40,7 @@ class Source:
     prompts: list[Tensor]
     expected: Measured
     base_name: str
+    asked_name: str
 
     def moka_layers(self) -> dict[str, MokaLinear]:
         """Returns the adapted layers.
@@ -72,9 +74,9 @@ def open_source(
     model, tokenizer = load_model(adapter, device, base)
     ids = prompt_set(tokenizer, info.extra.get("prompt"), prompts)
     name = base or info.base.name
-    if name == SHORT_NAME or name.endswith(".gguf"):  # which only this package converts
-        name = model.name_or_path
-    return Source(info, model, tokenizer, ids, measure(model, ids), name)
+    own = name == SHORT_NAME or name.endswith(".gguf")  # which only this package converts
+    others = model.name_or_path if own else name
+    return Source(info, model, tokenizer, ids, measure(model, ids), others, name)
 
 
 def onto_original(adapter: Path, source: Source, base: str | None) -> Source:

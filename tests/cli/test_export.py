@@ -10,9 +10,9 @@ from moka_pl.cli.main import main
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give a format: --to merged, lora"),
-        (["--to", "merged", "--rank", "4"], "rank and energy truncate a LoRA, and --to merged writes none"),
-        (["--to", "lora", "--onto", "original"], "--onto original is for --to merged"),
+        ([], "give a format: --to merged, lora, gguf"),
+        (["--to", "merged", "--rank", "4"], "rank and energy truncate a LoRA, and a merged model has none"),
+        (["--to", "lora", "--onto", "original"], "--onto original is for merged models"),
         (["--to", "lora", "--rank", "0"], "rank must be at least 1, not 0"),
         (["--to", "lora", "--max_rank", "0"], "max_rank must be at least 1, not 0"),
         (["--to", "lora", "--energy", "1"], "energy must be between 0 and 1, not 1.0"),
