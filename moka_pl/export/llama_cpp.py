@@ -92,7 +92,13 @@ class LlamaCpp:
 
 @torch.no_grad()
 def greedy(model: Any, ids: Tensor, count: int = _GREEDY) -> list[int]:
-    """Returns transformers' likeliest next tokens, whatever ends an answer."""
+    """Returns transformers' likeliest next tokens, whatever ends an answer.
+
+    Args:
+        model: A causal language model.
+        ids: Tokens of the prompt, shape (T,).
+        count: How many to generate.
+    """
     for _ in range(count):
         last = model(input_ids=ids[None].to(model.device)).logits[0, -1]  # (V,)
         ids = torch.cat([ids, last.argmax()[None].cpu()])  # (T + 1,)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from moka_pl.adapters import BaseModel, MokaConfig, adapter_state, inject_adapter, save_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
-from moka_pl.cli.main import FUNCTIONS, function_parser
+from moka_pl.cli.main import FUNCTIONS, function_parser, main
 from moka_pl.data import CommonsenseData, InstructionData
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ON_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
 #: Programs that are not this project's.
-OTHERS = {"tensorboard", "mkdocs", "mypy", "pre-commit", "ruff"}
+OTHERS = {"llama-cli", "tensorboard", "mkdocs", "mypy", "pre-commit", "ruff"}
 LIGHTNING = {"fit", "validate", "test"}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: Commands in a sentence or a table; what is cut short there is no command.
@@ -219,12 +220,16 @@ def test_python_blocks_run(
     text = text.replace('dirpath="adapters"', 'dirpath="own"').replace(
         "pl.Trainer(", "pl.Trainer(logger=False, "
     )
+    if '"lora"' in text:
+        main(["export", "adapters/best", "--to", "lora", "--out", "lora"])
     names: dict[str, Any] = {}
     exec(compile(text, block.page, "exec"), names)
     if "served" in names:  # the LoRA that stands for the adapter is no empty one
-        with names["torch"].no_grad(), names["served"].disable_adapter():
-            base = names["served"](**names["tokens"]).logits
-        assert (base - names["expected"]).abs().max() > 0.1
+        served, tokens = names["served"], names["tokens"]
+        with torch.no_grad():
+            adapted = served(**tokens).logits
+            with served.disable_adapter():
+                assert (served(**tokens).logits - adapted).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("block", blocks("json"), ids=lambda block: block.page)
