@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -17,6 +17,9 @@ from moka_pl.callbacks.gate_tags import ALPHA, GatedLayer, projections
 from moka_pl.callbacks.gates import GateMonitor, gated_layers
 from moka_pl.data.types import data_of
 from moka_pl.training.module import MokaModule
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
 Layout = dict[str, dict[str, list[str]]]
 """Regular expressions of tags, by category and chart."""
@@ -81,12 +84,7 @@ class Dashboard(Callback):
             if not isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams({name: value for name, value in settings.items() if value is not None})
                 continue
-            logger.experiment.add_custom_scalars(
-                {
-                    category: {title: ["Multiline", tags] for title, tags in charts.items()}
-                    for category, charts in run_layout(trainer, pl_module).items()
-                }
-            )
+            write_summary(logger, layout_summary(run_layout(trainer, pl_module)))
             for summary in _hparams(settings, f"{logger.name}/{logger.version}"):
                 write_summary(logger, summary)
 
@@ -117,6 +115,33 @@ def layout(layers: Sequence[GatedLayer], tasks: bool) -> Layout:
         own = [layer for layer in layers if layer.projection == name]
         categories[f"{ALPHA} {name}"] = {layer.label: [f"^{re.escape(layer.group)}"] for layer in own}
     return categories
+
+
+def layout_summary(layout: Layout) -> "Summary":
+    """Returns what the custom scalars' plugin reads; all categories but the first are folded at first."""
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+    categories = [
+        layout_pb2.Category(
+            title=category,
+            closed=number > 0,
+            chart=[
+                layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))
+                for title, tags in charts.items()
+            ],
+        )
+        for number, (category, charts) in enumerate(layout.items())
+    ]
+    stored = layout_pb2.Layout(category=categories).SerializeToString()
+    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME)
+    value = Summary.Value(
+        tag=metadata.CONFIG_SUMMARY_TAG,
+        tensor=TensorProto(dtype="DT_STRING", string_val=[stored]),
+        metadata=SummaryMetadata(plugin_data=plugin),
+    )
+    return Summary(value=[value])
 
 
 def run_settings(trainer: Trainer, module: MokaModule) -> dict[str, str | float | None]:
