@@ -100,10 +100,11 @@ def _prompt(row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
 
 def _digest(adapter: Path, rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
     """Hashes all that decides about the answers."""
-    from moka_pl.adapters.reading import CONFIG_NAME, WEIGHTS_NAME
+    from moka_pl.adapters.reading import CONFIG_NAME, WEIGHTS_NAME, local_adapter
 
+    folder = local_adapter(adapter)
     digest = sha256(json.dumps([list(rows), options], sort_keys=True, default=str).encode())
     for name in (CONFIG_NAME, WEIGHTS_NAME):
-        with (adapter / name).open("rb") as contents:
+        with (folder / name).open("rb") as contents:
             digest.update(file_digest(contents, "sha256").digest())
     return digest.hexdigest()

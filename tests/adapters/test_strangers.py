@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import struct
 import time
@@ -352,6 +353,27 @@ def test_a_mutated_directory_is_loaded_or_refused_in_one_line(make, tmp_path: Pa
             (adapter / name).write_bytes(content)
         said = refusals(adapter, make_llama)
         assert not any("\n" in line for line in said), said
+
+
+class Trap:
+    """Unpickled, it leaves a trace."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin"])
+def test_pickles_are_never_opened(name: str, adapter: Path, make_llama, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (adapter / name).write_bytes(pickle.dumps({"weight": Trap()}))
+    load_adapter(make_llama(), adapter)  # beside its tensors
+    (adapter / WEIGHTS_NAME).unlink()
+    with pytest.raises(AdapterError, match="it has no adapter_model"):
+        load_adapter(make_llama(), adapter)
+    (adapter / name).rename(adapter / WEIGHTS_NAME)  # under their name
+    with pytest.raises(AdapterError, match="truncated or damaged"):
+        load_adapter(make_llama(), adapter)
+    assert not Path("unpickled").exists()
 
 
 @pytest.mark.parametrize("index", [-1, 10**6])
