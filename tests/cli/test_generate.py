@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moka_pl.adapters import adapters_disabled
+from moka_pl.adapters.reading import WEIGHTS_NAME
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.cli.generate import generate
 from moka_pl.cli.main import main
@@ -27,7 +28,18 @@ CLOZE = cloze_prompt(PROMPT)
 
 
 def likeliest(adapter: Path, count: int, disabled: bool = False, text: str = CHAT) -> str:
-    """The likeliest continuation of a text, one full forward pass a token."""
+    """The likeliest continuation of a text, a full forward pass a token; each computed once."""
+    weights = (adapter / WEIGHTS_NAME).read_bytes()
+    if (weights, count, disabled, text) not in KNOWN:
+        KNOWN[weights, count, disabled, text] = computed(adapter, count, disabled, text)
+    return KNOWN[weights, count, disabled, text]
+
+
+KNOWN: dict[tuple[bytes, int, bool, str], str] = {}
+
+
+def computed(adapter: Path, count: int, disabled: bool, text: str) -> str:
+    """The likeliest continuation, with the adapter or without it."""
     model, tokenizer = load_model(adapter)
     prompt = ids = torch.tensor([tokenizer(text).input_ids], device=model.device)
 
