@@ -21,8 +21,8 @@ Measures many adapters on one 4-bit base.
     python scripts/mixed_batches.py [--rows 32] [--adapters 8] [--kept 100] [--repeats 5]
 
 Prints the bytes of base and adapters, the time of a batch with different adapters in its rows over that of
-the same batch with one, and whether each row greedily generates what its adapter does alone. Times are medians
-of turns that alternate; on a CPU they are seconds of the process, on one thread.
+the same batch with one, and whether each row greedily generates what its adapter does alone. Times are
+medians of turns that alternate; on a CPU they are seconds of the process, on one thread.
 """
 
 #: The demo's adapter, and the servable one.
