@@ -27,6 +27,7 @@ ORDER = (
     "adapters",
     "inference",
     "export",
+    "inspection",
     "evaluation",
     "training",
     "callbacks",

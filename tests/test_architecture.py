@@ -24,6 +24,7 @@ LAYERS = {
     "adapters": 6,
     "inference": 7,
     "export": 8,
+    "inspection": 8,
     "evaluation": 9,
     "training": 10,
     "callbacks": 11,

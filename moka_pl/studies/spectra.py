@@ -1,26 +1,16 @@
-"""Singular values of trained updates, and the effective ranks that they have; ``scripts/spectra.py`` runs it.
-
-For ΔW with singular values σ_1 ≥ σ_2 ≥ … and shares p_i = σ_i² / Σ_j σ_j²:
-    stable rank     ‖ΔW‖_F² / ‖ΔW‖_2² = 1 / p_1
-    entropy rank    exp(−Σ_i p_i ln p_i): the number of equal singular values with that entropy
-    rank            number of σ_i above σ_1 · max(m, n) · ε, ε of the computing dtype
-
-1 ≤ stable rank ≤ entropy rank ≤ rank ≤ min(m, n), all equal for equal singular values.
-
-Sources: O. Roy and M. Vetterli, "The effective rank" (2007), here of the squared singular values; M. Rudelson
-and R. Vershynin, "Sampling from large matrices" (2007), for the stable rank.
-"""
+"""Singular values and effective ranks of trained updates; ``scripts/spectra.py`` runs it."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moka_pl.errors import AdapterError, MokaError
+from moka_pl.ops.spectrum import Spectrum, spectrum_of
 from moka_pl.studies.common import Parser, write_json
 
 DESCRIPTION = """\
@@ -35,24 +25,6 @@ its Frobenius norm. The figure shows the mean spectrum of each adapter, relative
 
 #: Singular values that are kept of a mean spectrum, closest together at the largest.
 POINTS = 64
-
-
-class Spectrum(NamedTuple):
-    """Singular values and effective ranks of one matrix.
-
-    Attributes:
-        sizes: Singular values, descending, (min(m, n),), float64.
-        rank: Numerical rank; 0 for a zero matrix, as are all ranks.
-        stable_rank: Energy over the energy of the leading direction.
-        entropy_rank: Exponential of the entropy of the directions' shares of energy.
-        norm: Frobenius norm.
-    """
-
-    sizes: Tensor
-    rank: int
-    stable_rank: float
-    entropy_rank: float
-    norm: float
 
 
 def spectrum(matrix: Tensor) -> Spectrum:
@@ -70,16 +42,9 @@ def spectrum(matrix: Tensor) -> Spectrum:
     if not torch.isfinite(matrix).all():
         raise AdapterError("an update has non-finite entries: the training diverged")
     sizes = torch.linalg.svdvals(matrix.detach().to("cpu", torch.float64))  # (min(m, n),)
-    energy = sizes.square()
-    total = float(energy.sum())
-    if total == 0:
-        return Spectrum(sizes, 0, 0.0, 0.0, 0.0)
-    shares = energy / total
-    entropy = -float(torch.special.xlogy(shares, shares).sum())
     # Factors of single precision leave that much of their rounding in a product.
     precision = torch.finfo(matrix.dtype if matrix.dtype.is_floating_point else torch.float32).eps
-    rank = int((sizes > sizes[0] * max(matrix.shape) * precision).sum())
-    return Spectrum(sizes, rank, 1 / float(shares[0]), float(torch.tensor(entropy).exp()), total**0.5)
+    return spectrum_of(sizes, max(matrix.shape), precision)
 
 
 def model_spectra(model: nn.Module) -> Iterator[tuple[str, Spectrum]]:

@@ -13,8 +13,9 @@ import torch
 
 from moka_pl.adapters import MokaConfig
 from moka_pl.adapters.reading import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_state
-from moka_pl.cli.inspect import _by_number, inspect
+from moka_pl.cli.inspect import inspect
 from moka_pl.cli.main import FUNCTIONS, main
+from moka_pl.inspection.layers import by_number
 
 
 def facts(output: str) -> dict[str, str]:
@@ -34,9 +35,28 @@ def test_it_prints_the_facts(adapter: Path, capsys: pytest.CaptureFixture[str]) 
         "target modules": "q_proj, v_proj",
         "exact LoRA rank": "32 to 64",
         "parameters": f"{count:,}",
-        "val/accuracy": "0.5000",
-        "val/loss": "1.2346",
     }
+
+
+def section(output: str, title: str) -> list[str]:
+    """The lines of a table, its head first."""
+    (found,) = [part for part in output.split("\n\n") if part.startswith(title)]
+    return found.splitlines()
+
+
+def test_it_prints_the_metrics_as_one_table(
+    make_adapter: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = {
+        "val/loss": 1.23456,
+        "val/accuracy": 0.5,
+        "val/accuracy_stderr": 0.125,
+        "val/accuracy/easy": 0.25,
+    }
+    inspect(make_adapter(more={"metrics": metrics}))
+    head, *rows = section(capsys.readouterr().out, "metrics")
+    assert head.split() == ["metrics", "val", "loss", "accuracy"]
+    assert [row.split() for row in rows] == [["mean", "1.2346", "50.0%", "±", "12.5"], ["easy", "25.0%"]]
 
 
 @pytest.mark.parametrize(("found_at", "shown"), [(7, None), (4, "4 (weights: step 7)")])
@@ -49,12 +69,12 @@ def test_it_says_of_which_step_the_metrics_are(
 
 def test_layers_are_in_the_order_of_the_model() -> None:
     names = [f"model.layers.{n}.self_attn.{kind}" for n in (0, 1, 2, 10, 11) for kind in ("k_proj", "q_proj")]
-    assert sorted(sorted(names), key=_by_number) == names != sorted(names)
+    assert sorted(sorted(names), key=by_number) == names != sorted(names)
 
 
 def test_it_prints_the_gates(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect(adapter)
-    header, *rows = capsys.readouterr().out.partition("\n\n")[2].splitlines()
+    header, *rows = section(capsys.readouterr().out, "gates by layer")
     assert header.split()[:4] == ["gates", "by", "layer", "entropy"]
     assert len(rows) == 4
     state = read_adapter_state(adapter)
@@ -72,7 +92,7 @@ def test_it_prints_sigmoid_gates(make_adapter: Callable, capsys: pytest.CaptureF
     output = capsys.readouterr().out
     assert facts(output)["gating"] == "sigmoid"
     state = read_adapter_state(path)
-    for row in output.partition("\n\n")[2].splitlines()[1:]:
+    for row in section(output, "gates by layer")[1:]:
         name, entropy, *alpha = row.split()
         expected = 2 / 3 * torch.sigmoid(state[f"{name}.moka_gate"])
         assert [float(a) for a in alpha] == pytest.approx(expected.tolist(), abs=6e-4)
@@ -83,7 +103,7 @@ def test_it_prints_sigmoid_gates(make_adapter: Callable, capsys: pytest.CaptureF
 def test_a_single_component_has_full_entropy(make_adapter: Callable, capsys: pytest.CaptureFixture) -> None:
     path = make_adapter(components=1, gating="sigmoid")
     inspect(path)
-    *_, row = capsys.readouterr().out.splitlines()
+    *_, row = section(capsys.readouterr().out, "gates by layer")
     name, *values = row.split()
     alpha = 2 * float(torch.sigmoid(read_adapter_state(path)[f"{name}.moka_gate"]))
     assert values == ["1.0000", f"{alpha:.3f}"]
@@ -96,7 +116,7 @@ def test_a_servable_adapter_tells_its_ranks_and_no_gate_that_is_always_1(
     output = capsys.readouterr().out
     found = facts(output)
     assert (found["filters"], found["exact LoRA rank"]) == ("servable, rank 9", "9")
-    assert "entropy" not in output
+    assert "gates by layer" not in output
 
 
 def test_json_holds_the_same(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +140,7 @@ def test_without_gates(make_adapter: Callable, capsys: pytest.CaptureFixture[str
     output = capsys.readouterr().out
     assert facts(output)["gating"] == "none"
     assert facts(output)["target modules"] == r".*\.0\..*q_proj"
-    assert "entropy" not in output
+    assert "gates by layer" not in output
 
 
 def test_on_the_command_line(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

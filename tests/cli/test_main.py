@@ -370,7 +370,7 @@ def test_what_the_system_refuses_ends_in_one_line(cli, capsys, monkeypatch, comm
         raise OSError(errno.EDQUOT, "Disk quota exceeded", "some/file")
 
     monkeypatch.setattr("moka_pl.cli.lightning.run", fail)
-    monkeypatch.setattr("moka_pl.adapters.reading.read_adapter", fail)
+    monkeypatch.setattr("moka_pl.inspection.report.read_adapter", fail)
     with pytest.raises(SystemExit) as end:
         cli(command, *(["adapter"] if command == "inspect" else []))
     assert end.value.code == 2
