@@ -246,3 +246,28 @@ def test_a_missing_argument(capsys: pytest.CaptureFixture[str]) -> None:
         main(["inspect"])
     assert caught.value.code == 2
     assert "adapter" in capsys.readouterr().err
+
+
+def test_two_adapters_are_compared_and_drawn(
+    make_adapter: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, page = make_adapter(), tmp_path / "page.html"
+    second = first.rename(tmp_path / "other")
+    first = make_adapter()
+    main(["inspect", str(first), str(second), "--html", str(page)])
+    head, *rows = section(capsys.readouterr().out, "compared by layer")
+    assert head.split()[3:] == ["‖ΔW‖", "‖ΔW'‖", "cosine", "distance", "gates"]
+    for row in rows:  # both are the same
+        name, one, other, cosine, _, gates = row.split()
+        assert (one, float(cosine), float(gates)) == (other, pytest.approx(1), 0), name
+    assert "Comparison" in page.read_text(encoding="utf-8")
+    main(["inspect", str(first), str(second), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["compared"]["with"] == str(second)
+    assert found["compared"]["layers"].keys() == found["layers"].keys() == found["other"]["layers"].keys()
+
+
+def test_three_adapters_are_too_many(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", "a", "b", "c"])
+    assert capsys.readouterr().err == "moka_pl: error: inspect compares two adapters, not 3; leave out c\n"
