@@ -23,7 +23,7 @@ BOUNDS = {
     torch.float32: (1e-4, 1e-4),
     torch.float16: (1e-2, 2e-3),
     torch.bfloat16: (5e-2, 1e-2),
-    torch.int8: (2e-1, 2e-2),
+    torch.int8: (1e-1, 2e-2),
 }
 
 
