@@ -118,7 +118,9 @@ def parse_function(name: str, arguments: Sequence[str]) -> dict[str, Any]:
             options.append(word)
             if word not in flags and "=" not in word:
                 options += [value for value in [next(rest, None)] if value is not None]
-    return dict(function_parser(name).parse_args([*options, "--", *positional]).as_dict())
+    # Only where it is needed: a command without positional arguments takes none.
+    end = ["--"] if any(word.startswith("-") for word in positional) else []
+    return dict(function_parser(name).parse_args([*options, *end, *positional]).as_dict())
 
 
 _SEVERAL = str | Sequence[str]

@@ -136,7 +136,7 @@ def test_printed_commands_parse(make_module, make_data, make_trainer, tmp_path, 
         assert Path(adapter, "adapter_config.json").is_file()
     assert seen.keys() == {"tensorboard", "inspect", "generate"}
     assert seen["tensorboard"] == str(tmp_path / "it's mine" / "run")
-    assert seen["generate"].prompt == "Why does bread rise?"
+    assert seen["generate"].prompt == ["Why does bread rise?"]
 
 
 def test_trial_prints_no_table(make_module, make_data, make_trainer, capsys):
