@@ -30,6 +30,7 @@ ORDER = (
     "inspection",
     "evaluation",
     "training",
+    "planning",
     "callbacks",
     "cli",
     "studies",

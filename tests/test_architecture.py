@@ -27,11 +27,12 @@ LAYERS = {
     "inspection": 8,
     "evaluation": 9,
     "training": 10,
-    "callbacks": 11,
-    "cli": 12,
-    "studies": 13,
-    "__main__": 14,
-    "__init__": 14,
+    "planning": 11,
+    "callbacks": 12,
+    "cli": 13,
+    "studies": 14,
+    "__main__": 15,
+    "__init__": 15,
 }
 
 MAX_LINES, MAX_FUNCTION_LINES, MAX_FILES, MAX_ROOT_FILES = 400, 60, 15, 8

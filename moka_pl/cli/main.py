@@ -40,6 +40,9 @@ LIGHTNING = {
     "test": "Evaluate on the test data.",
 }
 
+#: Commands with the options of one of Lightning's.
+PLAN = {"plan": "Tell what a fit would take: parameters, memory, steps and time."}
+
 #: Commands that are plain functions.
 FUNCTIONS: dict[str, Callable[..., None]] = {
     "predict": predict,
@@ -145,12 +148,16 @@ def _run(args: Sequence[str] | None) -> None:
             FUNCTIONS[command](**parse_function(command, arguments[1:]))
         elif command in ("-h", "--help"):
             _print_help()
+        elif command in PLAN:
+            from moka_pl.cli.plan import plan
+
+            plan(arguments[1:])
         elif command in LIGHTNING or command.startswith("-"):  # options may come first
             from moka_pl.cli.lightning import run
 
             run(None if args is None else arguments)
         else:
-            known = ", ".join([*LIGHTNING, *FUNCTIONS])
+            known = ", ".join([*LIGHTNING, *FUNCTIONS, *PLAN])
             raise ConfigError(
                 f"unknown command {command!r}; choose one of {known}"
                 if command
@@ -188,7 +195,7 @@ def _print_help() -> NoReturn:
     )
     commands = parser.add_subparsers(title="commands")
     summaries = {name: (function.__doc__ or "").partition("\n")[0] for name, function in FUNCTIONS.items()}
-    for name, summary in (LIGHTNING | summaries).items():
+    for name, summary in (LIGHTNING | summaries | PLAN).items():
         commands.add_parser(name, help=summary)
     parser.print_help()
     sys.exit(0)

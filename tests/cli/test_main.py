@@ -136,7 +136,7 @@ def test_real_process():
     run = subprocess.run(
         [sys.executable, "-c", PROCESS], capture_output=True, text=True, env=environment, timeout=100
     )
-    assert "{fit,validate,test,predict,inspect,generate,evaluate,export,configs}" in run.stdout
+    assert "{fit,validate,test,predict,inspect,generate,evaluate,export,configs,plan}" in run.stdout
     assert run.stdout.endswith("set()\n")
     assert run.returncode == 2
     assert run.stderr.startswith('moka_pl fit: error: Parser key "model.adapter": ')

@@ -1,0 +1,207 @@
+r"""The peak memory of training, from the sizes of the model and of a batch.
+
+With T padded tokens of a micro-batch, N predicted ones, V the vocabulary, d the hidden and f the inner size,
+h heads and k key-value heads of size c, e bytes of the compute dtype, and x the widths of the inputs that
+adapted layers keep, a block keeps for its backward pass, in bytes
+
+.. math::
+    a = T\,(8 d + e\,(2 h c + 2 k c + 3 f + \textstyle\sum x))
+
+two norms in float32; queries, keys, values and attention's result; the gate, its activation and the other
+factor of the gated MLP. Frozen products keep nothing. A merged MoKA layer keeps its input, which layers that
+read the same tensor share, and attention's result is there already. The head keeps, with the last norm,
+``4 d T + e d N + 12 V N``: log-probabilities and two gradients in float32. Then
+
+.. math::
+    peak = weights + P\,(8 + s) + n\,a + head                    % without checkpointing
+    peak = weights + P\,(8 + s) + n\,e\,d\,T + max(head, a)      % with it
+
+for n blocks and P trained numbers (float32, with a gradient) of which the optimizer keeps s bytes each.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from moka_pl.adapters.injection import output_head
+from moka_pl.errors import BackboneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GIB = 2**30
+#: What the CPU's process holds besides: Python with the libraries and the data.
+_PROCESS = 0.85 * GIB
+#: How much more the CPU's allocator keeps of what comes and goes, whose sizes differ from batch to batch.
+_CPU_GAPS = 1.2
+#: cuBLAS's workspace on a Hopper GPU.
+_WORKSPACE = 32 * 2**20
+#: Bytes of a 4-bit weight: its code and its block's scale (64 weights a block, 256 scales a block of theirs).
+_DOUBLE, _SINGLE = 0.5 + (1 + 4 / 256) / 64, 0.5 + 4 / 64
+
+#: Tensors that layers read, by the ends of the layers' names; attention's result is kept anyway.
+_INPUTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "mlp"),
+}
+_KEPT_ANYWAY = ("o_proj",)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model's sizes decides its memory.
+
+    Attributes:
+        hidden: d.
+        inner: f.
+        blocks: n.
+        queries: h·c.
+        keys: k·c.
+        vocabulary: V.
+        linear: Parameters of linear layers without the output head.
+        other: All other parameters; tied ones count once.
+        largest: Parameters of the largest linear layer.
+        known: Whether the blocks are LLaMA's, as far as their sizes tell.
+    """
+
+    hidden: int
+    inner: int
+    blocks: int
+    queries: int
+    keys: int
+    vocabulary: int
+    linear: int
+    other: int
+    largest: int
+    known: bool = True
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is trained.
+
+    Attributes:
+        tokens: T, padded tokens of a micro-batch.
+        trained: N, those of them that are predicted.
+        itemsize: e, bytes of the compute dtype.
+        checkpointing: Whether blocks are computed again in the backward pass.
+        quantised: Whether linear weights take 4 bits.
+        double: Whether their scales are quantised, too.
+        state: s, bytes of the optimizer for each trained number.
+        gradients: Bytes of a gradient for each; DDP has a copy.
+        stored: Bytes of weight files that a CPU maps; None on a GPU.
+    """
+
+    tokens: int
+    trained: int
+    itemsize: int = 2
+    checkpointing: bool = False
+    quantised: bool = True
+    double: bool = True
+    state: float = 8
+    gradients: float = 4
+    stored: int | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The parts of the peak, in bytes.
+
+    Attributes:
+        weights: The frozen base, with one layer's dense weights while it is used.
+        adapters: Trained numbers.
+        gradients: Their gradients.
+        optimizer: The optimizer's state.
+        activations: What blocks keep for the backward pass.
+        logits: The output head, its loss and the gradient.
+        process: On a CPU: Python, libraries, data and the weight files, mapped.
+    """
+
+    weights: float
+    adapters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    process: float
+
+    @property
+    def peak(self) -> float:
+        """Their sum."""
+        return float(sum(asdict(self).values()))
+
+
+def sizes_of(model: "PreTrainedModel") -> Sizes:
+    """Returns the sizes of a plain model, which may be on the meta device.
+
+    Raises:
+        BackboneError: If its configuration names no hidden size.
+    """
+    config: Any = model.config.get_text_config()
+    hidden = getattr(config, "hidden_size", None)
+    if not isinstance(hidden, int):
+        raise BackboneError(f"memory cannot be planned: {config.model_type} names no hidden_size")
+    head = output_head(model)
+    weights = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    inner = getattr(config, "intermediate_size", None)
+    heads = getattr(config, "num_attention_heads", 1)
+    width = getattr(config, "head_dim", None) or hidden // heads
+    experts = any(getattr(config, name, None) for name in ("num_local_experts", "num_experts"))
+    return Sizes(
+        hidden,
+        inner if isinstance(inner, int) else 4 * hidden,
+        config.num_hidden_layers,
+        heads * width,
+        (getattr(config, "num_key_value_heads", None) or heads) * width,
+        config.vocab_size,
+        sum(weights),
+        sum(p.numel() for p in model.parameters()) - sum(weights),
+        max(weights, default=0),
+        isinstance(inner, int) and not experts,
+    )
+
+
+def merged_inputs(layers: dict[str, int]) -> int:
+    """Returns Σx over all blocks: the widths of the inputs that merged layers keep, shared ones once.
+
+    Args:
+        layers: Input features of the adapted layers by name.
+    """
+    kept: dict[tuple[str, str], int] = {}
+    for name, width in layers.items():
+        parent, _, own = name.rpartition(".")
+        if own not in _KEPT_ANYWAY:
+            kept[parent, _INPUTS.get(own, own)] = width
+    return sum(kept.values())
+
+
+def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float) -> Memory:
+    """Estimates the peak of one rank.
+
+    Args:
+        sizes: The model.
+        setup: How it is trained.
+        parameters: P, trained numbers.
+        kept: Bytes a token that adapted layers keep in all blocks together.
+    """
+    e, tokens, trained = setup.itemsize, setup.tokens, setup.trained
+    linear = (_DOUBLE if setup.double else _SINGLE) if setup.quantised else e
+    weights = sizes.linear * linear + sizes.other * e + (sizes.largest * e if setup.quantised else 0)
+    attention = 2 * sizes.queries + 2 * sizes.keys
+    block = tokens * (8 * sizes.hidden + e * (attention + 3 * sizes.inner) + kept / sizes.blocks)
+    logits = 4 * sizes.hidden * tokens + e * sizes.hidden * trained + 12 * sizes.vocabulary * trained
+    activations = sizes.blocks * block
+    if setup.checkpointing:
+        activations = sizes.blocks * e * sizes.hidden * tokens + max(block - logits, 0)
+    on_gpu = setup.stored is None
+    gaps = 1 if on_gpu else _CPU_GAPS
+    return Memory(
+        weights=weights + (_WORKSPACE if on_gpu else 0),
+        adapters=4 * parameters,
+        gradients=setup.gradients * parameters,
+        optimizer=setup.state * parameters,
+        activations=gaps * activations,
+        logits=gaps * logits,
+        process=0 if setup.stored is None else _PROCESS + setup.stored,
+    )

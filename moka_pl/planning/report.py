@@ -1,0 +1,298 @@
+"""A plan of a run as a whole, as a table or as JSON."""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moka_pl.backbone.load import compute_dtype
+from moka_pl.data import MokaDataModule
+from moka_pl.planning.adapters import Adapters, plan_adapters
+from moka_pl.planning.memory import GIB, Memory, Setup, estimate, sizes_of
+from moka_pl.planning.shape import empty_model, stored_bytes, tokenizer_at_hand
+from moka_pl.planning.work import Run, Work, plan_work
+from moka_pl.training.module import MokaModule
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+#: What a GPU holds beside tensors: the CUDA context, and gaps of the allocator.
+_CONTEXT, _GAPS = 0.6 * GIB, 1.03
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that is present.
+
+    Attributes:
+        name: Its name.
+        gib: Its memory, GiB.
+    """
+
+    name: str
+    gib: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        model: The base's name and how its weights are stored.
+        parameters: Parameters of the base.
+        adapters: The adapters.
+        memory: The peak of one rank, by its parts.
+        batch: (T, N) of the micro-batch that peaks: padded tokens, and predicted ones.
+        checkpointing: Whether blocks are computed again in the backward pass.
+        on_gpu: Whether the run is for GPUs.
+        run: The trainer's options.
+        devices: Devices of that kind that are present.
+        work: Tokens and steps.
+        tokens_per_second: The stated rate, over all ranks; None where none was stated.
+        notes: What the numbers leave out.
+    """
+
+    model: str
+    parameters: int
+    adapters: Adapters
+    memory: Memory
+    batch: tuple[int, int]
+    checkpointing: bool
+    on_gpu: bool
+    run: Run
+    devices: list[Device]
+    work: Work
+    tokens_per_second: float | None
+    notes: list[str]
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of training without validation; None where tokens or rate are unknown."""
+        if self.tokens_per_second is None or self.work.tokens is None:
+            return None
+        return self.work.tokens / self.tokens_per_second
+
+    @property
+    def needed(self) -> float:
+        """Bytes that a device must have: on a GPU the peak, the context and gaps of the allocator."""
+        return self.memory.peak * _GAPS + _CONTEXT if self.on_gpu else self.memory.peak
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each device present that is too small, with what to lower."""
+        ranks = 1 if self.on_gpu else self.run.ranks  # processes share the memory of a machine
+        needed = self.needed * ranks / GIB
+        remedy = "lower data.init_args.batch_size or data.init_args.max_length"
+        if not self.checkpointing:
+            remedy = f"set model.gradient_checkpointing: true, or {remedy}"
+        return [
+            f"{device.name} has {device.gib:.1f} GiB, but the run needs {needed:.1f}; {remedy}"
+            for device in dict.fromkeys(self.devices)
+            if device.gib < needed
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; bytes as whole numbers."""
+        memory = {name: round(value) for name, value in asdict(self.memory).items()}
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "adapters": asdict(self.adapters),
+            "memory": {**memory, "peak": round(self.memory.peak), "needed": round(self.needed)},
+            "batch": {"tokens": self.batch[0], "trained": self.batch[1]},
+            "ranks": self.run.ranks,
+            "devices": [asdict(device) for device in self.devices],
+            "work": asdict(self.work),
+            "tokens_per_second": self.tokens_per_second,
+            "seconds": self.seconds,
+            "notes": self.notes,
+            "warnings": self.warnings,
+        }
+
+    def __str__(self) -> str:
+        adapters, memory, work = self.adapters, self.memory, self.work
+        share = 100 * adapters.parameters / max(1, self.parameters)
+        lines = [
+            ("base model", self.model),
+            ("parameters", f"{self.parameters:,}"),
+            (adapters.method, f"{adapters.parameters:,} trained parameters ({share:.3f}%)"),
+            ("adapter on disk", f"{adapters.file_bytes / 2**20:.2f} MiB"),
+        ]
+        table = [*_named(lines), "", *_layer_table(adapters), ""]
+        kept = "checkpointing" if self.checkpointing else "no checkpointing"
+        parts = [(name, value) for name, value in asdict(memory).items() if value]
+        table += [f"estimated peak memory of a rank, {self.batch[0]:,} tokens a micro-batch, {kept}"]
+        table += [f"  {name:<28}{value / GIB:8.2f} GiB" for name, value in parts]
+        table += [f"  {'peak':<28}{memory.peak / GIB:8.2f} GiB"]
+        kind = "GPU" if self.on_gpu else "CPU"
+        present = ", ".join(f"{device.name} ({device.gib:.0f} GiB)" for device in self.devices)
+        table += [
+            f"  {f'a {kind} needs' if self.on_gpu else 'the machine needs':<28}"
+            f"{self.needed * (1 if self.on_gpu else self.run.ranks) / GIB:8.2f} GiB",
+            "",
+        ]
+        facts = [("ranks", f"{self.run.ranks}"), ("devices present", present or f"no {kind}")]
+        if work.examples is not None:
+            facts.append(("an epoch", f"{work.examples:,} examples, {work.epoch_tokens:,} tokens"))
+        else:
+            facts.append(("training data", f"unknown: {work.unknown}"))
+        facts.append(("steps", "unknown" if work.steps is None else f"{work.steps:,}"))
+        at_most = "" if work.examples is not None else "at most "
+        facts.append(("tokens", "unknown" if work.tokens is None else f"{at_most}{work.tokens:,}"))
+        if self.seconds is not None:
+            facts.append(
+                ("time", f"{at_most}{_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s")
+            )
+        table += _named(facts)
+        table += [f"note: {note}" for note in self.notes]
+        return "\n".join(table + [f"warning: {warning}" for warning in self.warnings])
+
+
+def make_plan(
+    module: MokaModule, data: MokaDataModule, options: dict[str, Any], tokens_per_second: float | None = None
+) -> Plan:
+    """Plans a fit; of a hub model nothing but ``config.json`` is fetched, and that only if need be.
+
+    Args:
+        module: The module that would be trained.
+        data: Its data.
+        options: The trainer's options by name.
+        tokens_per_second: A rate, over all ranks.
+
+    Raises:
+        BackboneError: If nothing tells the base's sizes.
+        AdapterError: If it cannot be adapted so.
+        ConfigError: If a listed filter does not fit a layer.
+    """
+    notes: list[str] = []
+    on_gpu = _on_gpu(options.get("accelerator"))
+    config = module.backbone
+    dtype = _dtype(module, on_gpu)
+    model, config = empty_model(config, dtype, notes)
+    sizes = sizes_of(model)
+    parameters = sizes.linear + sizes.other
+    if not sizes.known:
+        notes.append(
+            f"memory: {type(model).__name__} was not measured; it is counted as a LLaMA of its sizes"
+        )
+    if config.attention == "eager":
+        notes.append("memory: a lower bound, since attention eager keeps its weights; sdpa does not")
+    run = Run(_ranks(options, on_gpu), options)
+    adapters = plan_adapters(model, module.adapter, module.adapter_path, dtype.itemsize, notes)
+    work = plan_work(data, tokenizer_at_hand(config), run, module.adapter_prompt)
+    quantised = config.quantization != "none"
+    stored = None if on_gpu else stored_bytes(config, parameters) if quantised else 0
+
+    def peak(batch: tuple[int, int]) -> Memory:
+        setup = Setup(
+            *batch,
+            dtype.itemsize,
+            module.gradient_checkpointing,
+            quantised,
+            config.double_quantization,
+            _state_bytes(module.optimizer),
+            gradients=8 if run.ranks > 1 else 4,
+            stored=stored,
+        )
+        return estimate(sizes, setup, adapters.parameters, adapters.kept)
+
+    batch = max(work.batches, key=lambda batch: peak(batch).peak)
+    stored_as = config.quantization if quantised else str(dtype).removeprefix("torch.")
+    storage = f"{stored_as}, computing in {str(dtype).removeprefix('torch.')}"
+    memory, checkpointing, devices = peak(batch), module.gradient_checkpointing, _devices(on_gpu)
+    facts = (memory, batch, checkpointing, on_gpu, run, devices, work, tokens_per_second, notes)
+    return Plan(f"{config.name} in {storage}", parameters, adapters, *facts)
+
+
+def _unmeasured(module: MokaModule, attention: str, unknown: str, on_gpu: bool) -> list[str]:
+    """Returns what the estimate of memory leaves out.
+
+    Args:
+        module: The module.
+        attention: The base's attention.
+        unknown: Its architecture, if that was not measured.
+        on_gpu: Whether the run is for GPUs.
+    """
+    notes = []
+    if unknown:
+        notes.append(f"memory: {unknown} was not measured; it is counted as a LLaMA of its sizes")
+    if attention == "eager":
+        notes.append("memory: a lower bound, since attention eager keeps its weights; sdpa does not")
+    if module.cuda_graphs and on_gpu:
+        notes.append("memory: cuda_graphs keeps a batch's activations for each size of batches; not counted")
+    return notes
+
+
+def _layer_table(adapters: Adapters) -> list[str]:
+    """A line for alike layers, with their filters below."""
+    wide = max([len(layers.name) for layers in adapters.layers], default=0) + 2
+    lines = [f"{'adapted layers':<{wide}}{'count':>6}{'m × n':>15}{'each':>12}{'all':>13}  exact LoRA rank"]
+    for layers in adapters.layers:
+        size = f"{layers.outputs} × {layers.inputs}"
+        rank = "" if layers.exact_lora_rank is None else f"  {layers.exact_lora_rank}"
+        lines.append(
+            f"{layers.name:<{wide}}{layers.count:>6}{size:>15}{layers.parameters:>12,}"
+            f"{layers.count * layers.parameters:>13,}{rank}"
+        )
+        if layers.filters:
+            lines.append(f"  {', '.join(layers.filters)}")
+    return lines
+
+
+def _named(facts: list[tuple[str, str]]) -> list[str]:
+    return [f"{name:<22}{value}" for name, value in facts]
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
+
+
+def _on_gpu(accelerator: Any) -> bool:
+    return accelerator in ("gpu", "cuda") or (accelerator in ("auto", None) and torch.cuda.is_available())
+
+
+def _dtype(module: MokaModule, on_gpu: bool) -> torch.dtype:
+    """The compute dtype; of a GPU that is not here, the one of today's."""
+    if module.backbone.compute_dtype == "auto" and on_gpu and not torch.cuda.is_available():
+        return torch.bfloat16
+    return compute_dtype(module.backbone, torch.device("cuda" if on_gpu else "cpu"))
+
+
+def _ranks(options: dict[str, Any], on_gpu: bool) -> int:
+    """Processes over all nodes, as the trainer would count them."""
+    devices = options.get("devices")
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        count = len(devices)
+    elif isinstance(devices, int) and devices > 0:
+        count = devices
+    else:  # auto, -1
+        count = max(1, torch.cuda.device_count()) if on_gpu else 1
+    return count * int(options.get("num_nodes") or 1)
+
+
+def _devices(on_gpu: bool) -> list[Device]:
+    if on_gpu:
+        properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        return [Device(found.name, found.total_memory / GIB) for found in properties]
+    return [Device("this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB)]
+
+
+def _state_bytes(build: "Callable[..., Optimizer]") -> float:
+    """Bytes of an optimizer's state for each number, by a step on a few; AdamW's where that fails."""
+    trial = nn.Parameter(torch.zeros(64, 64, device="cpu"))
+    trial.grad = torch.ones_like(trial)
+    try:
+        optimizer = build([trial])
+        optimizer.step()
+    except Exception:  # one for GPUs, or that needs a closure
+        return 8
+    held = optimizer.state[trial].values()
+    return sum(t.nbytes for t in held if isinstance(t, torch.Tensor) and t.dim() > 0) / trial.numel()

@@ -1,0 +1,116 @@
+"""The estimated peak against every measured one of the repository that the estimate speaks of."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers
+from moka_pl.backbone import BackboneConfig
+from moka_pl.backbone.description import build_empty, describe
+from moka_pl.planning.memory import GIB, Setup, Sizes, estimate, merged_inputs, sizes_of
+from moka_pl.studies.benchmark.bench import Record, load_results
+
+RESULTS = sorted((Path(__file__).parents[2] / "scripts" / "results").glob("*-h100.json"))
+
+#: Rows of the benchmark: MoKA's options, or None for the frozen base.
+ROWS = {
+    "frozen base": None,
+    "MoKA r10": {},
+    "MoKA r10 fit": {},
+    "MoKA r1": {"components": 1},
+    "MoKA r20": {"components": 20},
+    "MoKA_s r10": {"filters": "prime"},
+    "MoKA r2 all linear": {"components": 2, "target_modules": "all-linear"},
+    "MoKA servable r16 all linear": {
+        "filters": "servable",
+        "rank": 16,
+        "components": 1,
+        "target_modules": "all-linear",
+    },
+}
+
+#: Peak resident memory in GiB of SmolLM2-135M's first four steps on a CPU, a process each (but for the last):
+#: ``fit --config configs/smollm2.yaml --trainer.max_steps 4 --trainer.limit_val_batches 0``;
+#: T and N of the largest micro-batch.
+CPU = [
+    (2.263, 768, 285, "MoKA r10", False),
+    (1.829, 768, 285, "MoKA r10", True),
+    (2.779, 768, 285, "MoKA r2 all linear", False),
+    (1.898, 320, 180, "MoKA r10", False),
+    (4.528, 1920, 998, "MoKA r10", False),  # the whole epoch
+]
+
+
+@cache
+def adapted(shape: str, row: str, dtype: torch.dtype) -> tuple[Sizes, int, float]:
+    """Sizes, trained numbers and Σx of a row."""
+    config = BackboneConfig(shape, weights="random")
+    model, _ = build_empty(describe(config, {}).shape, config, dtype, [])
+    sizes, options = sizes_of(model), ROWS[row]
+    if options is None:
+        return sizes, 0, 0
+    inject_adapter(model, MokaConfig(**options))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sizes, trained, merged_inputs({name: x.in_features for name, x in moka_layers(model).items()})
+
+
+def measured() -> Iterator[tuple[str, str, int, Record]]:
+    """File, shape, tokens and record of each measured peak."""
+    for file in RESULTS:
+        results = load_results(file)
+        full = results.preset["batch"] * results.preset["length"]
+        for record in results.records:
+            kind = record.row in ROWS and record.measure in ("steps", "sizes", "tokens", "fit")
+            if kind and "peak_gib" in record.values:
+                shape = str(record.setting.get("shape", results.preset["shape"]))
+                yield file.name, shape, int(record.setting.get("tokens", full)), record
+
+
+@pytest.mark.parametrize("rows", [("MoKA r10",), pytest.param(tuple(ROWS), marks=pytest.mark.slow)], ids=len)
+def test_the_h100_s_peaks_are_met(rows: tuple[str, ...]) -> None:
+    seen = set()
+    for file, shape, tokens, record in measured():
+        if record.row not in rows:
+            continue
+        sizes, trained, kept = adapted(shape, record.row, torch.bfloat16)
+        state = 8 if record.measure == "fit" else 0
+        setup = Setup(tokens, tokens, checkpointing=record.checkpointing, state=state)
+        estimated = estimate(sizes, setup, trained, 2 * kept).peak / GIB
+        told = f"{file} {record.row} {record.setting} checkpointing {record.checkpointing}"
+        assert estimated == pytest.approx(record.values["peak_gib"], rel=0.05), told
+        seen.add((shape, record.row, record.checkpointing))
+    for shape in ("llama2-7b", "llama3-8b"):
+        assert {(shape, "MoKA r10", False), (shape, "MoKA r10", True)} <= seen
+    assert len(seen) > 7 * len(rows) ** 0.5
+
+
+@pytest.mark.parametrize(("peak", "tokens", "trained", "row", "checkpointing"), CPU)
+def test_the_cpu_s_peaks_are_met(
+    peak: float, tokens: int, trained: int, row: str, checkpointing: bool
+) -> None:
+    sizes, parameters, kept = adapted("smollm2-135m", row, torch.float32)
+    stored = 4 * (sizes.linear + sizes.other)  # the converted GGUF file's float32
+    setup = Setup(tokens, trained, 4, checkpointing, stored=stored)
+    estimated = estimate(sizes, setup, parameters, 4 * kept).peak / GIB
+    assert estimated == pytest.approx(peak, rel=0.15)
+
+
+def test_layers_that_read_the_same_tensor_keep_it_once() -> None:
+    attention = {f"block.self_attn.{name}": 8 for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    assert merged_inputs(attention) == 8
+    mlp = {"block.mlp.gate_proj": 8, "block.mlp.up_proj": 8, "block.mlp.down_proj": 20}
+    assert merged_inputs(attention | mlp) == 8 + 8 + 20
+    assert merged_inputs({"a.q_proj": 8, "b.q_proj": 8}) == 16
+
+
+def test_a_second_rank_s_gradient_and_the_optimizer_are_counted() -> None:
+    sizes, trained, kept = adapted("tiny", "MoKA r10", torch.bfloat16)
+    one, two = (
+        estimate(sizes, Setup(64, 64, gradients=size, state=8), trained, kept).peak for size in (4, 8)
+    )
+    assert two - one == 4 * trained
+    none = estimate(sizes, Setup(64, 64, gradients=4, state=0), trained, kept).peak
+    assert one - none == 8 * trained
