@@ -14,7 +14,7 @@ KINDS = {
     "word_perplexity": False,
     "byte_perplexity": False,
 }
-_ERROR = "_stderr"
+_ERROR, _MACRO = "_stderr", "_macro"
 
 
 class MetricTable(NamedTuple):
@@ -48,6 +48,7 @@ def metric_table(metrics: Mapping[str, float]) -> MetricTable:
         parts = name.removeprefix(f"{title}/").split("/")
         kind = next((part for part in reversed(parts) if part in KINDS), "value")
         row = "/".join(part for part in parts if part != kind) or "mean"
+        row = f"{row.removesuffix(_MACRO)}, mean of its tasks" if row.endswith(_MACRO) else row
         cells.setdefault(row, {})[kind] = _shown(kind, value, metrics.get(name + _ERROR))
     columns = [kind for kind in (*KINDS, "value") if any(kind in of for of in cells.values())]
     rows = sorted(cells, key=lambda row: row != "mean")

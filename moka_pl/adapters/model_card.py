@@ -9,6 +9,7 @@ from torch import nn
 from moka_pl.adapters.injection import moka_layers
 from moka_pl.adapters.layer import MokaLinear
 from moka_pl.adapters.methods.base import AdapterMethod, name_ranks
+from moka_pl.adapters.metric_table import metric_table
 from moka_pl.ops.gating import can_move, normalised_entropy
 
 _USAGE = """```python
@@ -16,10 +17,6 @@ from moka_pl import load_model
 
 model, tokenizer = load_model("path/to/this/folder")
 ```"""
-
-#: Metrics of tasks, ``<set>/<score>/<task>``, and whether they are shares.
-_SCORES = {"accuracy": True, "acc_norm": True, "generated": True, "nll": False}
-_ERROR, _MACRO = "_stderr", "_macro"
 
 
 def model_card(stored: Mapping[str, Any], method: AdapterMethod, model: nn.Module | None = None) -> str:
@@ -54,7 +51,9 @@ def model_card(stored: Mapping[str, Any], method: AdapterMethod, model: nn.Modul
     if trained:
         parts.append(_table(("training", "value"), trained.items()))
     if metrics := extra.get("metrics"):
-        parts += _metrics(metrics)
+        table = metric_table(dict(sorted(metrics.items())))
+        rows = ((name, *cells) for name, cells in table.rows)
+        parts.append(_table((table.title or "metrics", *table.columns), rows))
         step, metrics_step = extra.get("step"), extra.get("metrics_step")
         if metrics_step is not None and metrics_step != step:
             parts.append(
@@ -63,41 +62,6 @@ def model_card(stored: Mapping[str, Any], method: AdapterMethod, model: nn.Modul
     parts += [] if model is None else _gates(moka_layers(model))
     parts += [_USAGE, f"Written by moka_pl {stored['moka_pl_version']}."]
     return "\n\n".join(parts) + "\n"
-
-
-def _metrics(metrics: Mapping[str, float]) -> list[str]:
-    """Returns a table of tasks, one row each with all its scores, and one of everything else."""
-    tasks: dict[str, dict[str, str]] = {}
-    others: dict[str, str] = {}
-    for name, value in sorted(metrics.items()):
-        if name.endswith(_ERROR) and name.removesuffix(_ERROR) in metrics:
-            continue  # stands beside its value
-        error = metrics.get(name + _ERROR)
-        parts = name.split("/")
-        found = next((i for i, part in enumerate(parts) if part in _SCORES), None)
-        if found is None:
-            others[name] = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
-            continue
-        task = "/".join(parts[found + 1 :]) or "/".join([*parts[1:found], "mean of tasks"])
-        unit, digits = (100, 1) if _SCORES[parts[found]] else (1, 3)
-        shown = f"{unit * value:.{digits}f}" + ("" if error is None else f" ± {unit * error:.{digits}f}")
-        tasks.setdefault(task, {})[parts[found]] = shown
-    tables = []
-    if tasks:
-        columns = [score for score in _SCORES if any(score in row for row in tasks.values())]
-        heads = [f"{score} (%)" if _SCORES[score] else score for score in columns]
-        single = [task for task in tasks if not task.endswith((_MACRO, "mean of tasks"))]
-        together = [task for task in tasks if task not in single]
-        rows = [
-            [_task_title(task), *(tasks[task].get(score, "") for score in columns)]
-            for task in (*single, *(() if len(single) == 1 else together))
-        ]
-        tables.append(_table(("task", *heads), rows))
-    return tables + ([_table(("metric", "value"), others.items())] if others else [])
-
-
-def _task_title(task: str) -> str:
-    return f"{task.removesuffix(_MACRO)}, mean of its tasks" if task.endswith(_MACRO) else task
 
 
 def _gates(layers: Mapping[str, MokaLinear]) -> list[str]:

@@ -1,12 +1,9 @@
-"""Under which names gates are logged, and their curves as a run's log holds them."""
+"""Under which names gates are logged; :mod:`moka_pl.inspection.history` reads them back."""
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from moka_pl.ops.gating import Gating, normalised_entropy
@@ -14,7 +11,6 @@ from moka_pl.ops.layout import Shape
 
 #: Sorts behind ``train`` and ``val``, so that TensorBoard shows these first.
 ALPHA = "α"
-_TAG = re.compile(rf"{ALPHA} ([^/]+)/(.+)/(\d+): (.+)")
 
 
 class GatedLayer(NamedTuple):
@@ -39,22 +35,6 @@ class GatedLayer(NamedTuple):
     def group(self) -> str:
         """Beginning of its curves' tags on TensorBoard: ``α q_proj/layer03/``."""
         return f"{ALPHA} {self.projection}/{self.row}/"
-
-
-class GateCurves(NamedTuple):
-    """Gates over a run.
-
-    Attributes:
-        steps: The S optimizer steps, ascending.
-        layers: Labels of the L layers, in the model's order.
-        shapes: Sizes of each layer's r components, ``24×24 ⊗ 24×24``.
-        alpha: α, shape (S, L, r).
-    """
-
-    steps: list[int]
-    layers: list[str]
-    shapes: list[list[str]]
-    alpha: Tensor
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
@@ -121,40 +101,3 @@ def _columns(gates: Tensor, gating: Gating) -> dict[str, Tensor]:
     """Returns one value a layer, (layers,) each, by what it is."""
     columns = {"entropy": normalised_entropy(gates)}
     return columns | {"sum": gates.sum(1)} if gating == "sigmoid" else columns
-
-
-def read_gate_curves(run: Path) -> GateCurves | None:
-    """Reads all gates that a run logged to TensorBoard; None where there are none.
-
-    In a resumed run the later value of a step counts. Steps of which some gates are missing are left out.
-
-    Args:
-        run: The run's log folder.
-    """
-    by_step: dict[int, dict[tuple[str, int], float]] = defaultdict(dict)
-    names: dict[tuple[str, int], str] = {}
-    for step, tag, value in _scalars(run):
-        if match := _TAG.fullmatch(tag):
-            projection, row, i, name = match.groups()
-            key = (row if row == projection else f"{row}.{projection}", int(i))
-            names[key] = name
-            by_step[step][key] = value
-    if not names:
-        return None
-    layers = list(dict.fromkeys(layer for layer, _ in names))
-    steps = [step for step in sorted(by_step) if by_step[step].keys() == names.keys()]
-    alpha = torch.tensor([[by_step[step][key] for key in names] for step in steps])  # (S, L * r)
-    shapes = [[name for (of, _), name in names.items() if of == layer] for layer in layers]
-    return GateCurves(steps, layers, shapes, alpha.reshape(len(steps), len(layers), -1))  # (S, L, r)
-
-
-def _scalars(run: Path) -> Iterator[tuple[int, str, float]]:
-    """Yields step, tag and value of everything that was logged, in its order."""
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-
-    # Their names begin with the time at which they were begun.
-    for file in sorted(run.glob("events.out.tfevents.*")):
-        for event in LegacyEventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    yield event.step, value.tag, value.simple_value

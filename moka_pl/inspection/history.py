@@ -1,20 +1,39 @@
-"""The gates over the steps of the run that an adapter comes from."""
+"""The gates over the steps of a run, as its TensorBoard log holds them."""
 
 import re
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from moka_pl.utils import silenced
 
-#: Step and value of every gate, by component, by layer; layers have the short names of the log.
-Curves = dict[str, dict[int, list[tuple[int, float]]]]
-
-#: `α q_proj/layer03/4: 24×24 ⊗ 24×24` of TensorBoard, `gate/layer03.q_proj/alpha_4` of older logs.
+#: `α q_proj/layer03/4: 24×24 ⊗ 24×24`, and `gate/layer03.q_proj/alpha_4` of older logs.
 _TAGS = (
-    re.compile(r"α (?P<projection>[^/]+)/(?P<row>.+)/(?P<component>\d{1,6}): .+"),
+    re.compile(r"α (?P<projection>[^/]+)/(?P<row>.+)/(?P<component>\d{1,6}): (?P<shape>.+)"),
     re.compile(r"gate/(?P<row>.+)/alpha_(?P<component>\d{1,6})"),
 )
 #: Bytes of event files that are read.
 _LARGEST = 2**30
+
+
+class GateCurves(NamedTuple):
+    """Gates over a run.
+
+    Attributes:
+        steps: The S optimizer steps, ascending.
+        layers: Labels of the L layers, in the model's order.
+        shapes: Sizes of each layer's r components, ``24×24 ⊗ 24×24``; empty where an older log lacks them.
+        alpha: α, shape (S, L, r).
+    """
+
+    steps: list[int]
+    layers: list[str]
+    shapes: list[list[str]]
+    alpha: Tensor
 
 
 def find_log(adapter: Path) -> Path | None:
@@ -26,22 +45,44 @@ def find_log(adapter: Path) -> Path | None:
     return None
 
 
-def read_curves(run: Path) -> Curves:
-    """Reads the gate curves of a run; none where its events are huge, damaged or of something else."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def read_gate_curves(run: Path) -> GateCurves | None:
+    """Reads all gates that a run logged to TensorBoard; None where there are none.
 
-    if sum(file.stat().st_size for file in run.glob("events.out.tfevents.*")) > _LARGEST:
-        return {}
-    sizes = {"scalars": 0, "images": 1, "tensors": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1}
-    with silenced("tensorboard"):
-        events = EventAccumulator(str(run), size_guidance=sizes)
-        events.Reload()
-    curves: Curves = {}
-    for tag in events.Tags()["scalars"]:
+    In a resumed run the later value of a step counts. Steps of which some gates are missing are left out, and
+    so is a log that is huge or has layers with different numbers of gates.
+
+    Args:
+        run: The run's log folder.
+    """
+    by_step: dict[int, dict[tuple[str, int], float]] = defaultdict(dict)
+    shapes: dict[tuple[str, int], str] = {}
+    for step, tag, value in _scalars(run):
         if (match := next(filter(None, (form.fullmatch(tag) for form in _TAGS)), None)) is None:
             continue
-        row, projection = match["row"], match.groupdict().get("projection")
-        layer = row if projection in (None, row) else f"{row}.{projection}"
-        curve = {event.step: event.value for event in events.Scalars(tag)}  # of a step logged twice the last
-        curves.setdefault(layer, {})[int(match["component"])] = sorted(curve.items())
-    return curves
+        found = match.groupdict()
+        row, projection = found["row"], found.get("projection")
+        key = (row if projection in (None, row) else f"{row}.{projection}", int(found["component"]))
+        shapes[key] = found.get("shape", "")
+        by_step[step][key] = value
+    steps = [step for step in sorted(by_step) if by_step[step].keys() == shapes.keys()]
+    layers = list(dict.fromkeys(layer for layer, _ in shapes))
+    if not steps or len(shapes) % len(layers):
+        return None
+    alpha = torch.tensor([[by_step[step][key] for key in shapes] for step in steps])  # (S, L * r)
+    names = [[shape for (of, _), shape in shapes.items() if of == layer] for layer in layers]
+    return GateCurves(steps, layers, names, alpha.reshape(len(steps), len(layers), -1))  # (S, L, r)
+
+
+def _scalars(run: Path) -> Iterator[tuple[int, str, float]]:
+    """Yields step, tag and value of everything that was logged, in its order."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    files = sorted(run.glob("events.out.tfevents.*"))  # their names begin with the time of their beginning
+    if sum(file.stat().st_size for file in files) > _LARGEST:
+        return
+    with silenced("tensorboard"):
+        for file in files:
+            for event in LegacyEventFileLoader(str(file)).Load():
+                for value in event.summary.value:
+                    if value.HasField("simple_value"):
+                        yield event.step, value.tag, value.simple_value

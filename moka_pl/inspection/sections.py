@@ -22,7 +22,7 @@ from moka_pl.inspection.charts import (
     thinned,
 )
 from moka_pl.inspection.comparison import Comparison, LayerDifference
-from moka_pl.inspection.history import find_log, read_curves
+from moka_pl.inspection.history import find_log, read_gate_curves
 from moka_pl.inspection.layers import Layer, short_labels
 from moka_pl.inspection.report import Inspection, LayerNumbers
 from moka_pl.inspection.text import sampled
@@ -152,13 +152,22 @@ def gate_curves(one: Inspection) -> str:
     """Gates over the steps of the run, a small chart a layer."""
     gated = one.gated
     run = find_log(one.path) if gated else None
-    curves = {} if run is None else read_curves(run)
+    found = None if run is None else read_gate_curves(run)
+    # Step and value by layer and component.
+    curves = (
+        {}
+        if found is None
+        else {
+            label: [list(zip(found.steps, of, strict=True)) for of in found.alpha[:, i].T.tolist()]
+            for i, label in enumerate(found.layers)
+        }
+    )
     labels = dict(zip((n.name for n in one.layers), short_labels([n.layer for n in one.layers]), strict=True))
     logged = [layer for layer in gated if labels[layer.name] in curves]
     if not logged:
         missing = "No gate curves: the adapter does not lie in its run's log folder." if gated else ""
         return tag("p", missing, class_="soft") if missing else ""
-    ys = [y for layer in logged for curve in curves[labels[layer.name]].values() for _, y in curve]
+    ys = [y for layer in logged for curve in curves[labels[layer.name]] for _, y in curve]
     bounds = (min(ys), max(ys))
     parts: list[str] = []
     names = kind_names(by_kind(logged))
@@ -167,7 +176,7 @@ def gate_curves(one: Inspection) -> str:
         for layer in of:
             series = [
                 Series(_component(layer, j), thinned(curve, _POINTS), *_look(layer, j))
-                for j, curve in sorted(curves[labels[layer.name]].items())
+                for j, curve in enumerate(curves[labels[layer.name]])
                 if j < len(layer.alpha)
             ]
             told = f"gates of {layer.name} over the steps"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moka_pl.callbacks.gate_tags import read_gate_curves
+from moka_pl.inspection.history import read_gate_curves
 from moka_pl.studies.common import Parser
 
 DESCRIPTION = """\

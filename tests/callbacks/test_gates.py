@@ -13,9 +13,10 @@ from moka_pl.adapters import moka_layers
 from moka_pl.adapters.filters import filter_shapes
 from moka_pl.callbacks import BoardLogger, GateMonitor
 from moka_pl.callbacks.board import log_scalars
-from moka_pl.callbacks.gate_tags import GatedLayer, board_scalars, layer_labels, read_gate_curves
+from moka_pl.callbacks.gate_tags import GatedLayer, board_scalars, layer_labels
 from moka_pl.callbacks.gates import _SCALAR_BYTES, gate_matrix, gated_layers, logged_steps
 from moka_pl.callbacks.heatmap import gate_heatmaps
+from moka_pl.inspection.history import read_gate_curves
 
 LAYERS = [f"layer{i:02d}.{kind}_proj" for i in range(2) for kind in "qv"]
 

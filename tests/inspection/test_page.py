@@ -14,7 +14,7 @@ from moka_pl.adapters.metric_table import metric_table
 from moka_pl.errors import ConfigError
 from moka_pl.inspection.charts import diverging, sequential, ticks
 from moka_pl.inspection.comparison import compare
-from moka_pl.inspection.history import find_log, read_curves
+from moka_pl.inspection.history import find_log, read_gate_curves
 from moka_pl.inspection.page import check_target, page, write_page
 from moka_pl.inspection.report import inspect_adapter
 
@@ -90,19 +90,18 @@ def test_curves_are_read_from_the_log_beside_the_adapter(make_adapter: Callable,
     run = path.parent.parent
     log(run, tag)
     assert find_log(path) == run
-    curves = read_curves(run)
-    assert sorted(curves) == ["layer00.q_proj", "layer01.q_proj"]
-    assert sorted(curves["layer00.q_proj"]) == [0, 1, 2]
-    steps, values = zip(*curves["layer01.q_proj"][2], strict=True)
-    assert list(steps) == list(range(10))
-    assert list(values) == pytest.approx([1 / 3 + 0.01 * step for step in range(10)])
+    curves = read_gate_curves(run)
+    assert curves.layers == ["layer00.q_proj", "layer01.q_proj"]
+    assert curves.alpha.shape == (10, 2, 3)
+    assert curves.steps == list(range(10))
+    assert curves.alpha[:, 1, 2].tolist() == pytest.approx([1 / 3 + 0.01 * step for step in range(10)])
 
 
 def test_a_damaged_log_gives_no_curves(make_adapter: Callable) -> None:
     path, _ = make_adapter()
     (path / "events.out.tfevents.1").write_bytes(bytes(range(256)) * 9)
     assert find_log(path) == path
-    assert read_curves(path) == {}
+    assert read_gate_curves(path) is None
     checked(page([inspect_adapter(path)]))
 
 
