@@ -140,28 +140,34 @@ def make_data(corpus, dataset_cache, monkeypatch) -> Callable[..., InstructionDa
     return make
 
 
+@pytest.fixture(scope="session")
+def question_file(tmp_path_factory) -> Path:
+    """A file of 9 questions of two tasks, with two to four options."""
+    pick = random.Random(1)
+    records = [
+        {
+            "task": "odd" if number % 3 else "even",
+            "question": f"Which word is number {number}?",
+            "choices": [" ".join(pick.sample(WORDS, 1 + number % 3)) for _ in range(2 + number % 3)],
+            "answer": number % 2,
+        }
+        for number in range(9)
+    ]
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    write_lines(path, records)
+    return path
+
+
 @pytest.fixture
-def make_commonsense(corpus, dataset_cache, monkeypatch) -> Callable[..., CommonsenseData]:
-    """Builds data modules of 9 questions of two tasks, with two to four options."""
+def make_commonsense(question_file, dataset_cache, monkeypatch) -> Callable[..., CommonsenseData]:
+    """Builds data modules of 9 questions."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", dataset_cache)
-    path = corpus / "questions.jsonl"
-    if not path.exists():
-        pick = random.Random(1)
-        records = [
-            {
-                "task": "odd" if number % 3 else "even",
-                "question": f"Which word is number {number}?",
-                "choices": [" ".join(pick.sample(WORDS, 1 + number % 3)) for _ in range(2 + number % 3)],
-                "answer": number % 2,
-            }
-            for number in range(9)
-        ]
-        write_lines(path, records)
 
     def make(**options: object) -> CommonsenseData:
-        defaults = {"path": path, "validation_path": path, "batch_size": 2, "max_length": 128}
+        paths = {"path": question_file, "validation_path": question_file}
+        defaults = {**paths, "batch_size": 2, "max_length": 128}
         return CommonsenseData(**(defaults | options))
 
     return make

@@ -38,10 +38,9 @@ def cli(tmp_path, monkeypatch, dataset_cache, one_thread):
 
 
 @pytest.fixture
-def questions(make_commonsense, corpus):
+def questions(question_file):
     """The file of 9 questions of two tasks."""
-    make_commonsense()
-    return {"path": str(corpus / "questions.jsonl"), "validation_path": str(corpus / "questions.jsonl")}
+    return {"path": str(question_file), "validation_path": str(question_file)}
 
 
 def metrics(version, command):
