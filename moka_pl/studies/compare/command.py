@@ -47,7 +47,10 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
         if args.report:
             if args.results is not None:
                 make_folder(args.results, "--results")
-            _report(_stored(args), args)
+            elif args.methods is not None:
+                raise MokaError("--report --methods would replace the reports of all methods; set --results")
+            suites_run = _stored(args)
+            _report(suites_run if args.methods is None else keep_methods(suites_run, args.methods), args)
         elif not args.suite:
             raise MokaError("no suite given; set --suite")
         else:
@@ -221,7 +224,7 @@ def _parser(suites: Path) -> Parser:
         "instruction/alpaca_en_demo.json",
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds, instead of the suites'")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods; with --report, too")
     parser.add_argument("--jobs", type=int, default=1, help="parallel runs, one process each (default: 1)")
     parser.add_argument(
         "--devices", help="GPUs to spread the processes over: their count, or their indices, such as 0,2"

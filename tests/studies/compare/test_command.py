@@ -103,6 +103,12 @@ def test_reports_are_written_again_from_the_folder_alone(capsys, tmp_path, monke
     text = (tmp_path / "results" / "tiny" / "report.md").read_text()
     assert "| KronA | not run yet |" in text  # all methods, also those that were left out
     assert "- MoKA, lr 0.01, seed 0" in text
+    some = ("--report", "--out", tmp_path / "elsewhere", "--methods", "MoKA", "MoKA_s")
+    run(*some, "--results", tmp_path / "pair")  # without the suite's reference every pair is compared
+    pair = (tmp_path / "pair" / "tiny" / "report.md").read_text()
+    assert "| MoKA_s | not run yet |" in pair
+    assert "KronA" not in pair
+    assert "--results" in refused(capsys, *some)
     assert "no suite" in refused(capsys, "--report", "--out", tmp_path / "nowhere")
 
 
