@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,19 @@ def load_results(file: Path) -> Results:
         raise ConfigError(f"{file} is damaged: {error}") from error
 
 
+@cache
+def linear_weights(shape: str) -> int:
+    """Numbers in all linear layers of a shape, the output head included."""
+    import torch
+    from torch import nn
+
+    from moka_pl.backbone import BackboneConfig
+    from moka_pl.planning.shape import empty_model
+
+    model, _ = empty_model(BackboneConfig(shape, weights="random"), torch.bfloat16, [])
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+
+
 Work = Callable[["PreTrainedModel"], Values]
 RowWork = Callable[["PreTrainedModel", Row], Values]
 
@@ -115,6 +129,7 @@ class Bench:
     def __init__(self, shape: str, device: str, checkpointing: bool = False) -> None:
         self.shape, self.device, self.checkpointing = shape, device, checkpointing
         self._model: PreTrainedModel | None = None
+        self._backbone: Mapping[str, str] = {}
         self._structure: list[tuple[object, ...]] = []
 
     def measure(self, row: Row, work: Work) -> tuple[Values, str | None]:
@@ -133,7 +148,7 @@ class Bench:
         problem = None
         remove = None
         try:
-            model = self._built()
+            model = self.built(row.backbone)
             torch.manual_seed(0)
             remove = row.put(model)
             values = work(model)
@@ -179,13 +194,20 @@ class Bench:
         self._model = None
         free_memory()
 
-    def _built(self) -> "PreTrainedModel":
+    def built(self, options: Mapping[str, str] | None = None) -> "PreTrainedModel":
+        """The frozen model, which is built where there is none with these options.
+
+        Args:
+            options: Options of ``BackboneConfig``.
+        """
         from moka_pl.backbone import BackboneConfig, load_backbone
 
-        if self._model is None:
-            free_memory()
-            model = load_backbone(BackboneConfig(self.shape, weights="random"), self.device).model
+        options = options or {}
+        if self._model is None or self._backbone != options:
+            self.close()
+            config = BackboneConfig(self.shape, weights="random", **options)  # type: ignore[arg-type]
+            model = load_backbone(config, self.device).model
             if self.checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self._model, self._structure = model, structure(model)
+            self._model, self._backbone, self._structure = model, options, structure(model)
         return self._model

@@ -4,8 +4,8 @@ A row is what is put into the frozen model, and how it is taken out again.
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,12 +39,14 @@ class Row:
         put: Changes the frozen model in place, and returns what undoes it.
         spoils: Whether the model cannot be used again even then.
         captured: Whether its training step is replayed as a CUDA graph.
+        backbone: Options of ``BackboneConfig`` that its model is built with.
     """
 
     name: str
     put: Put
     spoils: bool = False
     captured: bool = False
+    backbone: Mapping[str, str] = field(default_factory=dict)
 
 
 def frozen(name: str = FROZEN) -> Row:
@@ -114,6 +116,7 @@ def step_rows(device: str) -> list[Row]:
         lora("DoRA r64 q,v", 64, QV, use_dora=True),
         lokr("LoKr r64 q,v", 64, QV),
         *(captured if device == "cuda" else []),
+        *(backbone_rows() if device == "cuda" else []),
         frozen(f"{FROZEN} (again)"),
     ]
 
@@ -121,6 +124,50 @@ def step_rows(device: str) -> list[Row]:
 def captured_row(row: Row) -> Row:
     """The same with its step replayed as a CUDA graph."""
     return replace(row, name=f"{row.name}, CUDA graph", captured=True)
+
+
+def on_backbone(row: Row, **options: str) -> Row:
+    """The same on a base with these options of ``BackboneConfig``, which its name ends with."""
+    told = "".join(f", {key} {value}" for key, value in options.items())
+    return replace(row, name=f"{row.name}{told}", backbone=options)
+
+
+#: Which of unsloth's rows answers the same wish as one of ours.
+_PEERS = {
+    "MoKA r10": "unsloth LoRA r8 q,v",
+    "MoKA r10 fit": "unsloth LoRA r8 q,v",
+    "LoRA r8 q,v": "unsloth LoRA r8 q,v",
+    "MoKA r2 all linear": "unsloth LoRA r16 all linear",
+    "MoKA servable r16 all linear": "unsloth LoRA r16 all linear",
+    "LoRA r16 all linear": "unsloth LoRA r16 all linear",
+    "LoRA r32 q,k,v,up,down": "unsloth LoRA r32 q,k,v,up,down",
+}
+
+
+def peer(name: str) -> str | None:
+    """Name of unsloth's row that a row competes with, whatever its base or its step; None where none does."""
+    return _PEERS.get(name.partition(", ")[0])
+
+
+def backbone_rows() -> list[Row]:
+    """Rows on a base that is not built as it is by default."""
+    ours = [
+        frozen(),
+        moka("MoKA r10"),
+        moka("MoKA r2 all linear", components=2, target_modules=ALL),
+        servable(),
+    ]
+    peft = [
+        lora("LoRA r8 q,v", 8, QV),
+        lora("LoRA r16 all linear", 16, ALL),
+        lora("LoRA r32 q,k,v,up,down", 32, FIVE),
+    ]
+    rows = [on_backbone(row, compile="layers") for row in ours]
+    rows += [on_backbone(row, kernels="none") for row in (frozen(), *peft)]
+    from moka_pl.backbone import BackboneConfig
+
+    known = {option.name for option in fields(BackboneConfig)}
+    return [row for row in rows if known.issuperset(row.backbone)]
 
 
 def choose(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
@@ -225,6 +272,8 @@ PRESETS = {
         Preset("llama2-7b-h100", "llama2-7b", "cuda", batch=8, length=512),
         Preset("llama2-7b-odd-h100", "llama2-7b-odd", "cuda", batch=8, length=512),
         Preset("llama3-8b-h100", "llama3-8b", "cuda", batch=8, length=512),
+        Preset("llama3-8b-2048-h100", "llama3-8b", "cuda", batch=2, length=2048),
+        Preset("llama3-8b-4096-h100", "llama3-8b", "cuda", batch=1, length=4096),
         # A single short example, for which the update itself weighs most.
         Preset(
             "smollm2-cpu-short", "smollm2-135m", "cpu", batch=1, length=64, warmup=2, steps=12, seconds=8.0

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moka_pl.errors import ConfigError, MokaError, end_interrupted
-from moka_pl.studies.benchmark import cases, fit, growth, steps
+from moka_pl.studies.benchmark import cases, fit, growth, steps, unsloth
 from moka_pl.studies.benchmark.bench import Bench, Record, Results
 from moka_pl.studies.benchmark.cases import PRESETS, Preset, find_preset
 from moka_pl.studies.benchmark.steps import measure_steps
 from moka_pl.studies.benchmark.tables import markdown, milliseconds, write_figures
+from moka_pl.studies.benchmark.unsloth import measure_unsloth
 from moka_pl.studies.common import Parser, device_name, versions
 
 GROWTH = ("components", "tokens", "sizes")
@@ -42,6 +43,8 @@ class Plan:
         checkpointing: Without and with, in this order.
         names: Only these rows; all for none.
         liger: Whether to add rows with Liger.
+        unsloth: Whether to add rows of unsloth.
+        profiled: Whether to count launches.
         command: The command that says the same.
     """
 
@@ -50,6 +53,8 @@ class Plan:
     checkpointing: tuple[bool, ...]
     names: tuple[str, ...]
     liger: bool
+    unsloth: bool
+    profiled: bool
     command: str
 
 
@@ -92,7 +97,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         preset = replace(preset, steps=args.steps, fit_steps=args.steps)
     if args.figures and not set(GROWTH) & set(measures):
         raise ConfigError("--figures draws growth; add --measure growth, or all")
-    known = row_names(preset.device, measures, args.liger)
+    known = row_names(preset.device, measures, args.liger, args.unsloth)
     for name in args.rows:
         if name not in known:
             raise ConfigError(f"unknown row {name!r}; choose some of {', '.join(known)}")
@@ -102,20 +107,26 @@ def make_plan(args: argparse.Namespace) -> Plan:
         tuple(_CHECKPOINTING[args.checkpointing]),
         tuple(args.rows),
         args.liger,
+        args.unsloth,
+        args.profile,
         _command(args),
     )
 
 
-def row_names(device: str, measures: Sequence[str], with_liger: bool) -> list[str]:
+def row_names(
+    device: str, measures: Sequence[str], with_liger: bool = False, with_unsloth: bool = False
+) -> list[str]:
     """Names of all rows of these measures.
 
     Args:
         device: ``cpu`` or ``cuda``.
         measures: Some of ``MEASURES``.
         with_liger: Whether there are rows with Liger.
+        with_unsloth: Whether there are rows of unsloth.
     """
     names: list[str] = []
     if "steps" in measures:
+        names += [row.name for row in unsloth.ROWS] if with_unsloth else []
         names += [row.name for row in [*cases.step_rows(device), *(_liger_rows() if with_liger else [])]]
     if set(GROWTH) & set(measures):
         names += growth.growth_rows(device)
@@ -156,6 +167,11 @@ def run(plan: Plan, file: Path | None = None) -> Results:
         # What PEFT and Lightning use that transformers and torch will rename one day.
         warnings.simplefilter("ignore", FutureWarning)
         for record in records(plan):
+            if isinstance(record, str):
+                results.notes.append(record)
+                print(f"Note: {record}", file=sys.stderr, flush=True)
+                continue
+            add_ratio(record, results)
             results.records.append(record)
             print(progress(record), file=sys.stderr, flush=True)
             if file is not None:
@@ -165,19 +181,21 @@ def run(plan: Plan, file: Path | None = None) -> Results:
     return results
 
 
-def records(plan: Plan) -> Iterator[Record]:
-    """Measures row by row."""
+def records(plan: Plan) -> Iterator[Record | str]:
+    """Measures row by row; a text among the records is a note."""
     preset, names = plan.preset, plan.names
     for checkpointing in plan.checkpointing:
         bench = Bench(preset.shape, preset.device, checkpointing)
         if "steps" in plan.measures:
             listed = cases.step_rows(preset.device)
             listed += _liger_rows() if plan.liger and cases.liger_installed() else []
-            yield from measure_steps(bench, preset, cases.choose(listed, names))
+            yield from measure_steps(bench, preset, cases.choose(listed, names), plan.profiled)
         if "components" in plan.measures:
             yield from growth.grow_components(bench, preset, names)
         if "tokens" in plan.measures:
             yield from growth.grow_tokens(bench, preset, names)
+        if "steps" in plan.measures and plan.unsloth and checkpointing == plan.checkpointing[-1]:
+            yield from measure_unsloth(bench, preset, plan.checkpointing, names, plan.profiled)
         bench.close()
         if "sizes" in plan.measures:
             yield from growth.grow_sizes(preset, checkpointing, names)
@@ -187,6 +205,15 @@ def records(plan: Plan) -> Iterator[Record]:
         bench = Bench(preset.shape, preset.device)
         yield from steps.measure_decode(bench, preset, cases.choose(steps.decode_rows(), names))
         bench.close()
+
+
+def add_ratio(record: Record, results: Results) -> None:
+    """Sets a step's time in relation to the frozen base, which another process has measured before it."""
+    if record.measure != "steps" or "ratio" in record.values or not record.values:
+        return
+    for base in results.of("steps"):
+        if base.row == cases.FROZEN and base.checkpointing == record.checkpointing and base.values:
+            record.values["ratio"] = record.values["step_ms"] / base.values["step_ms"]
 
 
 def progress(record: Record) -> str:
@@ -212,8 +239,7 @@ def _command(args: argparse.Namespace) -> str:
             parts += [f"--{name}", getattr(args, name)]
     if args.steps is not None:
         parts += ["--steps", str(args.steps)]
-    if args.liger:
-        parts.append("--liger")
+    parts += [f"--{name}" for name in ("liger", "unsloth", "profile") if getattr(args, name)]
     if args.rows:
         parts += ["--rows", *args.rows]
     return shlex.join(parts)
@@ -242,6 +268,12 @@ def _parser() -> Parser:
     parser.add_argument("--steps", type=int, metavar="N", help="measured steps, instead of the preset's")
     parser.add_argument(
         "--liger", action="store_true", help="add rows with Liger's kernels (needs liger-kernel and a GPU)"
+    )
+    parser.add_argument(
+        "--unsloth", action="store_true", help="add rows of unsloth's LoRA, in a process of their own"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="count what a step launches on the GPU, in one more step"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values, versions and the device")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw growth as PNG files")

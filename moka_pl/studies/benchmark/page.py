@@ -3,10 +3,20 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.studies.benchmark.bench import Record, Results, load_results
-from moka_pl.studies.benchmark.tables import GROWTH, failure, growth_table, milliseconds, render
+from moka_pl.studies.benchmark.cases import peer
+from moka_pl.studies.benchmark.tables import (
+    GROWTH,
+    beside_unsloth,
+    failure,
+    growth_table,
+    milliseconds,
+    number,
+    render,
+)
 from moka_pl.studies.common import Parser
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
@@ -107,12 +117,15 @@ def _about(results: Results) -> str:
         f"otherwise; medians ({packages})."
     )
     parts = [textwrap.fill(intro, _WIDTH), f"```bash\n{results.command}\n```"]
-    if steps := results.of("steps"):
-        parts += ["One training step (forward and backward), ratios to the frozen base:", _steps(steps)]
+    if steps := beside_unsloth(results, "steps"):
+        caption = "One training step (forward and backward), ratios to the frozen base"
+        if any("unsloth_ratio" in record.values for record in steps):
+            caption += " and to the row of unsloth's that each competes with"
+        parts += [f"{caption}:", _steps(steps)]
     for measure, caption in _CAPTIONS.items():
         if records := results.of(measure):
             parts += [caption, growth_table(records, GROWTH[measure])]
-    parts += [textwrap.fill(_fit(record), _WIDTH) for record in results.of("fit")]
+    parts += [textwrap.fill(_fit(record), _WIDTH) for record in beside_unsloth(results, "fit")]
     if generated := results.of("decode"):
         parts += ["Greedy generation at batch 1 with a key-value cache, nothing merged:", _decode(generated)]
     parts += [textwrap.fill(f"Note: {note}.", _WIDTH) for note in results.notes]
@@ -122,29 +135,48 @@ def _about(results: Results) -> str:
 def _steps(records: Sequence[Record]) -> str:
     """A line a row; both kinds of checkpointing stand side by side."""
     kinds = sorted({record.checkpointing for record in records})
+    columns = [c for c in _STEP_COLUMNS if c.always or any(c.key in r.values for r in records)]
     heads = ["adapter", "trainable"]
     for kind in kinds:
-        suffix = ", checkpointing" if kind else ""
-        heads += [f"step ms{suffix}", f"ratio{suffix}", f"peak GiB{suffix}"]
+        heads += [f"{column.title}{', checkpointing' if kind else ''}" for column in columns]
     lines = []
     for name in dict.fromkeys(record.row for record in records):
         by_kind = {record.checkpointing: record for record in records if record.row == name}
         sizes = [record.values["trainable"] for record in by_kind.values() if record.error is None]
         line = [name, f"{sizes[0]:,}" if sizes else ""]
         for kind in kinds:
-            line += _step_cells(by_kind.get(kind))
+            line += _step_cells(by_kind.get(kind), columns)
         lines.append(line)
     return render(heads, lines)
 
 
-def _step_cells(record: Record | None) -> list[str]:
+class _StepColumn(NamedTuple):
+    title: str
+    key: str
+    form: str
+    always: bool = False
+
+
+_STEP_COLUMNS = (
+    _StepColumn("step ms", "step_ms", "", True),
+    _StepColumn("ratio", "ratio", ".2f", True),
+    _StepColumn("of unsloth's", "unsloth_ratio", ".2f"),
+    _StepColumn("peak GiB", "peak_gib", ".1f", True),
+    _StepColumn("of its peak", "unsloth_peak", ".2f"),
+    _StepColumn("TFLOP/s", "tflops", ",.3g"),
+    _StepColumn("launches", "launches", ",.0f"),
+)
+
+
+def _step_cells(record: Record | None, columns: Sequence[_StepColumn]) -> list[str]:
     if record is None:
-        return ["", "", ""]
+        return [""] * len(columns)
     if record.error is not None:
-        return [failure(record), "", ""]
+        return [failure(record), *[""] * (len(columns) - 1)]
     values = record.values
-    ratio = f"{values['ratio']:.2f}" if "ratio" in values else ""
-    return [milliseconds(values["step_ms"]), ratio, f"{values['peak_gib']:.1f}"]
+    return [
+        milliseconds(values[c.key]) if c.key == "step_ms" else number(c.key, c.form)(record) for c in columns
+    ]
 
 
 def _fit(record: Record) -> str:
@@ -157,6 +189,11 @@ def _fit(record: Record) -> str:
         f"{milliseconds(values['fit_ms'])} ms an optimizer step, {values['ratio']:.3f} times a bare loop on "
         f"the same model and batches (medians), or {values['mean_ratio']:.3f} times by the means, which "
         "include the periodic logging."
+        + (
+            f" That is {values['unsloth_ratio']:.2f} times {peer(record.row)}."
+            if "unsloth_ratio" in values
+            else ""
+        )
     )
 
 

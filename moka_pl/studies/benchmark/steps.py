@@ -2,11 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from moka_pl.studies.benchmark.bench import Bench, Record, Values
+from moka_pl.studies.benchmark.bench import Bench, Record, Values, linear_weights
 from moka_pl.studies.benchmark.cases import ALL, FROZEN, QV, Preset, Row, frozen, lora, moka, servable
 from moka_pl.studies.common import peak_gib, reset_peak
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     Loss = Callable[[], Tensor]
+    MakeLoss = Callable[[PreTrainedModel, "Batch"], Loss]
+
+#: Milliseconds of the forward pass, and of both.
+_Times = tuple[float, float]
 
 #: A row that exceeds its time is still given as many measured steps.
 _FEWEST = 2
@@ -71,7 +75,8 @@ def time_steps(
     warmup: int,
     steps: int,
     seconds: float,
-    captured: bool = False,
+    make_loss: "MakeLoss | None" = None,
+    profiled: bool = False,
 ) -> Values:
     """Measures forward and backward of a batch.
 
@@ -85,39 +90,44 @@ def time_steps(
         warmup: Steps before the measured ones.
         steps: Measured steps.
         seconds: Longest time for the measured steps.
-        captured: Replay a CUDA graph of the step.
+        make_loss: What makes the loss of a batch that is computed in every step; None for the mean over all
+            tokens.
+        profiled: Count what is launched on the GPU in one more step.
 
     Returns:
         ``step_ms`` (median) with ``step_q1_ms`` and ``step_q3_ms``, ``forward_ms`` (median; not where a graph
-        holds both passes), ``tokens_per_s``, ``peak_gib``, ``trainable`` and ``steps``, the measured ones.
+        holds both passes), ``tokens_per_s``, ``peak_gib``, ``trainable`` and ``steps``, the measured ones;
+        ``launches``, if asked for.
     """
     model.train()
     device = model.get_input_embeddings().weight.device
     data = random_batch(model.config.vocab_size, batch, length, device)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    loss = _captured_loss(model, data) if captured else _plain_loss(model, data)
+    loss = (make_loss or plain_loss)(model, data)
     with _gradient_to_embeddings(model, not trainable):
         for _ in range(warmup):
             _step(loss, device, trainable)
         reset_peak(device)
-        times: list[tuple[float, float]] = []
-        begun = time.perf_counter()
-        while len(times) < steps:
-            times.append(_step(loss, device, trainable))
-            if len(times) >= _FEWEST and time.perf_counter() - begun > seconds:
-                break
+        times = _repeat(lambda: _step(loss, device, trainable), steps, seconds)
         peak = peak_gib(device)
+        launches = {"launches": _launches(lambda: _step(loss, device, trainable))} if profiled else {}
     first, median, third = quartiles([step for _, step in times])
-    passes: Values = {} if captured else {"forward_ms": statistics.median(forward for forward, _ in times)}
-    return passes | {
-        "step_ms": median,
-        "step_q1_ms": first,
-        "step_q3_ms": third,
-        "tokens_per_s": 1e3 * batch * length / median,
-        "peak_gib": peak,
-        "trainable": sum(p.numel() for p in trainable),
-        "steps": len(times),
-    }
+    passes: Values = {}
+    if make_loss is not captured_loss:
+        passes["forward_ms"] = statistics.median(forward for forward, _ in times)
+    return (
+        passes
+        | launches
+        | {
+            "step_ms": median,
+            "step_q1_ms": first,
+            "step_q3_ms": third,
+            "tokens_per_s": 1e3 * batch * length / median,
+            "peak_gib": peak,
+            "trainable": sum(p.numel() for p in trainable),
+            "steps": len(times),
+        }
+    )
 
 
 @contextmanager
@@ -132,13 +142,15 @@ def _gradient_to_embeddings(model: "PreTrainedModel", wanted: bool) -> Iterator[
         hook.remove()
 
 
-def _plain_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
+def plain_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
+    """The mean over all tokens, as training computes it."""
     from moka_pl.lm.scoring import score_tokens
 
     return lambda: score_tokens(model, data.ids, data.labels).nll.mean()
 
 
-def _captured_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
+def captured_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
+    """The same, with both passes replayed as a CUDA graph."""
     import torch
 
     from moka_pl.errors import ConfigError
@@ -157,7 +169,7 @@ def _captured_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
     return loss
 
 
-def _step(loss: "Loss", device: "torch.device", trainable: list["Tensor"]) -> tuple[float, float]:
+def _step(loss: "Loss", device: "torch.device", trainable: list["Tensor"]) -> _Times:
     """One step; returns the milliseconds of forward, and of forward and backward."""
     import torch
 
@@ -189,13 +201,64 @@ def _step(loss: "Loss", device: "torch.device", trainable: list["Tensor"]) -> tu
     return forward, 1e3 * (ended - begun)
 
 
-def measure_steps(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterator[Record]:
+def _repeat(step: Callable[[], _Times], steps: int, seconds: float) -> list[_Times]:
+    """Times of as many steps as there is time for, but of two at least, if so many are wanted."""
+    times: list[_Times] = []
+    begun = time.perf_counter()
+    while len(times) < steps and (len(times) < _FEWEST or time.perf_counter() - begun <= seconds):
+        times.append(step())
+    return times
+
+
+#: Functions of CUDA's runtime and driver that start work on the GPU, as the profiler names them.
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
+
+
+def _launches(work: Callable[[], object]) -> int:
+    """How often the work starts something on the GPU."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    # The launches are calls of the CPU's, but only the GPU's activity records them.
+    gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with profile(activities=[ProfilerActivity.CPU, *gpu]) as profiler:
+        work()
+    return count_launches((event.key, event.count) for event in profiler.key_averages())
+
+
+def count_launches(calls: Iterable[tuple[str, int]]) -> int:
+    """Sums the calls that start a kernel, a graph or a copy; ``calls`` are names and numbers of functions."""
+    return sum(count for name, count in calls if name.startswith(_LAUNCHES))
+
+
+def teraflops(weights: int, tokens: int, milliseconds: float) -> float:
+    r"""The rate of a step's frozen products.
+
+    A product with P frozen weights takes ``2 P`` operations a token in the forward pass, and as many for the
+    gradient of its input: :math:`4 P T / t`. What checkpointing computes again does not count, nor do
+    attention, adapters and dequantising, so that rates compare as speeds do.
+
+    Args:
+        weights: P, of all linear layers with the output head.
+        tokens: T, tokens of a batch.
+        milliseconds: t, the step's.
+
+    Returns:
+        10¹² operations a second.
+    """
+    return 4e-9 * weights * tokens / milliseconds
+
+
+def measure_steps(
+    bench: Bench, preset: Preset, rows: Sequence[Row], profiled: bool = False
+) -> Iterator[Record]:
     """Measures the rows one after another on the same model and batch.
 
     Args:
         bench: The model.
         preset: Batch and steps.
         rows: What to measure; ratios are to the row ``frozen base``, if it comes first.
+        profiled: Count what is launched on the GPU, too.
 
     Returns:
         A record a row.
@@ -203,7 +266,10 @@ def measure_steps(bench: Bench, preset: Preset, rows: Sequence[Row]) -> Iterator
 
     def work(model: "PreTrainedModel", row: Row) -> Values:
         size = preset.batch, preset.length, preset.warmup, preset.steps, preset.seconds
-        return time_steps(model, *size, captured=row.captured)
+        values = time_steps(model, *size, captured_loss if row.captured else plain_loss, profiled)
+        return values | {"tflops": teraflops(weights, preset.batch * preset.length, values["step_ms"])}
+
+    weights = linear_weights(preset.shape)
 
     return bench.compare("steps", rows, "step_ms", work)
 

@@ -1,10 +1,12 @@
 """Markdown tables of results, and pictures of the growth measurements."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moka_pl.studies.benchmark.bench import Record, Results
+from moka_pl.studies.benchmark.cases import peer
 
 
 class Column(NamedTuple):
@@ -42,6 +44,13 @@ def failure(record: Record) -> str:
 _ROW = Column("adapter", lambda record: record.row)
 _KIND = Column("checkpointing", lambda record: "on" if record.checkpointing else "off")
 _COMMON = [Column("peak GiB", number("peak_gib", ".2f")), Column("trainable", number("trainable", ",.0f"))]
+_RATE = Column("TFLOP/s", number("tflops", ",.3g"))
+_LAUNCHES = Column("launches", number("launches", ",.0f"))
+#: How a row compares with the one of unsloth's that it competes with.
+_BESIDE = [
+    Column("of unsloth's", number("unsloth_ratio", ".2f")),
+    Column("of its peak", number("unsloth_peak", ".2f")),
+]
 STEPS = [
     _ROW,
     _KIND,
@@ -50,6 +59,9 @@ STEPS = [
     Column("tokens/s", number("tokens_per_s", ",.0f")),
     *_COMMON,
     Column("ratio", number("ratio", ".2f")),
+    *_BESIDE,
+    _RATE,
+    _LAUNCHES,
 ]
 DECODE = [
     _ROW,
@@ -69,7 +81,10 @@ FIT = [
     Column("bare mean ms", duration("bare_mean_ms")),
     Column("mean ratio", number("mean_ratio", ".3f")),
     Column("peak GiB", number("peak_gib", ".2f")),
+    *_BESIDE,
 ]
+#: Columns that are left out where nothing was measured for them.
+_OPTIONAL = (*_BESIDE, _RATE, _LAUNCHES)
 #: What the settings of the growth measurements are called.
 GROWTH = {"components": "components", "tokens": "tokens", "sizes": "shape"}
 TITLES = {
@@ -90,8 +105,33 @@ def markdown(results: Results) -> str:
 
 def tables(results: Results) -> dict[str, str]:
     """The tables of what was measured, by measure."""
-    by_measure = {measure: results.of(measure) for measure in TITLES}
+    by_measure = {measure: beside_unsloth(results, measure) for measure in TITLES}
     return {measure: _table(measure, records) for measure, records in by_measure.items() if records}
+
+
+def beside_unsloth(results: Results, measure: str) -> list[Record]:
+    """The records of a measure, with ratios to the rows of unsloth that they compete with.
+
+    Args:
+        results: A run of the benchmark.
+        measure: ``steps`` or ``fit``, whose records get ``unsloth_ratio`` of times and ``unsloth_peak`` of
+            memory where both were measured; the others are as they are.
+    """
+    if measure not in ("steps", "fit"):
+        return results.of(measure)
+    theirs = {(r.row, r.checkpointing): r.values for r in results.of("steps") if r.values}
+    compared = []
+    for record in results.of(measure):
+        other = theirs.get((peer(record.row) or "", record.checkpointing))
+        if other and record.values:
+            time = record.values["step_ms" if measure == "steps" else "fit_ms"]
+            ratios = {
+                "unsloth_ratio": time / other["step_ms"],
+                "unsloth_peak": record.values["peak_gib"] / other["peak_gib"],
+            }
+            record = replace(record, values=record.values | ratios)
+        compared.append(record)
+    return compared
 
 
 def _table(measure: str, records: Sequence[Record]) -> str:
@@ -102,6 +142,7 @@ def _table(measure: str, records: Sequence[Record]) -> str:
 
 def plain_table(records: Sequence[Record], columns: Sequence[Column]) -> str:
     """A line a record; a failed one says why in its third column, where there are numbers otherwise."""
+    columns = [c for c in columns if c not in _OPTIONAL or any(map(c.cell, records))]
     named = sum(column in (_ROW, _KIND) for column in columns)
     lines = []
     for record in records:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moka_pl.studies.benchmark import cases, steps
+from moka_pl.studies.benchmark.bench import linear_weights as bench_weights
 from moka_pl.studies.benchmark.steps import measure_steps
 from moka_pl.studies.common import peak_gib, reset_peak
 
@@ -131,3 +132,22 @@ def test_decoding_uses_the_cache(bench) -> None:
     _, error = bench.measure(cases.frozen(), work)
     assert error is None
     assert lengths == [16, 1, 1, 1] * 2  # once to warm up
+
+
+def test_launches_are_kernels_graphs_and_copies() -> None:
+    calls = [("cudaLaunchKernel", 3), ("cuLaunchKernelEx", 2), ("cudaGraphLaunch", 1), ("cudaMemcpyAsync", 4)]
+    assert steps.count_launches([*calls, ("aten::mm", 9), ("cudaDeviceSynchronize", 7)]) == 10
+
+
+def test_a_profiled_step_is_counted(bench) -> None:
+    values, error = bench.measure(
+        cases.frozen(), lambda m: steps.time_steps(m, 1, 4, 0, 2, 9.0, profiled=True)
+    )
+    assert error is None
+    assert values["launches"] == 0  # a CPU launches nothing
+
+
+def test_the_rate_is_that_of_the_products_with_frozen_weights() -> None:
+    assert bench_weights("llama2-7b") == 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    # 4096 tokens take 108 TFLOP, forward and backward: in a second, 108 TFLOP/s
+    assert steps.teraflops(bench_weights("llama2-7b"), 4096, 1e3) == pytest.approx(108.25, abs=0.01)

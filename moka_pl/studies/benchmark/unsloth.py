@@ -1,0 +1,284 @@
+"""Unsloth's LoRA as rows of the benchmark.
+
+Unsloth patches transformers for the whole process, so that its rows run in one of their own: it reads a
+request from its standard input and writes an answer a row, each a line of JSON, on its standard output. Its
+model is the benchmark's, written to a temporary folder.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moka_pl.errors import ConfigError
+from moka_pl.studies.benchmark.bench import Bench, Record, linear_weights
+from moka_pl.studies.benchmark.cases import FIVE, QV, Preset
+from moka_pl.studies.benchmark.steps import Batch, teraflops, time_steps
+from moka_pl.studies.common import first_line, free_memory, versions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+MISSING = "rows of unsloth are left out: it is not installed; pip install unsloth"
+_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+Answer = dict[str, Any]
+
+
+class UnslothRow(NamedTuple):
+    """A LoRA of unsloth's.
+
+    Attributes:
+        name: The row's name.
+        rank: The rank; the scaling is 2.
+        modules: Target modules.
+    """
+
+    name: str
+    rank: int
+    modules: list[str]
+
+
+ROWS = (
+    UnslothRow("unsloth LoRA r8 q,v", 8, QV),
+    UnslothRow("unsloth LoRA r16 all linear", 16, _ALL),
+    UnslothRow("unsloth LoRA r32 q,k,v,up,down", 32, FIVE),
+)
+
+
+def installed() -> bool:
+    """Whether unsloth is there."""
+    return find_spec("unsloth") is not None
+
+
+def measure_unsloth(
+    bench: Bench,
+    preset: Preset,
+    checkpointing: Sequence[bool],
+    names: Sequence[str],
+    profiled: bool = False,
+) -> Iterator[Record | str]:
+    """Measures unsloth's LoRA on the same weights, batch and steps.
+
+    Args:
+        bench: Whose model is written to a folder; it is closed, since the other process needs the memory.
+        preset: Batch and steps.
+        checkpointing: Without and with, in this order; with unsloth's own kind, which offloads activations.
+        names: Only these rows, or all for none.
+        profiled: Count what is launched on the GPU, too.
+
+    Yields:
+        A note on versions and settings; a record a row. If unsloth is not installed, one note says so.
+    """
+    rows = [row for row in ROWS if not names or row.name in names]
+    if not rows:
+        return
+    if not installed():
+        yield MISSING
+        return
+    wanted = [row._asdict() | {"checkpointing": kind} for kind in checkpointing for row in rows]
+    pace = {name: getattr(preset, name) for name in ("batch", "length", "warmup", "steps", "seconds")}
+    request = {"pace": pace, "profiled": profiled, "rows": wanted}
+    flop_weights, tokens = linear_weights(preset.shape), preset.batch * preset.length
+    left = [(row["name"], row["checkpointing"]) for row in wanted]
+    problem = "its process ended without an answer"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(bench, Path(folder))
+            for answer in ask(request | {"folder": folder}):
+                if "row" not in answer:
+                    yield about(answer)
+                    continue
+                left.remove((answer["row"], answer["checkpointing"]))
+                record = Record("steps", **answer)
+                if record.values:
+                    record.values["tflops"] = teraflops(flop_weights, tokens, record.values["step_ms"])
+                yield record
+    except Exception as error:
+        problem = first_line(error)
+    for name, kind in left:
+        yield Record("steps", name, kind, error=problem)
+
+
+def about(answer: Mapping[str, str]) -> str:
+    """A sentence on versions and settings of unsloth's process."""
+    names = ("unsloth", "unsloth_zoo", "torch", "transformers", "bitsandbytes", "triton")
+    told = ", ".join(f"{name} {answer[name]}" for name in names if name in answer)
+    return (
+        f"rows of unsloth: {told}; FastLanguageModel with the same NF4 weights, autocast to bfloat16, LoRA "
+        "without dropout and bias, its own loss and, with checkpointing, its kind that offloads activations; "
+        f"FlashAttention {answer['flash_attention']}, xformers {answer['xformers']}"
+    )
+
+
+def write_model(bench: Bench, folder: Path) -> None:
+    """Writes the bench's model as a checkpoint that is quantised already, with a tokenizer of bytes.
+
+    Args:
+        bench: The bench, which is closed afterwards.
+        folder: Where to.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    from transformers import BitsAndBytesConfig
+
+    from moka_pl.backbone.random_weights import byte_tokenizer
+
+    model = bench.built()
+    model.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=model.dtype,
+    )
+    try:
+        model.save_pretrained(folder)
+    finally:
+        del model.config.quantization_config
+    byte_tokenizer().save_pretrained(folder)
+    bench.close()
+
+
+def ask(request: Mapping[str, Any]) -> Iterator[Answer]:
+    """Starts unsloth's process and yields its answers as they come.
+
+    Raises:
+        ConfigError: If it fails as a whole.
+    """
+    package = str(Path(__file__).parents[3])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+    }
+    command = [sys.executable, "-m", "moka_pl.studies.benchmark.unsloth"]
+    # Unsloth writes the code that it compiles into the working folder.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=request["folder"],
+        env=environment,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            json.dump(request, process.stdin)
+            process.stdin.close()
+            for line in process.stdout:
+                yield check(json.loads(line))
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise ConfigError(f"unsloth's process ended with status {process.returncode}")
+
+
+def check(answer: Answer) -> Answer:
+    """Returns an answer of the process, or raises a ``ConfigError`` if it says that all has failed."""
+    if "failed" in answer:
+        raise ConfigError(f"unsloth cannot be run: {answer['failed']}")
+    return answer
+
+
+def serve() -> None:
+    """Answers one request; all that libraries print goes to the standard error."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        try:
+            for answer in answer_all(json.load(sys.stdin)):
+                print(json.dumps(answer), file=answers, flush=True)
+        except Exception as error:
+            print(json.dumps({"failed": first_line(error)}), file=answers, flush=True)
+
+
+def answer_all(request: Mapping[str, Any]) -> Iterator[Answer]:
+    """Measures what a request names.
+
+    Args:
+        request: ``folder`` of the model, ``pace`` (arguments of ``time_steps``), ``profiled`` and ``rows``,
+            each with ``name``, ``rank``, ``modules`` and ``checkpointing``.
+
+    Yields:
+        Versions and settings; then for each row ``row``, ``checkpointing``, ``values`` and ``error``.
+    """
+    unsloth = import_module("unsloth")  # before transformers, which it patches
+    attention = sys.modules.get("unsloth.models._utils")
+    yield versions("unsloth", "unsloth_zoo") | {
+        "flash_attention": "yes" if getattr(attention, "HAS_FLASH_ATTENTION", False) else "no",
+        "xformers": "yes" if find_spec("xformers") else "no",
+    }
+    pace, profiled = request["pace"], request["profiled"]
+    for row in request["rows"]:
+        values, problem = {}, None
+        try:
+            model = build(unsloth, request["folder"], row, pace["length"])
+            values = time_steps(model, **pace, make_loss=own_loss, profiled=profiled)
+        except Exception as error:
+            problem = first_line(error)
+        model = None
+        free_memory()
+        told = {"row": row["name"], "checkpointing": row["checkpointing"]}
+        yield told | {"values": values, "error": problem}
+
+
+def build(unsloth: Any, folder: str, row: Mapping[str, Any], length: int) -> "PreTrainedModel":
+    """Loads the model with a LoRA, as unsloth's documentation has it.
+
+    Args:
+        unsloth: The module.
+        folder: The model's.
+        row: ``rank``, ``modules`` and ``checkpointing``.
+        length: Most tokens of a row.
+    """
+    import torch
+
+    checkpointing = "unsloth" if row["checkpointing"] else False
+    base = unsloth.FastLanguageModel.from_pretrained(
+        folder,
+        max_seq_length=length,
+        dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        load_in_4bit=True,
+        use_gradient_checkpointing=checkpointing,
+    )[0]
+    model: PreTrainedModel = unsloth.FastLanguageModel.get_peft_model(
+        base,
+        r=row["rank"],
+        lora_alpha=2 * row["rank"],
+        target_modules=row["modules"],
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing=checkpointing,
+        random_state=0,
+    )
+    return model
+
+
+def own_loss(model: "PreTrainedModel", data: Batch) -> "Callable[[], Tensor]":
+    """The loss as unsloth computes it."""
+    import torch
+
+    device: torch.device = data.ids.device
+
+    def loss() -> "Tensor":
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            value: Tensor = model(input_ids=data.ids, labels=data.ids).loss
+        return value
+
+    return loss
+
+
+if __name__ == "__main__":
+    serve()
