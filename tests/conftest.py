@@ -174,6 +174,19 @@ def make_commonsense(question_file, dataset_cache, monkeypatch) -> Callable[...,
 
 
 @pytest.fixture
+def no_weights(monkeypatch) -> Callable[[], None]:
+    """From the call on, fails the test where the weights of a base are loaded or drawn."""
+
+    def forbid() -> None:
+        for loader in ("_pretrained", "random_model"):
+            monkeypatch.setattr(
+                f"moka_pl.backbone.load.{loader}", lambda *_: pytest.fail("weights were loaded")
+            )
+
+    return forbid
+
+
+@pytest.fixture
 def one_thread():
     """Computes on one thread: so small a model gains nothing from more, and waits long on a busy machine."""
     threads = torch.get_num_threads()

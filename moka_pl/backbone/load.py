@@ -1,6 +1,8 @@
 """Builds the frozen base model and its tokenizer from a configuration."""
 
+import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +29,7 @@ from moka_pl.backbone.quantization import (
 )
 from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model
 from moka_pl.backbone.smollm2 import SHORT_NAME, bundled_gguf
+from moka_pl.backbone.weight_files import WeightFiles
 from moka_pl.errors import BackboneError
 from moka_pl.prompts.ends import open_prompts, stop_at_ends
 
@@ -56,6 +59,23 @@ class Backbone:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Unloaded:
+    """A base model before its weights are loaded.
+
+    Attributes:
+        model: The model on the meta device.
+        tokenizer: Its tokenizer.
+        files: Its weight files; None where they are not here, or weights are random.
+        quantised: Whether its checkpoint is quantised already.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    files: WeightFiles | None = None
+    quantised: bool = False
+
+
 def compute_dtype(config: BackboneConfig, device: torch.device) -> torch.dtype:
     """Returns the dtype of activations: the chosen one, or for ``auto`` the best of the device."""
     if config.compute_dtype != "auto":
@@ -67,11 +87,20 @@ def compute_dtype(config: BackboneConfig, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") -> Backbone:
+def load_backbone(
+    config: BackboneConfig,
+    device: torch.device | str = "cpu",
+    before: Callable[[Unloaded], None] | None = None,
+) -> Backbone:
     """Loads the base model and its tokenizer onto one device, and quantises the linear layers.
 
     The model is frozen, in evaluation mode, and stops generating at every token that may end an answer in
     training. Every rank of a data-parallel run has its own copy.
+
+    Args:
+        config: Its options.
+        device: Where it lives.
+        before: Is given the model before any weight is loaded, to refuse what cannot work with it.
 
     Raises:
         QuantisedError: If the checkpoint is quantised already in another way than ``config`` says.
@@ -92,6 +121,9 @@ def load_backbone(config: BackboneConfig, device: torch.device | str = "cpu") ->
         if described.files is not None:
             described.files.check(empty, config.name, quantised=described.quantization is not None)
         check_size(empty, config.name, device, 4 if config.quantization != "none" else 8 * dtype.itemsize)
+    if before is not None:
+        stored = described.quantization is not None
+        before(Unloaded(copy.deepcopy(empty), tokenizer, described.files, stored))
     if random:
         with loading(config.name):
             model = random_model(config, empty, dtype, device)

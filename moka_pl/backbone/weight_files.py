@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from moka_pl.errors import BackboneError, one_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -29,10 +30,12 @@ class WeightFiles(NamedTuple):
     """The weight files of a folder.
 
     Attributes:
+        folder: The folder.
         size: Their bytes.
         tensors: What safetensors files hold, by name; none of other files.
     """
 
+    folder: Path
     size: int
     tensors: dict[str, Stored]
 
@@ -68,6 +71,25 @@ class WeightFiles(NamedTuple):
                     "config.json names no quantisation; copy the model again"
                 )
 
+    def map_into(self, model: "PreTrainedModel") -> None:
+        """Gives a model on the meta device the weights that the files hold just as it has them.
+
+        They are mapped, not read: only what is looked at comes from the disk.
+        """
+        from safetensors import safe_open
+
+        names: dict[str, list[str]] = {}
+        for key, parameter in model.named_parameters():
+            stored = self.tensors.get(key)
+            if stored is not None and stored.shape == tuple(parameter.shape) and stored.dtype in _FLOATS:
+                names.setdefault(stored.file, []).append(key)
+        state: dict[str, Tensor] = {}
+        for file, keys in names.items():
+            with safe_open(self.folder / file, "pt") as opened:
+                state |= {key: opened.get_tensor(key) for key in keys}
+        model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()
+
 
 def read_weight_files(folder: Path) -> WeightFiles | None:
     """Reads the heads of a folder's weight files; None where it has none.
@@ -90,4 +112,4 @@ def read_weight_files(folder: Path) -> WeightFiles | None:
                 f"{folder} cannot be loaded: {file.name} is damaged ({one_line(error)}). Copy the model again"
             ) from error
     size = sum(file.stat().st_size for file in [*files, *folder.glob("*.bin")])
-    return WeightFiles(size, tensors) if size else None
+    return WeightFiles(folder, size, tensors) if size else None

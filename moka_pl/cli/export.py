@@ -70,8 +70,18 @@ def export(
     from moka_pl.export.folder import check_output
     from moka_pl.export.run import FORMATS, Request
 
-    out = out or adapter.with_name(f"{adapter.name}-{to}")
+    out = out or _beside(adapter, to)
     check_output(out, adapter, overwrite)
     FORMATS[to](
         Request(adapter, out, dtype, base, onto == "original", rank, energy, max_rank, prompts, gguf_type)
     )
+
+
+def _beside(adapter: Path, to: Target) -> Path:
+    """The folder beside an adapter's; that of one on the hub is here, under its name without the owner."""
+    from moka_pl.adapters.pretrained.hub import is_hub_id
+
+    if is_hub_id(adapter.as_posix()):
+        return Path(f"{adapter.name}-{to}")
+    folder = adapter.resolve() if adapter.name in ("", "..") else adapter
+    return folder.with_name(f"{folder.name}-{to}")

@@ -65,25 +65,33 @@ def generate(
         rows = [text_row(text, name) for text, name in zip(prompts, names, strict=False)]
     else:
         rows = read_prompts(file.expanduser())
-    session = open_session(
-        adapter, chosen, base=base, prompt_format=prompt_format, system=system, merged=merge
+    session, ids = open_session(
+        adapter, chosen, rows, base=base, prompt_format=prompt_format, system=system, merged=merge
     )
     if not rows:
         from moka_pl.cli.answering.chat import chat
 
         chat(session)
     elif file is None:
-        _print_each(session, rows, compare)
+        _print_each(session, rows, ids, compare)
     else:
-        _print_batches(session, rows, batch_size)
+        _print_batches(session, rows, ids, batch_size)
 
 
-def _print_each(session: Session, rows: Sequence[dict[str, Any]], compare: bool) -> None:
-    """Prints the answers to some prompts one after another, each while it is generated."""
+def _print_each(
+    session: Session, rows: Sequence[dict[str, Any]], prompts: Sequence[list[int]], compare: bool
+) -> None:
+    """Prints the answers to some prompts one after another, each while it is generated.
+
+    Args:
+        session: The model.
+        rows: The prompts.
+        prompts: Their tokens.
+        compare: Whether the frozen base answers, too.
+    """
     from moka_pl.adapters import adapters_disabled
     from moka_pl.cli.answering.printing import print_tokens
 
-    prompts = [session.ids(row) for row in rows]  # one that cannot be answered shows before the first answer
     for number, ids in enumerate(prompts):
         _head(rows, number)
         if compare:
@@ -94,14 +102,23 @@ def _print_each(session: Session, rows: Sequence[dict[str, Any]], compare: bool)
         print_tokens(session, ids)
 
 
-def _print_batches(session: Session, rows: Sequence[dict[str, Any]], batch_size: int) -> None:
-    """Prints the answers to the prompts of a file in its order, as far as they are known."""
+def _print_batches(
+    session: Session, rows: Sequence[dict[str, Any]], prompts: Sequence[list[int]], batch_size: int
+) -> None:
+    """Prints the answers to the prompts of a file in its order, as far as they are known.
+
+    Args:
+        session: The model.
+        rows: The prompts.
+        prompts: Their tokens.
+        batch_size: How many are answered at a time.
+    """
     from moka_pl.cli.answering.batches import answer_all
     from moka_pl.cli.answering.printing import shown
 
     known: dict[int, str] = {}
     printed = 0
-    for number, answer in answer_all(session, [session.ids(row) for row in rows], batch_size):
+    for number, answer in answer_all(session, prompts, batch_size):
         known[number] = answer.text
         while printed in known:
             _head(rows, printed)

@@ -64,10 +64,9 @@ def predict(
     rows = read_prompts(file.expanduser())
     check_output(output, overwrite)
     asked = {"base": base, "format": prompt_format, "system": system, "merge": merge}
-    session = open_session(
-        adapter, chosen, base=base, prompt_format=prompt_format, system=system, merged=merge
+    session, prompts = open_session(
+        adapter, chosen, rows, base=base, prompt_format=prompt_format, system=system, merged=merge
     )
-    prompts = [session.ids(row) for row in rows]
     run = _digest(adapter, rows, asked | {"batch_size": batch_size} | asdict(chosen))
     with Predictions(output, run).opened() as predictions:
         if predictions.done:

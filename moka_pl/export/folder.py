@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moka_pl.adapters.reading import CONFIG_NAME
 from moka_pl.errors import ConfigError
-from moka_pl.utils import replaced_folder, sync_file, write_failure
+from moka_pl.utils import replaced_folder, sync_file, unwritable_reason, write_failure
 
 #: Names of files that exports write; a folder with others is never replaced.
 _WRITTEN = re.compile(
@@ -28,21 +28,26 @@ def check_output(out: Path, adapter: Path, overwrite: bool) -> None:
 
     Raises:
         ConfigError: If ``out`` is a file, the adapter, or not empty; with ``overwrite``, if it holds anything
-            that no export writes.
+            that no export writes; or if nothing can be written there.
     """
-    if not out.exists():
-        return
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give a folder")
-    entries = sorted(entry.name for entry in out.iterdir())
-    if not entries:
-        return
+    if out.exists() and any(out.iterdir()):
+        _check_replaceable(out, adapter, overwrite)
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if (reason := unwritable_reason(parent)) is not None:
+        raise ConfigError(f"--out {out}: cannot write there ({reason}); choose another folder")
+
+
+def _check_replaceable(out: Path, adapter: Path, overwrite: bool) -> None:
+    """Refuses a folder that is not empty, unless it is to be replaced and holds an older export alone."""
     if out.resolve() == adapter.resolve() or _is_trained(out):
         raise ConfigError(
             f"--out {out} holds a trained adapter, which is never replaced; choose another folder"
         )
     if not overwrite:
         raise ConfigError(f"--out {out} is not empty; choose another folder, or add --overwrite")
+    entries = sorted(entry.name for entry in out.iterdir())
     foreign = [name for name in entries if not _WRITTEN.fullmatch(name) or not (out / name).is_file()]
     if foreign:
         raise ConfigError(

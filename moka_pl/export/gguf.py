@@ -4,7 +4,7 @@ llama.cpp turns pairs (2i, 2i + 1) of a head's entries by RoPE where transformer
 architectures, the rows of q_proj and k_proj are put in that order, head by head.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from moka_pl.adapters.layer import MokaLinear
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export.gguf_tokenizer import add_tokenizer
 from moka_pl.export.lora import LoraForm
@@ -123,18 +124,35 @@ def write_adapter(file: Path, model: "PreTrainedModel", form: LoraForm, dtype: t
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(form.rank))
+    check_adapter(model, {name: model.get_submodule(name) for name in form.factors})
     tensors = []
-    tied = {id(model.get_input_embeddings().weight)}
     for layer, (lora_a, lora_b) in form.factors.items():
         weight = f"{layer}.weight"
-        if id(model.get_submodule(layer).weight) in tied:
-            raise AdapterError(
-                f"{layer} shares its weight with the embedding, which llama.cpp's LoRA cannot tell"
-            )
         name = names.name(weight)
         tensors.append(_made(f"{name}.lora_a", lora_a))
         tensors.append(_made(f"{name}.lora_b", names.ordered(weight, lora_b)))
-    _write(writer, file, tensors, "f16" if dtype == torch.float16 else "f32")
+    _write(writer, tensors, file, "f16" if dtype == torch.float16 else "f32")
+
+
+def check_adapter(model: "PreTrainedModel", layers: Mapping[str, Any]) -> None:
+    """Refuses adapted layers that a GGUF adapter cannot name; needs no weights.
+
+    Args:
+        model: The base, perhaps on the meta device.
+        layers: Its adapted layers by name, or the frozen ones in their place.
+
+    Raises:
+        AdapterError: Naming the first of them.
+        ConfigError: If the base is of another architecture.
+    """
+    names, embedding = Names(model), model.get_input_embeddings().weight
+    for name, layer in layers.items():
+        names.name(f"{name}.weight")
+        frozen = layer.base_layer if isinstance(layer, MokaLinear) else layer
+        if frozen.weight is embedding:
+            raise AdapterError(
+                f"{name} shares its weight with the embedding, which llama.cpp's LoRA cannot tell"
+            )
 
 
 def _made(name: str, tensor: Tensor) -> GgufTensor:
@@ -150,16 +168,47 @@ def write_model(
 ) -> None:
     """Writes a whole model, tensor by tensor.
 
+    Raises what :func:`check_model` does.
+
     Args:
         file: The file to write.
         model: The model, for its sizes.
         parts: Its tensors.
         kind: How matrices are stored; vectors are float32.
         tokenizer: Its tokenizer; without one the file takes and gives token ids only.
+    """
+    writer, tensors = _planned(model, parts, kind, tokenizer)
+    _write(writer, tensors, file, kind)
+
+
+def check_model(
+    model: "PreTrainedModel",
+    parts: list[Part],
+    kind: GgufType,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> None:
+    """Refuses a model that :func:`write_model` could not write; needs no weights.
+
+    Args:
+        model: The model, perhaps on the meta device.
+        parts: Its tensors.
+        kind: How matrices are stored.
+        tokenizer: Its tokenizer.
 
     Raises:
         ConfigError: If the tokenizer or the RoPE cannot be written so that llama.cpp computes the same.
+        AdapterError: If llama.cpp has no name for a tensor.
     """
+    _planned(model, parts, kind, tokenizer)
+
+
+def _planned(
+    model: "PreTrainedModel",
+    parts: list[Part],
+    kind: GgufType,
+    tokenizer: "PreTrainedTokenizerBase | None",
+) -> tuple[Any, list[GgufTensor]]:
+    """Returns a writer that knows all but the tensors, and these, which are not made yet."""
     gguf, names = import_gguf(), Names(model)
     writer = gguf.GGUFWriter(None, "llama")
     _add_sizes(writer, model, gguf.LlamaFileType[f"MOSTLY_{kind.upper()}" if kind != "f32" else "ALL_F32"])
@@ -170,7 +219,7 @@ def write_model(
     tensors = [_part(part, names) for part in parts]
     if (factors := _rope_factors(model)) is not None:
         tensors.append(_made("rope_freqs.weight", factors))
-    _write(writer, file, tensors, kind)
+    return writer, tensors
 
 
 def _part(part: Part, names: Names) -> GgufTensor:
@@ -206,17 +255,17 @@ def _rows(model: "PreTrainedModel") -> int:
 
 def _rope_factors(model: "PreTrainedModel") -> Tensor | None:
     """What the plain RoPE frequencies of a head are divided by, shape (d/2,); None if by 1."""
-    rope = model.model.rotary_emb
     kind = model.config.rope_parameters.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):
         raise ConfigError(f"--to gguf cannot write the model's RoPE of type {kind!r}; export --to merged")
-    scaled = rope.inv_freq.float().cpu()  # (d/2,)
+    # Computed anew: the model may be on the meta device.
+    scaled = type(model.model.rotary_emb)(model.config).inv_freq.float()  # (d/2,)
     plain = model.config.rope_parameters["rope_theta"] ** -(torch.arange(len(scaled)) / len(scaled))  # (d/2,)
     factors = plain / scaled  # (d/2,)
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
 
 
-def _write(writer: Any, file: Path, tensors: Iterable[GgufTensor], kind: GgufType) -> None:
+def _write(writer: Any, tensors: Iterable[GgufTensor], file: Path, kind: GgufType) -> None:
     """Writes metadata, then one tensor after another."""
     import numpy as np
 

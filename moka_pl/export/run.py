@@ -6,14 +6,24 @@ from pathlib import Path
 
 import torch
 
-from moka_pl.adapters import read_adapter
+from moka_pl.adapters import AdapterInfo, MokaConfig, moka_layers, read_adapter
 from moka_pl.adapters.reading import read_adapter_state
-from moka_pl.export.gguf import GgufType, import_gguf
+from moka_pl.errors import ConfigError
+from moka_pl.export import llama_cpp
+from moka_pl.export.gguf import GgufType, check_adapter, check_model, import_gguf
 from moka_pl.export.lora import LoraForm, check_rank, lora_form, stored_rank
-from moka_pl.export.merged import export_merged
+from moka_pl.export.merged import export_merged, merged_parts
 from moka_pl.export.peft import export_lora, import_peft
-from moka_pl.export.source import Source, onto_original, open_source, say
+from moka_pl.export.source import (
+    Source,
+    check_original,
+    onto_original,
+    open_source,
+    say,
+    stored_quantised,
+)
 from moka_pl.export.to_gguf import export_adapter, export_model
+from moka_pl.inference import Preview
 
 
 @dataclass(frozen=True)
@@ -66,19 +76,39 @@ def run_lora(request: Request) -> None:
 def run_gguf(request: Request) -> None:
     """Exports a GGUF file: the adapter, or with another ``gguf_type`` the merged model."""
     import_gguf()
-    if request.gguf_type == "lora":
-        source, form = _with_lora(request)
+    kind = request.gguf_type
+
+    def fits(preview: Preview) -> None:
+        check_model(preview.model, merged_parts(preview.model), kind, preview.tokenizer)
+
+    def takes_lora(preview: Preview) -> None:
+        check_adapter(preview.model, moka_layers(preview.model))
+        if llama_cpp.version():  # whose base is written, too
+            check_model(preview.model, merged_parts(preview.model), "f32")
+
+    if kind == "lora":
+        source, form = _with_lora(request, takes_lora)
         export_adapter(source, request.out, form, request.torch_dtype(torch.float32))
     else:
-        export_model(_opened(request), request.out, request.gguf_type)
+        export_model(_opened(request, fits), request.out, kind)
 
 
 FORMATS: dict[str, Callable[[Request], None]] = {"merged": run_merged, "lora": run_lora, "gguf": run_gguf}
 
 
-def _opened(request: Request) -> Source:
+def _opened(request: Request, before: Callable[[Preview], None] | None = None) -> Source:
     """Loads the adapter on the weights that it is to be merged into."""
-    source = open_source(request.adapter, request.base, request.prompts)
+    info = read_adapter(request.adapter)
+
+    def look(preview: Preview) -> None:
+        if request.original and preview.quantised:
+            raise stored_quantised(request.base or info.base.name)
+        if before is not None:
+            before(preview)
+
+    if request.original:
+        check_original(info)
+    source = open_source(request.adapter, request.base, request.prompts, before=look)
     if not request.original:
         return source
     trained = source.expected.loss
@@ -87,16 +117,38 @@ def _opened(request: Request) -> Source:
     return source
 
 
-def _with_lora(request: Request) -> tuple[Source, LoraForm]:
-    """Loads the adapter and writes it as a LoRA; says the rank first, and refuses one before loading."""
+def _with_lora(request: Request, before: Callable[[Preview], None] | None = None) -> tuple[Source, LoraForm]:
+    """Writes the adapter as a LoRA, which takes no weights of its base, then loads it."""
     info = read_adapter(request.adapter)
+    known = _stored_rank(request, info)
+    forms: list[LoraForm] = []
+
+    def look(preview: Preview) -> None:
+        if before is not None:
+            before(preview)
+        layers = moka_layers(preview.model)
+        forms.append(lora_form(layers, request.rank, request.energy, request.max_rank))
+
+    source = open_source(request.adapter, request.base, request.prompts, before=look)
+    if not known:
+        say(f"{request.adapter} is exactly a LoRA of rank {forms[0].needed}")
+    return source, forms[0]
+
+
+def _stored_rank(request: Request, info: AdapterInfo) -> int | None:
+    """Says the LoRA's rank where the adapter directory alone tells it, and refuses what does not go with it.
+
+    Raises:
+        ConfigError: If the adapter is not of MoKA, or needs another rank.
+    """
+    if not isinstance(info.config, MokaConfig):
+        raise ConfigError(
+            "only MoKA adapters are written as a LoRA; PEFT reads the folders of its own methods, and "
+            "any method can be exported --to merged"
+        )
     most = max(info.exact_lora_rank, default=None)
     known = stored_rank(read_adapter_state(request.adapter), most)
     if known:
         say(f"{request.adapter} is exactly a LoRA of rank {known}")
         check_rank(known, request.rank, request.energy, request.max_rank)
-    source = open_source(request.adapter, request.base, request.prompts)
-    form = lora_form(source.moka_layers(), request.rank, request.energy, request.max_rank)
-    if not known:
-        say(f"{request.adapter} is exactly a LoRA of rank {form.needed}")
-    return source, form
+    return known

@@ -1,5 +1,6 @@
 """The adapter to export, in its model, and what it makes of the prompts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from moka_pl.backbone.quantization import QuantisedError
 from moka_pl.backbone.smollm2 import SHORT_NAME
 from moka_pl.errors import ConfigError
 from moka_pl.export.check import Measured, measure, prompt_set
-from moka_pl.inference import load_model
+from moka_pl.inference import Preview, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,17 +44,8 @@ class Source:
     asked_name: str
 
     def moka_layers(self) -> dict[str, MokaLinear]:
-        """Returns the adapted layers.
-
-        Raises:
-            ConfigError: If the adapter is not of MoKA.
-        """
-        if not (layers := moka_layers(self.model)):
-            raise ConfigError(
-                "only MoKA adapters are written as a LoRA; PEFT reads the folders of its own methods, and "
-                "any method can be exported --to merged"
-            )
-        return layers
+        """Returns the layers of MoKA."""
+        return moka_layers(self.model)
 
 
 def open_source(
@@ -61,6 +53,7 @@ def open_source(
     base: str | None = None,
     prompts: Path | None = None,
     device: torch.device | str | None = None,
+    before: Callable[[Preview], None] | None = None,
 ) -> Source:
     """Loads an adapter with its base and measures it.
 
@@ -69,10 +62,20 @@ def open_source(
         base: Name or folder of the base; None is the stored one.
         prompts: A text file with a prompt a line; None takes the package's own.
         device: The model's device; None is the GPU if there is one, else the CPU.
+        before: Is called before the base's weights are loaded, to refuse what cannot work.
+
+    Raises:
+        ConfigError: If ``prompts`` cannot be used.
     """
     info = read_adapter(adapter)
-    model, tokenizer = load_model(adapter, device, base)
-    ids = prompt_set(tokenizer, info.extra.get("prompt"), prompts)
+    ids: list[Tensor] = []
+
+    def look(preview: Preview) -> None:
+        ids.extend(prompt_set(preview.tokenizer, info.extra.get("prompt"), prompts))
+        if before is not None:
+            before(preview)
+
+    model, tokenizer = load_model(adapter, device, base, before=look)
     name = base or info.base.name
     own = name == SHORT_NAME or name.endswith(".gguf")  # which only this package converts
     others = model.name_or_path if own else name
@@ -91,20 +94,33 @@ def onto_original(adapter: Path, source: Source, base: str | None) -> Source:
         ConfigError: If the base was not quantised in training, or is stored quantised.
     """
     stored = source.info.base
-    if stored.options.get("quantization", "none") == "none":
-        raise ConfigError("--onto original: the base was not quantised in training; leave the option out")
+    check_original(source.info)
     options = stored.options | {"quantization": "none", "compute_dtype": "auto"}
     config = BackboneConfig(base or stored.name, None if base else stored.revision, **options)
     try:
         loaded = load_backbone(config, source.model.device)
     except QuantisedError as error:
-        raise ConfigError(
-            f"--onto original: {config.name} is stored as {error.stored}; give its unquantised original by "
-            "--base"
-        ) from error
+        raise stored_quantised(config.name) from error
     load_adapter(loaded.model, adapter, fingerprint(loaded.model))
     model = loaded.model.eval()
     return replace(source, model=model, expected=measure(model, source.prompts))
+
+
+def check_original(info: AdapterInfo) -> None:
+    """Refuses an adapter whose base has no other original weights.
+
+    Raises:
+        ConfigError: If the base was not quantised in training.
+    """
+    if info.base.options.get("quantization", "none") == "none":
+        raise ConfigError("--onto original: the base was not quantised in training; leave the option out")
+
+
+def stored_quantised(name: str) -> ConfigError:
+    """The refusal of a base whose files hold quantised weights only."""
+    return ConfigError(
+        f"--onto original: {name} is stored quantised; give its unquantised original by --base"
+    )
 
 
 def say(line: str) -> None:

@@ -1,15 +1,29 @@
 """Loads a trained adapter with its base model."""
 
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
-from moka_pl.adapters import hand_over_saving, load_adapter, local_adapter, read_adapter
-from moka_pl.adapters.reading import CONFIG_NAME
-from moka_pl.backbone import Backbone, BackboneConfig, fingerprint, load_backbone
+from moka_pl.adapters import (
+    AdapterInfo,
+    FullFineTuning,
+    MokaConfig,
+    hand_over_saving,
+    inject_adapter,
+    load_adapter,
+    load_adapter_state,
+    local_adapter,
+    method_of,
+    moka_layers,
+    read_adapter,
+)
+from moka_pl.adapters.reading import CONFIG_NAME, check_count, read_adapter_shapes, read_adapter_state
+from moka_pl.backbone import Backbone, BackboneConfig, Unloaded, fingerprint, load_backbone, weight_samples
 from moka_pl.backbone.quantization import QuantisedError
 from moka_pl.errors import AdapterError, ConfigError, MokaWarning
 
@@ -17,16 +31,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Preview:
+    """An adapter with its base, before the base's weights are loaded.
+
+    Attributes:
+        model: The base on the meta device. An adapter of MoKA is in it with its own tensors.
+        tokenizer: The base's tokenizer.
+        quantised: Whether the base's checkpoint is quantised already.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    quantised: bool = False
+
+
 def load_model(
     path: str | Path,
     device: torch.device | str | None = None,
     base: str | None = None,
     revision: str | None = None,
+    before: Callable[[Preview], None] | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Loads an adapter together with its base model.
 
     The model is one of transformers, for ``generate``, pipelines and everything else. Its ``save_pretrained``
-    and ``push_to_hub`` write the adapter directory again.
+    and ``push_to_hub`` write the adapter directory again. Another base is refused before its weights are
+    loaded, where sizes tell or its files are here.
 
     Args:
         path: An adapter directory, such as ``lightning_logs/smollm2/version_0/adapters/best``, or the hub id
@@ -35,6 +66,7 @@ def load_model(
         base: Name or path of the base model; None is the one stored with the adapter. A stored revision is
             ignored if ``base`` is given.
         revision: Branch, tag or commit of the adapter on the hub.
+        before: Is called before the base's weights are loaded, to refuse what cannot work.
 
     Returns:
         The model with its adapters, in evaluation mode, and the tokenizer.
@@ -57,7 +89,13 @@ def load_model(
         raise AdapterError(
             f"{path}: base_options in {CONFIG_NAME} are damaged: {error}. Copy the adapter again"
         ) from error
-    loaded = load_base(config, device)
+
+    def look(unloaded: Unloaded) -> None:
+        preview = _preview(unloaded, path, info)
+        if before is not None:
+            before(preview)
+
+    loaded = load_base(config, device, look)
     for note in loaded.notes:
         warnings.warn(note, MokaWarning, stacklevel=2)
     load_adapter(loaded.model, path, fingerprint(loaded.model))
@@ -67,9 +105,62 @@ def load_model(
     return loaded.model.eval(), loaded.tokenizer
 
 
-def load_base(config: BackboneConfig, device: torch.device | str) -> Backbone:
-    """Loads a base as ``config`` says, or if it is quantised already, as it is."""
+def _preview(unloaded: Unloaded, path: Path, info: AdapterInfo) -> Preview:
+    """Puts an adapter into its base before that is loaded.
+
+    Raises:
+        AdapterError: If it is damaged, or of another base, as far as sizes and weight files tell.
+    """
+    model = unloaded.model
+    if unloaded.files is not None:
+        unloaded.files.map_into(model)
+        _check_files(model, path, info)
+        model.to("meta")
+    shapes = read_adapter_shapes(path)
+    check_count(path, shapes)
+    state = read_adapter_state(path) if method_of(info.config).keeps_base else {}
+    if isinstance(info.config, MokaConfig | FullFineTuning):  # PEFT's may read weights as they are put in
+        try:
+            inject_adapter(model, info.config, saved=shapes)
+        except (AdapterError, ConfigError) as error:
+            raise AdapterError(f"{path}: {error}") from error
+        _fill(model, state, path)
+    return Preview(model, unloaded.tokenizer, unloaded.quantised)
+
+
+def _fill(model: "PreTrainedModel", state: dict[str, Tensor], path: Path) -> None:
+    """Gives the adapters of a model on the meta device their tensors; methods other than MoKA have none."""
+    if not (layers := moka_layers(model)):
+        return
+    for layer in layers.values():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    load_adapter_state(model, state, path)
+
+
+def _check_files(model: "PreTrainedModel", path: Path, info: AdapterInfo) -> None:
+    """Refuses another base by its weight files, as far as they hold the weights as the model has them."""
+    if model.get_input_embeddings().weight.is_meta:
+        return
+    whole = not any(parameter.is_meta and parameter.ndim > 1 for parameter in model.parameters())
+    with warnings.catch_warnings():  # which loading repeats
+        warnings.simplefilter("ignore", MokaWarning)
+        info.check_base(fingerprint(model), path, weight_samples(model) if whole else "")
+
+
+def load_base(
+    config: BackboneConfig,
+    device: torch.device | str,
+    before: Callable[[Unloaded], None] | None = None,
+) -> Backbone:
+    """Loads a base as ``config`` says, or if it is quantised already, as it is.
+
+    Args:
+        config: Its options.
+        device: Where it lives.
+        before: Is given the model before its weights are loaded.
+    """
     try:
-        return load_backbone(config, device)
+        return load_backbone(config, device, before)
     except QuantisedError as error:
-        return load_backbone(replace(config, quantization=error.stored), device)
+        return load_backbone(replace(config, quantization=error.stored), device, before)

@@ -9,7 +9,7 @@ import torch
 
 from moka_pl.adapters import BaseModel, MokaConfig, adapter_state, inject_adapter, save_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
-from moka_pl.inference import load_model
+from moka_pl.inference import Preview, load_model
 
 
 @pytest.fixture
@@ -52,5 +52,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The same loaded once, for this test's commands as well."""
     model, tokenizer = load_model(saved, device="cpu")
-    monkeypatch.setattr("moka_pl.inference.load_model", lambda *args, **options: (model, tokenizer))
+
+    def load(*args: object, before: Callable[[Preview], None], **options: object) -> tuple[object, object]:
+        before(Preview(model, tokenizer))
+        return model, tokenizer
+
+    monkeypatch.setattr("moka_pl.inference.load_model", load)
     return SimpleNamespace(path=saved, model=model, tokenizer=tokenizer)

@@ -11,7 +11,8 @@ import torch
 
 from moka_pl.adapters import adapters_disabled
 from moka_pl.adapters.reading import WEIGHTS_NAME
-from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
+from moka_pl.backbone.random_weights import shape_config
 from moka_pl.cli.generate import generate
 from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError, ConfigError, MokaError
@@ -114,6 +115,17 @@ def test_it_asks_in_the_words_of_the_training(
     assert capsys.readouterr().out == expected + "\n"
 
 
+def without_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the chat template from the tokenizer of every base."""
+
+    def load(config: BackboneConfig) -> object:
+        tokenizer = load_tokenizer(config)
+        tokenizer.chat_template = None
+        return tokenizer
+
+    monkeypatch.setattr("moka_pl.backbone.load.load_tokenizer", load)
+
+
 def test_formats_that_cannot_be_had(
     make_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,12 +138,7 @@ def test_formats_that_cannot_be_had(
     ):
         generate(adapter, PROMPT, prompt_format="x")
 
-    def without_template(*args: object, **options: object) -> object:
-        model, tokenizer = load_model(*args, **options)
-        tokenizer.chat_template = None
-        return model, tokenizer
-
-    monkeypatch.setattr("moka_pl.inference.load_model", without_template)
+    without_template(monkeypatch)
     with pytest.raises(ConfigError, match="no chat template; choose another, such as alpaca"):
         generate(adapter, PROMPT, prompt_format="chat")
 
@@ -140,9 +147,7 @@ def test_without_a_remembered_format_or_a_template_the_prompt_stays_bare(
     adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = likeliest(adapter, 8, text=PROMPT)
-    model, tokenizer = load_model(adapter)
-    tokenizer.chat_template = None
-    monkeypatch.setattr("moka_pl.inference.load_model", lambda *args, **options: (model, tokenizer))
+    without_template(monkeypatch)
     capsys.readouterr()
     generate(adapter, PROMPT, max_new_tokens=8)
     assert capsys.readouterr().out == expected + "\n"
@@ -312,3 +317,43 @@ def test_a_prompt_beyond_the_context_is_named_before_the_first_answer(
     with pytest.raises(ConfigError, match=r"prompt 2 has 6\d\d tokens, which leave .* context of 512"):
         generate(loaded.path, ["Hi", "x" * 600])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ["Hi", "x" * 600]}, r"prompt 2 has 6\d\d tokens, which leave .* context of 512"),
+        ({"prompt": [], "file": "long.txt"}, r"long\.txt, line 2 has 6\d\d tokens"),
+        ({"prompt": [], "system": "x" * 600}, r"the chat with its --system message has 6\d\d tokens"),
+        ({"base": "other"}, "does not fit this model"),
+    ],
+)
+def test_what_the_tokenizer_and_the_sizes_tell_is_refused_before_weights_are_loaded(
+    options: dict,
+    message: str,
+    saved: Path,
+    tmp_path: Path,
+    no_weights: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    no_weights()
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    if "file" in options:
+        options["file"] = tmp_path / "long.txt"
+        options["file"].write_text("Hi\n" + "x" * 600)
+    if "base" in options:
+        shape = shape_config("tiny")
+        shape.num_attention_heads = shape.num_key_value_heads = 1
+        shape.save_pretrained(tmp_path / "other")
+        options["base"] = str(tmp_path / "other")
+    with pytest.raises(MokaError, match=message):
+        generate(**({"adapter": saved, "prompt": "Hi"} | options))
+
+
+def test_a_system_message_without_a_template_is_refused_before_weights_are_loaded(
+    saved: Path, no_weights: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_weights()
+    without_template(monkeypatch)
+    with pytest.raises(ConfigError, match="has no chat template"):
+        generate(saved, PROMPT, system="Be brief.")

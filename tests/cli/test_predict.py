@@ -151,3 +151,13 @@ def test_what_is_there_stays(saved: Path, prompts: Path, monkeypatch: pytest.Mon
     with pytest.raises(AdapterError, match="no such folder"):
         predict(prompts.parent / "nothing", prompts, prompts.with_name("out.jsonl"))
     assert len(prompts.read_text().splitlines()) == len(RECORDS)
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_weights_are_loaded(
+    saved: Path, prompts: Path, no_weights: Callable[[], None]
+) -> None:
+    no_weights()
+    prompts.write_text(json.dumps({"prompt": "Hi"}) + "\n" + json.dumps({"prompt": "x" * 600}) + "\n")
+    with pytest.raises(ConfigError, match=r"prompts\.jsonl, .*2 has 6\d\d tokens, which leave no room"):
+        predict(saved, prompts, prompts.with_name("out.jsonl"))
+    assert [file.name for file in prompts.parent.iterdir()] == [prompts.name]

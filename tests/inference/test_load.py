@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, moka_layers, save_adapter
-from moka_pl.adapters.reading import CONFIG_NAME
+from moka_pl.adapters.reading import CONFIG_NAME, WEIGHTS_NAME
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import AdapterError, BackboneError
-from moka_pl.inference import load_model
+from moka_pl.inference import Preview, load_model
 
 IDS = torch.randint(4, 260, (2, 9), generator=torch.Generator().manual_seed(4))
 
@@ -108,7 +110,7 @@ def test_the_revision_belongs_to_the_remembered_name(
     _, adapter = train(BackboneConfig("tiny", "v1", "random"))
     seen = []
 
-    def load(config: BackboneConfig, device: str) -> None:
+    def load(config: BackboneConfig, device: str, before: object) -> None:
         seen.append((config.name, config.revision))
         raise BackboneError("far enough")
 
@@ -131,3 +133,81 @@ def test_a_missing_adapter_loads_no_base(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("moka_pl.inference.load.load_backbone", lambda *_: pytest.fail("loaded the base"))
     with pytest.raises(AdapterError, match="no such folder"):
         load_model(tmp_path / "nothing")
+
+
+@pytest.fixture
+def stored(tmp_path: Path, randomize: Callable) -> tuple[nn.Module, Path]:
+    """A base in a folder, and an adapter that was trained on it in four bits."""
+    model = load_backbone(BackboneConfig("tiny", weights="random", quantization="none")).model
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    config = BackboneConfig(str(tmp_path / "base"))
+    quantised, adapter = load_backbone(config).model, MokaConfig(components=3)
+    inject_adapter(quantised, adapter)
+    randomize(quantised)
+    base = BaseModel(config.name, None, fingerprint(quantised), config.options())
+    return model, save_adapter(tmp_path / "adapter", quantised, adapter, base)
+
+
+def test_an_adapter_is_in_its_base_before_weights_are_loaded(
+    stored: tuple[nn.Module, Path], no_weights: Callable[[], None]
+) -> None:
+    def look(preview: Preview) -> None:
+        layers = moka_layers(preview.model)
+        assert len(layers) == 4
+        assert all(layer.base_layer.weight.is_meta for layer in layers.values())
+        state = load_file(stored[1] / WEIGHTS_NAME)
+        assert {f"{n}.{k}" for n, layer in layers.items() for k in layer.tensors()} == state.keys()
+        for name, layer in layers.items():
+            assert all(torch.equal(t, state[f"{name}.{key}"]) for key, t in layer.tensors().items())
+        raise BackboneError("far enough")
+
+    for dtype in (torch.float32, torch.bfloat16):  # stored otherwise it is the same base
+        stored[0].to(dtype).save_pretrained(stored[1].with_name("base"))
+        no_weights()
+        with pytest.raises(BackboneError, match="far enough"):
+            load_model(stored[1], device="cpu", before=look)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("embedding", "was trained on another base model: .* with fingerprint"),
+        ("matrix", "another base model: 1 of 1[0-9] weight matrices are not those of"),
+        ("sizes", "was trained on another base model"),
+        ("layers", "does not fit this model: .* or for another base model"),
+    ],
+)
+def test_another_base_is_refused_before_its_weights_are_loaded(
+    change: str, message: str, stored: tuple[nn.Module, Path], tmp_path: Path, no_weights: Callable[[], None]
+) -> None:
+    model, adapter = stored
+    other = tmp_path / "other"
+    if change == "layers":  # with random weights, whose files tell nothing
+        model.config.num_hidden_layers = 1
+        model.config.save_pretrained(other)
+        change_config(adapter, base_options=BackboneConfig("tiny", weights="random").options())
+    elif change == "sizes":
+        model = LlamaForCausalLM(LlamaConfig(**(model.config.to_dict() | {"hidden_size": 96})))
+    elif change == "matrix":
+        nn.init.normal_(model.model.layers[1].mlp.up_proj.weight)
+    else:
+        nn.init.normal_(model.get_input_embeddings().weight)
+    no_weights()
+    if change != "layers":
+        model.save_pretrained(other)
+        byte_tokenizer().save_pretrained(other)
+    with pytest.raises(AdapterError, match=message):
+        load_model(adapter, device="cpu", base=str(other))
+
+
+def test_a_damaged_adapter_is_refused_before_weights_are_loaded(
+    stored: tuple[nn.Module, Path], no_weights: Callable[[], None]
+) -> None:
+    file = stored[1] / WEIGHTS_NAME
+    state = load_file(file)
+    next(iter(state.values()))[0] = torch.nan
+    save_file(state, file)
+    no_weights()
+    with pytest.raises(AdapterError, match="hold a NaN or an infinity"):
+        load_model(stored[1], device="cpu")

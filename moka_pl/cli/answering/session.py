@@ -1,13 +1,13 @@
 """A loaded model that answers prompts in the words of its training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from moka_pl.cli.answering.sampling import Sampling
 from moka_pl.errors import ConfigError
-from moka_pl.prompts.asked import asked_text, chat_row, question
+from moka_pl.prompts.asked import asked_text, chat_row, question, text_row
 from moka_pl.prompts.choice import PromptFormat
 from moka_pl.prompts.ends import prompt_ids
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
-    from moka_pl.inference import Completion
+    from moka_pl.inference import Completion, Preview
 
 
 @dataclass(frozen=True)
@@ -76,25 +76,30 @@ class Session:
 def open_session(
     adapter: Path,
     sampling: Sampling,
+    rows: Sequence[Mapping[str, Any]] = (),
     *,
     base: str | None = None,
     prompt_format: PromptFormat | None = None,
     system: str = "",
     merged: bool = False,
-) -> Session:
-    """Loads an adapter with its base.
+) -> tuple[Session, list[list[int]]]:
+    """Loads an adapter with its base, once all prompts are known to have room for an answer.
 
     Args:
         adapter: An adapter directory.
         sampling: How tokens are chosen.
+        rows: Checked rows to answer; none for a chat.
         base: Name or path of the base model; None is the one stored with the adapter.
         prompt_format: What surrounds prompts; None is the training's, else ``chat`` if the tokenizer has a
             template, else ``raw``.
         system: A system message.
         merged: Whether the adapter is merged into the weights.
 
+    Returns:
+        The session, and the tokens of each row's prompt.
+
     Raises:
-        ConfigError: If the prompt format is unknown, or has no system message.
+        ConfigError: If the prompt format is unknown or has no system message, or a prompt cannot be answered.
     """
     check_format(prompt_format, "prompt_format")
     import torch
@@ -108,15 +113,26 @@ def open_session(
         check_format(prompt_format, f"{adapter} was trained with an unknown prompt; --prompt_format")
     if system and prompt_format not in (None, "chat"):
         raise ConfigError(f"the prompt format {prompt_format} has no system message; leave --system out")
-    model, tokenizer = load_model(adapter, base=base)
-    chosen: PromptFormat = prompt_format or ("chat" if tokenizer.chat_template else "raw")
-    if system and chosen != "chat":
-        raise ConfigError("the base model's tokenizer has no chat template; leave --system out")
+    sessions: list[Session] = []
+    prompts: list[list[int]] = []
+
+    def ask(preview: "Preview") -> None:
+        """Turns the prompts into tokens, which takes no weights."""
+        chosen: PromptFormat = prompt_format or ("chat" if preview.tokenizer.chat_template else "raw")
+        if system and chosen != "chat":
+            raise ConfigError("the base model's tokenizer has no chat template; leave --system out")
+        session = Session(preview.model, preview.tokenizer, chosen, chosen == trained, system, sampling)
+        if chosen == "chat" and not rows:
+            session.ids(text_row("Hello", "the chat with its --system message" if system else "the chat"))
+        sessions.append(session)
+        prompts.extend(map(session.ids, rows))
+
+    model, _ = load_model(adapter, base=base, before=ask)
     if merged:
         merge(model)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    return Session(model, tokenizer, chosen, chosen == trained, system, sampling)
+    return replace(sessions[0], model=model), prompts
 
 
 def check_format(value: Any, name: str) -> None:
