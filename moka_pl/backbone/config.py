@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moka_pl.backbone.quantization import Quantization
 from moka_pl.errors import ConfigError
+from moka_pl.lm.kernels import Kernels
 
 
 @dataclass
@@ -26,6 +27,8 @@ class BackboneConfig:
         attention: The attention implementation of transformers.
         cache_dir: Folder for converted models; ``null`` is ``$MOKA_PL_CACHE`` or the user's cache folder.
         seed: Seed for random weights.
+        kernels: ``auto`` computes norms, rotary embeddings and gated MLPs by Liger's fused kernels on CUDA
+            devices, for every adapter and in evaluation alike; ``none`` leaves all to transformers.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -37,6 +40,7 @@ class BackboneConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     cache_dir: str | None = None
     seed: int = 0
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         """Refuses values that cannot work.

@@ -31,6 +31,7 @@ from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model
 from moka_pl.backbone.smollm2 import SHORT_NAME, bundled_gguf
 from moka_pl.backbone.weight_files import WeightFiles
 from moka_pl.errors import BackboneError
+from moka_pl.lm.kernels import fuse_kernels
 from moka_pl.prompts.ends import open_prompts, stop_at_ends
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def load_backbone(
     model.config.use_cache = False
     model.eval()
     check_loss(model, config.name)
+    if config.kernels == "auto" and device.type == "cuda":
+        notes.append(fuse_kernels(model))
     return Backbone(model, tokenizer, config, notes)
 
 

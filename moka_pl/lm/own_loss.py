@@ -46,7 +46,7 @@ def has_own_logits(model: "PreTrainedModel") -> bool:
 def run_own_forward(model: "PreTrainedModel") -> OwnForward:
     """Scores a few tokens as transformers does; the random generators stay as they are."""
     device = model.get_input_embeddings().weight.device
-    ids = _few_tokens(model).to(device)
+    ids = few_tokens(model).to(device)
     labels = ids.clone()
     labels[:, _TOKENS:] = -100
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -105,7 +105,7 @@ def _same(first: Any, second: Any) -> bool:
     return tensors and first.shape == second.shape and torch.equal(first.float(), second.float())
 
 
-def _few_tokens(model: "PreTrainedModel") -> Tensor:
+def few_tokens(model: "PreTrainedModel") -> Tensor:
     """Returns rows that begin alike and end differently, without tokens of a special meaning, (B, T)."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special = _special_ids(model.config.to_dict())

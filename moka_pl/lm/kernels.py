@@ -1,0 +1,170 @@
+"""Fused kernels for what a frozen base computes between its products: Liger's norms, RoPE and gated MLPs.
+
+Plain transformers reads and writes a layer's activations a dozen times between two matrix products. Liger's
+Triton kernels compute each of these steps at once, and keep fewer tensors for the backward pass. They are put
+into one model: other models of the process, and the classes of transformers, stay as they are. The loss is
+left alone; it is computed outside the model (``scoring.py``).
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from types import CellType, FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moka_pl.errors import one_line
+from moka_pl.lm.own_loss import few_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Kernels = Literal["auto", "none"]
+
+#: Model types of which Liger replaces norms, rotary embeddings and gated MLPs of one text decoder, no more.
+_KNOWN = {
+    *("exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "hunyuan_v1_dense", "llama"),
+    *("ministral", "mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3"),
+}
+_LOSSES: dict[str, Any] = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+#: Largest relative difference of the last hidden states, ‖fused - plain‖ / ‖plain‖, in 32 and in 16 bits.
+_TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.1
+
+
+def fuse_kernels(model: "PreTrainedModel") -> str:
+    """Puts fused kernels into a model where they can run, and tries them on a few tokens.
+
+    Where they cannot, or compute something else than the model, it stays as it is.
+
+    Args:
+        model: A model without adapters, in evaluation mode.
+
+    Returns:
+        A sentence on what computes now, or on why nothing has changed.
+    """
+    reason = _unsupported_reason(model) or _put(model)
+    if reason is not None:
+        return f"no fused kernels: {reason}"
+    return f"fused kernels: Liger {version('liger-kernel')} in {len(fused_modules(model))} modules"
+
+
+def fused_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that compute by fused kernels."""
+    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def _unsupported_reason(model: "PreTrainedModel") -> str | None:
+    """Why Liger has no kernels for a model, or None."""
+    kind = model.config.model_type
+    if kind not in _KNOWN:
+        return f"Liger has none for the architecture {kind}"
+    for package in ("triton", "liger_kernel"):
+        if find_spec(package) is None:
+            return f"{package} is not installed"
+    return None
+
+
+@torch.no_grad()
+def _put(model: "PreTrainedModel") -> str | None:
+    """Puts the kernels in; returns why they are out again, or None."""
+    ids = few_tokens(model).to(model.get_input_embeddings().weight.device)  # (B, T)
+    plain = _last_hidden(model, ids)
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        _apply(model)
+        reason = _difference(model, plain, _last_hidden(model, ids))
+    except Exception as error:  # whatever an architecture, a version or a compiler raises
+        reason = f"Liger {version('liger-kernel')} fails: {type(error).__name__}: {one_line(error)}"
+    if reason is not None:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+    return reason
+
+
+def _last_hidden(model: "PreTrainedModel", ids: Tensor) -> Tensor:
+    hidden: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden  # (B, T, d)
+
+
+def _difference(model: "PreTrainedModel", plain: Tensor, fused: Tensor) -> str | None:
+    """How the fused model differs from the plain one by more than rounding, or None."""
+    for module in (m for m in model.modules() if "forward" in vars(m)):
+        activation = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+        gelu = "GEGLU" in module.forward.__qualname__
+        if activation is not None and not _same_activation(activation, gelu):
+            return f"Liger's gated MLP has another activation than {type(activation).__name__}"
+    error = float((fused.float() - plain.float()).norm() / plain.float().norm())
+    tolerance = _TOLERANCE if plain.dtype == torch.float32 else _TOLERANCE_HALF
+    if not error <= tolerance:
+        return f"Liger's differ from the model's own computation by {error:.1%}"
+    return None
+
+
+def _same_activation(activation: Any, gelu: bool) -> bool:
+    """Whether Liger's MLP, which knows two activations, has a module's own."""
+    x = torch.linspace(-4, 4, 33)
+    expected = F.gelu(x, approximate="tanh") if gelu else F.silu(x)
+    return bool(torch.allclose(activation(x), expected, rtol=1e-5, atol=1e-6))
+
+
+def _apply(model: "PreTrainedModel") -> None:
+    """Has Liger change a model's norms and MLPs, and has its attention call Liger's rotary embedding."""
+    from liger_kernel.ops import LigerRopeFunction
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+    from transformers.integrations.liger import apply_liger_kernel
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> Any:
+        """Rotates queries (B, H, T, d) and keys (B, K, T, d)."""
+        return LigerRopeFunction.apply(q, k, cos, sin)
+
+    modelling = sys.modules[type(model).__module__]
+    with _restored(modelling):
+        apply_liger_kernel(model, _LOSSES)
+        replaced = [name for name, value in vars(modelling).items() if value is liger_rotary_pos_emb]
+    for module in model.modules():
+        forward = type(module).forward
+        if type(module).__module__ == modelling.__name__ and "forward" not in vars(module):
+            rebound = _rebound(forward, dict.fromkeys(replaced, rotate), set())
+            if rebound is not forward:
+                module.forward = MethodType(rebound, module)
+
+
+@contextmanager
+def _restored(module: Any) -> Iterator[None]:
+    """Puts back what is replaced in a Python module meanwhile."""
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def _rebound(function: Any, names: dict[str, Any], seen: set[int]) -> Any:
+    """A copy of a function, and of those that it wraps, that finds other functions under some global names.
+
+    The function itself is returned where it uses none of the names.
+
+    Args:
+        function: The function; what is none is returned as it is.
+        names: The functions to find, by name.
+        seen: Ids of functions that are being copied: some refer to themselves.
+    """
+    if not isinstance(function, FunctionType) or id(function) in seen:
+        return function
+    contents = [cell.cell_contents for cell in function.__closure__ or ()]
+    copied = [_rebound(content, names, seen | {id(function)}) for content in contents]
+    uses = names.keys() & set(function.__code__.co_names)
+    if not uses and all(new is old for new, old in zip(copied, contents, strict=True)):
+        return function
+    cells = tuple(CellType(content) for content in copied)
+    space = {**function.__globals__, **names} if uses else function.__globals__
+    copy = FunctionType(function.__code__, space, function.__name__, function.__defaults__, cells)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    vars(copy).update(vars(function))
+    return copy
