@@ -136,13 +136,16 @@ def reset_peak(device: "torch.device") -> None:
 
 def peak_gib(device: "torch.device") -> float:
     """The peak since :func:`reset_peak` in GiB; elsewhere than on Linux and GPUs, since the process began."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError):
+        line = re.search(r"^VmHWM:\s+(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
+        if line is not None:
+            return int(line[1]) / 2**20
     from moka_pl.callbacks.throughput import peak_memory
 
-    if device.type != "cuda":
-        with contextlib.suppress(OSError):
-            line = re.search(r"^VmHWM:\s+(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
-            if line is not None:
-                return int(line[1]) / 2**20
     return peak_memory(device)
 
 

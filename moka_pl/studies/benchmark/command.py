@@ -14,11 +14,13 @@ from moka_pl.studies.benchmark.bench import Bench, Record, Results
 from moka_pl.studies.benchmark.cases import PRESETS, Preset, find_preset
 from moka_pl.studies.benchmark.steps import measure_steps
 from moka_pl.studies.benchmark.tables import markdown, milliseconds, write_figures
-from moka_pl.studies.benchmark.unsloth import measure_unsloth
+from moka_pl.studies.benchmark.unsloth import Home, measure_unsloth
 from moka_pl.studies.common import Parser, device_name, versions
 
 GROWTH = ("components", "tokens", "sizes")
 MEASURES = ("steps", *GROWTH, "fit", "decode")
+_PRESET, _MEASURE = "smollm2-cpu", ["steps"]
+_GROUPS = {"all": MEASURES, "growth": GROWTH}
 _CHECKPOINTING = {"off": [False], "on": [True], "both": [False, True]}
 
 _DESCRIPTION = """\
@@ -43,7 +45,7 @@ class Plan:
         checkpointing: Without and with, in this order.
         names: Only these rows; all for none.
         liger: Whether to add rows with Liger.
-        unsloth: Whether to add rows of unsloth.
+        unsloth: Where unsloth is; None for no rows of it.
         profiled: Whether to count launches.
         command: The command that says the same.
     """
@@ -53,7 +55,7 @@ class Plan:
     checkpointing: tuple[bool, ...]
     names: tuple[str, ...]
     liger: bool
-    unsloth: bool
+    unsloth: Home | None
     profiled: bool
     command: str
 
@@ -90,14 +92,15 @@ def make_plan(args: argparse.Namespace) -> Plan:
         ConfigError: For an unknown preset or row, a number out of range, or figures of nothing.
     """
     preset = find_preset(args.preset)
-    measures = {"all": MEASURES, "growth": GROWTH}.get(args.measure, (args.measure,))
+    asked = {part for name in args.measure for part in _GROUPS.get(name, (name,))}
+    measures = tuple(name for name in MEASURES if name in asked)
     if args.steps is not None:
         if args.steps < 1:
             raise ConfigError(f"--steps must be at least 1, not {args.steps}")
         preset = replace(preset, steps=args.steps, fit_steps=args.steps)
     if args.figures and not set(GROWTH) & set(measures):
         raise ConfigError("--figures draws growth; add --measure growth, or all")
-    known = row_names(preset.device, measures, args.liger, args.unsloth)
+    known = row_names(preset.device, measures, args.liger, args.unsloth is not None)
     for name in args.rows:
         if name not in known:
             raise ConfigError(f"unknown row {name!r}; choose some of {', '.join(known)}")
@@ -107,7 +110,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         tuple(_CHECKPOINTING[args.checkpointing]),
         tuple(args.rows),
         args.liger,
-        args.unsloth,
+        None if args.unsloth is None else Home.parse(args.unsloth),
         args.profile,
         _command(args),
     )
@@ -194,8 +197,8 @@ def records(plan: Plan) -> Iterator[Record | str]:
             yield from growth.grow_components(bench, preset, names)
         if "tokens" in plan.measures:
             yield from growth.grow_tokens(bench, preset, names)
-        if "steps" in plan.measures and plan.unsloth and checkpointing == plan.checkpointing[-1]:
-            yield from measure_unsloth(bench, preset, plan.checkpointing, names, plan.profiled)
+        if "steps" in plan.measures and plan.unsloth is not None and checkpointing == plan.checkpointing[-1]:
+            yield from measure_unsloth(bench, preset, plan.checkpointing, names, plan.unsloth, plan.profiled)
         bench.close()
         if "sizes" in plan.measures:
             yield from growth.grow_sizes(preset, checkpointing, names)
@@ -234,12 +237,16 @@ def _liger_rows() -> list[cases.Row]:
 def _command(args: argparse.Namespace) -> str:
     """The command with the options that decide what is measured."""
     parts = ["python", "scripts/benchmark.py"]
-    for name, default in (("preset", "smollm2-cpu"), ("measure", "steps"), ("checkpointing", "off")):
-        if getattr(args, name) != default:
-            parts += [f"--{name}", getattr(args, name)]
+    if args.preset != _PRESET:
+        parts += ["--preset", args.preset]
+    if args.measure != _MEASURE:
+        parts += ["--measure", *args.measure]
+    if args.checkpointing != "off":
+        parts += ["--checkpointing", args.checkpointing]
     if args.steps is not None:
         parts += ["--steps", str(args.steps)]
-    parts += [f"--{name}" for name in ("liger", "unsloth", "profile") if getattr(args, name)]
+    asked = {"liger": args.liger, "unsloth": args.unsloth is not None, "profile": args.profile}
+    parts += [f"--{name}" for name, wanted in asked.items() if wanted]
     if args.rows:
         parts += ["--rows", *args.rows]
     return shlex.join(parts)
@@ -249,14 +256,15 @@ def _parser() -> Parser:
     parser = Parser("benchmark", _DESCRIPTION)
     parser.add_argument(
         "--preset",
-        default="smollm2-cpu",
+        default=_PRESET,
         metavar="NAME",
         help=f"model, batch and device; one of {', '.join(PRESETS)}",
     )
     parser.add_argument(
         "--measure",
-        choices=(*MEASURES, "growth", "all"),
-        default="steps",
+        nargs="+",
+        choices=(*MEASURES, *_GROUPS),
+        default=_MEASURE,
         help="steps: a training step of every row (default); components, tokens, sizes: over the number of "
         "components, the tokens of a batch, shapes of models; growth: these three; fit: a whole Lightning "
         "fit beside a bare loop; decode: generation",
@@ -270,7 +278,12 @@ def _parser() -> Parser:
         "--liger", action="store_true", help="add rows with Liger's kernels (needs liger-kernel and a GPU)"
     )
     parser.add_argument(
-        "--unsloth", action="store_true", help="add rows of unsloth's LoRA, in a process of their own"
+        "--unsloth",
+        nargs="?",
+        const="",
+        metavar="WHERE",
+        help="add rows of unsloth's LoRA, in a process of their own; WHERE is the Python of another "
+        "environment or a folder of packages, where this environment lacks it",
     )
     parser.add_argument(
         "--profile", action="store_true", help="count what a step launches on the GPU, in one more step"

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-MISSING = "rows of unsloth are left out: it is not installed; pip install unsloth"
+MISSING = (
+    "rows of unsloth are left out: it is not installed; pip install unsloth, or name where it is with "
+    "--unsloth WHERE"
+)
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 Answer = dict[str, Any]
@@ -55,9 +58,39 @@ ROWS = (
 )
 
 
-def installed() -> bool:
-    """Whether unsloth is there."""
-    return find_spec("unsloth") is not None
+class Home(NamedTuple):
+    """Where unsloth is installed.
+
+    Attributes:
+        python: The interpreter that runs it.
+        folder: A folder of packages that this interpreter does not know of.
+    """
+
+    python: str = sys.executable
+    folder: str | None = None
+
+    @classmethod
+    def parse(cls, place: str) -> "Home":
+        """Reads what the command line names: an interpreter, a folder of packages, or nothing.
+
+        Raises:
+            ConfigError: If it is not there.
+        """
+        if not place:
+            return cls()
+        path = Path(place).expanduser().absolute()  # not resolved: the links of environments matter
+        if path.is_file():
+            return cls(python=str(path))
+        if (path / "unsloth").is_dir():
+            return cls(folder=str(path))
+        raise ConfigError(
+            f"--unsloth {place}: neither a Python interpreter nor a folder with the package unsloth"
+        )
+
+    @property
+    def lacks_unsloth(self) -> bool:
+        """Whether it is known not to be there."""
+        return self == Home() and find_spec("unsloth") is None
 
 
 def measure_unsloth(
@@ -65,6 +98,7 @@ def measure_unsloth(
     preset: Preset,
     checkpointing: Sequence[bool],
     names: Sequence[str],
+    home: Home,
     profiled: bool = False,
 ) -> Iterator[Record | str]:
     """Measures unsloth's LoRA on the same weights, batch and steps.
@@ -74,6 +108,7 @@ def measure_unsloth(
         preset: Batch and steps.
         checkpointing: Without and with, in this order; with unsloth's own kind, which offloads activations.
         names: Only these rows, or all for none.
+        home: Where unsloth is installed.
         profiled: Count what is launched on the GPU, too.
 
     Yields:
@@ -82,7 +117,7 @@ def measure_unsloth(
     rows = [row for row in ROWS if not names or row.name in names]
     if not rows:
         return
-    if not installed():
+    if home.lacks_unsloth:
         yield MISSING
         return
     wanted = [row._asdict() | {"checkpointing": kind} for kind in checkpointing for row in rows]
@@ -94,7 +129,7 @@ def measure_unsloth(
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_model(bench, Path(folder))
-            for answer in ask(request | {"folder": folder}):
+            for answer in ask(home, request | {"folder": folder}):
                 if "row" not in answer:
                     yield about(answer)
                     continue
@@ -149,20 +184,20 @@ def write_model(bench: Bench, folder: Path) -> None:
     bench.close()
 
 
-def ask(request: Mapping[str, Any]) -> Iterator[Answer]:
+def ask(home: Home, request: Mapping[str, Any]) -> Iterator[Answer]:
     """Starts unsloth's process and yields its answers as they come.
 
     Raises:
         ConfigError: If it fails as a whole.
     """
     package = str(Path(__file__).parents[3])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = filter(None, [package, os.environ.get("PYTHONPATH"), home.folder])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }
-    command = [sys.executable, "-m", "moka_pl.studies.benchmark.unsloth"]
+    command = [home.python, "-m", "moka_pl.studies.benchmark.unsloth"]
     # Unsloth writes the code that it compiles into the working folder.
     with subprocess.Popen(
         command,

@@ -5,15 +5,19 @@ import json
 import os
 import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark import command, unsloth
 from moka_pl.studies.benchmark.bench import Bench, Record, linear_weights
 from moka_pl.studies.benchmark.tables import beside_unsloth, markdown
 
+HOME = unsloth.Home(python="another")
 PACE = {"batch": 2, "length": 8, "warmup": 1, "steps": 2, "seconds": 9.0}
 
 
@@ -41,7 +45,7 @@ def calls(monkeypatch) -> list[tuple[str, dict]]:
     fake = ModuleType("unsloth")
     fake.FastLanguageModel = SimpleNamespace(from_pretrained=from_pretrained, get_peft_model=get_peft_model)
     monkeypatch.setitem(sys.modules, "unsloth", fake)
-    monkeypatch.setattr(unsloth, "installed", lambda: True)
+    fake.__spec__ = ModuleSpec("unsloth", None)
     return made
 
 
@@ -49,7 +53,8 @@ def calls(monkeypatch) -> list[tuple[str, dict]]:
 def in_process(calls, monkeypatch) -> list[tuple[str, dict]]:
     """Answers what the other process would, through JSON."""
 
-    def ask(request):
+    def ask(home, request):
+        assert home == unsloth.Home()
         yield from map(json.loads, map(json.dumps, unsloth.answer_all(json.loads(json.dumps(request)))))
 
     monkeypatch.setattr(unsloth, "ask", ask)
@@ -105,7 +110,7 @@ def test_a_run_with_rows_of_unsloth(preset, in_process, tmp_path, capsys) -> Non
 
 
 def test_without_unsloth_a_note_says_so_and_the_other_rows_run(preset, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(unsloth, "installed", lambda: False)
+    monkeypatch.setitem(sys.modules, "unsloth", None)
     command.main(
         ["--preset", preset.name, "--unsloth", "--steps", "1", "--rows", "frozen base", unsloth.ROWS[0].name]
     )
@@ -128,16 +133,15 @@ def test_its_rows_are_unknown_unless_asked_for(monkeypatch, capsys) -> None:
     ],
 )
 def test_rows_that_are_not_answered_say_why(answers, message: str, preset, monkeypatch) -> None:
-    monkeypatch.setattr(unsloth, "installed", lambda: True)
     monkeypatch.setattr(unsloth, "write_model", lambda bench, folder: None)
 
-    def ask(request):
+    def ask(home, request):
         yield {"row": unsloth.ROWS[0].name, "checkpointing": True, "values": {"step_ms": 2.0}, "error": None}
         for answer in answers:
             unsloth.check(answer)
 
     monkeypatch.setattr(unsloth, "ask", ask)
-    records = list(unsloth.measure_unsloth(Bench("tiny", "cpu", True), preset, [True], []))
+    records = list(unsloth.measure_unsloth(Bench("tiny", "cpu", True), preset, [True], [], HOME))
     assert [record.error for record in records] == [None, message, message]
 
 
@@ -174,14 +178,27 @@ def test_ratios_are_to_the_row_that_each_competes_with(results) -> None:
     assert "of unsloth's" not in markdown(results)
 
 
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """A folder with a package that calls itself unsloth, and prints."""
+    folder = tmp_path / "unsloth"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("print('patched')\nclass FastLanguageModel: pass\n")
+    return tmp_path
+
+
+def test_where_unsloth_is(package) -> None:
+    assert unsloth.Home.parse("") == unsloth.Home(sys.executable, None)
+    assert unsloth.Home.parse(str(package)) == unsloth.Home(sys.executable, str(package))
+    assert unsloth.Home.parse(sys.executable) == unsloth.Home(sys.executable, None)
+    with pytest.raises(ConfigError, match=r"--unsloth .*/no: neither a Python interpreter nor a folder"):
+        unsloth.Home.parse(str(package / "no"))
+
+
 @pytest.mark.slow
-def test_a_process_of_its_own(bench, preset, tmp_path, monkeypatch) -> None:
-    package = tmp_path / "unsloth"
-    package.mkdir()
-    (package / "__init__.py").write_text("print('patched')\nclass FastLanguageModel: pass\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(unsloth, "installed", lambda: True)
-    note, *records = unsloth.measure_unsloth(bench, preset, [False], [])
+def test_a_process_of_its_own(bench, preset, package) -> None:
+    home = unsloth.Home.parse(str(package))
+    note, *records = unsloth.measure_unsloth(bench, preset, [False], [], home)
     assert note.startswith("rows of unsloth: ")
     assert [record.row for record in records] == [row.name for row in unsloth.ROWS]
     assert all("has no attribute 'from_pretrained'" in record.error for record in records)
