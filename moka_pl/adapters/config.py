@@ -19,6 +19,7 @@ from moka_pl.adapters.filters import (
 )
 from moka_pl.adapters.schema import check_values, shown
 from moka_pl.errors import ConfigError
+from moka_pl.lm.architecture import QUERY_VALUE
 from moka_pl.ops.dispatch import BACKENDS, Backend
 from moka_pl.ops.gating import GATINGS, Gating
 from moka_pl.ops.layout import Shape, exact_rank
@@ -71,7 +72,9 @@ class MokaConfig(AdapterConfig):
         dropout: Dropout probability of the adapter's input features, at least 0 and below 1.
         target_modules: Layers to adapt: a list of name suffixes, a regular expression that matches whole
             names, or ``all-linear`` for every linear layer except the output head. The default is the
-            paper's. Few components on every layer learn more than many on two layers of each block.
+            paper's; in families that call queries and values otherwise, it means their names
+            (``query_key_value``, ``qkv_proj``, …). Few components on every layer learn more than many on two
+            layers of each block.
         exclude_modules: Layers to leave out: a list of suffixes or a regular expression.
         backend: How to compute the update. ``structured`` never forms an m × n matrix; ``dense`` forms one
             temporarily, which is faster for many tokens; ``thin`` uses two thin products, for components of
@@ -92,7 +95,7 @@ class MokaConfig(AdapterConfig):
     gating: Gating = "softmax"
     scaling: float | None = None
     dropout: float = 0.0
-    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
+    target_modules: list[str] | str = field(default_factory=QUERY_VALUE.copy)
     exclude_modules: list[str] | str | None = None
     backend: Backend = "auto"
     budget: int | None = None

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from moka_pl.adapters.injection import ALL_LINEAR, output_head
+from moka_pl.adapters.injection import ALL_LINEAR, output_head, own_targets
 from moka_pl.adapters.methods.registry import adapted_layers
 from moka_pl.adapters.patterns import matching
 from moka_pl.backbone.quantization import weight_count
@@ -31,7 +31,7 @@ def left_out(model: nn.Module, config: Any) -> str:
     if not targets or not adapted:
         return ""
     weights, fused = _linear_weights(model)
-    named = list(weights) if targets == ALL_LINEAR else matching(weights, targets)
+    named = list(weights) if targets == ALL_LINEAR else matching(weights, own_targets(weights, targets))
     missed = set(named) - adapted.keys() - set(matching(named, getattr(config, "exclude_modules", None)))
     total = sum(weights.values())
     parts: Counter[str] = Counter()
@@ -47,6 +47,26 @@ def left_out(model: nn.Module, config: Any) -> str:
         f"adapted: {len(adapted)} layers, {covered / total:.1%} of the linear weights; not adapted: "
         f"{', '.join(shares)}"
     )
+
+
+def renamed(model: nn.Module, config: Any) -> str:
+    """Says what the default's layers are called in the adapted model; empty if they have the usual names.
+
+    Args:
+        model: The adapted model.
+        config: The adapters' configuration, of any method.
+    """
+    targets = getattr(config, "target_modules", None)
+    own = own_targets(_linear_weights(model)[0], targets)
+    if own == targets or not isinstance(targets, list) or own is None:
+        return ""
+    return f"target_modules {', '.join(targets)}: in this model {', '.join(own)}"
+
+
+def adapted_share(model: nn.Module) -> float:
+    """Returns the share of a model's linear weights, those of experts included, that is adapted."""
+    weights, adapted = _linear_weights(model)[0], adapted_layers(model)
+    return sum(size for name, size in weights.items() if name in adapted) / sum(weights.values())
 
 
 def _linear_weights(model: nn.Module) -> tuple[dict[str, int], set[str]]:

@@ -1,7 +1,7 @@
 """Finds the layers to adapt in a model, and the adapted ones."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from moka_pl.adapters.patterns import Pattern, matching
 from moka_pl.adapters.reach import text_reach
 from moka_pl.adapters.schema import shown
 from moka_pl.errors import AdapterError
+from moka_pl.lm.architecture import QUERY_VALUE, query_value_names
 
 ALL_LINEAR = "all-linear"
 
@@ -39,7 +40,7 @@ def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | 
         head = output_head(model)
         targets = [name for name in linear if modules[name] is not head]
     else:
-        targets = matching(filter(None, modules), config.target_modules)
+        targets = matching(filter(None, modules), own_targets(linear, config.target_modules))
     excluded = set(matching(targets, config.exclude_modules))
     kept = [name for name in targets if name not in excluded]
     if not kept:
@@ -83,6 +84,16 @@ def suitable_targets(model: nn.Module, names: list[str], pattern: Pattern) -> li
     return [name for name in reached if name not in unsuitable]
 
 
+def own_targets(layers: Iterable[str], targets: Pattern) -> Pattern:
+    """Returns ``target_modules`` with the family's own names in place of the default ones.
+
+    Args:
+        layers: Full names of the model's linear layers.
+        targets: What the configuration says.
+    """
+    return query_value_names(layers) if targets == QUERY_VALUE else targets
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """Returns the model's output head, if it has one."""
     getter = getattr(model, "get_output_embeddings", None)
@@ -121,8 +132,6 @@ def _nothing_matches(model: nn.Module, config: MokaConfig, excluded: bool) -> st
             f"target_modules {shown(config.target_modules)} matches"
         )
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if len(linear) <= 1 and any(type(module).__name__ == "Conv1D" for module in model.modules()):
-        return "this model has Conv1D layers, as GPT-2, in place of linear ones; they cannot be adapted"
     suffixes = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     near = [

@@ -21,6 +21,7 @@ from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.description import Description, build_empty, describe
 from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.hub import reach_model
+from moka_pl.backbone.linear_layers import linearise
 from moka_pl.backbone.loading import cache_root, loading, progress_bars
 from moka_pl.backbone.quantization import (
     import_quantiser,
@@ -132,6 +133,7 @@ def load_backbone(
         del empty
         model = _pretrained(config, described, dtype, device, notes)
     check_special_tokens(model.generation_config, "generation_config.json", _rows(model), config.name)
+    linearise(model)
     keep_weights(model)
     stop_at_ends(model, tokenizer)
     model.requires_grad_(False)

@@ -4,8 +4,6 @@ Everything else asks the functions here, so that another quantiser is supported 
 """
 
 import logging
-import re
-from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -23,14 +21,10 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
     from bitsandbytes.nn import Linear4bit
-    from transformers import PreTrainedModel
 
     from moka_pl.ops.triton import WeightSource
 
 Quantization = Literal["nf4", "fp4", "none"]
-
-#: Share of the linear weights from which on it is said that they are not quantised, and parts that are named.
-_WORTH_SAYING, _NAMED = 0.01, 4
 
 _BELOW = (-1.0, -0.696192801, -0.5250730515, -0.3949174881, -0.2844413817, -0.1847734302, -0.0910500363)
 _ABOVE = (
@@ -322,32 +316,6 @@ def weight_count(parameter: Tensor) -> int:
     """Returns the number of weights of a parameter; 4-bit ones, which lie two to a byte, count singly."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(state.shape.numel())
-
-
-def describe_storage(model: "PreTrainedModel", asked: Quantization) -> str:
-    """Describes how a model's linear weights are stored, and the share of those that are stored otherwise.
-
-    Args:
-        model: The model without adapters.
-        asked: How linear weights were to be stored.
-    """
-    if asked == "none":
-        return "linear weights none"
-    outside = {id(model.get_output_embeddings().weight)}
-    outside |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.Conv1d)}
-    quantised, other = 0, Counter[str]()
-    for name, parameter in model.named_parameters():
-        if getattr(parameter, "quant_state", None) is not None:
-            quantised += weight_count(parameter)
-        elif parameter.ndim > 1 and id(parameter) not in outside:
-            other[re.sub(r"\.\d+(?=\.)", ".*", name)] += parameter.numel()
-    share = other.total() / max(1, quantised + other.total())
-    if share < _WORTH_SAYING:
-        return f"linear weights {asked}"
-    parts = [name for name, _ in other.most_common(_NAMED)] + ["..."] * (len(other) > _NAMED)
-    if not quantised:
-        return f"linear weights none, as {asked} cannot store them ({', '.join(parts)})"
-    return f"linear weights {asked}, but {share:.0%} of the weights are not ({', '.join(parts)})"
 
 
 def relative_entries(parameter: Tensor, index: Tensor) -> Tensor:

@@ -4,14 +4,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor
 
 from moka_pl._compat import attention_implementation
 from moka_pl.data.batching.collate import share_prompts
 from moka_pl.data.types import SharedPrompts
 from moka_pl.evaluation.memory import is_out_of_memory
 from moka_pl.lm.architecture import decoder_inputs, sliding_window
-from moka_pl.lm.attention import VARLEN
+from moka_pl.lm.attention import VARLEN, block_mask
 from moka_pl.lm.scoring import IGNORE_INDEX, TokenScores, logits_at, row_sums, score_tokens
 
 if TYPE_CHECKING:
@@ -59,26 +58,6 @@ def select_items(shared: SharedPrompts, items: slice) -> SharedPrompts:
     if "segments" in shared:
         selected["segments"] = shared["segments"][items]
     return selected
-
-
-def block_mask(model: "PreTrainedModel", segments: Tensor) -> Tensor:
-    """Which token sees which: those before it that belong to the prompt or to its own option.
-
-    Args:
-        model: Its kind of attention decides the form.
-        segments: 0 for the prompt, k for option k, -1 for padding, shape (I, S).
-
-    Returns:
-        Shape (I, 1, S, S): True where a token is seen; for eager attention 0 there, else the lowest number.
-    """
-    size = segments.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
-    keys, queries = segments[:, None, :], segments[:, :, None]
-    seen = (causal & ((keys == 0) | (keys == queries)))[:, None]  # (I, 1, S, S)
-    if attention_implementation(model) != "eager":
-        return seen
-    zero = torch.zeros((), dtype=model.dtype, device=segments.device)
-    return zero.masked_fill(~seen, torch.finfo(model.dtype).min)
 
 
 @torch.no_grad()

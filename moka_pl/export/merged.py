@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from moka_pl.adapters import adapted_layers
+from moka_pl.backbone.linear_layers import conv1d_names, is_conv1d
 from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.errors import AdapterError
@@ -67,7 +68,13 @@ def merged_parts(model: "PreTrainedModel") -> list[Part]:
                 continue
             seen.add(id(tensor))
             parts.append(_plain(full, module, tensor))
-    return parts
+    turned = {f"{name}.weight" for name in conv1d_names(model) if not is_conv1d(model.get_submodule(name))}
+    return [_turned(part) if part.name in turned else part for part in parts]
+
+
+def _turned(part: Part) -> Part:
+    """The weight of a linear layer, (m, n), as a Conv1D has it."""
+    return Part(part.name, part.shape[::-1], lambda: part.make().t())
 
 
 def _plain(name: str, module: nn.Module, tensor: Tensor) -> Part:

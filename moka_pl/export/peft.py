@@ -10,8 +10,9 @@ from safetensors.torch import save
 from torch import nn
 
 from moka_pl.adapters import unload
+from moka_pl.backbone.linear_layers import conv1d_names
 from moka_pl.backbone.quantization import import_quantiser
-from moka_pl.errors import ConfigError
+from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export.check import Measured, check, measure
 from moka_pl.export.folder import written_folder
 from moka_pl.export.lora import LoraForm, lora_applied
@@ -59,6 +60,7 @@ def export_lora(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) -
         write_peft(new, form, source.model, source.base_name, source.info.base.revision, dtype)
         say(f"{reader} reads it back ...")
         served = _loaded(source.model, new)
+        _check_layers(served, form, reader)
         say(check(expected, measure(served, source.prompts), reader, dtype, source.model.dtype))
     size = sum(file.stat().st_size for file in out.iterdir())
     say(f"{out}: rank {form.rank}, {size / 2**20:.1f} MiB; {_vllm(form.rank)}")
@@ -89,6 +91,17 @@ def _loaded(model: "PreTrainedModel", folder: Path) -> Any:
     with warnings.catch_warnings():  # of transformers' to PEFT
         warnings.simplefilter("ignore", FutureWarning)
         return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def _check_layers(served: nn.Module, form: LoraForm, reader: str) -> None:
+    """Refuses an adapter whose layers PEFT takes for fused experts, by their last names."""
+    read = {name for name, _ in served.named_parameters() if ".lora_A." in name}
+    for name in form.factors:
+        if f"base_model.model.{name}.lora_A.default.weight" not in read:
+            raise AdapterError(
+                f"{reader} does not adapt {name} of this model, but its fused experts; nothing was written. "
+                "Train without it (exclude_modules), or export --to merged"
+            )
 
 
 def _vllm(rank: int) -> str:
@@ -123,7 +136,7 @@ def write_peft(
         "lora_dropout": 0.0,
         "target_modules": target_modules(model, list(form.factors)),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": set(form.factors) <= set(conv1d_names(model)),
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,

@@ -4,6 +4,7 @@ If a model does not support a fast path, a function here says why, and its calle
 """
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from moka_pl._compat import attention_implementation, supports_flash_attention
@@ -11,6 +12,39 @@ from moka_pl.lm.own_loss import has_own_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+QUERY_VALUE = ["q_proj", "v_proj"]
+"""What most families call the linear layers that make queries and values."""
+
+#: Layers beside attention that make both in one, and carry a state along the tokens (Qwen3.5, Qwen3-Next).
+_BESIDE = ("in_proj_qkv", "in_proj_qkvz")
+#: What families without the usual names call them: low-rank ones (DeepSeek), and several in one (GPT, Phi-3).
+_INSTEAD = (
+    "q_b_proj",
+    "kv_b_proj",
+    "qkv_proj",
+    "query_key_value",
+    "c_attn",
+    "Wqkv",
+    "qkv",
+    "query",
+    "value",
+    "q",
+    "v",
+)
+
+
+def query_value_names(layers: Iterable[str]) -> list[str]:
+    """Returns what a family calls the layers of queries and values; the usual names where none is known.
+
+    For the families in its table, they are PEFT's.
+
+    Args:
+        layers: Full names of the model's linear layers.
+    """
+    ends = {name.rpartition(".")[2] for name in layers}
+    known = [*QUERY_VALUE, *_BESIDE] if ends.issuperset(QUERY_VALUE) else [*QUERY_VALUE, *_INSTEAD, *_BESIDE]
+    return [name for name in known if name in ends] or QUERY_VALUE
 
 
 def decoder_inputs(model: "PreTrainedModel") -> set[str]:

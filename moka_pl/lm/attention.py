@@ -18,6 +18,7 @@ from moka_pl.lm.architecture import (
     decoder_inputs,
     flash_unsupported_reason,
     head_size,
+    sliding_window,
 )
 from moka_pl.lm.scoring import logits_at
 
@@ -38,6 +39,7 @@ class PackedAttention:
 
     Attributes:
         unsupported_reason: Why there is no variable-length attention; None where it is used.
+        explicit: Whether the mask is given to the model, which does not build it of position ids.
 
     Raises:
         ConfigError: If the model mixes packed examples.
@@ -54,7 +56,20 @@ class PackedAttention:
         if self.unsupported_reason is None:
             _register()
             model.set_attn_implementation(VARLEN)
-        self._check(model)
+        self.explicit = False
+        self._model = model
+        current = attention_implementation(model)
+        apart = self._stay_apart()
+        # A mask of one's own would take the place of a sliding window.
+        if not apart and current in ("sdpa", "eager") and sliding_window(model) is None:
+            self.explicit = True
+            apart = self._stay_apart()
+        if not apart:
+            raise ConfigError(
+                f"{type(model).__name__} with attention {current!r} lets packed examples attend to each "
+                "other; set packing: false in the data"
+                + ("" if current in ("sdpa", "eager") else ", or backbone.attention: sdpa")
+            )
 
     def __str__(self) -> str:
         if self.unsupported_reason is None:
@@ -74,10 +89,14 @@ class PackedAttention:
             # A mask of four dimensions is taken for a finished one: none is built, at a cost that grows with
             # the square of the row, and the GPU need not be waited for.
             inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=starts.device)
+        if self.explicit:
+            segments = (batch["position_ids"] == 0).cumsum(1)  # (B, T)
+            inputs["attention_mask"] = block_mask(self._model, segments)
         return inputs
 
-    def _check(self, model: "PreTrainedModel") -> None:
-        """Tries whether an example's logits change with the one before it."""
+    def _stay_apart(self) -> bool:
+        """Tries whether an example's logits stay the same with another one before it."""
+        model = self._model
         device = model.get_input_embeddings().weight.device
         batch = {
             "position_ids": torch.arange(4, device=device).repeat(2)[None],  # (1, 8)
@@ -100,11 +119,27 @@ class PackedAttention:
                 )
         finally:
             model.train(training)
-        if (first - second).abs().max() > 1e-2 * first.abs().max():
-            raise ConfigError(
-                f"{type(model).__name__} with attention {attention_implementation(model)!r} lets packed "
-                "examples attend to each other; set packing: false in the data, or backbone.attention: sdpa"
-            )
+        return bool((first - second).abs().max() <= 1e-2 * first.abs().max())
+
+
+def block_mask(model: "PreTrainedModel", segments: Tensor) -> Tensor:
+    """Which token sees which: those before it that belong to the prompt or to its own option.
+
+    Args:
+        model: Its kind of attention decides the form.
+        segments: 0 for a prompt, which all see, k for option or example k, -1 for padding, shape (I, S).
+
+    Returns:
+        Shape (I, 1, S, S): True where a token is seen; for eager attention 0 there, else the lowest number.
+    """
+    size = segments.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
+    keys, queries = segments[:, None, :], segments[:, :, None]
+    seen = (causal & ((keys == 0) | (keys == queries)))[:, None]  # (I, 1, S, S)
+    if attention_implementation(model) != "eager":
+        return seen
+    zero = torch.zeros((), dtype=model.dtype, device=segments.device)
+    return zero.masked_fill(~seen, torch.finfo(model.dtype).min)
 
 
 def _varlen_unsupported_reason(model: "PreTrainedModel") -> str | None:

@@ -21,11 +21,11 @@ from moka_pl.adapters import (
     read_adapter,
     unload,
 )
-from moka_pl.adapters.coverage import left_out
+from moka_pl.adapters.coverage import left_out, renamed
 from moka_pl.adapters.methods.base import name_ranks
 from moka_pl.adapters.reading import read_adapter_shapes, read_adapter_state
 from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
-from moka_pl.backbone.quantization import describe_storage
+from moka_pl.backbone.linear_layers import describe_storage
 from moka_pl.data.types import data_of
 from moka_pl.errors import ConfigError
 from moka_pl.training.auto_filters import DeferredFilters
@@ -197,8 +197,9 @@ class MokaModule(TrainedModule):
             rank_zero_info(f"exact LoRA rank: {name_ranks(ranks)}")
         for note in loaded.notes:
             rank_zero_info(note)
-        if not_adapted := left_out(model, self.adapter):
-            rank_zero_info(not_adapted)
+        for told in (renamed(model, self.adapter), left_out(model, self.adapter)):
+            if told:
+                rank_zero_info(told)
 
     def _inject(self, model: "PreTrainedModel") -> None:
         """Injects the adapters into a plain model."""

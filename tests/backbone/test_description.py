@@ -10,7 +10,8 @@ import transformers as T
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.backbone.quantization import QuantisedError, describe_storage
+from moka_pl.backbone.linear_layers import describe_storage
+from moka_pl.backbone.quantization import QuantisedError
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import BackboneError
 from moka_pl.inference import load_base

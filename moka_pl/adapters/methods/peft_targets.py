@@ -13,6 +13,7 @@ from moka_pl.adapters.injection import ALL_LINEAR, output_head, suitable_targets
 from moka_pl.adapters.patterns import is_simple, matching
 from moka_pl.adapters.schema import shown
 from moka_pl.errors import AdapterError
+from moka_pl.lm.architecture import query_value_names
 
 #: Options whose keys or entries PEFT takes for regular expressions.
 _PATTERNS = ("rank_pattern", "alpha_pattern", "layers_pattern")
@@ -46,6 +47,7 @@ def explicit_config(config: Any, model: nn.Module, saved: Mapping[str, Tensor] |
     _expand(config, model)
     head = output_head(model)
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    _name_defaults(config, model, linear)
     targets = getattr(config, "target_modules", None)
     pattern = ALL_LINEAR if targets is None or isinstance(targets, str) else list(targets)
     named = linear if pattern == ALL_LINEAR else matching(linear, pattern)
@@ -59,6 +61,16 @@ def explicit_config(config: Any, model: nn.Module, saved: Mapping[str, Tensor] |
     if left_out := set(named) - set(kept):
         config.exclude_modules = [*_entries(getattr(config, "exclude_modules", None)), *sorted(left_out)]
     return config
+
+
+def _name_defaults(config: Any, model: nn.Module, linear: list[str]) -> None:
+    """Gives a LoRA without targets those of families that PEFT's own table does not have."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    given = getattr(config, "target_modules", None) or getattr(config, "target_parameters", None)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if config.peft_type == "LORA" and not given and kind not in KNOWN:
+        config.target_modules = query_value_names(linear)
 
 
 def _expand(config: Any, model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod
 from moka_pl.adapters.methods.full import FullMethod
 from moka_pl.adapters.methods.moka import MokaMethod
 from moka_pl.adapters.methods.peft import PeftMethod
+from moka_pl.backbone.linear_layers import linearise, restore
 from moka_pl.errors import AdapterError, ConfigError
 
 #: In the order in which they are asked; PEFT's take every kind that the others do not know.
@@ -73,7 +74,12 @@ def inject_adapter(
     """
     if present := adapted_layers(model):
         raise AdapterError(f"the model already has adapters (at {next(iter(present))}); unload them first")
-    return method_of(config).inject(model, dtype, saved)
+    linearise(model)
+    try:
+        return method_of(config).inject(model, dtype, saved)
+    except Exception:
+        restore(model)
+        raise
 
 
 def merge(model: nn.Module) -> None:
@@ -101,6 +107,7 @@ def unload(model: nn.Module, merge: bool = False) -> None:
         _check_base_is_frozen(model)
     if (method := method_in(model)) is not None:
         method.unload(model, merge)
+        restore(model)
 
 
 @contextmanager

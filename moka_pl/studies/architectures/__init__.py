@@ -1,0 +1,1 @@
+"""What works with which family of models, found out on tiny ones."""
