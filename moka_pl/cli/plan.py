@@ -26,8 +26,8 @@ def plan(arguments: Sequence[str]) -> None:
     restrict_class_paths(trusted)
     PlanCLI(
         RunFolders(),
-        MokaModule,
-        MokaDataModule,
+        model_class=MokaModule,
+        datamodule_class=MokaDataModule,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,

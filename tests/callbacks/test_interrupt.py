@@ -61,6 +61,19 @@ def same_handlers(foreground):
     assert after == before
 
 
+@pytest.fixture(scope="module")
+def made():
+    return []
+
+
+@pytest.fixture
+def whole(train, made):
+    """The run that nothing stopped, the same for all tests."""
+    if not made:
+        made.append(train())
+    return made[0]
+
+
 @pytest.mark.parametrize(
     ("hook", "times", "number", "stopped"),
     [
@@ -73,9 +86,8 @@ def same_handlers(foreground):
     ],
 )
 def test_stops_at_the_next_step_and_goes_on_exactly(
-    train, assert_continues, tmp_path, capsys, caplog, hook, times, number, stopped
+    train, whole, assert_continues, tmp_path, capsys, caplog, hook, times, number, stopped
 ):
-    whole = train()
     with pytest.raises(SystemExit) as end, caplog.at_level("INFO"):
         train(Kill(hook, times, number), AdapterCheckpoint(), GracefulInterrupt())
     assert end.value.code == 1
@@ -246,7 +258,7 @@ def fail():
 
 
 @pytest.mark.parametrize("after", [4, 5, 11])
-def test_saves_a_run_whose_loader_fails(train, assert_continues, tmp_path, breaking, after):
+def test_saves_a_run_whose_loader_fails(train, whole, assert_continues, tmp_path, breaking, after):
     breaking(after, fail)
     with pytest.raises(OSError, match="Input/output error"):
         train(AdapterCheckpoint(), GracefulInterrupt())
@@ -258,7 +270,7 @@ def test_saves_a_run_whose_loader_fails(train, assert_continues, tmp_path, break
         stopped = {4: 2, 11: 6}[after]
         assert torch.load(path, weights_only=True)["global_step"] == stopped
         breaking(10**9, fail)
-        assert_continues(train(ckpt_path=path), train(), stopped)
+        assert_continues(train(ckpt_path=path), whole, stopped)
 
 
 def test_a_loader_that_is_stuck_does_not_keep_a_run_from_stopping(train, tmp_path, breaking, monkeypatch):

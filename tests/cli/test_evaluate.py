@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,13 +186,3 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["evaluate", "--help"])
     assert caught.value.code == 0
     assert "--num_fewshot" in capsys.readouterr().out
-
-
-def test_its_options_are_parsed_without_heavy_imports() -> None:
-    code = (
-        "import sys; from moka_pl.cli.main import function_parser\n"
-        "function_parser('evaluate').parse_args(['--base=x', '--tasks=y', '--limit=3'])\n"
-        "assert not {'lm_eval', 'torch', 'transformers', 'datasets'} & set(sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr

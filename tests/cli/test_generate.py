@@ -1,7 +1,5 @@
 """``moka-pl generate``."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,17 +149,6 @@ def test_without_a_remembered_format_or_a_template_the_prompt_stays_bare(
     capsys.readouterr()
     generate(adapter, PROMPT, max_new_tokens=8)
     assert capsys.readouterr().out == expected + "\n"
-
-
-def test_it_needs_no_lightning(make_adapter: Callable[..., Path]) -> None:
-    adapter = make_adapter(prompt="alpaca")
-    code = (
-        "import sys; from moka_pl.cli.main import main\n"
-        "main(['generate', sys.argv[1], 'Hello', '--max_new_tokens=1'])\n"
-        "assert not {'lightning', 'datasets'} & set(sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code, str(adapter)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 def test_temperature_samples(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,27 +120,74 @@ def test_help_of_fit_explains_the_options(capsys, monkeypatch):
 
 PROCESS = """
 import runpy, sys
-sys.argv = ["moka_pl", "--help"]
-try:
-    runpy.run_module("moka_pl", run_name="__main__")
-finally:
-    print({"bitsandbytes", "datasets", "tensorboard"} & set(sys.modules))
-    sys.argv = ["moka_pl", "fit", "--model.adapter.component=3"]
-    runpy.run_module("moka_pl", run_name="__main__")
+from moka_pl.cli.main import function_parser
+
+def command(*arguments):
+    status, sys.argv = 0, ["moka_pl", *arguments]
+    try:
+        runpy.run_module("moka_pl", run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    done(status)
+
+def done(status):
+    print(status, *sorted(name for name in sys.modules if "." not in name), flush=True)
+    print("--", file=sys.stderr, flush=True)
+
+adapter, elsewhere = sys.argv[1:]
+command("--help")
+function_parser("evaluate").parse_args(["--base=x", "--tasks=y", "--limit=3"])
+done(0)
+command("inspect", adapter)
+command("inspect", elsewhere)
+command("generate", adapter, "Hello", "--max_new_tokens=1")
+command("fit", "--model.adapter.component=3")
+sys.argv = ["moka_pl", "inspect", elsewhere]
+runpy.run_module("moka_pl", run_name="__main__")
 """
 
 
-def test_real_process():
-    """Help, without loading the heavy libraries, and a mistake, as the shell sees them."""
+def test_real_process(make_adapter, tmp_path):
+    """Commands and mistakes as the shell sees them, in the order of what they may load."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", PROCESS], capture_output=True, text=True, env=environment, timeout=100
+        [sys.executable, "-c", PROCESS, make_adapter(prompt="alpaca"), tmp_path],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=100,
     )
-    assert "{fit,validate,test,predict,inspect,generate,evaluate,export,configs,plan}" in run.stdout
-    assert run.stdout.endswith("set()\n")
+    lines = run.stdout.splitlines()
+    ends = [line.split() for line in lines if re.match(r"\d .*\bsys\b", line)]
+    errors = [text.lstrip("\n") for text in run.stderr.split("--\n")]
+    assert [int(status) for status, *_ in ends] == [0, 0, 0, 2, 0, 2], run.stderr
     assert run.returncode == 2
-    assert run.stderr.startswith('moka_pl fit: error: Parser key "model.adapter": ')
-    assert "Option 'component' is not accepted\n" in run.stderr
+    help_, parsed, inspected, mistaken, generated, fitted = (set(modules) for _, *modules in ends)
+
+    heavy = {
+        "numpy",
+        "torch",
+        "lightning",
+        "transformers",
+        "bitsandbytes",
+        "datasets",
+        "tensorboard",
+        "lm_eval",
+    }
+    assert not heavy & (help_ | parsed)
+    commands = "{fit,validate,test,predict,inspect,generate,evaluate,export,configs,plan}"
+    assert any(commands in line for line in lines)
+    assert not {"lightning", "transformers", "bitsandbytes", "datasets"} & (inspected | mistaken)
+    assert any("gates by layer" in line for line in lines)
+    assert not {"lightning", "datasets"} & generated
+    assert "lightning" in fitted
+    assert "peft" not in fitted
+
+    assert errors[:3] == ["", "", ""]
+    no_adapter = f"moka_pl: error: {tmp_path} is not an adapter directory: it has no adapter_config.json\n"
+    assert errors[3] == errors[6] == no_adapter
+    assert errors[5].startswith('moka_pl fit: error: Parser key "model.adapter": ')
+    assert "Option 'component' is not accepted\n" in errors[5]
     assert "Traceback" not in run.stderr
 
 
@@ -456,6 +503,20 @@ def interrupt(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.fixture(scope="module")
+def made():
+    return []
+
+
+@pytest.fixture
+def whole(cli, made):
+    """The folder of the run that nothing stopped, the same for all tests."""
+    if not made:
+        cli("fit", "--trainer.logger.init_args.name", "whole")
+        made.append(Path("lightning_logs/whole/version_0").absolute())
+    return made[0]
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize(
     ("batch", "number", "stopped"),
@@ -465,10 +526,7 @@ def interrupt(monkeypatch):
         (8, signal.SIGINT, 5),
     ],
 )
-def test_interrupted_and_resumed(cli, interrupt, caplog, batch, number, stopped):
-    cli("fit", "--trainer.logger.init_args.name", "whole")
-    whole = Path("lightning_logs/whole/version_0")
-
+def test_interrupted_and_resumed(cli, whole, interrupt, caplog, batch, number, stopped):
     interrupt(batch, number)
     with pytest.raises(SystemExit) as end, caplog.at_level("INFO"):
         cli("fit")

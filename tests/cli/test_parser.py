@@ -1,6 +1,5 @@
 """The option ``model.adapter``, and other methods through Lightning: parsing, training, resuming."""
 
-import subprocess
 import sys
 
 import peft
@@ -121,11 +120,6 @@ def test_a_printed_configuration_is_read_back(build_cli, capsys, tmp_path, optio
     with pytest.raises(SystemExit):
         build_cli("fit", f"--config={tmp_path / 'printed.yaml'}", "--print_config")
     assert capsys.readouterr().out == printed
-
-
-def test_parsing_without_a_class_needs_no_peft():
-    code = "import sys; import moka_pl.cli.lightning; assert 'peft' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def lora(dropout=0.1):
