@@ -16,8 +16,14 @@ from moka_pl.backbone.quantization import (
     layer_compute_dtype,
     storage_device,
 )
-from moka_pl.ops.dispatch import DECODE_TOKENS, can_fuse, can_fuse_thin, resolve_backend
-from moka_pl.ops.kronecker import UPDATES
+from moka_pl.ops.dispatch import (
+    DECODE_TOKENS,
+    UPDATES,
+    Resolved,
+    can_fuse,
+    can_fuse_thin,
+    resolve_backend,
+)
 from moka_pl.ops.merged_forward import DenseUpdates
 from moka_pl.ops.thin import ThinUpdates
 
@@ -43,19 +49,28 @@ class ForwardPlan(NamedTuple):
     result: torch.dtype
 
 
-def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
-    """Plans to compute an adapted layer as ``(W + ΔW) x``; None where W and ΔW are to stay apart.
+def merged_dtypes(
+    adapted: "MokaLinear", x: Tensor, backend: Resolved | None, quantised: bool
+) -> tuple[torch.dtype, torch.dtype] | None:
+    """Returns the dtypes of ``(W + ΔW) x`` and of the layer's output; None where W and ΔW are to stay apart.
 
     They do where somebody listens to the frozen layer, trains it or keeps its weight elsewhere, or where
-    W + ΔW would be rounded to half precision without the kernels' care for small updates.
+    W + ΔW would be rounded to half precision without the kernels' care for small updates. A compiler traces
+    this: the number of tokens decides nothing.
+
+    Args:
+        adapted: The layer.
+        x: Its input, shape (..., n).
+        backend: Its backend; None for structured or dense.
+        quantised: Whether the frozen layer is quantised.
     """
-    layer, dtype, shapes = adapted.base_layer, adapted.moka_B.dtype, adapted.shapes
-    if _must_run_itself(layer, x.device):
+    layer = adapted.base_layer
+    if _must_run_itself(layer, x.device, quantised):
         return None
     compute: torch.dtype
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which it leaves as it is
-    if is_quantised(layer):
+    if quantised:
         compute, result = layer_compute_dtype(layer, x), x.dtype
     elif type(layer) is nn.Linear:
         compute = result = torch.get_autocast_dtype(device) if autocast else x.dtype
@@ -63,22 +78,47 @@ def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
             return None
     else:
         return None
+    if backend == "fused":
+        merges = compute in (torch.bfloat16, torch.float32)
+    else:
+        merges = backend == "thin" or (compute == adapted.moka_B.dtype and compute.itemsize >= 4)
+    return (compute, result) if merges else None
+
+
+def plan_forward(adapted: "MokaLinear", x: Tensor) -> ForwardPlan | None:
+    """Plans to compute an adapted layer as ``(W + ΔW) x``; None where :func:`merged_dtypes` has none."""
+    m = adapted.out_features
+    backend = resolve_backend(adapted.backend, x, adapted.moka_B.dtype, adapted.shapes, m)
+    dtypes = merged_dtypes(adapted, x, backend, is_quantised(adapted.base_layer))
+    if dtypes is None:
+        return None
+    return ForwardPlan(merged_updates(adapted, x, dtypes[0], backend), *dtypes)
+
+
+def merged_updates(adapted: "MokaLinear", x: Tensor, compute: torch.dtype, backend: Resolved) -> DenseUpdates:
+    """Returns what computes ``(W + ΔW) x``.
+
+    Args:
+        adapted: The layer, which has :func:`merged_dtypes`.
+        x: Its input, shape (..., n).
+        compute: Dtype of the product.
+        backend: Its backend.
+    """
+    layer, shapes = adapted.base_layer, adapted.shapes
     m, n = layer.out_features, layer.in_features
-    resolved = resolve_backend(adapted.backend, x, dtype, shapes, m)
-    if resolved == "thin":
-        fused = can_fuse_thin(x, compute, dtype, shapes, m)
-        return ForwardPlan(_thin_updates(adapted, compute, autocast, x.device, fused), compute, result)
+    if backend == "thin":
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        fused = can_fuse_thin(x, compute, adapted.moka_B.dtype, shapes, m)
+        return _thin_updates(adapted, compute, autocast, x.device, fused)
     weight = partial(dense_weight, layer, often=True)
     parts = (shapes, m, n, adapted.scaling, weight, is_quantised(layer), adapted.gating)
-    if resolved == "fused" and compute in (torch.bfloat16, torch.float32):
+    if backend == "fused":
         from moka_pl.ops.triton import FusedUpdates, make_plan
 
         plan = make_plan(shapes, m, n, x.device)
         source = kernel_weight(layer, compute, even=plan.side > 0 or plan.even)
-        return ForwardPlan(FusedUpdates(*parts, plan, source), compute, result)
-    if resolved != "fused" and compute == dtype and compute.itemsize >= 4:
-        return ForwardPlan(UPDATES[resolved](*parts), compute, result)
-    return None
+        return FusedUpdates(*parts, plan, source)
+    return UPDATES[backend](*parts)
 
 
 def _thin_updates(
@@ -110,12 +150,12 @@ def _thin_updates(
     return updates
 
 
-def _must_run_itself(layer: nn.Linear, device: torch.device) -> bool:
+def _must_run_itself(layer: nn.Linear, device: torch.device, quantised: bool) -> bool:
     """Whether passing the frozen layer by would leave something undone."""
     bias = layer.bias
-    trained = not is_quantised(layer) and layer.weight.requires_grad
+    trained = not quantised and layer.weight.requires_grad
     trained = trained or (bias is not None and bias.requires_grad)
-    return trained or hook_count(layer) > 0 or storage_device(layer) != device
+    return trained or hook_count(layer) > 0 or storage_device(layer, quantised) != device
 
 
 def is_decoding(adapted: "MokaLinear", x: Tensor) -> bool:

@@ -35,17 +35,20 @@ A is flat and B tall, a × n/b and m/a × b: A ⊗ B is exactly a LoRA of rank a
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
-from moka_pl.adapters.forward import ForwardPlan, is_decoding, plan_forward
-from moka_pl.backbone.quantization import is_quantised, keep_weights, merged_linear
+from moka_pl.adapters.forward import ForwardPlan, is_decoding, merged_dtypes, merged_updates, plan_forward
+from moka_pl.backbone.quantization import is_quantised_kind, keep_weights, merged_linear
+from moka_pl.ops.dispatch import resolve_backend
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear, lora_factors
 from moka_pl.ops.layout import Pairs, exact_rank, left_sizes, right_sizes, unpack
-from moka_pl.ops.merged_forward import MergedForward
+from moka_pl.ops.merged_forward import DenseUpdates, MergedForward
+from moka_pl.ops.operators import number_layer, operator_product, traced_backend
 
 
 class MokaLinear(nn.Module):
@@ -103,6 +106,12 @@ class MokaLinear(nn.Module):
         self.moka_gate = vector(gates) if gates else None
         self.reset_parameters()
         self.train(base_layer.training)  # a layer put into an evaluating model must not drop out
+        self._number = number_layer(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Gives a copy a number of its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = number_layer(self)
 
     def reset_parameters(self) -> None:
         """Initialises factors and gates: ΔW = 0, α uniform."""
@@ -174,11 +183,14 @@ class MokaLinear(nn.Module):
         if not self.enabled:
             return self.base_layer(x)  # type: ignore[no-any-return]
         if self.merged_layer is not None:
-            if is_quantised(self.base_layer):  # takes any input dtype and returns it; so must its dense copy
+            # A quantised layer takes any input dtype and returns it; so must its dense copy.
+            if is_quantised_kind(type(self.base_layer)):
                 return self.merged_layer(x.to(self.merged_layer.weight.dtype)).to(x.dtype)  # type: ignore[no-any-return]
             return self.merged_layer(x)  # type: ignore[no-any-return]
         if self.training and self.dropout.p > 0:  # the update's input is not the frozen layer's
             return self._separate_forward(x)
+        if torch.compiler.is_compiling():
+            return self._operator_forward(x)
         if is_decoding(self, x):
             return self._decode(x)
         plan = plan_forward(self, x)
@@ -197,6 +209,27 @@ class MokaLinear(nn.Module):
             torch.is_grad_enabled(),
         )  # (T, m)
         return out.to(plan.result).view(*x.shape[:-1], self.out_features)  # (..., m)
+
+    def _operator_forward(self, x: Tensor) -> Tensor:
+        """Returns ``(W + ΔW) x + bias``, (..., m), by what a compiler need not look into."""
+        m, dtype = self.out_features, self.moka_B.dtype
+        backend = traced_backend(x, dtype, self.shapes, m, self.backend)
+        dtypes = merged_dtypes(self, x, backend, is_quantised_kind(type(self.base_layer)))
+        if dtypes is None:
+            return self._separate_forward(x)
+        parts = self.moka_gate, self._left(), self.moka_B
+        out = operator_product(x.to(dtypes[0]), *parts, self._number, self.shapes, m, self.backend)
+        return out.to(dtypes[1])  # (..., m)
+
+    def decode(self, x: Tensor) -> Tensor | None:
+        """Computes x, (..., n), where this is generating on a GPU; else None."""
+        return self._decode(x) if is_decoding(self, x) else None
+
+    def updates_for(self, x: Tensor) -> tuple[DenseUpdates, Tensor | None]:
+        """Returns what computes x, of the product's dtype, merged with W, and the bias in that dtype."""
+        bias, dtype = self.base_layer.bias, self.moka_B.dtype
+        backend = resolve_backend(self.backend, x, dtype, self.shapes, self.out_features)
+        return merged_updates(self, x, x.dtype, backend), None if bias is None else bias.to(x.dtype)
 
     def _decode(self, x: Tensor) -> Tensor:
         """Returns ``W x + bias + ΔW x``, (..., m), for a few tokens on a GPU."""

@@ -145,9 +145,12 @@ def is_quantised(layer: nn.Module) -> "TypeGuard[Linear4bit]":
     return _is_quantised_kind(kind)
 
 
-@cache
-def _is_quantised_kind(kind: type) -> bool:
+def is_quantised_kind(kind: type) -> bool:
+    """As :func:`is_quantised`, for a class of layers; compilers trace it."""
     return any(base.__name__ == "Linear4bit" for base in kind.__mro__)
+
+
+_is_quantised_kind = cache(is_quantised_kind)
 
 
 def keep_weights(model: nn.Module) -> None:
@@ -261,10 +264,11 @@ def _plainly_scaled(layer: nn.Module, weight: Tensor, state: Any) -> tuple[Tenso
     return known.data, known.state
 
 
-def storage_device(layer: nn.Linear) -> torch.device:
+def storage_device(layer: nn.Linear, quantised: bool) -> torch.device:
     """Returns where the layer's weight lies."""
-    state = layer.weight.quant_state if is_quantised(layer) else None
-    device: torch.device = (layer.weight if state is None else state.absmax).device
+    weight: Any = layer.weight
+    state = weight.quant_state if quantised else None
+    device: torch.device = (weight if state is None else state.absmax).device
     return device
 
 

@@ -11,12 +11,24 @@ import torch
 from torch import Tensor
 
 from moka_pl.errors import ConfigError
+from moka_pl.ops.gating import Gating
 from moka_pl.ops.layout import Shape, group_equal
-from moka_pl.ops.thin import hidden_size, is_thin
+from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates
+from moka_pl.ops.thin import ThinUpdates, hidden_size, is_thin
 
 Backend = Literal["auto", "structured", "dense", "thin", "fused"]
+Resolved = Literal["structured", "dense", "thin", "fused"]
 
 BACKENDS: tuple[str, ...] = get_args(Backend)
+
+#: What computes an update, by backend.
+UPDATES: dict[str, type[DenseUpdates]] = {
+    "structured": StructuredUpdates,
+    "dense": DenseUpdates,
+    "thin": ThinUpdates,
+}
+
+_HAS_TRITON = find_spec("triton") is not None
 
 #: Tokens below which, on a GPU and without gradients, building ΔW costs more than kernels for few tokens.
 DECODE_TOKENS = 32
@@ -27,7 +39,7 @@ _WIDEST, _OLDEST = 256, (8, 0)
 
 def resolve_backend(
     backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int
-) -> Literal["structured", "dense", "thin", "fused"]:
+) -> Resolved:
     """Chooses the backend for an update of ``x``: ``"fused"`` only where its kernels can run.
 
     ``"thin"`` is chosen only for components of small ranks: by ``"auto"`` for all of these, and by
@@ -43,15 +55,33 @@ def resolve_backend(
     Raises:
         ConfigError: For an unknown backend.
     """
-    thin = is_thin(tuple(shapes), m, x.shape[-1])
+    n = x.shape[-1]
+    fixed = fixed_backend(backend, x, factors, shapes, m, is_thin(tuple(shapes), m, n))
+    if fixed is not None:
+        return fixed
+    return pick_backend(x.numel() // n, tuple(shapes), m, n)
+
+
+def fixed_backend(
+    backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int, thin: bool
+) -> Resolved | None:
+    """As :func:`resolve_backend`; None where the number of tokens decides, between structured and dense.
+
+    Compilers trace this.
+
+    Args:
+        backend: The requested backend.
+        x: Input, shape (..., n).
+        factors: Dtype of factors and weights.
+        shapes: r shapes.
+        m: Output features.
+        thin: Whether thin products pay.
+    """
     if backend == "auto":
         if thin:
             return "thin"
         # However few the tokens: a step of structured products takes many times as many launches.
-        if x.is_cuda and can_fuse(x, factors, shapes, m):
-            return "fused"
-        n = x.shape[-1]
-        return pick_backend(x.numel() // n, tuple(shapes), m, n)
+        return "fused" if x.is_cuda and can_fuse(x, factors, shapes, m) else None
     if backend == "fused":
         if can_fuse(x, factors, shapes, m):
             return "thin" if thin and x.is_cuda else "fused"
@@ -63,6 +93,43 @@ def resolve_backend(
     if backend not in BACKENDS:
         raise ConfigError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     return backend
+
+
+def updates_alone(
+    x: Tensor,
+    weights: Tensor,
+    left: Tensor,
+    right: Tensor,
+    shapes: tuple[Shape, ...],
+    m: int,
+    backend: Backend,
+) -> DenseUpdates:
+    """Returns what computes ``Σ_i w_i (A_i ⊗ B_i) x`` without a frozen layer, w in the place of the gates.
+
+    Args:
+        x: Input, shape (..., n).
+        weights: w, shape (r,).
+        left: Packed left factors.
+        right: Packed right factors.
+        shapes: r shapes.
+        m: Output features.
+        backend: The requested backend.
+    """
+    n = x.shape[-1]
+    # Mixed dtypes are not for the kernels.
+    dtype = right.dtype if weights.dtype == left.dtype == right.dtype else torch.float64
+    resolved = resolve_backend(backend, x, dtype, shapes, m)
+    gating: Gating = "none"
+    alone = (shapes, m, n, 1.0, None, False, gating)
+    if resolved == "fused":
+        from moka_pl.ops.triton import FusedUpdates, make_plan
+
+        return FusedUpdates(*alone, make_plan(shapes, m, n, x.device))
+    if resolved == "thin" and can_fuse_thin(x, x.dtype, dtype, shapes, m):
+        from moka_pl.ops.triton import FusedThinUpdates, make_thin_plan
+
+        return FusedThinUpdates(*alone, plan=make_thin_plan(shapes, m, n, x.device))
+    return UPDATES[resolved](*alone)
 
 
 def can_fuse(x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int) -> bool:
@@ -78,7 +145,7 @@ def can_fuse(x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int) -
     """
     device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     one_kind = len({shape.identity for shape in shapes}) == 1
-    return device and factors == torch.float32 and one_kind and m * x.shape[-1] < 2**31 and _has_triton()
+    return device and factors == torch.float32 and one_kind and m * x.shape[-1] < 2**31 and _HAS_TRITON
 
 
 def can_fuse_thin(
@@ -131,16 +198,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-@cache
 def _warn_unfused() -> None:
     warnings.warn(
         "backend: fused needs a CUDA device, Triton, float32 factors, and either only or no identity left "
         "factors; using backend: dense instead",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -148,5 +210,5 @@ def _warn_unfused() -> None:
 def _warn_not_thin() -> None:
     warnings.warn(
         "backend: thin needs components of small ranks, without identities; using backend: dense instead",
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -18,18 +18,10 @@ import torch
 from torch import Tensor
 
 from moka_pl.ops.dense import add_delta_
-from moka_pl.ops.dispatch import Backend, can_fuse_thin, resolve_backend
-from moka_pl.ops.gating import Gating
+from moka_pl.ops.dispatch import Backend, updates_alone
 from moka_pl.ops.layout import Shape, exact_rank, unpack
-from moka_pl.ops.merged_forward import DenseUpdates, MergedForward, StructuredUpdates
-from moka_pl.ops.thin import ThinUpdates
-
-#: What computes an update, by backend.
-UPDATES: dict[str, type[DenseUpdates]] = {
-    "structured": StructuredUpdates,
-    "dense": DenseUpdates,
-    "thin": ThinUpdates,
-}
+from moka_pl.ops.merged_forward import MergedForward
+from moka_pl.ops.operators import operator_product
 
 
 def delta_weight(
@@ -112,23 +104,9 @@ def kronecker_linear(
     Raises:
         ConfigError: For an unknown backend.
     """
-    n = x.shape[-1]
-    # Mixed dtypes are not for the kernels.
-    dtype = right.dtype if weights.dtype == left.dtype == right.dtype else torch.float64
-    resolved = resolve_backend(backend, x, dtype, shapes, out_features)
-    gating: Gating = "none"  # w in the place of the gates
-    alone = (shapes, out_features, n, 1.0, None, False, gating)
-    updates: DenseUpdates
-    if resolved == "fused":
-        from moka_pl.ops.triton import FusedUpdates, make_plan
-
-        updates = FusedUpdates(*alone, make_plan(shapes, out_features, n, x.device))
-    elif resolved == "thin" and can_fuse_thin(x, x.dtype, dtype, shapes, out_features):
-        from moka_pl.ops.triton import FusedThinUpdates, make_thin_plan
-
-        updates = FusedThinUpdates(*alone, plan=make_thin_plan(shapes, out_features, n, x.device))
-    else:
-        updates = UPDATES[resolved](*alone)
+    if torch.compiler.is_compiling():
+        return operator_product(x, weights, left, right, None, shapes, out_features, backend)
+    updates = updates_alone(x, weights, left, right, shapes, out_features, backend)
     out: Tensor = MergedForward.apply(  # type: ignore[no-untyped-call]
         x, weights, left, right, None, updates, torch.is_grad_enabled()
     )  # (T, m)

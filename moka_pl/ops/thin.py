@@ -40,8 +40,7 @@ Rooms = dict[tuple[torch.dtype, torch.device], Tensor]
 _THIN = 3
 
 
-@cache
-def is_thin(shapes: tuple[Shape, ...], m: int, n: int) -> bool:
+def thin_pays(shapes: tuple[Shape, ...], m: int, n: int) -> bool:
     """Whether two thin products are the cheapest computation of an m × n layer's update, whatever T.
 
     In float32 on a CPU core, forward and backward of 4-bit layers of 192 × 576, 576 × 576 and 1536 × 576,
@@ -54,13 +53,16 @@ def is_thin(shapes: tuple[Shape, ...], m: int, n: int) -> bool:
         m: Output features.
         n: Input features.
     """
-    return not any(s.identity for s in shapes) and _THIN * hidden_size(shapes) <= min(m, n)
+    return not any(s.identity for s in shapes) and _THIN * count_hidden(shapes) <= min(m, n)
 
 
-@cache
-def hidden_size(shapes: tuple[Shape, ...]) -> int:
+def count_hidden(shapes: tuple[Shape, ...]) -> int:
     """R, the hidden numbers of a token."""
     return sum(s.m_a * s.n_b for s in shapes)
+
+
+#: The same, remembered; a compiler that traces these would warn of it.
+is_thin, hidden_size = cache(thin_pays), cache(count_hidden)
 
 
 class _Run(NamedTuple):
