@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from moka_pl._compat import attention_implementation, copy_all_, multiplied
 from moka_pl.errors import one_line
 from moka_pl.lm.architecture import causal_unsupported_reason
-from moka_pl.lm.scoring import IGNORE_INDEX, logits_at
+from moka_pl.lm.scoring import IGNORE_INDEX, nll_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,8 +140,7 @@ class StepCapture:
     def _compute(self, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         width = ids.shape[1]
         column = positions % width  # (N,)
-        logits = logits_at(self.model, positions // width, column, input_ids=ids)  # (N, V)
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return nll_at(self.model, positions // width, column, targets, input_ids=ids).sum()
 
     def _record(self, batch: FixedBatch) -> None:
         inputs = batch.ids.clone(), batch.positions.clone(), batch.targets.clone()

@@ -4,15 +4,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from moka_pl.lm.head_loss import IGNORE_INDEX as IGNORE_INDEX
+from moka_pl.lm.head_loss import nll_at_head, token_nll
 from moka_pl.lm.own_loss import has_plain_head, own_logits_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORE_INDEX = -100
-#: Tokens whose logits an evaluation computes at a time.
+#: Tokens whose logits an evaluation computes at a time at most.
 _PART = 4096
 
 
@@ -43,19 +43,30 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **
     targets = labels[:, 1:]  # (B, T-1)
     row, column = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,)
     wanted = targets[row, column]  # (N,)
-    if torch.is_grad_enabled() or not has_plain_head(model):
-        logits = logits_at(model, row, column, input_ids=input_ids, **inputs)  # (N, V)
-        return TokenScores(_nll(logits, wanted), row)
-    # Without gradients no logits need be kept: those of a whole evaluation batch can take gigabytes.
-    hidden = _hidden_at(model, row, column, input_ids=input_ids, **inputs)  # (N, d)
+    return TokenScores(nll_at(model, row, column, wanted, input_ids=input_ids, **inputs), row)
+
+
+def nll_at(model: "PreTrainedModel", row: Tensor, column: Tensor, wanted: Tensor, **inputs: Any) -> Tensor:
+    """Runs a model and returns -log p of tokens, nats, shape (N,), float32.
+
+    The logits of all tokens, which can take gigabytes, are not held at a time where the model's logits are
+    its head's.
+
+    Args:
+        model: A causal language model.
+        row: Rows of the positions that predict the tokens, shape (N,).
+        column: Their columns, shape (N,).
+        wanted: The tokens; of ``IGNORE_INDEX`` the loss is 0, shape (N,).
+        **inputs: What the model reads.
+    """
+    if not has_plain_head(model):
+        return token_nll(own_logits_at(model, row, column, **inputs), wanted)
+    hidden = _hidden_at(model, row, column, **inputs)  # (N, d)
     head = model.get_output_embeddings()
+    if torch.is_grad_enabled():
+        return nll_at_head(head, hidden, wanted)
     parts = zip(torch.split(hidden, _PART), torch.split(wanted, _PART), strict=True)
-    return TokenScores(torch.cat([_nll(head(part), ids) for part, ids in parts]), row)
-
-
-def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
-    """-log p of the wanted tokens, (N,), float32."""
-    return F.cross_entropy(logits.float(), wanted, reduction="none")
+    return torch.cat([nll_at_head(head, part, ids) for part, ids in parts])
 
 
 def logits_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: Tensor) -> Tensor:
