@@ -124,10 +124,14 @@ class Bench:
         shape: Shape of the model.
         device: ``cuda`` or ``cpu``.
         checkpointing: Compute activations again in the backward pass.
+
+    Attributes:
+        notes: What loading said of the models that were built, such as the kernels that compute in them.
     """
 
     def __init__(self, shape: str, device: str, checkpointing: bool = False) -> None:
         self.shape, self.device, self.checkpointing = shape, device, checkpointing
+        self.notes: list[str] = []
         self._model: PreTrainedModel | None = None
         self._backbone: Mapping[str, str] = {}
         self._structure: list[tuple[object, ...]] = []
@@ -206,7 +210,9 @@ class Bench:
         if self._model is None or self._backbone != options:
             self.close()
             config = BackboneConfig(self.shape, weights="random", **options)  # type: ignore[arg-type]
-            model = load_backbone(config, self.device).model
+            loaded = load_backbone(config, self.device)
+            self.notes += [note for note in loaded.notes if note not in self.notes]
+            model = loaded.model
             if self.checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self._model, self._backbone, self._structure = model, options, structure(model)

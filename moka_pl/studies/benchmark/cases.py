@@ -309,7 +309,7 @@ def liger_installed() -> bool:
 
 
 def with_liger(row: Row) -> Row:
-    """The row on a model with Liger's kernels for norms, rotary embeddings and gated MLPs."""
+    """The row on a plain model into which transformers puts Liger's norms, rotary embeddings, gated MLPs."""
 
     def put(model: "PreTrainedModel") -> Remove:
         from transformers.integrations.liger import apply_liger_kernel
@@ -331,4 +331,4 @@ def with_liger(row: Row) -> Row:
 
         return both
 
-    return Row(f"{row.name} + Liger", put, spoils=True)
+    return Row(f"{row.name} + Liger", put, spoils=True, backbone={"kernels": "none"})

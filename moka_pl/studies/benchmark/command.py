@@ -171,8 +171,9 @@ def run(plan: Plan, file: Path | None = None) -> Results:
         warnings.simplefilter("ignore", FutureWarning)
         for record in records(plan):
             if isinstance(record, str):
-                results.notes.append(record)
-                print(f"Note: {record}", file=sys.stderr, flush=True)
+                if record not in results.notes:
+                    results.notes.append(record)
+                    print(f"Note: {record}", file=sys.stderr, flush=True)
                 continue
             add_ratio(record, results)
             results.records.append(record)
@@ -200,6 +201,7 @@ def records(plan: Plan) -> Iterator[Record | str]:
         if "steps" in plan.measures and plan.unsloth is not None and checkpointing == plan.checkpointing[-1]:
             yield from measure_unsloth(bench, preset, plan.checkpointing, names, plan.unsloth, plan.profiled)
         bench.close()
+        yield from bench.notes
         if "sizes" in plan.measures:
             yield from growth.grow_sizes(preset, checkpointing, names)
         if "fit" in plan.measures:

@@ -23,7 +23,27 @@ def test_the_frozen_base_comes_first_and_last() -> None:
     assert len(set(names)) == len(names)
     captured = {row.name for row in cases.step_rows("cuda") if row.captured}
     assert captured == {"MoKA r10, CUDA graph", "LoRA r8 q,v, CUDA graph"}
-    assert set(names) - set(ROWS) == {"MoKA r10 fused"} | captured
+    others = {row.name: dict(row.backbone) for row in cases.step_rows("cuda") if row.backbone}
+    assert others["LoRA r8 q,v, kernels none"] == {"kernels": "none"}
+    assert set(names) - set(ROWS) == {"MoKA r10 fused"} | captured | others.keys()
+
+
+def test_a_row_on_another_base_has_one_built(bench, monkeypatch) -> None:
+    built = []
+    monkeypatch.setattr(
+        "moka_pl.backbone.load_backbone", lambda config, device: built.append(config) or load_backbone(config)
+    )
+    plain, other = cases.frozen(), cases.on_backbone(cases.moka("MoKA r10"), kernels="none")
+    assert other.name == "MoKA r10, kernels none"
+    for row in (plain, other, other, plain):
+        assert bench.measure(row, lambda model: {"ok": 1.0}) == ({"ok": 1.0}, None)
+    assert [config.kernels for config in built] == ["auto", "none", "auto"]
+
+
+def test_the_row_of_unsloth_s_that_a_row_competes_with() -> None:
+    assert cases.peer("MoKA r10") == cases.peer("MoKA r10, compile layers") == "unsloth LoRA r8 q,v"
+    assert cases.peer("LoRA r32 q,k,v,up,down, kernels none") == "unsloth LoRA r32 q,k,v,up,down"
+    assert cases.peer("frozen base") is None
 
 
 @pytest.mark.parametrize("name", ROWS)
