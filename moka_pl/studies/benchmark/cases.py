@@ -225,6 +225,7 @@ class Preset:
         warmup: Steps before the measured ones.
         steps: Measured steps of a row.
         seconds: Longest time for the measured steps of a row; a slower row is given fewer steps.
+        context_seconds: Time to search the longest row of tokens of a row.
         fit_steps: Measured optimizer steps of a whole ``fit``.
         new_tokens: Measured tokens of generation.
         workers: Processes that load batches in ``fit``.
@@ -241,6 +242,7 @@ class Preset:
     warmup: int = 3
     steps: int = 10
     seconds: float = 30.0
+    context_seconds: float = 35.0
     fit_steps: int = 50
     new_tokens: int = 64
     workers: int = 2

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moka_pl.errors import ConfigError, MokaError, end_interrupted
-from moka_pl.studies.benchmark import cases, fit, growth, steps, unsloth
+from moka_pl.studies.benchmark import cases, context, fit, growth, steps, unsloth
 from moka_pl.studies.benchmark.bench import Bench, Record, Results
 from moka_pl.studies.benchmark.cases import PRESETS, Preset, find_preset
 from moka_pl.studies.benchmark.steps import measure_steps
-from moka_pl.studies.benchmark.tables import markdown, milliseconds, write_figures
+from moka_pl.studies.benchmark.tables import longest, markdown, milliseconds, write_figures
 from moka_pl.studies.benchmark.unsloth import Home, measure_unsloth
 from moka_pl.studies.common import Parser, device_name, versions
 
@@ -46,6 +46,7 @@ class Plan:
         names: Only these rows; all for none.
         liger: Whether to add rows with Liger.
         unsloth: Where unsloth is; None for no rows of it.
+        cards: Sizes of the cards, GiB, on which to search the longest row of tokens.
         profiled: Whether to count launches.
         command: The command that says the same.
     """
@@ -56,6 +57,7 @@ class Plan:
     names: tuple[str, ...]
     liger: bool
     unsloth: Home | None
+    cards: tuple[int, ...]
     profiled: bool
     command: str
 
@@ -92,7 +94,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         ConfigError: For an unknown preset or row, a number out of range, or figures of nothing.
     """
     preset = find_preset(args.preset)
-    asked = {part for name in args.measure for part in _GROUPS.get(name, (name,))}
+    if args.context and preset.device == "cpu":
+        raise ConfigError(f"--context searches a GPU's memory, but preset {preset.name} runs on the CPU")
+    if any(card < 1 for card in args.context):
+        raise ConfigError(f"--context takes GiB from 1 on, not {min(args.context)}")
+    asked = {part for name in _measures(args) for part in _GROUPS.get(name, (name,))}
     measures = tuple(name for name in MEASURES if name in asked)
     if args.steps is not None:
         if args.steps < 1:
@@ -101,6 +107,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.figures and not set(GROWTH) & set(measures):
         raise ConfigError("--figures draws growth; add --measure growth, or all")
     known = row_names(preset.device, measures, args.liger, args.unsloth is not None)
+    if args.context:
+        theirs = unsloth.CONTEXT_ROWS if args.unsloth is not None else ()
+        names = [*(row.name for row in context.ROWS), *(row.name for row in theirs)]
+        known += [name for name in names if name not in known]
     for name in args.rows:
         if name not in known:
             raise ConfigError(f"unknown row {name!r}; choose some of {', '.join(known)}")
@@ -111,6 +121,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         tuple(args.rows),
         args.liger,
         None if args.unsloth is None else Home.parse(args.unsloth),
+        tuple(args.context),
         args.profile,
         _command(args),
     )
@@ -210,6 +221,13 @@ def records(plan: Plan) -> Iterator[Record | str]:
         bench = Bench(preset.shape, preset.device)
         yield from steps.measure_decode(bench, preset, cases.choose(steps.decode_rows(), names))
         bench.close()
+    if plan.cards:
+        bench = Bench(preset.shape, preset.device, checkpointing=True)
+        search = plan.cards, preset.context_seconds, names
+        yield from context.measure_context(bench, *search)
+        if plan.unsloth is not None:
+            yield from unsloth.measure_unsloth_context(bench, *search, plan.unsloth)
+        bench.close()
 
 
 def add_ratio(record: Record, results: Results) -> None:
@@ -228,6 +246,8 @@ def progress(record: Record) -> str:
     what = f"{record.measure}: {record.row}{setting}{kind}"
     if record.error is not None:
         return f"{what}: failed: {record.error}"
+    if record.measure == context.MEASURE:
+        return f"{what}: {longest(record)} tokens"
     key = next(key for key in ("step_ms", "fit_ms", "token_ms") if key in record.values)
     return f"{what}: {milliseconds(record.values[key])} ms, {record.values['peak_gib']:.2f} GiB"
 
@@ -236,19 +256,26 @@ def _liger_rows() -> list[cases.Row]:
     return [cases.with_liger(cases.frozen()), cases.with_liger(cases.moka("MoKA r10"))]
 
 
+def _measures(args: argparse.Namespace) -> list[str]:
+    """What to measure; nothing but the context if only that is asked for."""
+    return args.measure or ([] if args.context else _MEASURE)
+
+
 def _command(args: argparse.Namespace) -> str:
     """The command with the options that decide what is measured."""
     parts = ["python", "scripts/benchmark.py"]
     if args.preset != _PRESET:
         parts += ["--preset", args.preset]
-    if args.measure != _MEASURE:
-        parts += ["--measure", *args.measure]
+    if _measures(args) != _MEASURE:
+        parts += ["--measure", *args.measure] if args.measure else []
     if args.checkpointing != "off":
         parts += ["--checkpointing", args.checkpointing]
     if args.steps is not None:
         parts += ["--steps", str(args.steps)]
     asked = {"liger": args.liger, "unsloth": args.unsloth is not None, "profile": args.profile}
     parts += [f"--{name}" for name, wanted in asked.items() if wanted]
+    if args.context:
+        parts += ["--context", *map(str, args.context)]
     if args.rows:
         parts += ["--rows", *args.rows]
     return shlex.join(parts)
@@ -266,7 +293,7 @@ def _parser() -> Parser:
         "--measure",
         nargs="+",
         choices=(*MEASURES, *_GROUPS),
-        default=_MEASURE,
+        default=[],
         help="steps: a training step of every row (default); components, tokens, sizes: over the number of "
         "components, the tokens of a batch, shapes of models; growth: these three; fit: a whole Lightning "
         "fit beside a bare loop; decode: generation",
@@ -289,6 +316,15 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--profile", action="store_true", help="count what a step launches on the GPU, in one more step"
+    )
+    parser.add_argument(
+        "--context",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="GIB",
+        help="search the longest row of tokens that a step with checkpointing fits into cards of these sizes "
+        "(without --measure: only that)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values, versions and the device")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw growth as PNG files")

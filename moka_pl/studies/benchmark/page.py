@@ -11,6 +11,7 @@ from moka_pl.studies.benchmark.cases import peer
 from moka_pl.studies.benchmark.tables import (
     GROWTH,
     beside_unsloth,
+    context_table,
     failure,
     growth_table,
     milliseconds,
@@ -126,6 +127,16 @@ def _about(results: Results) -> str:
         if records := results.of(measure):
             parts += [caption, growth_table(records, GROWTH[measure])]
     parts += [textwrap.fill(_fit(record), _WIDTH) for record in beside_unsloth(results, "fit")]
+    if searched := results.of("context"):
+        parts += [
+            textwrap.fill(
+                "Longest row of tokens that a step of forward, backward and AdamW with checkpointing fits "
+                "into a card of so many GiB (ratio to unsloth's; ≈ is predicted by the memory that a token "
+                "takes):",
+                _WIDTH,
+            ),
+            context_table(searched),
+        ]
     if generated := results.of("decode"):
         parts += ["Greedy generation at batch 1 with a key-value cache, nothing merged:", _decode(generated)]
     parts += [textwrap.fill(f"Note: {note}.", _WIDTH) for note in results.notes]

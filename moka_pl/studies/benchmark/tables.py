@@ -93,6 +93,7 @@ TITLES = {
     "tokens": "A step over the tokens of a batch (ms, peak GiB)",
     "sizes": "A step over shapes of models (ms, peak GiB)",
     "fit": "An optimizer step of fit beside a bare loop",
+    "context": "Longest row of tokens of a step with checkpointing, over a card's GiB (ratio to unsloth's)",
     "decode": "Greedy generation at batch 1 with a key-value cache, adapters not merged",
 }
 
@@ -135,6 +136,8 @@ def beside_unsloth(results: Results, measure: str) -> list[Record]:
 
 
 def _table(measure: str, records: Sequence[Record]) -> str:
+    if measure == "context":
+        return context_table(records)
     if measure in GROWTH:
         return growth_table(records, GROWTH[measure])
     return plain_table(records, {"steps": STEPS, "fit": FIT, "decode": DECODE}[measure])
@@ -165,6 +168,33 @@ def growth_table(records: Sequence[Record], setting: str) -> str:
         lines.append([label, *(cells.get((name, checkpointing, value), "") for value in settings)])
     heads = [f"{value:,}" if isinstance(value, int) else value for value in settings]
     return render([f"adapter \\ {setting}", *heads], lines)
+
+
+def context_table(records: Sequence[Record]) -> str:
+    """A line a row, a column a card; ``≈`` marks what is predicted, the bound before it was measured."""
+    cards = sorted({record.setting["gib"] for record in records})
+    found = {(r.row, r.setting["gib"]): r for r in records}
+    lines = []
+    for name in dict.fromkeys(record.row for record in records):
+        line = [name]
+        for card in cards:
+            record, other = found.get((name, card)), found.get((peer(name) or "", card))
+            cell = "" if record is None else longest(record)
+            if record is not None and other is not None and record.values and other.values:
+                exact = "too_long" in record.values and "too_long" in other.values
+                ratio = record.values["predicted"] / other.values["predicted"]
+                cell += f" ({'' if exact else '≈ '}{ratio:.2f})"
+            line.append(cell)
+        lines.append(line)
+    return render(["adapter \\ GiB", *map(str, cards)], lines)
+
+
+def longest(record: Record) -> str:
+    """The longest row of tokens that was found."""
+    if record.error is not None:
+        return failure(record)
+    tokens, predicted = record.values["tokens"], record.values["predicted"]
+    return f"{tokens:,.0f}" if "too_long" in record.values else f"≥ {tokens:,.0f}, ≈ {predicted:,.0f}"
 
 
 def _growth_cell(record: Record) -> str:

@@ -11,13 +11,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moka_pl.errors import ConfigError
-from moka_pl.studies.benchmark.bench import Bench, Record, linear_weights
+from moka_pl.studies.benchmark import context
+from moka_pl.studies.benchmark.bench import Bench, Record, Setting, Values, linear_weights
 from moka_pl.studies.benchmark.cases import FIVE, QV, Preset
 from moka_pl.studies.benchmark.steps import Batch, teraflops, time_steps
 from moka_pl.studies.common import first_line, free_memory, versions
@@ -56,6 +58,8 @@ ROWS = (
     UnslothRow("unsloth LoRA r16 all linear", 16, _ALL),
     UnslothRow("unsloth LoRA r32 q,k,v,up,down", 32, FIVE),
 )
+
+CONTEXT_ROWS = ROWS[:2]
 
 
 class Home(NamedTuple):
@@ -114,17 +118,58 @@ def measure_unsloth(
     Yields:
         A note on versions and settings; a record a row. If unsloth is not installed, one note says so.
     """
-    rows = [row for row in ROWS if not names or row.name in names]
-    if not rows:
+    wanted = [_asked(row, "steps", kind, {}) for kind in checkpointing for row in _chosen(ROWS, names)]
+    pace = {name: getattr(preset, name) for name in ("batch", "length", "warmup", "steps", "seconds")}
+    request = {"pace": pace, "profiled": profiled, "length": preset.length}
+    weights, tokens = linear_weights(preset.shape), preset.batch * preset.length
+    for found in _measure(bench, home, request, wanted):
+        if isinstance(found, Record) and found.values:
+            found.values["tflops"] = teraflops(weights, tokens, found.values["step_ms"])
+        yield found
+
+
+def measure_unsloth_context(
+    bench: Bench, cards: Sequence[int], seconds: float, names: Sequence[str], home: Home
+) -> Iterator[Record | str]:
+    """Searches the longest rows of tokens of unsloth's LoRA, with its own checkpointing.
+
+    Args:
+        bench: As in :func:`measure_unsloth`.
+        cards: Sizes of cards in GiB.
+        seconds: How long to search for each row.
+        names: Only these rows, or all for none.
+        home: Where unsloth is installed.
+
+    Yields:
+        A note; a record a row and card.
+    """
+    rows = _chosen(CONTEXT_ROWS, names)
+    wanted = [_asked(row, context.MEASURE, True, {"gib": card}) for row in rows for card in sorted(cards)]
+    request = {"cards": list(cards), "seconds": seconds, "length": context.MOST}
+    yield from _measure(bench, home, request, wanted)
+
+
+def _chosen(rows: Sequence[UnslothRow], names: Sequence[str]) -> list[UnslothRow]:
+    return [row for row in rows if not names or row.name in names]
+
+
+def _asked(row: UnslothRow, measure: str, checkpointing: bool, setting: Setting) -> tuple[UnslothRow, Record]:
+    """A row, and its record before it is measured."""
+    return row, Record(measure, row.name, checkpointing, setting)
+
+
+def _measure(
+    bench: Bench, home: Home, request: Answer, wanted: Sequence[tuple[UnslothRow, Record]]
+) -> Iterator[Record | str]:
+    """Asks for what is wanted; what is not answered says why."""
+    if not wanted:
         return
     if home.lacks_unsloth:
         yield MISSING
         return
-    wanted = [row._asdict() | {"checkpointing": kind} for kind in checkpointing for row in rows]
-    pace = {name: getattr(preset, name) for name in ("batch", "length", "warmup", "steps", "seconds")}
-    request = {"pace": pace, "profiled": profiled, "rows": wanted}
-    flop_weights, tokens = linear_weights(preset.shape), preset.batch * preset.length
-    left = [(row["name"], row["checkpointing"]) for row in wanted]
+    rows = [row._asdict() | {"checkpointing": record.checkpointing} for row, record in wanted]
+    request["rows"] = [row for i, row in enumerate(rows) if row not in rows[:i]]
+    left = [record for _, record in wanted]
     problem = "its process ended without an answer"
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -133,15 +178,14 @@ def measure_unsloth(
                 if "row" not in answer:
                     yield about(answer)
                     continue
-                left.remove((answer["row"], answer["checkpointing"]))
-                record = Record("steps", **answer)
-                if record.values:
-                    record.values["tflops"] = teraflops(flop_weights, tokens, record.values["step_ms"])
-                yield record
+                values, error = answer.pop("values"), answer.pop("error")
+                for record in [record for record in left if answer.items() <= asdict(record).items()]:
+                    left.remove(record)
+                    yield replace(record, values=values, error=error)
     except Exception as error:
         problem = first_line(error)
-    for name, kind in left:
-        yield Record("steps", name, kind, error=problem)
+    for record in left:
+        yield replace(record, error=problem)
 
 
 def about(answer: Mapping[str, str]) -> str:
@@ -243,11 +287,13 @@ def answer_all(request: Mapping[str, Any]) -> Iterator[Answer]:
     """Measures what a request names.
 
     Args:
-        request: ``folder`` of the model, ``pace`` (arguments of ``time_steps``), ``profiled`` and ``rows``,
-            each with ``name``, ``rank``, ``modules`` and ``checkpointing``.
+        request: ``folder`` of the model, ``length`` (most tokens of a row) and ``rows``, each with ``name``,
+            ``rank``, ``modules`` and ``checkpointing``; ``pace`` (arguments of ``time_steps``) and
+            ``profiled``, or ``cards`` and ``seconds`` (those of ``find_limits``).
 
     Yields:
-        Versions and settings; then for each row ``row``, ``checkpointing``, ``values`` and ``error``.
+        Versions and settings; then ``row``, ``checkpointing``, ``setting``, ``values`` and ``error`` of what
+        was measured. An error without a setting is that of all settings that are left.
     """
     unsloth = import_module("unsloth")  # before transformers, which it patches
     attention = sys.modules.get("unsloth.models._utils")
@@ -255,18 +301,25 @@ def answer_all(request: Mapping[str, Any]) -> Iterator[Answer]:
         "flash_attention": "yes" if getattr(attention, "HAS_FLASH_ATTENTION", False) else "no",
         "xformers": "yes" if find_spec("xformers") else "no",
     }
-    pace, profiled = request["pace"], request["profiled"]
     for row in request["rows"]:
-        values, problem = {}, None
+        told = {"row": row["name"], "checkpointing": row["checkpointing"]}
         try:
-            model = build(unsloth, request["folder"], row, pace["length"])
-            values = time_steps(model, **pace, make_loss=own_loss, profiled=profiled)
+            model = build(unsloth, request["folder"], row, request["length"])
+            for setting, values in _work(model, request):
+                yield told | {"setting": setting, "values": values, "error": None}
         except Exception as error:
-            problem = first_line(error)
+            yield told | {"values": {}, "error": first_line(error)}
         model = None
         free_memory()
-        told = {"row": row["name"], "checkpointing": row["checkpointing"]}
-        yield told | {"values": values, "error": problem}
+
+
+def _work(model: "PreTrainedModel", request: Mapping[str, Any]) -> Iterator[tuple[Setting, Values]]:
+    """The settings and values of a row."""
+    if "pace" in request:
+        yield {}, time_steps(model, **request["pace"], make_loss=own_loss, profiled=request["profiled"])
+        return
+    for card, values in context.find_limits(model, own_loss, request["cards"], request["seconds"]):
+        yield {"gib": card}, values
 
 
 def build(unsloth: Any, folder: str, row: Mapping[str, Any], length: int) -> "PreTrainedModel":

@@ -109,6 +109,26 @@ def test_a_run_with_rows_of_unsloth(preset, in_process, tmp_path, capsys) -> Non
     )
 
 
+def test_the_longest_context_of_its_rows(bench, in_process, monkeypatch) -> None:
+    def find_limits(model, make_loss, cards, seconds):
+        assert seconds == 5.0
+        yield 24, {"tokens": 512, "predicted": 512, "peak_gib": 20.0, "step_ms": 1.0}
+        if model.peft_config["default"].r == 16:
+            raise RuntimeError("an illegal address")
+        yield 40, {"tokens": 1024, "predicted": 1024, "peak_gib": 30.0, "step_ms": 2.0}
+
+    monkeypatch.setattr("moka_pl.studies.benchmark.context.find_limits", find_limits)
+    note, *records = unsloth.measure_unsloth_context(bench, [40, 24], 5.0, [], unsloth.Home())
+    assert note.startswith("rows of unsloth")
+    found = [(r.row, r.checkpointing, r.setting["gib"], r.values.get("tokens"), r.error) for r in records]
+    assert found == [
+        ("unsloth LoRA r8 q,v", True, 24, 512, None),
+        ("unsloth LoRA r8 q,v", True, 40, 1024, None),
+        ("unsloth LoRA r16 all linear", True, 24, 512, None),
+        ("unsloth LoRA r16 all linear", True, 40, None, "RuntimeError: an illegal address"),
+    ]
+
+
 def test_without_unsloth_a_note_says_so_and_the_other_rows_run(preset, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "unsloth", None)
     command.main(
