@@ -56,7 +56,9 @@ class Throughput(Callback):
         self._recent.append((seconds, tokens))
         speed = sum(t for _, t in self._recent) / max(1e-9, sum(s for s, _ in self._recent))
         # Every rank works on an equal share, so this rank's speed times their number is the whole speed.
-        pl_module.log("tok/s", speed * trainer.world_size, prog_bar=True, logger=False)
+        # A tensor on the CPU: a number would be copied to the GPU, for which the CPU waits.
+        whole = torch.tensor(speed * trainer.world_size)
+        pl_module.log("tok/s", whole, prog_bar=True, logger=False)
         if trainer.global_step % log_interval(trainer) == 0:
             pl_module.log("train/tokens_per_second", speed * trainer.world_size)
             pl_module.log("train/peak_memory_gib", peak_memory(pl_module.device))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moka_pl.data.encoding.report import EncodingReport
 from moka_pl.lm.cuda_graphs import FixedBatch
+from moka_pl.lm.scoring import Predicted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,12 +30,14 @@ class TokenBatch(TypedDict):
         labels: The ids to predict at their own positions, ``IGNORE_INDEX`` elsewhere, shape (B, T), int64.
         num_tokens: Real tokens, without padding and fillers.
         num_examples: Real examples, without fillers.
+        predicted: The tokens that have a label, where they were found on the CPU.
     """
 
     input_ids: Tensor
     labels: Tensor
     num_tokens: NotRequired[int]
     num_examples: NotRequired[int]
+    predicted: NotRequired[Predicted]
 
 
 @final

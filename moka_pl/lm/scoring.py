@@ -28,7 +28,33 @@ class TokenScores(NamedTuple):
     row: Tensor
 
 
-def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **inputs: Any) -> TokenScores:
+class Predicted(NamedTuple):
+    """The N tokens of a batch that have a label.
+
+    Attributes:
+        row: Rows of the positions that predict them, shape (N,).
+        column: Columns of these, shape (N,).
+        tokens: The tokens, shape (N,).
+    """
+
+    row: Tensor
+    column: Tensor
+    tokens: Tensor
+
+
+def predicted(labels: Tensor) -> Predicted:
+    """Finds the tokens that have a label; the first position of a row cannot be predicted.
+
+    The labels, shape (B, T), had best lie on the CPU: a GPU would have to be waited for.
+    """
+    targets = labels[:, 1:]  # (B, T-1)
+    row, column = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,)
+    return Predicted(row, column, targets[row, column])
+
+
+def score_tokens(
+    model: "PreTrainedModel", input_ids: Tensor, labels: Tensor | Predicted, **inputs: Any
+) -> TokenScores:
     """Scores the N tokens that have a label (the first position of a row cannot be predicted).
 
     Sequences are padded on the right, where causal attention never looks, so no mask is passed; the output
@@ -37,12 +63,11 @@ def score_tokens(model: "PreTrainedModel", input_ids: Tensor, labels: Tensor, **
     Args:
         model: A causal language model.
         input_ids: Token ids, shape (B, T).
-        labels: The ids to predict at their own positions, -100 elsewhere, shape (B, T).
+        labels: The ids to predict at their own positions, -100 elsewhere, shape (B, T), or what ``predicted``
+            has found of them.
         **inputs: What else the model is to be given (for packed rows what ``PackedAttention`` makes).
     """
-    targets = labels[:, 1:]  # (B, T-1)
-    row, column = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,)
-    wanted = targets[row, column]  # (N,)
+    row, column, wanted = predicted(labels) if isinstance(labels, Tensor) else labels
     return TokenScores(nll_at(model, row, column, wanted, input_ids=input_ids, **inputs), row)
 
 

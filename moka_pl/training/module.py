@@ -40,6 +40,7 @@ from moka_pl.training.checkpoint import (
 )
 from moka_pl.training.checkpoint_files import peek, write_whole_files
 from moka_pl.training.course import Change, Course, check_allowed, course_of, optimizer_course
+from moka_pl.training.launches import compute_as, fuse_on_gpu, gradient_nodes
 from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler, make_optimizer
 from moka_pl.training.preflight import check_trainer
 from moka_pl.training.resume import adjust_optimizer, begin_epoch_anew, begins_epoch_anew
@@ -136,6 +137,7 @@ class MokaModule(TrainedModule):
         self.adapted: list[str] = []
         self._schedule: WarmupDecay | None = None
         self._rng: dict[str, Any] | None = None
+        self._nodes: list[Any] = []
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -168,6 +170,7 @@ class MokaModule(TrainedModule):
             if self._deferred.is_due(trainer_of(self), self.resumes):
                 unload(self.model)
                 self._inject(self.model)
+            self._hold_nodes()
             return
         loaded = self.load_base()
         model = loaded.model
@@ -188,6 +191,7 @@ class MokaModule(TrainedModule):
         # checkpointing and dropout.
         model.train()
         self.model = model
+        self._hold_nodes()
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
         rank_zero_info(
             f"{self.backbone.name} on {self.device} in {self.base.options['compute_dtype']}, {storage}; "
@@ -215,6 +219,12 @@ class MokaModule(TrainedModule):
         frozen += [name for name, _ in model.named_buffers()]
         leave_out_of_ddp(self, [f"model.{name}" for name in frozen])
 
+    def _hold_nodes(self) -> None:
+        """Makes DDP's nodes on the stream that trains, before Lightning has it make them on another one."""
+        trainer = trainer_of(self)
+        several = trainer is not None and trainer.world_size > 1
+        self._nodes = gradient_nodes(self.parameters()) if several else []
+
     def load_base(self) -> "Backbone":
         """Loads the frozen base onto this rank's device; subclasses may have one already."""
         return load_backbone(self.backbone, self.device)
@@ -230,6 +240,8 @@ class MokaModule(TrainedModule):
         """Builds optimizer and scheduler over the trainable parameters."""
         trainable = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         optimizer = make_optimizer(self.optimizer, trainable, self.learning_rate_ratios)
+        if getattr(getattr(trainer_of(self), "precision_plugin", None), "scaler", None) is None:
+            optimizer = fuse_on_gpu(optimizer)
         rates = [group["lr"] for group in optimizer.param_groups]
         scheduler = self.lr_scheduler(optimizer)
         if not self.learning_rate_ratios.alike:
@@ -248,12 +260,14 @@ class MokaModule(TrainedModule):
 
         In a run that resumes with changes, the stored optimizer is adjusted before it is restored.
         """
+        self._nodes = []  # DDP has them by now
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         self.course |= optimizer_course(optimizer, scheduler)
         if self._resumed is not None:
             changed = check_run(self._resumed, self, self.course, training=True)
             say_differences(StoredRun.read(self._resumed), changed, self, training=True)
             adjust_optimizer(self._resumed, changed, optimizer, scheduler)
+            compute_as(self._resumed, optimizer)
             self._resumed = None
         if data_of(self.trainer).packing:
             self._prepare_packing()
@@ -311,6 +325,7 @@ class MokaModule(TrainedModule):
         if self.model is not None and self.adapter is not before:  # that run's filters, chosen by ``auto``
             unload(self.model)
             self._inject(self.model)
+            self._hold_nodes()
         training = self.trainer.state.fn == "fit"
         changed = check_checkpoint(checkpoint, self, training)
         if not training:

@@ -12,7 +12,7 @@ from moka_pl.data.types import Batch
 from moka_pl.evaluation.module import EvaluatedModule
 from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
-from moka_pl.lm.scoring import TokenScores, score_tokens
+from moka_pl.lm.scoring import Predicted, TokenScores, predicted, score_tokens
 from moka_pl.training.learning_rates import LearningRateRatios, logged_rates
 from moka_pl.training.non_finite import NonFiniteSteps
 
@@ -54,7 +54,15 @@ class TrainedModule(EvaluatedModule):
 
     def prepare_batch(self, batch: Batch) -> Batch:
         """Prepares a batch while it is still on the CPU; the data modules of this package call it."""
-        return self._fixed(batch) if self.trainer.training else batch
+        if not self.trainer.training:
+            return batch
+        batch = self._fixed(batch)
+        if self.device.type != "cuda" or batch["labels"].is_cuda or "item" in batch or "fixed" in batch:
+            return batch
+        batch = batch.copy()
+        # Pinned memory is copied to the GPU while the CPU goes on.
+        batch["predicted"] = Predicted(*(tensor.pin_memory() for tensor in predicted(batch["labels"])))
+        return batch
 
     def _fixed(self, batch: Batch) -> Batch:
         """Adds the batch in a size that can be recorded; on a GPU the GPU would have to be waited for."""
@@ -85,7 +93,8 @@ class TrainedModule(EvaluatedModule):
     def token_scores(self, batch: Batch) -> TokenScores:
         """Scores the completion tokens of a micro-batch, as training does."""
         packed = self._prepare_packing().inputs(batch) if "position_ids" in batch else {}
-        return score_tokens(self.causal_lm, batch["input_ids"], batch["labels"], **packed)
+        labels = batch["predicted"] if "predicted" in batch else batch["labels"]
+        return score_tokens(self.causal_lm, batch["input_ids"], labels, **packed)
 
     def _prepare_packing(self) -> PackedAttention:
         if self._packed is None:
@@ -100,8 +109,9 @@ class TrainedModule(EvaluatedModule):
         ranks; both are multiplied back before the division by all tokens.
         """
         assert self._token_accumulator is not None
-        sums = self.trainer.strategy.reduce(self._token_accumulator, reduce_op="sum")
-        assert isinstance(sums, Tensor)
+        sums = self._token_accumulator
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)  # the strategy's own would have the CPU wait in a barrier
         total, tokens = sums[0], sums[1].clamp(min=1)
         loss = (total / tokens).float()
         factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / tokens
@@ -112,7 +122,8 @@ class TrainedModule(EvaluatedModule):
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
         for name, rate in logged_rates(optimizer, self.learning_rate_ratios).items():
-            self.log(name, rate)
+            # A number would be copied to the GPU, for which the CPU waits.
+            self.log(name, torch.as_tensor(rate, dtype=torch.get_default_dtype()))
         self._non_finite.check(optimizer, loss, norm)
 
     def configure_gradient_clipping(

@@ -1,0 +1,61 @@
+"""Fewer kernels a step, and nothing for which the CPU waits for the GPU."""
+
+from collections.abc import Iterable
+from inspect import signature
+from typing import Any
+
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+#: Optimizers of PyTorch that can update many parameters in one kernel on a GPU.
+_FUSED = (Adam, AdamW, SGD)
+#: Options that say how an optimizer computes, not what.
+_HOW = ("fused", "foreach", "capturable")
+
+
+def fuse_on_gpu(optimizer: Optimizer) -> Optimizer:
+    """Returns the same optimizer with one kernel for many parameters, on a GPU, unless it was told otherwise.
+
+    It also takes a flag on the GPU for a step that is to be skipped, so that the CPU need not wait for it. It
+    is not for gradients that a scaler has multiplied, which it would divide itself.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    options = optimizer.defaults
+    told = options.get("fused") is not None or any(options.get(name) for name in (*_HOW, "differentiable"))
+    if type(optimizer) not in _FUSED or told or not all(p.is_cuda for p in parameters):
+        return optimizer
+    return rebuild_fused(optimizer)
+
+
+def rebuild_fused(optimizer: Optimizer) -> Optimizer:
+    """Returns a new optimizer with the groups and options of another one that has not been stepped."""
+    kind: Any = type(optimizer)
+    options = {
+        name: value for name, value in optimizer.defaults.items() if name in signature(kind).parameters
+    }
+    groups = [{**group, "fused": True} for group in optimizer.param_groups]
+    built: Optimizer = kind(groups, **options | {"fused": True})
+    return built
+
+
+def compute_as(checkpoint: dict[str, Any], optimizer: Optimizer) -> None:
+    """Has a stored optimizer go on with this one's kernels, whatever it was computed with.
+
+    Args:
+        checkpoint: The loaded checkpoint.
+        optimizer: This run's optimizer.
+    """
+    for stored in checkpoint["optimizer_states"][:1]:
+        for group, fresh in zip(stored["param_groups"], optimizer.param_groups, strict=False):
+            group |= {name: fresh[name] for name in _HOW if name in fresh}
+
+
+def gradient_nodes(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    """Makes the nodes of autograd that add to the gradients of parameters, on the stream at hand.
+
+    A node belongs to the stream that it is made on, and lives as long as something refers to it.
+    ``DistributedDataParallel`` makes and keeps them, and Lightning wraps the model on a stream of its own:
+    each gradient would then be waited for, and PyTorch warns of it. Nodes that are there already are kept.
+    """
+    return [get_gradient_edge(parameter).node for parameter in parameters if parameter.requires_grad]
