@@ -44,10 +44,10 @@ def nll_at_head(head: nn.Module, hidden: Tensor, wanted: Tensor) -> Tensor:
         return token_nll(head(hidden), wanted)
     frozen = not any(parameter.requires_grad for parameter in head.parameters())
     if type(head) is nn.Linear and frozen and _product_dtype(hidden) != torch.float16:
-        size = _part(len(hidden), vocabulary, _FEWEST)
+        size = part_size(len(hidden), vocabulary)
         nll: Tensor = _LinearNll.apply(hidden, head.weight, head.bias, wanted, size)  # type: ignore[no-untyped-call]
         return nll
-    size = _part(len(hidden), vocabulary, _FEWEST_ADAPTED)
+    size = part_size(len(hidden), vocabulary, adapted=True)
     draws = any(isinstance(module, nn.Dropout) and module.training and module.p for module in head.modules())
     parts = [
         checkpoint(_head_nll, head, part, ids, use_reentrant=False, preserve_rng_state=draws)
@@ -70,9 +70,15 @@ def _head_nll(head: nn.Module, hidden: Tensor, wanted: Tensor) -> Tensor:
     return token_nll(head(hidden), wanted)
 
 
-def _part(tokens: int, vocabulary: int, fewest: int) -> int:
-    """Tokens of a part, all of about one size."""
-    parts = -(-tokens // max(fewest, _LOGITS // vocabulary))
+def part_size(tokens: int, vocabulary: int, adapted: bool = False) -> int:
+    """Returns how many tokens a head sees at a time, all parts being of about one size.
+
+    Args:
+        tokens: Their number.
+        vocabulary: Logits of a token.
+        adapted: Whether the head is adapted or trained.
+    """
+    parts = -(-tokens // max(_FEWEST_ADAPTED if adapted else _FEWEST, _LOGITS // vocabulary))
     return max(1, -(-tokens // max(1, parts)))
 
 

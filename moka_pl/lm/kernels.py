@@ -58,11 +58,15 @@ def fused_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
+def knows(model: "PreTrainedModel") -> bool:
+    """Whether Liger has kernels for the architecture of a model."""
+    return model.config.model_type in _KNOWN
+
+
 def _unsupported_reason(model: "PreTrainedModel") -> str | None:
     """Why Liger has no kernels for a model, or None."""
-    kind = model.config.model_type
-    if kind not in _KNOWN:
-        return f"Liger has none for the architecture {kind}"
+    if not knows(model):
+        return f"Liger has none for the architecture {model.config.model_type}"
     for package in ("triton", "liger_kernel"):
         if find_spec(package) is None:
             return f"{package} is not installed"

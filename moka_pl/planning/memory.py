@@ -9,8 +9,10 @@ adapted layers keep, a block keeps for its backward pass, in bytes
 
 two norms in float32; queries, keys, values and attention's result; the gate, its activation and the other
 factor of the gated MLP. Frozen products keep nothing. A merged MoKA layer keeps its input, which layers that
-read the same tensor share, and attention's result is there already. The head keeps, with the last norm,
-``4 d T + e d N + 12 V N``: log-probabilities and two gradients in float32. Then
+read the same tensor share, and attention's result is there already. With Liger's kernels norms keep their
+inputs as they are, and the MLP its two factors: ``T (2 e d + e (2 h c + 2 k c + 2 f + Σx))``. The head keeps,
+with the last norm, ``4 d T + e d N + 12 V N``: log-probabilities and two gradients in float32; where it sees
+C tokens at a time, ``4 d T + 2 e d N + (4 + e) V C``. Then
 
 .. math::
     peak = weights + P\,(8 + s) + n\,a + head                    % without checkpointing
@@ -26,6 +28,7 @@ from torch import nn
 
 from moka_pl.adapters.injection import output_head
 from moka_pl.errors import BackboneError
+from moka_pl.lm.head_loss import part_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +94,8 @@ class Setup:
         state: s, bytes of the optimizer for each trained number.
         gradients: Bytes of a gradient for each; DDP has a copy.
         stored: Bytes of weight files that a CPU maps; None on a GPU.
+        fused: Whether norms, rotary embeddings and gated MLPs are Liger's.
+        by_parts: Whether the head sees a part of the tokens at a time.
     """
 
     tokens: int
@@ -102,6 +107,8 @@ class Setup:
     state: float = 8
     gradients: float = 4
     stored: int | None = None
+    fused: bool = False
+    by_parts: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,8 +196,14 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float) -> Memory
     linear = (_DOUBLE if setup.double else _SINGLE) if setup.quantised else e
     weights = sizes.linear * linear + sizes.other * e + (sizes.largest * e if setup.quantised else 0)
     attention = 2 * sizes.queries + 2 * sizes.keys
-    block = tokens * (8 * sizes.hidden + e * (attention + 3 * sizes.inner) + kept / sizes.blocks)
-    logits = 4 * sizes.hidden * tokens + e * sizes.hidden * trained + 12 * sizes.vocabulary * trained
+    norms, inner = (2 * e, 2) if setup.fused else (8, 3)
+    block = tokens * (norms * sizes.hidden + e * (attention + inner * sizes.inner) + kept / sizes.blocks)
+    logits = norms / 2 * sizes.hidden * tokens + e * sizes.hidden * trained
+    if setup.by_parts:
+        part = part_size(trained, sizes.vocabulary)
+        logits += e * sizes.hidden * trained + (4 + e) * sizes.vocabulary * part
+    else:
+        logits += 12 * sizes.vocabulary * trained
     activations = sizes.blocks * block
     if setup.checkpointing:
         activations = sizes.blocks * e * sizes.hidden * tokens + max(block - logits, 0)

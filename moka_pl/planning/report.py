@@ -10,6 +10,7 @@ from torch import nn
 
 from moka_pl.backbone.load import compute_dtype
 from moka_pl.data import MokaDataModule
+from moka_pl.lm.kernels import knows
 from moka_pl.planning.adapters import Adapters, plan_adapters
 from moka_pl.planning.memory import GIB, Memory, Setup, estimate, sizes_of
 from moka_pl.planning.shape import empty_model, stored_bytes, tokenizer_at_hand
@@ -196,6 +197,8 @@ def make_plan(
             _state_bytes(module.optimizer),
             gradients=8 if run.ranks > 1 else 4,
             stored=stored,
+            fused=on_gpu and config.kernels == "auto" and knows(model),
+            by_parts=on_gpu,
         )
         return estimate(sizes, setup, adapters.parameters, adapters.kept)
 

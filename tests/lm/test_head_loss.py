@@ -75,7 +75,13 @@ def test_the_head_sees_parts_of_about_one_size(in_parts: None) -> None:
     head = Head(4, 7)
     nll_at_head(head, torch.randn(8, 4), torch.arange(7).repeat(2)[:8]).sum().backward()
     assert sizes == [3, 3, 2, 2, 3, 3]  # again in the backward pass, from the last to the first
-    assert head_loss._part(1000, 2**16, 512) == 500
+
+
+def test_parts_are_of_about_one_size() -> None:
+    assert head_loss.part_size(0, 10) == 1
+    assert head_loss.part_size(600, 2**25) == 300
+    assert head_loss.part_size(600, 2**25, adapted=True) == 600
+    assert head_loss.part_size(4096, 2**15) == 1024
 
 
 @pytest.mark.parametrize("name", ["trained", "MoKA", "LoRA", "dropout"])

@@ -87,6 +87,32 @@ def test_the_h100_s_peaks_are_met(rows: tuple[str, ...]) -> None:
     assert len(seen) > 7 * len(rows) ** 0.5
 
 
+def test_the_h100_s_peaks_with_liger_s_kernels_are_met() -> None:
+    seen = 0
+    for file in RESULTS:
+        results = load_results(file)
+        tokens = results.preset["batch"] * results.preset["length"]
+        for record in results.records:
+            if record.measure == "steps" and record.row.endswith(" + Liger") and "peak_gib" in record.values:
+                row = record.row.removesuffix(" + Liger")
+                sizes, trained, kept = adapted(results.preset["shape"], row, torch.bfloat16)
+                setup = Setup(tokens, tokens, checkpointing=record.checkpointing, state=0, fused=True)
+                estimated = estimate(sizes, setup, trained, 2 * kept).peak / GIB
+                assert estimated == pytest.approx(record.values["peak_gib"], rel=0.05), (file.name, record)
+                seen += 1
+    assert seen >= 4
+
+
+def test_a_loss_by_parts_takes_less_of_a_wide_vocabulary() -> None:
+    sizes, trained, kept = adapted("llama3-8b", "MoKA r10", torch.bfloat16)
+    whole, parts = (
+        estimate(sizes, Setup(4096, 4096, by_parts=by_parts), trained, kept) for by_parts in (False, True)
+    )
+    norms = 4 * 4096 * 4096
+    assert whole.logits == norms + 2 * 4096 * 4096 + 12 * 128256 * 4096
+    assert parts.logits == norms + 2 * 2 * 4096 * 4096 + 6 * 128256 * 512
+
+
 @pytest.mark.parametrize(("peak", "tokens", "trained", "row", "checkpointing"), CPU)
 def test_the_cpu_s_peaks_are_met(
     peak: float, tokens: int, trained: int, row: str, checkpointing: bool
