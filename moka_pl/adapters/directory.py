@@ -9,7 +9,7 @@ Files:
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.filters import SERVABLE
+from moka_pl.adapters.injection import moka_layers
 from moka_pl.adapters.methods.base import check_tensors
 from moka_pl.adapters.methods.registry import inject_adapter, method_in, method_of, unload
 from moka_pl.adapters.model_card import model_card
@@ -77,8 +78,7 @@ def save_adapter(
         raise AdapterError("the model has no adapters to save")
     _check_finite(state, path)
     base = replace(base, samples=base.samples or _samples_below(model))
-    ranks = method_of(config).lora_ranks(model)
-    stored = _contents(config, base, sum(tensor.numel() for tensor in state.values()), ranks, extra or {})
+    stored = _contents(config, base, sum(tensor.numel() for tensor in state.values()), model, extra or {})
     # Not save_file: it hides OSErrors and makes a file that only its owner may read.
     weights = save(state, metadata={"format": "pt"})
     texts = {
@@ -182,7 +182,7 @@ def load_adapter(
 
 
 def _contents(
-    config: Any, base: BaseModel, size: int, ranks: Sequence[int], extra: Mapping[str, Any]
+    config: Any, base: BaseModel, size: int, model: nn.Module, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns what ``adapter_config.json`` holds.
 
@@ -190,10 +190,12 @@ def _contents(
         config: The adapters' configuration.
         base: The base model.
         size: Number of trained parameters.
-        ranks: Exact LoRA ranks of the layers, if the method tells them.
+        model: The adapted model, for the sizes and exact LoRA ranks of its layers.
         extra: Further values.
     """
     method = method_of(config)
+    ranks = method.lora_ranks(model)
+    sizes = {name: [layer.out_features, layer.in_features] for name, layer in moka_layers(model).items()}
     # For people only; of other methods than MoKA, what marks a folder as written here.
     notes = (
         {"effective_scaling": config.effective_scaling}
@@ -213,6 +215,7 @@ def _contents(
         "trainable_parameters": size,
         **notes,
         **({"exact_lora_rank": [min(ranks), max(ranks)]} if ranks else {}),
+        **({"layer_sizes": sizes} if sizes else {}),
         "extra": dict(extra),
     }
 

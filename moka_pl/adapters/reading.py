@@ -27,6 +27,8 @@ CARD_NAME = "README.md"
 
 #: Bytes; that of a thousand layers with filters of their own has one million.
 _LONGEST_CONFIG = 2**24
+#: Features of a layer; the largest vocabularies have a sixteenth of that.
+_WIDEST = 2**22
 #: What adapters are made of, by its name in the file; some methods of PEFT's save indices, too.
 _DTYPES = {
     "F64": torch.float64,
@@ -70,12 +72,14 @@ class AdapterInfo:
         extra: Further values.
         exact_lora_rank: Smallest and largest rank of the LoRAs that the layers' updates are exactly; empty
             where the directory does not tell.
+        layer_sizes: Output and input features of the adapted layers, by name; empty likewise.
     """
 
     config: Any
     base: BaseModel
     extra: dict[str, Any] = field(default_factory=dict)
     exact_lora_rank: list[int] = field(default_factory=list, compare=False)
+    layer_sizes: dict[str, list[int]] = field(default_factory=dict, compare=False)
 
     def check_base(self, fingerprint: str | None, path: str | Path, samples: str = "") -> None:
         """Refuses a base other than the adapter's own, if both fingerprints are known.
@@ -105,6 +109,7 @@ class _Stored(TypedDict, total=False):
     base_samples: str
     trainable_parameters: int
     exact_lora_rank: list[int]
+    layer_sizes: dict[str, list[int]]
     extra: dict[str, Any]
 
 
@@ -167,6 +172,9 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     try:
         check_values(_Stored, stored)
         check_values(_Extra, stored.get("extra", {}), "extra.")
+        for name, sizes in stored.get("layer_sizes", {}).items():
+            if len(sizes) != 2 or not all(0 < features <= _WIDEST for features in sizes):
+                raise ConfigError(f"layer_sizes of {shown(name)} cannot be {shown(sizes)}")
         options = _base_options(stored.get("base_options", {}))
         base = BaseModel(
             name=stored["base_model_name_or_path"],
@@ -183,7 +191,12 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         raise AdapterError(f"{file} is damaged: it has no {error.args[0]}. Copy the adapter again") from error
     except (ConfigError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise AdapterError(f"{file} is damaged: {one_line(error)}. Copy the adapter again") from error
-    return AdapterInfo(config, base, stored.get("extra", {}), stored.get("exact_lora_rank", []))
+    extra, ranks, sizes = (
+        stored.get("extra", {}),
+        stored.get("exact_lora_rank", []),
+        stored.get("layer_sizes", {}),
+    )
+    return AdapterInfo(config, base, extra, ranks, sizes)
 
 
 def _as_applied(config: AdapterConfig, applied: Any) -> AdapterConfig:

@@ -125,12 +125,14 @@ def inspect_adapter(path: Path, base: str | None = None, spectra: bool = False) 
         left_out = [f"numbers of layers: they are MoKA's, and this adapter is {method.title}"]
         return Inspection(path, info, method, size, [], left_out)
     weights = {} if base is None else base_weights(path, None if base == STORED else base)
-    layers = read_layers(path, config, state, {name: size for name, (size, _) in weights.items()})
+    sizes = {name: Size(*features) for name, features in info.layer_sizes.items()}
+    sizes |= {name: size for name, (size, _) in weights.items()}
+    layers = read_layers(path, config, state, sizes)
     if base is None and layers:
         left_out.append("‖ΔW‖ / ‖W‖: it needs the base; --base stored loads it")
         if any(layer.update is None for layer in layers):
             left_out.append("norms and ranks: the layers' sizes are unknown; --base stored tells them")
-        elif not sizes_certain(config, layers):
+        elif any(layer.name not in sizes for layer in layers) and not sizes_certain(config, layers):
             left_out.append("sizes of layers: taken from the factors, of which the layers may cut something")
     numbers = [LayerNumbers(layer, base_norm=weights.get(layer.name, (None, None))[1]) for layer in layers]
     return Inspection(path, info, method, size, _filled(numbers, spectra, left_out), left_out)

@@ -151,6 +151,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a rank of a half": (configured(filters="servable", rank=0.5), "rank must be a whole number"),
     "a rank of other filters": (configured(rank=16), "rank .16. works only with filters: servable"),
     "told ranks a text": (configured(exact_lora_rank="16"), "exact_lora_rank must be a list"),
+    "sizes of layers a list": (configured(layer_sizes=[1]), "layer_sizes must be a mapping"),
+    "a size of three": (
+        configured(layer_sizes={"x": [1, 2, 3]}),
+        r"layer_sizes of 'x' cannot be \[1, 2, 3\]",
+    ),
+    "a layer of terabytes": (configured(layer_sizes={"x": [4, 10**9]}), "layer_sizes of 'x' cannot be"),
     "prime components": (configured(filters="prime", components=1024), "1024 components hold"),
     "regex": (configured(target_modules=r"(\w|\w\w|[a-z._0-9])*!"), "takes too long|matches no layer"),
     "regex excludes": (

@@ -55,19 +55,31 @@ def test_numbers_are_those_of_the_model(make_adapter: Callable, options: dict) -
 def test_layers_of_moka_s_need_their_sizes(make_adapter: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     path, model = make_adapter(filters="prime")
     model.requires_grad_(False)
-    found = inspect_adapter(path)
-    assert [n.norm for n in found.layers] == [None] * 4
-    assert any("sizes are unknown" in line for line in found.left_out)
-    assert "norm" not in as_text(found).partition("left out")[0]
     sizes = {
         name: (report.Size(x.out_features, x.in_features), 2.0) for name, x in moka_layers(model).items()
     }
+    told = inspect_adapter(path)
+    assert not any("sizes" in line for line in told.left_out)
     monkeypatch.setattr(report, "base_weights", lambda path, base: sizes)
-    found = inspect_adapter(path, "stored")
-    assert found.left_out == []
-    for n in found.layers:
+    based = inspect_adapter(path, "stored")
+    assert based.left_out == []
+    for n, t in zip(based.layers, told.layers, strict=True):
         norm = float(moka_layers(model)[n.name].get_delta_weight().norm())
-        assert (n.norm, n.relative_norm) == pytest.approx((norm, norm / 2), rel=1e-5)
+        assert (n.norm, n.relative_norm, t.norm) == pytest.approx((norm, norm / 2, norm), rel=1e-5)
+        assert t.exact_lora_rank == moka_layers(model)[n.name].exact_lora_rank()
+
+    stored = json.loads((path / CONFIG_NAME).read_text())
+    first = next(iter(sizes))
+    lying = stored | {"layer_sizes": stored["layer_sizes"] | {first: [64, 96]}}
+    (path / CONFIG_NAME).write_text(json.dumps(lying))
+    with pytest.raises(AdapterError, match=f"does not fit together: the factors of {first} are "):
+        inspect_adapter(path)
+    del stored["layer_sizes"]  # as older versions wrote it
+    (path / CONFIG_NAME).write_text(json.dumps(stored))
+    old = inspect_adapter(path)
+    assert [n.norm for n in old.layers] == [None] * 4
+    assert any("sizes are unknown" in line for line in old.left_out)
+    assert "norm" not in as_text(old).partition("left out")[0]
 
 
 def test_relative_norms_are_those_of_the_base(tmp_path: Path, randomize: Callable, one_thread: None) -> None:
