@@ -140,6 +140,16 @@ def supports_flash_attention(model: "PreTrainedModel") -> bool:
     return bool(getattr(model, "_supports_flash_attn", False))
 
 
+def expert_gate(experts: "nn.Module") -> "Callable[[Tensor], Tensor] | None":
+    """What a module of fused experts makes of the outputs of ``gate_up_proj``, from (N, 2 m) to (N, m).
+
+    Seen in transformers 5.14 to 5.24, whose own implementations of experts call it; None for experts that
+    these do not compute (LLaMA 4). Without it every kind of gate would have to be known here.
+    """
+    gate: Callable[[Tensor], Tensor] | None = getattr(experts, "_apply_gate", None)
+    return gate
+
+
 # datasets
 
 

@@ -71,8 +71,8 @@ class MokaConfig(AdapterConfig):
             follows the paper literally and, with ten components, needs about ten times higher rates.
         dropout: Dropout probability of the adapter's input features, at least 0 and below 1.
         target_modules: Layers to adapt: a list of name suffixes, a regular expression that matches whole
-            names, or ``all-linear`` for every linear layer except the output head. The default is the
-            paper's; in families that call queries and values otherwise, it means their names
+            names, or ``all-linear`` for every linear layer, experts' included, except the output head. The
+            default is the paper's; in families that call queries and values otherwise, it means their names
             (``query_key_value``, ``qkv_proj``, …). Few components on every layer learn more than many on two
             layers of each block.
         exclude_modules: Layers to leave out: a list of suffixes or a regular expression.

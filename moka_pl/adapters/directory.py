@@ -35,7 +35,6 @@ from moka_pl.adapters.reading import (
     read_adapter_state,
 )
 from moka_pl.backbone import weight_samples
-from moka_pl.backbone.linear_layers import linearise
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.utils import replaced_folder, sync_file, write_failure
@@ -165,7 +164,6 @@ def load_adapter(
     """
     path = local_adapter(path)
     info = read_adapter(path)
-    linearise(model)
     info.check_base(fingerprint, path, weight_samples(model) if fingerprint else "")
     shapes = read_adapter_shapes(path)
     try:

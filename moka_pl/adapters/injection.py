@@ -10,8 +10,10 @@ from moka_pl.adapters.layer import MokaLinear
 from moka_pl.adapters.patterns import Pattern, matching
 from moka_pl.adapters.reach import text_reach
 from moka_pl.adapters.schema import shown
+from moka_pl.backbone.linear_layers import linearise
 from moka_pl.errors import AdapterError
 from moka_pl.lm.architecture import QUERY_VALUE, query_value_names
+from moka_pl.lm.experts import split_experts, split_names
 
 ALL_LINEAR = "all-linear"
 
@@ -19,7 +21,8 @@ ALL_LINEAR = "all-linear"
 def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | None = None) -> list[str]:
     """Returns the full names of the linear layers that ``config`` adapts, in model order.
 
-    Layers that no text passes through, such as those of a vision tower, count only where they are named by a
+    Experts that it names are split into linear layers first, and Conv1D are replaced by such. Layers that no
+    text passes through, such as those of a vision tower, count only where they are named by a
     regular expression, their full name, or that part's name.
 
     Args:
@@ -31,6 +34,9 @@ def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | 
         AdapterError: If nothing matches (naming the nearest names), a match cannot be adapted, or the model
             has adapters already.
     """
+    linearise(model)
+    if _names_experts(split_names(model), config, saved):
+        split_experts(model)
     modules = dict(model.named_modules())
     present = [name for name, module in modules.items() if isinstance(module, MokaLinear)]
     if present:
@@ -53,6 +59,14 @@ def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | 
     if saved is not None:
         return [name for name in kept if name in saved] or kept
     return suitable_targets(model, kept, config.target_modules)
+
+
+def _names_experts(layers: list[str], config: MokaConfig, saved: Collection[str] | None) -> bool:
+    """Whether a configuration, or a saved adapter, adapts some of the layers that experts would be."""
+    if saved is not None:
+        return not set(layers).isdisjoint(saved)
+    named = layers if config.target_modules == ALL_LINEAR else matching(layers, config.target_modules)
+    return len(named) > len(matching(named, config.exclude_modules))
 
 
 def suitable_targets(model: nn.Module, names: list[str], pattern: Pattern) -> list[str]:

@@ -8,14 +8,16 @@ import base64
 import binascii
 import hashlib
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moka_pl.backbone.linear_layers import is_conv1d
 from moka_pl.backbone.quantization import NF4_LEVELS, relative_entries, storage_of, weight_count
 from moka_pl.errors import AdapterError, MokaWarning
+from moka_pl.lm.experts import SplitExperts, fused_experts, stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +54,7 @@ def weight_samples(model: "PreTrainedModel", left_out: Collection[str] = ()) -> 
         left_out: Names of parameters that are no part of the base.
     """
     names, codes, storages = [], [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in _matrices(model):
         if parameter.ndim < 2 or parameter.is_meta or name in left_out or ".merged_layer." in name:
             continue
         names.append(name.replace(".base_layer.", "."))
@@ -124,6 +126,27 @@ def compare_samples(first: str, second: str) -> Comparison | None:
     if moved.float().mean() > share and moved.sum() > 1:
         different |= moved.any(1)
     return Comparison(int(different.sum()), len(different))
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the parameters of a model by name, as linear layers have them.
+
+    Of a block's experts, split or not, it yields those of the first.
+    """
+    turned = {f"{name}.weight" for name, module in model.named_modules() if is_conv1d(module)}
+    split = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SplitExperts))
+    fused = {f"{name}.": module for name, module in fused_experts(model)}
+    for name, parameter in model.named_parameters():
+        block = next((block for block in (*split, *fused) if name.startswith(block)), None)
+        if block is None:
+            yield name, parameter.detach().t() if name in turned else parameter
+        elif block in fused and parameter.dim() == 3:
+            yield (
+                f"{block}0.{name.removeprefix(block)}.weight",
+                stored(fused[block], parameter.detach()[:1])[0],
+            )
+        elif name.startswith(f"{block}0."):
+            yield name, parameter
 
 
 class _Samples(NamedTuple):

@@ -1,19 +1,20 @@
 """The linear weights of a model: layers that are linear without being ``nn.Linear``, and how all are stored.
 
-The Conv1D of GPT-2 becomes a linear layer, so that everything else knows one kind only. What a model is on
-disk stays as transformers has it.
+The Conv1D of GPT-2 becomes a linear layer, and so do quantised experts: all else knows one kind only. What a
+model is on disk stays as transformers has it.
 """
 
 import copy
 import re
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from moka_pl.backbone.quantization import Quantization, weight_count
+from moka_pl.backbone.quantization import Quantization, is_quantised, quantised_linear, weight_count
+from moka_pl.lm.experts import SplitExperts, fuse_experts, split_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,10 +32,43 @@ def linearise(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Undoes :func:`linearise`, but for quantised layers."""
+    """Undoes :func:`linearise`, and splitting of experts, but for quantised layers."""
     for name in conv1d_names(model):
         if type(layer := model.get_submodule(name)) is nn.Linear:
             model.set_submodule(name, _conv1d(layer))
+    fuse_experts(model)
+
+
+def quantise_rest(
+    model: "PreTrainedModel", quantization: Quantization, double: bool, dtype: torch.dtype
+) -> None:
+    """Quantises what transformers leaves as it is: fused experts, one by one, and kinds of ``nn.Linear``.
+
+    Args:
+        model: The model, otherwise quantised.
+        quantization: How linear weights are stored.
+        double: Whether the block scales are quantised, too.
+        dtype: Compute dtype.
+    """
+    split_experts(model)
+    blocks = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, SplitExperts))
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or is_quantised(layer) or layer is model.get_output_embeddings():
+            continue
+        # Plain layers that are left, such as routers of some families, are meant to be.
+        if name.startswith(blocks) if type(layer) is nn.Linear else _multiplies(layer):
+            new: Any = quantised_linear(layer, layer.weight.detach(), quantization, double, dtype)
+            new.bias = layer.bias
+            model.set_submodule(name, new.train(layer.training))
+
+
+@torch.no_grad()
+def _multiplies(layer: nn.Linear) -> bool:
+    """Whether a kind of linear layer computes W x + b, and no more."""
+    x = torch.ones(1, layer.in_features).to(layer.weight)  # (1, n)
+    out, expected = layer(x), nn.functional.linear(x, layer.weight, layer.bias)  # (1, m)
+    alike = isinstance(out, torch.Tensor) and out.shape == expected.shape
+    return alike and torch.allclose(out, expected, rtol=1e-2)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.description import Description, build_empty, describe
 from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.hub import reach_model
-from moka_pl.backbone.linear_layers import linearise
+from moka_pl.backbone.linear_layers import linearise, quantise_rest
 from moka_pl.backbone.loading import cache_root, loading, progress_bars
 from moka_pl.backbone.quantization import (
     import_quantiser,
@@ -134,6 +134,8 @@ def load_backbone(
         model = _pretrained(config, described, dtype, device, notes)
     check_special_tokens(model.generation_config, "generation_config.json", _rows(model), config.name)
     linearise(model)
+    if config.quantization != "none" and described.quantization is None:
+        quantise_rest(model, config.quantization, config.double_quantization, dtype)
     keep_weights(model)
     stop_at_ends(model, tokenizer)
     model.requires_grad_(False)

@@ -22,6 +22,7 @@ from moka_pl.errors import AdapterError
 from moka_pl.export.check import Measured, check, measure
 from moka_pl.export.folder import written_folder
 from moka_pl.export.source import Source, say
+from moka_pl.lm.experts import SplitExperts, stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +70,39 @@ def merged_parts(model: "PreTrainedModel") -> list[Part]:
             seen.add(id(tensor))
             parts.append(_plain(full, module, tensor))
     turned = {f"{name}.weight" for name in conv1d_names(model) if not is_conv1d(model.get_submodule(name))}
-    return [_turned(part) if part.name in turned else part for part in parts]
+    return _fused(model, [_turned(part) if part.name in turned else part for part in parts])
+
+
+def _fused(model: nn.Module, parts: list[Part]) -> list[Part]:
+    """Puts the matrices of a block's experts together, as transformers has them."""
+    blocks = {
+        f"{name}.": module for name, module in model.named_modules() if isinstance(module, SplitExperts)
+    }
+    whole: list[Part] = []
+    groups: dict[str, list[Part]] = {}
+    for part in parts:
+        block = next((block for block in blocks if part.name.startswith(block)), None)
+        if block is None:
+            whole.append(part)
+            continue
+        key, _, own = part.name.removeprefix(block).partition(".")[2].rpartition(".")
+        name = f"{block}{key}" if own == "weight" else f"{block}{key}_{own}"
+        if name not in groups:
+            groups[name] = []
+            whole.append(_stack(name, groups[name], blocks[block], (len(blocks[block]), *part.shape)))
+        groups[name].append(part)
+    return whole
+
+
+def _stack(name: str, parts: list[Part], block: SplitExperts, shape: tuple[int, ...]) -> Part:
+    """One parameter of fused experts, of the parts (m, n) of each, or (m) of a bias."""
+
+    def make() -> Tensor:
+        made = torch.stack([part.make() for part in parts])  # (E, m, n) or (E, m)
+        return stored(block.shell, made) if made.dim() == 3 else made
+
+    empty = torch.empty(shape, device="meta")
+    return Part(name, tuple((stored(block.shell, empty) if len(shape) == 3 else empty).shape), make)
 
 
 def _turned(part: Part) -> Part:

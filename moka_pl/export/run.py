@@ -16,6 +16,7 @@ from moka_pl.export.merged import export_merged, merged_parts
 from moka_pl.export.peft import export_lora, import_peft
 from moka_pl.export.source import (
     Source,
+    check_no_experts,
     check_original,
     onto_original,
     open_source,
@@ -127,6 +128,7 @@ def _with_lora(request: Request, before: Callable[[Preview], None] | None = None
         if before is not None:
             before(preview)
         layers = moka_layers(preview.model)
+        check_no_experts(preview.model, layers)
         forms.append(lora_form(layers, request.rank, request.energy, request.max_rank))
 
     source = open_source(request.adapter, request.base, request.prompts, before=look)

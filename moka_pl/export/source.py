@@ -1,6 +1,6 @@
 """The adapter to export, in its model, and what it makes of the prompts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from moka_pl.backbone.smollm2 import SHORT_NAME
 from moka_pl.errors import ConfigError
 from moka_pl.export.check import Measured, measure, prompt_set
 from moka_pl.inference import Preview, load_model
+from moka_pl.lm.experts import SplitExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,6 +122,21 @@ def stored_quantised(name: str) -> ConfigError:
     return ConfigError(
         f"--onto original: {name} is stored quantised; give its unquantised original by --base"
     )
+
+
+def check_no_experts(model: "PreTrainedModel", layers: Iterable[str]) -> None:
+    """Refuses to write a LoRA of a block's experts.
+
+    Raises:
+        ConfigError: Naming the block.
+    """
+    blocks = {name for name, module in model.named_modules() if isinstance(module, SplitExperts)}
+    for name in layers:
+        if (block := name.rsplit(".", 2)[0]) in blocks:
+            raise ConfigError(
+                f"no engine reads a LoRA of {block}, whose weights are one tensor in {type(model).__name__}; "
+                r"export --to merged, or train with exclude_modules '.*\.experts\..*'"
+            )
 
 
 def say(line: str) -> None:

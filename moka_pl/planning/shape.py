@@ -16,6 +16,7 @@ from moka_pl.backbone.loading import cache_root, loading
 from moka_pl.backbone.random_weights import SHAPES, shape_config
 from moka_pl.backbone.smollm2 import SHORT_NAME, local_gguf
 from moka_pl.errors import BackboneError
+from moka_pl.lm.experts import split_experts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +55,10 @@ def empty_model(
         BackboneError: If nothing tells its sizes.
     """
     shape = _shape(config, notes)
-    return build_empty(shape, config, dtype, notes)
+    model, config = build_empty(shape, config, dtype, notes)
+    if config.quantization != "none":
+        split_experts(model)
+    return model, config
 
 
 def tokenizer_at_hand(config: BackboneConfig) -> "PreTrainedTokenizerBase | None":

@@ -177,6 +177,10 @@ def test_what_is_left_out_is_said_with_its_share() -> None:
         model = build(kind)
         inject_adapter(model, config)
         said[kind] = left_out(model, config)
+    assert said[experts] == ""
+    model = build(experts)
+    inject_adapter(model, MokaConfig(components=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    said[experts] = left_out(model, config)
     assert "not adapted: model.vision_tower (" in said[multimodal]
     assert "not adapted: model.layers.*.altup.correction_coefs (" in said[read_directly]
     assert "adapted: 8 layers, 14.3% of the linear weights; not adapted: " in said[experts]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.backbone.linear_layers import describe_storage
-from moka_pl.backbone.quantization import QuantisedError
+from moka_pl.backbone.quantization import QuantisedError, is_quantised, quantised_linear
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import BackboneError
 from moka_pl.inference import load_base
@@ -75,11 +75,21 @@ def test_random_weights_do_not_care_how_a_checkpoint_is_quantised(quantised: tup
 
 
 @pytest.mark.parametrize("weights", ["pretrained", "random"])
-def test_experts_that_are_not_quantised_are_said_with_their_share(
-    weights: str, save: Callable[..., Path]
-) -> None:
+def test_experts_are_quantised_with_all_else(weights: str, save: Callable[..., Path]) -> None:
     folder = save(T.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
     model = load_backbone(BackboneConfig(str(folder), weights=weights, quantization="nf4")).model
+    assert describe_storage(model, "nf4") == "linear weights nf4"
+    layers = [m for n, m in model.named_modules() if "experts" in n and not list(m.children())]
+    assert len(layers) == 2 * 2 * 4
+    assert all(map(is_quantised, layers))
+
+
+def test_experts_that_are_not_quantised_are_said_with_their_share() -> None:
+    model = T.MixtralForCausalLM(T.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+    for name, layer in list(model.named_modules()):
+        if "self_attn." in name and isinstance(layer, torch.nn.Linear):
+            new = quantised_linear(layer, layer.weight.detach(), "nf4", True, torch.float32)
+            model.set_submodule(name, new)
     experts = sum(p.numel() for n, p in model.named_parameters() if "experts" in n)
     others = sum(p.numel() for n, p in model.named_parameters() if "gate.weight" in n)
     attention = 2 * 2 * 64 * (64 + 32)

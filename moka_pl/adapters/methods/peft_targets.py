@@ -64,13 +64,13 @@ def explicit_config(config: Any, model: nn.Module, saved: Mapping[str, Tensor] |
 
 
 def _name_defaults(config: Any, model: nn.Module, linear: list[str]) -> None:
-    """Gives a LoRA without targets those of families that PEFT's own table does not have."""
+    """Gives a LoRA without targets those of PEFT's own table, or of families that it does not have."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     given = getattr(config, "target_modules", None) or getattr(config, "target_parameters", None)
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if config.peft_type == "LORA" and not given and kind not in KNOWN:
-        config.target_modules = query_value_names(linear)
+    if config.peft_type == "LORA" and not given:
+        config.target_modules = KNOWN.get(kind) or query_value_names(linear)
 
 
 def _expand(config: Any, model: nn.Module) -> None:
