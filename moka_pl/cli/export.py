@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from moka_pl.errors import ConfigError
 
-Target = Literal["merged", "lora", "gguf"]
+Target = Literal["merged", "lora", "gguf", "mlx"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 GgufType = Literal["lora", "f32", "f16", "q8_0"]
 Onto = Literal["dequantised", "original"]
@@ -30,10 +30,11 @@ def export(
     Args:
         adapter: An adapter directory.
         to: merged: a plain transformers folder. lora: a PEFT directory, which vLLM, SGLang and llama.cpp's
-            converter read, too. gguf: a file for llama.cpp and Ollama, with a Modelfile.
+            converter read, too. gguf: a file for llama.cpp and Ollama, with a Modelfile. mlx: an adapter of
+            mlx-lm's.
         out: The folder to write. Default: beside the adapter, ADAPTER-merged and so on.
         base: Name or path of the base model. Default: the one stored with the adapter.
-        dtype: Dtype of the written tensors. Default: bfloat16 of merged, float32 of lora.
+        dtype: Dtype of the written tensors. Default: bfloat16 of merged, else float32.
         onto: The weights to merge into: dequantised (as in training), or the original ones of the base, which
             give another model; both losses are printed.
         rank: Truncate the LoRA to this rank, by singular values.

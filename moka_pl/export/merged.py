@@ -203,9 +203,25 @@ def write_description(
     if any(layer is model.get_output_embeddings() for layer in _modules(model)):
         config.tie_word_embeddings = False  # the head's update is not the embedding's
     config.save_pretrained(folder)
+    _name_rope(folder / "config.json")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _name_rope(file: Path) -> None:
+    """Writes RoPE by its older names, too: readers that know no ``rope_parameters`` take a base of 10,000.
+
+    mlx-lm 0.32 is one, and transformers 4 with what builds on it.
+    """
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    rope = stored.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return
+    stored.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        stored.setdefault("rope_scaling", {key: rope[key] for key in rope if key != "rope_theta"})
+    file.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:

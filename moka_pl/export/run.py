@@ -13,6 +13,7 @@ from moka_pl.export import llama_cpp
 from moka_pl.export.gguf import GgufType, check_adapter, check_model, import_gguf
 from moka_pl.export.lora import LoraForm, check_rank, lora_form, stored_rank
 from moka_pl.export.merged import export_merged, merged_parts
+from moka_pl.export.mlx import check_layers, export_mlx, import_mlx
 from moka_pl.export.peft import export_lora, import_peft
 from moka_pl.export.source import (
     Source,
@@ -94,7 +95,19 @@ def run_gguf(request: Request) -> None:
         export_model(_opened(request, fits), request.out, kind)
 
 
-FORMATS: dict[str, Callable[[Request], None]] = {"merged": run_merged, "lora": run_lora, "gguf": run_gguf}
+def run_mlx(request: Request) -> None:
+    """Exports an adapter of mlx-lm's."""
+    import_mlx()
+    source, form = _with_lora(request, lambda preview: check_layers(moka_layers(preview.model)))
+    export_mlx(source, request.out, form, request.torch_dtype(torch.float32))
+
+
+FORMATS: dict[str, Callable[[Request], None]] = {
+    "merged": run_merged,
+    "lora": run_lora,
+    "gguf": run_gguf,
+    "mlx": run_mlx,
+}
 
 
 def _opened(request: Request, before: Callable[[Preview], None] | None = None) -> Source:

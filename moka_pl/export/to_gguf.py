@@ -10,7 +10,7 @@ from moka_pl.backbone.loading import cache_root, loading, progress_bars
 from moka_pl.backbone.smollm2 import SHORT_NAME, bundled_gguf
 from moka_pl.errors import AdapterError
 from moka_pl.export import llama_cpp
-from moka_pl.export.check import Measured, check, measure
+from moka_pl.export.check import SMALL, Measured, check, measure
 from moka_pl.export.folder import written_folder
 from moka_pl.export.gguf import GgufType, Names, import_gguf, write_adapter, write_model
 from moka_pl.export.llama_cpp import LlamaCpp, greedy
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ADAPTER = "adapter.gguf"
-#: Bytes of a base in float32 up to which the check computes with that; larger ones are written as f16.
-_SMALL = 2**32
 #: What decides on the bounds.
 _AS_DTYPE = {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.int8}
 #: Prompts that are continued greedily.
@@ -87,7 +85,7 @@ def export_adapter(source: Source, out: Path, form: LoraForm, dtype: torch.dtype
             say(f"{reader} reads it back onto the same base ...")
             parts = merged_parts(model)
             entries = sum(torch.Size(part.shape).numel() for part in parts)
-            kind: GgufType = "f32" if 4 * entries <= _SMALL else "f16"
+            kind: GgufType = "f32" if 4 * entries <= SMALL else "f16"
             base = new.parent / "base.gguf"  # removed with the folder of the unfinished export
             write_model(base, model, parts, kind)
             engine = LlamaCpp(base, new / _ADAPTER)

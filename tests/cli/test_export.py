@@ -15,7 +15,7 @@ from moka_pl.errors import ConfigError
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give a format: --to merged, lora, gguf"),
+        ([], "give a format: --to merged, lora, gguf, mlx"),
         (["--to", "merged", "--rank", "4"], "rank and energy truncate a LoRA, and a merged model has none"),
         (["--to", "lora", "--onto", "original"], "--onto original is for merged models"),
         (["--to", "lora", "--rank", "0"], "rank must be at least 1, not 0"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter, unload
 from moka_pl.cli.main import main
@@ -137,3 +137,21 @@ def test_the_original_weights_are_those_before_quantisation(make_adapter: Callab
     assert not any(hasattr(p, "quant_state") for p in original.model.parameters())
     with pytest.raises(ConfigError, match="the base was not quantised in training"):
         onto_original(adapter, open_source(make_adapter(quantization="none")), None)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 500.0},
+        {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+    ],
+)
+def test_readers_of_older_names_find_the_rope(rope: dict, make_llama: Callable, tmp_path: Path) -> None:
+    from moka_pl.backbone.random_weights import byte_tokenizer
+
+    write_description(tmp_path, make_llama(rope_parameters=rope), byte_tokenizer(), torch.float32)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["rope_theta"] == 500.0
+    older = stored.get("rope_scaling", {"rope_type": "default"})
+    assert older == {key: value for key, value in rope.items() if key != "rope_theta"}
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope

@@ -1,0 +1,94 @@
+"""Adapters of mlx-lm's: its names and orders, and its own computation where it is installed."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers, unload
+from moka_pl.cli.main import main
+from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.export.lora import lora_form
+from moka_pl.export.merged import merged_parts, write_description, write_weights
+from moka_pl.export.mlx import check_layers, measure_mlx, write_mlx
+
+IDS = torch.tensor([5, 60, 7, 9, 33, 21, 90, 2])
+
+
+def test_factors_are_transposed(make_llama: Callable, randomize: Callable, tmp_path: Path) -> None:
+    model = make_llama()
+    inject_adapter(model, MokaConfig(components=2, filters="square"))
+    randomize(model)
+    layers = moka_layers(model)
+    form = lora_form(layers)
+    write_mlx(tmp_path, form, 2, torch.float32)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["num_layers"] == 2
+    parameters = config["lora_parameters"]
+    assert parameters["keys"] == ["self_attn.q_proj", "self_attn.v_proj"]
+    assert (parameters["rank"], parameters["scale"]) == (form.rank, 1.0)
+    stored = load_file(tmp_path / "adapters.safetensors")
+    assert len(stored) == 2 * len(layers)
+    for name, layer in layers.items():
+        delta = (stored[f"{name}.lora_a"] @ stored[f"{name}.lora_b"]).T  # as mlx-lm computes it: x a b
+        torch.testing.assert_close(delta, layer.get_delta_weight().detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_is_refused() -> None:
+    check_layers(["model.layers.3.mlp.up_proj"])
+    with pytest.raises(ConfigError, match="--to mlx writes layers of the model's blocks, not lm_head"):
+        check_layers(["lm_head"])
+
+
+def test_without_its_reader_nothing_is_loaded(
+    make_adapter: Callable,
+    no_weights: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter = make_adapter()
+    no_weights()
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    with pytest.raises(SystemExit):
+        main(["export", str(adapter), "--to", "mlx"])
+    assert "mlx-lm, which is not installed; pip install 'moka_pl[mlx]'" in capsys.readouterr().err
+    assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 100.0])
+def test_mlx_computes_the_same(
+    theta: float, make_llama: Callable, randomize: Callable, tmp_path: Path
+) -> None:
+    pytest.importorskip("mlx.core")
+    from moka_pl.backbone.random_weights import byte_tokenizer
+
+    rope = {"rope_type": "default", "rope_theta": theta}
+    model = make_llama(rope_parameters=rope)
+    inject_adapter(model, MokaConfig(components=2, filters="square", target_modules="all-linear"))
+    randomize(model)
+    with torch.no_grad():
+        expected = model(IDS[None]).logits[0]
+    form = lora_form(moka_layers(model))
+    unload(model)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    write_weights(base, merged_parts(model), torch.float32)
+    write_description(base, model, byte_tokenizer(), torch.float32)
+    write_mlx(adapter, form, 2, torch.float32)
+    [logits] = measure_mlx(base, adapter, [IDS]).logits
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    with torch.no_grad():
+        assert (model(IDS[None]).logits[0] - expected).abs().max() > 0.1
+
+
+def test_what_mlx_does_not_know_is_said(make_llama: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("mlx.core")
+    (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
+    (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(AdapterError, match="mlx-lm cannot read the adapter"):
+        measure_mlx(tmp_path, tmp_path, [IDS])
