@@ -18,7 +18,8 @@ C tokens at a time, ``4 d T + 2 e d N + (4 + e) V C``. Then
     peak = weights + P\,(8 + s) + n\,a + head                    % without checkpointing
     peak = weights + P\,(8 + s) + n\,e\,d\,T + max(head, a)      % with it
 
-for n blocks and P trained numbers (float32, with a gradient) of which the optimizer keeps s bytes each.
+for n blocks (3 where their inputs are offloaded) and P trained numbers (float32, with a gradient) of which
+the optimizer keeps s bytes each.
 """
 
 from dataclasses import asdict, dataclass
@@ -40,6 +41,8 @@ _PROCESS = 0.85 * GIB
 _CPU_GAPS = 1.2
 #: cuBLAS's workspace on a Hopper GPU.
 _WORKSPACE = 32 * 2**20
+#: Inputs of blocks that are on the GPU at a time where they are offloaded.
+_ON_GPU = 3
 #: Bytes of a 4-bit weight: its code and its block's scale (64 weights a block, 256 scales a block of theirs).
 _DOUBLE, _SINGLE = 0.5 + (1 + 4 / 256) / 64, 0.5 + 4 / 64
 
@@ -96,6 +99,7 @@ class Setup:
         stored: Bytes of weight files that a CPU maps; None on a GPU.
         fused: Whether norms, rotary embeddings and gated MLPs are Liger's.
         by_parts: Whether the head sees a part of the tokens at a time.
+        offloaded: Whether the inputs of checkpointed blocks leave the GPU; it holds ``_ON_GPU`` of them.
     """
 
     tokens: int
@@ -109,6 +113,7 @@ class Setup:
     stored: int | None = None
     fused: bool = False
     by_parts: bool = False
+    offloaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,8 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float) -> Memory
         logits += 12 * sizes.vocabulary * trained
     activations = sizes.blocks * block
     if setup.checkpointing:
-        activations = sizes.blocks * e * sizes.hidden * tokens + max(block - logits, 0)
+        inputs = min(_ON_GPU, sizes.blocks) if setup.offloaded else sizes.blocks
+        activations = inputs * e * sizes.hidden * tokens + max(block - logits, 0)
     on_gpu = setup.stored is None
     gaps = 1 if on_gpu else _CPU_GAPS
     return Memory(

@@ -191,7 +191,7 @@ def make_plan(
         setup = Setup(
             *batch,
             dtype.itemsize,
-            module.gradient_checkpointing,
+            bool(module.gradient_checkpointing),
             quantised,
             config.double_quantization,
             _state_bytes(module.optimizer),
@@ -199,13 +199,14 @@ def make_plan(
             stored=stored,
             fused=on_gpu and config.kernels == "auto" and knows(model),
             by_parts=on_gpu,
+            offloaded=on_gpu and module.gradient_checkpointing == "offload",
         )
         return estimate(sizes, setup, adapters.parameters, adapters.kept)
 
     batch = max(work.batches, key=lambda batch: peak(batch).peak)
     stored_as = config.quantization if quantised else str(dtype).removeprefix("torch.")
     storage = f"{stored_as}, computing in {str(dtype).removeprefix('torch.')}"
-    memory, checkpointing, devices = peak(batch), module.gradient_checkpointing, _devices(on_gpu)
+    memory, checkpointing, devices = peak(batch), bool(module.gradient_checkpointing), _devices(on_gpu)
     facts = (memory, batch, checkpointing, on_gpu, run, devices, work, tokens_per_second, notes)
     return Plan(f"{config.name} in {storage}", parameters, adapters, *facts)
 

@@ -4,7 +4,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -28,6 +28,7 @@ from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
 from moka_pl.backbone.linear_layers import describe_storage
 from moka_pl.data.types import data_of
 from moka_pl.errors import ConfigError
+from moka_pl.lm.offload import offload_layer_inputs
 from moka_pl.training.auto_filters import DeferredFilters
 from moka_pl.training.base import describe_base
 from moka_pl.training.checkpoint import (
@@ -75,7 +76,8 @@ class MokaModule(TrainedModule):
         learning_rate_ratios: Multiples of the optimizer's learning rate for the left factors, the right
             factors and the gates.
         gradient_checkpointing: Recompute activations in the backward pass, which takes about a third more
-            time and a fraction of the memory.
+            time and a fraction of the memory. With ``offload`` the layers' inputs, too, leave the GPU, for
+            pinned memory of the host.
         cuda_graphs: Capture the forward and backward pass as a CUDA graph per batch size, and replay it. This
             is several times faster for models up to about a billion parameters, and costs the memory of one
             batch's activations. Packed batches, gradient checkpointing and CPUs do not use graphs.
@@ -105,7 +107,7 @@ class MokaModule(TrainedModule):
         adapter_path: str | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupDecay(o),
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | Literal["offload"] = False,
         cuda_graphs: bool = False,
         learning_rate_ratios: LearningRateRatios = _RATIOS,
         allow_changes: list[Change] | None = None,
@@ -121,6 +123,10 @@ class MokaModule(TrainedModule):
             stored = read_adapter(adapter_path)  # a damaged folder shows before any loading
             self.adapter, self.adapter_prompt = stored.config, stored.extra.get("prompt")
         learning_rate_ratios.check_fits(self.adapter)
+        if gradient_checkpointing not in (True, False, "offload"):
+            raise ConfigError(
+                f"gradient_checkpointing is {gradient_checkpointing!r}; choose one of true, false, offload"
+            )
         self.allow_changes = frozenset(allow_changes or ())
         check_allowed(self.allow_changes)
         self.course: Course = {}
@@ -184,6 +190,8 @@ class MokaModule(TrainedModule):
             # Non-reentrant: gradients reach the adapters although the embeddings need none, and DDP sees
             # every parameter once.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.gradient_checkpointing == "offload":
+            offload_layer_inputs(model)
         self._inject(model)
         if self.adapter_path is not None:
             load_adapter_state(model, read_adapter_state(self.adapter_path), self.adapter_path)

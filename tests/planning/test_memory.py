@@ -140,3 +140,12 @@ def test_a_second_rank_s_gradient_and_the_optimizer_are_counted() -> None:
     assert two - one == 4 * trained
     none = estimate(sizes, Setup(64, 64, gradients=4, state=0), trained, kept).peak
     assert one - none == 8 * trained
+
+
+def test_offloaded_inputs_are_not_counted_but_for_three() -> None:
+    sizes, trained, kept = adapted("llama3-8b", "MoKA r10", torch.bfloat16)
+    plain, offloaded = (
+        estimate(sizes, Setup(4096, 4096, checkpointing=True, offloaded=offloaded), trained, kept).peak
+        for offloaded in (False, True)
+    )
+    assert plain - offloaded == (32 - 3) * 2 * 4096 * 4096

@@ -286,7 +286,14 @@ def test_checkpointing_gives_the_same_gradients(make_module, make_data, make_tra
             torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_unknown_kind_of_checkpointing_is_refused(make_module):
+    with pytest.raises(
+        ConfigError, match="gradient_checkpointing is 'cpu'; choose one of true, false, offload"
+    ):
+        make_module(gradient_checkpointing="cpu")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "offload"])
 def test_checkpointing_computes_activations_again(make_module, make_data, make_trainer, checkpointing):
     module = make_module(gradient_checkpointing=checkpointing)
     module.configure_model()

@@ -1,0 +1,122 @@
+"""Inputs of checkpointed layers in the memory of the host, copied while the GPU computes.
+
+Checkpointing keeps the input of every layer, n · T · d numbers. Here each is copied to pinned memory while
+the next layer computes, and comes back while the layer after it is computed again: a GPU holds two or three.
+"""
+
+import weakref
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Numbers of a tensor that is worth a copy.
+_FEWEST = 2**16
+
+
+def offload_layer_inputs(model: "PreTrainedModel") -> None:
+    """Has a model whose layers are checkpointed, without reentrance, keep their inputs in the host's memory.
+
+    Within a layer checkpointing decides what is saved; what the decoder saves around its layers is their
+    inputs. On a CPU, and in evaluation, nothing changes. Gradients are the same, bit for bit.
+
+    Args:
+        model: A causal language model with gradient checkpointing enabled.
+    """
+    decoder = model.get_decoder()
+    store, entered = _Store(), list[Any]()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            hooks = saved_tensors_hooks(store.pack, store.unpack)
+            hooks.__enter__()
+            entered.append(hooks)
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        if entered:
+            entered.pop().__exit__()
+
+    decoder.register_forward_pre_hook(enter)
+    decoder.register_forward_hook(leave, always_call=True)
+
+
+class _Store:
+    """Tensors in the order in which they were saved; each comes back before it is asked for."""
+
+    def __init__(self) -> None:
+        self._last: weakref.ref[_Kept] | None = None
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Begins to copy a tensor to the host; the one before it is there by now, and leaves the GPU."""
+        if not _worth_a_copy(tensor):
+            return tensor
+        before = None if self._last is None else self._last()
+        if before is not None:
+            before.leave()
+        kept = _Kept(tensor, self._last)
+        self._last = weakref.ref(kept)
+        return kept
+
+    def unpack(self, kept: Any) -> Tensor:
+        """Returns a tensor on the GPU, and begins to fetch the one that was saved before it."""
+        if isinstance(kept, Tensor):
+            return kept
+        tensor: Tensor = kept.take()
+        before = None if kept.before is None else kept.before()
+        if before is not None:
+            before.fetch()
+        return tensor
+
+
+class _Kept:
+    """A tensor on its way to the host and back.
+
+    Args:
+        tensor: The tensor, on a GPU.
+        before: What was saved before it.
+    """
+
+    def __init__(self, tensor: Tensor, before: "weakref.ref[_Kept] | None") -> None:
+        self.before = before
+        self._device, self._stream = tensor.device, _copy_stream(tensor.device)
+        self._on_gpu: Tensor | None = tensor.detach()
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._host.copy_(self._on_gpu, non_blocking=True)
+        # Its memory may be used again only when it is copied.
+        self._on_gpu.record_stream(self._stream)
+
+    def leave(self) -> None:
+        """Frees the GPU's memory."""
+        self._on_gpu = None
+
+    def fetch(self) -> None:
+        """Begins to copy the tensor back."""
+        if self._on_gpu is None:
+            with torch.cuda.stream(self._stream):
+                self._on_gpu = self._host.to(self._device, non_blocking=True)
+
+    def take(self) -> Tensor:
+        """Returns the tensor, for the stream at hand."""
+        self.fetch()
+        tensor, self._on_gpu = self._on_gpu, None
+        assert tensor is not None
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        tensor.record_stream(current)
+        return tensor
+
+
+@cache
+def _copy_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _worth_a_copy(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.is_floating_point() and tensor.numel() >= _FEWEST
