@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,8 @@ def left_out(model: nn.Module, config: Any) -> str:
         return ""
     weights, fused = _linear_weights(model)
     named = list(weights) if targets == ALL_LINEAR else matching(weights, own_targets(weights, targets))
-    missed = set(named) - adapted.keys() - set(matching(named, getattr(config, "exclude_modules", None)))
+    kept = _adapted_weights(weights, fused, adapted)
+    missed = set(named) - kept - set(matching(named, getattr(config, "exclude_modules", None)))
     total = sum(weights.values())
     parts: Counter[str] = Counter()
     for name in sorted(missed):
@@ -42,7 +44,7 @@ def left_out(model: nn.Module, config: Any) -> str:
     shares = [f"{part} ({size / total:.1%})" for part, size in parts.most_common(_NAMED)]
     if others := len(parts) - len(shares):
         shares.append(f"{others} other parts")
-    covered = sum(size for name, size in weights.items() if name in adapted)
+    covered = sum(weights[name] for name in kept)
     return (
         f"adapted: {len(adapted)} layers, {covered / total:.1%} of the linear weights; not adapted: "
         f"{', '.join(shares)}"
@@ -65,15 +67,25 @@ def renamed(model: nn.Module, config: Any) -> str:
 
 def adapted_share(model: nn.Module) -> float:
     """Returns the share of a model's linear weights, those of experts included, that is adapted."""
-    weights, adapted = _linear_weights(model)[0], adapted_layers(model)
-    return sum(size for name, size in weights.items() if name in adapted) / sum(weights.values())
+    weights, fused = _linear_weights(model)
+    kept = _adapted_weights(weights, fused, adapted_layers(model))
+    return sum(weights[name] for name in kept) / sum(weights.values())
+
+
+def _adapted_weights(weights: Iterable[str], fused: set[str], adapted: Collection[str]) -> set[str]:
+    """Returns the weights that are adapted; PEFT adapts fused experts by the names of their modules."""
+    return {
+        name for name in weights if name in adapted or (name in fused and name.rpartition(".")[0] in adapted)
+    }
 
 
 def _linear_weights(model: nn.Module) -> tuple[dict[str, int], set[str]]:
     """Returns the weights of each linear layer but the head, by name, and which are fused experts."""
     head, sizes, fused = output_head(model), dict[str, int](), set[str]()
     for full, module in model.named_modules():
-        name = full.removesuffix(".base_layer")
+        name = full
+        while name.endswith(".base_layer"):  # PEFT wraps fused experts once for each of their parameters
+            name = name.removesuffix(".base_layer")
         if isinstance(module, nn.Linear) and module is not head and not name.endswith(_OF_ADAPTER):
             sizes.setdefault(name, weight_count(module.weight))
         elif not isinstance(module, nn.Conv1d):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from moka_pl._compat import attention_implementation, copy_all_, multiplied
 from moka_pl.errors import one_line
 from moka_pl.lm.architecture import causal_unsupported_reason
+from moka_pl.lm.experts import SplitExperts
 from moka_pl.lm.scoring import IGNORE_INDEX, nll_at
 
 if TYPE_CHECKING:
@@ -217,6 +218,8 @@ class _Replayed(torch.autograd.Function):
 
 def capture_unsupported_reason(model: "PreTrainedModel") -> str | None:
     """Returns why a model's training step cannot be recorded, or None."""
+    if any(isinstance(module, SplitExperts) for module in model.modules()):
+        return "experts are computed one after another, as the tokens choose them"
     if model.get_input_embeddings().weight.device.type != "cuda":
         return "CUDA graphs need a GPU"
     if getattr(model, "is_gradient_checkpointing", False):

@@ -11,6 +11,7 @@ from moka_pl.backbone import BackboneConfig
 from moka_pl.backbone.checks import check_folder, check_numbers
 from moka_pl.backbone.description import build_empty
 from moka_pl.backbone.hub import reach_model
+from moka_pl.backbone.linear_layers import linearise
 from moka_pl.backbone.load import load_tokenizer
 from moka_pl.backbone.loading import cache_root, loading
 from moka_pl.backbone.random_weights import SHAPES, shape_config
@@ -56,6 +57,7 @@ def empty_model(
     """
     shape = _shape(config, notes)
     model, config = build_empty(shape, config, dtype, notes)
+    linearise(model)
     if config.quantization != "none":
         split_experts(model)
     return model, config

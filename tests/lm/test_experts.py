@@ -17,6 +17,7 @@ from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.errors import ConfigError
 from moka_pl.export.merged import merged_parts
 from moka_pl.export.source import check_no_experts
+from moka_pl.lm.cuda_graphs import capture_unsupported_reason
 from moka_pl.lm.experts import SplitExperts, fuse_experts, fused_experts, split_experts, split_names
 from moka_pl.lm.scoring import score_tokens
 from moka_pl.studies.architectures.families import FAMILIES, Family, tiny_model
@@ -136,3 +137,18 @@ def test_a_lora_of_experts_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no engine reads a LoRA of model.layers.0.mlp.experts"):
         check_no_experts(model, names)
     check_no_experts(model, [key for key in names if ".experts." not in key])
+
+
+def test_steps_with_split_experts_are_not_recorded() -> None:
+    model = tiny_model(KINDS["Mixtral"])
+    assert "experts" not in (capture_unsupported_reason(model) or "")
+    split_experts(model)
+    assert "experts are computed one after another" in (capture_unsupported_reason(model) or "")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_experts_that_peft_adapts_count_as_adapted() -> None:
+    peft = pytest.importorskip("peft")
+    model, config = tiny_model(KINDS["Mixtral"]), peft.LoraConfig(r=2, target_modules="all-linear")
+    names = inject_adapter(model, config)
+    assert ("experts in fused weights" in left_out(model, config)) != any("experts" in name for name in names)

@@ -89,6 +89,8 @@ def family_facts(folder: Path) -> Facts:
     check_adapters(nf4)
     model = loaded.model
     defaults = default_layers(model)
+    check_adapters(model, output_head)
+    unload(model)
     share = check_adapters(model)
     packing, shared = refused(lambda: check_packing(model)), check_sharing(model)
     check_generation(loaded)
@@ -112,16 +114,29 @@ def default_layers(model: "PreTrainedModel") -> str:
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def check_adapters(model: "PreTrainedModel") -> float:
-    """Adapts all linear layers, and compares gradients with and without checkpointing, and merged logits.
+def output_head(model: "PreTrainedModel") -> list[str]:
+    """Returns the full name of the output head."""
+    return [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
 
-    Returns the share of the linear weights that is adapted; the model keeps its adapters.
+
+def check_adapters(
+    model: "PreTrainedModel", layers: Callable[["PreTrainedModel"], list[str] | str] = lambda _: "all-linear"
+) -> float:
+    """Adapts layers, and compares the loss, gradients with and without checkpointing, and merged logits.
+
+    Args:
+        model: The model, without adapters; it keeps them.
+        layers: Which.
+
+    Returns:
+        The share of the linear weights that is adapted.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        inject_adapter(model, MokaConfig(components=2, target_modules="all-linear"))
+        inject_adapter(model, MokaConfig(components=2, target_modules=layers(model)))
         for layer in moka_layers(model).values():
             layer.moka_B.data.normal_(0, 0.05)
+    check_loss(model, model)
     ids = _tokens(2, 12)
     plain = _gradients(model, ids)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
