@@ -74,7 +74,7 @@ def check_numbers(config: Mapping[str, Any], name: str) -> None:
             )
 
 
-def check_size(model: "PreTrainedModel", name: str, device: torch.device, bits: int) -> None:
+def check_size(model: "PreTrainedModel", name: str, device: torch.device, bits: float) -> None:
     """Refuses a model that memory cannot hold.
 
     Args:

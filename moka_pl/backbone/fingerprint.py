@@ -8,7 +8,7 @@ import base64
 import binascii
 import hashlib
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -43,7 +43,9 @@ def fingerprint(model: "PreTrainedModel") -> str:
     return digest.hexdigest()[:16]
 
 
-def weight_samples(model: "PreTrainedModel", left_out: Collection[str] = ()) -> str:
+def weight_samples(
+    model: "PreTrainedModel", left_out: Collection[str] = (), ready: Callable[[str], None] | None = None
+) -> str:
     """Samples every matrix of a model, for :func:`compare_samples`: how it is stored, its names, its entries.
 
     An entry is stored as NF4 would, in four bits and relative to the largest of its block: so the samples of
@@ -52,9 +54,10 @@ def weight_samples(model: "PreTrainedModel", left_out: Collection[str] = ()) -> 
     Args:
         model: A model, adapted or not.
         left_out: Names of parameters that are no part of the base.
+        ready: Called with each parameter's name before that is read; None where all are there.
     """
     names, codes, storages = [], [], []
-    for name, parameter in _matrices(model):
+    for name, parameter in _matrices(model, ready):
         if parameter.ndim < 2 or parameter.is_meta or name in left_out or ".merged_layer." in name:
             continue
         names.append(name.replace(".base_layer.", "."))
@@ -128,7 +131,7 @@ def compare_samples(first: str, second: str) -> Comparison | None:
     return Comparison(int(different.sum()), len(different))
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _matrices(model: nn.Module, ready: Callable[[str], None] | None) -> Iterator[tuple[str, Tensor]]:
     """Yields the parameters of a model by name, as linear layers have them.
 
     Of a block's experts, split or not, it yields those of the first.
@@ -137,6 +140,8 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     split = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SplitExperts))
     fused = {f"{name}.": module for name, module in fused_experts(model)}
     for name, parameter in model.named_parameters():
+        if ready is not None:
+            ready(name)
         block = next((block for block in (*split, *fused) if name.startswith(block)), None)
         if block is None:
             yield name, parameter.detach().t() if name in turned else parameter

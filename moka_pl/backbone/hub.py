@@ -31,6 +31,14 @@ def reach_model(name: str, revision: str | None = None) -> Path | None:
     return None
 
 
+def download_model(name: str, revision: str | None = None) -> Path:
+    """Downloads a model's files into the hub cache, and returns their folder."""
+    from huggingface_hub import snapshot_download
+
+    files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+
+
 HubFailure = Literal["offline", "denied", "no file", "missing", "malformed", "unreachable", "other"]
 
 

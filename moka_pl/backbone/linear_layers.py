@@ -39,21 +39,20 @@ def restore(model: nn.Module) -> None:
     fuse_experts(model)
 
 
-def quantise_rest(
-    model: "PreTrainedModel", quantization: Quantization, double: bool, dtype: torch.dtype
-) -> None:
+def quantise_rest(model: nn.Module, quantization: Quantization, double: bool, dtype: torch.dtype) -> None:
     """Quantises what transformers leaves as it is: fused experts, one by one, and kinds of ``nn.Linear``.
 
     Args:
-        model: The model, otherwise quantised.
+        model: The model, or a block of it, otherwise quantised.
         quantization: How linear weights are stored.
         double: Whether the block scales are quantised, too.
         dtype: Compute dtype.
     """
     split_experts(model)
     blocks = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, SplitExperts))
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, nn.Linear) or is_quantised(layer) or layer is model.get_output_embeddings():
+        if not isinstance(layer, nn.Linear) or is_quantised(layer) or layer is head:
             continue
         # Plain layers that are left, such as routers of some families, are meant to be.
         if name.startswith(blocks) if type(layer) is nn.Linear else _multiplies(layer):

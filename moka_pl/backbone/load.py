@@ -4,11 +4,15 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
+from moka_pl.backbone.blocks.filling import is_complete, read_blocks
+from moka_pl.backbone.blocks.frozen_tensors import BlockStore, decoder_blocks
 from moka_pl.backbone.checks import (
     check_folder,
     check_loss,
@@ -20,7 +24,7 @@ from moka_pl.backbone.checks import (
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.description import Description, build_empty, describe
 from moka_pl.backbone.gguf import convert_gguf
-from moka_pl.backbone.hub import reach_model
+from moka_pl.backbone.hub import download_model, reach_model
 from moka_pl.backbone.linear_layers import linearise, quantise_rest
 from moka_pl.backbone.loading import cache_root, loading, progress_bars
 from moka_pl.backbone.quantization import (
@@ -93,16 +97,19 @@ def load_backbone(
     config: BackboneConfig,
     device: torch.device | str = "cpu",
     before: Callable[[Unloaded], None] | None = None,
+    blocks: BlockStore | None = None,
 ) -> Backbone:
     """Loads the base model and its tokenizer onto one device, and quantises the linear layers.
 
     The model is frozen, in evaluation mode, and stops generating at every token that may end an answer in
-    training. Every rank of a data-parallel run has its own copy.
+    training. Every rank of a data-parallel run has its own copy, or with ``blocks`` a part.
 
     Args:
         config: Its options.
         device: Where it lives.
         before: Is given the model before any weight is loaded, to refuse what cannot work with it.
+        blocks: Takes each decoder block as soon as that is loaded, so that the model is never there as a
+            whole; None leaves all where they are.
 
     Raises:
         QuantisedError: If the checkpoint is quantised already in another way than ``config`` says.
@@ -116,26 +123,22 @@ def load_backbone(
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
     random = config.weights == "random"
     with loading(config.name):
-        described = describe(config, {} if random else _location(config))
+        described = describe(config, {} if random else _location(config, whole=blocks is None))
         config, notes = described.settle(config)
         empty, config = build_empty(described.shape, config, dtype, notes)
         check_tokens(tokenizer, described.shape, _rows(empty), config.name, random)
         if described.files is not None:
             described.files.check(empty, config.name, quantised=described.quantization is not None)
-        check_size(empty, config.name, device, 4 if config.quantization != "none" else 8 * dtype.itemsize)
+        bits = 4 if config.quantization != "none" else 8 * dtype.itemsize
+        check_size(empty, config.name, device, bits * (1.0 if blocks is None else blocks.share))
     if before is not None:
         stored = described.quantization is not None
         before(Unloaded(copy.deepcopy(empty), tokenizer, described.files, stored))
-    if random:
-        with loading(config.name):
-            model = random_model(config, empty, dtype, device)
-    else:
-        del empty
-        model = _pretrained(config, described, dtype, device, notes)
+    settle = partial(_settle, config, dtype, described.quantization is None)
+    store = None if blocks is None else _Settling(blocks, settle)
+    model = _filled(empty, config, described, device, notes, store)
     check_special_tokens(model.generation_config, "generation_config.json", _rows(model), config.name)
-    linearise(model)
-    if config.quantization != "none" and described.quantization is None:
-        quantise_rest(model, config.quantization, config.double_quantization, dtype)
+    settle(model)
     keep_weights(model)
     stop_at_ends(model, tokenizer)
     model.requires_grad_(False)
@@ -145,6 +148,29 @@ def load_backbone(
     if config.kernels == "auto" and device.type == "cuda":
         notes.append(fuse_kernels(model))
     return Backbone(model, tokenizer, config, notes)
+
+
+def _settle(config: BackboneConfig, dtype: torch.dtype, plain: bool, module: nn.Module) -> None:
+    """Makes what is linear in a model or a block an ``nn.Linear``, and quantises what is left to be."""
+    linearise(module)
+    if plain and config.quantization != "none":
+        quantise_rest(module, config.quantization, config.double_quantization, dtype)
+
+
+@dataclass
+class _Settling:
+    """Hands blocks over once nothing of them will change any more."""
+
+    blocks: BlockStore
+    settle: Callable[[nn.Module], None]
+
+    @property
+    def share(self) -> float:
+        return self.blocks.share
+
+    def add(self, block: nn.Module) -> None:
+        self.settle(block)
+        self.blocks.add(block)
 
 
 def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
@@ -171,6 +197,30 @@ def _rows(model: "PreTrainedModel") -> int:
     """Number of tokens that the model has both an embedding and a logit of."""
     heads = (model.get_input_embeddings(), model.get_output_embeddings())
     return int(min(head.weight.shape[0] for head in heads if getattr(head, "weight", None) is not None))
+
+
+def _filled(
+    empty: "PreTrainedModel",
+    config: BackboneConfig,
+    described: Description,
+    device: torch.device,
+    notes: list[str],
+    store: BlockStore | None,
+) -> "PreTrainedModel":
+    """Returns the model with its weights; the blocks' are handed over as early as their files allow."""
+    dtype, files = empty.dtype, described.files
+    if config.weights == "random":
+        with loading(config.name):
+            return random_model(config, empty, dtype, device, store)
+    if store is not None and is_complete(files, empty, described.quantization):
+        with loading(config.name):
+            return read_blocks(empty, config, device, files, described.location, store)
+    del empty
+    model = _pretrained(config, described, dtype, device, notes)
+    if store is not None:
+        for block in decoder_blocks(model).values():
+            store.add(block)
+    return model
 
 
 def _pretrained(
@@ -226,8 +276,11 @@ def _check_stored(location: dict[str, Any], name: str) -> None:
     check_numbers(PretrainedConfig.get_config_dict(**location)[0], name)
 
 
-def _location(config: BackboneConfig) -> dict[str, Any]:
-    """Arguments that tell transformers what to load; GGUF files are converted, hub models looked up first."""
+def _location(config: BackboneConfig, whole: bool = True) -> dict[str, Any]:
+    """Arguments that tell transformers what to load; GGUF files are converted, hub models looked up first.
+
+    What is not to be loaded as a whole is downloaded here.
+    """
     name, cache = config.name, cache_root(config.cache_dir)
     if name == SHORT_NAME or name.endswith(".gguf"):
         file = bundled_gguf(cache) if name == SHORT_NAME else Path(name).expanduser()
@@ -242,6 +295,8 @@ def _location(config: BackboneConfig) -> dict[str, Any]:
         raise BackboneError(f"{name}: no such model folder; check the path")
     if (cached := reach_model(name, config.revision)) is not None:
         return {"pretrained_model_name_or_path": str(cached)}
+    if not whole:
+        return {"pretrained_model_name_or_path": str(download_model(name, config.revision))}
     return {"pretrained_model_name_or_path": name, "revision": config.revision or "main"}
 
 

@@ -264,6 +264,11 @@ def _plainly_scaled(layer: nn.Module, weight: Tensor, state: Any) -> tuple[Tenso
     return known.data, known.state
 
 
+def forget_scales(layer: nn.Module) -> None:
+    """Drops what :func:`dense_weight` keeps of a layer."""
+    _PLAINLY_SCALED.pop(layer, None)
+
+
 def storage_device(layer: nn.Linear, quantised: bool) -> torch.device:
     """Returns where the layer's weight lies."""
     weight: Any = layer.weight

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moka_pl.backbone.blocks.filling import fill
+from moka_pl.backbone.blocks.frozen_tensors import BlockStore
 from moka_pl.backbone.checks import check_numbers
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.loading import loading
-from moka_pl.backbone.quantization import quantised_linear
 from moka_pl.errors import BackboneError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     # Sizes between LLaMA2-7B's with few divisors: most filters do not fit and are padded or cut.
     "llama2-7b-odd": _sizes(4112, 11048, 32, 16, 16, **_LLAMA2, head_dim=248),
     "llama2-13b": _sizes(5120, 13824, 40, 40, 40, **_LLAMA2),
+    "llama2-70b": _sizes(8192, 28672, 80, 64, 8, **_LLAMA2),
     "llama3-8b": _sizes(4096, 14336, 32, 32, 8, **_LLAMA3),
     "llama3-1b": _sizes(2048, 8192, 16, 32, 8, **_LLAMA3, tie_word_embeddings=True, head_dim=64),
     "smollm2-135m": _sizes(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True),
@@ -72,7 +74,11 @@ def shape_config(name: str) -> "PretrainedConfig":
 
 
 def random_model(
-    config: BackboneConfig, model: "PreTrainedModel", dtype: torch.dtype, device: torch.device
+    config: BackboneConfig,
+    model: "PreTrainedModel",
+    dtype: torch.dtype,
+    device: torch.device,
+    blocks: BlockStore | None = None,
 ) -> "PreTrainedModel":
     """Gives a causal language model random weights.
 
@@ -84,6 +90,7 @@ def random_model(
         model: The model on the meta device, which is filled.
         dtype: Compute dtype.
         device: Where the model lives.
+        blocks: Takes each block as soon as that is filled.
 
     Raises:
         BackboneError: If something of the model is neither known to be random nor computed.
@@ -91,33 +98,20 @@ def random_model(
     shape = model.config
     generator = torch.Generator(device).manual_seed(config.seed)
     std = getattr(shape, "initializer_range", 0.02)
-    head = model.get_output_embeddings()
 
-    def draw(like: torch.Tensor) -> torch.Tensor:
-        return torch.empty(like.shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
+    def make(module: nn.Module, name: str, key: str, empty: torch.Tensor) -> torch.Tensor:
+        if key == "bias" and isinstance(module, nn.Linear):
+            return torch.zeros_like(empty, device=device)
+        # Several experts' matrices may be one parameter; what is one-dimensional are norms.
+        if empty.ndim > 1:
+            drawn = torch.empty(empty.shape, dtype=dtype, device=device)
+            return drawn.normal_(0, std, generator=generator)
+        return torch.ones_like(empty, device=device)
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head and config.quantization != "none":
-            kind, double = config.quantization, config.double_quantization
-            model.set_submodule(name, quantised_linear(module, draw(module.weight), kind, double, dtype))
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            module.weight = nn.Parameter(draw(module.weight), requires_grad=False)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias = nn.Parameter(torch.zeros_like(module.bias, device=device), requires_grad=False)
-        elif "rotary" in type(module).__name__.lower():
-            # Its buffers are computed, not drawn; on the meta device they were not.
-            with torch.device(device):
-                model.set_submodule(name, type(module)(shape))
-        else:
-            for key, weight in module.named_parameters(recurse=False):
-                # Several experts' matrices may be one parameter; the others are norms.
-                values = draw(weight) if weight.ndim > 1 else torch.ones_like(weight, device=device)
-                setattr(module, key, nn.Parameter(values, requires_grad=False))
-    model.tie_weights()
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
+    left = fill(model, config, dtype, device, make, blocks)
+    if left is not None:
         raise BackboneError(
-            f"{config.name} cannot be given random weights: nothing is known of {left[0]} in "
+            f"{config.name} cannot be given random weights: nothing is known of {left} in "
             f"{type(model).__name__}; set weights: pretrained"
         )
     return model

@@ -165,6 +165,8 @@ class EvaluatedModule(LightningModule):
 
     def _end_metrics(self, prefix: str) -> None:
         assert self._metrics is not None
+        # Under some strategies ranks that have no more batches serve the others before they sum up.
+        self.trainer.strategy.barrier()
         self.eval_results = self._metrics.compute()
         self.eval_values = {f"{prefix}/{name}": value for name, value in self.eval_results.values().items()}
         self.eval_step = self.trainer.global_step

@@ -30,6 +30,8 @@ KNOWN = {
     "llama-2-7b-chat-hf": "llama2-7b",
     "llama-2-13b-hf": "llama2-13b",
     "llama-2-13b-chat-hf": "llama2-13b",
+    "llama-2-70b-hf": "llama2-70b",
+    "llama-2-70b-chat-hf": "llama2-70b",
     "meta-llama-3-8b": "llama3-8b",
     "meta-llama-3-8b-instruct": "llama3-8b",
     "llama-3.1-8b": "llama3-8b",

@@ -46,6 +46,7 @@ from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler,
 from moka_pl.training.preflight import check_trainer
 from moka_pl.training.resume import adjust_optimizer, begin_epoch_anew, begins_epoch_anew
 from moka_pl.training.schedule import WarmupDecay
+from moka_pl.training.sharding.strategy import ShardedStrategy
 from moka_pl.training.steps import TrainedModule
 from moka_pl.training.trial_optimizer import build_trial
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from moka_pl.backbone.load import Backbone
+    from moka_pl.training.sharding.blocks import ShardedBlocks
 
 # Not None: the command line's help would then list none of their options.
 _BACKBONE, _ADAPTER, _RATIOS = BackboneConfig(), MokaConfig(), LearningRateRatios()
@@ -181,7 +183,9 @@ class MokaModule(TrainedModule):
         loaded = self.load_base()
         model = loaded.model
         self.tokenizer = loaded.tokenizer
-        self.base = describe_base(loaded, self.backbone, self.device)
+        blocks = self._blocks()
+        ready = None if blocks is None else blocks.reading(model)
+        self.base = describe_base(loaded, self.backbone, self.device, ready)
         storage = describe_storage(model, self.base.options["quantization"])
         if self.adapter_path is not None:
             stored = read_adapter(self.adapter_path)
@@ -235,7 +239,12 @@ class MokaModule(TrainedModule):
 
     def load_base(self) -> "Backbone":
         """Loads the frozen base onto this rank's device; subclasses may have one already."""
-        return load_backbone(self.backbone, self.device)
+        return load_backbone(self.backbone, self.device, blocks=self._blocks())
+
+    def _blocks(self) -> "ShardedBlocks | None":
+        """What keeps the blocks of the base; None where this rank has all of it."""
+        strategy = getattr(trainer_of(self), "strategy", None)
+        return strategy.blocks if isinstance(strategy, ShardedStrategy) else None
 
     @property
     def causal_lm(self) -> "PreTrainedModel":

@@ -190,6 +190,7 @@ class NonFiniteSteps:
         """Joins what the ranks have found."""
         if self._module.trainer.world_size == 1:
             return found
+        self._module.trainer.strategy.barrier()  # a sharded base is gathered until all have found theirs
         everything: list[Any] = [None] * self._module.trainer.world_size
         torch.distributed.all_gather_object(everything, found)
         return "".join(f"{text} (rank {rank})" for rank, text in enumerate(everything) if text)

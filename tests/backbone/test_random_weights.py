@@ -10,7 +10,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from moka_pl.backbone import BackboneConfig, load_backbone, random_weights
+from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.backbone.blocks import filling
 from moka_pl.backbone.quantization import dense_weight
 from moka_pl.backbone.random_weights import SHAPES, shape_config
 from moka_pl.errors import BackboneError
@@ -19,6 +20,7 @@ PARAMETERS = {
     "llama2-7b": 6_738_415_616,
     "llama2-7b-odd": 6_713_156_624,
     "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
     "llama3-8b": 8_030_261_248,
     "llama3-1b": 1_235_814_400,
     "smollm2-135m": 134_515_008,
@@ -174,7 +176,7 @@ def test_building_never_holds_the_model_in_full_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = write_config(tmp_path / "mid", hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
-    quantised, shapes, used = random_weights.quantised_linear, [], []
+    quantised, shapes, used = filling.quantised_linear, [], []
     gc.collect()
     before = live_bytes()
 
@@ -184,7 +186,7 @@ def test_building_never_holds_the_model_in_full_precision(
             used.append(live_bytes() - before)  # the weight is there, its quantised form not yet
         return quantised(layer, weight, *rest)
 
-    monkeypatch.setattr(random_weights, "quantised_linear", measured)
+    monkeypatch.setattr(filling, "quantised_linear", measured)
     load_backbone(BackboneConfig(name, weights="random"))
     full = 4 * sum(shape.numel() for shape in shapes)
     assert len(used) == 6

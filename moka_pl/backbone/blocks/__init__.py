@@ -1,0 +1,1 @@
+"""Models by blocks: filled one after another, and taken apart."""

@@ -1,0 +1,148 @@
+"""Fills an empty model with weights, module by module, so that it is never there in full precision."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moka_pl.backbone.blocks.frozen_tensors import BlockStore, block_ends
+from moka_pl.backbone.config import BackboneConfig
+from moka_pl.backbone.linear_layers import is_conv1d
+from moka_pl.backbone.quantization import quantised_linear
+from moka_pl.backbone.weight_files import WeightFiles
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from transformers import PreTrainedModel
+
+Source = Callable[[nn.Module, str, str, Tensor], Tensor]
+"""Makes a parameter from its module, the module's name, its own name there, and itself on the meta device."""
+
+
+def fill(
+    model: "PreTrainedModel",
+    config: BackboneConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    source: Source,
+    blocks: BlockStore | None,
+) -> str | None:
+    """Gives every module of a model on the meta device its parameters; linear ones are quantised at once.
+
+    Args:
+        model: The model.
+        config: Its options.
+        dtype: Compute dtype.
+        device: Where the model is to live.
+        source: Makes the parameters, on that device.
+        blocks: Takes each block as soon as it is filled.
+
+    Returns:
+        The name of a parameter or buffer that is still empty; None where all are filled.
+    """
+    head = model.get_output_embeddings()
+    ends = {} if blocks is None else block_ends(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not head and config.quantization != "none":
+            weight = source(module, name, "weight", module.weight)
+            options = config.quantization, config.double_quantization, dtype
+            quantised: Any = quantised_linear(module, weight, *options)
+            if module.bias is not None:
+                quantised.bias.data.copy_(source(module, name, "bias", module.bias))
+            model.set_submodule(name, quantised)
+        elif "rotary" in type(module).__name__.lower():
+            # Its buffers are computed; on the meta device they were not.
+            with torch.device(device):
+                model.set_submodule(name, type(module)(model.config))
+        else:
+            for key, empty in list(module.named_parameters(recurse=False)):
+                made = source(module, name, key, empty)
+                setattr(module, key, nn.Parameter(made, requires_grad=False))
+        if blocks is not None and name in ends:
+            blocks.add(ends[name])
+    model.tie_weights()
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    return left[0] if left else None
+
+
+def is_complete(
+    files: WeightFiles | None, model: "PreTrainedModel", quantization: Mapping[str, Any] | None
+) -> "TypeGuard[WeightFiles]":
+    """Whether files hold every parameter of a model under its own name, and nothing else is read.
+
+    Args:
+        files: What is in its folder.
+        model: The model on the meta device.
+        quantization: How the files are quantised already.
+    """
+    if files is None or quantization is not None:
+        return False
+    if any(name in files.tensors for name, _ in model.named_buffers()):
+        return False
+    if any(is_conv1d(module) for module in model.modules()):  # which transformers quantises in its own way
+        return False
+    computed = {key for name, m in model.named_modules() if _is_rotary(m) for key in _buffers(name, m)}
+    return all(name in files.tensors or name in _tied(model) for name, _ in model.named_parameters()) and all(
+        name in computed for name, _ in model.named_buffers()
+    )
+
+
+def read_blocks(
+    model: "PreTrainedModel",
+    config: BackboneConfig,
+    device: torch.device,
+    files: WeightFiles,
+    location: Mapping[str, Any],
+    blocks: BlockStore,
+) -> "PreTrainedModel":
+    """Fills a model from safetensors files that are complete (:func:`is_complete`), tensor by tensor.
+
+    Args:
+        model: The model on the meta device, in its compute dtype.
+        config: Its options.
+        device: Where the model is to live.
+        files: What is in its folder.
+        location: Where transformers finds the folder.
+        blocks: Takes each block as soon as it is filled.
+    """
+    from safetensors import safe_open
+    from transformers import GenerationConfig
+
+    folder = Path(location["pretrained_model_name_or_path"])
+    tied = _tied(model)
+    with ExitStack() as opened:
+        names = {stored.file for stored in files.tensors.values()}
+        readers = {name: opened.enter_context(safe_open(folder / name, "pt")) for name in names}
+
+        def read(module: nn.Module, name: str, key: str, empty: Tensor) -> Tensor:
+            full = f"{name}.{key}"
+            if full not in files.tensors and full in tied:
+                return empty
+            tensor: Tensor = readers[files.tensors[full].file].get_tensor(full)
+            # Cast first, as transformers does, so that the codes are the same.
+            return tensor.to(empty.dtype).to(device)
+
+        fill(model, config, model.dtype, device, read, blocks)
+    with suppress(OSError):  # most models have none
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return "rotary" in type(module).__name__.lower()
+
+
+def _buffers(name: str, module: nn.Module) -> list[str]:
+    return [f"{name}.{key}" for key, _ in module.named_buffers()]
+
+
+def _tied(model: "PreTrainedModel") -> set[str]:
+    """Names of the head's weight, where that is the embedding's."""
+    head = model.get_output_embeddings()
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return set()
+    return {f"{name}.weight" for name, module in model.named_modules() if module is head}

@@ -1,0 +1,171 @@
+"""When the blocks of a sharded base are gathered, and given back."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moka_pl.backbone.blocks.frozen_tensors import frozen_tensors
+from moka_pl.training.sharding.shard import BlockShard
+
+
+class ShardedBlocks:
+    """The blocks of a frozen base, each whole only while it computes.
+
+    A block is gathered just before its forward pass, and again before its backward pass (a hook on the
+    gradient of its output; checkpointing's second forward pass then finds it there). Whatever else is
+    gathered is given back, so that two blocks at most are whole, however a pass ends.
+
+    In a training step all ranks go through the same blocks in the same order: the next one is gathered while
+    this one computes. Everywhere else they may not: batches of an evaluation are uneven, and the first rank
+    may compute something alone. There a rank asks all others for each block, and a rank that has nothing to
+    compute serves what they ask for (:meth:`serve`) before it enters another collective.
+
+    Args:
+        group: The ranks, for gathering; None for one rank alone.
+        control: The same ranks on the CPU, for asking.
+        offload: Whether the parts are kept in the CPU's memory.
+        device: Where blocks compute.
+
+    Attributes:
+        in_step: Whether all ranks compute the same now.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        control: dist.ProcessGroup | None,
+        offload: bool,
+        device: torch.device,
+    ) -> None:
+        self.in_step = False
+        self._group, self._control, self._offload = group, control, offload
+        self._stream = _new_stream(device) if offload and device.type == "cuda" else None
+        self._shards: list[BlockShard] = []
+        self._modules: list[nn.Module] = []
+        self._current: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @property
+    def share(self) -> float:
+        """The share of the base that this rank keeps on its device."""
+        if self._offload:
+            return 0.0
+        return 1.0 if self._group is None else 1 / dist.get_world_size(self._group)
+
+    @property
+    def held(self) -> int:
+        """Bytes of all blocks that this rank holds now."""
+        return sum(shard.held for shard in self._shards)
+
+    @property
+    def trained(self) -> bool:
+        """Whether somebody trains what is frozen here."""
+        return any(shard.trained for shard in self._shards)
+
+    def add(self, block: nn.Module) -> None:
+        """Takes the frozen tensors out of the next block, of which this rank keeps its part."""
+        if not any(frozen_tensors(block)):
+            return
+        index = len(self._shards)
+        self._shards.append(BlockShard(block, self._group, self._offload, self._stream))
+        self._modules.append(block)
+        block.register_forward_pre_hook(partial(self._before_forward, index))
+        block.register_forward_hook(partial(self._after_forward, index))
+
+    def reading(self, model: nn.Module) -> Callable[[str], None]:
+        """Returns what has the parameter of a name gathered, for who reads weights outside a pass."""
+        index = {id(block): number for number, block in enumerate(self._modules)}
+        blocks = {name: index[id(m)] for name, m in model.named_modules() if id(m) in index}
+
+        def ready(name: str) -> None:
+            parts = name.split(".")
+            outer = (".".join(parts[:end]) for end in range(1, len(parts)))
+            for number in (blocks[prefix] for prefix in outer if prefix in blocks):
+                self._need(number, 0)
+
+        return ready
+
+    def begin_step(self) -> None:
+        """Says that all ranks compute the same from here on, when all have come here."""
+        self.serve()
+        self.end_step()
+        self.in_step = True
+
+    def end_step(self) -> None:
+        """Says that the ranks go their own ways from here on, and gives all blocks back."""
+        self.in_step = False
+        self._current = None
+        for shard in self._shards:
+            shard.release()
+
+    def empty(self) -> None:
+        """Leaves tensors without entries in all blocks, so that the model can be moved."""
+        self.end_step()
+        for shard in self._shards:
+            shard.empty()
+
+    def serve(self) -> None:
+        """Takes part in what other ranks gather, until all of them have come here, too."""
+        if self._control is None or self.in_step:
+            return
+        self.end_step()  # a block that is whole here would not be gathered for others
+        while wanted := self._asked(0):
+            self._gather_for_another(wanted - 1)
+
+    def _asked(self, wanted: int) -> int:
+        """What some rank wants, by its number from 1; 0 when all are served. Collective."""
+        number = torch.tensor(wanted)
+        dist.all_reduce(number, dist.ReduceOp.MAX, self._control)
+        return int(number)
+
+    def _gather_for_another(self, index: int) -> None:
+        self._shards[index].finish()
+        self._shards[index].release()
+
+    def _need(self, index: int, step: int) -> None:
+        """Has a block whole.
+
+        Args:
+            index: Its number.
+            step: Which way the pass goes: 1 forward, -1 backward, 0 nowhere.
+        """
+        if self._current != index:
+            self._free_but(index)
+            if self.in_step or self._control is None:
+                self._shards[index].finish()
+            else:
+                self._ask_for(index)
+            self._current = index
+        if step and (self.in_step or self._control is None):
+            ahead = index + step
+            if 0 <= ahead < len(self._shards):
+                self._shards[ahead].start()
+
+    def _ask_for(self, index: int) -> None:
+        while (wanted := self._asked(index + 1) - 1) != index:
+            self._gather_for_another(wanted)
+        self._shards[index].finish()
+
+    def _free_but(self, index: int) -> None:
+        for number, shard in enumerate(self._shards):
+            if number != index and shard.gathered:
+                shard.release()
+
+    def _before_forward(self, index: int, *_: Any) -> None:
+        if self._current != index:  # else it is computed again, in the backward pass
+            self._need(index, 1)
+
+    def _after_forward(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and first.requires_grad and not first.is_leaf:
+            first.register_hook(lambda gradient: self._need(index, -1))  # type: ignore[no-untyped-call]
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

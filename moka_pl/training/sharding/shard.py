@@ -1,0 +1,127 @@
+"""The frozen tensors of one decoder block as a row of bytes, of which each rank keeps a part."""
+
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moka_pl.backbone.blocks.frozen_tensors import frozen_tensors
+
+#: Tensors begin at multiples of so many bytes, as if they had been allocated; kernels rely on it.
+_ALIGNED = 256
+
+
+class BlockShard:
+    """A block's frozen tensors: one part of N on each rank, the whole only while the block computes.
+
+    The whole is one row of bytes, and the block's tensors are views of it: nothing is cast, whatever the
+    bytes mean, and none of the tensors is copied. In between, its memory is given back; the views stay what
+    they are, so that a view that autograd has saved is right again in the backward pass.
+
+    Args:
+        block: A block whose weights are all there. They are taken out.
+        group: The ranks; None for one rank alone.
+        offload: Whether the part is kept in the CPU's memory, page-locked where there is a GPU.
+        stream: The stream of copies to the GPU.
+
+    Attributes:
+        kept: This rank's part.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        group: dist.ProcessGroup | None,
+        offload: bool,
+        stream: "torch.cuda.Stream | None",
+    ) -> None:
+        self._group, self._stream = group, stream
+        self._places = list(frozen_tensors(block))
+        ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        sizes = [place.tensor.nbytes for place in self._places]
+        starts, end = [], 0
+        for size in sizes:
+            starts.append(end)
+            end += -(-size // _ALIGNED) * _ALIGNED
+        share = -(-end // (ranks * _ALIGNED)) * _ALIGNED
+        device = self._places[0].tensor.device if self._places else torch.device("cpu")
+        self._whole = torch.zeros(share * ranks, dtype=torch.uint8, device=device)
+        self._views = []
+        for place, start, size in zip(self._places, starts, sizes, strict=True):
+            tensor = place.tensor
+            view = self._whole[start : start + size].view(tensor.dtype).view(tensor.shape)
+            self._views.append(view.copy_(tensor))
+        own = self._whole[rank * share : (rank + 1) * share]
+        if offload and device.type != "cpu":
+            self.kept = torch.empty(share, dtype=torch.uint8, pin_memory=True).copy_(own)
+        else:
+            self.kept = own.clone()
+        self._work: dist.Work | None = None
+        self._staged: Tensor | None = None
+        self._under_way = self.gathered = False
+        self.release()
+
+    @property
+    def held(self) -> int:
+        """Bytes of the block that this rank holds now."""
+        return self.kept.nbytes + self._whole.untyped_storage().nbytes()
+
+    @property
+    def trained(self) -> bool:
+        """Whether somebody trains a tensor that is frozen here."""
+        return any(place.trained for place in self._places)
+
+    def start(self) -> None:
+        """Begins to gather the whole from all ranks; a collective, if there are several."""
+        if self._under_way or self.gathered:
+            return
+        self._under_way = True
+        self._whole.untyped_storage().resize_(prod(self._whole.shape))
+        whole = self._whole.data  # whose changes do not count: autograd's saved views stay valid
+        if self.kept.device == whole.device:
+            self._collect(whole, self.kept)
+            return
+        # Allocated and given back in the order of the computing stream, which the copies wait for.
+        self._staged = whole if self._group is None else torch.empty_like(self.kept, device=whole.device)
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream(whole.device))
+        with torch.cuda.stream(self._stream):
+            self._staged.copy_(self.kept, non_blocking=True)
+            if self._group is not None:
+                self._collect(whole, self._staged)
+
+    def _collect(self, whole: Tensor, part: Tensor) -> None:
+        if self._group is None:
+            whole.copy_(part)
+        else:
+            self._work = dist.all_gather_into_tensor(whole, part, self._group, async_op=True)
+
+    def finish(self) -> None:
+        """Waits until the whole is there, and puts the tensors into the block."""
+        self.start()
+        if self.gathered:
+            return
+        if self._work is not None:
+            self._work.wait()
+        if self._staged is not None and self._stream is not None:
+            torch.cuda.current_stream(self._whole.device).wait_stream(self._stream)
+        self._work = self._staged = None
+        for place, view in zip(self._places, self._views, strict=True):
+            place.put(view)
+        self._under_way, self.gathered = False, True
+
+    def release(self) -> None:
+        """Takes the tensors out of the block and gives the whole's memory back."""
+        if self._under_way:
+            self.finish()
+        for place, view in zip(self._places, self._views, strict=True):
+            place.withdraw(view)
+        self._whole.untyped_storage().resize_(0)
+        self.gathered = False
+
+    def empty(self) -> None:
+        """Leaves tensors without entries in the block, so that it can be moved."""
+        self.release()
+        for place, view in zip(self._places, self._views, strict=True):
+            place.empty(view)

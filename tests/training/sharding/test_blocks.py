@@ -1,0 +1,136 @@
+"""Blocks that are kept elsewhere, in one process; two are in test_two_ranks.py."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import StrategyRegistry
+
+from moka_pl.adapters import FullFineTuning
+from moka_pl.backbone import BackboneConfig, load_backbone, weight_samples
+from moka_pl.backbone.blocks.frozen_tensors import decoder_blocks, frozen_tensors
+from moka_pl.backbone.quantization import dense_weight, is_quantised
+from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer
+from moka_pl.errors import ConfigError
+from moka_pl.training.module import MokaModule
+from moka_pl.training.sharding.blocks import ShardedBlocks
+from moka_pl.training.sharding.strategy import ShardedStrategy
+
+
+@pytest.fixture
+def folder(make_llama, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 320}
+    model = make_llama(**sizes, tie_word_embeddings=True, attention_bias=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def offloaded(config):
+    blocks = ShardedBlocks(None, None, offload=True, device=torch.device("cpu"))
+    return load_backbone(config, blocks=blocks).model, blocks
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("weights", ["random", "pretrained"])
+def test_weights_are_those_of_a_model_that_is_loaded_as_a_whole(folder, weights, quantization):
+    config = BackboneConfig(folder, weights=weights, quantization=quantization)
+    whole = load_backbone(config).model
+    model, blocks = offloaded(config)
+    ready = blocks.reading(model)
+    for (name, mine), theirs in zip(
+        decoder_blocks(model).items(), decoder_blocks(whole).values(), strict=True
+    ):
+        ready(f"{name}.mlp.up_proj.weight")
+        places = list(frozen_tensors(mine)), list(frozen_tensors(theirs))
+        assert len(places[0]) == (14 if quantization == "nf4" else 7)
+        for one, other in zip(*places, strict=True):
+            assert torch.equal(one.tensor, other.tensor)
+    named = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or ".layers." not in name:
+            assert torch.equal(parameter, named[name]), name
+    assert weight_samples(model, ready=ready) == weight_samples(whole)
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+def test_files_are_read_block_by_block(folder, monkeypatch):
+    monkeypatch.setattr("moka_pl.backbone.load._pretrained", None)  # which reads all of them
+    model, blocks = offloaded(BackboneConfig(folder))
+    assert len(blocks) == 2
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_are_those_of_a_whole_model_with_two_blocks_at_a_time(checkpointed, monkeypatch):
+    config = BackboneConfig("tiny", weights="random")
+    monkeypatch.setitem(SHAPES, "tiny", SHAPES["tiny"] | {"num_hidden_layers": 5})
+    gradients = []
+    for model, blocks in ((load_backbone(config).model, None), offloaded(config)):
+        inputs = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        if checkpointed:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        most = []
+        for block in decoder_blocks(model).values() if blocks else ():
+            block.mlp.register_forward_pre_hook(lambda *_, b=blocks, m=most: m.append(b.held))
+        loss = model(inputs_embeds=inputs).logits.square().mean()
+        loss.backward()
+        gradients.append((loss.detach(), inputs.grad))
+        if blocks is not None:
+            blocks.end_step()
+            assert len(most) == (10 if checkpointed else 5)
+            assert max(most) <= blocks.held * 7 / 5
+            assert not any(is_quantised(m) and m.weight.numel() for m in model.modules())
+    for mine, theirs in zip(*gradients, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_what_is_not_there_computes_nothing():
+    model, blocks = offloaded(BackboneConfig("tiny", weights="random"))
+    blocks.end_step()
+    with pytest.raises((RuntimeError, AttributeError)):
+        model.model.layers[0].mlp.up_proj(torch.zeros(2, 64))
+    with pytest.raises((RuntimeError, AttributeError)):
+        dense_weight(model.model.layers[0].mlp.up_proj)
+    model, blocks = offloaded(BackboneConfig("tiny", weights="random", quantization="none"))
+    blocks.end_step()
+    assert model.model.layers[0].mlp.up_proj(torch.zeros(1, 64)).isnan().all()
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Leaves nothing of a process group of one behind."""
+    before = dict(os.environ)
+    yield {"strategy": ShardedStrategy(offload=True)}
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+
+
+def test_offloaded_training_is_training(make_module, make_data, make_trainer, step_log, alone):
+    runs = []
+    for options in ({}, alone):
+        module, log = make_module(), step_log()
+        trainer = make_trainer(log, **options)
+        trainer.fit(module, make_data())
+        runs.append((log.losses, trainer.callback_metrics.get("val/loss")))
+    assert runs[0] == runs[1]
+
+
+def test_names_are_registered():
+    assert {"sharded", "sharded_offload"} <= set(StrategyRegistry.available_strategies())
+    assert StrategyRegistry.get("sharded_offload").offload
+    assert not StrategyRegistry.get("sharded").offload
+
+
+def test_a_base_that_is_trained_cannot_be_sharded(make_data, make_trainer, alone):
+    backbone = BackboneConfig("tiny", weights="random", quantization="none")
+    module = MokaModule(backbone, FullFineTuning())
+    with pytest.raises(ConfigError, match="sharded keeps the base frozen"):
+        make_trainer(**alone).fit(module, make_data())

@@ -1,0 +1,179 @@
+"""A base sharded over two processes. Run as a script, this file is what each of the two processes does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from safetensors.torch import load_file
+
+from moka_pl.adapters import MokaConfig, adapter_state
+from moka_pl.backbone import BackboneConfig
+from moka_pl.backbone.quantization import is_quantised
+from moka_pl.callbacks import AdapterCheckpoint
+from moka_pl.data import CommonsenseData, InstructionData, MixtureData
+from moka_pl.training.module import MokaModule
+from moka_pl.training.sharding.strategy import ShardedStrategy
+
+GLOBAL_BATCH = 4
+
+
+class Watch(Callback):
+    """Losses, metrics and the bytes of the base that this rank holds between steps."""
+
+    def __init__(self, fails_at: int | None) -> None:
+        self.steps, self.validations, self.held, self.fails_at = [], [], [], fails_at
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == self.fails_at and trainer.global_rank == 1:
+            raise ValueError("rank 1 fails on purpose")
+        if trainer.global_step > len(self.steps):
+            names = ("train/loss", "train/grad_norm")
+            self.steps.append([float(trainer.callback_metrics[name]) for name in names])
+            blocks = getattr(trainer.strategy, "blocks", None)
+            self.held.append(0 if blocks is None else blocks.held)
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_rank == 1 and len(self.validations) == 1:
+            run_out_of_memory_once(pl_module.causal_lm.model.layers[1].mlp)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validations.append(pl_module.eval_values)
+
+
+def run_out_of_memory_once(module):
+    """Has a module's next call fail in the middle of a pass, which one rank then begins again in parts."""
+
+    def fail(module, inputs):
+        handle.remove()
+        raise RuntimeError("out of memory on purpose")
+
+    handle = module.register_forward_pre_hook(fail)
+
+
+def strategy_of(name):
+    if name.startswith("sharded"):
+        return ShardedStrategy(process_group_backend="gloo", offload="offload" in name)
+    return DDPStrategy(process_group_backend="gloo") if name.startswith("ddp") else "auto"
+
+
+def fit(folder, name, devices, *, adapter=None, quantization="nf4", base="tiny", fails_at=None, resumed=None):
+    """Two epochs, or what is left of them, and a record of each step."""
+    torch.set_num_threads(1)
+    torch.manual_seed(5)
+    data = MixtureData(
+        [
+            InstructionData(
+                folder / "train.jsonl", folder / "heldout.jsonl", max_length=160, prompt="alpaca"
+            ),
+            CommonsenseData(folder / "questions.jsonl", folder / "questions.jsonl", max_length=96),
+        ],
+        batch_size=GLOBAL_BATCH // devices,
+        eval_batch_size=2,
+        seed=1,
+    )
+    watch = Watch(fails_at)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy_of(name),
+        max_epochs=2,
+        accumulate_grad_batches=1,
+        logger=False,
+        callbacks=[watch, AdapterCheckpoint(dirpath=folder / name)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    weights = "random" if base == "tiny" else "pretrained"
+    module = MokaModule(
+        BackboneConfig(name=base, weights=weights, quantization=quantization),
+        adapter or MokaConfig(components=3, target_modules="all-linear"),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        gradient_checkpointing="checkpointed" in name,
+        allow_changes=["ranks", "batch_size"] if resumed else None,
+    )
+    trainer.fit(module, data, ckpt_path=resumed)
+    if resumed is None:
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+    layers = [layer.weight for layer in module.modules() if is_quantised(layer)]
+    record = {
+        "steps": watch.steps,
+        "validations": watch.validations,
+        "held": watch.held,
+        "base": module.base.samples,
+        "bytes": sum(weight.quant_state.shape.numel() for weight in layers) // 2,
+        "sums": {k: float(v.double().sum()) for k, v in adapter_state(module.causal_lm).items()},
+    }
+    (folder / f"{name}-{trainer.global_rank}.json").write_text(json.dumps(record))
+    return trainer
+
+
+def write_data(folder):
+    """10 examples of different lengths, 5 held-out ones, and 3 questions for both."""
+
+    def rows(count):
+        return [{"instruction": f"{n}?", "output": "word " * (1 + 3 * (n % 4))} for n in range(count)]
+
+    questions = [
+        {"task": "t", "question": f"{n}?", "choices": ["a b", "c d e"], "answer": n % 2} for n in range(3)
+    ]
+    for name, records in (("train", rows(10)), ("heldout", rows(5)), ("questions", questions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def start(folder, *runs, timeout=100):
+    """Runs this file with the names of runs, in two processes if Lightning starts a second one."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    environment = kept | {
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, __file__, str(folder), *runs]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+
+
+def read(folder, name, rank=0):
+    return json.loads((folder / f"{name}-{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    write_data(folder)
+    ended = start(folder, "ddp", "sharded")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+def test_losses_metrics_and_adapters_are_those_of_ddp(folder):
+    ddp, sharded = read(folder, "ddp"), read(folder, "sharded")
+    assert len({loss for loss, _ in ddp["steps"]}) == len(ddp["steps"]) >= 6
+    for name in ("steps", "sums", "base"):
+        assert sharded[name] == ddp[name]
+    assert len(ddp["validations"]) >= 3
+    # One rank has begun a batch of the second validation again, in smaller parts.
+    for mine, theirs in zip(sharded["validations"], ddp["validations"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6)
+    assert read(folder, "sharded", 1)["steps"] == sharded["steps"]
+    assert read(folder, "sharded", 1)["validations"] == sharded["validations"]
+    assert load_file(folder / "sharded/last/adapter_model.safetensors").keys()
+
+
+def test_each_rank_holds_its_part_between_steps(folder):
+    for rank in range(2):
+        run = read(folder, "sharded", rank)
+        assert run["bytes"] / 2 < min(run["held"]) <= max(run["held"]) < 0.6 * run["bytes"] + 8 * 2 * 256
+
+
+if __name__ == "__main__":
+    place, names = Path(sys.argv[1]), sys.argv[2:]
+    for run in names:
+        fit(place, run, 2)
