@@ -3,9 +3,11 @@
 Around the ``fit`` the callback times a bare loop over the same model and batches.
 """
 
+import os
 import random
 import time
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import ClassVar, Optional
 
 import torch
@@ -14,8 +16,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moka_pl.data import EncodingReport, MokaDataModule
 from moka_pl.data.encoding.examples import Encoded
 from moka_pl.lm.scoring import score_tokens
+from moka_pl.studies.benchmark.startup import Stopwatch
 from moka_pl.studies.benchmark.steps import synchronise
-from moka_pl.studies.common import peak_gib, reset_peak
+from moka_pl.studies.common import peak_gib, reset_peak, write_json
 from moka_pl.training.module import MokaModule
 
 #: Different batches that the bare loop takes in turn.
@@ -95,6 +98,47 @@ class Probe(Callback):
                     synchronise(device)
                 ends.append(time.perf_counter())
         return [1e3 * (after - before) for before, after in pairwise(ends[self.warmup - 1 :])]
+
+
+class Clock(Callback):
+    """Takes the time of a fit's parts up to its first optimizer step, writes them, and ends the process.
+
+    Args:
+        file: A JSON file for the seconds by part.
+    """
+
+    def __init__(self, file: str) -> None:
+        Stopwatch.lap("parsing")
+        self.file = Path(file)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ends the part of the data, which are prepared before."""
+        Stopwatch.lap("data")
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the part of the trainer's preparations."""
+        Stopwatch.lap("trainer")
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the validation before training."""
+        Stopwatch.lap("validation before training")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Ends the trainer's preparations, once the first batch is there."""
+        if batch_idx == 0:
+            Stopwatch.lap("trainer")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Writes the parts after the first optimizer step; nothing that follows is wanted."""
+        if trainer.global_step:
+            synchronise(pl_module.device)
+            Stopwatch.lap("first step")
+            write_json(self.file, Stopwatch.parts)
+            os._exit(0)
 
 
 #: Ids that every tokenizer and vocabulary has.
