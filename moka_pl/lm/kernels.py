@@ -31,6 +31,8 @@ _KNOWN = {
     *("exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "hunyuan_v1_dense", "llama"),
     *("ministral", "mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "smollm3"),
 }
+#: Where a table of cosines remembers those for all rows of a batch.
+_MARK = "_moka_one_row"
 _LOSSES: dict[str, Any] = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 #: Largest relative difference of the last hidden states, ‖fused - plain‖ / ‖plain‖, in 32 and in 16 bits.
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.1
@@ -123,9 +125,19 @@ def _apply(model: "PreTrainedModel") -> None:
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
     from transformers.integrations.liger import apply_liger_kernel
 
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> Any:
-        """Rotates queries (B, H, T, d) and keys (B, K, T, d)."""
-        return LigerRopeFunction.apply(q, k, cos, sin)
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+        """Rotates queries (B, H, T, c) and keys (B, K, T, c)."""
+        if len(q) == 1:
+            rotated: tuple[Tensor, ...] = LigerRopeFunction.apply(q, k, cos, sin)
+            return rotated
+        # Liger compiles a kernel for every number of rows: here all rows are one.
+        tables = _one_row(cos, sin, q.shape[0])
+        joined = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in (q, k)]  # (1, H, B·T, c)
+        rotated = LigerRopeFunction.apply(*joined, *tables)
+        apart = [
+            x.transpose(1, 2).reshape(len(q), -1, x.shape[1], x.shape[3]) for x in rotated
+        ]  # (B, T, H, c)
+        return tuple(x.transpose(1, 2) for x in apart)
 
     modelling = sys.modules[type(model).__module__]
     with _restored(modelling):
@@ -137,6 +149,19 @@ def _apply(model: "PreTrainedModel") -> None:
             rebound = _rebound(forward, dict.fromkeys(replaced, rotate), set())
             if rebound is not forward:
                 module.forward = MethodType(rebound, module)
+
+
+def _one_row(cos: Tensor, sin: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The tables, (1, T, c) or (B, T, c), for the rows one after another, (1, B·T, c).
+
+    They are made once for all layers, which are given the same tables.
+    """
+    kept: tuple[Tensor, Tensor] | None = getattr(cos, _MARK, None)
+    if kept is None or kept[0].shape[1] != rows * cos.shape[1]:
+        width = cos.shape[-1]
+        kept = cos.expand(rows, -1, -1).reshape(1, -1, width), sin.expand(rows, -1, -1).reshape(1, -1, width)
+        setattr(cos, _MARK, kept)
+    return kept
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from moka_pl.lm.scoring import score_tokens
 pytestmark = pytest.mark.gpu
 
 #: Of a model's gradients, relative: rounding errors of two ways of computing the same.
-BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
+BOUNDS = {"float32": 1e-3, "bfloat16": 5e-2}
 SIZES = {
     "vocab_size": 320,
     "hidden_size": 64,
