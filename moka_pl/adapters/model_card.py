@@ -1,6 +1,7 @@
 """The README.md of an adapter directory."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ model, tokenizer = load_model("path/to/this/folder")
 ```"""
 
 
+def public_name(base: str) -> str:
+    """Returns what others may know a base by: of a path its last part, else the name itself."""
+    path = Path(base).expanduser()
+    inside = base.startswith((".", "~")) or base.count("/") > 1 or base.endswith(".gguf")
+    return path.resolve().name if inside or path.is_absolute() or path.is_dir() else base
+
+
 def model_card(stored: Mapping[str, Any], method: AdapterMethod, model: nn.Module | None = None) -> str:
     """Writes an adapter's model card: Markdown with a YAML header.
 
@@ -29,9 +37,10 @@ def model_card(stored: Mapping[str, Any], method: AdapterMethod, model: nn.Modul
     """
     from huggingface_hub import ModelCardData
 
-    base, extra = stored["base_model_name_or_path"], stored["extra"]
+    base, extra = public_name(stored["base_model_name_or_path"]), stored["extra"]
+    known = base if base == stored["base_model_name_or_path"] else None  # the hub would link to another model
     tags = [method.kind.lower(), *method.tags, "adapter"]
-    header = ModelCardData(base_model=base, library_name="moka_pl", tags=tags).to_yaml()
+    header = ModelCardData(base_model=known, library_name="moka_pl", tags=tags).to_yaml()
     options = stored["base_options"]
     facts = {
         "base model": f"`{base}`" + (f" ({stored['revision']})" if stored.get("revision") else ""),

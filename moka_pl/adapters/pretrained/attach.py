@@ -4,7 +4,9 @@ The model stays what it is, of its own class, with trainable tensors in it. Trai
 as one with adapters: they train it on a quantised base, and their checkpoints are adapter directories.
 """
 
+import json
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +20,7 @@ from moka_pl._compat import mark_as_adapted
 from moka_pl.adapters.config import AdapterConfig
 from moka_pl.adapters.directory import load_adapter, replaceable, save_adapter
 from moka_pl.adapters.methods.registry import inject_adapter, method_in
+from moka_pl.adapters.model_card import public_name
 from moka_pl.adapters.pretrained.hub import upload
 from moka_pl.adapters.reading import (
     CARD_NAME,
@@ -111,7 +114,9 @@ def saving_of(model: nn.Module) -> "_Saving | None":
 def push_to_hub(path: str | Path, repo_id: str, private: bool | None = None, **options: Any) -> str:
     """Uploads an adapter directory and returns the address of the commit.
 
-    Configuration, tensors and model card are uploaded, nothing else that lies beside them.
+    Configuration, tensors and model card are uploaded, nothing else that lies beside them. Where a base lies
+    on this machine stays here: of a path only the last part is uploaded, and who downloads the adapter gives
+    ``base`` to :func:`moka_pl.load_model`.
 
     Args:
         path: The adapter directory.
@@ -124,9 +129,21 @@ def push_to_hub(path: str | Path, repo_id: str, private: bool | None = None, **o
         AdapterError: If the directory is damaged, before anything is uploaded; if the id is malformed, or the
             hub cannot be reached or refuses the upload.
     """
-    read_adapter_state(Path(path))
-    read_adapter(Path(path))
-    return upload(Path(path), repo_id, (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME), private, **options)
+    path, files = Path(path), (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
+    read_adapter_state(path)
+    base = read_adapter(path).base.name
+    if (public := public_name(base)) == base:
+        return upload(path, repo_id, files, private, **options)
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch)
+        stored = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        stored["base_model_name_or_path"] = public
+        (copy / CONFIG_NAME).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        shutil.copy(path / WEIGHTS_NAME, copy)
+        if (path / CARD_NAME).is_file():  # of an earlier version it may name the path
+            card = (path / CARD_NAME).read_text(encoding="utf-8").replace(f"base_model: {base}\n", "")
+            (copy / CARD_NAME).write_text(card.replace(base, public), encoding="utf-8")
+        return upload(copy, repo_id, files, private, **options)
 
 
 class _Saving:

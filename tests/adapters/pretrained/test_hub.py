@@ -119,6 +119,26 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub, model, tmp_path: Path) -
     assert torch.equal(base(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_where_the_base_lies_is_not_uploaded(older: bool, hub, model, tmp_path: Path) -> None:
+    private = tmp_path / "home" / "alice" / "secret-base"
+    base = load_backbone(BackboneConfig("tiny", weights="random", quantization="none")).model
+    moka_pl.attach(base, MokaConfig(components=2), base=str(private)).save_pretrained(tmp_path / "here")
+    card = tmp_path / "here" / "README.md"
+    assert "alice" not in card.read_text()
+    assert "base_model" not in card.read_text()
+    if older:
+        card.write_text(f"---\nbase_model: {private}\ntags: [x]\n---\nfor {private}\n")
+    moka_pl.push_to_hub(tmp_path / "here", NAME)
+    uploaded = {file.name: file.read_bytes() for file in (hub.folder / NAME).iterdir()}
+    assert len(uploaded) == 3
+    assert not any(b"alice" in contents for contents in uploaded.values())
+    assert b"base_model:" not in uploaded["README.md"]
+    assert b"secret-base" in uploaded["README.md"]
+    assert read_adapter(NAME).base.name == "secret-base"
+    assert read_adapter(tmp_path / "here").base.name == str(private)
+
+
 def test_a_model_uploads_its_adapter(hub, model) -> None:
     model.push_to_hub("me/mine", commit_message="Better", max_shard_size="1GB", tags=["x"])
     assert read_adapter("me/mine").base.name == "tiny"
