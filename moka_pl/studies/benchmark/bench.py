@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
+OFFLOADED = "checkpointing keeps the layers' inputs in the host's memory (gradient_checkpointing: offload)"
 
 Values = dict[str, float]
 Setting = dict[str, int | str]
@@ -124,13 +125,14 @@ class Bench:
         shape: Shape of the model.
         device: ``cuda`` or ``cpu``.
         checkpointing: Compute activations again in the backward pass.
+        offload: With checkpointing, keep the layers' inputs in the host's memory.
 
     Attributes:
         notes: What loading said of the models that were built, such as the kernels that compute in them.
     """
 
-    def __init__(self, shape: str, device: str, checkpointing: bool = False) -> None:
-        self.shape, self.device, self.checkpointing = shape, device, checkpointing
+    def __init__(self, shape: str, device: str, checkpointing: bool = False, offload: bool = False) -> None:
+        self.shape, self.device, self.checkpointing, self.offload = shape, device, checkpointing, offload
         self.notes: list[str] = []
         self._model: PreTrainedModel | None = None
         self._backbone: Mapping[str, str] = {}
@@ -205,6 +207,7 @@ class Bench:
             options: Options of ``BackboneConfig``.
         """
         from moka_pl.backbone import BackboneConfig, load_backbone
+        from moka_pl.lm.offload import offload_layer_inputs
 
         options = options or {}
         if self._model is None or self._backbone != options:
@@ -215,5 +218,8 @@ class Bench:
             model = loaded.model
             if self.checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                if self.offload:
+                    offload_layer_inputs(model)
+                    self.notes.append(OFFLOADED)
             self._model, self._backbone, self._structure = model, options, structure(model)
         return self._model

@@ -48,6 +48,7 @@ class Plan:
         unsloth: Where unsloth is; None for no rows of it.
         cards: Sizes of the cards, GiB, on which to search the longest row of tokens.
         profiled: Whether to count launches.
+        offload: Whether checkpointing keeps the layers' inputs in the host's memory.
         command: The command that says the same.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     unsloth: Home | None
     cards: tuple[int, ...]
     profiled: bool
+    offload: bool
     command: str
 
 
@@ -123,6 +125,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         None if args.unsloth is None else Home.parse(args.unsloth),
         tuple(args.context),
         args.profile,
+        args.offload,
         _command(args),
     )
 
@@ -200,7 +203,7 @@ def records(plan: Plan) -> Iterator[Record | str]:
     """Measures row by row; a text among the records is a note."""
     preset, names = plan.preset, plan.names
     for checkpointing in plan.checkpointing:
-        bench = Bench(preset.shape, preset.device, checkpointing)
+        bench = Bench(preset.shape, preset.device, checkpointing, plan.offload)
         if "steps" in plan.measures:
             listed = cases.step_rows(preset.device)
             listed += _liger_rows() if plan.liger and cases.liger_installed() else []
@@ -216,13 +219,15 @@ def records(plan: Plan) -> Iterator[Record | str]:
         if "sizes" in plan.measures:
             yield from growth.grow_sizes(preset, checkpointing, names)
         if "fit" in plan.measures:
-            yield from fit.measure_fit(preset, checkpointing, names)
+            yield from fit.measure_fit(
+                preset, "offload" if checkpointing and plan.offload else checkpointing, names
+            )
     if "decode" in plan.measures:
         bench = Bench(preset.shape, preset.device)
         yield from steps.measure_decode(bench, preset, cases.choose(steps.decode_rows(), names))
         bench.close()
     if plan.cards:
-        bench = Bench(preset.shape, preset.device, checkpointing=True)
+        bench = Bench(preset.shape, preset.device, checkpointing=True, offload=True)
         search = plan.cards, preset.context_seconds, names
         yield from context.measure_context(bench, *search)
         if plan.unsloth is not None:
@@ -272,7 +277,12 @@ def _command(args: argparse.Namespace) -> str:
         parts += ["--checkpointing", args.checkpointing]
     if args.steps is not None:
         parts += ["--steps", str(args.steps)]
-    asked = {"liger": args.liger, "unsloth": args.unsloth is not None, "profile": args.profile}
+    asked = {
+        "liger": args.liger,
+        "unsloth": args.unsloth is not None,
+        "profile": args.profile,
+        "offload": args.offload,
+    }
     parts += [f"--{name}" for name, wanted in asked.items() if wanted]
     if args.context:
         parts += ["--context", *map(str, args.context)]
@@ -300,6 +310,11 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--checkpointing", choices=_CHECKPOINTING, default="off", help="gradient checkpointing (default off)"
+    )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="checkpointing keeps the layers' inputs in the host's memory, as unsloth's does",
     )
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these rows")
     parser.add_argument("--steps", type=int, metavar="N", help="measured steps, instead of the preset's")

@@ -14,12 +14,12 @@ from moka_pl.studies.common import first_line, free_memory
 ROW = "MoKA r10 fit"
 
 
-def measure_fit(preset: Preset, checkpointing: bool, names: Sequence[str]) -> Iterator[Record]:
+def measure_fit(preset: Preset, checkpointing: bool | str, names: Sequence[str]) -> Iterator[Record]:
     """Runs ``fit`` through the command line, with all of its default callbacks and TensorBoard logs.
 
     Args:
         preset: Model, batch and steps.
-        checkpointing: Compute activations again in the backward pass.
+        checkpointing: Compute activations again in the backward pass; ``offload`` as ``fit`` has it.
         names: Only these rows, or all for none.
 
     Yields:
@@ -34,15 +34,15 @@ def measure_fit(preset: Preset, checkpointing: bool, names: Sequence[str]) -> It
     except (Exception, SystemExit) as error:  # the parser of the command line ends the process
         problem = first_line(error)
     free_memory()
-    yield Record("fit", ROW, checkpointing, {}, values, problem)
+    yield Record("fit", ROW, bool(checkpointing), {}, values, problem)
 
 
-def time_fit(preset: Preset, checkpointing: bool) -> Values:
+def time_fit(preset: Preset, checkpointing: bool | str) -> Values:
     """Times the steps of a ``fit``, and of a bare loop on its model before and after it.
 
     Args:
         preset: Model, batch and steps.
-        checkpointing: Compute activations again in the backward pass.
+        checkpointing: Compute activations again in the backward pass; ``offload`` as ``fit`` has it.
 
     Returns:
         ``fit_ms`` and ``bare_ms`` (medians), ``fit_mean_ms`` and ``bare_mean_ms`` (what is done every few
@@ -78,7 +78,7 @@ def time_fit(preset: Preset, checkpointing: bool) -> Values:
     }
 
 
-def _options(preset: Preset, checkpointing: bool, folder: str) -> dict[str, object]:
+def _options(preset: Preset, checkpointing: bool | str, folder: str) -> dict[str, object]:
     """Those of ``configs/llama2.yaml``, on a model and data without downloads."""
     batches = preset.warmup + preset.fit_steps
     return {

@@ -127,3 +127,14 @@ def test_other_files_are_refused(content: str, message: str, tmp_path) -> None:
 def test_a_missing_file(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"no\.json cannot be read: No such file"):
         load_results(tmp_path / "no.json")
+
+
+def test_checkpointing_may_offload() -> None:
+    from moka_pl.studies.benchmark.bench import OFFLOADED, Bench
+    from moka_pl.studies.benchmark.steps import time_steps
+
+    bench = Bench("tiny", "cpu", checkpointing=True, offload=True)
+    values, error = bench.measure(MOKA, lambda model: time_steps(model, 1, 4, 0, 2, 9.0))
+    assert error is None
+    assert values["steps"] == 2
+    assert OFFLOADED in bench.notes
