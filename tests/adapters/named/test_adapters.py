@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moka_pl import MokaAdapters, attach, load_model
 from moka_pl.adapters import MokaConfig, moka_layers, read_adapter
@@ -27,7 +28,7 @@ def logits(model: Callable, ids: Tensor = IDS, **options: object) -> Tensor:
         return model(ids, **options).logits
 
 
-@pytest.fixture(params=["none", "nf4"])
+@pytest.fixture(params=["nf4"])
 def named(request: pytest.FixtureRequest, randomize: Callable) -> MokaAdapters:
     """Four adapters of different kinds on a tiny base, none of them active."""
     model = load_backbone(BackboneConfig("tiny", weights="random", quantization=request.param)).model
@@ -52,6 +53,7 @@ def alone(named: MokaAdapters, name: str, ids: Tensor = IDS) -> Tensor:
     return logits(named.model, ids)
 
 
+@pytest.mark.parametrize("named", ["none", "nf4"], indirect=True)
 def test_they_are_switched_disabled_and_deleted(named: MokaAdapters) -> None:
     every = [alone(named, name) for name in (*CONFIGS, "__base__")]
     assert all(not torch.allclose(a, b, atol=0.01) for i, a in enumerate(every) for b in every[:i])
@@ -70,6 +72,7 @@ def test_they_are_switched_disabled_and_deleted(named: MokaAdapters) -> None:
     assert list(named.configs) == ["like it", "prime"]
 
 
+@pytest.mark.parametrize("named", ["none", "nf4"], indirect=True)
 @pytest.mark.parametrize("ids", [IDS, LONG], ids=["few tokens", "many tokens"])
 def test_rows_have_adapters_of_their_own(ids: Tensor, named: MokaAdapters) -> None:
     named.set_adapter("prime")
@@ -85,6 +88,34 @@ def test_rows_have_adapters_of_their_own(ids: Tensor, named: MokaAdapters) -> No
             torch.testing.assert_close(mixed[row], alone(named, name, ids)[row], atol=1e-4, rtol=1e-4)
         named.set_adapter("prime")
     assert not [m for m in named.model.modules() if type(m).__name__ == "RowLinear"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ["diverse", "servable"])
+def test_a_token_takes_as_many_operations_with_eight_adapters_as_with_two(kind: str) -> None:
+    model = load_backbone(BackboneConfig("tiny", weights="random")).model
+    named = MokaAdapters(model)
+    for i in range(8):
+        named.add_adapter(str(i), CONFIGS[kind])
+    counts = []
+    for different in (1, 2, 8):
+        with named.rows([str(i % different) for i in range(8)]), torch.no_grad():
+            model(IDS[:1, :1].expand(8, 1))
+            with Operations() as operations:
+                model(IDS[:1, :1].expand(8, 1))
+        counts.append(operations.count)
+    assert counts[0] == counts[1] == counts[2] > 100
 
 
 def test_mixed_batches_generate_what_each_adapter_does(named: MokaAdapters) -> None:
