@@ -15,7 +15,7 @@ from moka_pl.adapters.methods.base import check_tensors
 from moka_pl.adapters.methods.moka import MokaMethod
 from moka_pl.adapters.methods.registry import adapted_layers
 from moka_pl.adapters.named.mix import check_weights, mixed
-from moka_pl.adapters.named.rows import RowLinear
+from moka_pl.adapters.named.rows import RowLinear, Rows
 from moka_pl.adapters.pretrained.attach import base_of, hand_over_saving, saving_of
 from moka_pl.adapters.reading import (
     BaseModel,
@@ -222,12 +222,13 @@ class MokaAdapters:
         if not adapter_names:
             raise AdapterError("adapter_names is empty; give one name for each row of the batch")
         targets = list(dict.fromkeys(layer for name in used for layer in self._layers[name]))
+        rows = Rows(adapter_names)
         with self._bare():
             for target in targets:
                 base: Any = self.model.get_submodule(target)
                 layers = {name: self._layers[name][target] for name in used if target in self._layers[name]}
                 with torch.no_grad():
-                    replace_module(self.model, target, RowLinear(target, base, layers, adapter_names))
+                    replace_module(self.model, target, RowLinear(target, base, layers, rows))
             try:
                 yield
             finally:

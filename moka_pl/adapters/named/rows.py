@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.layer import MokaLinear
 from moka_pl.errors import AdapterError
+from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import kronecker_linear
 from moka_pl.ops.layout import Shape
 from moka_pl.ops.rows import RowFactors, rows_update, stack_factors
@@ -14,6 +15,36 @@ from moka_pl.ops.rows import RowFactors, rows_update, stack_factors
 #: Tokens of a row from which on each adapter's rows are computed by themselves: then its own backend is
 #: faster than batched products with small factors.
 _MANY_TOKENS = 16
+
+
+class Rows:
+    """The rows of a batch, by adapter: the same for all layers, and so made once.
+
+    Args:
+        names: The adapter's name of each row.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.count = len(names)
+        self._of = {name: [i for i, row in enumerate(names) if row == name] for name in dict.fromkeys(names)}
+        self._known: dict[tuple[tuple[str, ...], torch.device], tuple[Tensor, Tensor]] = {}
+
+    def used(self, adapters: Mapping[str, MokaLinear]) -> list[str]:
+        """Returns the names of those adapters that rows have."""
+        return [name for name in self._of if name in adapters]
+
+    def of(self, names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns the rows that some adapters have, ascending, and which of the adapters each has.
+
+        Args:
+            names: The adapters.
+            device: Where the two lie, of shape (I,).
+        """
+        if (names, device) not in self._known:
+            pairs = sorted((row, k) for k, name in enumerate(names) for row in self._of[name])
+            rows, adapter = torch.tensor(pairs, device=device).unbind(1)  # (I,)
+            self._known[names, device] = rows, adapter
+        return self._known[names, device]
 
 
 class RowLinear(nn.Module):
@@ -26,27 +57,27 @@ class RowLinear(nn.Module):
         name: The layer's full name, for messages.
         base_layer: The frozen layer.
         adapters: The adapted layers over it, by adapter; rows of other names get the frozen layer alone.
-        rows: The adapter's name of each row.
+        rows: The rows of the batch.
     """
 
     def __init__(
-        self, name: str, base_layer: nn.Linear, adapters: Mapping[str, MokaLinear], rows: Sequence[str]
+        self, name: str, base_layer: nn.Linear, adapters: Mapping[str, MokaLinear], rows: Rows
     ) -> None:
         super().__init__()
         self.name = name
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.rows = len(rows)
+        self.rows = rows.count
         device = base_layer.weight.device
-        self.of_one = {
-            adapters[k]: torch.tensor([i for i, row in enumerate(rows) if row == k], device=device)
-            for k in dict.fromkeys(rows)
-            if k in adapters
-        }
-        alike: dict[tuple[tuple[Shape, ...], torch.dtype], list[MokaLinear]] = {}
-        for layer in self.of_one:
-            alike.setdefault((layer.shapes, layer.moka_B.dtype), []).append(layer)
-        self.together = [_stack(members, [self.of_one[m] for m in members]) for members in alike.values()]
+        used = rows.used(adapters)
+        self.of_one = [(adapters[k], rows.of((k,), device)[0]) for k in used]
+        alike: dict[tuple[tuple[Shape, ...], torch.dtype], list[str]] = {}
+        for k in used:
+            alike.setdefault((adapters[k].shapes, adapters[k].moka_B.dtype), []).append(k)
+        self.together = [
+            (_stack([adapters[k] for k in members], device), *rows.of(tuple(members), device))
+            for members in alike.values()
+        ]
 
     @property
     def weight(self) -> Tensor:
@@ -76,7 +107,7 @@ class RowLinear(nn.Module):
         flat = x.reshape(len(x), -1, self.in_features)  # (N, T, n)
         update = out.new_zeros(*flat.shape[:2], self.out_features)  # (N, T, m)
         if flat.shape[1] < _MANY_TOKENS:
-            for stacked, adapter, rows in self.together:
+            for stacked, rows, adapter in self.together:
                 if len(rows) == self.rows:
                     update += rows_update(flat, stacked, _repeated(adapter, times), self.out_features)
                     continue
@@ -84,32 +115,34 @@ class RowLinear(nn.Module):
                 part = rows_update(flat[chosen], stacked, _repeated(adapter, times), self.out_features)
                 update[chosen] = part.to(update.dtype)
         else:
-            for layer, rows in self.of_one.items():
+            for layer, rows in self.of_one:
                 chosen = _expanded(rows, times)
                 update[chosen] = _alone(layer, flat[chosen]).to(update.dtype)
         return out + update.view_as(out)
 
 
-def _stack(members: list[MokaLinear], rows: list[Tensor]) -> tuple[list[RowFactors], Tensor, Tensor]:
-    """Returns the factors of adapters of the same shapes, the adapter of each of their rows, and the rows."""
-    parts = zip(*map(_factors, members), strict=True)
-    left, right, weights = (torch.stack(part).to(rows[0].device) for part in parts)
-    counts = torch.tensor([len(r) for r in rows], device=rows[0].device)
-    adapter = torch.arange(len(members), device=counts.device).repeat_interleave(counts)
-    every = torch.cat(rows)
-    order = every.argsort()
-    return stack_factors(left, right, weights, members[0].shapes), adapter[order], every[order]
+def _stack(members: list[MokaLinear], device: torch.device) -> list[RowFactors]:
+    """Returns the factors of adapters of the same shapes."""
+    logits: list[Tensor] = [layer.moka_gate for layer in members if layer.moka_gate is not None]
+    kinds = {layer.gating for layer in members}
+    if len(kinds) == 1 and len(logits) == len(members):  # all at once: calls take the time, not numbers
+        scaling = torch.tensor([[layer.scaling] for layer in members], dtype=logits[0].dtype, device=device)
+        weights = gates_of(torch.stack(logits).to(device), kinds.pop()) * scaling  # (K, r)
+    else:
+        weights = torch.stack([layer.gates() * layer.scaling for layer in members]).to(device)  # (K, r)
+    left, right = (torch.stack(part).to(device) for part in zip(*map(_factors, members), strict=True))
+    return stack_factors(left, right, weights, members[0].shapes)
 
 
-def _factors(layer: MokaLinear) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns packed left and right factors and the weights of the components, (r,)."""
-    left = layer.moka_B.new_empty(0) if layer.moka_A is None else layer.moka_A
-    return left, layer.moka_B, layer.gates() * layer.scaling
+def _factors(layer: MokaLinear) -> tuple[Tensor, Tensor]:
+    """Returns packed left and right factors."""
+    return layer.moka_B.new_empty(0) if layer.moka_A is None else layer.moka_A, layer.moka_B
 
 
 def _alone(layer: MokaLinear, x: Tensor) -> Tensor:
     """Returns the update of one adapter's rows, (N, T, m)."""
-    left, right, weights = (part.to(x.device) for part in _factors(layer))
+    weights = layer.gates() * layer.scaling
+    left, right, weights = (part.to(x.device) for part in (*_factors(layer), weights))
     return kronecker_linear(x, weights, left, right, layer.shapes, layer.out_features, layer.backend)
 
 
