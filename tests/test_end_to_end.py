@@ -182,6 +182,7 @@ def test_the_saved_adapter_loads_and_generates(
     assert adapted.strip()
 
 
+@pytest.mark.slow  # tests/evaluation/test_shared_prompt.py does the same on small models
 def test_shared_prompts_give_the_same_answers(dataset_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
