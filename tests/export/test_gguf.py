@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers, unload
@@ -13,6 +13,7 @@ from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export import llama_cpp
 from moka_pl.export.gguf import check_architecture, llama_rows, write_adapter, write_model
+from moka_pl.export.gguf_tokenizer import _LLAMA3
 from moka_pl.export.llama_cpp import LlamaCpp, greedy
 from moka_pl.export.lora import lora_form
 from moka_pl.export.merged import merged_parts
@@ -180,3 +181,43 @@ def test_llama_cpp_computes_the_same(rope, make_llama: Callable, randomize: Call
     torch.testing.assert_close(adapted.logits(IDS), expected, atol=1e-3, rtol=1e-3)
     without = LlamaCpp(tmp_path / "base").logits(IDS)
     assert (without - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        [BYTES],
+        [pre_tokenizers.Digits(individual_digits=True), BYTES],
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ],
+    ],
+    ids=["gpt-2", "smollm", "llama-bpe"],
+)
+def test_llama_cpp_reads_texts_into_the_same_tokens(splits, make_llama: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    text = Path(__file__).read_text()
+    tokenizer.train_from_iterator([text, "I'm, we'll, THEY'RE", "1234567 2024\n\n  x\t\r\n é 你好"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    model = make_llama(vocab_size=512)
+    write_model(tmp_path / "m", model, merged_parts(model), "f32", fast)
+    texts = [text[start : start + 60] for start in range(0, 6000, 60)]
+    more = [
+        "12345678 x 1 22 333",
+        "DON'T they'LL",
+        "a\n\n\n  b \n c   ",
+        "x.y!?;  --\n",
+        "</s>a<s> b",
+        "\u3000你好世界1",
+    ]
+    assert LlamaCpp(tmp_path / "m").other_tokens(fast, [*texts, *more]) is None
