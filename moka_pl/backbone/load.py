@@ -210,6 +210,7 @@ def _filled(
     """Returns the model with its weights; the blocks' are handed over as early as their files allow."""
     dtype, files = empty.dtype, described.files
     if config.weights == "random":
+        linearise(empty)
         with loading(config.name):
             return random_model(config, empty, dtype, device, store)
     if store is not None and is_complete(files, empty, described.quantization):

@@ -22,7 +22,7 @@ from moka_pl.errors import AdapterError
 from moka_pl.export.check import Measured, check, measure
 from moka_pl.export.folder import written_folder
 from moka_pl.export.source import Source, say
-from moka_pl.lm.experts import SplitExperts, stored
+from moka_pl.lm.experts import SplitExperts, has_experts, stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -251,7 +251,8 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
         write_description(new, source.model, source.tokenizer, dtype)
         say(f"{reader} reads it back ...")
         found = reloaded(new, source, device, dtype if device.type == "cuda" else compute)
-        say(check(source.expected, found, reader, dtype, compute))
+        routed = has_experts(source.model)
+        say(check(source.expected, found, reader, dtype, compute, routed=routed))
     size = sum(file.stat().st_size for file in out.iterdir())
     say(f"{out}: {sum(map(_count, parts)):,} parameters, {size / 2**20:,.1f} MiB")
 

@@ -17,6 +17,7 @@ from moka_pl.export.check import Measured, check, measure
 from moka_pl.export.folder import written_folder
 from moka_pl.export.lora import LoraForm, lora_applied
 from moka_pl.export.source import Source, say
+from moka_pl.lm.experts import has_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +62,8 @@ def export_lora(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) -
         say(f"{reader} reads it back ...")
         served = _loaded(source.model, new)
         _check_layers(served, form, reader)
-        say(check(expected, measure(served, source.prompts), reader, dtype, source.model.dtype))
+        routed, dtypes = has_experts(source.model), (dtype, source.model.dtype)
+        say(check(expected, measure(served, source.prompts), reader, *dtypes, routed=routed))
     size = sum(file.stat().st_size for file in out.iterdir())
     say(f"{out}: rank {form.rank}, {size / 2**20:.1f} MiB; {_vllm(form.rank)}")
 

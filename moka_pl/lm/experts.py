@@ -121,6 +121,12 @@ def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether tokens of a model choose experts, split or fused."""
+    split = any(isinstance(module, SplitExperts) for module in model.modules())
+    return split or next(fused_experts(model), None) is not None
+
+
 def split_names(model: nn.Module) -> list[str]:
     """Returns the names that the linear layers of fused experts would have."""
     return [

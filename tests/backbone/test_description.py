@@ -84,6 +84,17 @@ def test_experts_are_quantised_with_all_else(weights: str, save: Callable[..., P
     assert all(map(is_quantised, layers))
 
 
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+def test_conv1d_is_quantised_as_linear_layers_are(weights: str, save: Callable[..., Path]) -> None:
+    folder = save(
+        T.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=320, bos_token_id=1, eos_token_id=1)
+    )
+    model = load_backbone(BackboneConfig(str(folder), weights=weights, quantization="nf4")).model
+    assert describe_storage(model, "nf4") == "linear weights nf4"
+    layer = model.transformer.h[0].attn.c_attn
+    assert (layer.in_features, layer.out_features) == (64, 192)
+
+
 def test_experts_that_are_not_quantised_are_said_with_their_share() -> None:
     model = T.MixtralForCausalLM(T.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
     for name, layer in list(model.named_modules()):

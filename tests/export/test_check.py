@@ -46,6 +46,23 @@ def test_the_coarsest_dtype_decides() -> None:
         check(model_of(logits), model_of(logits + 0.1), "X 1", torch.float32)
 
 
+def test_in_half_precision_a_few_tokens_may_choose_other_experts() -> None:
+    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    ids = [torch.arange(40) % 5]
+    other = logits.clone()
+    other[-1] += torch.tensor([3.0, 0, 0, 0, 0])  # of which the loss knows nothing
+    pair = measured([logits], ids), measured([other], ids)
+    told = check(*pair, "X 1", torch.bfloat16, routed=True)
+    assert "largest logit difference of 95% of the tokens 0 (" in told
+    for dtype, routed in ((torch.bfloat16, False), (torch.float32, True)):
+        with pytest.raises(AdapterError, match="largest logit difference 3 "):
+            check(*pair, "X 1", dtype, routed=routed)
+    for rows, value in ((3, 9.0), (1, torch.nan)):
+        other[-rows:] = value
+        with pytest.raises(AdapterError, match=r"of 95% of the tokens (\d|inf)"):
+            check(pair[0], measured([other], ids), "X 1", torch.bfloat16, routed=True)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_no_match(value: float) -> None:
     logits = torch.zeros(3, 5)

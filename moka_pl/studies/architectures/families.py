@@ -33,6 +33,7 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _QWEN_MOE = _EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 64}
 #: A state carried along in one layer, and attention in the other.
 _HYBRID: dict[str, Any] = {
+    "initializer_range": 0.1,  # so deep a recurrence magnifies rounding
     "head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
