@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moka_pl.backbone.quantization import Quantization
 from moka_pl.errors import ConfigError
+from moka_pl.lm.compiled import Compile
 from moka_pl.lm.kernels import Kernels
 
 
@@ -29,6 +30,8 @@ class BackboneConfig:
         seed: Seed for random weights.
         kernels: ``auto`` computes norms, rotary embeddings and gated MLPs by Liger's fused kernels on CUDA
             devices, for every adapter and in evaluation alike; ``none`` leaves all to transformers.
+        compile: ``layers`` compiles the decoder layers, with their adapters, for training steps by
+            ``torch.compile``, in the place of Liger's kernels. The first steps compile for seconds.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -41,6 +44,7 @@ class BackboneConfig:
     cache_dir: str | None = None
     seed: int = 0
     kernels: Kernels = "auto"
+    compile: Compile = "none"
 
     def __post_init__(self) -> None:
         """Refuses values that cannot work.
@@ -56,6 +60,6 @@ class BackboneConfig:
             raise ConfigError("backbone.name is empty; give a hub id, a folder, a .gguf file or a short name")
 
     def options(self) -> dict[str, Any]:
-        """The options that an adapter stores to rebuild its base (all but name, revision and cache)."""
-        left_out = ("name", "revision", "cache_dir")
+        """The options that an adapter stores to rebuild its base: neither where it lies nor how it trains."""
+        left_out = ("name", "revision", "cache_dir", "compile")
         return {key: value for key, value in asdict(self).items() if key not in left_out}

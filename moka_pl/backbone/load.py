@@ -145,7 +145,7 @@ def load_backbone(
     model.config.use_cache = False
     model.eval()
     check_loss(model, config.name)
-    if config.kernels == "auto" and device.type == "cuda":
+    if config.kernels == "auto" and config.compile == "none" and device.type == "cuda":
         notes.append(fuse_kernels(model))
     return Backbone(model, tokenizer, config, notes)
 

@@ -11,7 +11,7 @@ Without W the same code computes the update alone (see :func:`moka_pl.ops.kronec
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,11 +213,6 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
     return [-1 if tensor is None or tensor.is_inference() else change_count(tensor) for tensor in tensors]
 
 
-def _without_autocast(device: str) -> AbstractContextManager[None]:
-    """Switches autocast off, where it is on."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
 class MergedForward(torch.autograd.Function):
     """``y = (W + s Σ_i α_i (A_i ⊗ B_i)) x + bias``; saves no m × n matrix, but x, gate logits and factors."""
 
@@ -247,12 +242,13 @@ class MergedForward(torch.autograd.Function):
         ctx.updates = updates
         # Every product has the dtype it should have; autocast would build ΔW in half precision.
         tokens = x.reshape(-1, updates.n)  # (T, n)
+        device = x.device.type
 
         def keep(*kept: Tensor) -> None:
             if saves:
                 _save(ctx, (gate, left, right), (x, *kept))
 
-        with _without_autocast(x.device.type):
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             return updates.product(tokens, bias, left, right, gate, keep)  # (T, m)
 
     @staticmethod
@@ -262,9 +258,8 @@ class MergedForward(torch.autograd.Function):
         gate, left, right, x, *kept = _saved(ctx)
         updates: DenseUpdates = ctx.updates
         parts = grad.contiguous(), x.reshape(-1, updates.n)  # (T, m), (T, n)
-        with _without_autocast(x.device.type):
-            grad_x, grad_left, grad_right, grad_gate = updates.backward(
-                *parts, left, right, gate, tuple(kept), ctx.needs_input_grad[0]
-            )
+        grad_x, grad_left, grad_right, grad_gate = updates.backward(
+            *parts, left, right, gate, tuple(kept), ctx.needs_input_grad[0]
+        )
         grad_x = None if grad_x is None else grad_x.view(x.shape)
         return grad_x, grad_gate, grad_left, grad_right, None, None, None

@@ -28,6 +28,7 @@ from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
 from moka_pl.backbone.linear_layers import describe_storage
 from moka_pl.data.types import data_of
 from moka_pl.errors import ConfigError
+from moka_pl.lm.compiled import check_compiler
 from moka_pl.lm.offload import offload_layer_inputs
 from moka_pl.training.auto_filters import DeferredFilters
 from moka_pl.training.base import describe_base
@@ -160,6 +161,8 @@ class MokaModule(TrainedModule):
         if stage == "fit":
             self.course = course_of(self, self.trainer)
             check_trainer(self.trainer)
+            if self.backbone.compile == "layers":
+                check_compiler(self.trainer.strategy.root_device)
         if self.checkpoint_path is not None:
             expected = self.course | (optimizer_course(*build_trial(self)) if stage == "fit" else {})
             check_run(peek(self.checkpoint_path), self, expected, training=stage == "fit")

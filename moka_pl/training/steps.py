@@ -11,6 +11,7 @@ from moka_pl._compat import multiply_all_
 from moka_pl.data.types import Batch
 from moka_pl.evaluation.module import EvaluatedModule
 from moka_pl.lm.attention import PackedAttention
+from moka_pl.lm.compiled import compile_layers, restore_layers
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
 from moka_pl.lm.scoring import Predicted, TokenScores, predicted, score_tokens
 from moka_pl.training.learning_rates import LearningRateRatios, logged_rates
@@ -42,6 +43,8 @@ class TrainedModule(EvaluatedModule):
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         self._token_accumulator = torch.zeros(2, dtype=dtype, device=self.device)
         self._non_finite.begin()
+        if self.backbone.compile == "layers":
+            rank_zero_info(f"compiling {compile_layers(self.causal_lm)} decoder layers in the first steps")
         if self.cuda_graphs:
             self._capture = StepCapture(self.causal_lm)
             if self._capture.unsupported_reason is not None and self.device.type == "cuda":
@@ -50,6 +53,7 @@ class TrainedModule(EvaluatedModule):
     def on_train_end(self) -> None:
         """Frees the CUDA graphs, and ends a run with an error if its weights are not finite."""
         self._capture = None
+        restore_layers(self.causal_lm)
         self._non_finite.finish()
 
     def prepare_batch(self, batch: Batch) -> Batch:

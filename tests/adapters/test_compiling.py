@@ -39,11 +39,12 @@ def adapted(four_bit: bool = False, bias: bool = True, **options) -> MokaLinear:
     return layer
 
 
-def results(layer: nn.Module, tokens: int) -> list[Tensor]:
+def results(layer: nn.Module, tokens: int, autocast: bool = False) -> list[Tensor]:
     """Output and all gradients for so many tokens in each of two rows."""
     x = torch.randn(2, tokens, N, generator=torch.Generator().manual_seed(1)).requires_grad_()
     layer.zero_grad()
-    out = layer(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = layer(x)
     out.square().sum().backward()
     return [out, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
 
@@ -97,8 +98,7 @@ def test_autocast(four_bit) -> None:
     layer = adapted(four_bit, components=2, filters="servable", rank=2)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     reset()
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = results(compiled, 5), results(layer, 5)
+    found, expected = results(compiled, 5, autocast=True), results(layer, 5, autocast=True)
     assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
     assert all(map(torch.equal, found, expected))
 

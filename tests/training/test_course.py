@@ -65,6 +65,7 @@ KINDS = {
     "model.backbone.compute_dtype": "precision",
     "model.backbone.attention": FREE,
     "model.backbone.kernels": FREE,
+    "model.backbone.compile": FREE,
     "model.backbone.cache_dir": FREE,
     "model.adapter.class_path": NEVER,
     "model.adapter.init_args.components": NEVER,

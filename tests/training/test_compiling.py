@@ -1,0 +1,31 @@
+"""Fits whose decoder layers are compiled."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo import reset
+from torch._dynamo.utils import counters
+
+from moka_pl.backbone import BackboneConfig
+from moka_pl.lm.compiled import compile_layers
+from moka_pl.training import steps
+
+
+@pytest.mark.slow
+def test_a_fit_that_compiles_trains_the_same(make_module, make_data, make_trainer, monkeypatch) -> None:
+    monkeypatch.setattr(steps, "compile_layers", partial(compile_layers, backend="eager"))
+    reset()
+    counters.clear()
+    trained = []
+    for compiles in ("none", "layers"):
+        backbone = BackboneConfig(name="tiny", weights="random", compile=compiles)
+        assert "compile" not in backbone.options()
+        module = make_module(backbone=backbone)
+        make_trainer(max_steps=3, limit_val_batches=1).fit(module, make_data(bucket=False))
+        trained.append(module.state_dict())
+        assert bool(counters["stats"]["unique_graphs"]) == (compiles == "layers")
+        assert not any("forward" in vars(layer) for layer in module.causal_lm.model.layers)
+    plain, compiled = trained
+    assert plain.keys() == compiled.keys()
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain if "moka_" in name)
