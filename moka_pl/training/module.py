@@ -163,9 +163,19 @@ class MokaModule(TrainedModule):
             check_trainer(self.trainer)
             if self.backbone.compile == "layers":
                 check_compiler(self.trainer.strategy.root_device)
+                self._check_uncompiled()
         if self.checkpoint_path is not None:
             expected = self.course | (optimizer_course(*build_trial(self)) if stage == "fit" else {})
             check_run(peek(self.checkpoint_path), self, expected, training=stage == "fit")
+
+    def _check_uncompiled(self) -> None:
+        """Refuses to compile what hooks move while a layer computes: a graph holds on to it."""
+        offloads = self.gradient_checkpointing == "offload"
+        if offloads or isinstance(self.trainer.strategy, ShardedStrategy):
+            option = "gradient_checkpointing is offload" if offloads else "trainer.strategy is sharded"
+            raise ConfigError(
+                f"{option}, which does not go with backbone.compile layers; set --model.backbone.compile none"
+            )
 
     def configure_model(self) -> None:
         """Loads the base onto this rank's device and injects the adapters (once).

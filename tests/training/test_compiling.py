@@ -8,6 +8,7 @@ from torch._dynamo import reset
 from torch._dynamo.utils import counters
 
 from moka_pl.backbone import BackboneConfig
+from moka_pl.errors import ConfigError
 from moka_pl.lm.compiled import compile_layers
 from moka_pl.training import steps
 
@@ -29,3 +30,11 @@ def test_a_fit_that_compiles_trains_the_same(make_module, make_data, make_traine
     plain, compiled = trained
     assert plain.keys() == compiled.keys()
     assert all(torch.equal(plain[name], compiled[name]) for name in plain if "moka_" in name)
+
+
+def test_inputs_of_layers_that_leave_are_refused(make_module, make_data, make_trainer, no_weights) -> None:
+    no_weights()
+    backbone = BackboneConfig(name="tiny", weights="random", compile="layers")
+    module = make_module(backbone=backbone, gradient_checkpointing="offload")
+    with pytest.raises(ConfigError, match=r"^gradient_checkpointing is offload, which .* compile none$"):
+        make_trainer(max_steps=1).fit(module, make_data())
