@@ -36,5 +36,5 @@ def test_inputs_of_layers_that_leave_are_refused(make_module, make_data, make_tr
     no_weights()
     backbone = BackboneConfig(name="tiny", weights="random", compile="layers")
     module = make_module(backbone=backbone, gradient_checkpointing="offload")
-    with pytest.raises(ConfigError, match=r"^gradient_checkpointing is offload, which .* compile none$"):
+    with pytest.raises(ConfigError, match=r"^gradient_checkpointing is offload, which .*compile none$"):
         make_trainer(max_steps=1).fit(module, make_data())
