@@ -47,7 +47,7 @@ from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler,
 from moka_pl.training.preflight import check_trainer
 from moka_pl.training.resume import adjust_optimizer, begin_epoch_anew, begins_epoch_anew
 from moka_pl.training.schedule import WarmupDecay
-from moka_pl.training.sharding.strategy import ShardedStrategy
+from moka_pl.training.sharding.strategy import ShardedStrategy, check_shardable
 from moka_pl.training.steps import TrainedModule
 from moka_pl.training.trial_optimizer import build_trial
 
@@ -158,6 +158,8 @@ class MokaModule(TrainedModule):
     def setup(self, stage: str) -> None:
         """Refuses before the model is loaded what optimizer, trainer or checkpoint would refuse later."""
         write_whole_files(self.trainer)
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            check_shardable(method_of(self.adapter).keeps_base, self.cuda_graphs)
         if stage == "fit":
             self.course = course_of(self, self.trainer)
             check_trainer(self.trainer)

@@ -29,11 +29,6 @@ class FrozenTensor(NamedTuple):
         return tensor
 
     @property
-    def trained(self) -> bool:
-        """Whether somebody trains the parameter, so that it is not frozen any more."""
-        return bool(getattr(self.layer, self.name).requires_grad)
-
-    @property
     def _state(self) -> Any:
         return getattr(self.layer, self.name).quant_state
 

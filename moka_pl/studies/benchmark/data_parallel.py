@@ -20,6 +20,8 @@ instructions, once for each number of devices, and prints the median of the logg
 """
 #: Steps at the beginning whose speed does not count.
 _WARMUP = 20
+#: The command line on a GPU of which only a part may be used.
+_LIMITED = "moka_pl.studies.benchmark.limited"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,8 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", default="llama2-7b", help="shape of the model (see BackboneConfig.name)")
     parser.add_argument("--batch-size", type=int, default=8, help="examples per GPU")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
+    parser.add_argument(
+        "--strategy", default="ddp", help="Lightning's name, such as sharded or sharded_offload"
+    )
+    parser.add_argument("--memory-limit", type=float, help="GiB of each GPU that may be used")
     args = parser.parse_args(arguments)
-    rows = [measure(devices, args.shape, args.batch_size, args.steps) for devices in args.devices]
+    limits = {"strategy": args.strategy, "memory_limit": args.memory_limit}
+    rows = [measure(n, args.shape, args.batch_size, args.steps, **limits) for n in args.devices]
     first = rows[0]["tokens_per_second"]
     print(f"{'devices':>8}{'tokens/s':>12}{'ratio':>8}{'peak GiB':>10}")
     for row in rows:
@@ -43,7 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(json.dumps(rows))
 
 
-def measure(devices: int, shape: str, batch_size: int, steps: int) -> dict[str, float]:
+def measure(
+    devices: int,
+    shape: str,
+    batch_size: int,
+    steps: int,
+    strategy: str = "ddp",
+    memory_limit: float | None = None,
+) -> dict[str, float]:
     """Runs one training and reads its speed from the TensorBoard events, without the first steps.
 
     Args:
@@ -51,12 +65,18 @@ def measure(devices: int, shape: str, batch_size: int, steps: int) -> dict[str, 
         shape: Shape of the model.
         batch_size: Examples per GPU.
         steps: Optimizer steps.
+        strategy: Lightning's name of the strategy.
+        memory_limit: GiB of each GPU that may be used; None for all.
 
     Returns:
         ``devices``, ``tokens_per_second`` (median) and ``peak_memory_gib``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "moka_pl", "fit", "--config", "configs/llama2_ddp.yaml"]
+        # Each rank runs the same command, and so limits its own GPU.
+        command = [sys.executable, "-m", "moka_pl", "fit"]
+        if memory_limit is not None:
+            command = [sys.executable, "-m", _LIMITED, str(memory_limit), "fit"]
+        command += ["--config", "configs/llama2_ddp.yaml"]
         options = {
             "model.backbone.name": shape,
             "model.backbone.weights": "random",
@@ -65,6 +85,7 @@ def measure(devices: int, shape: str, batch_size: int, steps: int) -> dict[str, 
             "data.init_args.batch_size": batch_size,
             "data.init_args.packing": False,
             "trainer.devices": devices,
+            "trainer.strategy": strategy,
             "trainer.accumulate_grad_batches": 1,
             "trainer.max_epochs": -1,
             "trainer.max_steps": steps,

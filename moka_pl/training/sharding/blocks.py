@@ -63,11 +63,6 @@ class ShardedBlocks:
         """Bytes of all blocks that this rank holds now."""
         return sum(shard.held for shard in self._shards)
 
-    @property
-    def trained(self) -> bool:
-        """Whether somebody trains what is frozen here."""
-        return any(shard.trained for shard in self._shards)
-
     def add(self, block: nn.Module) -> None:
         """Takes the frozen tensors out of the next block, of which this rank keeps its part."""
         if not any(frozen_tensors(block)):

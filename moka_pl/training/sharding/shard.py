@@ -67,11 +67,6 @@ class BlockShard:
         """Bytes of the block that this rank holds now."""
         return self.kept.nbytes + self._whole.untyped_storage().nbytes()
 
-    @property
-    def trained(self) -> bool:
-        """Whether somebody trains a tensor that is frozen here."""
-        return any(place.trained for place in self._places)
-
     def start(self) -> None:
         """Begins to gather the whole from all ranks; a collective, if there are several."""
         if self._under_way or self.gathered:

@@ -45,20 +45,11 @@ class ShardedStrategy(DDPStrategy):
         return self._blocks
 
     def setup(self, trainer: Trainer) -> None:
-        """Prepares for training as ``ddp`` does.
-
-        Raises:
-            ConfigError: If something trains the base.
-        """
+        """Prepares for training as ``ddp`` does."""
         if self.blocks is not None and not len(self.blocks):  # a module that has built its model before
             assert self.lightning_module is not None
             for block in decoder_blocks(self.lightning_module).values():
                 self.blocks.add(block)
-        if self._blocks is not None and self._blocks.trained:
-            raise ConfigError(
-                "--trainer.strategy sharded keeps the base frozen, but this method trains its weights; "
-                "choose another --model.adapter, or --trainer.strategy ddp"
-            )
         super().setup(trainer)
 
     def model_to_device(self) -> None:
@@ -119,6 +110,28 @@ class ShardedStrategy(DDPStrategy):
         super().teardown()
         if self._blocks is not None:
             self._blocks.end_step()
+
+
+def check_shardable(keeps_base: bool, cuda_graphs: bool) -> None:
+    """Refuses what needs the whole base on each device.
+
+    Args:
+        keeps_base: Whether the method leaves the base frozen.
+        cuda_graphs: Whether steps are to be replayed.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    if not keeps_base:
+        raise ConfigError(
+            "--trainer.strategy sharded keeps the base frozen, but this method trains its weights; choose "
+            "another --model.adapter, or --trainer.strategy ddp"
+        )
+    if cuda_graphs:
+        raise ConfigError(
+            "model.cuda_graphs is true, but a recorded step cannot gather the blocks of a sharded base; set "
+            "it to false, or --trainer.strategy ddp"
+        )
 
 
 def register() -> None:

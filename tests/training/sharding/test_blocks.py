@@ -129,8 +129,17 @@ def test_names_are_registered():
     assert not StrategyRegistry.get("sharded").offload
 
 
-def test_a_base_that_is_trained_cannot_be_sharded(make_data, make_trainer, alone):
-    backbone = BackboneConfig("tiny", weights="random", quantization="none")
-    module = MokaModule(backbone, FullFineTuning())
-    with pytest.raises(ConfigError, match="sharded keeps the base frozen"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter": FullFineTuning()}, "sharded keeps the base frozen"),
+        ({"cuda_graphs": True}, "cuda_graphs is true"),
+    ],
+)
+def test_what_needs_the_whole_base_is_refused_before_loading(
+    options, message, make_data, make_trainer, alone, monkeypatch
+):
+    monkeypatch.setattr(MokaModule, "load_base", None)
+    module = MokaModule(BackboneConfig("tiny", weights="random", quantization="none"), **options)
+    with pytest.raises(ConfigError, match=message):
         make_trainer(**alone).fit(module, make_data())

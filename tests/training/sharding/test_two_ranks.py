@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from peft import LoraConfig
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 
 from moka_pl.adapters import MokaConfig, adapter_state
 from moka_pl.backbone import BackboneConfig
@@ -62,8 +65,13 @@ def strategy_of(name):
     return DDPStrategy(process_group_backend="gloo") if name.startswith("ddp") else "auto"
 
 
-def fit(folder, name, devices, *, adapter=None, quantization="nf4", base="tiny", fails_at=None, resumed=None):
-    """Two epochs, or what is left of them, and a record of each step."""
+def fit(folder, name):
+    """Two epochs, or what is left of them, and a record of each step.
+
+    The name says how: strategy, what is stored, whether it stops after one epoch, fails or resumes.
+    """
+    devices = 1 if name.startswith("single") else 2
+    resumed = folder / f"{name.partition('_of_')[2]}.ckpt" if "_of_" in name else None
     torch.set_num_threads(1)
     torch.manual_seed(5)
     data = MixtureData(
@@ -77,12 +85,12 @@ def fit(folder, name, devices, *, adapter=None, quantization="nf4", base="tiny",
         eval_batch_size=2,
         seed=1,
     )
-    watch = Watch(fails_at)
+    watch = Watch(2 if "fails" in name else None)
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy_of(name),
-        max_epochs=2,
+        max_epochs=1 if "half" in name and resumed is None else 2,
         accumulate_grad_batches=1,
         logger=False,
         callbacks=[watch, AdapterCheckpoint(dirpath=folder / name)],
@@ -91,13 +99,14 @@ def fit(folder, name, devices, *, adapter=None, quantization="nf4", base="tiny",
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    weights = "random" if base == "tiny" else "pretrained"
+    adapter = LoraConfig(r=2, target_modules="all-linear") if "lora" in name else None
     module = MokaModule(
-        BackboneConfig(name=base, weights=weights, quantization=quantization),
+        BackboneConfig("tiny", weights="random", quantization="none" if "dense" in name else "nf4"),
         adapter or MokaConfig(components=3, target_modules="all-linear"),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
         gradient_checkpointing="checkpointed" in name,
-        allow_changes=["ranks", "batch_size"] if resumed else None,
+        allow_changes=["ranks", "batch_size"] if resumed and devices == 1 else None,
     )
     trainer.fit(module, data, ckpt_path=resumed)
     if resumed is None:
@@ -173,7 +182,56 @@ def test_each_rank_holds_its_part_between_steps(folder):
         assert run["bytes"] / 2 < min(run["held"]) <= max(run["held"]) < 0.6 * run["bytes"] + 8 * 2 * 256
 
 
+@pytest.fixture(scope="module")
+def variants(folder):
+    """Other ways to store and to compute, and runs that go on from others' checkpoints."""
+    names = ["ddp_checkpointed_half", "sharded_checkpointed_half", "sharded_offload_half", "sharded_half"]
+    names += ["ddp_dense_half", "sharded_dense_half", "ddp_lora_half", "sharded_lora_half"]
+    ended = start(folder, *names, "ddp_of_sharded_half")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["checkpointed", "dense", "lora"])
+def test_so_are_those_of_other_bases_and_methods(variants, kind):
+    ddp, sharded = read(variants, f"ddp_{kind}_half"), read(variants, f"sharded_{kind}_half")
+    assert sharded["steps"] == ddp["steps"]
+    assert sharded["sums"] == ddp["sums"]
+
+
+@pytest.mark.slow
+def test_parts_in_host_memory_are_the_same(variants):
+    assert read(variants, "sharded_offload_half")["steps"] == read(variants, "sharded_half")["steps"]
+
+
+@pytest.mark.slow
+def test_runs_go_on_under_another_strategy(variants):
+    whole = read(variants, "sharded")["steps"]
+    gone_on = read(variants, "ddp_of_sharded_half")
+    assert read(variants, "sharded_half")["steps"] + gone_on["steps"] == whole
+    assert gone_on["sums"] == read(variants, "sharded")["sums"]
+
+
+@pytest.mark.slow
+def test_runs_go_on_in_one_process(variants):
+    ended = start(variants, "single_of_sharded_half")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    one, two = read(variants, "single_of_sharded_half"), read(variants, "ddp_of_sharded_half")
+    for mine, theirs in zip(one["steps"], two["steps"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_all_of_them(folder):
+    begun = time.monotonic()
+    ended = start(folder, "sharded_fails", timeout=60)
+    assert ended.returncode != 0
+    assert time.monotonic() - begun < 45  # most of it to start and to train
+    assert ended.stderr.count("ValueError: rank 1 fails on purpose") == 1
+
+
 if __name__ == "__main__":
     place, names = Path(sys.argv[1]), sys.argv[2:]
     for run in names:
-        fit(place, run, 2)
+        fit(place, run)
