@@ -10,6 +10,8 @@ from moka_pl.backbone.blocks.frozen_tensors import frozen_tensors
 
 #: Tensors begin at multiples of so many bytes, as if they had been allocated; kernels rely on it.
 _ALIGNED = 256
+#: Its name since torch 2.13, and the one before.
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class BlockShard:
@@ -90,7 +92,7 @@ class BlockShard:
         if self._group is None:
             whole.copy_(part)
         else:
-            self._work = dist.all_gather_into_tensor(whole, part, self._group, async_op=True)
+            self._work = _gather(whole, part, self._group, async_op=True)
 
     def finish(self) -> None:
         """Waits until the whole is there, and puts the tensors into the block."""
