@@ -1,5 +1,6 @@
 """The LightningModule: a frozen base with adapters, trained on completions."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -233,7 +234,12 @@ class MokaModule(TrainedModule):
                 rank_zero_info(told)
 
     def _inject(self, model: "PreTrainedModel") -> None:
-        """Injects the adapters into a plain model."""
+        """Injects the adapters into a plain model, whose layers PEFT tries one by one."""
+        blocks = self._blocks()
+        with nullcontext() if blocks is None else blocks.by_layer():
+            self._inject_into(model)
+
+    def _inject_into(self, model: "PreTrainedModel") -> None:
         if self.adapter_path is None:
             self.adapter, self.adapted = self._deferred.inject(
                 model, self.adapter, trainer_of(self), self.resumes

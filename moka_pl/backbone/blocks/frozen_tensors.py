@@ -51,7 +51,7 @@ class FrozenTensor(NamedTuple):
         elif like.dtype.is_floating_point:
             self.put(like.new_full((1,), torch.nan).expand(like.shape))
         else:
-            self.put(like.new_empty(0, *like.shape[1:]))
+            self.empty(like)
 
     def empty(self, like: Tensor) -> None:
         """Leaves a tensor without entries in the place, which may be moved to another device."""

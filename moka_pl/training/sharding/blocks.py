@@ -1,6 +1,7 @@
 """When the blocks of a sharded base are gathered, and given back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -85,6 +86,20 @@ class ShardedBlocks:
                 self._need(number, 0)
 
         return ready
+
+    @contextmanager
+    def by_layer(self) -> Iterator[None]:
+        """Runs the body with blocks that are also gathered when one of their layers is called alone."""
+        handles = [
+            layer.register_forward_pre_hook(lambda *_, number=number: self._need(number, 0))
+            for number, block in enumerate(self._modules)
+            for layer in {place.layer for place in frozen_tensors(block)}
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def begin_step(self) -> None:
         """Says that all ranks compute the same from here on, when all have come here."""
