@@ -493,8 +493,9 @@ def test_the_model_card_tells_the_base_and_has_no_placeholder(name: str, tmp_pat
     path = save_adapter(tmp_path / "adapter", adapted, config(), BaseModel(name), extra)
     card = (path / "README.md").read_text(encoding="utf-8")
     _, header, body = card.split("---\n", 2)
-    assert yaml.safe_load(header)["base_model"] == name
-    assert name in body
+    local = name.startswith("/")  # where it lies is nobody's business
+    assert yaml.safe_load(header).get("base_model") == (None if local else name)
+    assert (name in body) is not local
     assert f"| trainable parameters | {sum(t.numel() for t in adapter_state(adapted).values()):,} |" in body
     assert "| target modules | q_proj, v_proj |" in body
     assert "| scaling | 1.7 |" in body

@@ -1,6 +1,11 @@
-"""How training speed grows with the number of GPUs; ``scripts/data_parallel_speed.py`` runs it."""
+"""How training speed grows with the number of GPUs; ``scripts/data_parallel_speed.py`` runs it.
+
+As a module, ``python -m moka_pl.studies.benchmark.data_parallel GIB fit …`` is the command line with a limit
+to the GPU's memory.
+"""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,8 +25,6 @@ instructions, once for each number of devices, and prints the median of the logg
 """
 #: Steps at the beginning whose speed does not count.
 _WARMUP = 20
-#: The command line on a GPU of which only a part may be used.
-_LIMITED = "moka_pl.studies.benchmark.limited"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +78,7 @@ def measure(
         # Each rank runs the same command, and so limits its own GPU.
         command = [sys.executable, "-m", "moka_pl", "fit"]
         if memory_limit is not None:
-            command = [sys.executable, "-m", _LIMITED, str(memory_limit), "fit"]
+            command = [sys.executable, "-m", __name__, str(memory_limit), "fit"]
         command += ["--config", "configs/llama2_ddp.yaml"]
         options = {
             "model.backbone.name": shape,
@@ -100,3 +103,25 @@ def measure(
     speeds = [value for step, value in logged["train/tokens_per_second"] if step > _WARMUP]
     peak = max(value for _, value in logged["train/peak_memory_gib"])
     return {"devices": devices, "tokens_per_second": median(speeds), "peak_memory_gib": peak}
+
+
+def run_limited(arguments: Sequence[str]) -> None:
+    """Limits the GPU of this rank to the GiB of the first argument, and runs the command line of the others.
+
+    Args:
+        arguments: GiB, and the arguments of ``python -m moka_pl``.
+    """
+    import torch
+
+    from moka_pl.cli.main import main as run
+
+    gib, *rest = arguments
+    if torch.cuda.is_available():
+        device = int(os.environ.get("LOCAL_RANK", "0"))
+        share = float(gib) * 2**30 / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+    run(rest)
+
+
+if __name__ == "__main__":
+    run_limited(sys.argv[1:])

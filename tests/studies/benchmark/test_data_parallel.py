@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -30,3 +31,20 @@ def test_the_median_after_the_first_steps(monkeypatch, capsys) -> None:
     ]
     assert [row["devices"] for row in json.loads(lines[-1])] == [1, 2]
     assert all("--trainer.max_steps=40" in command for command in commands)
+
+
+def test_a_limit_is_set_on_each_rank_before_the_command_line_runs(monkeypatch) -> None:
+    done = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30)
+    )
+    monkeypatch.setattr(
+        "torch.cuda.set_per_process_memory_fraction", lambda share, device: done.append((share, device))
+    )
+    monkeypatch.setattr("moka_pl.cli.main.main", done.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    data_parallel.run_limited(["24", "fit", "--config", "x.yaml"])
+    assert done == [(0.3, 1), ["fit", "--config", "x.yaml"]]
+    data_parallel.run_limited(["100", "fit"])  # more than there is
+    assert done[2] == (1.0, 1)

@@ -23,6 +23,8 @@ from moka_pl.data import CommonsenseData, InstructionData, MixtureData
 from moka_pl.training.module import MokaModule
 from moka_pl.training.sharding.strategy import ShardedStrategy
 
+pytestmark = pytest.mark.slow
+
 GLOBAL_BATCH = 4
 
 
@@ -194,7 +196,6 @@ def variants(folder):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["checkpointed", "dense", "lora"])
 def test_so_are_those_of_other_bases_and_methods(variants, kind):
     ddp, sharded = read(variants, f"ddp_{kind}_half"), read(variants, f"sharded_{kind}_half")
@@ -202,12 +203,10 @@ def test_so_are_those_of_other_bases_and_methods(variants, kind):
     assert sharded["sums"] == ddp["sums"]
 
 
-@pytest.mark.slow
 def test_parts_in_host_memory_are_the_same(variants):
     assert read(variants, "sharded_offload_half")["steps"] == read(variants, "sharded_half")["steps"]
 
 
-@pytest.mark.slow
 def test_runs_go_on_under_another_strategy(variants):
     whole = read(variants, "sharded")["steps"]
     gone_on = read(variants, "ddp_of_sharded_half")
@@ -215,7 +214,6 @@ def test_runs_go_on_under_another_strategy(variants):
     assert gone_on["sums"] == read(variants, "sharded")["sums"]
 
 
-@pytest.mark.slow
 def test_runs_go_on_in_one_process(variants):
     ended = start(variants, "single_of_sharded_half")
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -227,7 +225,6 @@ def test_runs_go_on_in_one_process(variants):
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_rank_that_fails_ends_all_of_them(folder):
     ended = start(folder, "sharded_fails", timeout=200)
     stopped = time.time()
