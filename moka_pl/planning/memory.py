@@ -19,7 +19,8 @@ C tokens at a time, ``4 d T + 2 e d N + (4 + e) V C``. Then
     peak = weights + P\,(8 + s) + n\,e\,d\,T + max(head, a)      % with it
 
 for n blocks (3 where their inputs are offloaded) and P trained numbers (float32, with a gradient) of which
-the optimizer keeps s bytes each.
+the optimizer keeps s bytes each. Where the blocks' B bytes are spread over R ranks, each holds ``B / R`` of
+them (in the host's memory if they are offloaded) and two whole blocks, ``2 B / n``.
 """
 
 from dataclasses import asdict, dataclass
@@ -43,6 +44,8 @@ _CPU_GAPS = 1.2
 _WORKSPACE = 32 * 2**20
 #: Inputs of blocks that are on the GPU at a time where they are offloaded.
 _ON_GPU = 3
+#: Blocks of a spread base that are whole at a time.
+_WHOLE = 2
 #: Bytes of a 4-bit weight: its code and its block's scale (64 weights a block, 256 scales a block of theirs).
 _DOUBLE, _SINGLE = 0.5 + (1 + 4 / 256) / 64, 0.5 + 4 / 64
 
@@ -100,6 +103,8 @@ class Setup:
         fused: Whether norms, rotary embeddings and gated MLPs are Liger's.
         by_parts: Whether the head sees a part of the tokens at a time.
         offloaded: Whether the inputs of checkpointed blocks leave the GPU; it holds ``_ON_GPU`` of them.
+        spread: R, ranks over which the blocks' weights are spread; None where each rank has all of them.
+        base_offloaded: Whether a rank's part of them is kept in the host's memory.
     """
 
     tokens: int
@@ -114,6 +119,8 @@ class Setup:
     fused: bool = False
     by_parts: bool = False
     offloaded: bool = False
+    spread: int | None = None
+    base_offloaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ class Memory:
         activations: What blocks keep for the backward pass.
         logits: The output head, its loss and the gradient.
         process: On a CPU: Python, libraries, data and the weight files, mapped.
+        host: What a rank of a GPU keeps of the base in the host's memory; no part of the peak.
     """
 
     weights: float
@@ -137,11 +145,12 @@ class Memory:
     activations: float
     logits: float
     process: float
+    host: float = 0.0
 
     @property
     def peak(self) -> float:
-        """Their sum."""
-        return float(sum(asdict(self).values()))
+        """The sum of what the device holds."""
+        return float(sum(asdict(self).values())) - self.host
 
 
 def sizes_of(model: "PreTrainedModel") -> Sizes:
@@ -199,7 +208,12 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float) -> Memory
     """
     e, tokens, trained = setup.itemsize, setup.tokens, setup.trained
     linear = (_DOUBLE if setup.double else _SINGLE) if setup.quantised else e
-    weights = sizes.linear * linear + sizes.other * e + (sizes.largest * e if setup.quantised else 0)
+    blocks, host = sizes.linear * linear, 0.0
+    if setup.spread is not None:
+        part, whole = blocks / setup.spread, min(_WHOLE, sizes.blocks) * blocks / sizes.blocks
+        host = part if setup.base_offloaded and setup.stored is None else 0.0
+        blocks = part - host + whole
+    weights = blocks + sizes.other * e + (sizes.largest * e if setup.quantised else 0)
     attention = 2 * sizes.queries + 2 * sizes.keys
     norms, inner = (2 * e, 2) if setup.fused else (8, 3)
     block = tokens * (norms * sizes.hidden + e * (attention + inner * sizes.inner) + kept / sizes.blocks)
@@ -223,4 +237,5 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float) -> Memory
         activations=gaps * activations,
         logits=gaps * logits,
         process=0 if setup.stored is None else _PROCESS + setup.stored,
+        host=host,
     )

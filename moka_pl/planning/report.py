@@ -124,10 +124,12 @@ class Plan:
         ]
         table = [*_named(lines), "", *_layer_table(adapters), ""]
         kept = "checkpointing" if self.checkpointing else "no checkpointing"
-        parts = [(name, value) for name, value in asdict(memory).items() if value]
+        parts = [(name, value) for name, value in asdict(memory).items() if value and name != "host"]
         table += [f"estimated peak memory of a rank, {self.batch[0]:,} tokens a micro-batch, {kept}"]
         table += [f"  {name:<28}{value / GIB:8.2f} GiB" for name, value in parts]
         table += [f"  {'peak':<28}{memory.peak / GIB:8.2f} GiB"]
+        if memory.host:
+            table += [f"  {'besides, in the host':<28}{memory.host / GIB:8.2f} GiB"]
         kind = "GPU" if self.on_gpu else "CPU"
         present = ", ".join(f"{device.name} ({device.gib:.0f} GiB)" for device in self.devices)
         table += [
@@ -175,16 +177,12 @@ def make_plan(
     model, config = empty_model(config, dtype, notes)
     sizes = sizes_of(model)
     parameters = sizes.linear + sizes.other
-    if not sizes.known:
-        notes.append(
-            f"memory: {type(model).__name__} was not measured; it is counted as a LLaMA of its sizes"
-        )
-    if config.attention == "eager":
-        notes.append("memory: a lower bound, since attention eager keeps its weights; sdpa does not")
+    notes += _unmeasured(module, config.attention, "" if sizes.known else type(model).__name__, on_gpu)
     run = Run(_ranks(options, on_gpu), options)
     adapters = plan_adapters(model, module.adapter, module.adapter_path, dtype.itemsize, notes)
     work = plan_work(data, tokenizer_at_hand(config), run, module.adapter_prompt)
     quantised = config.quantization != "none"
+    spreads, base_offloaded = _sharding(options.get("strategy"))
     stored = None if on_gpu else stored_bytes(config, parameters) if quantised else 0
 
     def peak(batch: tuple[int, int]) -> Memory:
@@ -200,6 +198,8 @@ def make_plan(
             fused=on_gpu and config.kernels == "auto" and knows(model),
             by_parts=on_gpu,
             offloaded=on_gpu and module.gradient_checkpointing == "offload",
+            spread=run.ranks if spreads and (run.ranks > 1 or base_offloaded) else None,
+            base_offloaded=base_offloaded,
         )
         return estimate(sizes, setup, adapters.parameters, adapters.kept)
 
@@ -257,6 +257,14 @@ def _duration(seconds: float) -> str:
 
 def _on_gpu(accelerator: Any) -> bool:
     return accelerator in ("gpu", "cuda") or (accelerator in ("auto", None) and torch.cuda.is_available())
+
+
+def _sharding(strategy: Any) -> tuple[bool, bool]:
+    """Whether a strategy (a name, or a class with options) spreads the base, and offloads its parts."""
+    if isinstance(strategy, dict):
+        spreads = str(strategy.get("class_path", "")).endswith("ShardedStrategy")
+        return spreads, spreads and bool((strategy.get("init_args") or {}).get("offload"))
+    return str(strategy).startswith("sharded"), strategy == "sharded_offload"
 
 
 def _dtype(module: MokaModule, on_gpu: bool) -> torch.dtype:

@@ -65,6 +65,19 @@ def test_ranks_share_the_work(tiny: list[str], capsys: pytest.CaptureFixture[str
     assert both["memory"]["gradients"] == 2 * alone["memory"]["gradients"]
 
 
+def test_a_strategy_that_spreads_the_base_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--config", str(ROOT / "configs" / "llama2_70b_sharded.yaml"), "--trainer.accelerator=gpu")
+    whole = plan(capsys, *options, "--trainer.devices=2", "--trainer.strategy=ddp")["memory"]
+    spread = plan(capsys, *options, "--trainer.devices=2", "--trainer.strategy=sharded")["memory"]
+    assert spread["weights"] < 0.6 * whole["weights"]
+    assert spread["activations"] == whole["activations"]
+    graphs = "--model.cuda_graphs=true"
+    main(["plan", *options, "--trainer.devices=1", "--trainer.strategy=sharded_offload", graphs])
+    out = capsys.readouterr().out
+    assert "besides, in the host" in out
+    assert "cuda_graphs keeps a batch's activations" in out
+
+
 def test_known_models_need_no_network(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,3 +149,16 @@ def test_offloaded_inputs_are_not_counted_but_for_three() -> None:
         for offloaded in (False, True)
     )
     assert plain - offloaded == (32 - 3) * 2 * 4096 * 4096
+
+
+def test_a_spread_base_is_held_in_part_but_for_two_blocks() -> None:
+    sizes, trained, kept = adapted("llama3-8b", "MoKA r10", torch.bfloat16)
+    whole, both, one = (
+        estimate(sizes, Setup(512, 512, spread=ranks, base_offloaded=offloaded), trained, kept)
+        for ranks, offloaded in ((None, False), (4, False), (1, True))
+    )
+    blocks = one.host
+    assert whole.peak - both.peak == pytest.approx(blocks * (1 - 1 / 4 - 2 / sizes.blocks))
+    assert whole.peak - one.peak == pytest.approx(blocks * (1 - 2 / sizes.blocks))
+    assert 0.49 * sizes.linear < blocks < 0.54 * sizes.linear  # 4 bits and the scales
+    assert both.host == 0
