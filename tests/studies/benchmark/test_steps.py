@@ -6,7 +6,7 @@ import torch
 from moka_pl.studies.benchmark import cases, steps
 from moka_pl.studies.benchmark.bench import linear_weights as bench_weights
 from moka_pl.studies.benchmark.steps import measure_steps
-from moka_pl.studies.common import peak_gib, reset_peak
+from moka_pl.studies.common import free_memory, peak_gib, reset_peak
 
 
 def test_all_rows_and_the_peer_that_crashes(bench, preset) -> None:
@@ -98,6 +98,7 @@ def test_quartiles() -> None:
 
 def test_peak_memory_begins_anew() -> None:
     device = torch.device("cpu")
+    free_memory()  # what other tests left must not go meanwhile
     reset_peak(device)
     low = peak_gib(device)
     block = torch.ones(2**26)  # a quarter GiB
