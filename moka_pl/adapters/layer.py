@@ -43,12 +43,12 @@ from torch import Tensor, nn
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.forward import ForwardPlan, is_decoding, merged_dtypes, merged_updates, plan_forward
 from moka_pl.backbone.quantization import is_quantised_kind, keep_weights, merged_linear
-from moka_pl.ops.dispatch import resolve_backend
+from moka_pl.ops.dispatch import fixed_backend, resolve_backend
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear, lora_factors
 from moka_pl.ops.layout import Pairs, exact_rank, left_sizes, right_sizes, unpack
 from moka_pl.ops.merged_forward import DenseUpdates, MergedForward
-from moka_pl.ops.operators import number_layer, operator_product, traced_backend
+from moka_pl.ops.operators import number_layer, operator_product
 
 
 class MokaLinear(nn.Module):
@@ -213,7 +213,7 @@ class MokaLinear(nn.Module):
     def _operator_forward(self, x: Tensor) -> Tensor:
         """Returns ``(W + ΔW) x + bias``, (..., m), by what a compiler need not look into."""
         m, dtype = self.out_features, self.moka_B.dtype
-        backend = traced_backend(x, dtype, self.shapes, m, self.backend)
+        backend = fixed_backend(self.backend, x, dtype, self.shapes, m)
         dtypes = merged_dtypes(self, x, backend, is_quantised_kind(type(self.base_layer)))
         if dtypes is None:
             return self._separate_forward(x)

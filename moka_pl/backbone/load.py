@@ -215,7 +215,7 @@ def _filled(
             return random_model(config, empty, dtype, device, store)
     if store is not None and is_complete(files, empty, described.quantization):
         with loading(config.name):
-            return read_blocks(empty, config, device, files, described.location, store)
+            return read_blocks(empty, config, device, files, store)
     del empty
     model = _pretrained(config, described, dtype, device, notes)
     if store is not None:

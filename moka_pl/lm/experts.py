@@ -30,7 +30,7 @@ class SplitExperts(nn.ModuleDict):
         count = len(fused.down_proj)  # type: ignore[arg-type]
         super().__init__({str(number): nn.Module() for number in range(count)})
         for key, weights, bias in _parameters(fused):
-            for number, weight in enumerate(_matrices(fused, weights)):
+            for number, weight in enumerate(stored(fused, weights.detach())):  # (m, n)
                 layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
                 layer.weight = nn.Parameter(weight, requires_grad=weights.requires_grad)
                 if bias is not None:
@@ -104,9 +104,7 @@ class SplitExperts(nn.ModuleDict):
 
 def stored(module: Any, weights: Tensor) -> Tensor:
     """Returns matrices (E, m, n) as the parameter of fused experts has them, or the other way round."""
-    turned = getattr(module, "is_transposed", None)
-    if turned is None:  # LLaMA 4, which multiplies from the left
-        turned = True
+    turned = getattr(module, "is_transposed", True)  # LLaMA 4 does not say that it multiplies from the left
     return weights.transpose(1, 2).contiguous() if turned else weights
 
 
@@ -163,11 +161,6 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Param
     for key in _KEYS:
         if isinstance(weights := getattr(module, key, None), nn.Parameter):
             yield key, weights, getattr(module, f"{key}_bias", None)
-
-
-def _matrices(module: nn.Module, weights: Tensor) -> Tensor:
-    """Returns the matrices of fused experts, (E, m, n)."""
-    return stored(module, weights.detach())
 
 
 @torch.no_grad()

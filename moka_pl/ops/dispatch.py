@@ -14,7 +14,7 @@ from moka_pl.errors import ConfigError
 from moka_pl.ops.gating import Gating
 from moka_pl.ops.layout import Shape, group_equal
 from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates
-from moka_pl.ops.thin import ThinUpdates, hidden_size, is_thin
+from moka_pl.ops.thin import ThinUpdates, hidden_size, is_thin, thin_pays
 
 Backend = Literal["auto", "structured", "dense", "thin", "fused"]
 Resolved = Literal["structured", "dense", "thin", "fused"]
@@ -55,19 +55,19 @@ def resolve_backend(
     Raises:
         ConfigError: For an unknown backend.
     """
-    n = x.shape[-1]
-    fixed = fixed_backend(backend, x, factors, shapes, m, is_thin(tuple(shapes), m, n))
+    fixed = fixed_backend(backend, x, factors, shapes, m)
     if fixed is not None:
         return fixed
+    n = x.shape[-1]
     return pick_backend(x.numel() // n, tuple(shapes), m, n)
 
 
 def fixed_backend(
-    backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int, thin: bool
+    backend: Backend, x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int
 ) -> Resolved | None:
     """As :func:`resolve_backend`; None where the number of tokens decides, between structured and dense.
 
-    Compilers trace this.
+    Compilers trace this, and would warn of a cache.
 
     Args:
         backend: The requested backend.
@@ -75,8 +75,9 @@ def fixed_backend(
         factors: Dtype of factors and weights.
         shapes: r shapes.
         m: Output features.
-        thin: Whether thin products pay.
     """
+    pays = thin_pays if torch.compiler.is_compiling() else is_thin
+    thin = pays(tuple(shapes), m, x.shape[-1])
     if backend == "auto":
         if thin:
             return "thin"

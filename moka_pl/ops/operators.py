@@ -19,10 +19,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from moka_pl.ops.dispatch import Backend, Resolved, fixed_backend, updates_alone
+from moka_pl.ops.dispatch import Backend, fixed_backend, updates_alone
 from moka_pl.ops.layout import Shape
 from moka_pl.ops.merged_forward import DenseUpdates
-from moka_pl.ops.thin import count_hidden, thin_pays
+from moka_pl.ops.thin import count_hidden
 
 
 class Layer(Protocol):
@@ -45,21 +45,6 @@ def number_layer(layer: Layer) -> Tensor:
     _LAYERS[number] = layer
     with torch.inference_mode(False):  # an inference tensor could not be kept for a backward pass
         return torch.tensor(number, device="cpu")
-
-
-def traced_backend(
-    x: Tensor, factors: torch.dtype, shapes: tuple[Shape, ...], m: int, backend: Backend
-) -> Resolved | None:
-    """The backend, as far as it is known without the number of tokens, by nothing that a compiler warns of.
-
-    Args:
-        x: Input, shape (..., n).
-        factors: Dtype of factors and weights.
-        shapes: r shapes.
-        m: Output features.
-        backend: The requested backend.
-    """
-    return fixed_backend(backend, x, factors, shapes, m, thin_pays(shapes, m, x.shape[-1]))
 
 
 def operator_product(
@@ -86,7 +71,7 @@ def operator_product(
     """
     device = x.device.type
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    hidden = count_hidden(shapes) if traced_backend(x, right.dtype, shapes, m, backend) == "thin" else 0
+    hidden = count_hidden(shapes) if fixed_backend(backend, x, right.dtype, shapes, m) == "thin" else 0
     sizes = [int(size) for shape in shapes for size in shape]
     decodes = not torch.is_grad_enabled()
     out: Tensor = _product(x, gate, left, right, layer, sizes, m, backend, cast, hidden, decodes)[0]
@@ -135,19 +120,8 @@ def _product(
 
 
 @_product.register_fake
-def _(
-    x: Tensor,
-    gate: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    layer: Tensor | None,
-    sizes: Sequence[int],
-    m: int,
-    backend: str,
-    cast: torch.dtype | None,
-    hidden: int,
-    decodes: bool,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, m, _, _, hidden, _ = rest
     return x.new_empty(*x.shape[:-1], m), x.new_empty(_kept_shape(x, hidden))
 
 
@@ -182,18 +156,9 @@ def _product_backward(
 
 @_product_backward.register_fake
 def _(
-    grad: Tensor,
-    x: Tensor,
-    gate: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    kept: Tensor,
-    layer: Tensor | None,
-    sizes: Sequence[int],
-    backend: str,
-    cast: torch.dtype | None,
-    needs_x: bool,
+    grad: Tensor, x: Tensor, gate: Tensor | None, left: Tensor, right: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, needs_x = rest
     grad_gate = right.new_empty(0) if gate is None else gate.new_empty(gate.shape)
     grad_x = x.new_empty(x.shape if needs_x else 0)
     return grad_x, grad_gate, left.new_empty(left.shape), right.new_empty(right.shape)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +53,7 @@ def fill(
             if module.bias is not None:
                 quantised.bias.data.copy_(source(module, name, "bias", module.bias))
             model.set_submodule(name, quantised)
-        elif "rotary" in type(module).__name__.lower():
+        elif _is_rotary(module):
             # Its buffers are computed; on the meta device they were not.
             with torch.device(device):
                 model.set_submodule(name, type(module)(model.config))
@@ -86,7 +85,8 @@ def is_complete(
     if any(is_conv1d(module) for module in model.modules()):  # which transformers quantises in its own way
         return False
     computed = {key for name, m in model.named_modules() if _is_rotary(m) for key in _buffers(name, m)}
-    return all(name in files.tensors or name in _tied(model) for name, _ in model.named_parameters()) and all(
+    known = files.tensors.keys() | _tied(model)
+    return all(name in known for name, _ in model.named_parameters()) and all(
         name in computed for name, _ in model.named_buffers()
     )
 
@@ -96,7 +96,6 @@ def read_blocks(
     config: BackboneConfig,
     device: torch.device,
     files: WeightFiles,
-    location: Mapping[str, Any],
     blocks: BlockStore,
 ) -> "PreTrainedModel":
     """Fills a model from safetensors files that are complete (:func:`is_complete`), tensor by tensor.
@@ -106,17 +105,15 @@ def read_blocks(
         config: Its options.
         device: Where the model is to live.
         files: What is in its folder.
-        location: Where transformers finds the folder.
         blocks: Takes each block as soon as it is filled.
     """
     from safetensors import safe_open
     from transformers import GenerationConfig
 
-    folder = Path(location["pretrained_model_name_or_path"])
     tied = _tied(model)
     with ExitStack() as opened:
         names = {stored.file for stored in files.tensors.values()}
-        readers = {name: opened.enter_context(safe_open(folder / name, "pt")) for name in names}
+        readers = {name: opened.enter_context(safe_open(files.folder / name, "pt")) for name in names}
 
         def read(module: nn.Module, name: str, key: str, empty: Tensor) -> Tensor:
             full = f"{name}.{key}"
@@ -128,7 +125,7 @@ def read_blocks(
 
         fill(model, config, model.dtype, device, read, blocks)
     with suppress(OSError):  # most models have none
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = GenerationConfig.from_pretrained(files.folder)
     return model
 
 

@@ -1,7 +1,5 @@
 """The frozen tensors of one decoder block as a row of bytes, of which each rank keeps a part."""
 
-from math import prod
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ class BlockShard:
     they are, so that a view that autograd has saved is right again in the backward pass.
 
     Args:
-        block: A block whose weights are all there. They are taken out.
+        block: A block whose weights are all there, some of them frozen. These are taken out.
         group: The ranks; None for one rank alone.
         offload: Whether the part is kept in the CPU's memory, page-locked where there is a GPU.
         stream: The stream of copies to the GPU.
@@ -47,7 +45,7 @@ class BlockShard:
             starts.append(end)
             end += -(-size // _ALIGNED) * _ALIGNED
         share = -(-end // (ranks * _ALIGNED)) * _ALIGNED
-        device = self._places[0].tensor.device if self._places else torch.device("cpu")
+        device = self._places[0].tensor.device
         self._whole = torch.zeros(share * ranks, dtype=torch.uint8, device=device)
         self._views = []
         for place, start, size in zip(self._places, starts, sizes, strict=True):
@@ -74,7 +72,7 @@ class BlockShard:
         if self._under_way or self.gathered:
             return
         self._under_way = True
-        self._whole.untyped_storage().resize_(prod(self._whole.shape))
+        self._whole.untyped_storage().resize_(self._whole.nbytes)
         whole = self._whole.data  # whose changes do not count: autograd's saved views stay valid
         if self.kept.device == whole.device:
             self._collect(whole, self.kept)
