@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from shared.tiny import SHAPE, VOCABULARY
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,8 +29,6 @@ from moka_pl.adapters import MokaConfig, adapter_state, moka_layers
 from moka_pl.backbone import BackboneConfig
 from moka_pl.data import CommonsenseData, InstructionData
 from moka_pl.training.module import MokaModule
-
-VOCABULARY = 96
 
 #: Files that take ten seconds or more begin first, so that neither of pytest's processes ends with one alone.
 LONG = (
@@ -62,18 +61,7 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
 
     def make(seed: int = 0, **options: object) -> LlamaForCausalLM:
         torch.manual_seed(seed)
-        sizes = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            # The usual 0.02 would make so small a network almost blind to its attention layers.
-            "initializer_range": 0.2,
-        }
-        return LlamaForCausalLM(LlamaConfig(**(sizes | options))).float().eval()
+        return LlamaForCausalLM(LlamaConfig(**(SHAPE | options))).float().eval()
 
     return make
 

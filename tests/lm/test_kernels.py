@@ -11,28 +11,15 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
+from shared.tiny import SIZES, build
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.lm.kernels import fuse_kernels, fused_modules
 
 pytest.importorskip("liger_kernel")
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 CONFIGS = {
     "llama": (T.LlamaConfig, SIZES),
     "norms of queries and keys": (T.Qwen3Config, SIZES | {"head_dim": 8}),
@@ -40,11 +27,6 @@ CONFIGS = {
     "capped logits, GELU": (T.Gemma2Config, SIZES | {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "joined projections": (T.Phi3Config, SIZES),
 }
-
-
-def build(config: Any) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import transformers as T
+from shared.tiny import SIZES, build
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -15,19 +16,6 @@ from moka_pl.errors import BackboneError
 from moka_pl.lm.own_loss import has_own_logits, has_plain_head, run_own_forward
 from moka_pl.lm.scoring import score_tokens
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
 HEAD = {"head_dim": 8, "query_pre_attn_scalar": 8}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 16}
@@ -50,11 +38,6 @@ HEADS = {
     ),
     "experts": (T.MixtralConfig, SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1}, True),
 }
-
-
-def build(config: object) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.lm.scoring import row_sums, score_tokens
+from moka_pl.lm.scoring import predicted, row_sums, score_tokens
 
 LENGTHS = (9, 4, 12, 6)
 PROMPTS = (3, 1, 11, 2)
@@ -152,3 +152,12 @@ def test_row_sums(adapted, batch):
     labels = labels.clone()
     labels[3] = -100
     assert row_sums(score_tokens(adapted, ids, labels), 4)[3] == 0
+
+
+def test_tokens_found_before_are_scored_alike(tiny_llama):
+    ids = torch.arange(3, 25).view(2, 11)
+    labels = ids.where(ids % 4 != 0, -100)
+    found, expected = score_tokens(tiny_llama, ids, predicted(labels)), score_tokens(tiny_llama, ids, labels)
+    assert torch.equal(found.nll, expected.nll)
+    assert torch.equal(found.row, expected.row)
+    assert torch.equal(predicted(labels).tokens, labels[:, 1:][labels[:, 1:] != -100])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from moka_pl.lm.scoring import predicted, score_tokens
 from moka_pl.training.launches import compute_as, fuse_on_gpu, gradient_nodes, rebuild_fused
 
 
@@ -77,12 +76,3 @@ def test_a_parameter_s_node_is_the_one_that_was_made_first() -> None:
     assert found.metadata == {"made": "first"}
     del node, found
     assert (2 * parameter).grad_fn.next_functions[0][0].metadata == {}
-
-
-def test_tokens_found_before_are_scored_alike(tiny_llama: Any) -> None:
-    ids = torch.arange(3, 25).view(2, 11)
-    labels = ids.where(ids % 4 != 0, -100)
-    found, expected = score_tokens(tiny_llama, ids, predicted(labels)), score_tokens(tiny_llama, ids, labels)
-    assert torch.equal(found.nll, expected.nll)
-    assert torch.equal(found.row, expected.row)
-    assert torch.equal(predicted(labels).tokens, labels[:, 1:][labels[:, 1:] != -100])
