@@ -157,6 +157,8 @@ class Bench:
             model = self.built(row.backbone)
             torch.manual_seed(0)
             remove = row.put(model)
+            if row.backbone.get("compile") == "layers":
+                self._compile(model)
             values = work(model)
         except Exception as error:
             problem = first_line(error)
@@ -194,6 +196,18 @@ class Bench:
             if base is not None and values:
                 values["ratio"] = values[key] / base
             yield Record(measure, row.name, self.checkpointing, {}, values, error)
+
+    def _compile(self, model: "PreTrainedModel") -> None:
+        """Has the layers compiled with what was put into them, as ``fit`` does."""
+        import torch
+
+        from moka_pl.lm.compiled import compile_layers
+
+        if self.checkpointing and self.offload:
+            raise ConfigError("compile layers does not go with --offload")
+        # All rows' graphs together would be more than the compiler makes of one layer: then it gives up.
+        torch.compiler.reset()
+        compile_layers(model)
 
     def close(self) -> None:
         """Gives the model's memory back."""

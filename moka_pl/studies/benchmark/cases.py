@@ -5,7 +5,7 @@ A row is what is put into the frozen model, and how it is taken out again.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -163,11 +163,7 @@ def backbone_rows() -> list[Row]:
         lora("LoRA r32 q,k,v,up,down", 32, FIVE),
     ]
     rows = [on_backbone(row, compile="layers") for row in ours]
-    rows += [on_backbone(row, kernels="none") for row in (frozen(), *peft)]
-    from moka_pl.backbone import BackboneConfig
-
-    known = {option.name for option in fields(BackboneConfig)}
-    return [row for row in rows if known.issuperset(row.backbone)]
+    return rows + [on_backbone(row, kernels="none") for row in (frozen(), *peft)]
 
 
 def choose(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:

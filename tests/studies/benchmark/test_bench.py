@@ -138,3 +138,22 @@ def test_checkpointing_may_offload() -> None:
     assert error is None
     assert values["steps"] == 2
     assert OFFLOADED in bench.notes
+
+
+def test_layers_are_compiled_with_the_adapters_in_them(bench, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "moka_pl.lm.compiled.compile_layers",
+        lambda model: seen.append(any("moka_B" in name for name, _ in model.named_parameters())),
+    )
+    for row in (MOKA, cases.on_backbone(MOKA, compile="layers"), MOKA):
+        assert bench.measure(row, lambda model: {"ok": 1.0}) == ({"ok": 1.0}, None)
+    assert seen == [True]
+
+
+def test_layers_that_are_offloaded_are_not_compiled() -> None:
+    from moka_pl.studies.benchmark.bench import Bench
+
+    bench = Bench("tiny", "cpu", checkpointing=True, offload=True)
+    _, error = bench.measure(cases.on_backbone(MOKA, compile="layers"), work)
+    assert error == "ConfigError: compile layers does not go with --offload"
