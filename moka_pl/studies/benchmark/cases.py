@@ -3,10 +3,8 @@
 A row is what is put into the frozen model, and how it is taken out again.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from moka_pl.errors import ConfigError
@@ -298,35 +296,20 @@ def find_preset(name: str) -> Preset:
     return preset
 
 
-LIGER_MISSING = "rows with Liger are left out: liger_kernel is not installed; pip install 'moka_pl[liger]'"
-
-
-def liger_installed() -> bool:
-    """Whether Liger is there."""
-    return find_spec("liger_kernel") is not None
+def beside_liger(rows: Sequence[Row]) -> list[Row]:
+    """The rows on a base without Liger's kernels, and then two on a base with them."""
+    plain = [replace(row, backbone={"kernels": "none", **row.backbone}) for row in rows]
+    return [*plain, with_liger(frozen()), with_liger(moka("MoKA r10"))]
 
 
 def with_liger(row: Row) -> Row:
-    """The row on a plain model into which transformers puts Liger's norms, rotary embeddings, gated MLPs."""
+    """The row on a base with Liger's kernels for norms, rotary embeddings and gated MLPs, or none."""
 
     def put(model: "PreTrainedModel") -> Remove:
-        from transformers.integrations.liger import apply_liger_kernel
+        from moka_pl.lm.kernels import fused_modules
 
-        # Liger also replaces functions of the whole modelling module, which other models share.
-        shared = vars(sys.modules[type(model).__module__])
-        before = dict(shared)
-        # The loss is computed outside the model (moka_pl.lm.scoring), so Liger's fused loss would never run.
-        apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
-        try:
-            remove = row.put(model)
-        except BaseException:
-            shared.update(before)
-            raise
+        if not fused_modules(model):
+            raise ConfigError("the base has none of Liger's kernels, which need a GPU and liger-kernel")
+        return row.put(model)
 
-        def both() -> None:
-            remove()
-            shared.update(before)
-
-        return both
-
-    return Row(f"{row.name} + Liger", put, spoils=True, backbone={"kernels": "none"})
+    return Row(f"{row.name} + Liger", put, backbone={"kernels": "auto"})

@@ -44,7 +44,7 @@ class Plan:
         measures: Some of ``MEASURES``.
         checkpointing: Without and with, in this order.
         names: Only these rows; all for none.
-        liger: Whether to add rows with Liger.
+        liger: Whether rows are without Liger's kernels, but for two more with them.
         unsloth: Where unsloth is; None for no rows of it.
         cards: Sizes of the cards, GiB, on which to search the longest row of tokens.
         profiled: Whether to count launches.
@@ -144,7 +144,7 @@ def row_names(
     names: list[str] = []
     if "steps" in measures:
         names += [row.name for row in unsloth.ROWS] if with_unsloth else []
-        names += [row.name for row in [*cases.step_rows(device), *(_liger_rows() if with_liger else [])]]
+        names += [row.name for row in _step_rows(device, with_liger)]
     if set(GROWTH) & set(measures):
         names += growth.growth_rows(device)
     if "fit" in measures:
@@ -177,9 +177,6 @@ def run(plan: Plan, file: Path | None = None) -> Results:
         dtype=str(dtype).removeprefix("torch."),
         versions=versions(),
     )
-    if plan.liger and not cases.liger_installed():
-        results.notes.append(cases.LIGER_MISSING)
-        print(f"Note: {cases.LIGER_MISSING}", file=sys.stderr)
     with warnings.catch_warnings():
         # What PEFT and Lightning use that transformers and torch will rename one day.
         warnings.simplefilter("ignore", FutureWarning)
@@ -205,9 +202,8 @@ def records(plan: Plan) -> Iterator[Record | str]:
     for checkpointing in plan.checkpointing:
         bench = Bench(preset.shape, preset.device, checkpointing, plan.offload)
         if "steps" in plan.measures:
-            listed = cases.step_rows(preset.device)
-            listed += _liger_rows() if plan.liger and cases.liger_installed() else []
-            yield from measure_steps(bench, preset, cases.choose(listed, names), plan.profiled)
+            rows = cases.choose(_step_rows(preset.device, plan.liger), names)
+            yield from measure_steps(bench, preset, rows, plan.profiled)
         if "components" in plan.measures:
             yield from growth.grow_components(bench, preset, names)
         if "tokens" in plan.measures:
@@ -257,8 +253,9 @@ def progress(record: Record) -> str:
     return f"{what}: {milliseconds(record.values[key])} ms, {record.values['peak_gib']:.2f} GiB"
 
 
-def _liger_rows() -> list[cases.Row]:
-    return [cases.with_liger(cases.frozen()), cases.with_liger(cases.moka("MoKA r10"))]
+def _step_rows(device: str, with_liger: bool) -> list[cases.Row]:
+    rows = cases.step_rows(device)
+    return cases.beside_liger(rows) if with_liger else rows
 
 
 def _measures(args: argparse.Namespace) -> list[str]:
@@ -319,7 +316,9 @@ def _parser() -> Parser:
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these rows")
     parser.add_argument("--steps", type=int, metavar="N", help="measured steps, instead of the preset's")
     parser.add_argument(
-        "--liger", action="store_true", help="add rows with Liger's kernels (needs liger-kernel and a GPU)"
+        "--liger",
+        action="store_true",
+        help="rows are on a base without Liger's kernels, and two more on one with them (needs a GPU)",
     )
     parser.add_argument(
         "--unsloth",

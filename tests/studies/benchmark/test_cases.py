@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from moka_pl.adapters.filters import filter_shapes
 from moka_pl.backbone import BackboneConfig, load_backbone
@@ -93,35 +92,21 @@ def test_choose() -> None:
     ]
 
 
-def test_liger_leaves_the_modelling_module_as_it_was(model, monkeypatch) -> None:
-    from transformers.integrations import liger as switch
-    from transformers.models.llama import modeling_llama
+def test_liger_s_rows_have_its_kernels_and_the_others_do_not() -> None:
+    rows = {row.name: row for row in cases.beside_liger(cases.step_rows("cuda"))}
+    liger = {name for name, row in rows.items() if dict(row.backbone) == {"kernels": "auto"}}
+    assert liger == {"frozen base + Liger", "MoKA r10 + Liger"}
+    assert all(row.backbone["kernels"] == "none" for name, row in rows.items() if name not in liger)
+    assert rows["MoKA r10, compile layers"].backbone["compile"] == "layers"
 
-    from moka_pl.studies.benchmark.cases import with_liger
 
-    original = modeling_llama.apply_rotary_pos_emb
-    calls = []
-
-    def apply(patched: torch.nn.Module, config: dict) -> None:
-        calls.append((patched, config))
-        modeling_llama.apply_rotary_pos_emb = None
-
-    monkeypatch.setattr(switch, "apply_liger_kernel", apply)
-    row = with_liger(ROWS["MoKA r10"])
-    assert (row.name, row.spoils) == ("MoKA r10 + Liger", True)
-    remove = row.put(model)
-    assert modeling_llama.apply_rotary_pos_emb is None
+def test_a_base_without_liger_s_kernels_is_not_measured_under_its_name(model) -> None:
+    row = cases.with_liger(ROWS["MoKA r10"])
+    with pytest.raises(ConfigError, match="none of Liger's kernels, which need a GPU and liger-kernel"):
+        row.put(model)
+    model.model.norm.forward = model.model.norm.forward  # as Liger's is put in
+    row.put(model)
     assert any("moka_B" in name for name, _ in model.named_parameters())
-    remove()
-    assert modeling_llama.apply_rotary_pos_emb is original
-    assert calls == [(model, {"fused_linear_cross_entropy": False})]
-
-    def fail(patched: torch.nn.Module) -> None:
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"):
-        with_liger(cases.Row("broken", fail)).put(model)
-    assert modeling_llama.apply_rotary_pos_emb is original
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -10,34 +10,37 @@ from moka_pl.studies.benchmark.bench import load_results
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
-def test_a_run(preset, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("moka_pl.studies.benchmark.cases.liger_installed", lambda: False)
+def test_a_run(preset, tmp_path, capsys) -> None:
     file = tmp_path / "results.json"
     arguments = ["--preset", preset.name, "--checkpointing", "both", "--steps", "3", "--liger"]
-    command.main([*arguments, "--json", str(file), "--rows", "MoKA r10", "frozen base"])
+    rows = ["MoKA r10", "frozen base", "MoKA r10 + Liger"]
+    command.main([*arguments, "--json", str(file), "--rows", *rows])
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[:2] for line in lines[1:]] == [
         ["| frozen base", "off"],
         ["| MoKA r10", "off"],
+        ["| MoKA r10 + Liger", "off"],
         ["| frozen base", "on"],
         ["| MoKA r10", "on"],
+        ["| MoKA r10 + Liger", "on"],
     ]
     assert "steps: MoKA r10, checkpointing: " in err
     results = load_results(file)
     assert results.preset["steps"] == 3
     assert results.dtype == "float32"
-    assert len(results.records) == 4
-    assert all(record.values["steps"] == 3 for record in results.records)
+    assert len(results.records) == 6
+    failed = [record for record in results.records if record.error is not None]
+    assert [record.row for record in failed] == ["MoKA r10 + Liger"] * 2
+    problem = "ConfigError: the base has none of Liger's kernels, which need a GPU and liger-kernel"
+    assert {record.error for record in failed} == {problem}
+    assert problem in out
+    assert problem in err
+    assert all(record.values["steps"] == 3 for record in results.records if record.error is None)
     assert results.command == (
         "python scripts/benchmark.py --preset tiny-cpu --checkpointing both --steps 3 --liger "
-        "--rows 'MoKA r10' 'frozen base'"
+        "--rows 'MoKA r10' 'frozen base' 'MoKA r10 + Liger'"
     )
-    assert results.notes == [
-        "rows with Liger are left out: liger_kernel is not installed; pip install 'moka_pl[liger]'"
-    ]
-    assert results.notes[0] in out
-    assert results.notes[0] in err
 
 
 def test_growth_is_drawn(preset, results, tmp_path, monkeypatch, capsys) -> None:
