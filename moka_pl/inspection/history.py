@@ -56,7 +56,7 @@ def read_gate_curves(run: Path) -> GateCurves | None:
     """
     by_step: dict[int, dict[tuple[str, int], float]] = defaultdict(dict)
     shapes: dict[tuple[str, int], str] = {}
-    for step, tag, value in _scalars(run):
+    for step, tag, value in read_scalars(run):
         if (match := next(filter(None, (form.fullmatch(tag) for form in _TAGS)), None)) is None:
             continue
         found = match.groupdict()
@@ -73,8 +73,12 @@ def read_gate_curves(run: Path) -> GateCurves | None:
     return GateCurves(steps, layers, names, alpha.reshape(len(steps), len(layers), -1))  # (S, L, r)
 
 
-def _scalars(run: Path) -> Iterator[tuple[int, str, float]]:
-    """Yields step, tag and value of everything that was logged, in its order."""
+def read_scalars(run: Path) -> Iterator[tuple[int, str, float]]:
+    """Yields step, tag and value of every scalar that a run logged, in their order; none of a huge log.
+
+    Args:
+        run: The run's log folder.
+    """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     files = sorted(run.glob("events.out.tfevents.*"))  # their names begin with the time of their beginning

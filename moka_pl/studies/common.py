@@ -1,4 +1,4 @@
-"""What studies have in common: their command line, device and versions, memory, logged curves, and files."""
+"""What studies have in common: their command line, device and versions, memory, and files."""
 
 import argparse
 import contextlib
@@ -158,19 +158,6 @@ def free_memory() -> None:
     gc.collect()  # models and tracebacks have reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def scalar_events(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """The (step, value) pairs of every scalar that a run logged to TensorBoard, in their order, by tag.
-
-    Args:
-        run: Folder of the event files.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def _processor() -> str:

@@ -14,7 +14,7 @@ from moka_pl.adapters.metric_table import metric_table
 from moka_pl.errors import ConfigError
 from moka_pl.inspection.charts import diverging, sequential, ticks
 from moka_pl.inspection.comparison import compare
-from moka_pl.inspection.history import find_log, read_gate_curves
+from moka_pl.inspection.history import find_log, read_gate_curves, read_scalars
 from moka_pl.inspection.page import check_target, page, write_page
 from moka_pl.inspection.report import inspect_adapter
 
@@ -256,3 +256,12 @@ def test_in_a_browser_nothing_overflows_and_no_request_leaves(two: tuple[Path, P
         assert set(browser.requests) == {file.as_uri()}
     assert len(set(pictures.values())) == 4
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+
+
+def test_scalars_of_a_run(tmp_path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(3):
+            writer.add_scalar("train/loss", step / 2, step)
+    assert list(read_scalars(tmp_path)) == [(step, "train/loss", step / 2) for step in range(3)]

@@ -6,7 +6,6 @@ from moka_pl.studies.common import (
     Parser,
     device_name,
     first_line,
-    scalar_events,
     versions,
     write_json,
 )
@@ -39,12 +38,3 @@ def test_json_is_there_whole_with_paths_as_text(tmp_path) -> None:
     assert list(file.parent.iterdir()) == [file]
     with pytest.raises(TypeError):
         write_json(file, {"α": object()})
-
-
-def test_scalars_of_a_run(tmp_path) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(tmp_path)) as writer:
-        for step in range(3):
-            writer.add_scalar("train/loss", step / 2, step)
-    assert scalar_events(tmp_path) == {"train/loss": [(0, 0.0), (1, 0.5), (2, 1.0)]}

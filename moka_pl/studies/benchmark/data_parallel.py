@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from moka_pl.studies.common import Parser, scalar_events
+from moka_pl.studies.common import Parser
 
 DESCRIPTION = """\
 Measures how training speed grows with the number of GPUs, through the command line that users run.
@@ -74,6 +74,8 @@ def measure(
     Returns:
         ``devices``, ``tokens_per_second`` (median) and ``peak_memory_gib``.
     """
+    from moka_pl.inspection.history import read_scalars
+
     with tempfile.TemporaryDirectory() as folder:
         # Each rank runs the same command, and so limits its own GPU.
         command = [sys.executable, "-m", "moka_pl", "fit"]
@@ -99,9 +101,9 @@ def measure(
         }
         command += [f"--{name}={value}" for name, value in options.items()]
         subprocess.run(command, check=True)
-        logged = scalar_events(next(Path(folder).glob("*/version_0")))
-    speeds = [value for step, value in logged["train/tokens_per_second"] if step > _WARMUP]
-    peak = max(value for _, value in logged["train/peak_memory_gib"])
+        logged = list(read_scalars(next(Path(folder).glob("*/version_0"))))
+    speeds = [value for step, tag, value in logged if tag == "train/tokens_per_second" and step > _WARMUP]
+    peak = max(value for _, tag, value in logged if tag == "train/peak_memory_gib")
     return {"devices": devices, "tokens_per_second": median(speeds), "peak_memory_gib": peak}
 
 
