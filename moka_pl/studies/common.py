@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from moka_pl.errors import ConfigError
 from moka_pl.utils import silenced
 
 if TYPE_CHECKING:
@@ -107,6 +108,26 @@ def write_json(file: Path, content: Any, indent: int | None = None) -> None:
         indent: Spaces of an indentation; None for one line.
     """
     write_atomically(file, json.dumps(content, indent=indent, ensure_ascii=False, default=os.fspath) + "\n")
+
+
+def replace_section(text: str, new: str, begin: str, end: str) -> str:
+    """Puts a new section between two markers of a page.
+
+    Args:
+        text: The page.
+        new: The section.
+        begin: The marker above it.
+        end: The marker below it.
+
+    Returns:
+        The changed page.
+
+    Raises:
+        ConfigError: If the two markers are not there exactly once, in their order.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ConfigError(f"needs one line {begin} and one line {end} below it, around the generated section")
+    return f"{text.partition(begin)[0]}{begin}\n{new}\n{end}{text.partition(end)[2]}"
 
 
 def first_line(error: BaseException) -> str:

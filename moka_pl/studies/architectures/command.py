@@ -11,7 +11,7 @@ from moka_pl.backbone.loading import progress_bars
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.studies.architectures.facts import REFUSED, Facts, family_facts
 from moka_pl.studies.architectures.families import FAMILIES, Family, write_family
-from moka_pl.studies.common import Parser
+from moka_pl.studies.common import Parser, replace_section, write_atomically
 from moka_pl.utils import silenced
 
 BEGIN, END = "<!-- families -->", "<!-- /families -->"
@@ -99,12 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help=f"write the table into {_PAGE}")
     args = parser.parse_args(arguments)
     try:
+        if args.write:
+            stored_rows(_PAGE)  # refuses a page without markers at once
         made = table(find_rows())
         if args.write:
-            stored_rows(_PAGE)
-            before, _, rest = _PAGE.read_text(encoding="utf-8").partition(BEGIN)
-            after = rest.partition(END)[2]
-            _PAGE.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+            page = _PAGE.read_text(encoding="utf-8")
+            write_atomically(_PAGE, replace_section(page, made, BEGIN, END))
     except (MokaError, OSError) as error:
         parser.error(str(error))
     print(f"{_PAGE} is written" if args.write else made)

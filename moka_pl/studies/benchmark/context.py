@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark.bench import Bench, Record, Values
 from moka_pl.studies.benchmark.cases import ALL, choose, moka
-from moka_pl.studies.benchmark.steps import random_batch, synchronise
+from moka_pl.studies.benchmark.steps import plain_loss, random_batch, synchronise
 from moka_pl.studies.common import free_memory, peak_gib, reset_peak
 
 if TYPE_CHECKING:
@@ -242,8 +242,6 @@ def measure_context(
     Yields:
         A record a row and card.
     """
-    from moka_pl.studies.benchmark.steps import plain_loss
-
     for row in choose(ROWS, names):
         found: dict[int, Values] = {}
 

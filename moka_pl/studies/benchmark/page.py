@@ -18,7 +18,7 @@ from moka_pl.studies.benchmark.tables import (
     number,
     render,
 )
-from moka_pl.studies.common import Parser
+from moka_pl.studies.common import Parser, replace_section
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 
@@ -41,26 +41,6 @@ def section(runs: Sequence[Results]) -> str:
         Markdown that begins and ends with an empty line.
     """
     return "\n" + "\n".join(_about(results) for results in runs) + "\n"
-
-
-def replace_section(text: str, new: str) -> str:
-    """Puts a new section between the markers of a page.
-
-    Args:
-        text: The page.
-        new: The section.
-
-    Returns:
-        The changed page.
-
-    Raises:
-        ConfigError: If the two markers are not there exactly once, in their order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ConfigError(f"needs one line {BEGIN} and one line {END} below it, around the generated section")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,7 +76,7 @@ def _change(file: Path, new: str, check: bool) -> bool:
     """Whether the section is another one; it is written unless this is a check."""
     try:
         text = file.read_text(encoding="utf-8")
-        wanted = replace_section(text, new)
+        wanted = replace_section(text, new, BEGIN, END)
         if wanted != text and not check:
             file.write_text(wanted, encoding="utf-8")
     except OSError as error:

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from moka_pl.errors import ConfigError
-from moka_pl.studies.benchmark.page import BEGIN, END, main, replace_section, section
+from moka_pl.studies.benchmark.page import BEGIN, END, main, section
+from moka_pl.studies.common import replace_section
 
 BEFORE, AFTER = "# name\n\nText.\n\n", "\n\n## More\n"
 
@@ -68,7 +69,7 @@ def test_rewriting_and_checking(page, given, results, capsys) -> None:
 )
 def test_markers_must_be_there(text: str, page, given, capsys) -> None:
     with pytest.raises(ConfigError, match="needs one line <!-- performance -->"):
-        replace_section(text, "new")
+        replace_section(text, "new", BEGIN, END)
     page.write_text(text)
     assert status(given, "--page", str(page)) == 2
     assert f"error: {page} needs one line {BEGIN} and one line {END} below it" in capsys.readouterr().err
