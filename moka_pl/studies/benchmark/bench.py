@@ -228,12 +228,12 @@ class Bench:
             self.close()
             config = BackboneConfig(self.shape, weights="random", **options)  # type: ignore[arg-type]
             loaded = load_backbone(config, self.device)
-            self.notes += [note for note in loaded.notes if note not in self.notes]
             model = loaded.model
             if self.checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 if self.offload:
                     offload_layer_inputs(model)
-                    self.notes.append(OFFLOADED)
+                    loaded.notes.append(OFFLOADED)
+            self.notes += [note for note in loaded.notes if note not in self.notes]
             self._model, self._backbone, self._structure = model, options, structure(model)
         return self._model

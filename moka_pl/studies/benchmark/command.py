@@ -213,7 +213,7 @@ def records(plan: Plan) -> Iterator[Record | str]:
         bench.close()
         yield from bench.notes
         if "sizes" in plan.measures:
-            yield from growth.grow_sizes(preset, checkpointing, names)
+            yield from growth.grow_sizes(preset, checkpointing, names, plan.offload)
         if "fit" in plan.measures:
             yield from fit.measure_fit(
                 preset, "offload" if checkpointing and plan.offload else checkpointing, names
@@ -222,6 +222,7 @@ def records(plan: Plan) -> Iterator[Record | str]:
         bench = Bench(preset.shape, preset.device)
         yield from steps.measure_decode(bench, preset, cases.choose(steps.decode_rows(), names))
         bench.close()
+        yield from bench.notes
     if plan.cards:
         bench = Bench(preset.shape, preset.device, checkpointing=True, offload=True)
         search = plan.cards, preset.context_seconds, names
@@ -229,6 +230,7 @@ def records(plan: Plan) -> Iterator[Record | str]:
         if plan.unsloth is not None:
             yield from unsloth.measure_unsloth_context(bench, *search, plan.unsloth)
         bench.close()
+        yield from bench.notes
 
 
 def add_ratio(record: Record, results: Results) -> None:

@@ -72,23 +72,27 @@ def grow_tokens(bench: Bench, preset: Preset, names: Sequence[str]) -> Iterator[
     yield from _grow(bench, preset, "tokens", points)
 
 
-def grow_sizes(preset: Preset, checkpointing: bool, names: Sequence[str]) -> Iterator[Record]:
+def grow_sizes(
+    preset: Preset, checkpointing: bool, names: Sequence[str], offload: bool = False
+) -> Iterator[Record | str]:
     """Measures over the shapes of models.
 
     Args:
         preset: Batch, steps and shapes.
         checkpointing: Compute activations again in the backward pass.
         names: Only these rows, or all for none.
+        offload: With checkpointing, keep the layers' inputs in the host's memory.
 
     Yields:
-        A record a row and shape.
+        A record a row and shape; notes on the models.
     """
     rows = choose([frozen(), moka("MoKA r10"), lora("LoRA r64 q,v", 64, QV)], names)
     for shape in preset.shapes if rows else ():
-        bench = Bench(shape, preset.device, checkpointing)
+        bench = Bench(shape, preset.device, checkpointing, offload)
         points = [_Point(row, {"shape": shape}, preset.batch, preset.length) for row in rows]
         yield from _grow(bench, preset, "sizes", points)
         bench.close()
+        yield from bench.notes
 
 
 def _grow(bench: Bench, preset: Preset, measure: str, points: Sequence[_Point]) -> Iterator[Record]:

@@ -1,3 +1,4 @@
+from moka_pl.studies.benchmark.bench import OFFLOADED
 from moka_pl.studies.benchmark.growth import grow_components, grow_sizes, grow_tokens, growth_rows
 
 
@@ -23,6 +24,9 @@ def test_over_shapes(preset) -> None:
     assert [r.row for r in records] == ["frozen base", "MoKA r10", "LoRA r64 q,v"]
     assert all(r.error is None and r.checkpointing and r.setting == {"shape": "tiny"} for r in records)
     assert list(grow_sizes(preset, False, ["MoKA dense"])) == []
+    *records, note = grow_sizes(preset, True, ["frozen base"], offload=True)
+    assert [r.row for r in records] == ["frozen base"]
+    assert note == OFFLOADED
 
 
 def test_a_gpu_has_one_backend_more() -> None:
