@@ -32,11 +32,15 @@ def reach_model(name: str, revision: str | None = None) -> Path | None:
 
 
 def download_model(name: str, revision: str | None = None) -> Path:
-    """Downloads a model's files into the hub cache, and returns their folder."""
+    """Downloads the files of a model that transformers reads into the hub cache, and returns their folder."""
     from huggingface_hub import snapshot_download
 
-    files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    # Some models have their weights twice more, in other folders or under other names.
+    kinds = ["model*.safetensors", "*.json", "*.model", "*.jinja"]
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns="*/*"))
+    if not any(folder.glob("*.safetensors")):
+        snapshot_download(name, revision=revision, allow_patterns="pytorch_model*.bin")
+    return folder
 
 
 HubFailure = Literal["offline", "denied", "no file", "missing", "malformed", "unreachable", "other"]

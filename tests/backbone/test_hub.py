@@ -10,10 +10,12 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import filter_repo_objects
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
+from moka_pl.backbone.hub import download_model
 from moka_pl.errors import BackboneError
 
 # The client's transport library: its name differs between versions.
@@ -149,3 +151,26 @@ def test_without_a_network_the_client_fails_in_one_line() -> None:
     with pytest.raises(BackboneError, match=f"{NAME} is not in the hub cache") as caught:
         load_backbone(BackboneConfig(NAME))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        (["model-1.safetensors", "pytorch_model.bin"], ["model-1.safetensors"]),
+        (
+            ["model.safetensors", "consolidated.safetensors", "original/model.safetensors"],
+            ["model.safetensors"],
+        ),
+        (["pytorch_model-1.bin", "training_args.bin"], ["pytorch_model-1.bin"]),
+    ],
+)
+def test_weights_are_downloaded_once_in_whatever_files(stored, wanted, tmp_path, monkeypatch) -> None:
+    def download(name: str, **options) -> str:
+        assert (name, options.pop("revision")) == ("some/model", "v1")
+        for file in filter_repo_objects(["config.json", *stored], **options):
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert download_model("some/model", "v1") == tmp_path
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", *wanted]
