@@ -27,9 +27,6 @@ BOUNDS = {
     torch.bfloat16: (5e-2, 1e-2),
     torch.int8: (1e-1, 2e-2),
 }
-#: Bytes of a base in float32 up to which a check by another engine computes with that; larger ones are
-#: written in float16.
-SMALL = 2**32
 
 
 @dataclass(frozen=True)

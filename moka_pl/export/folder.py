@@ -65,6 +65,11 @@ def _is_trained(folder: Path) -> bool:
     return isinstance(stored, dict) and "moka_pl_version" in stored
 
 
+def mebibytes(out: Path) -> float:
+    """Returns the size of what an export has written."""
+    return sum(file.stat().st_size for file in out.iterdir()) / 2**20
+
+
 @contextmanager
 def written_folder(out: Path) -> Iterator[Path]:
     """Gives a new folder to fill, which takes the place of ``out`` unless the body fails.

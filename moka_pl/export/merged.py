@@ -5,7 +5,7 @@ Only one shard is dense in memory at a time: a 7B model in 4 bits takes its own 
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.errors import AdapterError
 from moka_pl.export.check import Measured, check, measure
-from moka_pl.export.folder import written_folder
+from moka_pl.export.folder import mebibytes, written_folder
 from moka_pl.export.source import Source, say
 from moka_pl.lm.experts import SplitExperts, has_experts, stored
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Bytes of a shard.
 _SHARD = 2**30
+#: Bytes of a base in float32 up to which another engine's check computes with that.
+_SMALL = 2**32
 
 
 @dataclass(frozen=True)
@@ -253,12 +255,16 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
         found = reloaded(new, source, device, dtype if device.type == "cuda" else compute)
         routed = has_experts(source.model)
         say(check(source.expected, found, reader, dtype, compute, routed=routed))
-    size = sum(file.stat().st_size for file in out.iterdir())
-    say(f"{out}: {sum(map(_count, parts)):,} parameters, {size / 2**20:,.1f} MiB")
+    say(f"{out}: {sum(map(_count, parts)):,} parameters, {mebibytes(out):,.1f} MiB")
 
 
 def _count(part: Part) -> int:
     return torch.Size(part.shape).numel()
+
+
+def base_dtype(parts: Iterable[Part]) -> torch.dtype:
+    """Returns the dtype in which a base is written for another engine's check: float32 unless it is large."""
+    return torch.float32 if 4 * sum(map(_count, parts)) <= _SMALL else torch.float16
 
 
 def reloaded(folder: Path, source: Source, device: torch.device, compute: torch.dtype) -> Measured:

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save
 
 from moka_pl.errors import AdapterError, ConfigError, one_line
-from moka_pl.export.check import SMALL, Measured, check, measured
-from moka_pl.export.folder import written_folder
+from moka_pl.export.check import Measured, check, measured
+from moka_pl.export.folder import mebibytes, written_folder
 from moka_pl.export.lora import LoraForm
-from moka_pl.export.merged import Part, merged_parts, write_description, write_weights
+from moka_pl.export.merged import base_dtype, merged_parts, write_description, write_weights
 from moka_pl.export.peft import lora_reference
 from moka_pl.export.source import Source, say
 
@@ -95,19 +95,12 @@ def export_mlx(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) ->
         base = new.parent / "base"  # removed with the folder of the unfinished export
         base.mkdir()
         parts = merged_parts(model)
-        compute = _compute_dtype(parts)
+        compute = base_dtype(parts)
         write_weights(base, parts, compute)
         write_description(base, model, source.tokenizer, compute)
         say(f"{reader} reads it back onto the same base ...")
         say(check(expected, measure_mlx(base, new, source.prompts), reader, dtype, compute))
-    size = sum(file.stat().st_size for file in out.iterdir())
-    say(f"{out}: rank {form.rank}, {size / 2**20:.1f} MiB")
-
-
-def _compute_dtype(parts: list[Part]) -> torch.dtype:
-    """What the base of the check is written in: float32, unless that is large."""
-    entries = sum(torch.Size(part.shape).numel() for part in parts)
-    return torch.float32 if 4 * entries <= SMALL else torch.float16
+    say(f"{out}: rank {form.rank}, {mebibytes(out):.1f} MiB")
 
 
 def measure_mlx(base: Path, adapter: Path, prompts: list[torch.Tensor]) -> Measured:

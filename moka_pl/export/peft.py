@@ -14,7 +14,7 @@ from moka_pl.backbone.linear_layers import conv1d_names
 from moka_pl.backbone.quantization import import_quantiser
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export.check import Measured, check, measure
-from moka_pl.export.folder import written_folder
+from moka_pl.export.folder import mebibytes, written_folder
 from moka_pl.export.lora import LoraForm, lora_applied
 from moka_pl.export.source import Source, say
 from moka_pl.lm.experts import has_experts
@@ -64,8 +64,7 @@ def export_lora(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) -
         _check_layers(served, form, reader)
         routed, dtypes = has_experts(source.model), (dtype, source.model.dtype)
         say(check(expected, measure(served, source.prompts), reader, *dtypes, routed=routed))
-    size = sum(file.stat().st_size for file in out.iterdir())
-    say(f"{out}: rank {form.rank}, {size / 2**20:.1f} MiB; {_vllm(form.rank)}")
+    say(f"{out}: rank {form.rank}, {mebibytes(out):.1f} MiB; {_vllm(form.rank)}")
 
 
 def lora_reference(source: Source, form: LoraForm) -> Measured:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moka_pl.adapters import AdapterInfo, load_adapter, moka_layers, read_adapter
-from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters import AdapterInfo, load_adapter, read_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.backbone.quantization import QuantisedError
 from moka_pl.backbone.smollm2 import SHORT_NAME
@@ -43,10 +42,6 @@ class Source:
     expected: Measured
     base_name: str
     asked_name: str
-
-    def moka_layers(self) -> dict[str, MokaLinear]:
-        """Returns the layers of MoKA."""
-        return moka_layers(self.model)
 
 
 def open_source(

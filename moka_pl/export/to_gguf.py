@@ -10,12 +10,12 @@ from moka_pl.backbone.loading import cache_root, loading, progress_bars
 from moka_pl.backbone.smollm2 import SHORT_NAME, bundled_gguf
 from moka_pl.errors import AdapterError
 from moka_pl.export import llama_cpp
-from moka_pl.export.check import SMALL, Measured, check, measure
-from moka_pl.export.folder import written_folder
+from moka_pl.export.check import Measured, check, measure
+from moka_pl.export.folder import mebibytes, written_folder
 from moka_pl.export.gguf import GgufType, Names, import_gguf, write_adapter, write_model
 from moka_pl.export.llama_cpp import LlamaCpp, greedy
 from moka_pl.export.lora import LoraForm, lora_applied
-from moka_pl.export.merged import merged_parts
+from moka_pl.export.merged import base_dtype, merged_parts
 from moka_pl.export.modelfile import modelfile
 from moka_pl.export.peft import lora_reference
 from moka_pl.export.source import Source, say
@@ -84,8 +84,7 @@ def export_adapter(source: Source, out: Path, form: LoraForm, dtype: torch.dtype
         if reader := llama_cpp.version():
             say(f"{reader} reads it back onto the same base ...")
             parts = merged_parts(model)
-            entries = sum(torch.Size(part.shape).numel() for part in parts)
-            kind: GgufType = "f32" if 4 * entries <= SMALL else "f16"
+            kind: GgufType = "f32" if base_dtype(parts) == torch.float32 else "f16"
             base = new.parent / "base.gguf"  # removed with the folder of the unfinished export
             write_model(base, model, parts, kind)
             engine = LlamaCpp(base, new / _ADAPTER)
@@ -147,6 +146,5 @@ def _read_back(file: Path, model: "PreTrainedModel", form: LoraForm, dtype: torc
 
 
 def _say_size(out: Path) -> None:
-    files = sorted(out.iterdir())
-    size = sum(file.stat().st_size for file in files) / 2**20
-    say(f"{out}: {', '.join(file.name for file in files)}, {size:,.1f} MiB")
+    names = ", ".join(sorted(file.name for file in out.iterdir()))
+    say(f"{out}: {names}, {mebibytes(out):,.1f} MiB")

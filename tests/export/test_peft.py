@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moka_pl.adapters import unload
+from moka_pl.adapters import moka_layers, unload
 from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError
 from moka_pl.export import peft as export_peft
@@ -49,7 +49,7 @@ def test_a_lora_that_computes_something_else_is_not_left(
 ) -> None:
     adapter = make_adapter(quantization="none")
     source, out = open_source(adapter), adapter.with_name("out")
-    form = lora_form(source.moka_layers())
+    form = lora_form(moka_layers(source.model))
     written = export_peft.write_peft
 
     def damaged(folder: Path, *arguments: object) -> None:
