@@ -35,6 +35,11 @@ class GateCurves(NamedTuple):
     shapes: list[list[str]]
     alpha: Tensor
 
+    def by_layer(self) -> dict[str, list[list[tuple[int, float]]]]:
+        """Returns step and value of each of the r gates, by the layer's label."""
+        curves = zip(self.layers, self.alpha.permute(1, 2, 0).tolist(), strict=True)  # L of (r, S)
+        return {layer: [list(zip(self.steps, of, strict=True)) for of in gates] for layer, gates in curves}
+
 
 def find_log(adapter: Path) -> Path | None:
     """Returns the folder of TensorBoard events that an adapter lies in: its own, or one of two above it."""
@@ -55,22 +60,22 @@ def read_gate_curves(run: Path) -> GateCurves | None:
         run: The run's log folder.
     """
     by_step: dict[int, dict[tuple[str, int], float]] = defaultdict(dict)
-    shapes: dict[tuple[str, int], str] = {}
+    shapes: dict[str, dict[int, str]] = defaultdict(dict)
     for step, tag, value in read_scalars(run):
         if (match := next(filter(None, (form.fullmatch(tag) for form in _TAGS)), None)) is None:
             continue
-        found = match.groupdict()
+        found, component = match.groupdict(), int(match["component"])
         row, projection = found["row"], found.get("projection")
-        key = (row if projection in (None, row) else f"{row}.{projection}", int(found["component"]))
-        shapes[key] = found.get("shape", "")
-        by_step[step][key] = value
-    steps = [step for step in sorted(by_step) if by_step[step].keys() == shapes.keys()]
-    layers = list(dict.fromkeys(layer for layer, _ in shapes))
-    if not steps or len(shapes) % len(layers):
+        layer = row if projection in (None, row) else f"{row}.{projection}"
+        shapes[layer][component] = found.get("shape", "")
+        by_step[step][layer, component] = value
+    keys = [(layer, i) for layer, of in shapes.items() for i in sorted(of)]
+    steps = [step for step in sorted(by_step) if by_step[step].keys() == set(keys)]
+    if not steps or len(set(map(len, shapes.values()))) > 1:
         return None
-    alpha = torch.tensor([[by_step[step][key] for key in shapes] for step in steps])  # (S, L * r)
-    names = [[shape for (of, _), shape in shapes.items() if of == layer] for layer in layers]
-    return GateCurves(steps, layers, names, alpha.reshape(len(steps), len(layers), -1))  # (S, L, r)
+    alpha = torch.tensor([[by_step[step][key] for key in keys] for step in steps])  # (S, L * r)
+    names = [[of[i] for i in sorted(of)] for of in shapes.values()]
+    return GateCurves(steps, list(shapes), names, alpha.view(len(steps), len(shapes), -1))  # (S, L, r)
 
 
 def read_scalars(run: Path) -> Iterator[tuple[int, str, float]]:

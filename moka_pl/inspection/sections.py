@@ -153,15 +153,7 @@ def gate_curves(one: Inspection) -> str:
     gated = one.gated
     run = find_log(one.path) if gated else None
     found = None if run is None else read_gate_curves(run)
-    # Step and value by layer and component.
-    curves = (
-        {}
-        if found is None
-        else {
-            label: [list(zip(found.steps, of, strict=True)) for of in found.alpha[:, i].T.tolist()]
-            for i, label in enumerate(found.layers)
-        }
-    )
+    curves = {} if found is None else found.by_layer()
     labels = dict(zip((n.name for n in one.layers), short_labels([n.layer for n in one.layers]), strict=True))
     logged = [layer for layer in gated if labels[layer.name] in curves]
     if not logged:

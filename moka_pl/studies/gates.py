@@ -47,11 +47,9 @@ def read_gates(run: Path) -> dict[str, Curves]:
     curves = read_gate_curves(run)
     if curves is None:
         return {}
-    gates = {}
-    for number, layer in enumerate(curves.layers):
-        values = enumerate(curves.alpha[:, number].T.tolist())  # (r, S)
-        gates[layer] = {f"alpha_{i}": list(zip(curves.steps, of, strict=True)) for i, of in values}
-    return gates
+    return {
+        layer: {f"alpha_{i}": curve for i, curve in enumerate(of)} for layer, of in curves.by_layer().items()
+    }
 
 
 def spread(curves: Curves) -> float:

@@ -97,6 +97,18 @@ def test_curves_are_read_from_the_log_beside_the_adapter(make_adapter: Callable,
     assert curves.alpha[:, 1, 2].tolist() == pytest.approx([1 / 3 + 0.01 * step for step in range(10)])
 
 
+@pytest.mark.parametrize(("second", "found"), [([2, 0, 1], True), ([0], False)])
+def test_gates_are_told_apart_by_their_numbers(second: list[int], found: bool, tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        for n, numbers in enumerate(([0, 1, 2], second)):
+            for i in numbers:
+                writer.add_scalar(NEW.format(n=n, i=i), n + i, 5)
+    curves = read_gate_curves(tmp_path)
+    assert (curves is not None) is found
+    if curves is not None:
+        assert curves.by_layer()["layer01.q_proj"] == [[(5, 1.0)], [(5, 2.0)], [(5, 3.0)]]
+
+
 def test_a_damaged_log_gives_no_curves(make_adapter: Callable) -> None:
     path, _ = make_adapter()
     (path / "events.out.tfevents.1").write_bytes(bytes(range(256)) * 9)
