@@ -72,18 +72,7 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
     restrict_class_paths(trusted)
     try:
         with signals_stop(), log_writers(), RunFolders() as folders:
-            return MokaCLI(
-                folders,
-                model_class=MokaModule,
-                datamodule_class=MokaDataModule,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                seed_everything_default=0,
-                save_config_kwargs={"overwrite": True},
-                parser_kwargs={"prog": "moka_pl", "allow_abbrev": False},
-                args=given,
-                run=not only_build,
-            )
+            return MokaCLI(folders, given, save_config_kwargs={"overwrite": True}, run=not only_build)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning ends the process with status 1
             raise end.__context__ from None
@@ -129,7 +118,16 @@ class MokaCLI(LightningCLI):
     def __init__(self, folders: RunFolders, args: Sequence[str], **kwargs: Any) -> None:
         self._folders = folders
         self._first = next(iter(args), "")
-        super().__init__(args=list(args), **kwargs)
+        super().__init__(
+            MokaModule,
+            MokaDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "moka_pl", "allow_abbrev": False},
+            args=list(args),
+            **kwargs,
+        )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Returns Lightning's commands but ``predict``, whose results nothing would write.

@@ -24,17 +24,7 @@ def plan(arguments: Sequence[str]) -> None:
     """
     given, trusted = split_trust(arguments)
     restrict_class_paths(trusted)
-    PlanCLI(
-        RunFolders(),
-        model_class=MokaModule,
-        datamodule_class=MokaDataModule,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_callback=None,
-        parser_kwargs={"prog": "moka_pl", "allow_abbrev": False},
-        args=["fit", *given],
-    )
+    PlanCLI(RunFolders(), ["fit", *given], save_config_callback=None)
 
 
 class PlanCLI(MokaCLI):

@@ -170,16 +170,16 @@ def sizes_of(model: "PreTrainedModel") -> Sizes:
     width = getattr(config, "head_dim", None) or hidden // heads
     experts = any(getattr(config, name, None) for name in ("num_local_experts", "num_experts"))
     return Sizes(
-        hidden,
-        inner if isinstance(inner, int) else 4 * hidden,
-        config.num_hidden_layers,
-        heads * width,
-        (getattr(config, "num_key_value_heads", None) or heads) * width,
-        config.vocab_size,
-        sum(weights),
-        sum(p.numel() for p in model.parameters()) - sum(weights),
-        max(weights, default=0),
-        isinstance(inner, int) and not experts,
+        hidden=hidden,
+        inner=inner if isinstance(inner, int) else 4 * hidden,
+        blocks=config.num_hidden_layers,
+        queries=heads * width,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
+        vocabulary=config.vocab_size,
+        linear=sum(weights),
+        other=sum(p.numel() for p in model.parameters()) - sum(weights),
+        largest=max(weights, default=0),
+        known=isinstance(inner, int) and not experts,
     )
 
 

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from moka_pl.backbone import BackboneConfig
 from moka_pl.backbone.load import compute_dtype
 from moka_pl.data import MokaDataModule
 from moka_pl.lm.kernels import knows
@@ -19,6 +21,7 @@ from moka_pl.training.module import MokaModule
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+    from transformers import PreTrainedModel
 
 #: What a GPU holds beside tensors: the CUDA context, and gaps of the allocator.
 _CONTEXT, _GAPS = 0.6 * GIB, 1.03
@@ -78,21 +81,24 @@ class Plan:
 
     @property
     def needed(self) -> float:
-        """Bytes that a device must have: on a GPU the peak, the context and gaps of the allocator."""
+        """Bytes that a rank takes: on a GPU the peak, the context and gaps of the allocator."""
         return self.memory.peak * _GAPS + _CONTEXT if self.on_gpu else self.memory.peak
+
+    @property
+    def needed_gib(self) -> float:
+        """GiB that a GPU must have, or a machine, whose memory all its ranks share."""
+        return self.needed * (1 if self.on_gpu else self.run.ranks) / GIB
 
     @property
     def warnings(self) -> list[str]:
         """A line for each device present that is too small, with what to lower."""
-        ranks = 1 if self.on_gpu else self.run.ranks  # processes share the memory of a machine
-        needed = self.needed * ranks / GIB
         remedy = "lower data.init_args.batch_size or data.init_args.max_length"
         if not self.checkpointing:
             remedy = f"set model.gradient_checkpointing: true, or {remedy}"
         return [
-            f"{device.name} has {device.gib:.1f} GiB, but the run needs {needed:.1f}; {remedy}"
+            f"{device.name} has {device.gib:.1f} GiB, but the run needs {self.needed_gib:.1f}; {remedy}"
             for device in dict.fromkeys(self.devices)
-            if device.gib < needed
+            if device.gib < self.needed_gib
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,8 +139,7 @@ class Plan:
         kind = "GPU" if self.on_gpu else "CPU"
         present = ", ".join(f"{device.name} ({device.gib:.0f} GiB)" for device in self.devices)
         table += [
-            f"  {f'a {kind} needs' if self.on_gpu else 'the machine needs':<28}"
-            f"{self.needed * (1 if self.on_gpu else self.run.ranks) / GIB:8.2f} GiB",
+            f"  {f'a {kind} needs' if self.on_gpu else 'the machine needs':<28}{self.needed_gib:8.2f} GiB",
             "",
         ]
         facts = [("ranks", f"{self.run.ranks}"), ("devices present", present or f"no {kind}")]
@@ -179,36 +184,61 @@ def make_plan(
     parameters = sizes.linear + sizes.other
     notes += _unmeasured(module, config.attention, "" if sizes.known else type(model).__name__, on_gpu)
     run = Run(_ranks(options, on_gpu), options)
+    setup = _setup(module, model, config, run, on_gpu)
     adapters = plan_adapters(model, module.adapter, module.adapter_path, dtype.itemsize, notes)
     work = plan_work(data, tokenizer_at_hand(config), run, module.adapter_prompt)
+    peaks = {
+        batch: estimate(sizes, setup(*batch), adapters.parameters, adapters.kept) for batch in work.batches
+    }
+    largest = max(peaks, key=lambda batch: peaks[batch].peak)
+    computing = str(dtype).removeprefix("torch.")
+    stored_as = computing if config.quantization == "none" else config.quantization
+    return Plan(
+        model=f"{config.name} in {stored_as}, computing in {computing}",
+        parameters=parameters,
+        adapters=adapters,
+        memory=peaks[largest],
+        batch=largest,
+        checkpointing=bool(module.gradient_checkpointing),
+        on_gpu=on_gpu,
+        run=run,
+        devices=_devices(on_gpu),
+        work=work,
+        tokens_per_second=tokens_per_second,
+        notes=notes,
+    )
+
+
+def _setup(
+    module: MokaModule, model: "PreTrainedModel", config: BackboneConfig, run: Run, on_gpu: bool
+) -> Callable[[int, int], Setup]:
+    """Returns what makes the setup of a micro-batch, from its padded and its predicted tokens.
+
+    Args:
+        module: The module.
+        model: The base on the meta device, without adapters.
+        config: The base's options.
+        run: The trainer's.
+        on_gpu: Whether the run is for GPUs.
+    """
     quantised = config.quantization != "none"
-    spreads, base_offloaded = _sharding(options.get("strategy"))
-    stored = None if on_gpu else stored_bytes(config, parameters) if quantised else 0
-
-    def peak(batch: tuple[int, int]) -> Memory:
-        setup = Setup(
-            *batch,
-            dtype.itemsize,
-            bool(module.gradient_checkpointing),
-            quantised,
-            config.double_quantization,
-            _state_bytes(module.optimizer),
-            gradients=8 if run.ranks > 1 else 4,
-            stored=stored,
-            fused=on_gpu and config.kernels == "auto" and knows(model),
-            by_parts=on_gpu,
-            offloaded=on_gpu and module.gradient_checkpointing == "offload",
-            spread=run.ranks if spreads and (run.ranks > 1 or base_offloaded) else None,
-            base_offloaded=base_offloaded,
-        )
-        return estimate(sizes, setup, adapters.parameters, adapters.kept)
-
-    batch = max(work.batches, key=lambda batch: peak(batch).peak)
-    stored_as = config.quantization if quantised else str(dtype).removeprefix("torch.")
-    storage = f"{stored_as}, computing in {str(dtype).removeprefix('torch.')}"
-    memory, checkpointing, devices = peak(batch), bool(module.gradient_checkpointing), _devices(on_gpu)
-    facts = (memory, batch, checkpointing, on_gpu, run, devices, work, tokens_per_second, notes)
-    return Plan(f"{config.name} in {storage}", parameters, adapters, *facts)
+    spreads, base_offloaded = _sharding(run.options.get("strategy"))
+    fuses = on_gpu and config.kernels == "auto" and config.compile == "none"
+    return partial(
+        Setup,
+        itemsize=model.dtype.itemsize,
+        checkpointing=bool(module.gradient_checkpointing),
+        quantised=quantised,
+        double=config.double_quantization,
+        state=_state_bytes(module.optimizer),
+        gradients=8 if run.ranks > 1 else 4,
+        stored=None if on_gpu else stored_bytes(config, model.num_parameters()) if quantised else 0,
+        fused=fuses and knows(model),
+        by_parts=on_gpu,
+        offloaded=on_gpu and module.gradient_checkpointing == "offload",
+        spread=run.ranks if spreads and (run.ranks > 1 or base_offloaded) else None,
+        base_offloaded=base_offloaded,
+    )
 
 
 def _unmeasured(module: MokaModule, attention: str, unknown: str, on_gpu: bool) -> list[str]:

@@ -120,7 +120,8 @@ def _limited(batches: int, limit: int | float) -> int:
 def _steps(batches: int, run: Run) -> tuple[int | None, float]:
     """Optimizer steps of the run, and its epochs, perhaps a part of one."""
     each = math.ceil(batches / run.number("accumulate_grad_batches", 1))
-    epochs, most = run.number("max_epochs", 1), run.number("max_steps", -1)
+    most = run.number("max_steps", -1)
+    epochs = run.number("max_epochs", -1 if most > 0 else 1000)  # Lightning's defaults, where both are null
     if most > 0 and (epochs < 0 or most < each * epochs):
         return most, most / max(1, each)
     return (None, 1.0) if epochs < 0 else (each * epochs, float(epochs))
