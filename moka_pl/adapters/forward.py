@@ -68,12 +68,11 @@ def merged_dtypes(
     if _must_run_itself(layer, x.device, quantised):
         return None
     compute: torch.dtype
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # which it leaves as it is
+    autocast = _autocasts(x)
     if quantised:
         compute, result = layer_compute_dtype(layer, x), x.dtype
     elif type(layer) is nn.Linear:
-        compute = result = torch.get_autocast_dtype(device) if autocast else x.dtype
+        compute = result = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if compute != layer.weight.dtype and not autocast:
             return None
     else:
@@ -107,9 +106,8 @@ def merged_updates(adapted: "MokaLinear", x: Tensor, compute: torch.dtype, backe
     layer, shapes = adapted.base_layer, adapted.shapes
     m, n = layer.out_features, layer.in_features
     if backend == "thin":
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         fused = can_fuse_thin(x, compute, adapted.moka_B.dtype, shapes, m)
-        return _thin_updates(adapted, compute, autocast, x.device, fused)
+        return _thin_updates(adapted, compute, _autocasts(x), x.device, fused)
     weight = partial(dense_weight, layer, often=True)
     parts = (shapes, m, n, adapted.scaling, weight, is_quantised(layer), adapted.gating)
     if backend == "fused":
@@ -148,6 +146,11 @@ def _thin_updates(
         updates = ThinUpdates(*parts)
     _THIN[adapted] = key, updates
     return updates
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast changes the dtype of x; float64 it leaves as it is."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def _must_run_itself(layer: nn.Linear, device: torch.device, quantised: bool) -> bool:

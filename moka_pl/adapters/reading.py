@@ -191,12 +191,8 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         raise AdapterError(f"{file} is damaged: it has no {error.args[0]}. Copy the adapter again") from error
     except (ConfigError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise AdapterError(f"{file} is damaged: {one_line(error)}. Copy the adapter again") from error
-    extra, ranks, sizes = (
-        stored.get("extra", {}),
-        stored.get("exact_lora_rank", []),
-        stored.get("layer_sizes", {}),
-    )
-    return AdapterInfo(config, base, extra, ranks, sizes)
+    told = {name: stored[name] for name in ("extra", "exact_lora_rank", "layer_sizes") if name in stored}
+    return AdapterInfo(config, base, **told)
 
 
 def _as_applied(config: AdapterConfig, applied: Any) -> AdapterConfig:

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from shared.tiny import SHAPE
 from torch import nn
 
 from moka_pl.adapters import (
@@ -26,18 +27,7 @@ from moka_pl.adapters.coverage import left_out
 from moka_pl.errors import AdapterError
 from moka_pl.lm.scoring import score_tokens
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "vocab_size": 96,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+SIZES = SHAPE | {"head_dim": 8, "pad_token_id": 0}
 IDS = torch.randint(4, 90, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
