@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moka_pl.errors import ConfigError, MokaError, end_interrupted
 from moka_pl.studies.benchmark import cases, context, fit, growth, steps, unsloth
-from moka_pl.studies.benchmark.bench import Bench, Record, Results
+from moka_pl.studies.benchmark.bench import Bench, Record, Results, linear_weights
 from moka_pl.studies.benchmark.cases import PRESETS, Preset, find_preset
 from moka_pl.studies.benchmark.steps import measure_steps
 from moka_pl.studies.benchmark.tables import longest, markdown, milliseconds, write_figures
@@ -186,7 +186,7 @@ def run(plan: Plan, file: Path | None = None) -> Results:
                     results.notes.append(record)
                     print(f"Note: {record}", file=sys.stderr, flush=True)
                 continue
-            add_ratio(record, results)
+            complete(record, results)
             results.records.append(record)
             print(progress(record), file=sys.stderr, flush=True)
             if file is not None:
@@ -233,13 +233,18 @@ def records(plan: Plan) -> Iterator[Record | str]:
         yield from bench.notes
 
 
-def add_ratio(record: Record, results: Results) -> None:
-    """Sets a step's time in relation to the frozen base, which another process has measured before it."""
-    if record.measure != "steps" or "ratio" in record.values or not record.values:
+def complete(record: Record, results: Results) -> None:
+    """Adds what follows from a step's time: its rate, and its ratio to the frozen base of another process."""
+    if record.measure != "steps" or not record.values:
+        return
+    preset, time = results.preset, record.values["step_ms"]
+    tokens = preset["batch"] * preset["length"]
+    record.values["tflops"] = steps.teraflops(linear_weights(preset["shape"]), tokens, time)
+    if "ratio" in record.values:
         return
     for base in results.of("steps"):
         if base.row == cases.FROZEN and base.checkpointing == record.checkpointing and base.values:
-            record.values["ratio"] = record.values["step_ms"] / base.values["step_ms"]
+            record.values["ratio"] = time / base.values["step_ms"]
 
 
 def progress(record: Record) -> str:

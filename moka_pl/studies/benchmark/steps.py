@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from moka_pl.studies.benchmark.bench import Bench, Record, Values, linear_weights
+from moka_pl.studies.benchmark.bench import Bench, Record, Values
 from moka_pl.studies.benchmark.cases import ALL, FROZEN, QV, Preset, Row, frozen, lora, moka, servable
 from moka_pl.studies.common import peak_gib, reset_peak
 
@@ -266,10 +266,7 @@ def measure_steps(
 
     def work(model: "PreTrainedModel", row: Row) -> Values:
         size = preset.batch, preset.length, preset.warmup, preset.steps, preset.seconds
-        values = time_steps(model, *size, captured_loss if row.captured else plain_loss, profiled)
-        return values | {"tflops": teraflops(weights, preset.batch * preset.length, values["step_ms"])}
-
-    weights = linear_weights(preset.shape)
+        return time_steps(model, *size, captured_loss if row.captured else plain_loss, profiled)
 
     return bench.compare("steps", rows, "step_ms", work)
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark import context
-from moka_pl.studies.benchmark.bench import Bench, Record, Setting, Values, linear_weights
+from moka_pl.studies.benchmark.bench import Bench, Record, Setting, Values
 from moka_pl.studies.benchmark.cases import FIVE, QV, Preset
-from moka_pl.studies.benchmark.steps import Batch, teraflops, time_steps
+from moka_pl.studies.benchmark.steps import Batch, time_steps
 from moka_pl.studies.common import first_line, free_memory, versions
 
 if TYPE_CHECKING:
@@ -121,11 +121,7 @@ def measure_unsloth(
     wanted = [_asked(row, "steps", kind, {}) for kind in checkpointing for row in _chosen(ROWS, names)]
     pace = {name: getattr(preset, name) for name in ("batch", "length", "warmup", "steps", "seconds")}
     request = {"pace": pace, "profiled": profiled, "length": preset.length}
-    weights, tokens = linear_weights(preset.shape), preset.batch * preset.length
-    for found in _measure(bench, home, request, wanted):
-        if isinstance(found, Record) and found.values:
-            found.values["tflops"] = teraflops(weights, tokens, found.values["step_ms"])
-        yield found
+    yield from _measure(bench, home, request, wanted)
 
 
 def measure_unsloth_context(
