@@ -3,17 +3,23 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.studies.benchmark.bench import Record, Results, load_results
 from moka_pl.studies.benchmark.cases import peer
 from moka_pl.studies.benchmark.tables import (
     GROWTH,
+    LAUNCHES,
+    OF_PEAK,
+    OF_TIME,
+    RATE,
+    Column,
     beside_unsloth,
     context_table,
+    duration,
     failure,
     growth_table,
+    measured,
     milliseconds,
     number,
     render,
@@ -24,6 +30,15 @@ BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 
 _PAGE = Path("docs/benchmarks.md")
 _WIDTH = 115
+_STEP_COLUMNS = (
+    Column("step ms", duration("step_ms")),
+    Column("ratio", number("ratio", ".2f")),
+    OF_TIME,
+    Column("peak GiB", number("peak_gib", ".1f")),
+    OF_PEAK,
+    RATE,
+    LAUNCHES,
+)
 _CAPTIONS = {
     "components": "Step in ms and peak GiB over the number of components r (r = 0 is the frozen base):",
     "tokens": "Step in ms and peak GiB over the tokens of a batch:",
@@ -126,7 +141,7 @@ def _about(results: Results) -> str:
 def _steps(records: Sequence[Record]) -> str:
     """A line a row; both kinds of checkpointing stand side by side."""
     kinds = sorted({record.checkpointing for record in records})
-    columns = [c for c in _STEP_COLUMNS if c.always or any(c.key in r.values for r in records)]
+    columns = measured(_STEP_COLUMNS, records)
     heads = ["adapter", "trainable"]
     for kind in kinds:
         heads += [f"{column.title}{', checkpointing' if kind else ''}" for column in columns]
@@ -141,33 +156,12 @@ def _steps(records: Sequence[Record]) -> str:
     return render(heads, lines)
 
 
-class _StepColumn(NamedTuple):
-    title: str
-    key: str
-    form: str
-    always: bool = False
-
-
-_STEP_COLUMNS = (
-    _StepColumn("step ms", "step_ms", "", True),
-    _StepColumn("ratio", "ratio", ".2f", True),
-    _StepColumn("of unsloth's", "unsloth_ratio", ".2f"),
-    _StepColumn("peak GiB", "peak_gib", ".1f", True),
-    _StepColumn("of its peak", "unsloth_peak", ".2f"),
-    _StepColumn("TFLOP/s", "tflops", ",.3g"),
-    _StepColumn("launches", "launches", ",.0f"),
-)
-
-
-def _step_cells(record: Record | None, columns: Sequence[_StepColumn]) -> list[str]:
+def _step_cells(record: Record | None, columns: Sequence[Column]) -> list[str]:
     if record is None:
         return [""] * len(columns)
     if record.error is not None:
         return [failure(record), *[""] * (len(columns) - 1)]
-    values = record.values
-    return [
-        milliseconds(values[c.key]) if c.key == "step_ms" else number(c.key, c.form)(record) for c in columns
-    ]
+    return [column.cell(record) for column in columns]
 
 
 def _fit(record: Record) -> str:

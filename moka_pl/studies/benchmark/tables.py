@@ -44,13 +44,13 @@ def failure(record: Record) -> str:
 _ROW = Column("adapter", lambda record: record.row)
 _KIND = Column("checkpointing", lambda record: "on" if record.checkpointing else "off")
 _COMMON = [Column("peak GiB", number("peak_gib", ".2f")), Column("trainable", number("trainable", ",.0f"))]
-_RATE = Column("TFLOP/s", number("tflops", ",.3g"))
-_LAUNCHES = Column("launches", number("launches", ",.0f"))
+RATE = Column("TFLOP/s", number("tflops", ",.3g"))
+LAUNCHES = Column("launches", number("launches", ",.0f"))
 #: How a row compares with the one of unsloth's that it competes with.
-_BESIDE = [
-    Column("of unsloth's", number("unsloth_ratio", ".2f")),
-    Column("of its peak", number("unsloth_peak", ".2f")),
-]
+OF_TIME = Column("of unsloth's", number("unsloth_ratio", ".2f"))
+OF_PEAK = Column("of its peak", number("unsloth_peak", ".2f"))
+#: Columns that are left out where nothing was measured for them.
+_OPTIONAL = (OF_TIME, OF_PEAK, RATE, LAUNCHES)
 STEPS = [
     _ROW,
     _KIND,
@@ -59,9 +59,10 @@ STEPS = [
     Column("tokens/s", number("tokens_per_s", ",.0f")),
     *_COMMON,
     Column("ratio", number("ratio", ".2f")),
-    *_BESIDE,
-    _RATE,
-    _LAUNCHES,
+    OF_TIME,
+    OF_PEAK,
+    RATE,
+    LAUNCHES,
 ]
 DECODE = [
     _ROW,
@@ -81,10 +82,9 @@ FIT = [
     Column("bare mean ms", duration("bare_mean_ms")),
     Column("mean ratio", number("mean_ratio", ".3f")),
     Column("peak GiB", number("peak_gib", ".2f")),
-    *_BESIDE,
+    OF_TIME,
+    OF_PEAK,
 ]
-#: Columns that are left out where nothing was measured for them.
-_OPTIONAL = (*_BESIDE, _RATE, _LAUNCHES)
 #: What the settings of the growth measurements are called.
 GROWTH = {"components": "components", "tokens": "tokens", "sizes": "shape"}
 TITLES = {
@@ -143,9 +143,14 @@ def _table(measure: str, records: Sequence[Record]) -> str:
     return plain_table(records, {"steps": STEPS, "fit": FIT, "decode": DECODE}[measure])
 
 
+def measured(columns: Sequence[Column], records: Sequence[Record]) -> list[Column]:
+    """The columns without those that few runs measure, where none of the records has them."""
+    return [c for c in columns if c not in _OPTIONAL or any(map(c.cell, records))]
+
+
 def plain_table(records: Sequence[Record], columns: Sequence[Column]) -> str:
     """A line a record; a failed one says why in its third column, where there are numbers otherwise."""
-    columns = [c for c in columns if c not in _OPTIONAL or any(map(c.cell, records))]
+    columns = measured(columns, records)
     named = sum(column in (_ROW, _KIND) for column in columns)
     lines = []
     for record in records:
