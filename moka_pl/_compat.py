@@ -8,6 +8,7 @@ lowest and the newest versions that ``pyproject.toml`` allows.
 Nothing is imported at the top: every function works on objects that it is given.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,21 @@ def supports_flash_attention(model: "PreTrainedModel") -> bool:
     Seen in transformers 5.14 to 5.24. Without it packed rows would be computed with a mask, which is slower.
     """
     return bool(getattr(model, "_supports_flash_attn", False))
+
+
+def unused_tensors(model: "PreTrainedModel", stored: Iterable[str]) -> list[str]:
+    """Names of stored tensors that are no part of a model, but for those that its class expects to be left.
+
+    Seen in transformers 5.14 to 5.24, which reports the same as unexpected. Without it what is left in files
+    that are read here would not be told from layers that a damaged ``config.json`` leaves out.
+
+    Args:
+        model: The model.
+        stored: Names of all tensors of its files.
+    """
+    expected = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    names = model.state_dict().keys()
+    return [key for key in stored if key not in names and not any(re.search(p, key) for p in expected)]
 
 
 def expert_gate(experts: "nn.Module") -> "Callable[[Tensor], Tensor] | None":

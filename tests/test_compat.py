@@ -174,6 +174,13 @@ def test_a_models_attention_can_be_asked_for_and_put_back(tiny_llama) -> None:
     assert _compat.supports_flash_attention(tiny_llama)
 
 
+def test_tensors_are_unused_that_neither_model_nor_class_names(tiny_llama) -> None:
+    tiny_llama._keys_to_ignore_on_load_unexpected = {r"^model\.layers\.9\."}
+    ignored = ["model.layers.9.norm.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
+    stored = ["model.norm.weight", *ignored, "model.layers.2.norm.weight"]
+    assert _compat.unused_tensors(tiny_llama, stored) == ["model.layers.2.norm.weight"]
+
+
 def test_a_trainer_takes_a_marked_model_as_adapted(tiny_llama) -> None:
     from transformers.trainer_utils import validate_quantization_for_training
 

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from moka_pl._compat import unused_tensors
 from moka_pl.backbone.blocks.filling import is_complete, read_blocks
 from moka_pl.backbone.blocks.frozen_tensors import BlockStore, decoder_blocks
 from moka_pl.backbone.checks import (
@@ -214,6 +215,7 @@ def _filled(
         with loading(config.name):
             return random_model(config, empty, dtype, device, store)
     if store is not None and is_complete(files, empty, described.quantization):
+        _judge_unused(unused_tensors(empty, files.tensors), empty, config.name, notes)
         with loading(config.name):
             return read_blocks(empty, config, device, files, store)
     del empty
@@ -256,18 +258,24 @@ def _pretrained(
             f"{config.name} cannot be loaded: {len(info['missing_keys'])} of its weights are missing "
             f"(first {min(info['missing_keys'])}). Copy the model again"
         )
-    if unused := info["unexpected_keys"]:
-        parts = {_NUMBER.sub(".*.", key) for key in model.state_dict()}
-        if cut := [key for key in unused if _NUMBER.sub(".*.", key) in parts]:
-            raise BackboneError(
-                f"{config.name} cannot be loaded: its weight files hold layers that config.json leaves out "
-                f"(first {min(cut)}). Copy the model again"
-            )
-        notes.append(
-            f"{config.name}: {len(unused)} tensors of its weight files are no part of the model that its "
-            f"config.json describes, and are not used (first {min(unused)})"
-        )
+    _judge_unused(info["unexpected_keys"], model, config.name, notes)
     return cast("PreTrainedModel", model)
+
+
+def _judge_unused(unused: Collection[str], model: "PreTrainedModel", name: str, notes: list[str]) -> None:
+    """Notes what stored tensors are not used, and refuses a model that lacks some of its layers."""
+    if not unused:
+        return
+    parts = {_NUMBER.sub(".*.", key) for key in model.state_dict()}
+    if cut := [key for key in unused if _NUMBER.sub(".*.", key) in parts]:
+        raise BackboneError(
+            f"{name} cannot be loaded: its weight files hold layers that config.json leaves out "
+            f"(first {min(cut)}). Copy the model again"
+        )
+    notes.append(
+        f"{name}: {len(unused)} tensors of its weight files are no part of the model that its "
+        f"config.json describes, and are not used (first {min(unused)})"
+    )
 
 
 def _check_stored(location: dict[str, Any], name: str) -> None:

@@ -1,18 +1,21 @@
 """Blocks that are kept elsewhere, in one process; two are in test_two_ranks.py."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import StrategyRegistry
+from safetensors.torch import load_file, save_file
 
 from moka_pl.adapters import FullFineTuning
 from moka_pl.backbone import BackboneConfig, load_backbone, weight_samples
 from moka_pl.backbone.blocks.frozen_tensors import decoder_blocks, frozen_tensors
 from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer
-from moka_pl.errors import ConfigError
+from moka_pl.errors import BackboneError, ConfigError
 from moka_pl.training.module import MokaModule
 from moka_pl.training.sharding.blocks import ShardedBlocks
 from moka_pl.training.sharding.strategy import ShardedStrategy
@@ -30,8 +33,12 @@ def folder(make_llama, tmp_path):
     return str(tmp_path)
 
 
+def offload():
+    return ShardedBlocks(None, None, offload=True, device=torch.device("cpu"))
+
+
 def offloaded(config):
-    blocks = ShardedBlocks(None, None, offload=True, device=torch.device("cpu"))
+    blocks = offload()
     return load_backbone(config, blocks=blocks).model, blocks
 
 
@@ -57,6 +64,27 @@ def test_weights_are_those_of_a_model_that_is_loaded_as_a_whole(folder, weights,
     assert weight_samples(model, ready=ready) == weight_samples(whole)
     ids = torch.arange(12)[None]
     assert torch.equal(model(ids).logits, whole(ids).logits)
+
+
+def test_layers_that_a_configuration_leaves_out_are_refused(folder):
+    described = Path(folder) / "config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises(
+        BackboneError, match=r"hold layers that config\.json leaves out \(first model\.layers\.1"
+    ):
+        offloaded(BackboneConfig(folder, quantization="none"))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("model.layers.0.self_attn.rotary_emb.inv_freq", False), ("vision.patch.weight", True)]
+)
+def test_tensors_that_are_no_part_of_the_model_are_told(folder, name, told):
+    file = sorted(Path(folder).glob("*.safetensors"))[0]
+    save_file(load_file(file) | {name: torch.ones(2)}, file, {"format": "pt"})
+    config, blocks = BackboneConfig(folder, quantization="none"), offload()
+    notes = load_backbone(config).notes
+    assert load_backbone(config, blocks=blocks).notes == notes
+    assert any(name in note for note in notes) == told
 
 
 def test_files_are_read_block_by_block(folder, monkeypatch):
