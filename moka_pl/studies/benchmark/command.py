@@ -266,7 +266,7 @@ def _step_rows(device: str, with_liger: bool) -> list[cases.Row]:
 
 
 def _measures(args: argparse.Namespace) -> list[str]:
-    """What to measure; nothing but the context if only that is asked for."""
+    """What to measure besides the context; unless told, steps if that is not asked for."""
     return args.measure or ([] if args.context else _MEASURE)
 
 
@@ -275,8 +275,8 @@ def _command(args: argparse.Namespace) -> str:
     parts = ["python", "scripts/benchmark.py"]
     if args.preset != _PRESET:
         parts += ["--preset", args.preset]
-    if _measures(args) != _MEASURE:
-        parts += ["--measure", *args.measure] if args.measure else []
+    if args.measure and (args.context or args.measure != _MEASURE):
+        parts += ["--measure", *args.measure]
     if args.checkpointing != "off":
         parts += ["--checkpointing", args.checkpointing]
     if args.steps is not None:

@@ -150,3 +150,6 @@ def test_only_a_gpu_s_memory_is_searched(preset, monkeypatch, capsys) -> None:
     assert plan.command.endswith(
         "--preset llama3-8b-h100 --unsloth --context 24 40 --rows 'unsloth LoRA r8 q,v'"
     )
+    plan = command.make_plan(command._parser().parse_args([*arguments, "--measure", "steps"]))
+    assert (plan.measures, plan.cards) == (("steps",), (24, 40))
+    assert plan.command.endswith("--preset llama3-8b-h100 --measure steps --unsloth --context 24 40")
