@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from multiprocessing import resource_sharer
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 import torch
@@ -15,13 +17,23 @@ Batch = TypeVar("Batch")
 
 
 def killed_worker(error: BaseException) -> DataError | None:
-    """Returns what a loader's error says if it is that a worker process was killed, else None."""
-    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
+    """Returns what a loader's error says if it is that a worker process was killed, else None.
+
+    PyTorch may notice it, or only the missing answer of a worker whose last batch is fetched.
+    """
+    noticed = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    if not noticed and not (isinstance(error, ConnectionError | EOFError) and _asked_worker(error)):
         return None
     return DataError(
         f"a worker that loads data was killed ({one_line(error)}): probably memory ran out. Lower "
         "num_workers, or set num_workers: 0"
     )
+
+
+def _asked_worker(error: BaseException) -> bool:
+    """Whether an error arose where a worker was asked for the memory of a batch, not where data are read."""
+    frames = (frame.f_globals.get("__name__") for frame, _ in walk_tb(error.__traceback__))
+    return resource_sharer.__name__ in frames
 
 
 def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -36,7 +48,7 @@ def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
         if not str(error).startswith("Caught "):
             raise
         raise type(error)(str(error).rsplit(f".{type(error).__qualname__}: ", 1)[-1].strip()) from error
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         if (killed := killed_worker(error)) is not None:
             raise killed from error
         raise

@@ -1,10 +1,13 @@
+import os
+from multiprocessing import resource_sharer
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset
 
-from moka_pl.data.batching.loader import ResumableDataLoader
+from moka_pl.data.batching.loader import ResumableDataLoader, watched
 from moka_pl.data.batching.samplers import TrainSampler
 from moka_pl.errors import DataError
 
@@ -146,3 +149,20 @@ def test_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     list(make_loader())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", [ConnectionResetError, ConnectionRefusedError, EOFError])
+def test_a_worker_that_died_after_its_batch_is_told_from_data_that_cannot_be_reached(kind, monkeypatch):
+    def no_answer(*args, **kwargs):
+        raise kind("no answer")
+
+    reading, writing = os.pipe()
+    memory = resource_sharer.DupFd(reading)
+    monkeypatch.setattr(resource_sharer, "Client", no_answer)
+    with pytest.raises(DataError, match=r"^a worker that loads data was killed .*Lower num_workers"):
+        list(watched(memory.detach() for _ in range(1)))
+    resource_sharer.stop()
+    os.close(reading)
+    os.close(writing)
+    with pytest.raises(kind, match="no answer"):
+        list(watched(no_answer() for _ in range(1)))
