@@ -1,5 +1,5 @@
 import os
-from multiprocessing import resource_sharer
+from multiprocessing import connection, resource_sharer
 
 import lightning.pytorch as pl
 import pytest
@@ -158,7 +158,7 @@ def test_a_worker_that_died_after_its_batch_is_told_from_data_that_cannot_be_rea
 
     reading, writing = os.pipe()
     memory = resource_sharer.DupFd(reading)
-    monkeypatch.setattr(resource_sharer, "Client", no_answer)
+    monkeypatch.setattr(connection, "Client", no_answer)
     with pytest.raises(DataError, match=r"^a worker that loads data was killed .*Lower num_workers"):
         list(watched(memory.detach() for _ in range(1)))
     resource_sharer.stop()
