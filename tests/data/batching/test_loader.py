@@ -158,9 +158,10 @@ def test_a_worker_that_died_after_its_batch_is_told_from_data_that_cannot_be_rea
 
     reading, writing = os.pipe()
     memory = resource_sharer.DupFd(reading)
-    monkeypatch.setattr(connection, "Client", no_answer)
-    with pytest.raises(DataError, match=r"^a worker that loads data was killed .*Lower num_workers"):
-        list(watched(memory.detach() for _ in range(1)))
+    with monkeypatch.context() as patched:
+        patched.setattr(connection, "Client", no_answer)
+        with pytest.raises(DataError, match=r"^a worker that loads data was killed .*Lower num_workers"):
+            list(watched(memory.detach() for _ in range(1)))
     resource_sharer.stop()
     os.close(reading)
     os.close(writing)
