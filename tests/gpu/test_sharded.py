@@ -30,7 +30,7 @@ def run(folder: Path, strategy: str, devices: int) -> None:
     ]
     path = folder / f"{strategy}-{devices}-{os.environ.get('LOCAL_RANK', '0')}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data = InstructionData(path, batch_size=GLOBAL_BATCH // devices, max_length=128, prompt="alpaca")
+    data = InstructionData(path, batch_size=GLOBAL_BATCH // devices, max_length=256, prompt="alpaca")
     module = MokaModule(
         BackboneConfig("llama3-1b", weights="random"),
         MokaConfig(components=3, target_modules="all-linear"),

@@ -32,6 +32,7 @@ class ShardedStrategy(DDPStrategy):
     def __init__(self, offload: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.offload = offload
+        self._patience = {key: value for key, value in kwargs.items() if key == "timeout"}
         self._blocks: ShardedBlocks | None = None
 
     @property
@@ -40,7 +41,10 @@ class ShardedStrategy(DDPStrategy):
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if self._blocks is None and (several or self.offload):
             # Groups of their own: neither gradients nor metrics are waited for.
-            group, control = (dist.new_group(), dist.new_group(backend="gloo")) if several else (None, None)
+            group, control = None, None
+            if several:
+                group = dist.new_group(**self._patience)
+                control = dist.new_group(backend="gloo", **self._patience)
             self._blocks = ShardedBlocks(group, control, self.offload, self.root_device)
         return self._blocks
 
