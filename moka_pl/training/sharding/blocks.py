@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moka_pl.backbone.blocks.frozen_tensors import frozen_tensors
+from moka_pl.errors import BackboneError, one_line
 from moka_pl.training.sharding.shard import BlockShard
 
 
@@ -135,7 +136,13 @@ class ShardedBlocks:
         return int(number)
 
     def _gather_for_another(self, index: int) -> None:
-        self._shards[index].finish()
+        try:
+            self._shards[index].finish()
+        except torch.OutOfMemoryError as error:  # to try a smaller part would keep them waiting
+            raise BackboneError(
+                f"no memory left for a block that another rank computes with ({one_line(error)}). Lower "
+                "--data.init_args.eval_batch_size"
+            ) from error
         self._shards[index].release()
 
     def _need(self, index: int, step: int) -> None:
@@ -147,6 +154,7 @@ class ShardedBlocks:
         """
         if self._current != index:
             self._free_but(index)
+            self._current = None  # until the block is there: a lack of memory may stop this
             if self.in_step or self._control is None:
                 self._shards[index].finish()
             else:
@@ -158,6 +166,7 @@ class ShardedBlocks:
                 self._shards[ahead].start()
 
     def _ask_for(self, index: int) -> None:
+        self._shards[index].reserve()  # what lacks memory fails before the others take part
         while (wanted := self._asked(index + 1) - 1) != index:
             self._gather_for_another(wanted)
         self._shards[index].finish()

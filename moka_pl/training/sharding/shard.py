@@ -67,12 +67,17 @@ class BlockShard:
         """Bytes of the block that this rank holds now."""
         return self.kept.nbytes + self._whole.untyped_storage().nbytes()
 
+    def reserve(self) -> None:
+        """Takes the memory for the whole, with nothing in it yet."""
+        if not self._whole.untyped_storage().nbytes():
+            self._whole.untyped_storage().resize_(self._whole.nbytes)
+
     def start(self) -> None:
         """Begins to gather the whole from all ranks; a collective, if there are several."""
         if self._under_way or self.gathered:
             return
+        self.reserve()
         self._under_way = True
-        self._whole.untyped_storage().resize_(self._whole.nbytes)
         whole = self._whole.data  # whose changes do not count: autograd's saved views stay valid
         if self.kept.device == whole.device:
             self._collect(whole, self.kept)

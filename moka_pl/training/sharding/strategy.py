@@ -6,6 +6,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 
 from moka_pl.backbone.blocks.frozen_tensors import decoder_blocks
 from moka_pl.errors import ConfigError
@@ -32,7 +33,7 @@ class ShardedStrategy(DDPStrategy):
     def __init__(self, offload: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.offload = offload
-        self._patience = {key: value for key, value in kwargs.items() if key == "timeout"}
+        self._wait = kwargs.get("timeout") or default_pg_timeout  # NCCL's own groups would wait less
         self._blocks: ShardedBlocks | None = None
 
     @property
@@ -43,8 +44,8 @@ class ShardedStrategy(DDPStrategy):
             # Groups of their own: neither gradients nor metrics are waited for.
             group, control = None, None
             if several:
-                group = dist.new_group(**self._patience)
-                control = dist.new_group(backend="gloo", **self._patience)
+                group = dist.new_group(timeout=self._wait)
+                control = dist.new_group(backend="gloo", timeout=self._wait)
             self._blocks = ShardedBlocks(group, control, self.offload, self.root_device)
         return self._blocks
 

@@ -48,6 +48,9 @@ class Watch(Callback):
     def on_validation_start(self, trainer, pl_module):
         if trainer.global_rank == 1 and len(self.validations) == 1:
             run_out_of_memory_once(pl_module.causal_lm.model.layers[1].mlp)
+        if trainer.global_rank == 1 and len(self.validations) == 2 and self.held[-1]:
+            pl_module._rows.most = None  # as many rows at a time as before the lack in the validation before
+            lack_memory_once(trainer.strategy.blocks)
 
     def on_validation_end(self, trainer, pl_module):
         self.validations.append(pl_module.eval_values)
@@ -61,6 +64,23 @@ def run_out_of_memory_once(module):
         raise RuntimeError("out of memory on purpose")
 
     handle = module.register_forward_pre_hook(fail)
+
+
+def lack_memory_once(blocks):
+    """Has a rank find no memory for a block that it asks for, while another rank goes on."""
+    shard, ask = blocks._shards[1], blocks._ask_for
+
+    def fail():
+        del shard.reserve
+        raise torch.OutOfMemoryError("out of memory on purpose")
+
+    def ask_and_fail(index):
+        if index == 1:
+            del blocks._ask_for
+            shard.reserve = fail
+        ask(index)
+
+    blocks._ask_for = ask_and_fail
 
 
 def strategy_of(name):
@@ -172,7 +192,7 @@ def test_losses_metrics_and_adapters_are_those_of_ddp(folder):
     for name in ("steps", "sums", "base"):
         assert sharded[name] == ddp[name]
     assert len(ddp["validations"]) >= 3
-    # One rank has begun a batch of the second validation again, in smaller parts.
+    # One rank has begun batches of the second and third validation again, in smaller parts.
     for mine, theirs in zip(sharded["validations"], ddp["validations"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-6)
     assert read(folder, "sharded", 1)["steps"] == sharded["steps"]
