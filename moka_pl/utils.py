@@ -62,10 +62,32 @@ def write_failure(error: OSError, folder: Path, size: int | None = None) -> str:
     reason = error.strerror or str(error)
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return reason
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
     needed = "" if size is None else f"{_mebibytes(size)} needed, "
-    return f"{reason} ({needed}{_mebibytes(shutil.disk_usage(folder).free)} free)"
+    return f"{reason} ({needed}{_mebibytes(_free(folder))} free)"
+
+
+def space_shortage(folder: Path, size: int) -> str | None:
+    """Returns what a disk lacks for something that is about to be written; None if it has the room.
+
+    Args:
+        folder: Where it will be written; it need not exist yet.
+        size: Bytes to write.
+    """
+    try:
+        free = _free(folder)
+    except OSError:  # writing will tell
+        return None
+    return None if size <= free else f"about {_mebibytes(size)} needed, {_mebibytes(free)} free"
+
+
+def existing_folder(folder: Path) -> Path:
+    """Returns the nearest folder above ``folder``, or itself, that exists."""
+    folder = folder.absolute()
+    return next((one for one in (folder, *folder.parents) if one.exists()), folder)
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(existing_folder(folder)).free
 
 
 def _mebibytes(size: int) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,6 +197,17 @@ def no_weights(monkeypatch) -> Callable[[], None]:
             )
 
     return forbid
+
+
+@pytest.fixture
+def free_space(monkeypatch) -> Callable[[int], None]:
+    """From the call on, every disk says that it has so many bytes free."""
+    usage = shutil.disk_usage("/")
+
+    def leave(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+
+    return leave
 
 
 @pytest.fixture

@@ -6,12 +6,19 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from moka_pl.backbone.gguf_tokenizer import bos_optional, check_tokenizer, read_metadata, set_special_tokens
-from moka_pl.backbone.loading import loading, progress_bars, writable
+from moka_pl.backbone.gguf_tokenizer import (
+    bos_optional,
+    check_tokenizer,
+    count_weights,
+    read_metadata,
+    set_special_tokens,
+)
+from moka_pl.backbone.loading import check_room, loading, progress_bars, writable
 from moka_pl.errors import BackboneError
 from moka_pl.utils import replaced_folder
 
 _LAYOUT = 2  # raise when a conversion of the same file would come out differently
+_FLOAT32 = 4  # bytes of a converted weight
 
 
 def convert_gguf(file: Path, cache: Path) -> Path:
@@ -51,6 +58,8 @@ def _convert(file: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    with loading(str(file)):
+        check_room(target, _FLOAT32 * count_weights(file))
     print(f"Converting {file.name} once (cached in {target}) ...", flush=True)
     with progress_bars(show=False):
         with loading(str(file)), bos_optional():

@@ -27,6 +27,13 @@ def read_metadata(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in said.items() if name not in ("merges", "scores")}
 
 
+def count_weights(file: Path) -> int:
+    """Returns the number of weights in a GGUF file."""
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+
+
 @contextmanager
 def bos_optional() -> Iterator[None]:
     """Lets the body read a file that names no beginning-of-sequence token.

@@ -1,9 +1,11 @@
 """Looks a model up on the hub before a download, and explains failures."""
 
+import fnmatch
 from pathlib import Path
 from typing import Literal
 
 from moka_pl.errors import BackboneError, one_line
+from moka_pl.utils import space_shortage
 
 _TIMEOUT = 15  # seconds for the one request
 
@@ -31,10 +33,43 @@ def reach_model(name: str, revision: str | None = None) -> Path | None:
     return None
 
 
+def check_download(name: str, revision: str | None = None) -> None:
+    """Refuses a model whose weight files, as far as they are not there, do not fit into the hub cache.
+
+    Raises:
+        BackboneError: Naming what is needed and what is free.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    try:
+        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+    except Exception:  # the download itself says what is wrong
+        return
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    weights = fnmatch.filter(sizes, "model*.safetensors") or fnmatch.filter(sizes, "pytorch_model*.bin")
+    there = {
+        file
+        for file in weights
+        if isinstance(try_to_load_from_cache(name, file, revision=info.sha or revision), str)
+    }
+    folder = Path(constants.HF_HUB_CACHE)
+    size = sum(sizes[file] for file in weights if file not in there and "/" not in file)
+    if (shortage := space_shortage(folder, size)) is not None:
+        raise BackboneError(
+            f"{name} does not fit into the hub cache {folder}: {shortage}; free some space, or set "
+            "HF_HUB_CACHE to a folder on another disk"
+        )
+
+
 def download_model(name: str, revision: str | None = None) -> Path:
-    """Downloads the files of a model that transformers reads into the hub cache, and returns their folder."""
+    """Downloads the files of a model that transformers reads into the hub cache, and returns their folder.
+
+    Raises:
+        BackboneError: If they do not fit into it.
+    """
     from huggingface_hub import snapshot_download
 
+    check_download(name, revision)
     # Some models have their weights twice more, in other folders or under other names.
     kinds = ["model*.safetensors", "*.json", "*.model", "*.jinja"]
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns="*/*"))

@@ -25,7 +25,7 @@ from moka_pl.backbone.checks import (
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.description import Description, build_empty, describe
 from moka_pl.backbone.gguf import convert_gguf
-from moka_pl.backbone.hub import download_model, reach_model
+from moka_pl.backbone.hub import check_download, download_model, reach_model
 from moka_pl.backbone.linear_layers import linearise, quantise_rest
 from moka_pl.backbone.loading import cache_root, loading, progress_bars
 from moka_pl.backbone.quantization import (
@@ -250,6 +250,8 @@ def _pretrained(
     else:
         options |= loading_options(config.quantization, config.double_quantization, dtype)
     folder = described.files is not None  # nothing to download: no bar needed
+    if not folder:
+        check_download(config.name, config.revision)
     with loading(config.name), progress_bars(show=not folder):
         model, info = AutoModelForCausalLM.from_pretrained(**options)
     if info["missing_keys"]:

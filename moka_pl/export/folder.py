@@ -8,7 +8,14 @@ from pathlib import Path
 
 from moka_pl.adapters.reading import CONFIG_NAME
 from moka_pl.errors import ConfigError
-from moka_pl.utils import replaced_folder, sync_file, unwritable_reason, write_failure
+from moka_pl.utils import (
+    existing_folder,
+    replaced_folder,
+    space_shortage,
+    sync_file,
+    unwritable_reason,
+    write_failure,
+)
 
 #: Names of files that exports write; a folder with others is never replaced.
 _WRITTEN = re.compile(
@@ -34,9 +41,22 @@ def check_output(out: Path, adapter: Path, overwrite: bool) -> None:
         raise ConfigError(f"--out {out} is a file; give a folder")
     if out.exists() and any(out.iterdir()):
         _check_replaceable(out, adapter, overwrite)
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if (reason := unwritable_reason(parent)) is not None:
+    if (reason := unwritable_reason(existing_folder(out.absolute().parent))) is not None:
         raise ConfigError(f"--out {out}: cannot write there ({reason}); choose another folder")
+
+
+def check_space(out: Path, size: int) -> None:
+    """Refuses an export that is larger than the free space of its disk, before it is begun.
+
+    Args:
+        out: The folder to write; an older export in it stays until the new one is complete.
+        size: Bytes that are written, with what the export is compared with.
+
+    Raises:
+        ConfigError: Naming what is needed and what is free.
+    """
+    if (shortage := space_shortage(out.parent, size)) is not None:
+        raise ConfigError(f"--out {out}: {shortage}; free some space, or choose a folder on another disk")
 
 
 def _check_replaceable(out: Path, adapter: Path, overwrite: bool) -> None:

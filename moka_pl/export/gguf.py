@@ -16,7 +16,7 @@ from moka_pl.adapters.layer import MokaLinear
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export.gguf_tokenizer import add_tokenizer
 from moka_pl.export.lora import LoraForm
-from moka_pl.export.merged import Part, converted
+from moka_pl.export.merged import BYTES_OF_TOKEN, Part, base_dtype, converted
 from moka_pl.export.source import say
 
 if TYPE_CHECKING:
@@ -202,6 +202,23 @@ def check_model(
     _planned(model, parts, kind, tokenizer)
 
 
+def base_type(parts: list[Part]) -> GgufType:
+    """Returns how a base is stored for llama.cpp's check of its adapter."""
+    return "f32" if base_dtype(parts) == torch.float32 else "f16"
+
+
+def model_size(parts: list[Part], kind: GgufType, tokenizer: "PreTrainedTokenizerBase | None" = None) -> int:
+    """Returns about how many bytes :func:`write_model` writes.
+
+    Args:
+        parts: The model's tensors.
+        kind: How matrices are stored.
+        tokenizer: The tokenizer, if it is written.
+    """
+    size = sum(_stored(part.shape, kind)[2] for part in parts)
+    return size if tokenizer is None else size + BYTES_OF_TOKEN * len(tokenizer)
+
+
 def _planned(
     model: "PreTrainedModel",
     parts: list[Part],
@@ -267,31 +284,31 @@ def _rope_factors(model: "PreTrainedModel") -> Tensor | None:
 
 def _write(writer: Any, tensors: Iterable[GgufTensor], file: Path, kind: GgufType) -> None:
     """Writes metadata, then one tensor after another."""
-    import numpy as np
-
     gguf, tensors = import_gguf(), list(tensors)
-    types = gguf.GGMLQuantizationType
-    stored = {}
     for tensor in tensors:
-        matrix = len(tensor.shape) > 1
-        fits = kind != "q8_0" or tensor.shape[-1] % _BLOCK == 0
-        one = types.F32 if not matrix or kind == "f32" else types[kind.upper()] if fits else types.F16
-        stored[tensor.name] = one
-        shape, number = tensor.shape, np.dtype(np.float16 if one == types.F16 else np.float32)
-        count = int(np.prod(shape))
-        size = count * number.itemsize
-        if one == types.Q8_0:
-            block, bytes_of_block = gguf.GGML_QUANT_SIZES[one]
-            size = count // block * bytes_of_block
-        writer.add_tensor_info(tensor.name, shape, number, size, raw_dtype=one)
+        one, number, size = _stored(tensor.shape, kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, number, size, raw_dtype=one)
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     try:
         for count, tensor in enumerate(tensors, 1):
             values = tensor.make().contiguous().numpy()
-            writer.write_tensor_data(gguf.quants.quantize(values, stored[tensor.name]))
+            writer.write_tensor_data(gguf.quants.quantize(values, _stored(tensor.shape, kind)[0]))
             if count % 100 == 0:
                 say(f"wrote {count} of {len(tensors)} tensors")
     finally:
         writer.close()
+
+
+def _stored(shape: tuple[int, ...], kind: GgufType) -> tuple[Any, Any, int]:
+    """How a tensor is stored: its type, its dtype before that, and its bytes."""
+    import numpy as np
+
+    gguf = import_gguf()
+    types = gguf.GGMLQuantizationType
+    fits = kind != "q8_0" or shape[-1] % _BLOCK == 0
+    one = types.F32 if len(shape) < 2 or kind == "f32" else types[kind.upper()] if fits else types.F16
+    block, bytes_of_block = gguf.GGML_QUANT_SIZES[one]
+    count = int(np.prod(shape))
+    return one, np.dtype(np.float16 if one == types.F16 else np.float32), count // block * bytes_of_block

@@ -33,6 +33,10 @@ class LoraForm:
     factors: dict[str, tuple[Tensor, Tensor]]
     lost: dict[str, float]
 
+    def size(self, dtype: torch.dtype) -> int:
+        """Returns the bytes of the factors in a dtype."""
+        return sum(a.numel() + b.numel() for a, b in self.factors.values()) * dtype.itemsize
+
 
 def needed_rank(layer: MokaLinear) -> int:
     """Returns the rank of the LoRA that a layer's update is exactly, at least 1."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _SHARD = 2**30
 #: Bytes of a base in float32 up to which another engine's check computes with that.
 _SMALL = 2**32
+#: Bytes that a tokenizer's file takes for each of its tokens, about: SmolLM2's 71, LLaMA3's 134.
+BYTES_OF_TOKEN = 100
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def write_weights(folder: Path, parts: list[Part], dtype: torch.dtype) -> None:
     shards: list[list[Part]] = [[]]
     room = _SHARD
     for part in parts:
-        size = torch.Size(part.shape).numel() * dtype.itemsize
+        size = _count(part) * dtype.itemsize
         if size > room and shards[-1]:
             shards.append([])
             room = _SHARD
@@ -260,6 +262,17 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
 
 def _count(part: Part) -> int:
     return torch.Size(part.shape).numel()
+
+
+def folder_size(parts: Iterable[Part], dtype: torch.dtype, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Returns about how many bytes a merged folder takes.
+
+    Args:
+        parts: The tensors.
+        dtype: Their dtype.
+        tokenizer: What is written beside them.
+    """
+    return dtype.itemsize * sum(map(_count, parts)) + BYTES_OF_TOKEN * len(tokenizer)
 
 
 def base_dtype(parts: Iterable[Part]) -> torch.dtype:

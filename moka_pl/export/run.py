@@ -10,9 +10,10 @@ from moka_pl.adapters import AdapterInfo, MokaConfig, moka_layers, read_adapter
 from moka_pl.adapters.reading import read_adapter_state
 from moka_pl.errors import ConfigError
 from moka_pl.export import llama_cpp
-from moka_pl.export.gguf import GgufType, check_adapter, check_model, import_gguf
+from moka_pl.export.folder import check_space
+from moka_pl.export.gguf import GgufType, base_type, check_adapter, check_model, import_gguf, model_size
 from moka_pl.export.lora import LoraForm, check_rank, lora_form, stored_rank
-from moka_pl.export.merged import export_merged, merged_parts
+from moka_pl.export.merged import base_dtype, export_merged, folder_size, merged_parts
 from moka_pl.export.mlx import check_layers, export_mlx, import_mlx
 from moka_pl.export.peft import export_lora, import_peft
 from moka_pl.export.source import (
@@ -64,8 +65,12 @@ class Request:
 
 def run_merged(request: Request) -> None:
     """Exports a merged transformers folder."""
-    source = _opened(request)
-    export_merged(source, request.out, request.torch_dtype(torch.bfloat16))
+    dtype = request.torch_dtype(torch.bfloat16)
+
+    def fits(preview: Preview) -> None:
+        check_space(request.out, folder_size(merged_parts(preview.model), dtype, preview.tokenizer))
+
+    export_merged(_opened(request, fits), request.out, dtype)
 
 
 def run_lora(request: Request) -> None:
@@ -81,12 +86,17 @@ def run_gguf(request: Request) -> None:
     kind = request.gguf_type
 
     def fits(preview: Preview) -> None:
-        check_model(preview.model, merged_parts(preview.model), kind, preview.tokenizer)
+        parts = merged_parts(preview.model)
+        check_model(preview.model, parts, kind, preview.tokenizer)
+        check_space(request.out, model_size(parts, kind, preview.tokenizer))
 
-    def takes_lora(preview: Preview) -> None:
+    def takes_lora(preview: Preview) -> int:
         check_adapter(preview.model, moka_layers(preview.model))
-        if llama_cpp.version():  # whose base is written, too
-            check_model(preview.model, merged_parts(preview.model), "f32")
+        if not llama_cpp.version():
+            return 0
+        parts = merged_parts(preview.model)  # of the base, which is written, too
+        check_model(preview.model, parts, "f32")
+        return model_size(parts, base_type(parts))
 
     if kind == "lora":
         source, form = _with_lora(request, takes_lora)
@@ -98,7 +108,13 @@ def run_gguf(request: Request) -> None:
 def run_mlx(request: Request) -> None:
     """Exports an adapter of mlx-lm's."""
     import_mlx()
-    source, form = _with_lora(request, lambda preview: check_layers(moka_layers(preview.model)))
+
+    def takes_lora(preview: Preview) -> int:
+        check_layers(moka_layers(preview.model))
+        parts = merged_parts(preview.model)  # of the base, which is written, too
+        return folder_size(parts, base_dtype(parts), preview.tokenizer)
+
+    source, form = _with_lora(request, takes_lora)
     export_mlx(source, request.out, form, request.torch_dtype(torch.float32))
 
 
@@ -131,18 +147,26 @@ def _opened(request: Request, before: Callable[[Preview], None] | None = None) -
     return source
 
 
-def _with_lora(request: Request, before: Callable[[Preview], None] | None = None) -> tuple[Source, LoraForm]:
-    """Writes the adapter as a LoRA, which takes no weights of its base, then loads it."""
+def _with_lora(
+    request: Request, before: Callable[[Preview], int] = lambda preview: 0
+) -> tuple[Source, LoraForm]:
+    """Writes the adapter as a LoRA, which takes no weights of its base, then loads it.
+
+    Args:
+        request: What is to be exported.
+        before: Refuses what the format cannot hold, and returns the bytes that it writes beside the LoRA.
+    """
     info = read_adapter(request.adapter)
     known = _stored_rank(request, info)
     forms: list[LoraForm] = []
 
     def look(preview: Preview) -> None:
-        if before is not None:
-            before(preview)
+        beside = before(preview)
         layers = moka_layers(preview.model)
         check_no_experts(preview.model, layers)
-        forms.append(lora_form(layers, request.rank, request.energy, request.max_rank))
+        form = lora_form(layers, request.rank, request.energy, request.max_rank)
+        check_space(request.out, form.size(request.torch_dtype(torch.float32)) + beside)
+        forms.append(form)
 
     source = open_source(request.adapter, request.base, request.prompts, before=look)
     if not known:

@@ -12,10 +12,10 @@ from moka_pl.errors import AdapterError
 from moka_pl.export import llama_cpp
 from moka_pl.export.check import Measured, check, measure
 from moka_pl.export.folder import mebibytes, written_folder
-from moka_pl.export.gguf import GgufType, Names, import_gguf, write_adapter, write_model
+from moka_pl.export.gguf import GgufType, Names, base_type, import_gguf, write_adapter, write_model
 from moka_pl.export.llama_cpp import LlamaCpp, greedy
 from moka_pl.export.lora import LoraForm, lora_applied
-from moka_pl.export.merged import base_dtype, merged_parts
+from moka_pl.export.merged import merged_parts
 from moka_pl.export.modelfile import modelfile
 from moka_pl.export.peft import lora_reference
 from moka_pl.export.source import Source, say
@@ -84,7 +84,7 @@ def export_adapter(source: Source, out: Path, form: LoraForm, dtype: torch.dtype
         if reader := llama_cpp.version():
             say(f"{reader} reads it back onto the same base ...")
             parts = merged_parts(model)
-            kind: GgufType = "f32" if base_dtype(parts) == torch.float32 else "f16"
+            kind = base_type(parts)
             base = new.parent / "base.gguf"  # removed with the folder of the unfinished export
             write_model(base, model, parts, kind)
             engine = LlamaCpp(base, new / _ADAPTER)

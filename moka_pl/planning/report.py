@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from moka_pl.backbone import BackboneConfig
 from moka_pl.backbone.load import compute_dtype
@@ -18,9 +17,9 @@ from moka_pl.planning.memory import GIB, Memory, Setup, estimate, sizes_of
 from moka_pl.planning.shape import empty_model, stored_bytes, tokenizer_at_hand
 from moka_pl.planning.work import Run, Work, plan_work
 from moka_pl.training.module import MokaModule
+from moka_pl.training.trial_optimizer import state_bytes
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
 #: What a GPU holds beside tensors: the CUDA context, and gaps of the allocator.
@@ -230,7 +229,7 @@ def _setup(
         checkpointing=bool(module.gradient_checkpointing),
         quantised=quantised,
         double=config.double_quantization,
-        state=_state_bytes(module.optimizer),
+        state=state_bytes(module.optimizer),
         gradients=8 if run.ranks > 1 else 4,
         stored=None if on_gpu else stored_bytes(config, model.num_parameters()) if quantised else 0,
         fused=fuses and knows(model),
@@ -325,16 +324,3 @@ def _devices(on_gpu: bool) -> list[Device]:
         properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return [Device(found.name, found.total_memory / GIB) for found in properties]
     return [Device("this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB)]
-
-
-def _state_bytes(build: "Callable[..., Optimizer]") -> float:
-    """Bytes of an optimizer's state for each number, by a step on a few; AdamW's where that fails."""
-    trial = nn.Parameter(torch.zeros(64, 64, device="cpu"))
-    trial.grad = torch.ones_like(trial)
-    try:
-        optimizer = build([trial])
-        optimizer.step()
-    except Exception:  # one for GPUs, or that needs a closure
-        return 8
-    held = optimizer.state[trial].values()
-    return sum(t.nbytes for t in held if isinstance(t, torch.Tensor) and t.dim() > 0) / trial.numel()

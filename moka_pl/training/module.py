@@ -45,18 +45,18 @@ from moka_pl.training.checkpoint_files import peek, write_whole_files
 from moka_pl.training.course import Change, Course, check_allowed, course_of, optimizer_course
 from moka_pl.training.launches import compute_as, fuse_on_gpu, gradient_nodes
 from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler, make_optimizer
-from moka_pl.training.preflight import check_trainer
+from moka_pl.training.preflight import check_room, check_trainer, trained_numbers
 from moka_pl.training.resume import adjust_optimizer, begin_epoch_anew, begins_epoch_anew
 from moka_pl.training.schedule import WarmupDecay
 from moka_pl.training.sharding.strategy import ShardedStrategy, check_shardable
 from moka_pl.training.steps import TrainedModule
-from moka_pl.training.trial_optimizer import build_trial
+from moka_pl.training.trial_optimizer import build_trial, state_bytes
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from moka_pl.backbone.load import Backbone
+    from moka_pl.backbone.load import Backbone, Unloaded
     from moka_pl.training.sharding.blocks import ShardedBlocks
 
 # Not None: the command line's help would then list none of their options.
@@ -221,6 +221,7 @@ class MokaModule(TrainedModule):
         self.model = model
         self._hold_nodes()
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        self._check_room(count)
         rank_zero_info(
             f"{self.backbone.name} on {self.device} in {self.base.options['compute_dtype']}, {storage}; "
             f"{method_of(self.adapter).title} in {len(self.adapted)} layers, {count:,} trainable parameters"
@@ -260,7 +261,18 @@ class MokaModule(TrainedModule):
 
     def load_base(self) -> "Backbone":
         """Loads the frozen base onto this rank's device; subclasses may have one already."""
-        return load_backbone(self.backbone, self.device, blocks=self._blocks())
+        return load_backbone(self.backbone, self.device, self._look, self._blocks())
+
+    def _look(self, unloaded: "Unloaded") -> None:
+        """Refuses, before weights are loaded, a fit whose adapters and checkpoints would fill the disk."""
+        saved = None if self.adapter_path is None else read_adapter_shapes(self.adapter_path)
+        if (trained := trained_numbers(unloaded.model, self.adapter, saved)) is not None:
+            self._check_room(trained)
+
+    def _check_room(self, trained: int) -> None:
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False):
+            check_room(trainer, trained, state_bytes(self.optimizer))
 
     def _blocks(self) -> "ShardedBlocks | None":
         """What keeps the blocks of the base; None where this rank has all of it."""

@@ -1,12 +1,23 @@
 """What a fit would refuse only after its model is loaded, refused before."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
+from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
+from moka_pl.adapters.filters import AUTO
 from moka_pl.data.base import MokaDataModule
 from moka_pl.errors import ConfigError
+from moka_pl.utils import existing_folder, space_shortage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Smallest whole numbers of options of which Lightning takes any, to fail in the middle of a run.
 _LEAST = {
@@ -69,3 +80,85 @@ def check_trainer(trainer: Trainer) -> None:
             f"{batches} at most, to a share such as 0.5, or set trainer.check_val_every_n_epoch to null to "
             "count the batches of all epochs"
         )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a callback keeps on a disk, with what is there while one takes another's place.
+
+    Attributes:
+        option: The option that sets the folder.
+        folder: Where it is.
+        adapters: Number of adapter directories.
+        checkpoints: Number of checkpoints.
+    """
+
+    option: str
+    folder: Path
+    adapters: int = 0
+    checkpoints: int = 0
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """A callback that writes adapters or checkpoints."""
+
+    def keeps(self) -> Kept | None:
+        """Returns what it keeps; None if nothing is written to a disk of this machine."""
+
+
+def trained_numbers(
+    model: "PreTrainedModel", config: Any, saved: Mapping[str, Tensor] | None = None
+) -> int | None:
+    """Counts what an adapter trains; ``filters: auto`` counts as ``diverse``, its usual budget.
+
+    Args:
+        model: The base on the meta device, which is adapted afterwards.
+        config: The adapter's configuration, of any method.
+        saved: The tensors that it starts from, if any.
+
+    Returns:
+        The count; None of PEFT's methods, which may read weights as they are put in.
+    """
+    if not isinstance(config, MokaConfig | FullFineTuning):
+        return None
+    if isinstance(config, MokaConfig) and config.filters == AUTO:
+        config = replace(config, filters="diverse", budget=None)
+    with isolate_rng(include_cuda=False), torch.device("meta"):
+        inject_adapter(model, config, saved=saved)
+    return sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def check_room(trainer: Trainer, parameters: int, state: float) -> None:
+    """Refuses a run whose adapters and checkpoints do not fit on the disks that they are written to.
+
+    Folders of one disk count together. Files that are there already are replaced, and count as room.
+
+    Args:
+        trainer: The trainer, whose callbacks have their folders.
+        parameters: P, trained numbers: an adapter takes 4 P bytes, in float32.
+        state: s, bytes of the optimizer for each: a checkpoint takes (4 + s) P.
+
+    Raises:
+        ConfigError: Naming a folder, what is needed and what is free.
+    """
+    keepers = [c.keeps() for c in trainer.callbacks if isinstance(c, Keeper)]  # type: ignore[attr-defined]
+    disks: dict[int, list[Kept]] = {}
+    for kept in keepers:
+        if kept is not None:
+            disks.setdefault(existing_folder(kept.folder).stat().st_dev, []).append(kept)
+    for together in disks.values():
+        size = sum(
+            parameters * (4 * kept.adapters + (4 + state) * kept.checkpoints) - _size_of(kept.folder)
+            for kept in together
+        )
+        if (shortage := space_shortage(together[0].folder, round(size))) is not None:
+            names = " and ".join(f"{kept.option} {kept.folder}" for kept in together)
+            raise ConfigError(
+                f"{names}: {shortage} for the adapters and checkpoints of {parameters:,} trained numbers; "
+                "free some space, or choose folders on another disk"
+            )
+
+
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

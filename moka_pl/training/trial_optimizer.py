@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -94,3 +95,16 @@ def _check_rates(optimizer: Optimizer, scheduler: Any) -> None:
 def _base_rates(optimizer: Optimizer, scheduler: Any) -> list[float]:
     rates = [float(rate) for rate in getattr(scheduler, "base_lrs", [])]
     return rates or [float(g["lr"]) for g in optimizer.param_groups if g.get("lr") is not None]
+
+
+def state_bytes(build: Callable[..., Optimizer]) -> float:
+    """Bytes of an optimizer's state for each number, by a step on a few; AdamW's where that fails."""
+    trial = nn.Parameter(torch.zeros(64, 64, device="cpu"))
+    trial.grad = torch.ones_like(trial)
+    try:
+        optimizer = build([trial])
+        optimizer.step()
+    except Exception:  # one for GPUs, or that needs a closure
+        return 8
+    held = optimizer.state[trial].values()
+    return sum(t.nbytes for t in held if isinstance(t, torch.Tensor) and t.dim() > 0) / trial.numel()

@@ -44,6 +44,18 @@ def test_a_second_call_uses_the_cache(gguf_file: Path, cache: Path, monkeypatch:
     load_backbone(BackboneConfig(str(gguf_file), quantization="nf4"))
 
 
+def test_what_does_not_fit_into_the_cache_is_not_converted(
+    gguf_file: Path, dense: LlamaForCausalLM, cache: Path, free_space: Callable[[int], None]
+) -> None:
+    size = 4 * dense.num_parameters()
+    free_space(size - 1)
+    with pytest.raises(BackboneError, match=r"cannot write to the cache folder .* needed, .* free\. Free"):
+        convert_gguf(gguf_file, cache)
+    assert not converted(cache)
+    free_space(size)
+    assert convert_gguf(gguf_file, cache)
+
+
 def test_another_file_of_the_same_name_is_converted_anew(gguf_file: Path, cache: Path) -> None:
     first = convert_gguf(gguf_file, cache)
     gguf_file.write_bytes(gguf_file.read_bytes() + b"\0" * 32)

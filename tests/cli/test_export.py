@@ -1,5 +1,6 @@
 """``moka-pl export``: what is refused before anything is loaded."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,31 @@ def test_what_the_adapter_and_sizes_tell_is_refused_before_weights_are_loaded(
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert sorted(adapter.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("options", ["lora", "merged", "gguf", "gguf --gguf_type f16", "mlx"])
+def test_what_does_not_fit_on_the_disk_is_refused_before_weights_are_loaded(
+    options: str,
+    saved: Path,
+    no_weights: Callable[[], None],
+    free_space: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Without their packages, and with a tokenizer that GGUF cannot hold.
+    monkeypatch.setattr("moka_pl.export.run.import_mlx", lambda: None)
+    monkeypatch.setattr("moka_pl.export.run.check_model", lambda *_: None)
+    monkeypatch.chdir(saved.parent)
+    before = sorted(saved.parent.rglob("*"))
+    no_weights()
+    free_space(5000)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(saved), "--out", "new/out", "--to", *options.split()])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert re.search(r"--out new/out: about [\d.]+ MiB needed, 5,000 bytes free; free some space", told)
+    assert told.count("\n") == 1
+    assert sorted(saved.parent.rglob("*")) == before
 
 
 def bases() -> dict[str, PretrainedConfig]:

@@ -12,7 +12,7 @@ from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers, unload
 from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export import llama_cpp
-from moka_pl.export.gguf import check_architecture, llama_rows, write_adapter, write_model
+from moka_pl.export.gguf import check_architecture, llama_rows, model_size, write_adapter, write_model
 from moka_pl.export.gguf_tokenizer import _LLAMA3
 from moka_pl.export.llama_cpp import LlamaCpp, greedy
 from moka_pl.export.lora import lora_form
@@ -53,6 +53,8 @@ def test_transformers_reads_the_merged_model(
     randomize(model)
     file = tmp_path / "model.gguf"
     write_model(file, model, merged_parts(model), kind, make_tokenizer(BYTES))
+    told = model_size(merged_parts(model), kind, make_tokenizer(BYTES))
+    assert 0.9 * file.stat().st_size < told < 1.5 * file.stat().st_size
     with torch.no_grad():
         expected = model(IDS[None]).logits
         found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)

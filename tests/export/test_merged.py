@@ -11,10 +11,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter, unload
+from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export import merged
-from moka_pl.export.merged import Part, converted, merged_parts, write_description, write_weights
+from moka_pl.export.merged import (
+    Part,
+    converted,
+    folder_size,
+    merged_parts,
+    write_description,
+    write_weights,
+)
 from moka_pl.export.source import onto_original, open_source
 
 
@@ -98,6 +106,15 @@ def test_an_adapted_head_is_not_tied_any_more(
         write_description(tmp_path, model, byte_tokenizer(), torch.float32)
         found = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_size_of_a_folder_is_known_before_it_is_written(make_llama: Callable, tmp_path: Path) -> None:
+    model, tokenizer = make_llama(), byte_tokenizer()
+    parts = merged_parts(model)
+    write_weights(tmp_path, parts, torch.bfloat16)
+    write_description(tmp_path, model, tokenizer, torch.bfloat16)
+    written = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert 0.9 * written < folder_size(parts, torch.bfloat16, tokenizer) < 1.5 * written
 
 
 def test_numbers_beyond_the_dtype_are_refused() -> None:

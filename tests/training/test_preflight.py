@@ -1,7 +1,14 @@
+import peft
 import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
 
+from moka_pl.adapters import FullFineTuning, MokaConfig
+from moka_pl.backbone import BackboneConfig
+from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
 from moka_pl.errors import ConfigError
-from moka_pl.training.preflight import check_options
+from moka_pl.training.module import MokaModule
+from moka_pl.training.preflight import Kept, check_options, check_room
 
 
 @pytest.mark.parametrize(
@@ -55,3 +62,50 @@ def test_intervals_that_no_epoch_reaches(make_module, make_data, make_trainer, m
     monkeypatch.setattr(type(module), "load_base", lambda self: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=message):
         make_trainer(**options).fit(module, make_data())
+
+
+@pytest.mark.parametrize(
+    "adapter", [MokaConfig(), FullFineTuning(), peft.LoraConfig()], ids=["moka", "full", "peft"]
+)
+def test_a_run_that_would_fill_the_disk_is_refused(
+    make_data, make_trainer, no_weights, free_space, tmp_path, adapter
+):
+    ours = not isinstance(adapter, peft.LoraConfig)  # PEFT's methods may need weights to be put in
+    quantization = "none" if isinstance(adapter, FullFineTuning) else "nf4"
+    kept = RunCheckpoint(tmp_path / "kept", save_last=True)
+    trainer = make_trainer(AdapterCheckpoint(), kept, enable_checkpointing=True)
+    module = MokaModule(BackboneConfig("tiny", weights="random", quantization=quantization), adapter)
+    if ours:
+        no_weights()
+    free_space(1000)
+    state = torch.get_rng_state()
+    with pytest.raises(ConfigError) as refused:
+        trainer.fit(module, make_data())
+    told = str(refused.value)
+    assert told.startswith(
+        f"adapters.dirpath {tmp_path / 'adapters'} and checkpoint.dirpath {kept.dirpath}: "
+    )
+    assert "1,000 bytes free for the adapters and checkpoints of" in told
+    assert "\n" not in told
+    assert torch.equal(state, torch.get_rng_state()) or not ours
+    assert not kept_files(tmp_path)
+
+
+def test_what_is_there_already_is_room(tmp_path, free_space):
+    class Keeping(Callback):
+        def keeps(self):
+            return Kept("checkpoint.dirpath", tmp_path, adapters=1, checkpoints=2)
+
+    trainer = Trainer(callbacks=[Keeping()], logger=False, accelerator="cpu")
+    numbers, needed = 100, 100 * (4 + 2 * 12)
+    free_space(needed)
+    check_room(trainer, numbers, state=8)
+    free_space(needed - 1)
+    with pytest.raises(ConfigError, match="about 2,800 bytes needed, 2,799 bytes free"):
+        check_room(trainer, numbers, state=8)
+    (tmp_path / "last.ckpt").write_bytes(b"1")
+    check_room(trainer, numbers, state=8)
+
+
+def kept_files(folder):
+    return [file for file in folder.rglob("*") if file.is_file() and file.suffix in (".ckpt", ".safetensors")]
