@@ -20,9 +20,10 @@ class BackboneConfig:
             ``tiny``) or a folder with a ``config.json``.
         revision: Branch, tag or commit of a hub model.
         weights: ``pretrained``, or ``random`` for benchmarks and tests (no download).
-        quantization: ``nf4`` or ``fp4`` store linear weights in 4 bits (bitsandbytes); ``none`` keeps them in
-            the compute dtype, which is faster but takes four times the memory.
-        double_quantization: Quantise the block scales too, which saves 0.4 bits per weight.
+        quantization: ``nf4`` or ``fp4`` store linear weights in 4 bits and ``int8`` in 8 (bitsandbytes);
+            ``none`` keeps them in the compute dtype, which is faster but takes four times the memory.
+        double_quantization: Quantise the block scales of ``nf4`` and ``fp4``, too, which saves 0.4 bits per
+            weight.
         compute_dtype: Dtype of activations and of unquantised weights. ``auto`` is bfloat16 on GPUs that
             support it, float16 on older GPUs, and float32 on CPUs (where bfloat16 is many times slower).
         attention: The attention implementation of transformers.

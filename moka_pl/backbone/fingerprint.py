@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.backbone.linear_layers import is_conv1d
-from moka_pl.backbone.quantization import NF4_LEVELS, relative_entries, storage_of, weight_count
+from moka_pl.backbone.quantization import NF4_LEVELS, relative_entries, rounding_of, storage_of, weight_count
 from moka_pl.errors import AdapterError, MokaWarning
 from moka_pl.lm.experts import SplitExperts, fused_experts, stored
 
@@ -110,25 +110,30 @@ def compare_samples(first: str, second: str) -> Comparison | None:
     """Compares what :func:`weight_samples` returned of two models; None where that cannot be compared.
 
     Weights stored alike must have equal samples. Rounding to another dtype moves some entries to the next of
-    the sixteen levels, FP4 many to the ones behind it.
+    the sixteen levels, 8 bits some, FP4 and its like many to the ones behind it.
     """
     one, other = _read(first), _read(second)
     if one is None or other is None or one.names != other.names or one.codes.shape != other.codes.shape:
         return None
     distance = (one.codes - other.codes).abs()  # (L, 64)
-    # Most steps of an entry; entries of a matrix, and share of all entries, that may be a step away: devices
-    # do not agree on the last bit.
-    if one.storage == other.storage:
-        steps, entries, share = 1, 1, 0.0005
-    elif ("fp4" in one.storage) == ("fp4" in other.storage):
-        steps, entries, share = 2 if "fp4" in one.storage else 1, 5, 0.015
-    else:
-        steps, entries, share = 3, _ENTRIES, 1.0
+    steps, entries, share = _tolerance(one.storage, other.storage)
     moved = distance > 0
     different = (distance > steps).any(1) | (moved.sum(1) > entries)  # (L,)
     if moved.float().mean() > share and moved.sum() > 1:
         different |= moved.any(1)
     return Comparison(int(different.sum()), len(different))
+
+
+def _tolerance(one: str, other: str) -> tuple[int, int, float]:
+    """Most steps of an entry; entries of a matrix, and share of all entries, that may be a step away."""
+    if one == other:  # devices do not agree on the last bit
+        return 1, 1, 0.0005
+    roundings = {rounding_of(one), rounding_of(other)}
+    if roundings == {"same"}:
+        return 1, 5, 0.015
+    if roundings == {"far"} and one.partition("-")[0] == other.partition("-")[0]:
+        return 2, 5, 0.015
+    return (1, _ENTRIES // 4, 0.1) if "far" not in roundings else (3, _ENTRIES, 1.0)
 
 
 def _matrices(model: nn.Module, ready: Callable[[str], None] | None) -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moka_pl.backbone.quantization import Quantization, is_quantised, quantised_linear, weight_count
+from moka_pl.backbone.quantization import (
+    Quantization,
+    is_quantised,
+    is_stored_quantised,
+    quantised_linear,
+    quantises_loading,
+    weight_count,
+)
 from moka_pl.lm.experts import SplitExperts, fuse_experts, split_experts
 
 if TYPE_CHECKING:
@@ -42,6 +49,8 @@ def restore(model: nn.Module) -> None:
 def quantise_rest(model: nn.Module, quantization: Quantization, double: bool, dtype: torch.dtype) -> None:
     """Quantises what transformers leaves as it is: fused experts, one by one, and kinds of ``nn.Linear``.
 
+    What transformers does not quantise at all, it quantises all here, but for the output head.
+
     Args:
         model: The model, or a block of it, otherwise quantised.
         quantization: How linear weights are stored.
@@ -54,8 +63,9 @@ def quantise_rest(model: nn.Module, quantization: Quantization, double: bool, dt
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear) or is_quantised(layer) or layer is head:
             continue
-        # Plain layers that are left, such as routers of some families, are meant to be.
-        if name.startswith(blocks) if type(layer) is nn.Linear else _multiplies(layer):
+        # Plain layers that transformers leaves, such as routers of some families, are meant to be.
+        meant = quantises_loading(quantization) and not name.startswith(blocks)
+        if not meant if type(layer) is nn.Linear else _multiplies(layer):
             new: Any = quantised_linear(layer, layer.weight.detach(), quantization, double, dtype)
             new.bias = layer.bias
             model.set_submodule(name, new.train(layer.training))
@@ -138,7 +148,7 @@ def _weights_by_storage(model: "PreTrainedModel") -> tuple[int, Counter[str]]:
     outside |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.Conv1d)}
     quantised, other = 0, Counter[str]()
     for name, parameter in model.named_parameters():
-        if getattr(parameter, "quant_state", None) is not None:
+        if is_stored_quantised(parameter):
             quantised += weight_count(parameter)
         elif parameter.ndim > 1 and id(parameter) not in outside:
             other[re.sub(r"\.\d+(?=\.)", ".*", name)] += parameter.numel()

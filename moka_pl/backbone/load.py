@@ -32,6 +32,8 @@ from moka_pl.backbone.quantization import (
     import_quantiser,
     keep_weights,
     loading_options,
+    quantises_loading,
+    weight_bytes,
 )
 from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model
 from moka_pl.backbone.smollm2 import SHORT_NAME, bundled_gguf
@@ -130,7 +132,7 @@ def load_backbone(
         check_tokens(tokenizer, described.shape, _rows(empty), config.name, random)
         if described.files is not None:
             described.files.check(empty, config.name, quantised=described.quantization is not None)
-        bits = 4 if config.quantization != "none" else 8 * dtype.itemsize
+        bits = 8 * weight_bytes(config.quantization, config.double_quantization, dtype)
         check_size(empty, config.name, device, bits * (1.0 if blocks is None else blocks.share))
     if before is not None:
         stored = described.quantization is not None
@@ -210,11 +212,12 @@ def _filled(
 ) -> "PreTrainedModel":
     """Returns the model with its weights; the blocks' are handed over as early as their files allow."""
     dtype, files = empty.dtype, described.files
+    by_layer = config.quantization != "none" and not quantises_loading(config.quantization)
     if config.weights == "random":
         linearise(empty)
         with loading(config.name):
             return random_model(config, empty, dtype, device, store)
-    if store is not None and is_complete(files, empty, described.quantization):
+    if (store is not None or by_layer) and is_complete(files, empty, described.quantization):
         _judge_unused(unused_tensors(empty, files.tensors), empty, config.name, notes)
         with loading(config.name):
             return read_blocks(empty, config, device, files, store)

@@ -17,7 +17,7 @@ def evaluate(
     num_fewshot: int | None = None,
     batch_size: int = 8,
     output: Path | None = None,
-    quantization: Literal["nf4", "fp4", "none"] | None = None,
+    quantization: Literal["nf4", "fp4", "int8", "none"] | None = None,
     apply_chat_template: bool = False,
     log_samples: bool = False,
 ) -> None:
@@ -37,8 +37,8 @@ def evaluate(
         batch_size: Sequences per batch.
         output: JSON file to write, or an existing folder. Default: results_<time>.json in the adapter
             directory, or in lightning_logs/evaluate/<base> without an adapter.
-        quantization: Storage of the base's linear weights: nf4, fp4 or none. Only without an adapter, whose
-            training otherwise decides. Default: nf4.
+        quantization: Storage of the base's linear weights, as --model.backbone.quantization has it. Only
+            without an adapter, whose training otherwise decides. Default: nf4.
         apply_chat_template: Wrap the prompts in the tokenizer's chat template.
         log_samples: Add each question with the model's scores to the JSON file.
     """

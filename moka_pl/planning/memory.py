@@ -26,9 +26,11 @@ them (in the host's memory if they are offloaded) and two whole blocks, ``2 B / 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from moka_pl.adapters.injection import output_head
+from moka_pl.backbone.quantization import weight_bytes
 from moka_pl.errors import BackboneError
 from moka_pl.lm.head_loss import part_size
 
@@ -46,8 +48,8 @@ _WORKSPACE = 32 * 2**20
 _ON_GPU = 3
 #: Blocks of a spread base that are whole at a time.
 _WHOLE = 2
-#: Bytes of a 4-bit weight: its code and its block's scale (64 weights a block, 256 scales a block of theirs).
-_DOUBLE, _SINGLE = 0.5 + (1 + 4 / 256) / 64, 0.5 + 4 / 64
+#: Bytes of a weight in doubly quantised NF4.
+_NF4 = weight_bytes("nf4", True, torch.bfloat16)
 
 #: Tensors that layers read, by the ends of the layers' names; attention's result is kept anyway.
 _INPUTS = {
@@ -95,8 +97,7 @@ class Setup:
         trained: N, those of them that are predicted.
         itemsize: e, bytes of the compute dtype.
         checkpointing: Whether blocks are computed again in the backward pass.
-        quantised: Whether linear weights take 4 bits.
-        double: Whether their scales are quantised, too.
+        linear: Bytes of a frozen linear weight with its scales; None where it is in the compute dtype.
         state: s, bytes of the optimizer for each trained number.
         gradients: Bytes of a gradient for each; DDP has a copy.
         stored: Bytes of weight files that a CPU maps; None on a GPU.
@@ -111,8 +112,7 @@ class Setup:
     trained: int
     itemsize: int = 2
     checkpointing: bool = False
-    quantised: bool = True
-    double: bool = True
+    linear: float | None = _NF4
     state: float = 8
     gradients: float = 4
     stored: int | None = None
@@ -207,13 +207,14 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float) -> Memory
         kept: Bytes a token that adapted layers keep in all blocks together.
     """
     e, tokens, trained = setup.itemsize, setup.tokens, setup.trained
-    linear = (_DOUBLE if setup.double else _SINGLE) if setup.quantised else e
+    quantised = setup.linear is not None
+    linear = e if setup.linear is None else setup.linear
     blocks, host = sizes.linear * linear, 0.0
     if setup.spread is not None:
         part, whole = blocks / setup.spread, min(_WHOLE, sizes.blocks) * blocks / sizes.blocks
         host = part if setup.base_offloaded and setup.stored is None else 0.0
         blocks = part - host + whole
-    weights = blocks + sizes.other * e + (sizes.largest * e if setup.quantised else 0)
+    weights = blocks + sizes.other * e + (sizes.largest * e if quantised else 0)
     attention = 2 * sizes.queries + 2 * sizes.keys
     norms, inner = (2 * e, 2) if setup.fused else (8, 3)
     block = tokens * (norms * sizes.hidden + e * (attention + inner * sizes.inner) + kept / sizes.blocks)

@@ -10,6 +10,7 @@ import torch
 
 from moka_pl.backbone import BackboneConfig
 from moka_pl.backbone.load import compute_dtype
+from moka_pl.backbone.quantization import weight_bytes
 from moka_pl.data import MokaDataModule
 from moka_pl.lm.kernels import knows
 from moka_pl.planning.adapters import Adapters, plan_adapters
@@ -220,15 +221,14 @@ def _setup(
         run: The trainer's.
         on_gpu: Whether the run is for GPUs.
     """
-    quantised = config.quantization != "none"
+    quantised, storage = config.quantization != "none", (config.quantization, config.double_quantization)
     spreads, base_offloaded = _sharding(run.options.get("strategy"))
     fuses = on_gpu and config.kernels == "auto" and config.compile == "none"
     return partial(
         Setup,
         itemsize=model.dtype.itemsize,
         checkpointing=bool(module.gradient_checkpointing),
-        quantised=quantised,
-        double=config.double_quantization,
+        linear=weight_bytes(*storage, model.dtype) if quantised else None,
         state=state_bytes(module.optimizer),
         gradients=8 if run.ranks > 1 else 4,
         stored=None if on_gpu else stored_bytes(config, model.num_parameters()) if quantised else 0,

@@ -4,10 +4,12 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+from moka_pl.backbone.quantization import Quantization
 from moka_pl.cli import main as cli
 from moka_pl.cli.evaluate import evaluate
 from moka_pl.errors import AdapterError, ConfigError
@@ -186,3 +188,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["evaluate", "--help"])
     assert caught.value.code == 0
     assert "--num_fewshot" in capsys.readouterr().out
+
+
+def test_a_base_can_be_stored_in_every_way_that_training_knows() -> None:
+    chosen = get_type_hints(evaluate)["quantization"]
+    known = {value for part in get_args(chosen) for value in get_args(part)}
+    assert known == set(get_args(Quantization))

@@ -107,7 +107,7 @@ def test_help_of_fit_explains_the_options(capsys, monkeypatch):
     assert end.value.code == 0
     output = " ".join(capsys.readouterr().out.split())
     for words in (
-        "--model.backbone.quantization {nf4,fp4,none}",
+        "--model.backbone.quantization {nf4,fp4,int8,none}",
         "--model.adapter.components COMPONENTS Number r of Kronecker components",
         "--model.adapter.scaling",
         "--gates.every_n_steps",
@@ -218,7 +218,10 @@ def refused(cli, capsys, monkeypatch):
         (["--model.adapter.component", "3"], "Option 'component' is not accepted"),
         (["--trainer.max_epoch", "3"], "--trainer.max_epoch"),  # no guessing from a beginning
         (["--model.adapter.components", "many"], "Expected a <class 'int'>. Got value: many"),
-        (["--model.backbone.quantization", "int3"], "Expected a typing.Literal['nf4', 'fp4', 'none']"),
+        (
+            ["--model.backbone.quantization", "int3"],
+            "Expected a typing.Literal['nf4', 'fp4', 'int8',",
+        ),
         (["--data", "moka_pl.data.InstructonData"], "'moka_pl.data' has no attribute 'InstructonData'"),
         (["--data.init_args.batchsize", "3"], "Option 'batchsize' is not accepted"),
         (["--model.optimizer", "torch.optim.AdamX"], "'torch.optim' has no attribute 'AdamX'"),

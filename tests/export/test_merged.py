@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter, unload
+from moka_pl.backbone.quantization import QuantisedLinear, dense_weight
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError, ConfigError
@@ -89,6 +90,18 @@ def test_transformers_computes_what_the_adapter_does(
     for ids, logits in zip(source.prompts, source.expected.logits, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(model(ids[None]).logits[0], logits, atol=0.05, rtol=0.05)
+
+
+def test_8_bit_weights_are_merged_as_they_are(make_adapter: Callable) -> None:
+    adapter = make_adapter("int8")
+    main(["export", str(adapter), "--to", "merged", "--dtype", "float32"])
+    source = open_source(adapter)
+    layers = {name: m for name, m in source.model.named_modules() if isinstance(m, QuantisedLinear)}
+    written = load_file(adapter.with_name("adapter-merged") / "model.safetensors")
+    for name, layer in layers.items():
+        if not name.endswith(".base_layer"):
+            assert torch.equal(written[f"{name}.weight"], dense_weight(layer))
+    assert len(layers) == 14
 
 
 def test_an_adapted_head_is_not_tied_any_more(

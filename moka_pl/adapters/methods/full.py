@@ -85,8 +85,8 @@ class FullMethod(AdapterMethod):
         ]
         if quantised:
             raise AdapterError(
-                f"full fine-tuning cannot train 4-bit weights (first {quantised[0]} of {len(quantised)}); "
-                "set quantization: none, or use an adapter"
+                f"full fine-tuning cannot train quantised weights (first {quantised[0]} of "
+                f"{len(quantised)}); set quantization: none, or use an adapter"
             )
         wanted = {parameter for name in names for parameter in every[name].parameters()}
         chosen = {name for name, parameter in model.named_parameters() if parameter in wanted}

@@ -20,7 +20,7 @@ from moka_pl.adapters.methods.peft_layers import PeftLayer, SavedModule, keep_dt
 from moka_pl.adapters.methods.peft_targets import explicit_config
 from moka_pl.adapters.reach import runs_text, trains
 from moka_pl.adapters.schema import check_values, shown
-from moka_pl.backbone.quantization import is_quantised, weight_count
+from moka_pl.backbone.quantization import is_four_bit, is_quantised, weight_count
 from moka_pl.errors import AdapterError, ConfigError, one_line
 
 #: PEFT's own prefix of tensor names on disk: such a folder can be read by PEFT, too.
@@ -149,7 +149,8 @@ class PeftMethod(AdapterMethod):
             saved = {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items()}
         config = explicit_config(self.config, model, saved)
         runs = saved is None and runs_text(model)
-        four_bit = any(is_quantised(module) for module in model.modules())
+        quantised = any(is_quantised(module) for module in model.modules())
+        four_bit = any(is_four_bit(module) for module in model.modules())
         marked = "is_loaded_in_4bit" in vars(model)
         if four_bit and not marked:
             model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT chooses its layers by this mark
@@ -168,7 +169,7 @@ class PeftMethod(AdapterMethod):
             self.unload(model, merge=False)  # the model is left as it was
             if isinstance(error, AdapterError) and saved is not None:
                 raise
-            remedy = " It may not support 4-bit layers: set quantization: none" if four_bit else ""
+            remedy = " It may not support quantised layers: set quantization: none" if quantised else ""
             reason = one_line(error).rstrip(". ")
             if not isinstance(error, AdapterError):
                 reason = f"{type(error).__name__}: {reason}"

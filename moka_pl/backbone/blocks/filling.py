@@ -96,7 +96,7 @@ def read_blocks(
     config: BackboneConfig,
     device: torch.device,
     files: WeightFiles,
-    blocks: BlockStore,
+    blocks: BlockStore | None,
 ) -> "PreTrainedModel":
     """Fills a model from safetensors files that are complete (:func:`is_complete`), tensor by tensor.
 
@@ -105,7 +105,7 @@ def read_blocks(
         config: Its options.
         device: Where the model is to live.
         files: What is in its folder.
-        blocks: Takes each block as soon as it is filled.
+        blocks: Takes each block as soon as it is filled; None leaves all where they are.
     """
     from safetensors import safe_open
     from transformers import GenerationConfig

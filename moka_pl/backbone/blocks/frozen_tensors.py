@@ -6,38 +6,42 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from moka_pl.backbone.quantization import forget_scales, is_quantised
+from moka_pl.backbone.quantization import forget_scales, is_four_bit, weight_scales
 
 
 class FrozenTensor(NamedTuple):
-    """A frozen matrix, or the block scales of a 4-bit one, in its place in a model.
+    """A frozen matrix, or the scales of a quantised one, in its place in a model.
 
     Attributes:
         layer: The module that it belongs to.
         name: Name of the module's parameter.
-        scales: Whether these are the parameter's scales.
+        scales: Which of the parameter's scales these are; None for the parameter itself.
     """
 
     layer: nn.Module
     name: str
-    scales: bool = False
+    scales: str | None = None
 
     @property
     def tensor(self) -> Tensor:
         """What is in the place now."""
-        tensor: Tensor = self._state.absmax if self.scales else getattr(self.layer, self.name).data
+        tensor: Tensor
+        tensor = getattr(self.layer, self.name).data if self.scales is None else self._scales[self.scales]
         return tensor
 
     @property
-    def _state(self) -> Any:
-        return getattr(self.layer, self.name).quant_state
+    def _scales(self) -> dict[str, Any]:
+        layer: Any = self.layer
+        found: dict[str, Any]
+        found = vars(layer.weight.quant_state) if is_four_bit(layer) else layer.stored.scales
+        return found
 
     def put(self, tensor: Tensor) -> None:
         """Puts a tensor into the place."""
-        if self.scales:
-            self._state.absmax = tensor
-        else:
+        if self.scales is None:
             getattr(self.layer, self.name).data = tensor
+        else:
+            self._scales[self.scales] = tensor
 
     def withdraw(self, like: Tensor) -> None:
         """Leaves nothing in the place: an error for whoever computes with it, or NaN.
@@ -45,9 +49,9 @@ class FrozenTensor(NamedTuple):
         Args:
             like: What was there, or what has its shape.
         """
-        if self.scales:
+        if self.scales is not None:
             forget_scales(self.layer)
-            self._state.absmax = None  # codes without scales would be computed with, without an error
+            self._scales[self.scales] = None  # codes without scales would be computed with, without an error
         elif like.dtype.is_floating_point:
             self.put(like.new_full((1,), torch.nan).expand(like.shape))
         else:
@@ -59,9 +63,9 @@ class FrozenTensor(NamedTuple):
 
 
 def frozen_tensors(block: nn.Module) -> Iterator[FrozenTensor]:
-    """Yields the frozen matrices of a block, each once, and the scales of the 4-bit ones.
+    """Yields the frozen matrices of a block, each once, and the scales of the quantised ones.
 
-    Vectors, such as norms and biases, and the small rest of a quantised weight's state are left out.
+    Vectors, such as norms and biases, and the small rest of a 4-bit weight's state are left out.
     """
     seen: set[int] = set()
     for module in block.modules():
@@ -70,8 +74,9 @@ def frozen_tensors(block: nn.Module) -> Iterator[FrozenTensor]:
                 continue
             seen.add(id(parameter))
             yield FrozenTensor(module, name)
-            if is_quantised(module) and name == "weight":
-                yield FrozenTensor(module, name, scales=True)
+            if name == "weight":
+                for scales in weight_scales(module):
+                    yield FrozenTensor(module, name, scales)
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from torch import nn
 
 from moka_pl.adapters import (
     BaseModel,
@@ -13,6 +14,7 @@ from moka_pl.adapters import (
     MokaS,
     MokaServable,
     MokaUngated,
+    adapted_layers,
     adapters_disabled,
     inject_adapter,
     load_adapter,
@@ -24,6 +26,7 @@ from moka_pl.adapters import (
     unmerge,
 )
 from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.errors import AdapterError, ConfigError
 
 QV = ["q_proj", "v_proj"]
@@ -113,6 +116,30 @@ def test_computes_saves_loads_and_merges_as_peft(name, quantization, tmp_path):
     assert not any("lora" in n or "lokr" in n for n, _ in loaded.named_modules())
 
 
+def test_layers_of_other_quantisers_are_their_dequantised_weights():
+    ours, plain = base("int8"), base("int8")
+    for name, layer in list(plain.named_modules()):
+        if is_quantised(layer):
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            dense.weight = nn.Parameter(dense_weight(layer), requires_grad=False)
+            plain.set_submodule(name, dense)
+    for model in (ours, plain):
+        torch.manual_seed(5)
+        inject_adapter(model, METHODS["lora"]())
+        randomise(model)
+    torch.testing.assert_close(logits(ours), logits(plain))
+    expected = logits(ours)
+    merge(ours)
+    torch.testing.assert_close(logits(ours), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_methods_that_read_such_weights_are_refused():
+    model = base("int8")
+    with pytest.raises(AdapterError, match=r"cannot inject DoRA .* not support quantised layers: set quant"):
+        inject_adapter(model, METHODS["dora"]())
+    assert not adapted_layers(model)
+
+
 def test_4bit_layers_are_pefts_own():
     model = base("nf4")
     inject_adapter(model, METHODS["lora"]())
@@ -159,7 +186,7 @@ def test_full_fine_tuning(tmp_path):
     assert torch.equal(logits(loaded), expected)
     with pytest.raises(AdapterError, match="changed the base's own weights"), adapters_disabled(model):
         pass
-    with pytest.raises(AdapterError, match="cannot train 4-bit weights"):
+    with pytest.raises(AdapterError, match="cannot train quantised weights"):
         inject_adapter(base("nf4"), FullFineTuning())
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter
-from moka_pl.backbone import quantization
 from moka_pl.backbone.quantization import (
     dense_weight,
+    four_bit,
     frozen_output,
     is_quantised,
     keep_weights,
@@ -63,24 +63,24 @@ def test_adapters_switch_it_off_in_layers_that_come_from_elsewhere() -> None:
 
 
 def test_rows_that_are_misread_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantization, "_reads_rows", lambda *_: False)
+    monkeypatch.setattr(four_bit, "_reads_rows", lambda *_: False)
     keep_weights(nn.Sequential(quantised(128)))  # rows of whole blocks are not asked about
     with pytest.raises(BackboneError, match=r"0: .* rows of 96 entries .* block size 64.*quantization: none"):
         keep_weights(nn.Sequential(quantised(96)))
-    monkeypatch.setattr(quantization, "_reads_rows", lambda *_: True)
+    monkeypatch.setattr(four_bit, "_reads_rows", lambda *_: True)
     keep_weights(nn.Sequential(quantised(96)))
 
 
 @pytest.mark.parametrize("entries", [64, 96])
 def test_the_trial_says_what_a_layer_does(entries: int) -> None:
-    quantization._reads_rows.cache_clear()
+    four_bit._reads_rows.cache_clear()
     layer = quantised(entries)
     state = layer.weight.quant_state
     scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     numbers = torch.stack([layer.weight.data.flatten() >> 4, layer.weight.data.flatten() & 15], 1).flatten()
     expected = (state.code[numbers.long()] * scales.float().repeat_interleave(64)).view(64, entries)
     found = bnb.functional.dequantize_4bit(layer.weight.data, state)
-    assert quantization._reads_rows(entries, 64, "nf4") == torch.allclose(found, expected, atol=1e-5)
+    assert four_bit._reads_rows(entries, 64, "nf4") == torch.allclose(found, expected, atol=1e-5)
 
 
 def test_other_layers_are_left_alone() -> None:
@@ -93,10 +93,8 @@ def test_other_layers_are_left_alone() -> None:
 def test_its_hint_at_another_package_is_kept_back(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     hints = logging.getLogger("bitsandbytes.backends.cpu.ops")
     caplog.set_level(logging.WARNING, hints.name)  # the command line raises it for the whole process
-    monkeypatch.setattr(
-        quantization, "import_module", lambda name: hints.warning("%s: install kernels", name)
-    )
-    quantization.import_quantiser()
+    monkeypatch.setattr(four_bit, "import_module", lambda name: hints.warning("%s: install kernels", name))
+    four_bit.import_quantiser()
     assert not caplog.records
     hints.warning("something else, later")
     assert [record.getMessage() for record in caplog.records] == ["something else, later"]

@@ -1,0 +1,71 @@
+"""The one place that knows quantisers: everything else asks the functions here.
+
+:mod:`.kinds` says what kinds there are, :mod:`.layers` answers what is asked of a layer's weight. One more
+quantiser is a line in the first, and a :class:`StoredWeight` of its own in :mod:`.registry`.
+"""
+
+from moka_pl.backbone.quantization.four_bit import (
+    NF4_LEVELS,
+    forget_scales,
+    import_quantiser,
+    is_four_bit,
+    keep_weights,
+)
+from moka_pl.backbone.quantization.kinds import (
+    QuantisedError,
+    Quantization,
+    loading_options,
+    quantises_loading,
+    rounding_of,
+    stored_quantization,
+    weight_bytes,
+)
+from moka_pl.backbone.quantization.layers import (
+    dense_weight,
+    frozen_output,
+    is_quantised,
+    is_quantised_kind,
+    is_stored_quantised,
+    kernel_weight,
+    layer_compute_dtype,
+    merged_linear,
+    quantised_linear,
+    quantization_of,
+    relative_entries,
+    storage_device,
+    storage_of,
+    weight_count,
+    weight_scales,
+)
+from moka_pl.backbone.quantization.stored import QuantisedLinear
+
+__all__ = [
+    "NF4_LEVELS",
+    "QuantisedError",
+    "QuantisedLinear",
+    "Quantization",
+    "dense_weight",
+    "forget_scales",
+    "frozen_output",
+    "import_quantiser",
+    "is_four_bit",
+    "is_quantised",
+    "is_quantised_kind",
+    "is_stored_quantised",
+    "keep_weights",
+    "kernel_weight",
+    "layer_compute_dtype",
+    "loading_options",
+    "merged_linear",
+    "quantised_linear",
+    "quantises_loading",
+    "quantization_of",
+    "relative_entries",
+    "rounding_of",
+    "storage_device",
+    "storage_of",
+    "stored_quantization",
+    "weight_bytes",
+    "weight_count",
+    "weight_scales",
+]

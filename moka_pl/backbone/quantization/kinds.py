@@ -1,0 +1,120 @@
+"""The kinds of quantised weights: what each takes, what it needs, and how a checkpoint names it."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+
+from moka_pl.errors import BackboneError
+
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+Rounding = Literal["same", "next", "far"]
+
+
+class Kind(NamedTuple):
+    """What there is to know of a kind of quantised weights.
+
+    Attributes:
+        size: Bytes of a weight with its share of scales; of 4 bits without the second quantisation.
+        double: The same with the second quantisation, where there is one.
+        loaded: Whether transformers quantises while it loads; else weights are quantised layer by layer.
+        rounding: How far the nearest of NF4's levels may be from that of what a weight was made of: the
+            ``same``, some the ``next`` one, or many a ``far`` one.
+    """
+
+    size: float
+    double: float | None = None
+    loaded: bool = False
+    rounding: Rounding = "far"
+
+
+#: A code of four bits, a float32 scale for 64 of them, or 8 bits for that with one scale for 256 of these.
+_SINGLE, _DOUBLE = 0.5 + 4 / 64, 0.5 + (1 + 4 / 256) / 64
+
+KINDS: dict[str, Kind] = {
+    "nf4": Kind(_SINGLE, _DOUBLE, loaded=True, rounding="same"),
+    "fp4": Kind(_SINGLE, _DOUBLE, loaded=True),
+    "int8": Kind(1.0, rounding="next"),
+}
+
+
+def weight_bytes(quantization: Quantization, double: bool, dtype: torch.dtype) -> float:
+    """Returns the bytes of a linear weight, with its share of scales.
+
+    Args:
+        quantization: How linear weights are stored.
+        double: Whether the block scales are quantised, too.
+        dtype: Compute dtype.
+    """
+    if quantization == "none":
+        return dtype.itemsize
+    kind = KINDS[quantization]
+    return kind.double if double and kind.double is not None else kind.size
+
+
+def quantises_loading(quantization: Quantization) -> bool:
+    """Whether transformers quantises while it loads; other kinds are quantised here, layer by layer."""
+    return quantization != "none" and KINDS[quantization].loaded
+
+
+def rounding_of(storage: str) -> Rounding:
+    """Returns how far weights stored so (``nf4-bfloat16``) may be from what they were made of."""
+    kind = KINDS.get(storage.partition("-")[0])
+    return "same" if kind is None else kind.rounding
+
+
+def loading_options(quantization: Quantization, double: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the options that make transformers quantise a model while it is loaded.
+
+    Args:
+        quantization: How linear weights are stored.
+        double: Whether the block scales are quantised, too.
+        dtype: Compute dtype.
+    """
+    if not quantises_loading(quantization):
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config}
+
+
+class QuantisedError(BackboneError):
+    """A checkpoint is quantised already in another way than was asked for.
+
+    Attributes:
+        stored: How it is.
+    """
+
+    def __init__(self, name: str, stored: Quantization, asked: Quantization) -> None:
+        self.stored = stored
+        super().__init__(
+            f"{name} is quantised already, as {stored}, and cannot be loaded with quantization {asked}; set "
+            f"--model.backbone.quantization {stored}, or give its unquantised original"
+        )
+
+
+def stored_quantization(stored: Mapping[str, Any], name: str) -> tuple[Quantization, bool]:
+    """Returns how a checkpoint is quantised already, and whether its block scales are, too.
+
+    Args:
+        stored: The ``quantization_config`` of its ``config.json``.
+        name: The model's name, for messages.
+
+    Raises:
+        BackboneError: For another format than bitsandbytes' 4 bits.
+    """
+    kind = stored.get("bnb_4bit_quant_type", "fp4")
+    if stored.get("load_in_4bit") is True and kind in get_args(Quantization):
+        return kind, bool(stored.get("bnb_4bit_use_double_quant", False))
+    method = stored.get("quant_method", "an unnamed method")
+    bits = " in 8 bits" if stored.get("load_in_8bit") is True else ""
+    raise BackboneError(
+        f"{name} is quantised already, by {method}{bits}, and cannot be trained on; give its unquantised "
+        "original, or one in bitsandbytes' nf4 or fp4"
+    )
