@@ -3,7 +3,7 @@
 from moka_pl.adapters.config import AdapterConfig, KronA, MokaConfig, MokaS, MokaServable, MokaUngated
 from moka_pl.adapters.directory import adapter_state, load_adapter, load_adapter_state, save_adapter
 from moka_pl.adapters.injection import find_targets, moka_layers
-from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.layer import MokaLayer, MokaLinear
 from moka_pl.adapters.methods.base import AdapterMethod
 from moka_pl.adapters.methods.full import FullFineTuning
 from moka_pl.adapters.methods.registry import (
@@ -18,6 +18,7 @@ from moka_pl.adapters.methods.registry import (
 from moka_pl.adapters.named.adapters import MokaAdapters
 from moka_pl.adapters.pretrained.attach import attach, hand_over_saving, push_to_hub
 from moka_pl.adapters.reading import AdapterInfo, BaseModel, local_adapter, read_adapter
+from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 
 __all__ = [
     "AdapterConfig",
@@ -28,6 +29,8 @@ __all__ = [
     "KronA",
     "MokaAdapters",
     "MokaConfig",
+    "MokaEmbedding",
+    "MokaLayer",
     "MokaLinear",
     "MokaS",
     "MokaServable",

@@ -72,10 +72,14 @@ class MokaConfig(AdapterConfig):
         dropout: Dropout probability of the adapter's input features, at least 0 and below 1.
         target_modules: Layers to adapt: a list of name suffixes, a regular expression that matches whole
             names, or ``all-linear`` for every linear layer, experts' included, except the output head. The
-            default is the paper's; in families that call queries and values otherwise, it means their names
+            head (``lm_head``) and embeddings (``embed_tokens``) are adapted where they are named. The default
+            is the paper's; in families that call queries and values otherwise, it means their names
             (``query_key_value``, ``qkv_proj``, …). Few components on every layer learn more than many on two
             layers of each block.
         exclude_modules: Layers to leave out: a list of suffixes or a regular expression.
+        ensure_weight_tying: Where the output head shares the embedding's weight, adapt both as one weight,
+            with one update, which either name stands for. Otherwise each is adapted by itself, where it is
+            named.
         backend: How to compute the update. ``structured`` never forms an m × n matrix; ``dense`` forms one
             temporarily, which is faster for many tokens; ``thin`` uses two thin products, for components of
             small ranks; ``fused`` uses Triton kernels on a GPU; ``auto`` chooses.
@@ -97,6 +101,7 @@ class MokaConfig(AdapterConfig):
     dropout: float = 0.0
     target_modules: list[str] | str = field(default_factory=QUERY_VALUE.copy)
     exclude_modules: list[str] | str | None = None
+    ensure_weight_tying: bool = field(default=False, kw_only=True)
     backend: Backend = "auto"
     budget: int | None = None
     start: Start = "zero"

@@ -34,6 +34,7 @@ from moka_pl.adapters.reading import (
     read_adapter_shapes,
     read_adapter_state,
 )
+from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.backbone import weight_samples
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.ops.finite import non_finite_names
@@ -202,7 +203,7 @@ def _contents(
     )
     return {
         **method.options(),
-        "format_version": _format_of(config),
+        "format_version": _format_of(config, model),
         "peft_type": method.kind,
         "moka_pl_version": __version__,
         "base_model_name_or_path": base.name,
@@ -218,10 +219,12 @@ def _contents(
     }
 
 
-def _format_of(config: Any) -> int:
+def _format_of(config: Any, model: nn.Module) -> int:
     """Returns the oldest format that can say this."""
     if not isinstance(config, MokaConfig):
         return 1
+    if any(isinstance(layer, MokaEmbedding) for layer in moka_layers(model).values()):
+        return 5
     if config.filters == SERVABLE or config.start == "zero_left":
         return 4
     if config.gating == "sigmoid":

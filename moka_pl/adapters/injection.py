@@ -2,11 +2,12 @@
 
 import difflib
 from collections.abc import Collection, Iterable
+from typing import cast
 
 from torch import nn
 
 from moka_pl.adapters.config import MokaConfig
-from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.layer import MokaLayer
 from moka_pl.adapters.patterns import Pattern, matching
 from moka_pl.adapters.reach import text_reach
 from moka_pl.adapters.schema import shown
@@ -19,11 +20,12 @@ ALL_LINEAR = "all-linear"
 
 
 def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | None = None) -> list[str]:
-    """Returns the full names of the linear layers that ``config`` adapts, in model order.
+    """Returns the full names of the linear layers and embeddings that ``config`` adapts, in model order.
 
     Experts that it names are split into linear layers first, and Conv1D are replaced by such. Layers that no
     text passes through, such as those of a vision tower, count only where they are named by a
-    regular expression, their full name, or that part's name.
+    regular expression, their full name, or that part's name. With ``ensure_weight_tying`` the embedding
+    stands for the output head that is tied to it, too.
 
     Args:
         model: The model, without adapters.
@@ -38,7 +40,7 @@ def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | 
     if _names_experts(split_names(model), config, saved):
         split_experts(model)
     modules = dict(model.named_modules())
-    present = [name for name, module in modules.items() if isinstance(module, MokaLinear)]
+    present = [name for name, module in modules.items() if isinstance(module, MokaLayer)]
     if present:
         raise AdapterError(f"the model already has adapters (at {present[0]}); unload them first")
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -52,10 +54,13 @@ def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | 
     if not kept:
         raise AdapterError(_nothing_matches(model, config, excluded=bool(targets)))
     for name in kept:
-        if not isinstance(modules[name], nn.Linear):
+        if not isinstance(modules[name], nn.Linear | nn.Embedding):
             raise AdapterError(
-                f"target {name} is a {type(modules[name]).__name__}; only linear layers can be adapted"
+                f"target {name} is a {type(modules[name]).__name__}; only linear layers and embeddings can "
+                "be adapted"
             )
+    if config.ensure_weight_tying:
+        kept = _tied_targets(model, kept, config)
     if saved is not None:
         return [name for name in kept if name in saved] or kept
     return suitable_targets(model, kept, config.target_modules)
@@ -122,9 +127,47 @@ def _names_part(pattern: Pattern, name: str, part: str) -> bool:
     return any(entry == name or (own and own in entry.split(".")) for entry in pattern or ())
 
 
-def moka_layers(model: nn.Module) -> dict[str, MokaLinear]:
-    """Returns the layers of MoKA by name, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MokaLinear)}
+def tied_pair(model: nn.Module) -> tuple[str, str] | None:
+    """Returns the names of the embedding and the output head whose frozen weights are one, if they are."""
+    head = output_head(model)
+    embedding = None if head is None else model.get_input_embeddings()  # type: ignore[operator]
+    if embedding is None or getattr(head, "weight", None) is not embedding.weight:
+        return None
+    names = {module: name for name, module in model.named_modules()}
+    return names[embedding], names[cast(nn.Module, head)]
+
+
+def _tied_targets(model: nn.Module, names: list[str], config: MokaConfig) -> list[str]:
+    """Puts the embedding in the place of it and of the head, which are to be adapted as one.
+
+    Raises:
+        AdapterError: If they are not tied, or neither is named.
+    """
+    tied = tied_pair(model)
+    if tied is None:
+        raise AdapterError(
+            "ensure_weight_tying is set, but this model's output head has a weight of its own; leave the "
+            "option out"
+        )
+    if set(names).isdisjoint(tied):
+        raise AdapterError(
+            f"ensure_weight_tying is set, but target_modules {shown(config.target_modules)} names neither "
+            f"{tied[0]} nor {tied[1]}; name one, or leave the option out"
+        )
+    wanted = {*names, tied[0]} - {tied[1]}
+    return [name for name, _ in model.named_modules() if name in wanted]
+
+
+def moka_layers(model: nn.Module, shared: bool = False) -> dict[str, MokaLayer]:
+    """Returns the layers of MoKA by name, in model order.
+
+    Args:
+        model: The model.
+        shared: Whether a head that has the embedding's factors counts, too.
+    """
+    modules = model.named_modules()
+    found = {name: module for name, module in modules if isinstance(module, MokaLayer)}
+    return found if shared else {name: layer for name, layer in found.items() if layer.owns_factors}
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

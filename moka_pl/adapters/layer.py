@@ -35,7 +35,7 @@ A is flat and B tall, a × n/b and m/a × b: A ⊗ B is exactly a LoRA of rank a
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +44,15 @@ from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.forward import ForwardPlan, is_decoding, merged_dtypes, merged_updates, plan_forward
 from moka_pl.backbone.quantization import is_quantised_kind, keep_weights, merged_linear
 from moka_pl.ops.dispatch import fixed_backend, resolve_backend
-from moka_pl.ops.gating import gates_of
+from moka_pl.ops.gating import Gating, gates_of
 from moka_pl.ops.kronecker import delta_weight, kronecker_linear, lora_factors
 from moka_pl.ops.layout import Pairs, exact_rank, left_sizes, right_sizes, unpack
 from moka_pl.ops.merged_forward import DenseUpdates, MergedForward
 from moka_pl.ops.operators import number_layer, operator_product
 
 
-class MokaLinear(nn.Module):
-    """``y = W x + s · Σ_i α_i (A_i ⊗ B_i) x`` with W frozen.
+class MokaLayer(nn.Module):
+    """A frozen weight W, (m, n), with the update ``ΔW = s · Σ_i α_i (A_i ⊗ B_i)``, however it is computed.
 
     Of the gate logits g, α is ``softmax(g)``, or with ``gating: sigmoid`` ``α_i = (2/r) sigmoid(g_i)``;
     without gates α_i = 1/r.
@@ -62,7 +62,8 @@ class MokaLinear(nn.Module):
     identities (MoKA_s), only right factors exist.
 
     Args:
-        base_layer: The frozen layer, ``nn.Linear`` or ``bitsandbytes.nn.Linear4bit``.
+        base_layer: The frozen layer.
+        size: m and n, rows and columns of W.
         config: The adapter's configuration.
         dtype: Dtype of factors and gates.
         name: Name of the layer, for messages.
@@ -72,31 +73,47 @@ class MokaLinear(nn.Module):
         moka_B: All right factors B_i, (m_b, n_b) each, likewise.
         moka_gate: Gate logits g, (r,), or None without gating.
         enabled: Whether the update is applied; without it the layer is the frozen base.
+        merged_layer: The layer of W + ΔW; None if not merged.
 
     Raises:
         ConfigError: Where a listed filter does not fit into the layer.
-        BackboneError: Where bitsandbytes misreads the layer's rows on this CPU.
     """
 
+    #: Whether the factors are the layer's own, and not another one's.
+    owns_factors: ClassVar[bool] = True
+
+    base_layer: Any
+    moka_A: nn.Parameter | None  # noqa: N815
+    moka_B: nn.Parameter  # noqa: N815
+    moka_gate: nn.Parameter | None
+    merged_layer: Any
+
     def __init__(
-        self, base_layer: nn.Linear, config: MokaConfig, dtype: torch.dtype = torch.float32, name: str = ""
+        self,
+        base_layer: nn.Module,
+        size: tuple[int, int],
+        config: MokaConfig,
+        dtype: torch.dtype = torch.float32,
+        name: str = "",
     ) -> None:
         super().__init__()
-        keep_weights(base_layer)
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.shapes = config.shapes_of(name, self.out_features, self.in_features)
+        self.out_features, self.in_features = size
+        self.shapes = config.shapes_of(name, *size)
         self.scaling = config.effective_scaling
         self.start = config.start
-        self.gating = config.gating
+        self.gating: Gating = config.gating
         self.backend = config.backend
-        self.dropout = nn.Dropout(config.dropout)
         self.enabled = True
-        self.merged_layer: nn.Linear | None = None
+        self.merged_layer = None
+        if self.owns_factors:
+            self._make_factors(dtype)
+        self.train(base_layer.training)  # a layer put into an evaluating model must not drop out
 
-        device = base_layer.weight.device
+    def _make_factors(self, dtype: torch.dtype) -> None:
+        device = self.base_layer.weight.device
         left, right = sum(left_sizes(self.shapes)), sum(right_sizes(self.shapes))
-        gates = 0 if config.gating == "none" else config.components
+        gates = 0 if self.gating == "none" else self.components
 
         def vector(size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, dtype=dtype, device=device))
@@ -105,13 +122,6 @@ class MokaLinear(nn.Module):
         self.moka_B = vector(right)
         self.moka_gate = vector(gates) if gates else None
         self.reset_parameters()
-        self.train(base_layer.training)  # a layer put into an evaluating model must not drop out
-        self._number = number_layer(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Gives a copy a number of its own."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._number = number_layer(self)
 
     def reset_parameters(self) -> None:
         """Initialises factors and gates: ΔW = 0, α uniform."""
@@ -123,16 +133,6 @@ class MokaLinear(nn.Module):
             nn.init.zeros_(zero.detach())
         if self.moka_gate is not None:
             nn.init.zeros_(self.moka_gate)
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight W, or W + ΔW while merged: its dtype and device are what models ask for."""
-        return (self.base_layer if self.merged_layer is None else self.merged_layer).weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen bias, if there is one."""
-        return self.base_layer.bias
 
     @property
     def components(self) -> int:
@@ -177,6 +177,67 @@ class MokaLinear(nn.Module):
         weights = self.gates() * self.scaling  # (r,)
         sizes = self.out_features, self.in_features
         return lora_factors(weights, self._left(), self.moka_B, self.shapes, *sizes)
+
+    def _left(self) -> Tensor:
+        return self.moka_B.new_empty(0) if self.moka_A is None else self.moka_A
+
+    def merge(self) -> None:
+        """Merges the update into a dense copy of the weight; the frozen layer is unchanged."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Drops the merged copy, which restores the frozen layer bit for bit."""
+        self.merged_layer = None
+
+    def extra_repr(self) -> str:
+        """Returns sizes, components and gating for printing."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"components={self.components}, gating={self.gating}, scaling={self.scaling:g}"
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight W, or W + ΔW while merged: its dtype and device are what models ask for."""
+        weight: Tensor = (self.base_layer if self.merged_layer is None else self.merged_layer).weight
+        return weight
+
+
+class MokaLinear(MokaLayer):
+    """``y = W x + s · Σ_i α_i (A_i ⊗ B_i) x`` with W frozen (see :class:`MokaLayer`).
+
+    Args:
+        base_layer: The frozen layer, ``nn.Linear`` or ``bitsandbytes.nn.Linear4bit``.
+        config: The adapter's configuration.
+        dtype: Dtype of factors and gates.
+        name: Name of the layer, for messages.
+
+    Raises:
+        ConfigError: Where a listed filter does not fit into the layer.
+        BackboneError: Where bitsandbytes misreads the layer's rows on this CPU.
+    """
+
+    base_layer: nn.Linear
+    merged_layer: nn.Linear | None
+
+    def __init__(
+        self, base_layer: nn.Linear, config: MokaConfig, dtype: torch.dtype = torch.float32, name: str = ""
+    ) -> None:
+        keep_weights(base_layer)
+        super().__init__(base_layer, (base_layer.out_features, base_layer.in_features), config, dtype, name)
+        self.dropout = nn.Dropout(config.dropout)
+        self.dropout.train(self.training)
+        self._number = number_layer(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Gives a copy a number of its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = number_layer(self)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias, if there is one."""
+        return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x of shape (..., n) to (..., m); the update is computed in the dtype of x (or of autocast)."""
@@ -247,9 +308,6 @@ class MokaLinear(nn.Module):
         )
         return result
 
-    def _left(self) -> Tensor:
-        return self.moka_B.new_empty(0) if self.moka_A is None else self.moka_A
-
     def _separate_forward(self, x: Tensor) -> Tensor:
         """Returns ``W x + bias + ΔW x``, (..., m)."""
         result: Tensor = self.base_layer(x)  # (..., m)
@@ -275,14 +333,3 @@ class MokaLinear(nn.Module):
         """
         if self.merged_layer is None:
             self.merged_layer = merged_linear(self.base_layer, self.get_delta_weight())
-
-    def unmerge(self) -> None:
-        """Drops the merged copy, which restores the frozen layer bit for bit."""
-        self.merged_layer = None
-
-    def extra_repr(self) -> str:
-        """Returns sizes, components and gating for printing."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"components={self.components}, gating={self.gating}, scaling={self.scaling:g}"
-        )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moka_pl.adapters.injection import moka_layers
-from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.layer import MokaLayer
 from moka_pl.adapters.methods.base import AdapterMethod, name_ranks
 from moka_pl.adapters.metric_table import metric_table
 from moka_pl.ops.gating import can_move, normalised_entropy
@@ -73,9 +73,9 @@ def model_card(stored: Mapping[str, Any], method: AdapterMethod, model: nn.Modul
     return "\n\n".join(parts) + "\n"
 
 
-def _gates(layers: Mapping[str, MokaLinear]) -> list[str]:
+def _gates(layers: Mapping[str, MokaLayer]) -> list[str]:
     """Returns what the gates have come to, by projection; nothing where they cannot move."""
-    kinds: dict[str, list[MokaLinear]] = {}
+    kinds: dict[str, list[MokaLayer]] = {}
     for name, layer in layers.items():
         if can_move(layer.gating, layer.components):
             kinds.setdefault(name.rpartition(".")[2], []).append(layer)

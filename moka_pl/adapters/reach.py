@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moka_pl.adapters.vocabulary.embedding import scaled_rows
 from moka_pl.backbone.quantization import is_quantised
 from moka_pl.lm.scoring import score_tokens
 
@@ -50,6 +51,8 @@ def text_reach(model: nn.Module) -> Reach:
         called.add(module)
         if isinstance(module, nn.Linear) and not _is_linear(module, args, output):
             unsuitable[names[module]] = f"a {type(module).__name__} computes more than W x + b"
+        if isinstance(module, nn.Embedding) and not _is_lookup(module, args, output):
+            unsuitable[names[module]] = f"a {type(module).__name__} computes more than the rows of W"
 
     hooks = [module.register_forward_hook(note) for module in modules.values()]
     try:
@@ -150,6 +153,14 @@ def _is_linear(module: nn.Linear, args: tuple[Any, ...], output: Any) -> bool:
         return True
     expected = F.linear(args[0].to(module.weight.dtype), module.weight, module.bias).float()
     return float((output.float() - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+
+
+def _is_lookup(module: nn.Embedding, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether an embedding returned the rows of the tokens it was given, as it scales them."""
+    if not args or module.max_norm is not None or not isinstance(output, Tensor):
+        return False
+    rows = scaled_rows(module, F.embedding(args[0], module.weight)).float()
+    return output.shape == rows.shape and torch.allclose(output.float(), rows, rtol=1e-2)
 
 
 def _parent(name: str, modules: dict[str, nn.Module]) -> str:

@@ -20,7 +20,7 @@ from moka_pl.ops.finite import non_finite_names
 from moka_pl.utils import recover_folder
 from moka_pl.version import __version__
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"

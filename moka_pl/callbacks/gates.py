@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from moka_pl.adapters import MokaLinear, moka_layers
+from moka_pl.adapters import MokaLayer, moka_layers
 from moka_pl.callbacks.board import log_scalars, write_summary
 from moka_pl.callbacks.checkpoints import is_trial
 from moka_pl.callbacks.gate_tags import ALPHA, GatedLayer, board_scalars, layer_labels, plain_scalars
@@ -195,6 +195,6 @@ def _gating(pl_module: LightningModule) -> Gating:
     return next(iter(_layers(pl_module).values())).gating
 
 
-def _layers(pl_module: LightningModule) -> dict[str, MokaLinear]:
+def _layers(pl_module: LightningModule) -> dict[str, MokaLayer]:
     assert isinstance(pl_module, MokaModule)
     return moka_layers(pl_module.causal_lm)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.layer import MokaLayer
+from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export.gguf_tokenizer import add_tokenizer
 from moka_pl.export.lora import LoraForm
@@ -148,7 +149,11 @@ def check_adapter(model: "PreTrainedModel", layers: Mapping[str, Any]) -> None:
     names, embedding = Names(model), model.get_input_embeddings().weight
     for name, layer in layers.items():
         names.name(f"{name}.weight")
-        frozen = layer.base_layer if isinstance(layer, MokaLinear) else layer
+        if isinstance(layer, MokaEmbedding | nn.Embedding):
+            raise AdapterError(
+                f"--to gguf writes no LoRA of {name}, an embedding; merge it by another --gguf_type"
+            )
+        frozen = layer.base_layer if isinstance(layer, MokaLayer) else layer
         if frozen.weight is embedding:
             raise AdapterError(
                 f"{name} shares its weight with the embedding, which llama.cpp's LoRA cannot tell"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.layer import MokaLayer
+from moka_pl.adapters.vocabulary.embedding import scaled_rows
 from moka_pl.errors import ConfigError
 
 
@@ -38,7 +39,7 @@ class LoraForm:
         return sum(a.numel() + b.numel() for a, b in self.factors.values()) * dtype.itemsize
 
 
-def needed_rank(layer: MokaLinear) -> int:
+def needed_rank(layer: MokaLayer) -> int:
     """Returns the rank of the LoRA that a layer's update is exactly, at least 1."""
     ranks = 0
     for (a, b), shape in zip(layer.factors(), layer.shapes, strict=True):
@@ -119,7 +120,7 @@ def truncated(lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def lora_form(
-    layers: Mapping[str, MokaLinear],
+    layers: Mapping[str, MokaLayer],
     rank: int | None = None,
     energy: float | None = None,
     max_rank: int = 512,
@@ -186,6 +187,9 @@ def lora_applied(model: nn.Module, form: LoraForm) -> Iterator[None]:
 
     def hook_of(lora_a: Tensor, lora_b: Tensor) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if isinstance(layer, nn.Embedding):
+                rows = F.embedding(inputs[0], lora_b) @ lora_a  # (..., d)
+                return output + scaled_rows(layer, rows).to(output.dtype)
             x = inputs[0].to(lora_a.dtype)  # (..., n)
             return output + F.linear(F.linear(x, lora_a), lora_b).to(output.dtype)  # (..., m)
 

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from moka_pl.adapters import adapted_layers
+from moka_pl.adapters.methods.registry import is_untied, untie
 from moka_pl.backbone.linear_layers import conv1d_names, is_conv1d
 from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.quantization import dense_weight, is_quantised
@@ -65,7 +66,8 @@ def merged_parts(model: "PreTrainedModel") -> list[Part]:
             continue
         if name in layers:
             inside = f"{name}."
-            parts += _adapted(name, layers[name])
+            if getattr(layers[name], "owns_factors", True):  # else it is tied, as the base is
+                parts += _adapted(name, layers[name])
             continue
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             full = f"{name}.{own}" if name else own
@@ -204,8 +206,8 @@ def write_description(
         del config.quantization_config
     config.dtype, config.use_cache = dtype, True
     config.architectures = [type(model).__name__]
-    if any(layer is model.get_output_embeddings() for layer in _modules(model)):
-        config.tie_word_embeddings = False  # the head's update is not the embedding's
+    if is_untied(model):
+        untie(config)  # the head's update is not the embedding's
     config.save_pretrained(folder)
     _name_rope(folder / "config.json")
     if model.generation_config is not None:
@@ -226,10 +228,6 @@ def _name_rope(file: Path) -> None:
     if rope.get("rope_type", "default") != "default":
         stored.setdefault("rope_scaling", {key: rope[key] for key in rope if key != "rope_theta"})
     file.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    return (model.get_submodule(name) for name in adapted_layers(model))
 
 
 def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:

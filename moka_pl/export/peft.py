@@ -91,14 +91,17 @@ def _loaded(model: "PreTrainedModel", folder: Path) -> Any:
 
     with warnings.catch_warnings():  # of transformers' to PEFT
         warnings.simplefilter("ignore", FutureWarning)
+        # Of tied weights of which each has its own update: that is what was trained.
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings=True.*")
         return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
 def _check_layers(served: nn.Module, form: LoraForm, reader: str) -> None:
     """Refuses an adapter whose layers PEFT takes for fused experts, by their last names."""
-    read = {name for name, _ in served.named_parameters() if ".lora_A." in name}
+    read = {name for name, _ in served.named_parameters() if ".lora_" in name}
     for name in form.factors:
-        if f"base_model.model.{name}.lora_A.default.weight" not in read:
+        ends = ("lora_A.default.weight", "lora_embedding_A.default")
+        if not read & {f"base_model.model.{name}.{end}" for end in ends}:
             raise AdapterError(
                 f"{reader} does not adapt {name} of this model, but its fused experts; nothing was written. "
                 "Train without it (exclude_modules), or export --to merged"
@@ -144,8 +147,13 @@ def write_peft(
     }
     tensors = {}
     for name, (lora_a, lora_b) in form.factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a.to(dtype).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b.to(dtype).contiguous()
+        layer = f"base_model.model.{name}"
+        if isinstance(model.get_submodule(name), nn.Embedding):  # which PEFT takes for a linear map of V to d
+            tensors[f"{layer}.lora_embedding_A"] = lora_b.T.to(dtype).contiguous()  # (r, V)
+            tensors[f"{layer}.lora_embedding_B"] = lora_a.T.to(dtype).contiguous()  # (d, r)
+            continue
+        tensors[f"{layer}.lora_A.weight"] = lora_a.to(dtype).contiguous()  # (r, n)
+        tensors[f"{layer}.lora_B.weight"] = lora_b.to(dtype).contiguous()  # (m, r)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
@@ -156,6 +164,6 @@ def target_modules(model: nn.Module, layers: list[str]) -> list[str]:
     alike = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ends
+        if isinstance(module, nn.Linear | nn.Embedding) and name.rpartition(".")[2] in ends
     }
     return ends if alike == set(layers) else layers

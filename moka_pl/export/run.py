@@ -91,7 +91,7 @@ def run_gguf(request: Request) -> None:
         check_space(request.out, model_size(parts, kind, preview.tokenizer))
 
     def takes_lora(preview: Preview) -> int:
-        check_adapter(preview.model, moka_layers(preview.model))
+        check_adapter(preview.model, moka_layers(preview.model, shared=True))
         if not llama_cpp.version():
             return 0
         parts = merged_parts(preview.model)  # of the base, which is written, too
@@ -162,7 +162,7 @@ def _with_lora(
 
     def look(preview: Preview) -> None:
         beside = before(preview)
-        layers = moka_layers(preview.model)
+        layers = moka_layers(preview.model, shared=True)
         check_no_experts(preview.model, layers)
         form = lora_form(layers, request.rank, request.energy, request.max_rank)
         check_space(request.out, form.size(request.torch_dtype(torch.float32)) + beside)

@@ -116,6 +116,7 @@ def _preview(unloaded: Unloaded, path: Path, info: AdapterInfo) -> Preview:
         unloaded.files.map_into(model)
         _check_files(model, path, info)
         model.to("meta")
+        model.tie_weights()  # as they were: moved to where no memory is, each weight becomes its own
     shapes = read_adapter_shapes(path)
     check_count(path, shapes)
     state = read_adapter_state(path) if method_of(info.config).keeps_base else {}

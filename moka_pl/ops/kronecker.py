@@ -16,10 +16,11 @@ Source: MoKA, arXiv 2508.03527; the identity is Van Loan, "The ubiquitous Kronec
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moka_pl.ops.dense import add_delta_
 from moka_pl.ops.dispatch import Backend, updates_alone
-from moka_pl.ops.layout import Shape, exact_rank, unpack
+from moka_pl.ops.layout import Shape, exact_rank, group_equal, unpack
 from moka_pl.ops.merged_forward import MergedForward
 from moka_pl.ops.operators import operator_product
 
@@ -38,6 +39,40 @@ def delta_weight(
         n: Columns of the layer (input features).
     """
     return add_delta_(right.new_zeros(m, n), left, right, weights, shapes)
+
+
+def delta_rows(
+    ids: Tensor, weights: Tensor, left: Tensor, right: Tensor, shapes: tuple[Shape, ...], n: int
+) -> Tensor:
+    """Looks up rows of ``ΔW = Σ_i w_i (A_i ⊗ B_i)``, shape (..., n), in the factors' dtype; differentiable.
+
+    Row k of A ⊗ B is the Kronecker product of row ⌊k / m_b⌋ of A and row k mod m_b of B: the m × n matrix is
+    never formed, and what is kept for the backward pass is the two rows of each component.
+
+    Args:
+        ids: Rows k, of any shape.
+        weights: Weights w, shape (r,).
+        left: Packed left factors (see :mod:`moka_pl.ops.layout`).
+        right: Packed right factors.
+        shapes: r shapes.
+        n: Columns of ΔW.
+    """
+    rows, pairs = ids.flatten(), unpack(left, right, shapes)  # (T,)
+    out = right.new_zeros(len(rows), n)  # (T, n)
+    for shape, members in group_equal(shapes).items():
+        outer, inner = rows // shape.m_b, rows % shape.m_b
+        inside = (outer < shape.m_a).to(right.dtype)[:, None]  # rows beyond the product are 0
+        outer = outer.clamp(max=shape.m_a - 1)
+        a_rows, b_rows = [], []
+        for i in members:
+            a, b = pairs[i]
+            a_row = F.one_hot(outer, shape.m_a).to(b) if a is None else F.embedding(outer, a)  # (T, n_a)
+            a_rows.append(a_row * (inside * weights[i]))
+            b_rows.append(F.embedding(inner, b))  # (T, n_b)
+        product = torch.stack(a_rows, 2) @ torch.stack(b_rows, 1)  # (T, n_a, n_b)
+        product = product.flatten(1)[:, :n]  # (T, ≤ n)
+        out = out + F.pad(product, (0, n - product.shape[1]))
+    return out.view(*ids.shape, n)
 
 
 def lora_factors(

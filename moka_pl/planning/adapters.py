@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from moka_pl.adapters import MokaConfig, inject_adapter, method_of, moka_layers
+from moka_pl.adapters import MokaConfig, MokaEmbedding, inject_adapter, method_of, moka_layers
 from moka_pl.adapters.filters import AUTO
 from moka_pl.adapters.methods.base import AdaptedLayer
 from moka_pl.adapters.methods.registry import adapted_layers
@@ -117,7 +117,9 @@ def _layers(model: "PreTrainedModel", state: dict[str, Tensor]) -> list[Layers]:
 
 def _kept(model: "PreTrainedModel", config: Any, itemsize: int, notes: list[str]) -> float:
     """Bytes a token that adapted layers keep; what was not measured is said."""
-    widths = {name: _size(layer)[1] for name, layer in adapted_layers(model).items()}
+    layers = adapted_layers(model).items()
+    # An embedding keeps no more than its tokens.
+    widths = {name: _size(layer)[1] for name, layer in layers if not isinstance(layer, MokaEmbedding)}
     shared = itemsize * merged_inputs(widths)
     if isinstance(config, MokaConfig):
         if config.dropout > 0 or config.backend == "structured":

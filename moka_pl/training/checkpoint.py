@@ -228,7 +228,8 @@ def check_same_factors(stored: Mapping[str, Any], current: Mapping[str, Any]) ->
             f"{methods[1]}. {_REMEDY}"
         )
     # Of another method's options any may change what the same tensors mean.
-    names = ("filters", "components", "rank", "gating") if methods[1] == "MOKA" else sorted(current)
+    ours = ("filters", "components", "rank", "gating", "ensure_weight_tying")
+    names = ours if methods[1] == "MOKA" else sorted(current)
     for name in names:
         if "dropout" not in name and name in stored and stored[name] != current[name]:
             raise AdapterError(

@@ -58,6 +58,10 @@ PATTERNS = {
     "suffix of whole parts only": ({"target_modules": ["q_proj", "proj", "_proj"]}, QV[::2]),
     "suffix is no regex": ({"target_modules": ["q_proj", ".*"]}, QV[::2]),
     "head by name": ({"target_modules": ["lm_head"]}, ["lm_head"]),
+    "embedding by name": (
+        {"target_modules": ["embed_tokens", "o_proj"]},
+        ["model.embed_tokens", "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"],
+    ),
     "regex": ({"target_modules": r".*\.(q|v)_proj"}, QV),
     "regex of one layer": ({"target_modules": r"model\.layers\.0\..*proj"}, ALL[:7]),
     "all-linear": ({"target_modules": "all-linear"}, ALL),
@@ -127,9 +131,9 @@ def test_excluding_everything_is_told_apart_from_matching_nothing(tiny_llama) ->
         inject_adapter(tiny_llama, config(exclude_modules=".*"))
 
 
-@pytest.mark.parametrize("targets", [["self_attn"], ["embed_tokens"], r"model\.layers\.0.*"])
-def test_only_linear_layers_can_be_adapted(targets, tiny_llama) -> None:
-    with pytest.raises(AdapterError, match=r"target model\.\S+ is a Llama|is a Embedding"):
+@pytest.mark.parametrize("targets", [["self_attn"], ["norm"], r"model\.layers\.0.*"])
+def test_only_linear_layers_and_embeddings_can_be_adapted(targets, tiny_llama) -> None:
+    with pytest.raises(AdapterError, match=r"target model\.\S+ is a Llama"):
         inject_adapter(tiny_llama, config(target_modules=targets))
     assert not moka_layers(tiny_llama)
 

@@ -112,7 +112,8 @@ def linear_layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise AdapterError(
-                f"{name} is a {type(layer).__name__}; gradients are taken of linear layers only"
+                f"{name} is a {type(layer).__name__}; gradients are taken of linear layers only, so set "
+                "other filters than auto and start: zero, or name it in exclude_modules"
             )
         layers[name] = layer
     return layers

@@ -61,7 +61,7 @@ class AdaptedLayer(Protocol):
         """The frozen layer."""
 
     @property
-    def merged_layer(self) -> nn.Linear | None:
+    def merged_layer(self) -> nn.Module | None:
         """The merged dense layer; None if not merged."""
 
     def merge(self) -> None:

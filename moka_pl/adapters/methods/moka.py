@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.filters import describe_filters
-from moka_pl.adapters.injection import find_targets, moka_layers, replace_module
-from moka_pl.adapters.layer import MokaLinear
-from moka_pl.adapters.methods.base import AdapterMethod, check_tensors, name_targets
+from moka_pl.adapters.injection import find_targets, moka_layers, replace_module, tied_pair
+from moka_pl.adapters.layer import MokaLayer, MokaLinear
+from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod, check_tensors, name_targets
 from moka_pl.adapters.schema import shown
+from moka_pl.adapters.vocabulary.embedding import MokaEmbedding, MokaTiedHead, weight_size
 from moka_pl.errors import ConfigError
 from moka_pl.ops.gating import GATINGS, can_move
 
@@ -34,9 +35,9 @@ class MokaMethod(AdapterMethod):
         return super().read_config(stored)
 
     @classmethod
-    def layers(cls, model: nn.Module) -> dict[str, MokaLinear]:
-        """Returns the layers of MoKA."""
-        return moka_layers(model)
+    def layers(cls, model: nn.Module) -> Mapping[str, AdaptedLayer]:
+        """Returns the layers of MoKA, a tied head included."""
+        return moka_layers(model, shared=True)
 
     def inject(
         self, model: nn.Module, dtype: torch.dtype, saved: Mapping[str, Tensor] | None = None
@@ -56,7 +57,7 @@ class MokaMethod(AdapterMethod):
 
     def build(
         self, model: nn.Module, dtype: torch.dtype, saved: Mapping[str, Tensor] | None = None
-    ) -> dict[str, MokaLinear]:
+    ) -> dict[str, MokaLayer]:
         """Returns adapted layers over a model's own, by name; the model is left as it is.
 
         Args:
@@ -68,22 +69,28 @@ class MokaMethod(AdapterMethod):
         names = find_targets(model, self.config, layers)
         if saved is not None:
             check_tensors(saved, self._sizes(model, names), "the adapter")
-        wrapped = {}
+        wrapped: dict[str, MokaLayer] = {}
         for name in names:
             layer = model.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
             with _naming(name):
-                wrapped[name] = MokaLinear(layer, self.config, dtype, name)
+                if isinstance(layer, nn.Embedding):
+                    wrapped[name] = MokaEmbedding(layer, self.config, dtype, name)
+                else:
+                    assert isinstance(layer, nn.Linear)
+                    wrapped[name] = MokaLinear(layer, self.config, dtype, name)
+        if self.config.ensure_weight_tying and (tied := tied_pair(model)) is not None:
+            head, embedding = model.get_submodule(tied[1]), wrapped[tied[0]]
+            assert isinstance(head, nn.Linear)
+            assert isinstance(embedding, MokaEmbedding)
+            wrapped[tied[1]] = MokaTiedHead(head, embedding, self.config, tied[0])
         return wrapped
 
     def _sizes(self, model: nn.Module, names: list[str]) -> dict[str, Tensor]:
         """Returns what :meth:`state` will be, without contents."""
         sizes: dict[str, tuple[int, ...]] = {}
         for name in names:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
             with _naming(name):
-                shapes = self.config.shapes_of(name, layer.out_features, layer.in_features)
+                shapes = self.config.shapes_of(name, *weight_size(model.get_submodule(name)))
             for i, shape in enumerate(shapes):
                 if not shape.identity:
                     sizes[f"{name}.moka_A.{i}"] = shape[:2]

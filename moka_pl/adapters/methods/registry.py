@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moka_pl.adapters.injection import output_head
 from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod
 from moka_pl.adapters.methods.full import FullMethod
 from moka_pl.adapters.methods.moka import MokaMethod
@@ -106,8 +107,27 @@ def unload(model: nn.Module, merge: bool = False) -> None:
     if not merge:
         _check_base_is_frozen(model)
     if (method := method_in(model)) is not None:
+        if merge and is_untied(model):
+            untie(model.config)
         method.unload(model, merge)
         restore(model)
+
+
+def is_untied(model: nn.Module) -> bool:
+    """Whether adapters change the embedding or the output head, and not both as one weight."""
+    layers = adapted_layers(model)
+    if (head := output_head(model)) is None or not layers:
+        return False
+    ends = head, model.get_input_embeddings()  # type: ignore[operator]
+    adapted = [layer for name, layer in layers.items() if model.get_submodule(name) in ends]
+    return bool(adapted) and all(getattr(layer, "owns_factors", True) for layer in adapted)
+
+
+def untie(config: Any) -> None:
+    """Has a model's configuration say that the output head's weight is its own."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False
 
 
 @contextmanager

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch import nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.directory import save_adapter
 from moka_pl.adapters.injection import moka_layers, replace_module
-from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.layer import MokaLayer
 from moka_pl.adapters.methods.base import check_tensors
 from moka_pl.adapters.methods.moka import MokaMethod
 from moka_pl.adapters.methods.registry import adapted_layers
 from moka_pl.adapters.named.mix import check_weights, mixed
-from moka_pl.adapters.named.rows import RowLinear, Rows
+from moka_pl.adapters.named.rows import RowEmbedding, RowLinear, Rows
 from moka_pl.adapters.pretrained.attach import base_of, hand_over_saving, saving_of
 from moka_pl.adapters.reading import (
     BaseModel,
@@ -56,7 +57,7 @@ class MokaAdapters:
     def __init__(self, model: "PreTrainedModel", adapter_name: str = "default") -> None:
         self.model = model
         self.configs: dict[str, MokaConfig] = {}
-        self._layers: dict[str, dict[str, MokaLinear]] = {}
+        self._layers: dict[str, dict[str, MokaLayer]] = {}
         self._bases: dict[str, BaseModel] = {}
         self._extras: dict[str, dict[str, Any]] = {}
         self._active: str | None = None
@@ -69,6 +70,7 @@ class MokaAdapters:
                 "the model has other adapters than MoKA's from load_model or attach; give it without them"
             )
         self._check_new(adapter_name)
+        _check_apart(saving.config)
         self._keep(adapter_name, saving.config, moka_layers(model), saving.base, trainable=None)
         self._extras[adapter_name] = saving.extra
         self._active = adapter_name
@@ -125,6 +127,7 @@ class MokaAdapters:
             raise AdapterError(
                 f"{path} is no MoKA adapter but a {type(info.config).__name__}; load it by itself"
             )
+        _check_apart(info.config)
         with self._bare():
             current = base_of(self.model, None)
             info.check_base(current.fingerprint, path, weight_samples(self.model))
@@ -151,6 +154,7 @@ class MokaAdapters:
             ConfigError: If a filter does not fit a layer.
         """
         self._check_new(adapter_name)
+        _check_apart(config)
         with self._bare():
             layers = MokaMethod(config).build(self.model, dtype)
         self._keep(adapter_name, config, layers, base_of(self.model, None), trainable=True)
@@ -228,7 +232,8 @@ class MokaAdapters:
                 base: Any = self.model.get_submodule(target)
                 layers = {name: self._layers[name][target] for name in used if target in self._layers[name]}
                 with torch.no_grad():
-                    replace_module(self.model, target, RowLinear(target, base, layers, rows))
+                    kind = RowEmbedding if isinstance(base, nn.Embedding) else RowLinear
+                    replace_module(self.model, target, kind(target, base, layers, rows))
             try:
                 yield
             finally:
@@ -305,7 +310,7 @@ class MokaAdapters:
         self,
         name: str,
         config: MokaConfig,
-        layers: dict[str, MokaLinear],
+        layers: dict[str, MokaLayer],
         base: BaseModel,
         trainable: bool | None = False,
     ) -> None:
@@ -325,3 +330,11 @@ class MokaAdapters:
                 raise AdapterError(
                     f"no adapter is called {name!r}; there are {', '.join(self.configs) or 'none'}"
                 )
+
+
+def _check_apart(config: MokaConfig) -> None:
+    """Refuses adapters whose layers are not independent of one another."""
+    if config.ensure_weight_tying:
+        raise AdapterError(
+            "an adapter with ensure_weight_tying is not kept beside others; load it by itself (load_model)"
+        )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.filters import listed
-from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.layer import MokaLayer
 from moka_pl.errors import AdapterError
 from moka_pl.ops.layout import Shape, pack
 
@@ -16,8 +16,8 @@ _EMPTY = Shape(1, 1, 1, 1)
 
 
 def mixed(
-    adapters: Sequence[Mapping[str, MokaLinear]], weights: Sequence[float]
-) -> tuple[MokaConfig, dict[str, MokaLinear]]:
+    adapters: Sequence[Mapping[str, MokaLayer]], weights: Sequence[float]
+) -> tuple[MokaConfig, dict[str, MokaLayer]]:
     """Returns the adapter ``ΔW = Σ_k w_k ΔW_k``, its configuration and its layers.
 
     The components of all adapters lie side by side, without gates: a component's weight in its adapter, times
@@ -47,7 +47,7 @@ def mixed(
     built = {}
     for name, members in parts.items():
         source = next(layers[name] for layers in adapters if name in layers)
-        layer = MokaLinear(source.base_layer, config, members[0][1][1].dtype, name)
+        layer = type(source)(source.base_layer, config, members[0][1][1].dtype, name)  # type: ignore[arg-type]
         left, right = pack([pair for _, pair in members])
         with torch.no_grad():
             layer.moka_B.copy_(right)
@@ -57,7 +57,7 @@ def mixed(
     return config, built
 
 
-def _parts(layer: MokaLinear | None, weight: float) -> list[tuple[Shape, tuple[Tensor | None, Tensor]]]:
+def _parts(layer: MokaLayer | None, weight: float) -> list[tuple[Shape, tuple[Tensor | None, Tensor]]]:
     """Returns shape and factors of each component of a layer, with its weight in the right factor."""
     if layer is None:
         return []

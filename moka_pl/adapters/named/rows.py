@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from moka_pl.adapters.layer import MokaLinear
+from moka_pl.adapters.layer import MokaLayer
+from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.errors import AdapterError
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import kronecker_linear
@@ -29,7 +30,7 @@ class Rows:
         self._of = {name: [i for i, row in enumerate(names) if row == name] for name in dict.fromkeys(names)}
         self._known: dict[tuple[tuple[str, ...], torch.device], tuple[Tensor, Tensor]] = {}
 
-    def used(self, adapters: Mapping[str, MokaLinear]) -> list[str]:
+    def used(self, adapters: Mapping[str, MokaLayer]) -> list[str]:
         """Returns the names of those adapters that rows have."""
         return [name for name in self._of if name in adapters]
 
@@ -61,7 +62,7 @@ class RowLinear(nn.Module):
     """
 
     def __init__(
-        self, name: str, base_layer: nn.Linear, adapters: Mapping[str, MokaLinear], rows: Rows
+        self, name: str, base_layer: nn.Linear, adapters: Mapping[str, MokaLayer], rows: Rows
     ) -> None:
         super().__init__()
         self.name = name
@@ -96,12 +97,7 @@ class RowLinear(nn.Module):
             AdapterError: If x has no rows, or a number of them that is no such multiple.
         """
         out: Tensor = self.base_layer(x)  # (N, ..., m)
-        times, rest = divmod(len(x), self.rows)
-        if x.dim() < 3 or rest:
-            raise AdapterError(
-                f"{self.name} is given {' × '.join(map(str, x.shape))} numbers, but adapter_names has "
-                f"{self.rows} rows; give one name for each row of the batch"
-            )
+        times = _times(self.name, x, self.rows, 3)
         if not self.of_one:
             return out
         flat = x.reshape(len(x), -1, self.in_features)  # (N, T, n)
@@ -121,7 +117,58 @@ class RowLinear(nn.Module):
         return out + update.view_as(out)
 
 
-def _stack(members: list[MokaLinear], device: torch.device) -> list[RowFactors]:
+class RowEmbedding(nn.Module):
+    """``y = W[t] + ΔW_k[t]`` where k is the adapter of the row that token t lies in.
+
+    Args:
+        name: The layer's full name, for messages.
+        base_layer: The frozen embedding.
+        adapters: The adapted embeddings over it, by adapter; rows of other names get the frozen one alone.
+        rows: The rows of the batch.
+    """
+
+    def __init__(
+        self, name: str, base_layer: nn.Embedding, adapters: Mapping[str, MokaLayer], rows: Rows
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.base_layer = base_layer
+        self.rows = rows.count
+        device = base_layer.weight.device
+        self.of_one = [(adapters[k], rows.of((k,), device)[0]) for k in rows.used(adapters)]
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight W."""
+        return self.base_layer.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Maps tokens, (N, T), to (N, T, d); N may be a multiple of the rows, as with beams.
+
+        Raises:
+            AdapterError: If there are no rows, or a number of them that is no such multiple.
+        """
+        times = _times(self.name, ids, self.rows, 2)
+        out: Tensor = self.base_layer(ids)  # (N, T, d)
+        for layer, rows in self.of_one:
+            assert isinstance(layer, MokaEmbedding)
+            chosen = _expanded(rows, times)
+            out = out.index_add(0, chosen, layer.update(ids[chosen]).to(out))
+        return out
+
+
+def _times(name: str, x: Tensor, rows: int, dims: int) -> int:
+    """Returns how often each row stands in a batch; refuses other numbers of rows."""
+    times, rest = divmod(len(x), rows)
+    if x.dim() < dims or rest:
+        raise AdapterError(
+            f"{name} is given {' × '.join(map(str, x.shape))} numbers, but adapter_names has "
+            f"{rows} rows; give one name for each row of the batch"
+        )
+    return times
+
+
+def _stack(members: list[MokaLayer], device: torch.device) -> list[RowFactors]:
     """Returns the factors of adapters of the same shapes."""
     logits: list[Tensor] = [layer.moka_gate for layer in members if layer.moka_gate is not None]
     kinds = {layer.gating for layer in members}
@@ -134,12 +181,12 @@ def _stack(members: list[MokaLinear], device: torch.device) -> list[RowFactors]:
     return stack_factors(left, right, weights, members[0].shapes)
 
 
-def _factors(layer: MokaLinear) -> tuple[Tensor, Tensor]:
+def _factors(layer: MokaLayer) -> tuple[Tensor, Tensor]:
     """Returns packed left and right factors."""
     return layer.moka_B.new_empty(0) if layer.moka_A is None else layer.moka_A, layer.moka_B
 
 
-def _alone(layer: MokaLinear, x: Tensor) -> Tensor:
+def _alone(layer: MokaLayer, x: Tensor) -> Tensor:
     """Returns the update of one adapter's rows, (N, T, m)."""
     weights = layer.gates() * layer.scaling
     left, right, weights = (part.to(x.device) for part in (*_factors(layer), weights))

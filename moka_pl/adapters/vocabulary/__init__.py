@@ -1,0 +1,1 @@
+"""Adapters of embeddings and output heads."""
