@@ -74,6 +74,7 @@ KINDS = {
     "model.adapter.init_args.gating": NEVER,
     "model.adapter.init_args.target_modules": NEVER,
     "model.adapter.init_args.exclude_modules": NEVER,
+    "model.adapter.init_args.ensure_weight_tying": NEVER,
     "model.adapter.init_args.scaling": "adapter",
     "model.adapter.init_args.dropout": "adapter",
     "model.adapter.init_args.backend": FREE,
