@@ -60,7 +60,7 @@ def evaluate(
 
     from moka_pl.adapters import read_adapter
     from moka_pl.evaluation.lm_eval.results import results_path, write_results
-    from moka_pl.evaluation.lm_eval.run import load_described, run_harness
+    from moka_pl.evaluation.lm_eval.run import check_chat_template, load_described, run_harness
     from moka_pl.evaluation.lm_eval.tasks import select_tasks
 
     if adapter is not None:
@@ -70,11 +70,8 @@ def evaluate(
         home = Path("lightning_logs/evaluate") / re.sub(r"[^\w.-]+", "_", str(base)).strip("_.")
     path = results_path(output, home)
     selection = select_tasks(names, data, num_fewshot)
-    model, tokenizer, about = load_described(adapter, base, quantization)
-    if apply_chat_template and not tokenizer.chat_template:
-        raise ConfigError(
-            "--apply_chat_template is set, but the base model's tokenizer has no chat template; remove it"
-        )
+    checked = {"before": check_chat_template} if apply_chat_template else {}
+    model, tokenizer, about = load_described(adapter, base, quantization, **checked)
     results = run_harness(
         model,
         tokenizer,

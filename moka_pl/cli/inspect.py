@@ -27,7 +27,7 @@ def inspect(
         spectra: Compute singular values however long that takes; otherwise up to about a minute.
     """
     from moka_pl.inspection.comparison import compare
-    from moka_pl.inspection.report import inspect_adapter
+    from moka_pl.inspection.report import check_adapter, inspect_adapter
     from moka_pl.inspection.text import as_json, as_text, comparison_json, comparison_text
 
     others = [other] if isinstance(other, str) else list(other)
@@ -37,7 +37,10 @@ def inspect(
         from moka_pl.inspection.page import check_target, write_page
 
         check_target(html)
-    found = [inspect_adapter(path, base, spectra) for path in (adapter, *map(Path, others))]
+    paths = [adapter, *map(Path, others)]
+    for path in paths:  # before a base is loaded for the first one
+        check_adapter(path)
+    found = [inspect_adapter(path, base, spectra) for path in paths]
     compared = compare(found[0], found[1]) if others else None
     if json:
         contents = as_json(found[0])

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.injection import moka_layers
 from moka_pl.adapters.methods.base import AdapterMethod
@@ -100,6 +102,28 @@ class Inspection:
         return self.info.extra.get("step") if found is None else found
 
 
+def check_adapter(path: Path) -> None:
+    """Refuses what :func:`inspect_adapter` cannot read, without loading a base.
+
+    Args:
+        path: The directory, or the hub id of one.
+
+    Raises:
+        AdapterError: If it is damaged.
+    """
+    path = local_adapter(path)
+    read_adapter(path)
+    shapes = read_adapter_shapes(path)
+    check_count(path, shapes)
+    _read_small(path, shapes)
+
+
+def _read_small(path: Path, shapes: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Reads tensors, and looks for NaN in every number; None where they are too large."""
+    small = sum(tensor.nbytes for tensor in shapes.values()) <= _SMALL
+    return read_adapter_state(path) if small else None
+
+
 def inspect_adapter(path: Path, base: str | None = None, spectra: bool = False) -> Inspection:
     """Computes the numbers of an adapter directory.
 
@@ -118,9 +142,10 @@ def inspect_adapter(path: Path, base: str | None = None, spectra: bool = False) 
     method = method_of(info.config)
     size = sum(tensor.numel() for tensor in shapes.values())
     config: Any = info.config
-    small = sum(tensor.nbytes for tensor in shapes.values()) <= _SMALL
-    state = read_adapter_state(path) if small else {}  # which looks for NaN in every number
-    left_out = [] if small else [f"all numbers of layers: the tensors are larger than {_SMALL:,} bytes"]
+    state = _read_small(path, shapes)
+    left_out = []
+    if state is None:
+        state, left_out = {}, [f"all numbers of layers: the tensors are larger than {_SMALL:,} bytes"]
     if not isinstance(config, MokaConfig):
         left_out = [f"numbers of layers: they are MoKA's, and this adapter is {method.title}"]
         return Inspection(path, info, method, size, [], left_out)

@@ -183,6 +183,23 @@ def test_problems_show_before_a_model_is_loaded(
         evaluate(tmp_path, "words", data=data)
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["adapter", "base"])
+def test_a_missing_chat_template_is_refused_before_weights_are_loaded(
+    alone: bool, saved: Path, base: Path, data: Path, no_weights: Callable[[], None]
+) -> None:
+    (base / "chat_template.jinja").unlink()
+    no_weights()
+    with pytest.raises(ConfigError, match="tokenizer has no chat template; remove it"):
+        evaluate(
+            None if alone else saved,
+            "words",
+            str(base),
+            data,
+            output=data / "out.json",
+            apply_chat_template=True,
+        )
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["evaluate", "--help"])

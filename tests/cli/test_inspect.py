@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from moka_pl.adapters import MokaConfig
 from moka_pl.adapters.reading import CONFIG_NAME, WEIGHTS_NAME, read_adapter, read_adapter_state
 from moka_pl.cli.inspect import inspect
 from moka_pl.cli.main import FUNCTIONS, main
+from moka_pl.errors import AdapterError
 from moka_pl.inspection.layers import by_number
 
 
@@ -251,3 +253,13 @@ def test_three_adapters_are_too_many(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["inspect", "a", "b", "c"])
     assert capsys.readouterr().err == "moka_pl: error: inspect compares two adapters, not 3; leave out c\n"
+
+
+def test_a_damaged_second_adapter_is_refused_before_the_base_of_the_first_is_loaded(
+    saved: Path, tmp_path: Path, no_weights: Callable[[], None]
+) -> None:
+    other = shutil.copytree(saved, tmp_path / "other")
+    (other / WEIGHTS_NAME).write_bytes(b"{}")
+    no_weights()
+    with pytest.raises(AdapterError, match="other"):
+        inspect(saved, str(other), base="stored")

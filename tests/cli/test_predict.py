@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moka_pl.cli.answering.predictions import Predictions
 from moka_pl.cli.main import main
 from moka_pl.cli.predict import predict
 from moka_pl.errors import AdapterError, ConfigError
@@ -161,3 +162,12 @@ def test_a_prompt_beyond_the_context_is_refused_before_weights_are_loaded(
     with pytest.raises(ConfigError, match=r"prompts\.jsonl, .*2 has 6\d\d tokens, which leave no room"):
         predict(saved, prompts, prompts.with_name("out.jsonl"))
     assert [file.name for file in prompts.parent.iterdir()] == [prompts.name]
+
+
+def test_what_another_process_writes_is_refused_before_weights_are_loaded(
+    saved: Path, prompts: Path, no_weights: Callable[[], None]
+) -> None:
+    output = prompts.with_name("out.jsonl")
+    no_weights()
+    with Predictions(output, "another run").opened(), pytest.raises(ConfigError, match="another process is"):
+        predict(saved, prompts, output)

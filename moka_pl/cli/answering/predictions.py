@@ -27,7 +27,7 @@ class Predictions:
 
     def __init__(self, output: Path, run: str) -> None:
         self.output = output
-        self.part = output.with_name(f".{output.name}.part")
+        self.part = _part_of(output)
         self._run = run
         self.done: dict[int, dict[str, Any]] = {}
 
@@ -96,6 +96,8 @@ class Predictions:
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuses a file that is there, unless it may be replaced, and one that cannot be written.
 
+    One that another process is writing is refused, too.
+
     Raises:
         ConfigError: Naming it.
     """
@@ -106,6 +108,12 @@ def check_output(output: Path, overwrite: bool) -> None:
     reason = unwritable_reason(output.parent)
     if reason is not None:
         raise ConfigError(f"--output {output}: cannot write there ({reason}); choose another file")
+    with suppress(FileNotFoundError), _part_of(output).open("rb") as file:
+        _lock(file, output)
+
+
+def _part_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.part")
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -1,5 +1,6 @@
 """Loads what is to be evaluated, and runs lm_eval on it."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,6 +10,7 @@ import torch
 from moka_pl import inference
 from moka_pl.adapters import method_of, read_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+from moka_pl.errors import ConfigError
 from moka_pl.evaluation.lm_eval.results import versions, weights_fingerprint
 from moka_pl.evaluation.lm_eval.tasks import Selection, silenced_lm_eval
 from moka_pl.evaluation.memory import halved_until_it_fits
@@ -68,8 +70,25 @@ def run_harness(
     return cast(dict[str, Any], halved_until_it_fits(batch_size, evaluate))
 
 
+def check_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuses a tokenizer without a chat template, or with one that does not come to an end.
+
+    Raises:
+        ConfigError: If there is none.
+        DataError: If it takes too long, or too much memory.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "--apply_chat_template is set, but the base model's tokenizer has no chat template; remove it"
+        )
+    check_template(tokenizer)
+
+
 def load_described(
-    adapter: Path | None, base: str | None, quantization: Any = None
+    adapter: Path | None,
+    base: str | None,
+    quantization: Any = None,
+    before: "Callable[[PreTrainedTokenizerBase], None]" = lambda tokenizer: None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", dict[str, Any]]:
     """Loads what is to be evaluated, and describes it for the results.
 
@@ -77,6 +96,7 @@ def load_described(
         adapter: An adapter directory; None evaluates the base alone.
         base: Where the base lies; with an adapter, None is where the adapter says.
         quantization: How a base without an adapter is stored; None is ``nf4``.
+        before: Is given the tokenizer before weights are loaded, to refuse what cannot work with it.
 
     Returns:
         The model, its tokenizer, and what the results say about both and about the libraries.
@@ -84,14 +104,17 @@ def load_described(
     if adapter is None:
         config = BackboneConfig(str(base), quantization=quantization or "nf4")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded = (load_backbone if quantization else inference.load_base)(config, device)
+        load = load_backbone if quantization else inference.load_base
+        loaded = load(config, device, lambda unloaded: before(unloaded.tokenizer))
         config = loaded.config or config
         model, tokenizer = loaded.model, loaded.tokenizer
         described: dict[str, Any] = {"name": base, "revision": None, "options": config.options()}
         adapted = None
     else:
         info = read_adapter(adapter)
-        model, tokenizer = inference.load_model(adapter, base=base)
+        model, tokenizer = inference.load_model(
+            adapter, base=base, before=lambda preview: before(preview.tokenizer)
+        )
         described = asdict(info.base) | ({"name": base, "revision": None} if base else {})
         del described["samples"]  # for loading only
         adapted = {
