@@ -16,6 +16,7 @@ from moka_pl.export.lora import LoraForm
 from moka_pl.export.merged import base_dtype, merged_parts, write_description, write_weights
 from moka_pl.export.peft import lora_reference
 from moka_pl.export.source import Source, say
+from moka_pl.lm.experts import has_experts
 
 
 def import_mlx() -> str:
@@ -99,7 +100,8 @@ def export_mlx(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) ->
         write_weights(base, parts, compute)
         write_description(base, model, source.tokenizer, compute)
         say(f"{reader} reads it back onto the same base ...")
-        say(check(expected, measure_mlx(base, new, source.prompts), reader, dtype, compute))
+        found, dtypes = measure_mlx(base, new, source.prompts), (dtype, compute, model.dtype)
+        say(check(expected, found, reader, *dtypes, routed=has_experts(model)))
     say(f"{out}: rank {form.rank}, {mebibytes(out):.1f} MiB")
 
 

@@ -42,7 +42,7 @@ def export_model(source: Source, out: Path, kind: GgufType) -> None:
         AdapterError: If the reader computes something else; nothing is written then.
         ConfigError: If the tokenizer or the model cannot be written, or ``out`` cannot.
     """
-    name = f"model-{kind}.gguf"
+    name, dtypes = f"model-{kind}.gguf", (_AS_DTYPE[kind], source.model.dtype)
     with written_folder(out) as new:
         write_model(new / name, source.model, merged_parts(source.model), kind, source.tokenizer)
         prompt = source.info.extra.get("prompt")
@@ -52,12 +52,12 @@ def export_model(source: Source, out: Path, kind: GgufType) -> None:
             say(f"{reader} reads it back ...")
             engine = LlamaCpp(new / name)
             _check_tokens(engine, source)
-            say(check(source.expected, engine.measure(source.prompts), reader, _AS_DTYPE[kind]))
+            say(check(source.expected, engine.measure(source.prompts), reader, *dtypes))
             _say_greedy(engine, source.model, source.prompts)
             del engine
         else:
             found, reader = _by_transformers(new / name, source)
-            say(check(source.expected, found, reader, _AS_DTYPE[kind]))
+            say(check(source.expected, found, reader, *dtypes))
             say("llama-cpp-python is not installed: the file's tokenizer was not compared")
     _say_size(out)
 
@@ -88,7 +88,8 @@ def export_adapter(source: Source, out: Path, form: LoraForm, dtype: torch.dtype
             base = new.parent / "base.gguf"  # removed with the folder of the unfinished export
             write_model(base, model, parts, kind)
             engine = LlamaCpp(base, new / _ADAPTER)
-            say(check(expected, engine.measure(source.prompts), reader, dtype, _AS_DTYPE[kind]))
+            dtypes = (dtype, _AS_DTYPE[kind], model.dtype)
+            say(check(expected, engine.measure(source.prompts), reader, *dtypes))
             with lora_applied(model, form):
                 _say_greedy(engine, model, source.prompts)
             del engine

@@ -4,17 +4,22 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers, unload
+from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.export.check import Measured, measure
 from moka_pl.export.lora import lora_form
 from moka_pl.export.merged import merged_parts, write_description, write_weights
-from moka_pl.export.mlx import check_layers, measure_mlx, write_mlx
+from moka_pl.export.mlx import check_layers, export_mlx, measure_mlx, write_mlx
+from moka_pl.export.source import Source
+from moka_pl.studies.architectures.families import FAMILIES, tiny_model
 
 IDS = torch.tensor([5, 60, 7, 9, 33, 21, 90, 2])
 
@@ -59,13 +64,48 @@ def test_without_its_reader_nothing_is_loaded(
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "others", "passes"),
+    [(torch.float16, 2, True), (torch.float16, 4, False), (torch.float32, 2, False)],
+)
+def test_in_half_precision_a_few_tokens_may_choose_other_experts(
+    dtype: torch.dtype,
+    others: int,
+    passes: bool,
+    randomize: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny_model(next(family for family in FAMILIES if family.name == "Mixtral"))
+    inject_adapter(model, MokaConfig(components=2, filters="square"))
+    randomize(model)
+    prompts, info = [torch.arange(4, 64)], SimpleNamespace(base=None, extra={})
+    expected = measure(model, prompts)
+    source = Source(info, model, byte_tokenizer(), prompts, expected, "base", "base")
+    form = lora_form(moka_layers(model))
+
+    def rounded(*_: object) -> Measured:
+        logits = expected.logits[0].clone()
+        logits[-others:, 0] += 100.0  # as a token has them that other experts computed
+        return Measured([logits], expected.loss)
+
+    monkeypatch.setattr("moka_pl.export.mlx.import_mlx", lambda: "mlx-lm 0")
+    monkeypatch.setattr("moka_pl.export.mlx.measure_mlx", rounded)
+    if passes:
+        export_mlx(source, tmp_path / "out", form, dtype)
+        assert "largest logit difference of 95% of the tokens 0 (" in capsys.readouterr().out
+    else:
+        with pytest.raises(AdapterError, match="the export is not what was trained"):
+            export_mlx(source, tmp_path / "out", form, dtype)
+    assert (tmp_path / "out").exists() == passes
+
+
 @pytest.mark.parametrize("theta", [10_000.0, 100.0])
 def test_mlx_computes_the_same(
     theta: float, make_llama: Callable, randomize: Callable, tmp_path: Path
 ) -> None:
     pytest.importorskip("mlx.core")
-    from moka_pl.backbone.random_weights import byte_tokenizer
-
     rope = {"rope_type": "default", "rope_theta": theta}
     model = make_llama(rope_parameters=rope)
     inject_adapter(model, MokaConfig(components=2, filters="square", target_modules="all-linear"))
