@@ -133,6 +133,19 @@ def attention_implementation(model: "PreTrainedModel") -> str | None:
     return name
 
 
+def set_attention(model: "PreTrainedModel", name: str | None) -> None:
+    """Sets the attention that a model's decoder computes with, such as ``sdpa``, and nothing else.
+
+    Seen in transformers 5.14 to 5.24. ``set_attn_implementation`` is public, but looks through all modules,
+    in every step a millisecond of the CPU's. Without it the CPU would wait for the GPU in every step instead.
+
+    Args:
+        model: The model.
+        name: A registered attention.
+    """
+    model.get_decoder().config._attn_implementation = name
+
+
 def supports_flash_attention(model: "PreTrainedModel") -> bool:
     """Whether a model's class says that flash attention may take the place of its own.
 

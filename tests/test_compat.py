@@ -171,6 +171,9 @@ def test_a_models_attention_can_be_asked_for_and_put_back(tiny_llama) -> None:
     assert _compat.attention_implementation(tiny_llama) == "eager"
     tiny_llama.set_attn_implementation("sdpa")
     assert _compat.attention_implementation(tiny_llama) == "sdpa"
+    _compat.set_attention(tiny_llama, "eager")
+    assert _compat.attention_implementation(tiny_llama) == "eager"
+    assert tiny_llama.model.layers[0].self_attn.config._attn_implementation == "eager"
     assert _compat.supports_flash_attention(tiny_llama)
 
 

@@ -76,6 +76,8 @@ def causal_unsupported_reason(model: "PreTrainedModel", implementation: str) -> 
         return f"{type(model).__name__} uses a custom attention"
     if sliding_window(model) is not None:
         return "the model uses sliding-window attention"
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None:
+        return "the model attends within chunks"
     return None
 
 

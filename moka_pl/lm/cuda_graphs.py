@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from moka_pl._compat import attention_implementation, copy_all_, multiplied
+from moka_pl._compat import copy_all_, multiplied
 from moka_pl.errors import one_line
 from moka_pl.lm.architecture import causal_unsupported_reason
+from moka_pl.lm.causal import CAUSAL, causal
+from moka_pl.lm.checkpointing import draws
 from moka_pl.lm.experts import SplitExperts
 from moka_pl.lm.scoring import IGNORE_INDEX, nll_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CAUSAL = "moka_causal"
-"""Name of the attention implementation that is registered with transformers."""
 
 WIDTH = 32
 """Recorded batches are padded to a multiple of this many tokens a row."""
@@ -149,7 +148,7 @@ class StepCapture:
         generator = torch.cuda.default_generators[stream.device_index]
         random = generator.clone_state()
         try:
-            with _causal(self.model), _fresh_leaves(self.model) as leaves:
+            with causal(self.model), _fresh_leaves(self.model) as leaves:
                 self._warm_up(inputs, leaves)
                 generator.set_state(random.get_state())  # warming up may have drawn from it
                 graph = torch.cuda.CUDAGraph()
@@ -222,23 +221,9 @@ def capture_unsupported_reason(model: "PreTrainedModel") -> str | None:
         return "experts are computed one after another, as the tokens choose them"
     if model.get_input_embeddings().weight.device.type != "cuda":
         return "CUDA graphs need a GPU"
-    if getattr(model, "is_gradient_checkpointing", False):
-        return "gradient checkpointing reads the state of random generators during capture"
+    if getattr(model, "is_gradient_checkpointing", False) and draws(model):
+        return "gradient checkpointing with dropout reads the state of random generators during capture"
     return causal_unsupported_reason(model, CAUSAL)
-
-
-@contextmanager
-def _causal(model: "PreTrainedModel") -> Iterator[None]:
-    """With SDPA that takes no mask: transformers would build one while recording, as it cannot look at it."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(CAUSAL, _causal_attention)
-    before = attention_implementation(model)
-    model.set_attn_implementation(CAUSAL)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextmanager
@@ -262,15 +247,3 @@ def _fresh_leaves(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     finally:
         for module, name, parameter in trained:
             setattr(module, name, parameter)
-
-
-def _causal_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """SDPA without a mask, by which every position sees all before it."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if attention_mask is not None:
-        raise RuntimeError("a model that builds its own attention mask cannot be captured")
-    out, _ = sdpa_attention_forward(module, query, key, value, None, **kwargs)
-    return out, None

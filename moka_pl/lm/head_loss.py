@@ -47,10 +47,10 @@ def nll_at_head(head: nn.Module, hidden: Tensor, wanted: Tensor) -> Tensor:
         size = part_size(len(hidden), vocabulary)
         nll: Tensor = _LinearNll.apply(hidden, head.weight, head.bias, wanted, size)  # type: ignore[no-untyped-call]
         return nll
-    size = part_size(len(hidden), vocabulary, adapted=True)
+    size, fewer = part_size(len(hidden), vocabulary, adapted=True), part_size(len(hidden), vocabulary)
     draws = any(isinstance(module, nn.Dropout) and module.training and module.p for module in head.modules())
     parts = [
-        checkpoint(_head_nll, head, part, ids, use_reentrant=False, preserve_rng_state=draws)
+        checkpoint(_head_nll, head, part, ids, fewer, use_reentrant=False, preserve_rng_state=draws)
         for part, ids in zip(torch.split(hidden, size), torch.split(wanted, size), strict=True)
     ]
     return torch.cat(parts)
@@ -66,8 +66,9 @@ def token_nll(logits: Tensor, wanted: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), wanted, ignore_index=IGNORE_INDEX, reduction="none")
 
 
-def _head_nll(head: nn.Module, hidden: Tensor, wanted: Tensor) -> Tensor:
-    return token_nll(head(hidden), wanted)
+def _head_nll(head: nn.Module, hidden: Tensor, wanted: Tensor, size: int) -> Tensor:
+    nll: Tensor = _LogitsNll.apply(head(hidden), wanted, size)  # type: ignore[no-untyped-call]
+    return nll
 
 
 def part_size(tokens: int, vocabulary: int, adapted: bool = False) -> int:
@@ -88,6 +89,21 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
+def _nll_and_errors(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p of tokens, (P,), and its gradient to their logits, p - e_y or 0, (P, V); both in float32."""
+    known = wanted != IGNORE_INDEX  # (P,)
+    tokens = wanted.where(known, 0)[:, None]  # (P, 1)
+    # In place: every step but the first makes no more numbers of the vocabulary's size.
+    numbers = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    numbers -= numbers.amax(-1, keepdim=True)
+    chosen = numbers.gather(1, tokens)  # (P, 1)
+    numbers.exp_()
+    total = numbers.sum(-1, keepdim=True)  # (P, 1)
+    numbers.div_(total)  # p
+    numbers.scatter_(1, tokens, numbers.gather(1, tokens) - 1)
+    return (total.log() - chosen)[:, 0].where(known, 0), numbers.mul_(known[:, None])
+
+
 class _LinearNll(torch.autograd.Function):
     """-log p of tokens by a frozen linear head, some tokens at a time."""
 
@@ -99,18 +115,15 @@ class _LinearNll(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (N, d)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            known = wanted[part] != IGNORE_INDEX  # (P,)
-            tokens = wanted[part].where(known, 0)[:, None]  # (P, 1)
             logits = F.linear(hidden[part], weight, bias)  # (P, V)
+            if grad is None:
+                nll[part] = token_nll(logits, wanted[part])
+                continue
             dtype = logits.dtype
-            logs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)  # (P, V)
+            nll[part], errors = _nll_and_errors(logits, wanted[part])
             del logits
-            nll[part] = -logs.gather(1, tokens)[:, 0].where(known, 0)
-            if grad is not None:
-                errors = logs.exp_()  # p
-                errors.scatter_(1, tokens, errors.gather(1, tokens) - 1)
-                product = errors.to(dtype) @ weight  # (P, d)
-                grad[part] = product.where(known[:, None], 0)
+            grad[part] = errors.to(dtype) @ weight  # (P, d)
+            del errors
         ctx.save_for_backward(grad)
         return nll
 
@@ -119,3 +132,24 @@ class _LinearNll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
         return None if kept is None else (kept * grad[:, None]).to(kept.dtype), None, None, None, None
+
+
+class _LogitsNll(torch.autograd.Function):
+    """-log p of tokens from their logits, of which only some are held in float32 at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, wanted: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(logits, wanted)
+        ctx.size = size
+        parts = zip(torch.split(logits, size), torch.split(wanted, size), strict=True)
+        return torch.cat([token_nll(part, ids) for part, ids in parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, wanted = ctx.saved_tensors
+        errors = torch.empty_like(logits)  # (N, V)
+        for start in range(0, len(logits), ctx.size):
+            part = slice(start, start + ctx.size)
+            errors[part] = _nll_and_errors(logits[part], wanted[part])[1].mul_(grad[part, None])
+        return errors, None, None

@@ -5,6 +5,7 @@ the next layer computes, and comes back while the layer after it is computed aga
 """
 
 import weakref
+from collections import defaultdict
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +47,14 @@ def offload_layer_inputs(model: "PreTrainedModel") -> None:
 
 
 class _Store:
-    """Tensors in the order in which they were saved; each comes back before it is asked for."""
+    """Tensors in the order in which they were saved; each comes back before it is asked for.
+
+    The host's memory is used again, as a CUDA graph in which these copies are recorded expects.
+    """
 
     def __init__(self) -> None:
         self._last: weakref.ref[_Kept] | None = None
+        self._free: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
 
     def pack(self, tensor: Tensor) -> Any:
         """Begins to copy a tensor to the host; the one before it is there by now, and leaves the GPU."""
@@ -58,7 +63,7 @@ class _Store:
         before = None if self._last is None else self._last()
         if before is not None:
             before.leave()
-        kept = _Kept(tensor, self._last)
+        kept = _Kept(tensor, self._last, self._free[tensor.shape, tensor.dtype])
         self._last = weakref.ref(kept)
         return kept
 
@@ -76,40 +81,49 @@ class _Store:
 class _Kept:
     """A tensor on its way to the host and back.
 
+    The GPU's memory is its stream's, which waits for each copy before it is given back.
+
     Args:
         tensor: The tensor, on a GPU.
         before: What was saved before it.
+        free: Pinned tensors of its kind that nobody uses; taken from there, and given back in the end.
     """
 
-    def __init__(self, tensor: Tensor, before: "weakref.ref[_Kept] | None") -> None:
+    def __init__(self, tensor: Tensor, before: "weakref.ref[_Kept] | None", free: list[Tensor]) -> None:
         self.before = before
-        self._device, self._stream = tensor.device, _copy_stream(tensor.device)
+        self._free, self._stream = free, _copy_stream(tensor.device)
         self._on_gpu: Tensor | None = tensor.detach()
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._device = tensor.device
+        self._host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._copied = self._copy(self._host, self._on_gpu)
+
+    def __del__(self) -> None:
+        self._free.append(self._host)  # whoever takes it copies on the same stream, later
+
+    def _copy(self, to: Tensor, source: Tensor) -> Any:
+        """Begins a copy once what is computed now is there; returns what tells of its end."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._host.copy_(self._on_gpu, non_blocking=True)
-        # Its memory may be used again only when it is copied.
-        self._on_gpu.record_stream(self._stream)
+            to.copy_(source, non_blocking=True)
+        return self._stream.record_event()
 
     def leave(self) -> None:
         """Frees the GPU's memory."""
+        torch.cuda.current_stream(self._device).wait_event(self._copied)
         self._on_gpu = None
 
     def fetch(self) -> None:
         """Begins to copy the tensor back."""
         if self._on_gpu is None:
-            with torch.cuda.stream(self._stream):
-                self._on_gpu = self._host.to(self._device, non_blocking=True)
+            self._on_gpu = torch.empty_like(self._host, device=self._device, pin_memory=False)
+            self._copied = self._copy(self._on_gpu, self._host)
 
     def take(self) -> Tensor:
         """Returns the tensor, for the stream at hand."""
         self.fetch()
         tensor, self._on_gpu = self._on_gpu, None
         assert tensor is not None
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        tensor.record_stream(current)
+        torch.cuda.current_stream(self._device).wait_event(self._copied)
         return tensor
 
 

@@ -1,10 +1,12 @@
 """Log-likelihoods of the trained tokens of a batch."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moka_pl.lm.causal import without_waiting
 from moka_pl.lm.head_loss import IGNORE_INDEX as IGNORE_INDEX
 from moka_pl.lm.head_loss import nll_at_head, token_nll
 from moka_pl.lm.own_loss import has_plain_head, own_logits_at
@@ -68,7 +70,8 @@ def score_tokens(
         **inputs: What else the model is to be given (for packed rows what ``PackedAttention`` makes).
     """
     row, column, wanted = predicted(labels) if isinstance(labels, Tensor) else labels
-    return TokenScores(nll_at(model, row, column, wanted, input_ids=input_ids, **inputs), row)
+    with nullcontext() if inputs else without_waiting(model):
+        return TokenScores(nll_at(model, row, column, wanted, input_ids=input_ids, **inputs), row)
 
 
 def nll_at(model: "PreTrainedModel", row: Tensor, column: Tensor, wanted: Tensor, **inputs: Any) -> Tensor:

@@ -29,8 +29,8 @@ from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
 from moka_pl.backbone.linear_layers import describe_storage
 from moka_pl.data.types import data_of
 from moka_pl.errors import ConfigError
+from moka_pl.lm.checkpointing import checkpoint_layers
 from moka_pl.lm.compiled import check_compiler
-from moka_pl.lm.offload import offload_layer_inputs
 from moka_pl.training.auto_filters import DeferredFilters
 from moka_pl.training.base import describe_base
 from moka_pl.training.checkpoint import (
@@ -206,13 +206,9 @@ class MokaModule(TrainedModule):
         if self.adapter_path is not None:
             stored = read_adapter(self.adapter_path)
             stored.check_base(self.base.fingerprint, self.adapter_path, self.base.samples)
-        if self.gradient_checkpointing:
-            # Non-reentrant: gradients reach the adapters although the embeddings need none, and DDP sees
-            # every parameter once.
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.gradient_checkpointing == "offload":
-            offload_layer_inputs(model)
         self._inject(model)
+        if self.gradient_checkpointing:
+            checkpoint_layers(model, offload=self.gradient_checkpointing == "offload")
         if self.adapter_path is not None:
             load_adapter_state(model, read_adapter_state(self.adapter_path), self.adapter_path)
         # Lightning keeps the mode it finds; a loaded model is in eval mode, which switches off

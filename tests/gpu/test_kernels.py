@@ -1,5 +1,6 @@
 """Liger's kernels in a frozen base, beside plain transformers; run with ``pytest -m gpu``."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -85,13 +86,17 @@ def step(model: Any, data: dict[str, Any]) -> Step:
     return loss.detach(), list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
-def assert_same(
-    found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]], dtype: str
-) -> None:
+def assert_same(found: Step, expected: Step, dtype: str) -> None:
     assert found[0].item() == pytest.approx(expected[0].item(), rel=BOUNDS[dtype])
-    differences = [a - b for a, b in zip(found[1], expected[1], strict=True)]
-    error = torch.stack([d.float().norm() for d in differences]).norm()
-    assert error < BOUNDS[dtype] * torch.stack([b.float().norm() for b in expected[1]]).norm()
+    assert error(found, expected) < BOUNDS[dtype]
+
+
+def error(found: Step, expected: Step) -> float:
+    """Relative difference of the gradients."""
+    differences = [(a.float() - b.float()).norm() for a, b in zip(found[1], expected[1], strict=True)]
+    return float(
+        torch.stack(differences).norm() / torch.stack([b.float().norm() for b in expected[1]]).norm()
+    )
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -157,19 +162,25 @@ def test_generation_is_that_of_plain_transformers() -> None:
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_kind_of_architecture_computes_the_same(name: str, dtype: str) -> None:
+def test_every_kind_of_architecture_computes_the_same(name: str) -> None:
     kind, options = CONFIGS[name]
     torch.manual_seed(0)
-    model: nn.Module = AutoModelForCausalLM.from_config(kind(**options), dtype=getattr(torch, dtype))
+    model: nn.Module = AutoModelForCausalLM.from_config(kind(**options), dtype=torch.bfloat16)
     model = model.cuda().eval().requires_grad_(False)
-    results = []
-    for note in (None, "fused kernels: Liger"):
-        if note is not None:
-            assert fuse_kernels(model).startswith(note)
-        embeddings = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
-        logits = model(inputs_embeds=embeddings, use_cache=False).logits.float()
-        loss = logits.logsumexp(-1).sum()
-        results.append((loss.detach(), list(torch.autograd.grad(loss, embeddings))))
-    assert_same(results[1], results[0], dtype)
+    exact = copy.deepcopy(model).float()
+    reference = to_embeddings(exact)
+    plain = to_embeddings(model)
+    for one in (exact, model):
+        assert fuse_kernels(one).startswith("fused kernels: Liger")
+    assert_same(to_embeddings(exact), reference, "float32")
+    # How far bfloat16 is off depends on the model: some magnify each rounding.
+    assert error(to_embeddings(model), reference) < 1.5 * error(plain, reference)
+
+
+def to_embeddings(model: Any) -> Step:
+    """A loss, and its gradient to the embeddings."""
+    embeddings = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits.float()
+    loss = logits.logsumexp(-1).sum()
+    return loss.detach(), list(torch.autograd.grad(loss, embeddings))

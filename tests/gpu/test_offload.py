@@ -7,6 +7,7 @@ import torch
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.lm.checkpointing import checkpoint_layers
 from moka_pl.lm.offload import offload_layer_inputs
 from moka_pl.lm.scoring import score_tokens
 
@@ -30,7 +31,7 @@ def test_gradients_stay_and_memory_shrinks() -> None:
     model = load_backbone(BackboneConfig("smollm2-135m", **config), "cuda").model
     inject_adapter(model, MokaConfig())
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(model)
     ids = torch.randint(3, 49152, (ROWS, LENGTH), device="cuda")
     expected, kept = step(model, ids)
     offload_layer_inputs(model)

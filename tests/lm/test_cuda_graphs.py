@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.lm.causal import CAUSAL, causal
 from moka_pl.lm.cuda_graphs import (
-    CAUSAL,
     StepCapture,
-    _causal,
     _fresh_leaves,
     capture_unsupported_reason,
     fix_size,
@@ -71,7 +70,7 @@ def test_padding_changes_no_loss(model, attention: str) -> None:
         found = capture(fixed)
     else:
         before = model.config._attn_implementation
-        with _causal(model):
+        with causal(model):
             assert model.config._attn_implementation == CAUSAL
             found = capture(fixed)
         assert model.config._attn_implementation == before

@@ -29,6 +29,7 @@ from moka_pl.evaluation.shared_prompt import can_share, score_shared
 from moka_pl.export.run import Request, run_lora, run_merged
 from moka_pl.inference.generation import GREEDY, complete
 from moka_pl.lm.attention import PackedAttention
+from moka_pl.lm.checkpointing import checkpoint_layers
 from moka_pl.lm.scoring import IGNORE_INDEX, row_sums, score_tokens
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def check_adapters(
     check_loss(model, model)
     ids = _tokens(2, 12)
     plain = _gradients(model, ids)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(model)
     again = _gradients(model, ids)
     model.gradient_checkpointing_disable()
     for name, gradient in plain.items():

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from moka_pl.adapters import MokaConfig, inject_adapter
     from moka_pl.backbone import BackboneConfig, load_backbone
     from moka_pl.lm.attention import PackedAttention
+    from moka_pl.lm.checkpointing import checkpoint_layers
 
     args = _parser().parse_args(arguments)
     base: dict[str, Any] = {"quantization": args.quantization or ("none" if args.device == "cpu" else "nf4")}
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded = load_backbone(BackboneConfig(**base), args.device)
     inject_adapter(loaded.model, MokaConfig())
     if args.checkpointing:
-        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(loaded.model)
     print(PackedAttention(loaded.model))
     tokenizer = loaded.tokenizer if args.shape is None else load_backbone(BackboneConfig()).tokenizer
     size = args.batch_size, args.max_length, args.rows

@@ -221,7 +221,7 @@ class Bench:
             options: Options of ``BackboneConfig``.
         """
         from moka_pl.backbone import BackboneConfig, load_backbone
-        from moka_pl.lm.offload import offload_layer_inputs
+        from moka_pl.lm.checkpointing import checkpoint_layers
 
         options = options or {}
         if self._model is None or self._backbone != options:
@@ -230,9 +230,8 @@ class Bench:
             loaded = load_backbone(config, self.device)
             model = loaded.model
             if self.checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                checkpoint_layers(model, self.offload)
                 if self.offload:
-                    offload_layer_inputs(model)
                     loaded.notes.append(OFFLOADED)
             self.notes += [note for note in loaded.notes if note not in self.notes]
             self._model, self._backbone, self._structure = model, options, structure(model)

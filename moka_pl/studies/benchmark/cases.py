@@ -97,7 +97,14 @@ def lokr(name: str, rank: int, modules: list[str]) -> Row:
 def step_rows(device: str) -> list[Row]:
     """The rows of the table; the frozen base comes again at the end, to show how the machine drifted."""
     backends = ["structured", "dense", *(["fused"] if device == "cuda" else [])]
-    captured = [captured_row(moka("MoKA r10")), captured_row(lora("LoRA r8 q,v", 8, QV))]
+    recorded = [
+        frozen(),
+        moka("MoKA r10"),
+        moka("MoKA r2 all linear", components=2, target_modules=ALL),
+        servable(),
+        lora("LoRA r8 q,v", 8, QV),
+    ]
+    captured = [captured_row(row) for row in recorded]
     return [
         frozen(),
         moka("MoKA r10"),

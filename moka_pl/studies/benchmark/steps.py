@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moka_pl.studies.benchmark.bench import Bench, Record, Values
 from moka_pl.studies.benchmark.cases import ALL, FROZEN, QV, Preset, Row, frozen, lora, moka, servable
@@ -92,54 +92,73 @@ def time_steps(
         seconds: Longest time for the measured steps.
         make_loss: What makes the loss of a batch that is computed in every step; None for the mean over all
             tokens.
-        profiled: Count what is launched on the GPU in one more step.
+        profiled: Count what is launched on the GPU in one more step, and time it.
 
     Returns:
         ``step_ms`` (median) with ``step_q1_ms`` and ``step_q3_ms``, ``forward_ms`` (median; not where a graph
         holds both passes), ``tokens_per_s``, ``peak_gib``, ``trainable`` and ``steps``, the measured ones;
-        ``launches``, if asked for.
+        ``launches`` and ``gpu_ms``, what the GPU's kernels and copies take, if asked for.
     """
+    from moka_pl.lm.cuda_graphs import PATIENCE
+
     model.train()
     device = model.get_input_embeddings().weight.device
     data = random_batch(model.config.vocab_size, batch, length, device)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    loss = (make_loss or plain_loss)(model, data)
-    with _gradient_to_embeddings(model, not trainable):
-        for _ in range(warmup):
+    captured = make_loss is captured_loss
+    with _gradient_everywhere(model, not trainable, captured):
+        loss = (make_loss or plain_loss)(model, data)
+        if captured:
+            reset_peak(device)  # while it is recorded a graph's memory is counted, and not in its replays
+        for _ in range(max(warmup, PATIENCE + 2) if captured else warmup):
             _step(loss, device, trainable)
-        reset_peak(device)
+        if not captured:
+            reset_peak(device)
         times = _repeat(lambda: _step(loss, device, trainable), steps, seconds)
         peak = peak_gib(device)
-        launches = {"launches": _launches(lambda: _step(loss, device, trainable))} if profiled else {}
-    first, median, third = quartiles([step for _, step in times])
-    passes: Values = {}
-    if make_loss is not captured_loss:
-        passes["forward_ms"] = statistics.median(forward for forward, _ in times)
-    return (
-        passes
-        | launches
-        | {
-            "step_ms": median,
-            "step_q1_ms": first,
-            "step_q3_ms": third,
-            "tokens_per_s": 1e3 * batch * length / median,
-            "peak_gib": peak,
-            "trainable": sum(p.numel() for p in trainable),
-            "steps": len(times),
-        }
-    )
+        seen = _profile(lambda: _step(loss, device, trainable)) if profiled else {}
+    forward: Values = {} if captured else {"forward_ms": statistics.median(forward for forward, _ in times)}
+    return seen | forward | _summary([step for _, step in times], batch * length, peak, trainable)
+
+
+def _summary(times: Sequence[float], tokens: int, peak: float, trainable: Sequence["Tensor"]) -> Values:
+    first, median, third = quartiles(times)
+    return {
+        "step_ms": median,
+        "step_q1_ms": first,
+        "step_q3_ms": third,
+        "tokens_per_s": 1e3 * tokens / median,
+        "peak_gib": peak,
+        "trainable": sum(p.numel() for p in trainable),
+        "steps": len(times),
+    }
 
 
 @contextmanager
-def _gradient_to_embeddings(model: "PreTrainedModel", wanted: bool) -> Iterator[None]:
+def _gradient_everywhere(model: "PreTrainedModel", wanted: bool, captured: bool) -> Iterator[None]:
+    """Has a frozen model's gradient flow back to its first layer, as an adapter there would.
+
+    Args:
+        model: The model.
+        wanted: Whether nothing in it is trainable.
+        captured: Whether its step is recorded, for which a parameter must be trainable: the first vector.
+    """
     if not wanted:
         yield
-        return
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())
-    try:
-        yield
-    finally:
-        hook.remove()
+    elif captured:
+        first = next(parameter for parameter in model.get_decoder().parameters() if parameter.dim() == 1)
+        first.requires_grad_(True)
+        try:
+            yield
+        finally:
+            first.requires_grad_(False)
+            first.grad = None
+    else:
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def plain_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
@@ -214,8 +233,8 @@ def _repeat(step: Callable[[], _Times], steps: int, seconds: float) -> list[_Tim
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 
 
-def _launches(work: Callable[[], object]) -> int:
-    """How often the work starts something on the GPU."""
+def _profile(work: Callable[[], object]) -> Values:
+    """How often the work starts something on the GPU, and the milliseconds that this takes there."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -223,7 +242,17 @@ def _launches(work: Callable[[], object]) -> int:
     gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     with profile(activities=[ProfilerActivity.CPU, *gpu]) as profiler:
         work()
-    return count_launches((event.key, event.count) for event in profiler.key_averages())
+    events = profiler.key_averages()
+    return {
+        "launches": count_launches((event.key, event.count) for event in events),
+        "gpu_ms": 1e-3
+        * sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA"),
+    }
+
+
+def _on_gpu(event: Any) -> bool:
+    """Whether a profiler's event is a kernel or a copy, and not what a program calls a stretch of them."""
+    return event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
 
 
 def count_launches(calls: Iterable[tuple[str, int]]) -> int:

@@ -46,11 +46,12 @@ _KIND = Column("checkpointing", lambda record: "on" if record.checkpointing else
 _COMMON = [Column("peak GiB", number("peak_gib", ".2f")), Column("trainable", number("trainable", ",.0f"))]
 RATE = Column("TFLOP/s", number("tflops", ",.3g"))
 LAUNCHES = Column("launches", number("launches", ",.0f"))
+GPU = Column("GPU ms", number("gpu_ms", ",.0f"))
 #: How a row compares with the one of unsloth's that it competes with.
 OF_TIME = Column("of unsloth's", number("unsloth_ratio", ".2f"))
 OF_PEAK = Column("of its peak", number("unsloth_peak", ".2f"))
 #: Columns that are left out where nothing was measured for them.
-_OPTIONAL = (OF_TIME, OF_PEAK, RATE, LAUNCHES)
+_OPTIONAL = (OF_TIME, OF_PEAK, RATE, LAUNCHES, GPU)
 STEPS = [
     _ROW,
     _KIND,
@@ -63,6 +64,7 @@ STEPS = [
     OF_PEAK,
     RATE,
     LAUNCHES,
+    GPU,
 ]
 DECODE = [
     _ROW,

@@ -21,7 +21,7 @@ def test_the_frozen_base_comes_first_and_last() -> None:
     assert (names[0], names[-1]) == ("frozen base", "frozen base (again)")
     assert len(set(names)) == len(names)
     captured = {row.name for row in cases.step_rows("cuda") if row.captured}
-    assert captured == {"MoKA r10, CUDA graph", "LoRA r8 q,v, CUDA graph"}
+    assert captured >= {"frozen base, CUDA graph", "MoKA r10, CUDA graph", "LoRA r8 q,v, CUDA graph"}
     others = {row.name: dict(row.backbone) for row in cases.step_rows("cuda") if row.backbone}
     assert others["LoRA r8 q,v, kernels none"] == {"kernels": "none"}
     assert set(names) - set(ROWS) == {"MoKA r10 fused"} | captured | others.keys()

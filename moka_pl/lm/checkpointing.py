@@ -1,0 +1,43 @@
+"""Layers that are computed again in the backward pass, which then need to keep their inputs alone."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from moka_pl.lm.offload import offload_layer_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+#: What options of a model are called by which its layers draw random numbers.
+_DRAWING = ("dropout", "pdrop", "drop_rate", "jitter")
+
+
+def checkpoint_layers(model: "PreTrainedModel", offload: bool = False) -> None:
+    """Has the layers of a model computed again in the backward pass.
+
+    Without reentrance: gradients reach the adapters although the embeddings need none, and DDP sees every
+    parameter once. The state of the random generators is kept for the second time only where layers draw,
+    so that steps without dropout can be recorded as CUDA graphs.
+
+    Args:
+        model: A causal language model, with its adapters.
+        offload: Whether the layers' inputs wait in the host's memory.
+    """
+    options = {"use_reentrant": False, "preserve_rng_state": draws(model)}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if offload:
+        offload_layer_inputs(model)
+
+
+def draws(model: "PreTrainedModel") -> bool:
+    """Returns whether a layer of a model may draw random numbers in training."""
+    if any(isinstance(module, _DROPOUTS) and module.p for module in model.modules()):
+        return True
+    options = model.config.get_text_config().to_dict()
+    return any(
+        isinstance(value, float) and value != 0.0
+        for name, value in options.items()
+        if any(part in name for part in _DRAWING)
+    )
