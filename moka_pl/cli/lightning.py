@@ -40,7 +40,7 @@ from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.training.checkpoint import find_last
 from moka_pl.training.checkpoint_files import read_checkpoint
 from moka_pl.training.module import MokaModule
-from moka_pl.training.preflight import check_options
+from moka_pl.training.preflight import check_launcher, check_options
 from moka_pl.training.trial_optimizer import check_learns
 from moka_pl.utils import make_folder
 
@@ -242,6 +242,7 @@ class MokaCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Claims the folders of the run, before anything is read or computed."""
         if self.subcommand is not None:
+            check_launcher(self.trainer)
             options = self._options(self.config)
             resumed = options.get("ckpt_path") is not None
             if resumed and hasattr(self, "_given_version"):  # the saved configuration is for other runs, too

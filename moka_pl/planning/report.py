@@ -87,7 +87,7 @@ class Plan:
     @property
     def needed_gib(self) -> float:
         """GiB that a GPU must have, or a machine, whose memory all its ranks share."""
-        return self.needed * (1 if self.on_gpu else self.run.ranks) / GIB
+        return self.needed * (1 if self.on_gpu else self.run.ranks // self.run.number("num_nodes", 1)) / GIB
 
     @property
     def warnings(self) -> list[str]:

@@ -1,11 +1,15 @@
 """What a fit would refuse only after its model is loaded, refused before."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -53,6 +57,32 @@ def check_options(options: Mapping[str, Any]) -> None:
     devices = str(options.get("devices"))
     if devices.isdigit() and int(devices) > _MOST_DEVICES:
         raise ConfigError(f"trainer.devices is {devices}; no machine has so many, and each is a process")
+
+
+def check_launcher(trainer: Trainer) -> None:
+    """Refuses numbers of devices and machines other than those that a launcher has started processes for.
+
+    Raises:
+        ConfigError: Naming both numbers.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    wanted = trainer.num_devices * trainer.num_nodes
+    started = wanted
+    if TorchElasticEnvironment.detect():
+        started = TorchElasticEnvironment().world_size()  # for which a trainer with one device does not ask
+    elif isinstance(environment, SLURMEnvironment):
+        started = environment.world_size()
+    if started != wanted:
+        raise ConfigError(
+            f"trainer.devices {trainer.num_devices} and trainer.num_nodes {trainer.num_nodes} make {wanted} "
+            f"processes, but {started} were started; set them to the launcher's numbers"
+        )
+    alone = type(environment) is LightningEnvironment and "MASTER_ADDR" not in os.environ
+    if trainer.num_nodes > 1 and alone:
+        raise ConfigError(
+            f"trainer.num_nodes is {trainer.num_nodes}, but no launcher has started this process: run the "
+            "command on each machine by torchrun or srun"
+        )
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
+from shared.launchers import without_launcher
 from torch import nn
 
 from moka_pl import callbacks
@@ -32,7 +33,8 @@ def commands(path):
         if not line.startswith("#"):
             break
         head.append(line.lstrip("# "))
-    return [shlex.split(line) for line in head if line.startswith("python -m moka_pl ")]
+    starts = ("python -m moka_pl ", "srun ", "torchrun ")
+    return [without_launcher(shlex.split(line)) for line in head if line.startswith(starts)]
 
 
 def test_there_are_some():

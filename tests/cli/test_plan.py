@@ -1,6 +1,7 @@
 """``moka_pl plan``: the numbers are those of the run that it speaks of; nothing is fetched or written."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,12 @@ def test_ranks_share_the_work(tiny: list[str], capsys: pytest.CaptureFixture[str
     assert both["ranks"] == 2
     assert both["work"]["epoch_batches"] == 4
     assert both["memory"]["gradients"] == 2 * alone["memory"]["gradients"]
+    main(["plan", *tiny, "--trainer.devices=2", "--trainer.num_nodes=2", "--trainer.strategy=ddp"])
+    told = capsys.readouterr().out
+    peak, machine = (
+        float(re.search(rf"{name} +([\d.]+) GiB", told)[1]) for name in ("peak", "the machine needs")
+    )
+    assert machine == pytest.approx(2 * peak, abs=0.02)
 
 
 def test_a_strategy_that_spreads_the_base_is_planned(capsys: pytest.CaptureFixture[str]) -> None:

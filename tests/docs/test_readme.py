@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from shared.launchers import without_launcher
 
 from moka_pl.adapters import BaseModel, MokaConfig, adapter_state, inject_adapter, save_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
@@ -148,7 +149,7 @@ def extras(requirement: str) -> set[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_can_be_parsed(command: str, placed, build_cli, monkeypatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
-    words = [placed.get(word, word) for word in shlex.split(command)]
+    words = [placed.get(word, word) for word in without_launcher(shlex.split(command))]
     match words:
         case ["python", "-m", "moka_pl", name, *rest] if name in FUNCTIONS:
             function_parser(name).parse_args(rest)

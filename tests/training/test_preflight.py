@@ -8,7 +8,7 @@ from moka_pl.backbone import BackboneConfig
 from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
 from moka_pl.errors import ConfigError
 from moka_pl.training.module import MokaModule
-from moka_pl.training.preflight import Kept, check_options, check_room
+from moka_pl.training.preflight import Kept, check_launcher, check_options, check_room
 
 
 @pytest.mark.parametrize(
@@ -109,3 +109,53 @@ def test_what_is_there_already_is_room(tmp_path, free_space):
 
 def kept_files(folder):
     return [file for file in folder.rglob("*") if file.is_file() and file.suffix in (".ckpt", ".safetensors")]
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "nodes", "message"),
+    [
+        (TORCHRUN | {"WORLD_SIZE": "4"}, 2, 2, None),
+        (
+            TORCHRUN | {"WORLD_SIZE": "4"},
+            2,
+            1,
+            "trainer.devices 2 and trainer.num_nodes 1 make 2 processes, but 4",
+        ),
+        (
+            TORCHRUN | {"WORLD_SIZE": "2"},
+            1,
+            1,
+            "trainer.devices 1 and trainer.num_nodes 1 make 1 processes, but 2",
+        ),
+        (SLURM | {"SLURM_NTASKS": "4"}, 2, 2, None),
+        (SLURM | {"SLURM_NTASKS": "4"}, 4, 2, "make 8 processes, but 4 were started"),
+        ({"MASTER_ADDR": "node0", "NODE_RANK": "1"}, 2, 2, None),
+        ({}, 2, 2, "num_nodes is 2, but no launcher has started"),
+        ({}, 2, 1, None),
+        ({}, 1, 1, None),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else str(value),
+)
+def test_what_a_launcher_has_started(environment, devices, nodes, message, monkeypatch):
+    for name in {*TORCHRUN, *SLURM, "WORLD_SIZE", "SLURM_NTASKS", "MASTER_ADDR", "NODE_RANK"}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    options = {"accelerator": "cpu", "devices": devices, "num_nodes": nodes, "logger": False}
+    trainer = Trainer(**options, strategy="auto" if devices * nodes == 1 else "ddp")
+    if message is None:
+        check_launcher(trainer)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            check_launcher(trainer)

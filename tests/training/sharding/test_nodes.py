@@ -1,11 +1,10 @@
-"""Two nodes of two processes each, as torchrun starts them. Run as a script, this file is each of the four."""
+"""Two nodes of two processes each, by torchrun. Run as a script, this file is each of the four processes."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +18,11 @@ pytestmark = pytest.mark.slow
 
 STRATEGIES = ("ddp", "sharded")
 GLOBAL_BATCH = 8
-EXAMPLES = 20  # neither four ranks nor their batches divide them
+EXAMPLES = 20  # and seven questions: batches of 8, 8, 8 and 3
 
 
 def write_data(folder):
-    """Examples of very different lengths, held-out ones that four ranks do not share evenly, and questions."""
+    """Examples of different lengths, held-out ones that four ranks do not share evenly, and questions."""
     questions = [
         {"task": f"t{n % 2}", "question": f"{n}?", "choices": ["a b", "c d e"], "answer": n % 2}
         for n in range(7)
@@ -31,9 +30,7 @@ def write_data(folder):
 
     def rows(kind, count):
         words = [1 if n % 3 else 3 + n for n in range(count)]
-        return [
-            {"instruction": f"{kind} {n}?", "output": "word " * some} for n, some in enumerate(words)
-        ]
+        return [{"instruction": f"{kind} {n}?", "output": "word " * some} for n, some in enumerate(words)]
 
     files = {"train": rows("a", EXAMPLES), "heldout": rows("b", 5), "questions": questions}
     for name, records in files.items():
@@ -41,7 +38,7 @@ def write_data(folder):
 
 
 def arguments(folder, name, ranks):
-    """Two epochs of three steps; the command of the first strategy's name."""
+    """The command of a run of two epochs of four steps, with its configuration."""
     several = {"strategy": name, "devices": 2, "num_nodes": ranks // 2}
     data = [
         {
