@@ -21,7 +21,7 @@ DISTRIBUTIONS = importlib.metadata.packages_distributions()
 #: Imported inside functions that say which extra is missing, by that extra.
 OPTIONAL = {"gguf": "demo", "peft": "peft", "lm-eval": "eval"}
 #: Likewise, but not always installed with the tests; mlx comes with mlx-lm, under a name for each device.
-SELDOM = {"llama-cpp-python": "gguf", "mlx-lm": "mlx"}
+SELDOM = {"llama-cpp-python": "gguf", "mlx-lm": "mlx", "torchao": "torchao", "hqq": "hqq"}
 WITH_MLX = {"mlx", "mlx-cpu", "mlx-metal"}
 #: Comes with torch where there is a GPU, and is imported there only.
 WITH_TORCH = {"triton"}
@@ -87,7 +87,9 @@ def test_every_declared_package_is_imported() -> None:
     assert "reasoning_gym" in imported_modules(ast.parse(source))  # by its name: it need not be installed
 
 
-@pytest.mark.parametrize("extra", ["demo", "peft", "eval", "studies", "reasoning", "test", "trl", "docs"])
+@pytest.mark.parametrize(
+    "extra", ["demo", "peft", "eval", "torchao", "hqq", "studies", "reasoning", "test", "trl", "docs"]
+)
 def test_every_requirement_is_bounded_on_both_sides(extra: str) -> None:
     for name, requirement in requirements(extra).items():
         operators = {specifier.operator for specifier in requirement.specifier}

@@ -29,6 +29,7 @@ from moka_pl.backbone.hub import check_download, download_model, reach_model
 from moka_pl.backbone.linear_layers import linearise, quantise_rest
 from moka_pl.backbone.loading import cache_root, loading, progress_bars
 from moka_pl.backbone.quantization import (
+    check_layers,
     import_quantiser,
     keep_weights,
     loading_options,
@@ -121,8 +122,7 @@ def load_backbone(
     """
     device = torch.device(device)
     dtype = compute_dtype(config, device)
-    if config.quantization != "none":
-        import_quantiser()
+    import_quantiser(config.quantization)
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
     random = config.weights == "random"
     with loading(config.name):
@@ -132,6 +132,7 @@ def load_backbone(
         check_tokens(tokenizer, described.shape, _rows(empty), config.name, random)
         if described.files is not None:
             described.files.check(empty, config.name, quantised=described.quantization is not None)
+        check_layers(empty, config.quantization)
         bits = 8 * weight_bytes(config.quantization, config.double_quantization, dtype)
         check_size(empty, config.name, device, bits * (1.0 if blocks is None else blocks.share))
     if before is not None:

@@ -32,7 +32,7 @@ def import_peft() -> str:
     Raises:
         ConfigError: If it is not installed.
     """
-    import_quantiser()  # which PEFT would import in its own way
+    import_quantiser("nf4")  # which PEFT would import in its own way
     try:
         import peft
     except ImportError as error:

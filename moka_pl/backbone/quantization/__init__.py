@@ -7,7 +7,6 @@ quantiser is a line in the first, and a :class:`StoredWeight` of its own in :mod
 from moka_pl.backbone.quantization.four_bit import (
     NF4_LEVELS,
     forget_scales,
-    import_quantiser,
     is_four_bit,
     keep_weights,
 )
@@ -37,6 +36,7 @@ from moka_pl.backbone.quantization.layers import (
     weight_count,
     weight_scales,
 )
+from moka_pl.backbone.quantization.registry import check_layers, import_quantiser
 from moka_pl.backbone.quantization.stored import QuantisedLinear
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "QuantisedError",
     "QuantisedLinear",
     "Quantization",
+    "check_layers",
     "dense_weight",
     "forget_scales",
     "frozen_output",

@@ -39,7 +39,7 @@ NF4_LEVELS = _BELOW + _ABOVE
 _LARGE = 2**20
 
 
-def import_quantiser() -> None:
+def import_bitsandbytes() -> None:
     """Imports bitsandbytes, ahead of the libraries that would.
 
     On some CPUs it asks for a package that would fetch a kernel for evaluations from the hub.

@@ -7,7 +7,7 @@ import torch
 
 from moka_pl.errors import BackboneError
 
-Quantization = Literal["nf4", "fp4", "int8", "none"]
+Quantization = Literal["nf4", "fp4", "int8", "int4", "float8", "hqq", "none"]
 Rounding = Literal["same", "next", "far"]
 
 
@@ -15,8 +15,11 @@ class Kind(NamedTuple):
     """What there is to know of a kind of quantised weights.
 
     Attributes:
-        size: Bytes of a weight with its share of scales; of 4 bits without the second quantisation.
+        size: Bytes of a weight, with its share of scales that have a dtype of their own; of bitsandbytes' 4
+            bits without the second quantisation.
         double: The same with the second quantisation, where there is one.
+        scales: Numbers of the compute dtype beside it.
+        package: The package that makes and reads it.
         loaded: Whether transformers quantises while it loads; else weights are quantised layer by layer.
         rounding: How far the nearest of NF4's levels may be from that of what a weight was made of: the
             ``same``, some the ``next`` one, or many a ``far`` one.
@@ -24,6 +27,8 @@ class Kind(NamedTuple):
 
     size: float
     double: float | None = None
+    scales: float = 0.0
+    package: str | None = "bitsandbytes"
     loaded: bool = False
     rounding: Rounding = "far"
 
@@ -35,6 +40,9 @@ KINDS: dict[str, Kind] = {
     "nf4": Kind(_SINGLE, _DOUBLE, loaded=True, rounding="same"),
     "fp4": Kind(_SINGLE, _DOUBLE, loaded=True),
     "int8": Kind(1.0, rounding="next"),
+    "int4": Kind(0.5 + 1 / 64, scales=1 / 64, package="torchao"),
+    "float8": Kind(1.0, package="torchao"),
+    "hqq": Kind(0.5, scales=2 / 64, package="hqq"),
 }
 
 
@@ -49,7 +57,8 @@ def weight_bytes(quantization: Quantization, double: bool, dtype: torch.dtype) -
     if quantization == "none":
         return dtype.itemsize
     kind = KINDS[quantization]
-    return kind.double if double and kind.double is not None else kind.size
+    size = kind.double if double and kind.double is not None else kind.size
+    return size + kind.scales * dtype.itemsize
 
 
 def quantises_loading(quantization: Quantization) -> bool:

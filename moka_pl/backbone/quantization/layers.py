@@ -15,7 +15,7 @@ from moka_pl.backbone.quantization.four_bit import (
     is_four_bit_kind,
 )
 from moka_pl.backbone.quantization.kinds import Quantization
-from moka_pl.backbone.quantization.registry import weight_class
+from moka_pl.backbone.quantization.registry import check_layer, weight_class
 from moka_pl.backbone.quantization.stored import QuantisedLinear
 from moka_pl.errors import AdapterError
 
@@ -39,6 +39,7 @@ def quantised_linear(
     """
     if quantization in ("nf4", "fp4"):
         return four_bit_linear(layer, weight, quantization, double, dtype)
+    check_layer(layer, quantization)
     bias = None
     if layer.bias is not None:
         bias = nn.Parameter(torch.zeros_like(layer.bias, device=weight.device), requires_grad=False)

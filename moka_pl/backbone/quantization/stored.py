@@ -27,6 +27,15 @@ class StoredWeight:
         self.shape, self.dtype, self.scales = torch.Size(shape), dtype, scales
 
     @classmethod
+    def import_package(cls) -> None:
+        """Imports what making and reading W needs; an ``ImportError`` says what is missing."""
+
+    @classmethod
+    def unsupported_reason(cls, m: int, n: int) -> str | None:
+        """Returns why a W of (m, n) cannot be stored, or None."""
+        return None
+
+    @classmethod
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Self]:
         """Returns the codes of W, (m, n), integers of any shape, and all else that it takes to read them."""
         raise NotImplementedError(f"{cls.kind} is only read, not made")

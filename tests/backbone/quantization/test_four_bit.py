@@ -94,7 +94,7 @@ def test_its_hint_at_another_package_is_kept_back(monkeypatch: pytest.MonkeyPatc
     hints = logging.getLogger("bitsandbytes.backends.cpu.ops")
     caplog.set_level(logging.WARNING, hints.name)  # the command line raises it for the whole process
     monkeypatch.setattr(four_bit, "import_module", lambda name: hints.warning("%s: install kernels", name))
-    four_bit.import_quantiser()
+    four_bit.import_bitsandbytes()
     assert not caplog.records
     hints.warning("something else, later")
     assert [record.getMessage() for record in caplog.records] == ["something else, later"]

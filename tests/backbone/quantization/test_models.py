@@ -1,5 +1,6 @@
 """Whole models in kinds of quantised weights that are made layer by layer: loaded, told apart, trained."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,13 +22,18 @@ from moka_pl.backbone.quantization import (
     weight_bytes,
 )
 from moka_pl.backbone.random_weights import byte_tokenizer
+from moka_pl.errors import BackboneError
 from moka_pl.training.sharding.blocks import ShardedBlocks
 
-KINDS = ["int8"]
+#: Packages that are no part of the default installation.
+PACKAGES = {"int4": "torchao", "float8": "torchao", "hqq": "hqq"}
+KINDS = ["int8", "int4", "float8", "hqq"]
 
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
+    if (package := PACKAGES.get(request.param)) is not None:
+        pytest.importorskip(package)
     return request.param
 
 
@@ -118,6 +124,9 @@ def test_samples_tell_the_same_base_and_another(folder: str, kind: str, make_lla
     assert found.different == 1
 
 
+@pytest.mark.parametrize(
+    "kind", ["int8", *(pytest.param(kind, marks=pytest.mark.slow) for kind in PACKAGES)], indirect=True
+)
 def test_a_resumed_run_equals_one_never_stopped(
     kind: str, make_module: Callable, make_data: Callable, make_trainer: Callable, tmp_path: Path
 ) -> None:
@@ -137,3 +146,24 @@ def test_a_resumed_run_equals_one_never_stopped(
     resumed = fit(next(tmp_path.glob("step=2.ckpt")))
     assert any(float(tensor.abs().max()) > 0 for name, tensor in whole.items() if "moka_B" in name)
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    for kind, package in PACKAGES.items():
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+        for part in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            monkeypatch.delitem(sys.modules, part)
+        expected = rf"{kind} needs {package} \(.*\): pip install '.*\[{package}\]'"
+        with pytest.raises(BackboneError, match=expected):
+            load_backbone(BackboneConfig(folder, quantization=kind))
+
+
+def test_layers_of_other_sizes_are_refused_before_they_are_read(make_llama: Callable, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    make_llama(vocab_size=260, hidden_size=40).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    seen: list[Unloaded] = []
+    expected = r"int4 cannot store model.layers.0.self_attn.q_proj of 40 × 40: .* of 16 entries; set .* nf4"
+    with pytest.raises(BackboneError, match=expected):
+        load_backbone(BackboneConfig(str(tmp_path), quantization="int4"), before=seen.append)
+    assert not seen

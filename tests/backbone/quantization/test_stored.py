@@ -23,14 +23,18 @@ from moka_pl.backbone.quantization import (
     weight_count,
 )
 
-KINDS = ["int8"]
+#: Packages that are no part of the default installation.
+PACKAGES = {"int4": "torchao", "float8": "torchao", "hqq": "hqq"}
+KINDS = ["int8", "int4", "float8", "hqq"]
 #: The largest error of an entry, relative to the largest of all.
-ERRORS = {"int8": 0.006}
+ERRORS = {"int8": 0.006, "int4": 0.07, "float8": 0.04, "hqq": 0.07}
 N, M = 128, 48
 
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
+    if (package := PACKAGES.get(request.param)) is not None:
+        pytest.importorskip(package)
     return request.param
 
 
@@ -114,7 +118,10 @@ def test_kernels_leave_it_to_its_library(layer) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "dense", "structured", "thin"])
 def test_an_adapted_layer_is_the_one_on_the_dequantised_weight(layer, x: Tensor, backend: str) -> None:
-    config = MokaConfig(components=2, backend=backend, filters=[[8, 8], [4, 16]])
+    shapes = {"components": 2, "filters": [[8, 8], [4, 16]]}
+    if backend == "thin":
+        shapes = {"components": 1, "filters": "servable", "rank": 4, "target_modules": ["q"]}
+    config = MokaConfig(backend=backend, **shapes)
     plain = nn.Linear(N, M)
     plain.weight, plain.bias = nn.Parameter(dense_weight(layer), False), layer.bias
     torch.manual_seed(0)
