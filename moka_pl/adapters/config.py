@@ -80,6 +80,9 @@ class MokaConfig(AdapterConfig):
         ensure_weight_tying: Where the output head shares the embedding's weight, adapt both as one weight,
             with one update, which either name stands for. Otherwise each is adapted by itself, where it is
             named.
+        trainable_token_indices: Tokens whose rows of the embedding and the output head are trained as wholes,
+            beside the adapters. ``backbone.new_tokens`` puts its tokens here; tokens that the base reserves
+            can be named, too.
         backend: How to compute the update. ``structured`` never forms an m × n matrix; ``dense`` forms one
             temporarily, which is faster for many tokens; ``thin`` uses two thin products, for components of
             small ranks; ``fused`` uses Triton kernels on a GPU; ``auto`` chooses.
@@ -102,6 +105,7 @@ class MokaConfig(AdapterConfig):
     target_modules: list[str] | str = field(default_factory=QUERY_VALUE.copy)
     exclude_modules: list[str] | str | None = None
     ensure_weight_tying: bool = field(default=False, kw_only=True)
+    trainable_token_indices: list[int] | None = field(default=None, kw_only=True)
     backend: Backend = "auto"
     budget: int | None = None
     start: Start = "zero"
@@ -134,6 +138,12 @@ class MokaConfig(AdapterConfig):
         if not self.target_modules:
             raise ConfigError("target_modules is empty; name at least one layer, or set all-linear")
         self._check_start()
+        tokens = self.trainable_token_indices
+        if tokens is not None and (not tokens or min(tokens) < 0 or len(set(tokens)) < len(tokens)):
+            raise ConfigError(
+                f"trainable_token_indices is {shown(tokens)}; list numbers of tokens, from 0 on and each "
+                "once, or leave it out"
+            )
 
     def _check_rank(self) -> None:
         if self.filters == SERVABLE:

@@ -10,6 +10,7 @@ from torch import nn
 from moka_pl.adapters.injection import ALL_LINEAR, output_head, own_targets
 from moka_pl.adapters.methods.registry import adapted_layers
 from moka_pl.adapters.patterns import matching
+from moka_pl.adapters.vocabulary.token_rows import TokenRows
 from moka_pl.backbone.quantization import weight_count
 
 #: Parts that a line names before it sums up the rest.
@@ -82,6 +83,7 @@ def _adapted_weights(weights: Iterable[str], fused: set[str], adapted: Collectio
 def _linear_weights(model: nn.Module) -> tuple[dict[str, int], set[str]]:
     """Returns the weights of each linear layer but the head, by name, and which are fused experts."""
     head, sizes, fused = output_head(model), dict[str, int](), set[str]()
+    head = head.base_layer if isinstance(head, TokenRows) else head
     for full, module in model.named_modules():
         name = full
         while name.endswith(".base_layer"):  # PEFT wraps fused experts once for each of their parameters

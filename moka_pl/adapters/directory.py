@@ -223,7 +223,8 @@ def _format_of(config: Any, model: nn.Module) -> int:
     """Returns the oldest format that can say this."""
     if not isinstance(config, MokaConfig):
         return 1
-    if any(isinstance(layer, MokaEmbedding) for layer in moka_layers(model).values()):
+    embeds = any(isinstance(layer, MokaEmbedding) for layer in moka_layers(model).values())
+    if embeds or config.trainable_token_indices:
         return 5
     if config.filters == SERVABLE or config.start == "zero_left":
         return 4

@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Collection, Iterable
-from typing import cast
 
 from torch import nn
 
@@ -127,14 +126,20 @@ def _names_part(pattern: Pattern, name: str, part: str) -> bool:
     return any(entry == name or (own and own in entry.split(".")) for entry in pattern or ())
 
 
+def vocabulary_ends(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the embedding, then the output head if there is one, by name."""
+    names = {module: name for name, module in model.named_modules()}
+    ends = [model.get_input_embeddings(), output_head(model)]  # type: ignore[operator]
+    return {names[end]: end for end in ends if end is not None}
+
+
 def tied_pair(model: nn.Module) -> tuple[str, str] | None:
     """Returns the names of the embedding and the output head whose frozen weights are one, if they are."""
-    head = output_head(model)
-    embedding = None if head is None else model.get_input_embeddings()  # type: ignore[operator]
-    if embedding is None or getattr(head, "weight", None) is not embedding.weight:
+    ends = {} if output_head(model) is None else vocabulary_ends(model)
+    if len({id(getattr(end, "weight", end)) for end in ends.values()}) != 1:
         return None
-    names = {module: name for name, module in model.named_modules()}
-    return names[embedding], names[cast(nn.Module, head)]
+    embedding, head = ends
+    return embedding, head
 
 
 def _tied_targets(model: nn.Module, names: list[str], config: MokaConfig) -> list[str]:

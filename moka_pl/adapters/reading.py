@@ -204,7 +204,7 @@ def _as_applied(config: AdapterConfig, applied: Any) -> AdapterConfig:
 
 def _base_options(options: Any) -> dict[str, Any]:
     """Checks the options of the base; a stranger's may say where to write (``cache_dir``)."""
-    known = BackboneConfig().options()
+    known = BackboneConfig(new_tokens=["any"]).options()
     try:
         check_value(options, dict, "base_options")
         check_values(BackboneConfig, options)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,12 @@ def check_size(model: "PreTrainedModel", name: str, device: torch.device, bits: 
 
 
 def check_tokens(
-    tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", rows: int, name: str, random: bool
+    tokenizer: "PreTrainedTokenizerBase",
+    config: "PretrainedConfig",
+    rows: int,
+    name: str,
+    random: bool,
+    new: Collection[str] = (),
 ) -> None:
     """Refuses tokens that the model has no embedding for.
 
@@ -111,11 +116,13 @@ def check_tokens(
         rows: Rows of the embedding, or of the output head if that has fewer.
         name: The model's name, for messages.
         random: Whether the weights are, which fit any vocabulary.
+        new: Tokens that were added, of which the adapter brings the rows.
 
     Raises:
         BackboneError: Naming the largest or the first such token.
     """
-    last = max(max(tokenizer.get_vocab().values(), default=0), len(tokenizer) - 1)
+    known = [number for token, number in tokenizer.get_vocab().items() if token not in new]
+    last = max(max(known, default=0), len(tokenizer) - len(new) - 1)
     if last >= rows:
         remedy = (
             f"set vocab_size in config.json to at least {last + 1}"

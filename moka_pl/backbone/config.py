@@ -1,6 +1,6 @@
 """The configuration of a frozen base model."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from moka_pl.backbone.quantization import Quantization
@@ -34,6 +34,8 @@ class BackboneConfig:
             devices, for every adapter and in evaluation alike; ``none`` leaves all to transformers.
         compile: ``layers`` compiles the decoder layers, with their adapters, for training steps by
             ``torch.compile``, in the place of Liger's kernels. The first steps compile for seconds.
+        new_tokens: Tokens that the base does not know, to be added to its tokenizer. Their rows of the
+            embedding and the output head are trained beside the adapters, and stored with these.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -47,6 +49,7 @@ class BackboneConfig:
     seed: int = 0
     kernels: Kernels = "auto"
     compile: Compile = "none"
+    new_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuses values that cannot work.
@@ -60,8 +63,16 @@ class BackboneConfig:
                 raise ConfigError(f"backbone.{option} is {value!r}; choose one of {', '.join(choices)}")
         if not self.name:
             raise ConfigError("backbone.name is empty; give a hub id, a folder, a .gguf file or a short name")
+        for number, token in enumerate(self.new_tokens):
+            if not isinstance(token, str) or not token.strip():
+                raise ConfigError(
+                    f"backbone.new_tokens: {token!r} is no token; give texts that are not empty"
+                )
+            if token in self.new_tokens[:number]:
+                raise ConfigError(f"backbone.new_tokens: {token!r} is there twice; name each token once")
 
     def options(self) -> dict[str, Any]:
         """The options that an adapter stores to rebuild its base: neither where it lies nor how it trains."""
-        left_out = ("name", "revision", "cache_dir", "compile")
+        left_out = ["name", "revision", "cache_dir", "compile"]
+        left_out += [] if self.new_tokens else ["new_tokens"]
         return {key: value for key, value in asdict(self).items() if key not in left_out}

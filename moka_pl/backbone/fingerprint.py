@@ -36,7 +36,11 @@ def fingerprint(model: "PreTrainedModel") -> str:
     the same weights in another dtype or quantisation gives the same fingerprint, other weights give another.
     """
     digest = hashlib.sha256()
-    digest.update(repr([getattr(model.config, key, None) for key in _SIZES]).encode())
+    sizes = {key: getattr(model.config, key, None) for key in _SIZES}
+    # Rows that were added for new tokens are no part of the base.
+    if sizes["vocab_size"] is not None:
+        sizes["vocab_size"] = getattr(model.get_input_embeddings(), "frozen_vocabulary", sizes["vocab_size"])
+    digest.update(repr(list(sizes.values())).encode())
     embedding = model.get_input_embeddings().weight.detach()  # (vocabulary, hidden)
     rows = torch.arange(_ROWS, device=embedding.device) * (embedding.shape[0] - 1) // (_ROWS - 1)
     digest.update(embedding[rows].signbit().cpu().numpy().tobytes())

@@ -42,6 +42,7 @@ from moka_pl.backbone.weight_files import WeightFiles
 from moka_pl.errors import BackboneError
 from moka_pl.lm.kernels import fuse_kernels
 from moka_pl.prompts.ends import open_prompts, stop_at_ends
+from moka_pl.prompts.new_tokens import add_new_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -129,7 +130,7 @@ def load_backbone(
         described = describe(config, {} if random else _location(config, whole=blocks is None))
         config, notes = described.settle(config)
         empty, config = build_empty(described.shape, config, dtype, notes)
-        check_tokens(tokenizer, described.shape, _rows(empty), config.name, random)
+        check_tokens(tokenizer, described.shape, _rows(empty), config.name, random, config.new_tokens)
         if described.files is not None:
             described.files.check(empty, config.name, quantised=described.quantization is not None)
         check_layers(empty, config.quantization)
@@ -181,11 +182,17 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
     """Loads the base model's tokenizer alone, with :func:`load_backbone`'s errors.
 
     It has a padding token, and puts nothing but a beginning-of-sequence token around a text.
+
+    Raises:
+        BackboneError: As :func:`load_backbone`.
+        ConfigError: If one of ``new_tokens`` is a token already.
     """
     from transformers import AutoTokenizer
 
     if config.weights == "random" and (config.name in SHAPES or not _has_tokenizer(config.name)):
-        return byte_tokenizer()
+        tokenizer = byte_tokenizer()
+        add_new_tokens(tokenizer, config.new_tokens)
+        return tokenizer
     location = _location(config)
     with loading(config.name):
         _check_stored(location, config.name)
@@ -194,6 +201,7 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
         # Padding is never attended to nor trained on, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     open_prompts(tokenizer)
+    add_new_tokens(tokenizer, config.new_tokens)
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 

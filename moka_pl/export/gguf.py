@@ -272,7 +272,7 @@ def _add_sizes(writer: Any, model: "PreTrainedModel", file_type: int) -> None:
 
 
 def _rows(model: "PreTrainedModel") -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+    return int(model.get_input_embeddings().num_embeddings)
 
 
 def _rope_factors(model: "PreTrainedModel") -> Tensor | None:

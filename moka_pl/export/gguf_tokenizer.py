@@ -29,7 +29,7 @@ def add_tokenizer(writer: Any, model: "PreTrainedModel", tokenizer: "PreTrainedT
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}}
     kind, pre = _kind(content)
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    rows = int(model.get_input_embeddings().num_embeddings)
     added = {token["id"]: token for token in content["added_tokens"]}
     texts = dict.fromkeys(range(rows), "") | {number: text for text, number in tokenizer.get_vocab().items()}
     if len(texts) > rows:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters import adapted_layers
 from moka_pl.adapters.methods.registry import is_untied, untie
+from moka_pl.adapters.vocabulary.token_rows import TokenRows
 from moka_pl.backbone.linear_layers import conv1d_names, is_conv1d
 from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.quantization import dense_weight, is_quantised
@@ -135,9 +136,11 @@ def _adapted(name: str, layer: Any) -> Iterator[Part]:
 
     base = layer.base_layer
     sizes = (base.out_features, base.in_features) if is_quantised(base) else tuple(base.weight.shape)
+    if isinstance(layer, TokenRows):
+        sizes = layer.out_features, layer.in_features
     yield Part(f"{name}.weight", sizes, lambda: merged("weight"))
     if getattr(base, "bias", None) is not None:
-        yield Part(f"{name}.bias", tuple(base.bias.shape), lambda: merged("bias"))
+        yield Part(f"{name}.bias", sizes[:1], lambda: merged("bias"))
 
 
 def converted(part: Part, dtype: torch.dtype) -> Tensor:

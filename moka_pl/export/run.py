@@ -185,6 +185,11 @@ def _stored_rank(request: Request, info: AdapterInfo) -> int | None:
             "only MoKA adapters are written as a LoRA; PEFT reads the folders of its own methods, and "
             "any method can be exported --to merged"
         )
+    if info.config.trainable_token_indices:
+        raise ConfigError(
+            f"{request.adapter} has rows of {len(info.config.trainable_token_indices)} tokens, which a LoRA "
+            "does not hold; export --to merged, or --to gguf with another --gguf_type than lora"
+        )
     most = max(info.exact_lora_rank, default=None)
     known = stored_rank(read_adapter_state(request.adapter), most)
     if known:

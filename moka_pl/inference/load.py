@@ -23,9 +23,11 @@ from moka_pl.adapters import (
     read_adapter,
 )
 from moka_pl.adapters.reading import CONFIG_NAME, check_count, read_adapter_shapes, read_adapter_state
+from moka_pl.adapters.vocabulary.token_rows import start_rows, token_rows
 from moka_pl.backbone import Backbone, BackboneConfig, Unloaded, fingerprint, load_backbone, weight_samples
 from moka_pl.backbone.quantization import QuantisedError
 from moka_pl.errors import AdapterError, ConfigError, MokaWarning
+from moka_pl.prompts.new_tokens import new_token_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,6 +93,7 @@ def load_model(
         ) from error
 
     def look(unloaded: Unloaded) -> None:
+        check_new_tokens(info, unloaded.tokenizer, path)
         preview = _preview(unloaded, path, info)
         if before is not None:
             before(preview)
@@ -99,10 +102,31 @@ def load_model(
     for note in loaded.notes:
         warnings.warn(note, MokaWarning, stacklevel=2)
     load_adapter(loaded.model, path, fingerprint(loaded.model))
+    start_rows(loaded.model, new_token_pieces(loaded.tokenizer), trained=False)
     saved = info.base if base is None else replace(info.base, name=base, revision=None)
     hand_over_saving(loaded.model, info.config, saved, info.extra)
     loaded.model.config.use_cache = True
     return loaded.model.eval(), loaded.tokenizer
+
+
+def check_new_tokens(info: AdapterInfo, tokenizer: "PreTrainedTokenizerBase", path: str | Path) -> None:
+    """Refuses a tokenizer in which the new tokens of an adapter have other numbers than its rows.
+
+    Args:
+        info: What the adapter directory says.
+        tokenizer: The base's tokenizer, with these tokens.
+        path: The directory, for messages.
+
+    Raises:
+        AdapterError: Naming the first of them.
+    """
+    rows = getattr(info.config, "trainable_token_indices", None) or ()
+    for token in info.base.options.get("new_tokens", ()):
+        if (number := tokenizer.convert_tokens_to_ids(token)) not in rows:
+            raise AdapterError(
+                f"{path} was trained with another vocabulary: {token!r} is token {number} of this tokenizer, "
+                "of which it has no row; give the base with the tokenizer of its training"
+            )
 
 
 def _preview(unloaded: Unloaded, path: Path, info: AdapterInfo) -> Preview:
@@ -131,7 +155,8 @@ def _preview(unloaded: Unloaded, path: Path, info: AdapterInfo) -> Preview:
 
 def _fill(model: "PreTrainedModel", state: dict[str, Tensor], path: Path) -> None:
     """Gives the adapters of a model on the meta device their tensors; methods other than MoKA have none."""
-    if not (layers := moka_layers(model)):
+    layers = {**moka_layers(model), **token_rows(model)}
+    if not layers:
         return
     for layer in layers.values():
         for name, parameter in list(layer.named_parameters(recurse=False)):

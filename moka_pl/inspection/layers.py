@@ -97,6 +97,8 @@ def read_layers(
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         name, _, part = key.rpartition(".moka_")
+        if not name:  # rows of tokens, which are no update of a layer
+            continue
         found.setdefault(name, {})[part] = tensor
     return [_layer(path, name, config, found[name], sizes.get(name)) for name in sorted(found, key=by_number)]
 

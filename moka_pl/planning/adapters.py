@@ -14,6 +14,7 @@ from moka_pl.adapters.filters import AUTO
 from moka_pl.adapters.methods.base import AdaptedLayer
 from moka_pl.adapters.methods.registry import adapted_layers
 from moka_pl.adapters.reading import read_adapter_shapes
+from moka_pl.adapters.vocabulary.token_rows import TokenRows
 from moka_pl.planning.memory import merged_inputs
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _kept(model: "PreTrainedModel", config: Any, itemsize: int, notes: list[str]
     """Bytes a token that adapted layers keep; what was not measured is said."""
     layers = adapted_layers(model).items()
     # An embedding keeps no more than its tokens.
-    widths = {name: _size(layer)[1] for name, layer in layers if not isinstance(layer, MokaEmbedding)}
+    widths = {n: _size(layer)[1] for n, layer in layers if not isinstance(layer, MokaEmbedding | TokenRows)}
     shared = itemsize * merged_inputs(widths)
     if isinstance(config, MokaConfig):
         if config.dropout > 0 or config.backend == "structured":

@@ -17,11 +17,12 @@ from moka_pl.planning.adapters import Adapters, plan_adapters
 from moka_pl.planning.memory import GIB, Memory, Setup, estimate, sizes_of
 from moka_pl.planning.shape import empty_model, stored_bytes, tokenizer_at_hand
 from moka_pl.planning.work import Run, Work, plan_work
+from moka_pl.training.base import with_rows_of
 from moka_pl.training.module import MokaModule
 from moka_pl.training.trial_optimizer import state_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: What a GPU holds beside tensors: the CUDA context, and gaps of the allocator.
 _CONTEXT, _GAPS = 0.6 * GIB, 1.03
@@ -185,8 +186,10 @@ def make_plan(
     notes += _unmeasured(module, config.attention, "" if sizes.known else type(model).__name__, on_gpu)
     run = Run(_ranks(options, on_gpu), options)
     setup = _setup(module, model, config, run, on_gpu)
-    adapters = plan_adapters(model, module.adapter, module.adapter_path, dtype.itemsize, notes)
-    work = plan_work(data, tokenizer_at_hand(config), run, module.adapter_prompt)
+    tokenizer = tokenizer_at_hand(config)
+    adapter = _with_new_tokens(module, tokenizer, sizes.vocabulary)
+    adapters = plan_adapters(model, adapter, module.adapter_path, dtype.itemsize, notes)
+    work = plan_work(data, tokenizer, run, module.adapter_prompt)
     peaks = {
         batch: estimate(sizes, setup(*batch), adapters.parameters, adapters.kept) for batch in work.batches
     }
@@ -207,6 +210,16 @@ def make_plan(
         tokens_per_second=tokens_per_second,
         notes=notes,
     )
+
+
+def _with_new_tokens(module: MokaModule, tokenizer: "PreTrainedTokenizerBase | None", vocabulary: int) -> Any:
+    """Returns the adapter with the rows of new tokens; where there is no tokenizer, with so many rows."""
+    tokens, config = module.backbone.new_tokens, module.adapter
+    if not tokens or module.adapter_path is not None:
+        return config
+    numbers = range(vocabulary, vocabulary + len(tokens))
+    found = list(numbers) if tokenizer is None else tokenizer.convert_tokens_to_ids(tokens)
+    return with_rows_of(config, found)
 
 
 def _setup(

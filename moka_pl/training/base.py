@@ -1,11 +1,77 @@
 """Which base a run trains on, as its adapters and checkpoints tell."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from moka_pl.adapters import BaseModel
+from moka_pl.adapters import AdapterInfo, BaseModel, MokaConfig
+from moka_pl.adapters.filters import AUTO
 from moka_pl.backbone import Backbone, BackboneConfig, compute_dtype, fingerprint, weight_samples
+from moka_pl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from moka_pl.training.module import MokaModule
+
+#: New tokens that a line names.
+_NAMED = 8
+
+
+def take_new_tokens(module: "MokaModule", stored: AdapterInfo | None) -> None:
+    """Checks the new tokens of a run's base, which are those of the adapter that it starts from, if any.
+
+    Args:
+        module: The module, with its options.
+        stored: What the directory of that adapter says.
+
+    Raises:
+        ConfigError: If they are others, or do not go with the adapter.
+    """
+    own, config = module.backbone.new_tokens, module.adapter
+    if stored is not None:
+        theirs = stored.base.options.get("new_tokens", [])
+        if own not in ([], theirs):
+            raise ConfigError(
+                f"backbone.new_tokens is {own}, but the adapter in {module.adapter_path} has "
+                f"{theirs or 'none'}; leave the option out"
+            )
+        module.backbone.new_tokens = own = theirs
+    if not own:
+        return
+    if not isinstance(config, MokaConfig):
+        raise ConfigError(
+            f"backbone.new_tokens are trained beside MoKA, not by {type(config).__name__}; set another "
+            "adapter, or leave them out"
+        )
+    if stored is None and (config.filters == AUTO or config.start == "gradient"):
+        raise ConfigError(
+            "backbone.new_tokens have no gradient before they are trained; set other filters than auto, and "
+            "start: zero"
+        )
+
+
+def number_new_tokens(module: "MokaModule") -> None:
+    """Names the rows of new tokens in the configuration of a new adapter, by the tokens' numbers."""
+    tokens, config = module.backbone.new_tokens, module.adapter
+    if not tokens or module.adapter_path is not None:
+        return
+    module.adapter = with_rows_of(config, module.tokenizer.convert_tokens_to_ids(tokens))
+
+
+def with_rows_of(config: MokaConfig, tokens: Iterable[int]) -> MokaConfig:
+    """Returns a configuration with which rows of these tokens are trained, too."""
+    known = config.trainable_token_indices or ()
+    return replace(config, trainable_token_indices=sorted({*known, *tokens}))
+
+
+def name_new_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: list[str]) -> str:
+    """Returns new tokens with their numbers as a line; empty without any."""
+    named = [f"{token} {tokenizer.convert_tokens_to_ids(token)}" for token in tokens[:_NAMED]]
+    more = [f"{len(tokens) - _NAMED} more"] if len(tokens) > _NAMED else []
+    return f"new tokens: {', '.join(named + more)}" if tokens else ""
 
 
 def describe_base(

@@ -228,7 +228,7 @@ def check_same_factors(stored: Mapping[str, Any], current: Mapping[str, Any]) ->
             f"{methods[1]}. {_REMEDY}"
         )
     # Of another method's options any may change what the same tensors mean.
-    ours = ("filters", "components", "rank", "gating", "ensure_weight_tying")
+    ours = ("filters", "components", "rank", "gating", "ensure_weight_tying", "trainable_token_indices")
     names = ours if methods[1] == "MOKA" else sorted(current)
     for name in names:
         if "dropout" not in name and name in stored and stored[name] != current[name]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from moka_pl.adapters import MokaConfig
 from moka_pl.errors import ConfigError
 
-_PARTS = {"moka_A": "left", "moka_B": "right", "moka_gate": "gate"}
+_PARTS = {"moka_A": "left", "moka_B": "right", "moka_gate": "gate", "trainable_tokens": "tokens"}
 
 
 @dataclass
@@ -33,6 +33,8 @@ class LearningRateRatios:
     left: float = 1.0
     right: float = 1.0
     gate: float = 1.0
+    #: Rows of tokens have the optimizer's own rate.
+    tokens: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         """Refuses ratios that cannot work."""
@@ -71,7 +73,7 @@ def make_optimizer(
     """
     if ratios.alike:
         return build([parameter for _, parameter in parameters])
-    by_part: dict[str, list[nn.Parameter]] = {part: [] for part in asdict(ratios)}
+    by_part: dict[str, list[nn.Parameter]] = {part: [] for part in _PARTS.values()}
     for name, parameter in parameters:
         by_part[_PARTS[name.rpartition(".")[2]]].append(parameter)
     groups = [{"params": members, "name": part} for part, members in by_part.items() if members]

@@ -25,14 +25,16 @@ from moka_pl.adapters import (
 from moka_pl.adapters.coverage import left_out, renamed
 from moka_pl.adapters.methods.base import name_ranks
 from moka_pl.adapters.reading import read_adapter_shapes, read_adapter_state
+from moka_pl.adapters.vocabulary.token_rows import start_rows
 from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
 from moka_pl.backbone.linear_layers import describe_storage
 from moka_pl.data.types import data_of
 from moka_pl.errors import ConfigError
 from moka_pl.lm.checkpointing import checkpoint_layers
 from moka_pl.lm.compiled import check_compiler
+from moka_pl.prompts.new_tokens import new_token_pieces
 from moka_pl.training.auto_filters import DeferredFilters
-from moka_pl.training.base import describe_base
+from moka_pl.training.base import describe_base, name_new_tokens, number_new_tokens, take_new_tokens
 from moka_pl.training.checkpoint import (
     StoredRun,
     check_checkpoint,
@@ -123,9 +125,10 @@ class MokaModule(TrainedModule):
         method_of(adapter).check_new()  # what is no configuration shows before any loading
         self.adapter_path = adapter_path
         self.adapter_prompt: str | None = None  # what the adapter's training data were written in
-        if adapter_path is not None:
-            stored = read_adapter(adapter_path)  # a damaged folder shows before any loading
+        stored = None if adapter_path is None else read_adapter(adapter_path)  # a damaged folder shows now
+        if stored is not None:
             self.adapter, self.adapter_prompt = stored.config, stored.extra.get("prompt")
+        take_new_tokens(self, stored)
         learning_rate_ratios.check_fits(self.adapter)
         if gradient_checkpointing not in (True, False, "offload"):
             raise ConfigError(
@@ -159,6 +162,7 @@ class MokaModule(TrainedModule):
     def setup(self, stage: str) -> None:
         """Refuses before the model is loaded what optimizer, trainer or checkpoint would refuse later."""
         write_whole_files(self.trainer)
+        number_new_tokens(self)
         if isinstance(self.trainer.strategy, ShardedStrategy):
             check_shardable(method_of(self.adapter).keeps_base, self.cuda_graphs)
         if stage == "fit":
@@ -196,6 +200,7 @@ class MokaModule(TrainedModule):
                 self._inject(self.model)
             self._hold_nodes()
             return
+        number_new_tokens(self)
         loaded = self.load_base()
         model = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -226,7 +231,8 @@ class MokaModule(TrainedModule):
             rank_zero_info(f"exact LoRA rank: {name_ranks(ranks)}")
         for note in loaded.notes:
             rank_zero_info(note)
-        for told in (renamed(model, self.adapter), left_out(model, self.adapter)):
+        named = name_new_tokens(self.tokenizer, self.backbone.new_tokens)
+        for told in (renamed(model, self.adapter), left_out(model, self.adapter), named):
             if told:
                 rank_zero_info(told)
 
@@ -244,6 +250,7 @@ class MokaModule(TrainedModule):
         else:
             saved = read_adapter_shapes(self.adapter_path)
             self.adapted = inject_adapter(model, self.adapter, saved=saved)
+        start_rows(model, new_token_pieces(self.tokenizer))
         # Every rank builds the same frozen tensors itself: DDP neither broadcasts nor watches them.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         frozen += [name for name, _ in model.named_buffers()]

@@ -9,11 +9,26 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.filters import describe_filters
-from moka_pl.adapters.injection import find_targets, moka_layers, replace_module, tied_pair
+from moka_pl.adapters.injection import (
+    find_targets,
+    moka_layers,
+    replace_module,
+    tied_pair,
+    vocabulary_ends,
+)
 from moka_pl.adapters.layer import MokaLayer, MokaLinear
 from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod, check_tensors, name_targets
 from moka_pl.adapters.schema import shown
 from moka_pl.adapters.vocabulary.embedding import MokaEmbedding, MokaTiedHead, weight_size
+from moka_pl.adapters.vocabulary.token_rows import (
+    ROWS,
+    TokenEmbedding,
+    TokenHead,
+    TokenRows,
+    check_rows,
+    set_vocabulary,
+    token_rows,
+)
 from moka_pl.errors import ConfigError
 from moka_pl.ops.gating import GATINGS, can_move
 
@@ -36,8 +51,9 @@ class MokaMethod(AdapterMethod):
 
     @classmethod
     def layers(cls, model: nn.Module) -> Mapping[str, AdaptedLayer]:
-        """Returns the layers of MoKA, a tied head included."""
-        return moka_layers(model, shared=True)
+        """Returns the layers of MoKA, a tied head included, and those with rows of tokens."""
+        found: dict[str, AdaptedLayer] = dict(moka_layers(model, shared=True))
+        return found | token_rows(model)
 
     def inject(
         self, model: nn.Module, dtype: torch.dtype, saved: Mapping[str, Tensor] | None = None
@@ -50,9 +66,13 @@ class MokaMethod(AdapterMethod):
             saved: The tensors to be loaded next, if any.
         """
         wrapped = self.build(model, dtype, saved)
+        rows = self._build_rows(model, dtype)
         model.requires_grad_(False)  # the new factors and gates are not in it yet
-        for name, adapted in wrapped.items():
+        for name, adapted in {**wrapped, **rows}.items():
             replace_module(model, name, adapted)
+        for layer in rows.values():
+            if isinstance(layer, TokenEmbedding):
+                set_vocabulary(model, layer)
         return list(wrapped)
 
     def build(
@@ -67,6 +87,8 @@ class MokaMethod(AdapterMethod):
         """
         layers = None if saved is None else {name.rpartition(".moka_")[0] for name in saved}
         names = find_targets(model, self.config, layers)
+        if self.config.trainable_token_indices:
+            check_rows(model, self.config.trainable_token_indices, names)
         if saved is not None:
             check_tensors(saved, self._sizes(model, names), "the adapter")
         wrapped: dict[str, MokaLayer] = {}
@@ -85,6 +107,21 @@ class MokaMethod(AdapterMethod):
             wrapped[tied[1]] = MokaTiedHead(head, embedding, self.config, tied[0])
         return wrapped
 
+    def _build_rows(self, model: nn.Module, dtype: torch.dtype) -> dict[str, TokenRows]:
+        """Returns embedding and output head with trained rows, by name; nothing where there are none."""
+        indices = self.config.trainable_token_indices
+        if not indices:
+            return {}
+        ends, tied = vocabulary_ends(model), tied_pair(model)
+        (first, embedding), *heads = ends.items()
+        assert isinstance(embedding, nn.Embedding)
+        new = TokenEmbedding(embedding, indices, dtype)
+        built: dict[str, TokenRows] = {first: new}
+        for name, head in heads:
+            assert isinstance(head, nn.Linear)
+            built[name] = TokenHead(head, indices, dtype, None if tied is None else new)
+        return built
+
     def _sizes(self, model: nn.Module, names: list[str]) -> dict[str, Tensor]:
         """Returns what :meth:`state` will be, without contents."""
         sizes: dict[str, tuple[int, ...]] = {}
@@ -97,15 +134,30 @@ class MokaMethod(AdapterMethod):
                 sizes[f"{name}.moka_B.{i}"] = shape[2:4]
             if self.config.gating != "none":
                 sizes[f"{name}.moka_gate"] = (self.config.components,)
+        for name, layer in vocabulary_ends(model).items() if self.config.trainable_token_indices else ():
+            if (tied := tied_pair(model)) is None or name != tied[1]:
+                sizes[f"{name}.{ROWS}"] = (
+                    len(self.config.trainable_token_indices or ()),
+                    weight_size(layer)[1],
+                )
         return {name: torch.empty(size, device="meta") for name, size in sizes.items()}
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns factors and gate logits; views of the parameters."""
-        return {
+        state = {
             f"{name}.{key}": tensor
             for name, layer in moka_layers(model).items()
             for key, tensor in layer.tensors().items()
         }
+        rows = {name: layer for name, layer in token_rows(model).items() if layer.owns_factors}
+        return state | {f"{name}.{ROWS}": layer.trainable_tokens.detach() for name, layer in rows.items()}
+
+    def unload(self, model: nn.Module, merge: bool) -> None:
+        """Replaces the adapted layers; without its new rows a model has the vocabulary that it had."""
+        embeddings = [layer for layer in token_rows(model).values() if isinstance(layer, TokenEmbedding)]
+        super().unload(model, merge)
+        for layer in embeddings if not merge else ():
+            set_vocabulary(model, layer, layer.frozen_vocabulary)
 
     def lora_ranks(self, model: nn.Module) -> list[int]:
         """Returns :meth:`MokaLinear.exact_lora_rank` of each layer, in model order."""
@@ -126,6 +178,7 @@ class MokaMethod(AdapterMethod):
             **({"gating": config.gating} if weighted else {}),
             "scaling": config.effective_scaling,
             "target modules": name_targets(config.target_modules),
+            **({"trained tokens": len(tokens)} if (tokens := config.trainable_token_indices) else {}),
         }
 
     def about(self, base: str) -> str:

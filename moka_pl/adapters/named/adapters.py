@@ -334,7 +334,8 @@ class MokaAdapters:
 
 def _check_apart(config: MokaConfig) -> None:
     """Refuses adapters whose layers are not independent of one another."""
-    if config.ensure_weight_tying:
-        raise AdapterError(
-            "an adapter with ensure_weight_tying is not kept beside others; load it by itself (load_model)"
-        )
+    for option in ("ensure_weight_tying", "trainable_token_indices"):
+        if getattr(config, option):
+            raise AdapterError(
+                f"an adapter with {option} is not kept beside others; load it by itself (load_model)"
+            )
