@@ -21,8 +21,9 @@ class BackboneConfig:
         revision: Branch, tag or commit of a hub model.
         weights: ``pretrained``, or ``random`` for benchmarks and tests (no download).
         quantization: ``nf4`` or ``fp4`` store linear weights in 4 bits and ``int8`` in 8 (bitsandbytes),
-            ``int4`` and ``float8`` by torchao, ``hqq`` in 4 bits by hqq; ``none`` keeps them in the compute
-            dtype, which is faster but takes four times the memory of 4 bits.
+            ``int4`` and ``float8`` by torchao, ``hqq`` in 4 bits by hqq; ``gptq`` and ``awq`` read what is
+            quantised so already; ``none`` keeps them in the compute dtype, which is faster but takes four
+            times the memory of 4 bits.
         double_quantization: Quantise the block scales of ``nf4`` and ``fp4``, too, which saves 0.4 bits per
             weight.
         compute_dtype: Dtype of activations and of unquantised weights. ``auto`` is bfloat16 on GPUs that

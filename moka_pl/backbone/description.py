@@ -10,7 +10,7 @@ import torch
 
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.loading import loading
-from moka_pl.backbone.quantization import QuantisedError, stored_quantization
+from moka_pl.backbone.quantization import QuantisedError, check_made, stored_quantization
 from moka_pl.backbone.random_weights import shape_config
 from moka_pl.backbone.weight_files import WeightFiles, read_weight_files
 from moka_pl.errors import BackboneError, one_line
@@ -48,6 +48,7 @@ class Description:
                 notes.append(f"{config.name}: the auxiliary loss of its router is not part of the loss here")
         stored = self.quantization
         if stored is None:
+            check_made(config.quantization, config.name)
             return config, notes
         kind, double = stored_quantization(stored, config.name)
         if kind != config.quantization:

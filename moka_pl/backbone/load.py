@@ -34,6 +34,7 @@ from moka_pl.backbone.quantization import (
     keep_weights,
     loading_options,
     quantises_loading,
+    stored_layers,
     weight_bytes,
 )
 from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model
@@ -126,8 +127,9 @@ def load_backbone(
     import_quantiser(config.quantization)
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
     random = config.weights == "random"
+    by_layer = config.quantization != "none" and not quantises_loading(config.quantization)
     with loading(config.name):
-        described = describe(config, {} if random else _location(config, whole=blocks is None))
+        described = describe(config, {} if random else _location(config, blocks is None and not by_layer))
         config, notes = described.settle(config)
         empty, config = build_empty(described.shape, config, dtype, notes)
         check_tokens(tokenizer, described.shape, _rows(empty), config.name, random, config.new_tokens)
@@ -221,15 +223,25 @@ def _filled(
 ) -> "PreTrainedModel":
     """Returns the model with its weights; the blocks' are handed over as early as their files allow."""
     dtype, files = empty.dtype, described.files
-    by_layer = config.quantization != "none" and not quantises_loading(config.quantization)
     if config.weights == "random":
         linearise(empty)
         with loading(config.name):
             return random_model(config, empty, dtype, device, store)
-    if (store is not None or by_layer) and is_complete(files, empty, described.quantization):
-        _judge_unused(unused_tensors(empty, files.tensors), empty, config.name, notes)
+    tensors = {} if files is None else files.tensors
+    stored = stored_layers(described.quantization, config.quantization, tensors)
+    by_layer = config.quantization != "none" and not quantises_loading(config.quantization)
+    whole = is_complete(files, empty, described.quantization, stored)
+    if files is not None and whole and (store is not None or by_layer):
+        names = set(tensors) if stored is None else stored.names
+        unused = set(unused_tensors(empty, names)) - (set() if stored is None else stored.biases)
+        _judge_unused(unused, empty, config.name, notes)
         with loading(config.name):
-            return read_blocks(empty, config, device, files, store)
+            return read_blocks(empty, config, device, files, store, stored)
+    if stored is not None:
+        raise BackboneError(
+            f"{config.name} cannot be loaded: its layers in {config.quantization} are not in safetensors "
+            "files under the model's own names; give its unquantised original"
+        )
     del empty
     model = _pretrained(config, described, dtype, device, notes)
     if store is not None:

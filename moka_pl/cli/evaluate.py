@@ -17,7 +17,7 @@ def evaluate(
     num_fewshot: int | None = None,
     batch_size: int = 8,
     output: Path | None = None,
-    quantization: Literal["nf4", "fp4", "int8", "int4", "float8", "hqq", "none"] | None = None,
+    quantization: Literal["nf4", "fp4", "int8", "int4", "float8", "hqq", "gptq", "awq", "none"] | None = None,
     apply_chat_template: bool = False,
     log_samples: bool = False,
 ) -> None:

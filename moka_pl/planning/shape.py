@@ -9,7 +9,7 @@ import torch
 
 from moka_pl.backbone import BackboneConfig
 from moka_pl.backbone.checks import check_folder, check_numbers
-from moka_pl.backbone.description import build_empty
+from moka_pl.backbone.description import Description, build_empty
 from moka_pl.backbone.hub import reach_model
 from moka_pl.backbone.linear_layers import linearise
 from moka_pl.backbone.load import load_tokenizer
@@ -58,6 +58,9 @@ def empty_model(
         BackboneError: If nothing tells its sizes.
     """
     shape = _shape(config, notes)
+    if config.weights == "pretrained":
+        config, more = Description(shape, {}, None).settle(config)
+        notes += more
     model, config = build_empty(shape, config, dtype, notes)
     linearise(model)
     if config.quantization != "none":

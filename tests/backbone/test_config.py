@@ -14,7 +14,7 @@ from moka_pl.errors import BackboneError, ConfigError
     ("option", "value", "remedy"),
     [
         ("weights", "mine", "pretrained, random"),
-        ("quantization", "int3", "nf4, fp4, int8, int4, float8, hqq, none"),
+        ("quantization", "int3", "nf4, fp4, int8, int4, float8, hqq, gptq, awq, none"),
         ("compute_dtype", "float64", "auto, float32, bfloat16, float16"),
         ("attention", "flash", "sdpa, eager, flash_attention_2"),
     ],

@@ -107,7 +107,7 @@ def test_help_of_fit_explains_the_options(capsys, monkeypatch):
     assert end.value.code == 0
     output = " ".join(capsys.readouterr().out.split())
     for words in (
-        "--model.backbone.quantization {nf4,fp4,int8,int4,float8,hqq,none}",
+        "--model.backbone.quantization {nf4,fp4,int8,int4,float8,hqq,gptq,awq,none}",
         "--model.adapter.components COMPONENTS Number r of Kronecker components",
         "--model.adapter.scaling",
         "--gates.every_n_steps",

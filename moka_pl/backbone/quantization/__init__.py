@@ -4,6 +4,13 @@
 quantiser is a line in the first, and a :class:`StoredWeight` of its own in :mod:`.registry`.
 """
 
+from moka_pl.backbone.quantization.checkpoints import (
+    QuantisedError,
+    StoredLayers,
+    check_made,
+    stored_layers,
+    stored_quantization,
+)
 from moka_pl.backbone.quantization.four_bit import (
     NF4_LEVELS,
     forget_scales,
@@ -11,12 +18,10 @@ from moka_pl.backbone.quantization.four_bit import (
     keep_weights,
 )
 from moka_pl.backbone.quantization.kinds import (
-    QuantisedError,
     Quantization,
     loading_options,
     quantises_loading,
     rounding_of,
-    stored_quantization,
     weight_bytes,
 )
 from moka_pl.backbone.quantization.layers import (
@@ -44,7 +49,9 @@ __all__ = [
     "QuantisedError",
     "QuantisedLinear",
     "Quantization",
+    "StoredLayers",
     "check_layers",
+    "check_made",
     "dense_weight",
     "forget_scales",
     "frozen_output",
@@ -65,6 +72,7 @@ __all__ = [
     "rounding_of",
     "storage_device",
     "storage_of",
+    "stored_layers",
     "stored_quantization",
     "weight_bytes",
     "weight_count",

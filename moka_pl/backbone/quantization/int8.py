@@ -1,11 +1,13 @@
 """8-bit weights of bitsandbytes, one scale a row: the storage of LLM.int8()."""
 
+from collections.abc import Mapping
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from moka_pl.backbone.quantization.stored import StoredWeight
+from moka_pl.backbone.quantization.stored import QuantConfig, StoredWeight, check_sizes
+from moka_pl.errors import BackboneError
 
 
 class Int8Weight(StoredWeight):
@@ -18,6 +20,23 @@ class Int8Weight(StoredWeight):
     """
 
     kind = "int8"
+
+    parts = ("weight", "SCB")
+    optional_parts = ("weight_format",)
+
+    @classmethod
+    def read_parts(
+        cls,
+        parts: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        config: QuantConfig,
+    ) -> tuple[Tensor, Self]:
+        """As :meth:`StoredWeight.read_parts`: a ``Linear8bitLt`` as transformers saves it."""
+        check_sizes(parts, {"weight": shape, "SCB": shape[:1]})
+        if int(parts.get("weight_format", torch.tensor(0))) != 0:
+            raise BackboneError("weight_format is not 0, that of rows; quantise the model again")
+        return parts["weight"], cls(shape, dtype, {"absmax": parts["SCB"].float()})
 
     @classmethod
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Self]:

@@ -1,13 +1,10 @@
 """The kinds of quantised weights: what each takes, what it needs, and how a checkpoint names it."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from moka_pl.errors import BackboneError
-
-Quantization = Literal["nf4", "fp4", "int8", "int4", "float8", "hqq", "none"]
+Quantization = Literal["nf4", "fp4", "int8", "int4", "float8", "hqq", "gptq", "awq", "none"]
 Rounding = Literal["same", "next", "far"]
 
 
@@ -19,7 +16,8 @@ class Kind(NamedTuple):
             bits without the second quantisation.
         double: The same with the second quantisation, where there is one.
         scales: Numbers of the compute dtype beside it.
-        package: The package that makes and reads it.
+        package: The package that makes and reads it; None for PyTorch alone.
+        made: Whether weights can be quantised so here; else only checkpoints are read.
         loaded: Whether transformers quantises while it loads; else weights are quantised layer by layer.
         rounding: How far the nearest of NF4's levels may be from that of what a weight was made of: the
             ``same``, some the ``next`` one, or many a ``far`` one.
@@ -29,12 +27,16 @@ class Kind(NamedTuple):
     double: float | None = None
     scales: float = 0.0
     package: str | None = "bitsandbytes"
+    made: bool = True
     loaded: bool = False
     rounding: Rounding = "far"
 
 
 #: A code of four bits, a float32 scale for 64 of them, or 8 bits for that with one scale for 256 of these.
 _SINGLE, _DOUBLE = 0.5 + 4 / 64, 0.5 + (1 + 4 / 256) / 64
+
+#: The usual checkpoint: 4 bits, a float16 scale and a zero point of 4 bits for 128 of them.
+_GROUPS_OF_128 = 0.5 + (2 + 0.5) / 128
 
 KINDS: dict[str, Kind] = {
     "nf4": Kind(_SINGLE, _DOUBLE, loaded=True, rounding="same"),
@@ -43,6 +45,8 @@ KINDS: dict[str, Kind] = {
     "int4": Kind(0.5 + 1 / 64, scales=1 / 64, package="torchao"),
     "float8": Kind(1.0, package="torchao"),
     "hqq": Kind(0.5, scales=2 / 64, package="hqq"),
+    "gptq": Kind(_GROUPS_OF_128, package=None, made=False),
+    "awq": Kind(_GROUPS_OF_128, package=None, made=False),
 }
 
 
@@ -91,39 +95,3 @@ def loading_options(quantization: Quantization, double: bool, dtype: torch.dtype
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config}
-
-
-class QuantisedError(BackboneError):
-    """A checkpoint is quantised already in another way than was asked for.
-
-    Attributes:
-        stored: How it is.
-    """
-
-    def __init__(self, name: str, stored: Quantization, asked: Quantization) -> None:
-        self.stored = stored
-        super().__init__(
-            f"{name} is quantised already, as {stored}, and cannot be loaded with quantization {asked}; set "
-            f"--model.backbone.quantization {stored}, or give its unquantised original"
-        )
-
-
-def stored_quantization(stored: Mapping[str, Any], name: str) -> tuple[Quantization, bool]:
-    """Returns how a checkpoint is quantised already, and whether its block scales are, too.
-
-    Args:
-        stored: The ``quantization_config`` of its ``config.json``.
-        name: The model's name, for messages.
-
-    Raises:
-        BackboneError: For another format than bitsandbytes' 4 bits.
-    """
-    kind = stored.get("bnb_4bit_quant_type", "fp4")
-    if stored.get("load_in_4bit") is True and kind in get_args(Quantization):
-        return kind, bool(stored.get("bnb_4bit_use_double_quant", False))
-    method = stored.get("quant_method", "an unnamed method")
-    bits = " in 8 bits" if stored.get("load_in_8bit") is True else ""
-    raise BackboneError(
-        f"{name} is quantised already, by {method}{bits}, and cannot be trained on; give its unquantised "
-        "original, or one in bitsandbytes' nf4 or fp4"
-    )

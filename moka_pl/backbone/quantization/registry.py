@@ -3,6 +3,7 @@
 from torch import nn
 
 from moka_pl.backbone.quantization.four_bit import import_bitsandbytes
+from moka_pl.backbone.quantization.grouped import AwqWeight, GptqWeight
 from moka_pl.backbone.quantization.hqq import HqqWeight
 from moka_pl.backbone.quantization.int8 import Int8Weight
 from moka_pl.backbone.quantization.kinds import KINDS, Quantization
@@ -10,12 +11,24 @@ from moka_pl.backbone.quantization.stored import StoredWeight
 from moka_pl.backbone.quantization.torchao import Float8Weight, Int4Weight
 from moka_pl.errors import BackboneError, one_line
 
-_CLASSES: tuple[type[StoredWeight], ...] = (Int8Weight, Int4Weight, Float8Weight, HqqWeight)
+_CLASSES: tuple[type[StoredWeight], ...] = (
+    Int8Weight,
+    Int4Weight,
+    Float8Weight,
+    HqqWeight,
+    GptqWeight,
+    AwqWeight,
+)
 
 
 def weight_class(quantization: Quantization) -> type[StoredWeight]:
     """Returns the class that stores weights of a kind."""
     return next(one for one in _CLASSES if one.kind == quantization)
+
+
+def readable_kinds() -> list[Quantization]:
+    """Returns the kinds whose checkpoints are read here."""
+    return [one.kind for one in _CLASSES if one.parts]
 
 
 def import_quantiser(quantization: Quantization) -> None:

@@ -1,7 +1,7 @@
 """Linear layers whose weight is in a library's format, and dequantised whenever W is needed."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,6 +10,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moka_pl.backbone.quantization.kinds import Quantization
+from moka_pl.errors import BackboneError
+
+#: The ``quantization_config`` of a checkpoint's ``config.json``.
+QuantConfig = Mapping[str, Any]
 
 
 class StoredWeight:
@@ -22,6 +26,9 @@ class StoredWeight:
     """
 
     kind: ClassVar[Quantization]
+    #: How a layer's tensors are called in checkpoints, and those that may lack; none where none is read.
+    parts: ClassVar[tuple[str, ...]] = ()
+    optional_parts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, scales: dict[str, Tensor]) -> None:
         self.shape, self.dtype, self.scales = torch.Size(shape), dtype, scales
@@ -39,6 +46,32 @@ class StoredWeight:
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Self]:
         """Returns the codes of W, (m, n), integers of any shape, and all else that it takes to read them."""
         raise NotImplementedError(f"{cls.kind} is only read, not made")
+
+    @classmethod
+    def unreadable_reason(cls, config: QuantConfig) -> str | None:
+        """Returns why a checkpoint with this ``quantization_config`` cannot be read, or None."""
+        return None
+
+    @classmethod
+    def read_parts(
+        cls,
+        parts: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        config: QuantConfig,
+    ) -> tuple[Tensor, Self]:
+        """Returns what :meth:`quantise` does, of a layer's tensors in a checkpoint.
+
+        Args:
+            parts: The tensors by name, ``parts`` and perhaps ``optional_parts``.
+            shape: (m, n).
+            dtype: Dtype of the dequantised W.
+            config: The checkpoint's ``quantization_config``.
+
+        Raises:
+            BackboneError: If their sizes are not those of the layer.
+        """
+        raise NotImplementedError
 
     def dequantise(self, codes: Tensor) -> Tensor:
         """Returns W, (m, n), in its dtype: the numbers of the format's own library."""
@@ -127,3 +160,18 @@ class _Product(torch.autograd.Function):
         needs_x, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad @ ctx.weight().to(grad.dtype) if needs_x else None  # (..., n)
         return grad_x, grad.flatten(0, -2).sum(0) if needs_bias else None, None
+
+
+def check_sizes(parts: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses tensors that are not those of the layer.
+
+    Args:
+        parts: The tensors by name.
+        sizes: The sizes that they must have.
+
+    Raises:
+        BackboneError: Naming the first that has others.
+    """
+    for name, size in sizes.items():
+        if tuple(parts[name].shape) != size:
+            raise BackboneError(f"{name} is {tuple(parts[name].shape)}, not {size}; copy the model again")

@@ -1,0 +1,131 @@
+"""Weights of GPTQ and AWQ checkpoints, read as they are: packed codes, scales and zero points of groups.
+
+Both store the transpose of W, with groups of a column's entries. Their scales have 11 significant bits and
+the codes few, so that ``(c - z) s`` is exact in float32 and is rounded once, to the compute dtype.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from moka_pl.backbone.quantization.packing import unpack_words
+from moka_pl.backbone.quantization.stored import QuantConfig, StoredWeight, check_sizes
+from moka_pl.errors import BackboneError
+
+#: One in each code of a word, by bits.
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+
+
+class GptqWeight(StoredWeight):
+    """``W_ji = (c_ij - z_gj) s_gj`` with g the group of the input i, codes packed along the inputs.
+
+    Format ``gptq`` stores z - 1, format ``gptq_v2`` z itself. ``g_idx`` tells each input's group: with
+    ``desc_act`` any order.
+
+    Source: Frantar et al., https://arxiv.org/abs/2210.17323; layout: AutoGPTQ, GPTQModel.
+    """
+
+    kind = "gptq"
+    parts = ("qweight", "qzeros", "scales")
+    optional_parts = ("g_idx",)
+
+    def __init__(
+        self, shape: tuple[int, int], dtype: torch.dtype, scales: dict[str, Tensor], bits: int = 4
+    ) -> None:
+        super().__init__(shape, dtype, scales)
+        self.bits = bits
+
+    @classmethod
+    def unreadable_reason(cls, config: QuantConfig) -> str | None:
+        """Refuses other layouts than GPTQ's own two."""
+        bits, form = config.get("bits"), config.get("checkpoint_format", config.get("format", "gptq"))
+        if bits not in _ONES:
+            return f"of {bits} bits; only {', '.join(map(str, _ONES))} are read"
+        if form not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
+            return f"in the layout {'marlin' if config.get('is_marlin_format') else form}"
+        return None
+
+    @classmethod
+    def read_parts(
+        cls,
+        parts: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        config: QuantConfig,
+    ) -> tuple[Tensor, Self]:
+        """As :meth:`StoredWeight.read_parts`."""
+        bits, (m, n) = config["bits"], shape
+        groups = len(parts["scales"])
+        qweight, qzeros = parts["qweight"], parts["qzeros"]
+        sizes = {"qweight": (n * bits // 32, m), "qzeros": (groups, m * bits // 32), "scales": (groups, m)}
+        check_sizes(parts, sizes)
+        if config.get("checkpoint_format", config.get("format", "gptq")) == "gptq":
+            qzeros = qzeros + _ONES[bits]  # in words, as it was subtracted
+        index = parts.get("g_idx", torch.arange(n, device=qweight.device) // -(-n // groups))
+        if tuple(index.shape) != (n,) or int(index.min()) < 0 or int(index.max()) >= groups:
+            raise BackboneError(f"g_idx does not name one of {groups} groups for each input")
+        own = {"zeros": qzeros, "group": index.to(torch.int32)}
+        scales = {"scales": parts["scales"].to(torch.float16), **own}
+        return qweight, cls(shape, dtype, scales, bits)
+
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """Returns W, (m, n)."""
+        m, n = self.shape
+        words = codes.view(-1, m)  # (n / codes in a word, m)
+        numbers = unpack_words(words, self.bits).transpose(1, 2).reshape(n, m)  # (n, m)
+        zeros = unpack_words(self.scales["zeros"], self.bits).reshape(-1, m)  # (groups, m)
+        group = self.scales["group"]
+        weight = (numbers.float() - zeros.float()[group]) * self.scales["scales"].float()[group]
+        return weight.to(self.dtype).t().contiguous()  # (m, n)
+
+
+class AwqWeight(StoredWeight):
+    """``W_ji = (c_ij - z_gj) s_gj`` with g = i // group size, codes packed along the outputs, interleaved.
+
+    Source: Lin et al., https://arxiv.org/abs/2306.00978; layout: AutoAWQ's ``gemm``.
+    """
+
+    kind = "awq"
+    parts = ("qweight", "qzeros", "scales")
+    #: Which of a word's eight codes belongs to each of eight neighbouring outputs.
+    _ORDER: ClassVar[list[int]] = [0, 4, 1, 5, 2, 6, 3, 7]
+
+    @classmethod
+    def unreadable_reason(cls, config: QuantConfig) -> str | None:
+        """Refuses other layouts than ``gemm`` with zero points."""
+        bits, version = config.get("bits", config.get("w_bit", 4)), str(config.get("version", "gemm")).lower()
+        if bits != 4:
+            return f"of {bits} bits; only 4 are read"
+        if version != "gemm":
+            return f"in the layout {version}"
+        return None if config.get("zero_point", True) else "without zero points"
+
+    @classmethod
+    def read_parts(
+        cls,
+        parts: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        config: QuantConfig,
+    ) -> tuple[Tensor, Self]:
+        """As :meth:`StoredWeight.read_parts`."""
+        m, n = shape
+        groups = len(parts["scales"])
+        check_sizes(parts, {"qweight": (n, m // 8), "qzeros": (groups, m // 8), "scales": (groups, m)})
+        if n % groups:
+            raise BackboneError(f"{groups} groups do not divide {n} inputs")
+        scales = {"scales": parts["scales"].to(torch.float16), "zeros": parts["qzeros"]}
+        return parts["qweight"], cls(shape, dtype, scales)
+
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """Returns W, (m, n)."""
+        m, n = self.shape
+        scales = self.scales["scales"].float()[:, None]  # (groups, 1, m)
+        zeros = self._unpacked(self.scales["zeros"]).view(-1, 1, m)  # (groups, 1, m)
+        numbers = self._unpacked(codes.view(n, -1)).view(len(scales), -1, m)  # (groups, size, m)
+        return ((numbers - zeros) * scales).to(self.dtype).view(n, m).t().contiguous()  # (m, n)
+
+    def _unpacked(self, words: Tensor) -> Tensor:
+        return unpack_words(words, 4)[..., self._ORDER].flatten(1).float()
