@@ -41,7 +41,7 @@ LONG = (
     "docs/test_readme.py",
     "callbacks/test_run_checkpoint.py",
     "training/test_resume.py",
-    "training/test_non_finite.py",
+    "training/accidents/test_non_finite.py",
     "training/test_auto_filters.py",
     "callbacks/test_interrupt.py",
     "callbacks/test_gates.py",

@@ -17,6 +17,7 @@ from moka_pl.callbacks.monitors import check_monitor
 from moka_pl.data.types import data_of
 from moka_pl.errors import AdapterError, MokaError, NonFiniteError
 from moka_pl.ops.finite import non_finite_names
+from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import VERSION_KEY
 from moka_pl.training.checkpoint_files import is_remote
 from moka_pl.training.course import main_settings
@@ -127,6 +128,10 @@ class AdapterCheckpoint(Callback):
         if trainer.state.fn != "fit" or is_trial(trainer) or trainer.global_step <= self._begun_at:
             return
         assert self._folder is not None
+        if isinstance(exception, StepMemoryError):
+            release(exception)
+            if not exception.usable:
+                return
         if (
             isinstance(exception, NonFiniteError)
             and not exception.usable

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl.callbacks.checkpoints import RunCheckpoint, between_steps, is_trial
 from moka_pl.errors import MokaError, NonFiniteError
-from moka_pl.training.checkpoint import LAST_NAME
+from moka_pl.training.accidents.memory import StepMemoryError, release
+from moka_pl.training.checkpoint import LAST_NAME, rng_state, set_rng_state
 
 #: With several processes, ranks check for an interrupt every this many optimizer steps.
 _AGREE_EVERY = 10
@@ -38,7 +39,7 @@ class GracefulInterrupt(Callback):
     trial run (``fast_dev_run``), the first one does, and no file is written. A signal that somebody else
     handles is left to them: ``nohup`` to ignore SIGHUP, Lightning to requeue a SLURM job on SIGUSR1.
 
-    A run that fails between two steps, such as by a loader's error, writes ``last.ckpt``, too.
+    A run that fails, such as by a loader's error or a lack of memory, writes it, too, as of its last step.
 
     Attributes:
         asked: Whether a signal has asked for the end.
@@ -55,6 +56,8 @@ class GracefulInterrupt(Callback):
         self._looking = threading.Event()
         self._over = threading.Event()
         self._stuck = False
+        self._position: _Position | None = None
+        self._rewinds = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs the signal handlers."""
@@ -73,6 +76,7 @@ class GracefulInterrupt(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Saves the run between two optimizer steps, the same on all ranks."""
+        self._note_position(trainer, pl_module)
         # Asking the other ranks costs time.
         due = trainer.world_size == 1 or trainer.global_step % _AGREE_EVERY == 0
         if due and between_steps(trainer):
@@ -88,6 +92,7 @@ class GracefulInterrupt(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves and stops after a validation, whose results the last checkpoint lacks."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and between_steps(trainer):
+            self._note_position(trainer, pl_module)
             self._save_if_asked(trainer)
             self._stop_if_saved(trainer)
 
@@ -101,7 +106,8 @@ class GracefulInterrupt(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves what can be resumed, and gives the signals back."""
-        if self._resumable(trainer, exception):
+        release(exception if isinstance(exception, StepMemoryError) else None)
+        if self._resumable(trainer, pl_module, exception):
             # The run's own error says more than what else goes wrong.
             with contextlib.suppress(MokaError, OSError):
                 self._save(trainer)
@@ -110,8 +116,22 @@ class GracefulInterrupt(Callback):
         if self.asked and self._saved is not None and not isinstance(exception, KeyboardInterrupt):
             raise KeyboardInterrupt from exception  # the signal went to the loader's workers, too
 
-    def _resumable(self, trainer: Trainer, exception: BaseException) -> bool:
-        """Whether a failing run is between two steps, with steps that no checkpoint holds."""
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Puts the position after the last step into the checkpoint of a run that fails within the next."""
+        if self._rewinds and self._position is not None:
+            checkpoint["loops"]["fit_loop"] = self._position.loop
+            checkpoint["epoch"] = self._position.epoch
+
+    def _note_position(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes where the run is, if it is between two steps and might be saved when the next one fails."""
+        if trainer.world_size == 1 and not is_trial(trainer) and between_steps(trainer):
+            loop, rng = trainer.fit_loop.state_dict(), rng_state(pl_module.device)
+            self._position = _Position(trainer.global_step, trainer.current_epoch, loop, rng)
+
+    def _resumable(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> bool:
+        """Whether there are steps that no checkpoint holds, and the weights are those of the last one."""
         if trainer.state.fn != "fit" or is_trial(trainer) or self._saved is not None:
             return False
         if isinstance(exception, KeyboardInterrupt) and not self._stuck:
@@ -121,9 +141,16 @@ class GracefulInterrupt(Callback):
                 return False
         elif trainer.world_size > 1 or trainer.validating:
             return False
+        if trainer.global_step <= self._begun_at or getattr(pl_module, "updating", False):
+            return False
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        done = 0 < batches.ready == batches.processed
-        return done and between_steps(trainer) and trainer.global_step > self._begun_at
+        if 0 < batches.ready == batches.processed and between_steps(trainer):
+            return True
+        position = self._position
+        self._rewinds = position is not None and position.step == trainer.global_step
+        if position is not None and self._rewinds:
+            set_rng_state(position.rng, pl_module.device, trainer.global_rank)
+        return self._rewinds
 
     def _save_if_asked(self, trainer: Trainer) -> None:
         asked = self.asked
@@ -199,6 +226,22 @@ class GracefulInterrupt(Callback):
                     handler(number, frame)
 
             self._old[number] = signal.signal(number, look)
+
+
+class _Position(NamedTuple):
+    """Where a run is after an optimizer step.
+
+    Attributes:
+        step: The number of steps.
+        epoch: The epoch.
+        loop: The state of Lightning's loops and of the loader.
+        rng: The states of the random generators.
+    """
+
+    step: int
+    epoch: int
+    loop: dict[str, Any]
+    rng: dict[str, Any]
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:

@@ -37,6 +37,7 @@ from moka_pl.cli.run_folders import RunFolders
 from moka_pl.data import MokaDataModule
 from moka_pl.data.batching.loader import killed_worker
 from moka_pl.errors import ConfigError, MokaError, one_line
+from moka_pl.evaluation.memory import is_out_of_memory
 from moka_pl.training.checkpoint import find_last
 from moka_pl.training.checkpoint_files import read_checkpoint
 from moka_pl.training.module import MokaModule
@@ -79,7 +80,12 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
         raise
     except MisconfigurationException as error:
         raise ConfigError(one_line(error)) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):  # training steps and evaluations say more of theirs
+            raise ConfigError(
+                "out of memory outside of training steps. Free memory of the device, choose a smaller "
+                f"--model.backbone.name, or --trainer.strategy sharded_offload. ({one_line(error)})"
+            ) from error
         # Its death is told by a signal, and so may interrupt anything.
         if (killed := killed_worker(error)) is not None:
             raise killed from error
@@ -253,6 +259,14 @@ class MokaCLI(LightningCLI):
         """Tells the module whether a checkpoint follows; Lightning (2.6) says so only when it is built."""
         check_learns(self.model)
         self.model.resumes = self._options(self.config).get("ckpt_path") is not None
+        trainer_options = vars(self._options(self.config).trainer)
+
+        def describe(rows: int, tokens: int, trained: int) -> str:
+            from moka_pl.planning.estimator import describe_batch
+
+            return describe_batch(self.model, trainer_options, rows, tokens, trained)
+
+        self.model.describe_memory = describe
         self._name_checkpoint()
 
     def _name_checkpoint(self) -> None:

@@ -31,6 +31,7 @@ class TokenBatch(TypedDict):
         num_tokens: Real tokens, without padding and fillers.
         num_examples: Real examples, without fillers.
         predicted: The tokens that have a label, where they were found on the CPU.
+        rows: Numbers of the real training examples, in their order, among the encoded ones.
     """
 
     input_ids: Tensor
@@ -38,6 +39,7 @@ class TokenBatch(TypedDict):
     num_tokens: NotRequired[int]
     num_examples: NotRequired[int]
     predicted: NotRequired[Predicted]
+    rows: NotRequired[list[int]]
 
 
 @final

@@ -56,11 +56,19 @@ class Halving:
             garbage_collection_cuda()
             size = part.stop - part.start
             if size == 1:
-                raise OutOfMemoryError(f"one of the {self.what} alone does not fit: {reason}. {self.remedy}")
+                raise self.failure(reason)
             self.most = size // 2
         if self.most != before:
-            _say(f"with {before or rows} {self.what} at a time; the evaluation goes on with {self.most}")
+            _say(self.said(before or rows))
         return done
+
+    def failure(self, reason: str) -> Exception:
+        """Makes the error of one row that does not fit."""
+        return OutOfMemoryError(f"one of the {self.what} alone does not fit: {reason}. {self.remedy}")
+
+    def said(self, before: int) -> str:
+        """Returns how it goes on, where ``before`` rows at a time were too many."""
+        return f"with {before} {self.what} at a time; the evaluation goes on with {self.most}"
 
 
 def halved_until_it_fits(size: int, compute: Callable[[int], T]) -> T:

@@ -1,44 +1,14 @@
 """A plan of a run as a whole, as a table or as JSON."""
 
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from moka_pl.backbone import BackboneConfig
-from moka_pl.backbone.load import compute_dtype
-from moka_pl.backbone.quantization import weight_bytes
 from moka_pl.data import MokaDataModule
-from moka_pl.lm.kernels import knows
-from moka_pl.planning.adapters import Adapters, plan_adapters
-from moka_pl.planning.memory import GIB, Memory, Setup, estimate, sizes_of
-from moka_pl.planning.shape import empty_model, stored_bytes, tokenizer_at_hand
+from moka_pl.planning.adapters import Adapters
+from moka_pl.planning.estimator import Device, Estimator, devices_present, needed
+from moka_pl.planning.memory import GIB, Memory
 from moka_pl.planning.work import Run, Work, plan_work
-from moka_pl.training.base import with_rows_of
 from moka_pl.training.module import MokaModule
-from moka_pl.training.trial_optimizer import state_bytes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-#: What a GPU holds beside tensors: the CUDA context, and gaps of the allocator.
-_CONTEXT, _GAPS = 0.6 * GIB, 1.03
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device that is present.
-
-    Attributes:
-        name: Its name.
-        gib: Its memory, GiB.
-    """
-
-    name: str
-    gib: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +53,7 @@ class Plan:
     @property
     def needed(self) -> float:
         """Bytes that a rank takes: on a GPU the peak, the context and gaps of the allocator."""
-        return self.memory.peak * _GAPS + _CONTEXT if self.on_gpu else self.memory.peak
+        return needed(self.memory, self.on_gpu)
 
     @property
     def needed_gib(self) -> float:
@@ -177,99 +147,27 @@ def make_plan(
         ConfigError: If a listed filter does not fit a layer.
     """
     notes: list[str] = []
-    on_gpu = _on_gpu(options.get("accelerator"))
-    config = module.backbone
-    dtype = _dtype(module, on_gpu)
-    model, config = empty_model(config, dtype, notes)
-    sizes = sizes_of(model)
-    parameters = sizes.linear + sizes.other
-    notes += _unmeasured(module, config.attention, "" if sizes.known else type(model).__name__, on_gpu)
-    run = Run(_ranks(options, on_gpu), options)
-    setup = _setup(module, model, config, run, on_gpu)
-    tokenizer = tokenizer_at_hand(config)
-    adapter = _with_new_tokens(module, tokenizer, sizes.vocabulary)
-    adapters = plan_adapters(model, adapter, module.adapter_path, dtype.itemsize, notes)
-    work = plan_work(data, tokenizer, run, module.adapter_prompt)
-    peaks = {
-        batch: estimate(sizes, setup(*batch), adapters.parameters, adapters.kept) for batch in work.batches
-    }
+    estimator = Estimator.of(module, options, notes)
+    config, run, on_gpu = estimator.config, estimator.run, estimator.on_gpu
+    work = plan_work(data, estimator.tokenizer, run, module.adapter_prompt)
+    peaks = {batch: estimator.memory(*batch) for batch in work.batches}
     largest = max(peaks, key=lambda batch: peaks[batch].peak)
-    computing = str(dtype).removeprefix("torch.")
+    computing = str(estimator.dtype).removeprefix("torch.")
     stored_as = computing if config.quantization == "none" else config.quantization
     return Plan(
         model=f"{config.name} in {stored_as}, computing in {computing}",
-        parameters=parameters,
-        adapters=adapters,
+        parameters=estimator.sizes.linear + estimator.sizes.other,
+        adapters=estimator.adapters,
         memory=peaks[largest],
         batch=largest,
         checkpointing=bool(module.gradient_checkpointing),
         on_gpu=on_gpu,
         run=run,
-        devices=_devices(on_gpu),
+        devices=devices_present(on_gpu),
         work=work,
         tokens_per_second=tokens_per_second,
         notes=notes,
     )
-
-
-def _with_new_tokens(module: MokaModule, tokenizer: "PreTrainedTokenizerBase | None", vocabulary: int) -> Any:
-    """Returns the adapter with the rows of new tokens; where there is no tokenizer, with so many rows."""
-    tokens, config = module.backbone.new_tokens, module.adapter
-    if not tokens or module.adapter_path is not None:
-        return config
-    numbers = range(vocabulary, vocabulary + len(tokens))
-    found = list(numbers) if tokenizer is None else tokenizer.convert_tokens_to_ids(tokens)
-    return with_rows_of(config, found)
-
-
-def _setup(
-    module: MokaModule, model: "PreTrainedModel", config: BackboneConfig, run: Run, on_gpu: bool
-) -> Callable[[int, int], Setup]:
-    """Returns what makes the setup of a micro-batch, from its padded and its predicted tokens.
-
-    Args:
-        module: The module.
-        model: The base on the meta device, without adapters.
-        config: The base's options.
-        run: The trainer's.
-        on_gpu: Whether the run is for GPUs.
-    """
-    quantised, storage = config.quantization != "none", (config.quantization, config.double_quantization)
-    spreads, base_offloaded = _sharding(run.options.get("strategy"))
-    fuses = on_gpu and config.kernels == "auto" and config.compile == "none"
-    return partial(
-        Setup,
-        itemsize=model.dtype.itemsize,
-        checkpointing=bool(module.gradient_checkpointing),
-        linear=weight_bytes(*storage, model.dtype) if quantised else None,
-        state=state_bytes(module.optimizer),
-        gradients=8 if run.ranks > 1 else 4,
-        stored=None if on_gpu else stored_bytes(config, model.num_parameters()) if quantised else 0,
-        fused=fuses and knows(model),
-        by_parts=on_gpu,
-        offloaded=on_gpu and module.gradient_checkpointing == "offload",
-        spread=run.ranks if spreads and (run.ranks > 1 or base_offloaded) else None,
-        base_offloaded=base_offloaded,
-    )
-
-
-def _unmeasured(module: MokaModule, attention: str, unknown: str, on_gpu: bool) -> list[str]:
-    """Returns what the estimate of memory leaves out.
-
-    Args:
-        module: The module.
-        attention: The base's attention.
-        unknown: Its architecture, if that was not measured.
-        on_gpu: Whether the run is for GPUs.
-    """
-    notes = []
-    if unknown:
-        notes.append(f"memory: {unknown} was not measured; it is counted as a LLaMA of its sizes")
-    if attention == "eager":
-        notes.append("memory: a lower bound, since attention eager keeps its weights; sdpa does not")
-    if module.cuda_graphs and on_gpu:
-        notes.append("memory: cuda_graphs keeps a batch's activations for each size of batches; not counted")
-    return notes
 
 
 def _layer_table(adapters: Adapters) -> list[str]:
@@ -295,45 +193,3 @@ def _named(facts: list[tuple[str, str]]) -> list[str]:
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
-
-
-def _on_gpu(accelerator: Any) -> bool:
-    return accelerator in ("gpu", "cuda") or (accelerator in ("auto", None) and torch.cuda.is_available())
-
-
-def _sharding(strategy: Any) -> tuple[bool, bool]:
-    """Whether a strategy (a name, or a class with options) spreads the base, and offloads its parts."""
-    if isinstance(strategy, dict):
-        spreads = str(strategy.get("class_path", "")).endswith("ShardedStrategy")
-        return spreads, spreads and bool((strategy.get("init_args") or {}).get("offload"))
-    return str(strategy).startswith("sharded"), strategy == "sharded_offload"
-
-
-def _dtype(module: MokaModule, on_gpu: bool) -> torch.dtype:
-    """The compute dtype; of a GPU that is not here, the one of today's."""
-    if module.backbone.compute_dtype == "auto" and on_gpu and not torch.cuda.is_available():
-        return torch.bfloat16
-    return compute_dtype(module.backbone, torch.device("cuda" if on_gpu else "cpu"))
-
-
-def _ranks(options: dict[str, Any], on_gpu: bool) -> int:
-    """Processes over all nodes, as the trainer would count them."""
-    devices = options.get("devices")
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
-    if isinstance(devices, str) and "," in devices:
-        devices = [part for part in devices.split(",") if part.strip()]
-    if isinstance(devices, list):
-        count = len(devices)
-    elif isinstance(devices, int) and devices > 0:
-        count = devices
-    else:  # auto, -1
-        count = max(1, torch.cuda.device_count()) if on_gpu else 1
-    return count * int(options.get("num_nodes") or 1)
-
-
-def _devices(on_gpu: bool) -> list[Device]:
-    if on_gpu:
-        properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-        return [Device(found.name, found.total_memory / GIB) for found in properties]
-    return [Device("this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB)]

@@ -21,6 +21,7 @@ from moka_pl.data.batching.order import describe, differences
 from moka_pl.data.types import data_of
 from moka_pl.errors import AdapterError, ConfigError, NonFiniteError
 from moka_pl.ops.finite import non_finite_names
+from moka_pl.training.accidents.non_finite import NON_FINITE_REMEDY
 from moka_pl.training.checkpoint_files import peek, step_of, unusable_reason
 from moka_pl.training.course import (
     CONSEQUENCES,
@@ -33,7 +34,6 @@ from moka_pl.training.course import (
     quantization_of,
 )
 from moka_pl.training.learning_rates import LearningRateRatios
-from moka_pl.training.non_finite import NON_FINITE_REMEDY
 
 if TYPE_CHECKING:
     from moka_pl.training.module import MokaModule
@@ -60,6 +60,7 @@ class StoredRun:
         rng: The states of the random generators.
         course: What else decides the run's course, by change and option; empty without training.
         prompt: Name of the prompt that the data were written in.
+        accidents: The last losses, and what is kept to undo a spike; what fits into the memory.
     """
 
     base: dict[str, str] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class StoredRun:
     rng: dict[str, Any] | None = None
     course: Course = field(default_factory=dict)
     prompt: str | None = None
+    accidents: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: "MokaModule") -> Self:
@@ -85,6 +87,7 @@ class StoredRun:
             rng=rng_state(module.device),
             course=module.course,
             prompt=data_of(module.trainer).prompt,
+            accidents=module.accidents_state(),
         )
 
     @classmethod

@@ -31,8 +31,9 @@ from moka_pl.backbone.linear_layers import describe_storage
 from moka_pl.data.types import data_of
 from moka_pl.errors import ConfigError
 from moka_pl.lm.checkpointing import checkpoint_layers
-from moka_pl.lm.compiled import check_compiler
 from moka_pl.prompts.new_tokens import new_token_pieces
+from moka_pl.training.accidents.memory import check_halving
+from moka_pl.training.accidents.spikes import SpikeOptions
 from moka_pl.training.auto_filters import DeferredFilters
 from moka_pl.training.base import describe_base, name_new_tokens, number_new_tokens, take_new_tokens
 from moka_pl.training.checkpoint import (
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from moka_pl.training.sharding.blocks import ShardedBlocks
 
 # Not None: the command line's help would then list none of their options.
-_BACKBONE, _ADAPTER, _RATIOS = BackboneConfig(), MokaConfig(), LearningRateRatios()
+_BACKBONE, _ADAPTER, _RATIOS, _SPIKES = BackboneConfig(), MokaConfig(), LearningRateRatios(), SpikeOptions()
 
 
 class MokaModule(TrainedModule):
@@ -94,6 +95,9 @@ class MokaModule(TrainedModule):
             and ``clipping`` take effect from there on.
         max_non_finite_steps: A step whose loss or gradient is not finite is skipped; so many in a row end the
             run.
+        loss_spikes: Which losses are named as spikes, and whether their steps are undone.
+        halve_micro_batches: Compute a micro-batch that does not fit into the memory in parts of half as many
+            rows, with the gradient of the whole.
 
     Attributes:
         course: What decides the course of a fit, as its checkpoints hold it.
@@ -118,8 +122,12 @@ class MokaModule(TrainedModule):
         learning_rate_ratios: LearningRateRatios = _RATIOS,
         allow_changes: list[Change] | None = None,
         max_non_finite_steps: int = 5,
+        loss_spikes: SpikeOptions = _SPIKES,
+        halve_micro_batches: bool = False,
     ) -> None:
-        super().__init__(learning_rate_ratios, cuda_graphs, max_non_finite_steps)
+        super().__init__(
+            learning_rate_ratios, cuda_graphs, max_non_finite_steps, loss_spikes, halve_micro_batches
+        )
         self.backbone = replace(backbone)
         self.adapter: Any = deepcopy(adapter)
         method_of(adapter).check_new()  # what is no configuration shows before any loading
@@ -168,21 +176,12 @@ class MokaModule(TrainedModule):
         if stage == "fit":
             self.course = course_of(self, self.trainer)
             check_trainer(self.trainer)
+            check_halving(self)
             if self.backbone.compile == "layers":
-                check_compiler(self.trainer.strategy.root_device)
-                self._check_uncompiled()
+                self._check_compiled()
         if self.checkpoint_path is not None:
             expected = self.course | (optimizer_course(*build_trial(self)) if stage == "fit" else {})
             check_run(peek(self.checkpoint_path), self, expected, training=stage == "fit")
-
-    def _check_uncompiled(self) -> None:
-        """Refuses to compile what hooks move while a layer computes: a graph holds on to it."""
-        offloads = self.gradient_checkpointing == "offload"
-        if offloads or isinstance(self.trainer.strategy, ShardedStrategy):
-            option = "gradient_checkpointing is offload" if offloads else "trainer.strategy is sharded"
-            raise ConfigError(
-                f"{option}, which does not go with backbone.compile layers; set --model.backbone.compile none"
-            )
 
     def configure_model(self) -> None:
         """Loads the base onto this rank's device and injects the adapters (once).
@@ -388,4 +387,5 @@ class MokaModule(TrainedModule):
         self._epoch_anew = begins_epoch_anew(changed)
         if self._epoch_anew:
             begin_epoch_anew(checkpoint)
+        self._accidents = stored.accidents
         self._rng = stored.rng  # set when training begins: nothing before it may draw from them

@@ -1,7 +1,8 @@
 """The training half of the LightningModule: loss, gradient and their checks, step by step."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -9,13 +10,18 @@ from torch import Tensor
 
 from moka_pl._compat import multiply_all_
 from moka_pl.data.types import Batch
+from moka_pl.errors import ConfigError
 from moka_pl.evaluation.module import EvaluatedModule
 from moka_pl.lm.attention import PackedAttention
-from moka_pl.lm.compiled import compile_layers, restore_layers
+from moka_pl.lm.compiled import check_compiler, compile_layers, restore_layers
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
 from moka_pl.lm.scoring import Predicted, TokenScores, predicted, score_tokens
+from moka_pl.training.accidents.memory import memory_errors
+from moka_pl.training.accidents.micro_batches import MicroBatches
+from moka_pl.training.accidents.non_finite import NonFiniteSteps
+from moka_pl.training.accidents.spikes import LossSpikes, SpikeOptions
 from moka_pl.training.learning_rates import LearningRateRatios, logged_rates
-from moka_pl.training.non_finite import NonFiniteSteps
+from moka_pl.training.sharding.strategy import ShardedStrategy
 
 
 class TrainedModule(EvaluatedModule):
@@ -25,24 +31,51 @@ class TrainedModule(EvaluatedModule):
         learning_rate_ratios: Multiples of the optimizer's learning rate, to be logged.
         cuda_graphs: Whether to replay steps as CUDA graphs.
         max_non_finite_steps: So many steps in a row that are not finite end the run.
+        spikes: Which losses are spikes, and what is done about them.
+        halves_batches: Whether to compute micro-batches in parts where the memory does not hold them.
+
+    Attributes:
+        updating: Whether the optimizer may be in the middle of changing the weights.
+        describe_memory: Describes what rows, their tokens and predicted tokens take, where it is known.
     """
 
+    gradient_checkpointing: bool | Literal["offload"]
+    describe_memory: Callable[[int, int, int], str] | None = None
+
     def __init__(
-        self, learning_rate_ratios: LearningRateRatios, cuda_graphs: bool, max_non_finite_steps: int
+        self,
+        learning_rate_ratios: LearningRateRatios,
+        cuda_graphs: bool,
+        max_non_finite_steps: int,
+        spikes: SpikeOptions,
+        halves_batches: bool,
     ) -> None:
         super().__init__()
         self.learning_rate_ratios = replace(learning_rate_ratios)
         self.cuda_graphs = cuda_graphs
-        self._non_finite = NonFiniteSteps(self, max_non_finite_steps)
+        self.halves_batches = halves_batches
+        self.updating = False
+        self._spikes = LossSpikes(self, spikes)
+        self._non_finite = NonFiniteSteps(self, max_non_finite_steps, self._spikes)
+        self._micro_batches: MicroBatches | None = None
+        self._batch: Batch | None = None
+        self._accidents: dict[str, Any] = {}  # of the run that is resumed
         self._token_accumulator: Tensor | None = None
         self._packed: PackedAttention | None = None
         self._capture: StepCapture | None = None
 
     def _begin_steps(self) -> None:
-        """Resets what is kept from step to step."""
+        """Resets what is kept from step to step, or goes on from what a checkpoint has of it."""
         dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         self._token_accumulator = torch.zeros(2, dtype=dtype, device=self.device)
         self._non_finite.begin()
+        self.updating = False
+        self._micro_batches = MicroBatches(self) if self.halves_batches else None
+        stored, self._accidents = self._accidents, {}
+        if stored:
+            self._spikes.load_state_dict(stored["spikes"])
+            if self._micro_batches is not None:
+                self._micro_batches.load_state_dict(stored["halved"])
         if self.backbone.compile == "layers":
             rank_zero_info(f"compiling {compile_layers(self.causal_lm)} decoder layers in the first steps")
         if self.cuda_graphs:
@@ -50,9 +83,30 @@ class TrainedModule(EvaluatedModule):
             if self._capture.unsupported_reason is not None and self.device.type == "cuda":
                 rank_zero_info(f"no CUDA graphs: {self._capture.unsupported_reason}")
 
+    def accidents_state(self) -> dict[str, Any]:
+        """Returns what of earlier steps decides how the next ones are judged and computed."""
+        if self.trainer.state.fn != "fit":
+            return {}
+        self._non_finite.settle()
+        halved = {} if self._micro_batches is None else self._micro_batches.state_dict()
+        return {"spikes": self._spikes.state_dict(), "halved": halved}
+
+    def _check_compiled(self) -> None:
+        """Refuses to compile without a compiler, or what hooks move while a layer computes.
+
+        A graph would hold on to it.
+        """
+        check_compiler(self.trainer.strategy.root_device)
+        offloads = self.gradient_checkpointing == "offload"
+        if offloads or isinstance(self.trainer.strategy, ShardedStrategy):
+            option = "gradient_checkpointing is offload" if offloads else "trainer.strategy is sharded"
+            raise ConfigError(
+                f"{option}, which does not go with backbone.compile layers; set --model.backbone.compile none"
+            )
+
     def on_train_end(self) -> None:
         """Frees the CUDA graphs, and ends a run with an error if its weights are not finite."""
-        self._capture = None
+        self._capture = self._micro_batches = self._batch = None
         restore_layers(self.causal_lm)
         self._non_finite.finish()
 
@@ -81,18 +135,38 @@ class TrainedModule(EvaluatedModule):
 
         The division by the number of tokens happens once the whole batch of the optimizer step is known.
         """
-        batch = self._fixed(batch)  # where the data module did not
-        if "fixed" in batch:
-            assert self._capture is not None
-            total, tokens = self._capture(batch["fixed"]), batch["fixed"].tokens
-        else:
-            scores = self.token_scores(batch)
-            total, tokens = scores.nll.sum(), scores.nll.numel()
+        batch = self._batch = self._fixed(batch)  # where the data module did not
+        with memory_errors(self, "the forward pass", batch):
+            total, tokens = self._summed_loss(batch, batch_idx)
         assert self._token_accumulator is not None
         self._non_finite.add(batch)
         self._token_accumulator[0] += total.detach()
         self._token_accumulator[1] += tokens
         return total
+
+    def _summed_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
+        """Returns the summed loss of a micro-batch, and the number of its tokens."""
+        if self._micro_batches is not None:
+            first = batch_idx % self.trainer.accumulate_grad_batches == 0
+            return self._micro_batches.compute(batch, first)
+        if "fixed" in batch:
+            assert self._capture is not None
+            return self._capture(batch["fixed"]), batch["fixed"].tokens
+        scores = self.token_scores(batch)
+        return scores.nll.sum(), scores.nll.numel()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Computes the gradient of a micro-batch, or adds that which its parts have."""
+        if self._micro_batches is not None:
+            return self._micro_batches.add_gradients()
+        with memory_errors(self, "the backward pass", self._batch):
+            return super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Computes the last micro-batch of a step and updates the weights."""
+        with memory_errors(self, "the optimizer's step", self._batch):
+            super().optimizer_step(*args, **kwargs)
+        self.updating = False
 
     def token_scores(self, batch: Batch) -> TokenScores:
         """Scores the completion tokens of a micro-batch, as training does."""
@@ -116,6 +190,8 @@ class TrainedModule(EvaluatedModule):
         sums = self._token_accumulator
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(sums)  # the strategy's own would have the CPU wait in a barrier
+            if self._micro_batches is not None:
+                self._micro_batches.sum_over_ranks()
         total, tokens = sums[0], sums[1].clamp(min=1)
         loss = (total / tokens).float()
         factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / tokens
@@ -136,6 +212,7 @@ class TrainedModule(EvaluatedModule):
         """Clips the gradients, where the step has any."""
         if not self._non_finite.skipping:
             super().configure_gradient_clipping(optimizer, *clip, **clipping)
+        self.updating = True  # Lightning's last hook before the optimizer's update
 
     def on_train_batch_end(self, *of_batch: Any) -> None:
         """Ends a run whose steps are no longer finite."""

@@ -11,8 +11,8 @@ import torch
 from moka_pl.adapters import MokaConfig
 from moka_pl.backbone import BackboneConfig
 from moka_pl.data import CommonsenseData
+from moka_pl.training.accidents.non_finite import NonFiniteSteps
 from moka_pl.training.module import MokaModule
-from moka_pl.training.non_finite import NonFiniteSteps
 
 pytestmark = pytest.mark.gpu
 

@@ -86,6 +86,8 @@ KINDS = {
     "model.allow_changes": FREE,
     "model.cuda_graphs": FREE,
     "model.gradient_checkpointing": FREE,
+    "model.halve_micro_batches": FREE,
+    "model.loss_spikes.*": FREE,
     "model.max_non_finite_steps": FREE,
     # The optimizer
     "model.learning_rate_ratios.*": "learning_rate",

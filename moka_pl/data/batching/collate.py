@@ -72,11 +72,14 @@ class BatchRows(TorchDataset[Batch]):
         if sizes:
             examples = iter(rows)
             packs = [list(islice(examples, size)) for size in sizes]
-            return collate_packs(packs, [pack[0] < 0 for pack in entries], self.pad_id)
+            packed = collate_packs(packs, [pack[0] < 0 for pack in entries], self.pad_id)
+            packed["rows"] = [i for i in wanted if i >= 0]
+            return packed
         fillers = [i < 0 for i in wanted]
         if self.choices:
             return collate_choices(rows, fillers, self.pad_id, self.share)
         batch = collate_tokens(rows, fillers, self.pad_id)
+        batch["rows"] = [i for i in wanted if i >= 0]
         if "words" in columns:
             real = [row for row, is_filler in zip(rows, fillers, strict=True) if not is_filler]
             batch["words"] = sum(row["words"] for row in real)

@@ -52,13 +52,14 @@ def choices():
 
 def test_plain_batch():
     batch = plain()[[0, 1]]
-    assert set(batch) == {"input_ids", "labels", "num_tokens", "num_examples"}
+    assert set(batch) == {"input_ids", "labels", "num_tokens", "num_examples", "rows"}
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert batch["input_ids"][0].tolist() == [1, 2, 3] + [99] * 13
     assert batch["labels"][0].tolist() == [IGNORE_INDEX, 2, 3] + [IGNORE_INDEX] * 13
     assert (batch["num_tokens"], batch["num_examples"]) == (12, 2)
     assert isinstance(batch["num_tokens"], int)
+    assert batch["rows"] == [0, 1]
 
 
 def test_multiple_of_eight():
@@ -70,6 +71,7 @@ def test_plain_filler():
     assert batch["input_ids"][1, :5].tolist() == [1, 2, 3, 4, 5]
     assert (batch["labels"][1] == IGNORE_INDEX).all()
     assert batch["num_tokens"] == 3
+    assert batch["rows"] == [0]
     assert plain()[[filler(0)]]["num_tokens"] == 0
 
 

@@ -15,8 +15,8 @@ from moka_pl.backbone import BackboneConfig
 from moka_pl.callbacks import AdapterCheckpoint, GracefulInterrupt, RunCheckpoint
 from moka_pl.errors import ConfigError, NonFiniteError
 from moka_pl.ops.finite import non_finite_names
+from moka_pl.training.accidents.non_finite import NonFiniteSteps
 from moka_pl.training.module import MokaModule
-from moka_pl.training.non_finite import NonFiniteSteps
 
 LAYER = "model.layers.0.mlp.down_proj"
 

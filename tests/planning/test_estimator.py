@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moka_pl.backbone import BackboneConfig
-from moka_pl.planning.report import _setup
+from moka_pl.planning.estimator import _setup
 from moka_pl.planning.work import Run
 
 

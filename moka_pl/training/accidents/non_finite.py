@@ -15,12 +15,11 @@ from moka_pl.data.types import Batch
 from moka_pl.errors import ConfigError, NonFiniteError
 from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.ops.finite import non_finite_names
+from moka_pl.training.accidents.naming import diagnosing, gathered, listed, row_texts
+from moka_pl.training.accidents.spikes import LossSpikes
 
 if TYPE_CHECKING:
     from moka_pl.training.steps import TrainedModule
-
-#: Rows that a message shows, and the tokens of each: where it begins, and where its trained part does.
-_ROWS, _BEGIN, _BEFORE, _AFTER = 3, 12, 12, 12
 
 
 @dataclass
@@ -52,6 +51,7 @@ class NonFiniteSteps:
     Args:
         module: The module that is trained.
         patience: So many in a row end the run.
+        spikes: Judges the steps that are finite.
 
     Attributes:
         numbers: The skipped steps.
@@ -59,10 +59,10 @@ class NonFiniteSteps:
         skipping: Whether the step at hand has been left without gradients.
     """
 
-    def __init__(self, module: "TrainedModule", patience: int) -> None:
+    def __init__(self, module: "TrainedModule", patience: int, spikes: LossSpikes) -> None:
         if patience < 1:
             raise ConfigError(f"max_non_finite_steps must be at least 1, not {patience}")
-        self._module, self._patience = module, patience
+        self._module, self._patience, self._spikes = module, patience, spikes
         self.begin()
 
     def begin(self) -> None:
@@ -74,6 +74,7 @@ class NonFiniteSteps:
         self._in_a_row = 0
         self._pending: _Step | None = None
         self._finite: Batch | None = None  # a batch of the last finite step
+        self._spikes.begin()
 
     def add(self, batch: Batch) -> None:
         """Notes a micro-batch of the step at hand."""
@@ -87,34 +88,40 @@ class NonFiniteSteps:
             loss: The step's loss over all ranks.
             norm: Norm of the gradient over all ranks.
         """
-        self._settle()
+        self.settle()
         self.skipping = False
         trainer = self._module.trainer
         batches, self._batches = self._batches, []
         values = torch.stack([loss.float(), norm.to(loss.device).float()])
         step = _Step(trainer.global_step + 1, batches, values)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        on_gpu = values.device.type == "cuda" and scaler is None
-        if on_gpu and skip_on_device(optimizer, ~torch.isfinite(values).all()):
+        waits = values.device.type != "cuda" or scaler is not None or self._spikes.rolls_back
+        if not waits and skip_on_device(optimizer, ~torch.isfinite(values).all()):
             step.values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
             step.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             step.copied.record()
             self._pending = step
-            return None
+            return
         step.values = values.cpu()
         if _is_finite(step):
-            return self._judge(step)
+            if self._judge(step, optimizer):
+                self._leave_out(optimizer, scaler)
+            return
         if scaler is not None and math.isfinite(step.values[0]) and scaler.get_scale() > 1:
-            return None  # the scaler skips it and lowers its scale
+            return  # the scaler skips it and lowers its scale
         named = self._module.named_parameters()
         step.gradients = non_finite_names({name: p.grad for name, p in named if p.grad is not None})
+        self._leave_out(optimizer, scaler)
+        self._judge(step, optimizer)
+
+    def _leave_out(self, optimizer: torch.optim.Optimizer, scaler: Any) -> None:
+        """Lets the optimizer's next step change nothing."""
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             # Optimizers pass such parameters by. A scaler may still have to look at the gradients.
             if scaler is None:
                 parameter.grad, self.skipping = None, True
             elif parameter.grad is not None:
                 parameter.grad.fill_(math.nan)
-        return self._judge(step)
 
     def raise_error(self) -> None:
         """Raises what ends the run, if anything does; called between two steps, on all ranks."""
@@ -127,7 +134,7 @@ class NonFiniteSteps:
         Raises:
             NonFiniteError: If the weights, or all of the steps, are not finite.
         """
-        self._settle()
+        self.settle()
         trainer = self._module.trainer
         weights = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         if self.error is None and (bad := non_finite_names(weights)):
@@ -139,25 +146,26 @@ class NonFiniteSteps:
             self.error = self._ending(f"none of the {len(self.numbers)} steps had a finite loss and gradient")
         self.raise_error()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Judges the step before, whose values have arrived by now."""
         step, self._pending = self._pending, None
         if step is not None:
             step.copied.synchronize()
-            self._judge(step)
+            self._judge(step, self._module.trainer.optimizers[0])
 
-    def _judge(self, step: _Step) -> None:
+    def _judge(self, step: _Step, optimizer: torch.optim.Optimizer) -> bool:
+        """Judges a step; returns whether it is to be skipped though it is finite."""
         if _is_finite(step):
             self._in_a_row = 0
             self._finite = step.batches[0] if step.batches else self._finite
-            return
+            return self._spikes.judge(step.number, float(step.values[0]), step.batches, optimizer)
         if self.numbers and self.numbers[-1] == step.number:  # LBFGS computes a step's loss several times
-            return
+            return False
         self.numbers.append(step.number)
         self._in_a_row += 1
         loss, norm = step.values.tolist()
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient has the norm {norm}"
-        where = self._gather(self._find(step))
+        where = gathered(self._module, self._find(step))
         rank_zero_warn(
             f"step {step.number} is skipped: its {what}{where}. Skipped so far: {len(self.numbers)}"
         )
@@ -166,6 +174,7 @@ class NonFiniteSteps:
             self.error = self._ending(
                 f"the last {self._in_a_row} steps ({first} to {step.number}) had no finite loss or gradient"
             )
+        return False
 
     def _ending(self, reason: str) -> NonFiniteError:
         """Makes the error, which tells whether the weights are worth saving."""
@@ -180,33 +189,24 @@ class NonFiniteSteps:
 
     def _still_finite(self, batch: Batch) -> bool:
         """Whether a batch that had a finite loss still has one."""
-        with suppress(RuntimeError), self._diagnosing(), torch.no_grad():
+        with suppress(RuntimeError), diagnosing(self._module), torch.no_grad():
             return bool(torch.isfinite(self._module.token_scores(batch).nll.sum()))
         return False
 
     # Naming
 
-    def _gather(self, found: str) -> str:
-        """Joins what the ranks have found."""
-        if self._module.trainer.world_size == 1:
-            return found
-        self._module.trainer.strategy.barrier()  # a sharded base is gathered until all have found theirs
-        everything: list[Any] = [None] * self._module.trainer.world_size
-        torch.distributed.all_gather_object(everything, found)
-        return "".join(f"{text} (rank {rank})" for rank, text in enumerate(everything) if text)
-
     def _find(self, step: _Step) -> str:
         """Computes the step's batches again; returns the first layer and the rows that are not finite."""
         outputs: list[str] = []
         rows: list[str] = []
-        with suppress(RuntimeError), self._diagnosing():  # such as a lack of memory
+        with suppress(RuntimeError), diagnosing(self._module):  # such as a lack of memory
             for batch in step.batches:
                 with _watched(self._module.causal_lm, outputs), torch.no_grad():
                     bad = ~torch.isfinite(self._module.token_scores(batch).nll)
-                rows += self._texts(batch, bad.nonzero()[:, 0].tolist())
+                rows += row_texts(self._module, batch, bad.nonzero()[:, 0].tolist())
             if outputs or rows:
                 return (
-                    f"; first layer whose output is not finite: {(outputs or ['the head'])[0]}{_listed(rows)}"
+                    f"; first layer whose output is not finite: {(outputs or ['the head'])[0]}{listed(rows)}"
                 )
             # Those of several ranks are averaged by now.
             gradients = step.gradients if self._module.trainer.world_size == 1 else []
@@ -214,9 +214,9 @@ class NonFiniteSteps:
                 for row in _rows(batch):
                     names = self._bad_gradients(row)
                     gradients = gradients or names
-                    rows += self._texts(row, [0]) if names else []
+                    rows += row_texts(self._module, row, [0]) if names else []
             if gradients:  # the backward pass comes from the last layer
-                return f"; first layer whose gradient is not finite: {gradients[-1]}{_listed(rows)}"
+                return f"; first layer whose gradient is not finite: {gradients[-1]}{listed(rows)}"
         return "; computed again, it is finite" if self._module.trainer.world_size == 1 else ""
 
     def _bad_gradients(self, batch: Batch) -> list[str]:
@@ -225,29 +225,6 @@ class NonFiniteSteps:
         loss = self._module.token_scores(batch).nll.sum()
         gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         return non_finite_names(dict(zip(named, gradients, strict=True)))
-
-    def _texts(self, batch: Batch, tokens: list[int]) -> list[str]:
-        """Returns the rows of scored tokens, each once, in words: its beginning, and what stands there."""
-        places = (batch["labels"][:, 1:] != IGNORE_INDEX).nonzero().tolist()
-        texts: dict[int, str] = {}
-        for row, column in (places[token] for token in tokens):
-            if row not in texts:
-                ids, at = batch["input_ids"][row], column + 1
-                begin, near = max(0, at - _BEFORE), ids[max(0, at - _BEFORE) : at + _AFTER]
-                parts = [ids[: min(_BEGIN, begin)], near]
-                decoded = [
-                    " ".join(self._module.tokenizer.decode(part).split()) for part in parts if len(part)
-                ]
-                texts[row] = repr(" … ".join(decoded))
-        return list(texts.values())
-
-    @contextmanager
-    def _diagnosing(self) -> Iterator[None]:
-        """Leaves the random generators as they are, and computes in the trainer's precision."""
-        device = self._module.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self._module.trainer.precision_plugin.train_step_context():
-            yield
 
 
 NON_FINITE_REMEDY = (
@@ -268,14 +245,6 @@ def _rows(batch: Batch) -> Iterator[Batch]:
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         if (labels[1:] != IGNORE_INDEX).any():
             yield {"input_ids": ids[None], "labels": labels[None]}
-
-
-def _listed(rows: list[str]) -> str:
-    """Returns the first rows as the end of a sentence."""
-    if not rows:
-        return ""
-    more = f" and {len(rows) - _ROWS} more" if len(rows) > _ROWS else ""
-    return f"; rows: {', '.join(rows[:_ROWS])}{more}"
 
 
 @contextmanager
