@@ -58,8 +58,8 @@ class Halving:
             if size == 1:
                 raise self.failure(reason)
             self.most = size // 2
-        if self.most != before:
-            _say(self.said(before or rows))
+        if self.most != before and (said := self.said(before or rows)):
+            _say(said)
         return done
 
     def failure(self, reason: str) -> Exception:
@@ -67,7 +67,7 @@ class Halving:
         return OutOfMemoryError(f"one of the {self.what} alone does not fit: {reason}. {self.remedy}")
 
     def said(self, before: int) -> str:
-        """Returns how it goes on, where ``before`` rows at a time were too many."""
+        """Returns how it goes on, where ``before`` rows at a time were too many; nothing if that is known."""
         return f"with {before} {self.what} at a time; the evaluation goes on with {self.most}"
 
 

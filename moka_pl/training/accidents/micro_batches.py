@@ -32,6 +32,7 @@ class MicroBatches:
     def __init__(self, module: "TrainedModule") -> None:
         self._module = module
         self._halvings: dict[int, _HalvedRows] = {}  # by the tokens of a row
+        self._told: set[int] = set()
         self._params = [p for p in module.parameters() if p.requires_grad]
         self._sums: list[Tensor] = []
         self._used: list[bool] = []
@@ -91,7 +92,7 @@ class MicroBatches:
             self._halving(int(tokens)).most = most
 
     def _halving(self, tokens: int) -> "_HalvedRows":
-        halving = self._halvings.setdefault(tokens, _HalvedRows(self._module))
+        halving = self._halvings.setdefault(tokens, _HalvedRows(self._module, self._told))
         shorter = [h.most for size, h in self._halvings.items() if size <= tokens and h.most is not None]
         halving.most = min(shorter, default=None)
         return halving
@@ -122,24 +123,32 @@ class MicroBatches:
 
 
 class _HalvedRows(Halving):
-    """Rows of a micro-batch; what does not fit ends the run as elsewhere in a step."""
+    """Rows of a micro-batch; what does not fit ends the run as elsewhere in a step.
+
+    Args:
+        module: The module that is trained.
+        told: Numbers of rows at a time that were told.
+    """
 
     batch: Batch
 
-    def __init__(self, module: "TrainedModule") -> None:
+    def __init__(self, module: "TrainedModule", told: set[int]) -> None:
         super().__init__("rows", "")
-        self._module = module
+        self._module, self._told = module, told
 
     def failure(self, reason: str) -> Exception:
         """Makes the error of one row that does not fit."""
         return step_error(self._module, "one row", rows_of(self.batch, slice(0, 1)), reason)
 
     def said(self, before: int) -> str:
-        """Returns how the run goes on."""
+        """Returns how the run goes on, once for each number of rows."""
+        if self.most is None or self.most in self._told:
+            return ""
+        self._told.add(self.most)
         tokens = self.batch["input_ids"].shape[1]
         return (
-            f"with micro-batches of {before} x {tokens:,} tokens; those are computed {self.most} rows at a "
-            "time from here on, with the same gradient"
+            f"with a micro-batch of {before} x {tokens:,} tokens; what does not fit is computed {self.most} "
+            "rows at a time from here on, with the same gradient"
         )
 
 

@@ -124,6 +124,7 @@ def fit(make_module, make_data, make_trainer, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_names_step_and_rows_and_changes_nothing(fit):
     spike, unwatched = Spike(6), Spike(6)
     with pytest.warns(UserWarning, match="is a spike") as seen:
