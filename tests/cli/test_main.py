@@ -585,21 +585,28 @@ def test_finished_run_goes_on_from_its_end(cli):
     assert list(scalars(RUN, "train/loss")) == list(range(8))
 
 
-def test_crash_leaves_a_checkpoint_of_the_latest_validation(cli, monkeypatch):
-    original = MokaModule.training_step
+@pytest.mark.parametrize("crash", ["out of memory", pytest.param("broken", marks=pytest.mark.slow)])
+def test_crash_leaves_a_checkpoint_of_the_last_step(cli, monkeypatch, capsys, crash):
+    original = MokaModule.token_scores
     calls = []
 
     def step(self, *args):
         calls.append(0)
         if len(calls) == 10:
-            raise RuntimeError("out of memory")
+            raise RuntimeError(crash)
         return original(self, *args)
 
-    monkeypatch.setattr(MokaModule, "training_step", step)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    monkeypatch.setattr(MokaModule, "token_scores", step)
+    with pytest.raises(RuntimeError if crash == "broken" else SystemExit) as end:
         cli("fit")
-    assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
-    monkeypatch.setattr(MokaModule, "training_step", original)
+    if crash == "out of memory":
+        assert end.value.code == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert len(said) == 1
+        assert "out of memory in the forward pass of step 6, with a micro-batch of 2 x " in said[0]
+        assert "plan estimates " in said[0]
+    assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+    monkeypatch.setattr(MokaModule, "token_scores", original)
     cli("fit", "--ckpt_path", "last")
     assert json.loads((RUN / "adapters/last/adapter_config.json").read_text())["extra"]["step"] == 8
     assert max(scalars(RUN, "train/lr")) >= 7

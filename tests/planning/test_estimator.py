@@ -1,5 +1,6 @@
-"""How a plan reads the options of a run."""
+"""How a plan reads the options of a run, and what it says of one micro-batch."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from moka_pl.backbone import BackboneConfig
-from moka_pl.planning.estimator import _setup
+from moka_pl.planning.estimator import _setup, describe_batch
 from moka_pl.planning.work import Run
 
 
@@ -27,3 +28,21 @@ def test_liger_s_kernels_are_counted_where_they_are_put_in(
     config = BackboneConfig("tiny", weights="random", **options)
     setup = _setup(module, tiny_llama, config, Run(), on_gpu)(7, 5)
     assert (setup.tokens, setup.trained, setup.state, setup.fused) == (7, 5, 8, fused)
+
+
+def test_describes_a_batch_that_did_not_fit(make_module) -> None:
+    def described(rows: int, **options: Any) -> str:
+        return describe_batch(make_module(**options), {"accelerator": "cuda"}, rows, 4096, rows * 2048)
+
+    said = described(2048)
+    pattern = (
+        r"plan estimates ([\d.]+) GiB for a rank with such a batch \(([\d.]+) with half of the rows, "
+        r"([\d.]+) with gradient checkpointing\)"
+    )
+    match = re.match(pattern, said)
+    assert match is not None, said
+    whole, half, checkpointed = map(float, match.groups())
+    assert checkpointed < whole
+    assert half == pytest.approx(whole / 2, rel=0.1)
+    assert "offloaded checkpointing" in described(1, gradient_checkpointing=True)
+    assert "(" not in described(1, gradient_checkpointing="offload")
