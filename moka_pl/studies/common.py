@@ -30,6 +30,8 @@ _PACKAGES = (
     "lightning",
     "triton",
     "liger-kernel",
+    "torchao",
+    "hqq",
 )
 _LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero")
 _PROCESS = Path("/proc/self")

@@ -25,6 +25,7 @@ from moka_pl.backbone.quantization.kinds import (
     weight_bytes,
 )
 from moka_pl.backbone.quantization.layers import (
+    base_bytes,
     dense_weight,
     frozen_output,
     is_quantised,
@@ -50,6 +51,7 @@ __all__ = [
     "QuantisedLinear",
     "Quantization",
     "StoredLayers",
+    "base_bytes",
     "check_layers",
     "check_made",
     "dense_weight",

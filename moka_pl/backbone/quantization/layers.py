@@ -161,6 +161,17 @@ def weight_count(parameter: Tensor) -> int:
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
+def base_bytes(model: nn.Module) -> int:
+    """Returns the bytes of all frozen parameters of a model, with the scales of those that are quantised."""
+    total = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
+    for layer in model.modules():
+        if isinstance(layer, QuantisedLinear):
+            total += sum(scales.nbytes for scales in layer.stored.scales.values())
+        elif is_four_bit(layer) and (state := layer.weight.quant_state) is not None:
+            total += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    return total
+
+
 def relative_entries(parameter: Tensor, index: Tensor) -> Tensor:
     """Returns some weights of a parameter, float32, 4-bit ones relative to the largest of their block.
 

@@ -120,7 +120,7 @@ def _trials(entry: Entry) -> str:
 
 
 #: What a training cost, with the digits to show.
-_COSTS = {"seconds": 0, "step_ms": 0, "peak_gib": 2}
+_COSTS = {"seconds": 0, "step_ms": 0, "peak_gib": 2, "base_mib": 1}
 
 
 def _cost_lines(rows: Sequence[Row]) -> list[str]:
@@ -132,10 +132,10 @@ def _cost_lines(rows: Sequence[Row]) -> list[str]:
         cells.append([row.entry.name, *shown])
     told = (
         "Medians over seeds. Seconds are of a whole training with its evaluation on held-out data. Other "
-        "processes may have shared the device: no time here tells a method's speed. Memory is the GPU's that "
-        "the training steps of this process alone took."
+        "processes may have shared the device: no time here tells a method's speed. The peak is the "
+        "GPU memory that the training steps of this process alone took, the base's all of its frozen weights."
     )
-    return [*_table(["", "seconds", "ms a step", "peak GiB"], cells), "", told]
+    return [*_table(["", "seconds", "ms a step", "peak GiB", "base MiB"], cells), "", told]
 
 
 def _gate_lines(rows: Sequence[Row]) -> list[str]:

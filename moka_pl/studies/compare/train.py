@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from moka_pl.adapters import moka_layers, save_adapter
+from moka_pl.backbone.quantization import base_bytes
 from moka_pl.callbacks import GateMonitor
 from moka_pl.callbacks.evaluation import results_dict
 from moka_pl.callbacks.gates import gate_matrix
@@ -336,6 +337,7 @@ class Executor:
         save_adapter(folder / ADAPTER, module.causal_lm, module.adapter, module.base)
         return about | {
             "parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+            "base_mib": round(base_bytes(module.causal_lm) / 2**20, 2),
             "steps": steps,
             "batches": module.batches,
             "validation_loss": _number(values["val/loss"]),

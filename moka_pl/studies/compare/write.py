@@ -62,6 +62,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "seconds": [round(o["trained"]["seconds"], 1) for o in row.entry.outcomes.values()],
                 "step_ms": [o["trained"].get("step_ms") for o in row.entry.outcomes.values()],
                 "peak_gib": [o["trained"].get("peak_gib") for o in row.entry.outcomes.values()],
+                "base_mib": [o["trained"].get("base_mib") for o in row.entry.outcomes.values()],
                 "training_loss": row.curve,
                 "gates": None if row.gates is None else asdict(row.gates),
                 "ranks": None if row.ranks is None else asdict(row.ranks),

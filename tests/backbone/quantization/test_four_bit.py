@@ -11,6 +11,7 @@ from torch import nn
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone.quantization import (
+    base_bytes,
     dense_weight,
     four_bit,
     frozen_output,
@@ -18,6 +19,7 @@ from moka_pl.backbone.quantization import (
     keep_weights,
     kernel_weight,
     quantised_linear,
+    weight_bytes,
 )
 from moka_pl.errors import BackboneError
 
@@ -124,3 +126,11 @@ def test_plain_scales_give_the_same_weight_and_product_bit_for_bit(double: bool)
     del layer, new
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_its_bytes_are_those_that_are_planned(double: bool) -> None:
+    layer = quantised_linear(
+        nn.Linear(512, 512, bias=False), torch.randn(512, 512), "nf4", double, torch.float32
+    )
+    assert base_bytes(layer) / 512**2 == pytest.approx(weight_bytes("nf4", double, torch.float32))

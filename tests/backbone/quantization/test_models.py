@@ -16,6 +16,7 @@ from moka_pl.backbone.fingerprint import compare_samples
 from moka_pl.backbone.load import Unloaded
 from moka_pl.backbone.quantization import (
     QuantisedLinear,
+    base_bytes,
     dense_weight,
     quantised_linear,
     quantization_of,
@@ -69,9 +70,9 @@ def test_each_layer_is_quantised_as_it_is_read(folder: str, kind: str, dense: Ll
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(ids).logits, dense(ids).logits, atol=1e-4, rtol=1e-4)
-    stored = [(layer.weight, *layer.weight.stored.scales.values()) for layer in found.values()]
-    nbytes = sum(tensor.nbytes for tensors in stored for tensor in tensors)
-    weights = sum(layer.weight.stored.shape.numel() for layer in found.values())
+    biases = sum(layer.bias.nbytes for layer in found.values() if layer.bias is not None)
+    nbytes = sum(map(base_bytes, found.values())) - biases
+    weights = sum(layer.stored.shape.numel() for layer in found.values())
     # Small layers have a larger share of scales.
     assert nbytes / weights == pytest.approx(weight_bytes(kind, True, torch.float32), rel=0.1)
 
