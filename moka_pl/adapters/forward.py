@@ -114,7 +114,7 @@ def merged_updates(adapted: "MokaLinear", x: Tensor, compute: torch.dtype, backe
         from moka_pl.ops.triton import FusedUpdates, make_plan
 
         plan = make_plan(shapes, m, n, x.device)
-        source = kernel_weight(layer, compute, even=plan.side > 0 or plan.even)
+        source = kernel_weight(layer, compute, even=plan.words is not None or plan.even)
         return FusedUpdates(*parts, plan, source)
     return UPDATES[backend](*parts)
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +25,7 @@ from moka_pl.backbone.checks import (
 )
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.description import Description, build_empty, describe
+from moka_pl.backbone.frozen_products import fuse_products
 from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.hub import check_download, download_model, reach_model
 from moka_pl.backbone.linear_layers import linearise, quantise_rest
@@ -154,6 +156,8 @@ def load_backbone(
     check_loss(model, config.name)
     if config.kernels == "auto" and config.compile == "none" and device.type == "cuda":
         notes.append(fuse_kernels(model))
+        if find_spec("triton") is not None:
+            fuse_products(model)
     return Backbone(model, tokenizer, config, notes)
 
 

@@ -10,6 +10,7 @@ from shared.graph_fit import fit
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.lm.checkpointing import checkpoint_layers
 from moka_pl.lm.cuda_graphs import PATIENCE, StepCapture, fix_size
 from moka_pl.lm.scoring import score_tokens
 
@@ -125,11 +126,25 @@ def test_full_training_of_the_base_is_recorded() -> None:
     assert error < 5e-2 * torch.stack([b.float().norm() for b in expected]).norm()
 
 
-def test_checkpointing_and_a_failure_go_on_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_checkpointed_step_is_replayed(offload: bool) -> None:
+    model, batch = _model(MokaConfig()), fix_size(_batch(0))
+    params = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(StepCapture(model)(batch), params)
+    checkpoint_layers(model, offload)
+    capture = StepCapture(model)
+    for _ in range(PATIENCE + 3):
+        found = torch.autograd.grad(capture(batch), params)
+    assert capture.graphs == 1
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3 * float(other.abs().max()))
+
+
+def test_dropout_and_a_failure_go_on_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model(MokaConfig(dropout=0.1))
+    checkpoint_layers(model)
+    assert "checkpointing" in (StepCapture(model).unsupported_reason or "")
     model = _model(MokaConfig())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert "checkpointing" in StepCapture(model).unsupported_reason
-    model.gradient_checkpointing_disable()
     capture = StepCapture(model)
     batch = fix_size(_batch(0))
     for _ in range(PATIENCE):

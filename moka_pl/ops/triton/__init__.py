@@ -10,11 +10,12 @@ from run to run.
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.decode import add_decode_update_
 from moka_pl.ops.triton.delta import fused_weight
+from moka_pl.ops.triton.dequantise import can_dequantise, dequantise
 from moka_pl.ops.triton.gates import Gates, layer_gates
 from moka_pl.ops.triton.merged_forward import FusedThinUpdates, FusedUpdates
 from moka_pl.ops.triton.plan import Plan, make_plan
 from moka_pl.ops.triton.projection import fused_projection
-from moka_pl.ops.triton.thin_factors import can_dequantise, thin_matrices
+from moka_pl.ops.triton.thin_factors import thin_matrices
 from moka_pl.ops.triton.thin_plan import ThinPlan, make_thin_plan
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "WeightSource",
     "add_decode_update_",
     "can_dequantise",
+    "dequantise",
     "fused_projection",
     "fused_weight",
     "layer_gates",

@@ -9,9 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments, frozen_weight
+from moka_pl.ops.triton.dequantise import WORDS, as_words, can_dequantise, entries, scales
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
-from moka_pl.ops.triton.plan import BLOCKS, TILE, Plan
+from moka_pl.ops.triton.plan import TILE, Plan
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -31,55 +32,51 @@ def _round(total, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr):  # type: ign
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _put_square(  # type: ignore[no-untyped-def]
-    out, total, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
-    SIDE: tl.constexpr, FULL: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr, DITHER: tl.constexpr,
+def _put_words(  # type: ignore[no-untyped-def]
+    out, total, i, j, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
+    WORDWISE: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    DITHER: tl.constexpr,
 ):  # fmt: skip
-    """Adds W to BLOCKS squares of ΔW, (SIDE, BLOCKS, SIDE), rounds and stores them."""
-    i = (top + tl.arange(0, SIDE))[:, None, None]
-    across = tl.arange(0, SIDE)[None, None, :]
-    begin = tl.multiple_of(corner, SIDE)[None, :, None]
-    j = begin + across
-    run = i * n + begin
-    flat = run + across
-    if READ:
+    """Adds W to eight entries a word of a row of ΔW, (WORDS, 8), rounds and stores them."""
+    word = i * (n // 8) + j // 8
+    flat = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+    kind: tl.constexpr = out.dtype.element_ty
+    if WORDWISE:
+        numbers = tl.load(data + word, mask=inside, other=0)
+        largest = scales(absmax, outer_code, outer_absmax, offset, word, inside, BLOCKSIZE, NESTED)
+        total += entries(numbers, largest, code).to(kind).to(tl.float32)
+    elif READ:
+        held = tl.where(inside[:, None], flat, 0)
+        run = tl.where(inside, word * 8, 0)[:, None]
         total += frozen_weight(
-            data, absmax, code, outer_code, outer_absmax, offset, flat, run,
-            out.dtype.element_ty, BLOCKSIZE, NESTED,
-        )  # fmt: skip
-    rounded = _round(total, i, j, out.dtype.element_ty, DITHER)
-    if FULL:
-        tl.store(out + flat, rounded)
-    else:
-        tl.store(out + flat, rounded, mask=inside[None, :, None])
+            data, absmax, code, outer_code, outer_absmax, offset, held, run, kind, BLOCKSIZE, NESTED
+        )
+    column = j[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(out + flat, _round(total, i, column, kind, DITHER), mask=inside[:, None])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _squares_kernel(  # type: ignore[no-untyped-def]
-    out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset, n,
-    COMPONENTS: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
-    R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr,
-    SIDE: tl.constexpr, BLOCKS: tl.constexpr, REPEATS: tl.constexpr, PERIOD: tl.constexpr,
-    READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
+def _words_kernel(  # type: ignore[no-untyped-def]
+    out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset, m, n,
+    COMPONENTS: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr,
+    GATING: tl.constexpr, PERIOD: tl.constexpr, REPEATS: tl.constexpr, WORDS: tl.constexpr,
+    WORDWISE: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    DITHER: tl.constexpr,
 ):  # fmt: skip
-    """W + ΔW or ΔW, (m, n), by squares; reference: :func:`moka_pl.ops.dense.add_delta_`.
+    """W + ΔW or ΔW, (m, n), by words of eight entries; reference: :func:`moka_pl.ops.dense.add_delta_`.
 
-    Where SIDE divides m_b and n_b, a SIDE x SIDE square of the result meets one entry of the left factor, and
-    the entries of the right factor that it needs lie side by side. PERIOD is a multiple of every m_b: squares
-    that many rows apart need the same right entries, which are read once for all REPEATS. FULL: this holds
-    for all components, and squares fill the layer. Otherwise those beyond its right end are built at its left
-    one and not stored.
+    Where 8 divides n_b, the entries of a word meet one entry of the left factor, and entries of the right
+    factor that lie side by side. Rows PERIOD apart, a multiple of every m_b, need the same right entries,
+    which are read once for all REPEATS.
     """
-    stripes = PERIOD // SIDE
-    top = tl.program_id(0) % stripes * SIDE + tl.program_id(0) // stripes * (REPEATS * PERIOD)
-    corner = (tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)) * SIDE  # first column of each square
-    inside = corner < n
-    if not FULL:
-        corner = tl.where(inside, corner, 0)
-    down, across = tl.arange(0, SIDE), tl.arange(0, SIDE)
+    top = tl.program_id(0) % PERIOD + tl.program_id(0) // PERIOD * (REPEATS * PERIOD)
+    j = (tl.program_id(1) * WORDS + tl.arange(0, WORDS)) * 8
+    inside = j < n
+    row = top + tl.zeros_like(j)
+    in_1, in_2, in_3 = row < m - PERIOD, row < m - 2 * PERIOD, row < m - 3 * PERIOD
+    k = tl.arange(0, 8)[None, :]
     highest, sum_ = softmax_parts(values, R, PADDED, GATING)
-    total_0 = tl.zeros((SIDE, BLOCKS, SIDE), tl.float32)
+    total_0 = tl.zeros((WORDS, 8), tl.float32)
     total_1 = total_0
     total_2 = total_0
     total_3 = total_0
@@ -88,38 +85,35 @@ def _squares_kernel(  # type: ignore[no-untyped-def]
         m_b = COMPONENTS[6 * c + 2]
         n_b = COMPONENTS[6 * c + 3]
         scale = weight(values, c, scaling, highest, sum_, GATING)
+        begin = COMPONENTS[6 * c + 5] + top % m_b * n_b
+        entry = left + COMPONENTS[6 * c + 4] + top // m_b * n_a
+        step = PERIOD // m_b * n_a
         if ALIGNED[c]:
-            begin = tl.multiple_of(COMPONENTS[6 * c + 5] + (top % m_b) * n_b + corner % n_b, 4)
-            line = tl.multiple_of(down * n_b, 4)
-            value = tl.load(right + (begin[None, :, None] + line[:, None, None] + across[None, None, :]))
-            value = value * scale
-            entry = left + COMPONENTS[6 * c + 4] + (top // m_b) * n_a + corner // n_b  # (BLOCKS,)
-            step = PERIOD // m_b * n_a
-            total_0 += tl.load(entry)[None, :, None] * value
-            if REPEATS > 1:
-                total_1 += tl.load(entry + step)[None, :, None] * value
-            if REPEATS > 2:
-                total_2 += tl.load(entry + 2 * step)[None, :, None] * value
-                total_3 += tl.load(entry + 3 * step)[None, :, None] * value
+            place = tl.multiple_of(begin + j % n_b, 8)[:, None] + k  # (WORDS, 8)
+            entry += (j // n_b)[:, None]  # (WORDS, 1)
+            held = inside[:, None]
         else:
-            row = (top + down)[:, None, None]
-            column = corner[None, :, None] + across[None, None, :]
-            value = tl.load(right + (COMPONENTS[6 * c + 5] + row % m_b * n_b + column % n_b))
-            entry = left + (COMPONENTS[6 * c + 4] + row // m_b * n_a + column // n_b)
-            total_0 += tl.load(entry) * (value * scale)
-    _put_square(out, total_0, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
-                SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+            place = begin + (j[:, None] + k) % n_b
+            entry += (j[:, None] + k) // n_b  # (WORDS, 8)
+            held = inside[:, None] & (k < 8)
+        value = tl.load(right + place, mask=inside[:, None], other=0.0) * scale
+        total_0 += tl.load(entry, mask=held, other=0.0) * value
+        if REPEATS > 1:
+            total_1 += tl.load(entry + step, mask=held & in_1[:, None], other=0.0) * value
+            total_2 += tl.load(entry + 2 * step, mask=held & in_2[:, None], other=0.0) * value
+            total_3 += tl.load(entry + 3 * step, mask=held & in_3[:, None], other=0.0) * value
+    _put_words(out, total_0, top, j, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
+               WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
     if REPEATS > 1:
         top += PERIOD
-        _put_square(out, total_1, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax,
-                    offset, SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
-    if REPEATS > 2:
+        _put_words(out, total_1, top, j, inside & in_1, n, data, absmax, code, outer_code, outer_absmax,
+                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
         top += PERIOD
-        _put_square(out, total_2, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax,
-                    offset, SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        _put_words(out, total_2, top, j, inside & in_2, n, data, absmax, code, outer_code, outer_absmax,
+                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
         top += PERIOD
-        _put_square(out, total_3, top, corner, inside, n, data, absmax, code, outer_code, outer_absmax,
-                    offset, SIDE, FULL, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        _put_words(out, total_3, top, j, inside & in_3, n, data, absmax, code, outer_code, outer_absmax,
+                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -213,13 +207,17 @@ def fused_weight(
     frozen = (read, blocksize, nested, dither)
     r = len(plan.shapes)
     # Without fused multiply-adds: the two roundings of the dequantisation are bitsandbytes' own.
-    if plan.side:
-        grid = (plan.m // plan.side // plan.repeats, -(-plan.n // (plan.side * BLOCKS)), 1)
+    if plan.words:
+        wordwise = can_dequantise(source, plan.m * plan.n)
+        if wordwise:
+            pointers = (left, right, values, scaling, *as_words(frozen_pointers))
+        period, repeats = plan.words
+        grid = (-(-plan.m // (period * repeats)) * period, -(-plan.n // (8 * WORDS)), 1)
         launch(
-            _squares_kernel, plan.compiled, ("squares", read, *key), grid, outside,
-            (out, *pointers, plan.n, plan.components, plan.aligned, plan.full, r, plan.padded, gating,
-             plan.side, BLOCKS, plan.repeats, plan.period, *frozen),
-            num_warps=4, enable_fp_fusion=False,
+            _words_kernel, plan.compiled, ("words", read, wordwise, *key), grid, outside,
+            (out, *pointers, plan.m, plan.n, plan.components, plan.aligned, r, plan.padded, gating,
+             period, repeats, WORDS, wordwise, *frozen),
+            num_warps=WORDS // 32, enable_fp_fusion=False,
         )  # fmt: skip
     else:
         assert plan.cells is not None

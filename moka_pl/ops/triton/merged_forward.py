@@ -10,11 +10,13 @@ from moka_pl.ops.merged_forward import DenseUpdates, Keep
 from moka_pl.ops.thin import ThinUpdates
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.delta import fused_weight
+from moka_pl.ops.triton.dequantise import can_dequantise
+from moka_pl.ops.triton.factor_gradients import factor_gradients, make_factor_plan
 from moka_pl.ops.triton.gates import layer_gates
 from moka_pl.ops.triton.plan import Plan
 from moka_pl.ops.triton.projection import fused_projection
 from moka_pl.ops.triton.thin import thin_backward, thin_factor_gradients, thin_forward
-from moka_pl.ops.triton.thin_factors import can_dequantise, thin_matrices
+from moka_pl.ops.triton.thin_factors import thin_matrices
 from moka_pl.ops.triton.thin_plan import ThinPlan
 
 #: Tokens above which bitsandbytes dequantises a 4-bit weight for its product, too; for fewer it has a kernel.
@@ -40,6 +42,25 @@ class FusedUpdates(DenseUpdates):
             source = WeightSource(self.base_weight())
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
         return fused_weight(self.plan, left, right, gates, dtype, source)
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        left: Tensor,
+        right: Tensor,
+        gate: Tensor | None,
+        kept: tuple[Tensor, ...],
+        needs_x: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """As :meth:`DenseUpdates.backward`; the gradient of ΔW is not computed where components are few."""
+        sums = make_factor_plan(self.plan)
+        if sums is None or grad.dtype is not torch.bfloat16 or not sums.pays(len(x), self.m, self.n):
+            return super().backward(grad, x, left, right, gate, kept, needs_x)
+        grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
+        gates = layer_gates(self.plan, gate, self.scaling, self.gating)
+        grads = factor_gradients(self.plan, sums, grad.contiguous(), x.contiguous(), left, right, gates)
+        return grad_x, *grads[:2], None if gate is None else grads[2]
 
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None

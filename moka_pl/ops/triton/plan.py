@@ -9,10 +9,7 @@ from torch import Tensor
 
 from moka_pl.ops.layout import Shape, group_equal, left_sizes, right_sizes, starts
 
-#: Sides of the squares that ΔW is built from, and squares that one program builds side by side.
-SIDES = (16, 8)
-BLOCKS = 8
-#: Rows and columns of a tile of ΔW where squares do not fit.
+#: Rows and columns of a tile of ΔW where words of eight entries do not fit.
 TILE = (16, 64)
 #: Right entries and pairs of left indices that one program of the projection takes at once. With 64 pairs
 #: Triton 3.6 took Hopper's asynchronous products, which were faster by a fifth and gave wrong sums.
@@ -39,15 +36,13 @@ class Plan:
 
     Attributes:
         components: m_a, n_a, m_b, n_b and where A and B begin in the packed factors, for every component.
-        side: Side of the squares that ΔW is built from; 0 where it is built from tiles.
-        aligned: For every component whether such a square meets one entry of its left factor.
-        full: Whether all are aligned and squares fill the layer side by side.
-        period: Rows after which the right factors' rows of all components begin again.
-        repeats: Periods that one program builds.
+        aligned: For every component whether eight entries of a row meet one entry of its left factor.
+        words: Rows after which the right factors' rows of all components begin again, and how many such
+            periods one program builds, where ΔW can be built from words of eight entries; else None.
         padded: r, rounded up to a power of two.
         uniform: 1/r for every component, the weights without gates.
         rows: Where every row of ΔW begins in A and in B of every component (-1 beyond), (2 r, m); None if
-            side.
+            words.
         columns: The same for columns, (2 r, n).
         cells: First row and column of every tile of ΔW, and whether a component touches it, (cells, 3).
         tiles: Work list of the projection, one stretch of right entries of one group of components a row.
@@ -74,15 +69,10 @@ class Plan:
         self.whole = all((s.rows, s.cols) == (m, n) and not s.identity for s in shapes)
         self.even = m % TILE[0] == 0 and n % TILE[1] == 0
 
-        self.side = side = _side(shapes, m, n)
-        self.aligned = tuple(side > 0 and s.m_b % side == s.n_b % side == 0 for s in shapes)
-        self.full = self.whole and all(self.aligned) and n % (side * BLOCKS) == 0
-        self.period = math.lcm(*(s.m_b for s in shapes))
-        self.repeats = next((k for k in (4, 2) if self.full and m % (k * self.period) == 0), 1)
-        if self.repeats == 1:
-            self.period = m
+        self.aligned = tuple(s.n_b % 8 == 0 for s in shapes)
+        self.words = _words(shapes, self.aligned, m, n)
         self.rows = self.columns = self.cells = None
-        if not side:
+        if self.words is None:
             rows, columns = _factor_tables(shapes, m, n, left_at, right_at)
             self.rows, self.columns = rows.to(device), columns.to(device)
             self.cells = _cells(shapes, m, n).to(device)
@@ -114,18 +104,20 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
     return Plan(shapes, m, n, device)
 
 
-def _side(shapes: tuple[Shape, ...], m: int, n: int) -> int:
-    """The side of squares that meet one entry of the left factor of most components; 0 for half or fewer.
+def _words(shapes: tuple[Shape, ...], aligned: tuple[bool, ...], m: int, n: int) -> tuple[int, int] | None:
+    """:attr:`Plan.words`: components must cover the layer, and more than half of them be aligned.
 
-    Squares may stand out of the layer on the right, but components must cover it.
+    Args:
+        shapes: r shapes.
+        aligned: For every component whether eight entries of a row meet one entry of its left factor.
+        m: Rows of the layer.
+        n: Columns of the layer.
     """
-    best, most = 0, len(shapes) // 2
-    if all(s.rows >= m and s.cols >= n and not s.identity for s in shapes):
-        for side in SIDES:
-            met = sum(s.m_b % side == s.n_b % side == 0 for s in shapes)
-            if m % side == n % side == 0 and met > most:
-                best, most = side, met
-    return best
+    covered = all(s.rows >= m and s.cols >= n and not s.identity for s in shapes)
+    if not covered or n % 8 or sum(aligned) <= len(shapes) // 2:
+        return None
+    period = math.lcm(*(s.m_b for s in shapes))
+    return (period, 4) if 2 * period <= m else (m, 1)
 
 
 def _factor_tables(

@@ -159,7 +159,6 @@ def fused_projection(
         right: Packed right factors, float32.
         gates: The weights w.
     """
-    values, scaling, gating = gates
     tiles, splits = len(plan.tiles), plan.splits
     sizes = left.numel(), right.numel()
     # Sums over parts: left entries of every tile, right entries of every split, weights of every program.
@@ -167,7 +166,6 @@ def fused_projection(
     begin_right = plan.most * sizes[0]
     begin_weights = begin_right + splits * sizes[1]
     parts = torch.empty(begin_weights + tiles * splits * MEMBERS, dtype=torch.float32, device=right.device)
-    grads = torch.empty_like(left), torch.empty_like(right), torch.empty_like(values)
     begins = (begin_right, begin_weights)
     launch(
         _project_kernel, plan.compiled, ("project", grad.dtype), (tiles, splits, 1), (left, right, grad),
@@ -176,10 +174,36 @@ def fused_projection(
          splits, ENTRIES, PAIRS, MEMBERS),
         num_warps=4,
     )  # fmt: skip
-    chunks = len(plan.chunks)
+    return finish(plan, plan.chunks, plan.dots, parts, left, right, gates, (*sizes, *begins))
+
+
+def finish(
+    plan: Plan,
+    chunks: Tensor,
+    dots: Tensor,
+    parts: Tensor,
+    left: Tensor,
+    right: Tensor,
+    gates: Gates,
+    places: tuple[int, int, int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds up sums over parts to the gradients of ``left``, ``right`` and ``gates.values``.
+
+    Args:
+        plan: The layer's plan.
+        chunks: Stretches of gradients, and the number of their parts, as :attr:`Plan.chunks`.
+        dots: Parts of the weights' gradients, as :attr:`Plan.dots`.
+        parts: The sums, without the weights, float32: of left entries, right entries, and weights.
+        left: Packed left factors, float32.
+        right: Packed right factors, float32.
+        gates: The weights w.
+        places: Numbers of left and of right entries, and where right entries and weights begin in ``parts``.
+    """
+    values, scaling, gating = gates
+    grads = torch.empty_like(left), torch.empty_like(right), torch.empty_like(values)
     launch(
-        _finish_kernel, plan.compiled, ("finish", gating), (chunks + 1, 1, 1), (values,),
-        (*grads, parts, values, scaling, plan.chunks, plan.dots, chunks, *sizes, *begins,
+        _finish_kernel, plan.compiled, ("finish", len(chunks), gating), (len(chunks) + 1, 1, 1), (values,),
+        (*grads, parts, values, scaling, chunks, dots, len(chunks), *places,
          len(plan.shapes), plan.padded, gating, CHUNK, MEMBERS),
         num_warps=4,
     )  # fmt: skip

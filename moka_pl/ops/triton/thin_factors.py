@@ -10,61 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments
+from moka_pl.ops.triton.dequantise import WORDS, as_words, dequantise_words
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.thin_plan import COLUMNS, ThinPlan
-
-#: 32-bit words, of eight 4-bit numbers each, that a program dequantises four times: one a thread.
-_WORDS = 256
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _scales(  # type: ignore[no-untyped-def]
-    absmax, outer_code, outer_absmax, offset, i, inside, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr
-):
-    """The scales of words i."""
-    block = i // (BLOCKSIZE // 8)
-    if NESTED:
-        number = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-        outer = tl.load(outer_absmax + block // 256, mask=inside, other=0.0)
-        largest = tl.load(outer_code + number) * outer + tl.load(offset)
-    else:
-        largest = tl.load(absmax + block, mask=inside, other=0.0)
-    return largest
-
-
-@triton.jit
-def _put_words(out, word, largest, code, i, inside):  # type: ignore[no-untyped-def]
-    """Stores the entries of words i: eight each, the first in the upper half of the lowest byte.
-
-    A thread has one word, so that its entries lie side by side in one wide store.
-    """
-    k = tl.arange(0, 8)[None, :]
-    number = (word[:, None] >> (4 * (k ^ 1))) & 15
-    value = tl.load(code + number) * largest[:, None]
-    tl.store(out + i[:, None] * 8 + k, value.to(out.dtype.element_ty), mask=inside[:, None])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _dequantise(  # type: ignore[no-untyped-def]
-    out, words, absmax, code, outer_code, outer_absmax, offset, program, size,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """Four times WORDS words of W: all are under way before the first is stored."""
-    i_0 = program * (4 * WORDS) + tl.arange(0, WORDS)
-    i_1, i_2, i_3 = i_0 + WORDS, i_0 + 2 * WORDS, i_0 + 3 * WORDS
-    word_0 = tl.load(words + i_0, mask=i_0 < size, other=0)
-    word_1 = tl.load(words + i_1, mask=i_1 < size, other=0)
-    word_2 = tl.load(words + i_2, mask=i_2 < size, other=0)
-    word_3 = tl.load(words + i_3, mask=i_3 < size, other=0)
-    scale_0 = _scales(absmax, outer_code, outer_absmax, offset, i_0, i_0 < size, BLOCKSIZE, NESTED)
-    scale_1 = _scales(absmax, outer_code, outer_absmax, offset, i_1, i_1 < size, BLOCKSIZE, NESTED)
-    scale_2 = _scales(absmax, outer_code, outer_absmax, offset, i_2, i_2 < size, BLOCKSIZE, NESTED)
-    scale_3 = _scales(absmax, outer_code, outer_absmax, offset, i_3, i_3 < size, BLOCKSIZE, NESTED)
-    _put_words(out, word_0, scale_0, code, i_0, i_0 < size)
-    _put_words(out, word_1, scale_1, code, i_1, i_1 < size)
-    _put_words(out, word_2, scale_2, code, i_2, i_2 < size)
-    _put_words(out, word_3, scale_3, code, i_3, i_3 < size)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -124,15 +73,8 @@ def _fill_kernel(  # type: ignore[no-untyped-def]
         _fill_up(thin + R * n, right, values, scaling, rows, m, program - stripes,
                  R, PADDED, COMPONENTS, COMPONENTS_PADDED, GATING, COLUMNS)  # fmt: skip
     elif READ:
-        _dequantise(w, data, absmax, code, outer_code, outer_absmax, offset, program - programs, size,
-                    BLOCKSIZE, NESTED, WORDS)  # fmt: skip
-
-
-def can_dequantise(source: WeightSource | None, entries: int) -> bool:
-    """Whether :func:`thin_matrices` reads a weight of so many entries: of 4 bits, in whole words."""
-    if source is None or source.code is None or source.data.element_size() != 1:
-        return False
-    return entries % 8 == 0 and source.data.numel() * 2 == entries and source.data.data_ptr() % 16 == 0
+        dequantise_words(w, data, absmax, code, outer_code, outer_absmax, offset, program - programs, size,
+                         BLOCKSIZE, NESTED, WORDS)  # fmt: skip
 
 
 def thin_matrices(
@@ -158,16 +100,16 @@ def thin_matrices(
     w = None if source is None else torch.empty(m, n, dtype=dtype, device=right.device)
     frozen_pointers, blocksize, nested = frozen_arguments(source, right)
     if w is not None:
-        frozen_pointers = (frozen_pointers[0].view(-1).view(torch.int32), *frozen_pointers[1:])
+        frozen_pointers = as_words(frozen_pointers)
     size = 0 if w is None else m * n // 8
     programs = -(-n // COLUMNS) - (-m // COLUMNS)
     values, scaling, gating = gates
     launch(
         _fill_kernel, plan.compiled, ("fill", dtype, gating, blocksize, nested),
-        (programs - (-size // (4 * _WORDS)), 1, 1), (right, left, values, *frozen_pointers[:2]),
+        (programs - (-size // (4 * WORDS)), 1, 1), (right, left, values, *frozen_pointers[:2]),
         (thin if w is None else w, thin, left, right, values, scaling, plan.rows, *frozen_pointers,
          programs, size, m, n, plan.hidden, plan.padded, len(plan.plan.shapes), plan.plan.padded, gating,
-         w is not None, blocksize, nested, COLUMNS, _WORDS),
-        num_warps=_WORDS // 32, enable_fp_fusion=False,
+         w is not None, blocksize, nested, COLUMNS, WORDS),
+        num_warps=WORDS // 32, enable_fp_fusion=False,
     )  # fmt: skip
     return thin, w

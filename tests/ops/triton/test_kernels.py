@@ -18,16 +18,16 @@ kernels = pytest.importorskip("moka_pl.ops.triton")
 DEVICE = torch.device("cpu")
 
 CASES = {
-    "squares of 16": ((Shape(2, 4, 16, 32), Shape(1, 8, 32, 16)), 32, 128),
-    "squares of 8": ((Shape(4, 4, 8, 16), Shape(2, 8, 16, 8)), 32, 64),
-    "squares of 8, repeated": ((Shape(4, 2, 16, 32), Shape(8, 8, 8, 8)), 64, 64),
+    "words": ((Shape(2, 4, 16, 32), Shape(1, 8, 32, 16)), 32, 128),
+    "words of several periods": ((Shape(4, 4, 8, 16), Shape(2, 8, 16, 8)), 32, 64),
+    "words, repeated": ((Shape(4, 2, 16, 32), Shape(8, 8, 8, 8)), 64, 64),
     "gathered": (filter_shapes("diverse", 5, 30, 42), 30, 42),
     "padded and cut": ((Shape(3, 5, 4, 7), Shape(2, 9, 9, 3), Shape(2, 2, 2, 2)), 11, 26),
     "identity": (filter_shapes("prime", 3, 40, 200), 40, 200),
     "identity, m != n": (filter_shapes("prime", 3, 12, 45), 12, 45),
     "wide loads": ((Shape(32, 16, 16, 16),) * 2, 512, 256),
-    "squares that stand out": ((Shape(3, 7, 16, 16), Shape(6, 5, 8, 32)), 48, 112),
-    "squares and gathers": ((Shape(4, 9, 16, 8), Shape(5, 4, 16, 18), Shape(8, 3, 8, 24)), 64, 72),
+    "words that stand out": ((Shape(3, 7, 16, 16), Shape(6, 5, 8, 32)), 48, 112),
+    "words and gathers": ((Shape(4, 9, 16, 8), Shape(5, 4, 16, 18), Shape(8, 3, 8, 24)), 64, 72),
     "more than share a program": ((Shape(2, 3, 5, 2),) * 11, 10, 6),
     "one component": (filter_shapes("diverse", 1, 7, 13), 7, 13),
 }
@@ -49,13 +49,8 @@ def _double(factors: Pairs) -> Pairs:
 
 def test_the_cases_take_every_path() -> None:
     plans = [kernels.make_plan(tuple(shapes), m, n, DEVICE) for shapes, m, n in CASES.values()]
-    assert {plan.side for plan in plans} == {0, 8, 16}
-    assert {plan.repeats for plan in plans if plan.side} == {1, 2, 4}
-    assert {(plan.full, all(plan.aligned)) for plan in plans if plan.side} == {
-        (True, True),
-        (False, True),
-        (False, False),
-    }
+    assert {plan.words and plan.words[1] for plan in plans} == {None, 1, 4}
+    assert {all(plan.aligned) for plan in plans if plan.words} == {True, False}
     assert {plan.exact for plan in plans} == {True, False}
 
 
@@ -100,7 +95,9 @@ def test_adding_to_a_dense_weight(problem, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("case", ["squares of 16", "squares of 8", "gathered", "identity"])
+@pytest.mark.parametrize(
+    "case", ["words", "words, repeated", "words that stand out", "words and gathers", "gathered", "identity"]
+)
 def test_a_4bit_weight_is_read_as_bitsandbytes_reads_it(case: str, nested: bool) -> None:
     # In float32: Triton's interpreter cuts bfloat16 off where a GPU rounds it (tests/gpu has that case).
     torch.manual_seed(0)
@@ -116,7 +113,7 @@ def test_a_4bit_weight_is_read_as_bitsandbytes_reads_it(case: str, nested: bool)
 
 
 @pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("case", ["squares of 8", "gathered"])
+@pytest.mark.parametrize("case", ["words, repeated", "gathered"])
 def test_gates_are_taken_from_their_logits(case: str, gating: Gating) -> None:
     torch.manual_seed(0)
     shapes, m, n = CASES[case]
