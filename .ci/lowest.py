@@ -17,7 +17,7 @@ def lowest(pyproject: Path) -> dict[str, str]:
     """Returns the lower bound of every requirement with one, by canonical name."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     written = [*project["dependencies"]]
-    for extra in ("demo", "peft", "eval", "studies", "test"):  # all that "test" asks for
+    for extra in ("demo", "peft", "eval", "studies", "vision", "test"):  # all that "test" asks for
         written += project["optional-dependencies"][extra]
     found = {}
     for requirement in map(Requirement, written):

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from moka_pl.inference import load_model
     from moka_pl.training.module import MokaModule
     from moka_pl.training.schedule import WarmupDecay
+    from moka_pl.vision import DigitsData, ImageFolderData, VisionModule
 
 __all__ = [
     "BackboneConfig",
     "CommonsenseData",
+    "DigitsData",
+    "ImageFolderData",
     "InstructionData",
     "MixtureData",
     "MmluData",
@@ -31,6 +34,7 @@ __all__ = [
     "MokaConfig",
     "MokaModule",
     "TextData",
+    "VisionModule",
     "WarmupDecay",
     "__version__",
     "attach",
@@ -57,6 +61,7 @@ _HOMES = {
     "inference": ("load_model",),
     "training.module": ("MokaModule",),
     "training.schedule": ("WarmupDecay",),
+    "vision": ("DigitsData", "ImageFolderData", "VisionModule"),
 }
 
 

@@ -30,6 +30,7 @@ ORDER = (
     "inspection",
     "evaluation",
     "training",
+    "vision",
     "planning",
     "callbacks",
     "cli",

@@ -28,6 +28,7 @@ LAYERS = {
     "evaluation": 9,
     "training": 10,
     "planning": 11,
+    "vision": 11,
     "callbacks": 12,
     "cli": 13,
     "studies": 14,

@@ -19,7 +19,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 DISTRIBUTIONS = importlib.metadata.packages_distributions()
 
 #: Imported inside functions that say which extra is missing, by that extra.
-OPTIONAL = {"gguf": "demo", "peft": "peft", "lm-eval": "eval"}
+OPTIONAL = {"gguf": "demo", "peft": "peft", "lm-eval": "eval", "scikit-learn": "vision"}
 #: Likewise, but not always installed with the tests; mlx comes with mlx-lm, under a name for each device.
 SELDOM = {"llama-cpp-python": "gguf", "mlx-lm": "mlx", "torchao": "torchao", "hqq": "hqq"}
 WITH_MLX = {"mlx", "mlx-cpu", "mlx-metal"}
@@ -27,6 +27,19 @@ WITH_MLX = {"mlx", "mlx-cpu", "mlx-metal"}
 WITH_TORCH = {"triton"}
 #: Used by other libraries of ours, not by us, or not installed everywhere.
 INDIRECT = {"accelerate", "jinja2", "liger-kernel"}
+EXTRA_NAMES = [
+    "demo",
+    "peft",
+    "eval",
+    "torchao",
+    "hqq",
+    "studies",
+    "vision",
+    "reasoning",
+    "test",
+    "trl",
+    "docs",
+]
 #: Without an upper bound: other requirements bound them, and a new major comes every few months.
 UNBOUNDED = {"pillow", "pyarrow"}
 
@@ -82,14 +95,12 @@ def test_the_tests_import_only_what_their_extra_declares() -> None:
 
 def test_every_declared_package_is_imported() -> None:
     used = imported("moka_pl/**/*.py", "scripts/*.py") | INDIRECT
-    assert requirements("demo", "peft", "eval", "studies").keys() <= used
+    assert requirements("demo", "peft", "eval", "studies", "vision").keys() <= used
     source = (ROOT / "moka_pl" / "studies" / "reasoning.py").read_text(encoding="utf-8")
     assert "reasoning_gym" in imported_modules(ast.parse(source))  # by its name: it need not be installed
 
 
-@pytest.mark.parametrize(
-    "extra", ["demo", "peft", "eval", "torchao", "hqq", "studies", "reasoning", "test", "trl", "docs"]
-)
+@pytest.mark.parametrize("extra", EXTRA_NAMES)
 def test_every_requirement_is_bounded_on_both_sides(extra: str) -> None:
     for name, requirement in requirements(extra).items():
         operators = {specifier.operator for specifier in requirement.specifier}

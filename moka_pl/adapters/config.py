@@ -83,6 +83,8 @@ class MokaConfig(AdapterConfig):
         trainable_token_indices: Tokens whose rows of the embedding and the output head are trained as wholes,
             beside the adapters. ``backbone.new_tokens`` puts its tokens here; tokens that the base reserves
             can be named, too.
+        modules_to_save: Linear layers that are trained as a whole and stored with the adapter, by name
+            suffixes, such as the head of a classifier.
         backend: How to compute the update. ``structured`` never forms an m × n matrix; ``dense`` forms one
             temporarily, which is faster for many tokens; ``thin`` uses two thin products, for components of
             small ranks; ``fused`` uses Triton kernels on a GPU; ``auto`` chooses.
@@ -109,6 +111,7 @@ class MokaConfig(AdapterConfig):
     backend: Backend = "auto"
     budget: int | None = None
     start: Start = "zero"
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuses invalid values before anything is loaded."""

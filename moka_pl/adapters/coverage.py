@@ -10,13 +10,14 @@ from torch import nn
 from moka_pl.adapters.injection import ALL_LINEAR, output_head, own_targets
 from moka_pl.adapters.methods.registry import adapted_layers
 from moka_pl.adapters.patterns import matching
+from moka_pl.adapters.trained import TRAINED
 from moka_pl.adapters.vocabulary.token_rows import TokenRows
 from moka_pl.backbone.quantization import weight_count
 
 #: Parts that a line names before it sums up the rest.
 _NAMED = 4
-#: How the names of linear layers end that PEFT puts beside the frozen one: its name of the adapter.
-_OF_ADAPTER = ".default"
+#: How the names of linear layers end that stand beside the frozen one: PEFT's name of the adapter, copies.
+_OF_ADAPTERS = (".default", f".{TRAINED}")
 
 
 def left_out(model: nn.Module, config: Any) -> str:
@@ -88,7 +89,7 @@ def _linear_weights(model: nn.Module) -> tuple[dict[str, int], set[str]]:
         name = full
         while name.endswith(".base_layer"):  # PEFT wraps fused experts once for each of their parameters
             name = name.removesuffix(".base_layer")
-        if isinstance(module, nn.Linear) and module is not head and not name.endswith(_OF_ADAPTER):
+        if isinstance(module, nn.Linear) and module is not head and not name.endswith(_OF_ADAPTERS):
             sizes.setdefault(name, weight_count(module.weight))
         elif not isinstance(module, nn.Conv1d):
             for key, parameter in module.named_parameters(recurse=False):

@@ -224,7 +224,7 @@ def _format_of(config: Any, model: nn.Module) -> int:
     if not isinstance(config, MokaConfig):
         return 1
     embeds = any(isinstance(layer, MokaEmbedding) for layer in moka_layers(model).values())
-    if embeds or config.trainable_token_indices:
+    if embeds or config.trainable_token_indices or config.modules_to_save:
         return 5
     if config.filters == SERVABLE or config.start == "zero_left":
         return 4

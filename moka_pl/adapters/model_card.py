@@ -19,6 +19,12 @@ from moka_pl import load_model
 model, tokenizer = load_model("path/to/this/folder")
 ```"""
 
+_USAGE_OF_IMAGES = """```python
+from moka_pl.vision import load_classifier
+
+model, image_processor = load_classifier("path/to/this/folder")
+```"""
+
 
 def public_name(base: str) -> str:
     """Returns what others may know a base by: of a path its last part, else the name itself."""
@@ -51,6 +57,7 @@ def model_card(stored: Mapping[str, Any], method: AdapterMethod, model: nn.Modul
     }
     trained = {"data": extra.get("data"), **(extra.get("training") or {}), "prompt": extra.get("prompt")}
     trained |= {"steps": extra.get("step")} if trained["data"] else {}
+    trained |= {"classes": ", ".join(map(str, extra.get("labels") or ()))}
     trained = {name: value for name, value in trained.items() if value not in (None, "")}
     parts = [
         f"---\n{header}\n---\n# {method.title}",
@@ -69,7 +76,8 @@ def model_card(stored: Mapping[str, Any], method: AdapterMethod, model: nn.Modul
                 f"The metrics were measured after step {metrics_step}; the weights are those of step {step}."
             )
     parts += [] if model is None else _gates(moka_layers(model))
-    parts += [_USAGE, f"Written by moka_pl {stored['moka_pl_version']}."]
+    usage = _USAGE_OF_IMAGES if extra.get("labels") else _USAGE
+    parts += [usage, f"Written by moka_pl {stored['moka_pl_version']}."]
     return "\n\n".join(parts) + "\n"
 
 

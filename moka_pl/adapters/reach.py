@@ -131,6 +131,8 @@ def _run(model: nn.Module, scored: bool = False) -> bool:
     """Scores a few tokens, or at least runs them unless ``scored``; returns whether the model can."""
     if not hasattr(model, "get_input_embeddings") or any(p.is_meta for p in model.parameters()):
         return False
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":  # it reads images, or sound
+        return False
     ids = _few_tokens(model)
     for run in (lambda: score_tokens(cast("PreTrainedModel", model), ids, ids), lambda: model(input_ids=ids)):
         try:

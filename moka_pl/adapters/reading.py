@@ -122,6 +122,7 @@ class _Extra(TypedDict, total=False):
     prompt: str | None
     data: str | None
     training: dict[str, Any] | None
+    labels: list[str] | None
 
 
 def local_adapter(path: str | Path, revision: str | None = None) -> Path:
@@ -193,6 +194,11 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         raise AdapterError(f"{file} is damaged: {one_line(error)}. Copy the adapter again") from error
     told = {name: stored[name] for name in ("extra", "exact_lora_rank", "layer_sizes") if name in stored}
     return AdapterInfo(config, base, **told)
+
+
+def is_of_images(path: str | Path) -> bool:
+    """Whether an adapter directory is of an image classifier, as the classes that it stores tell."""
+    return bool(read_adapter(path).extra.get("labels"))
 
 
 def _as_applied(config: AdapterConfig, applied: Any) -> AdapterConfig:

@@ -41,10 +41,18 @@ def fingerprint(model: "PreTrainedModel") -> str:
     if sizes["vocab_size"] is not None:
         sizes["vocab_size"] = getattr(model.get_input_embeddings(), "frozen_vocabulary", sizes["vocab_size"])
     digest.update(repr(list(sizes.values())).encode())
-    embedding = model.get_input_embeddings().weight.detach()  # (vocabulary, hidden)
+    embedding = _embedding(model).detach().flatten(1)  # (vocabulary, hidden), (channels, others) of images
     rows = torch.arange(_ROWS, device=embedding.device) * (embedding.shape[0] - 1) // (_ROWS - 1)
     digest.update(embedding[rows].signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _embedding(model: "PreTrainedModel") -> Tensor:
+    """The weight that a model's input meets first: of an image, that of a convolution."""
+    module = model.get_input_embeddings()
+    own = getattr(module, "weight", None)
+    weight: Tensor = next(p for p in model.parameters() if p.ndim == 4) if own is None else own
+    return weight
 
 
 def weight_samples(

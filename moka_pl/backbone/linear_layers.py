@@ -144,7 +144,7 @@ def quantised_share(model: "PreTrainedModel") -> float:
 
 def _weights_by_storage(model: "PreTrainedModel") -> tuple[int, Counter[str]]:
     """Returns the number of quantised weights, and that of other matrices by name, for all blocks."""
-    outside = {id(model.get_output_embeddings().weight)}
+    outside = {id(getattr(model.get_output_embeddings(), "weight", None))}  # those of images have none
     outside |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.Conv1d)}
     quantised, other = 0, Counter[str]()
     for name, parameter in model.named_parameters():

@@ -131,7 +131,9 @@ def load_backbone(
     random = config.weights == "random"
     by_layer = config.quantization != "none" and not quantises_loading(config.quantization)
     with loading(config.name):
-        described = describe(config, {} if random else _location(config, blocks is None and not by_layer))
+        described = describe(
+            config, {} if random else model_location(config, blocks is None and not by_layer)
+        )
         config, notes = described.settle(config)
         empty, config = build_empty(described.shape, config, dtype, notes)
         check_tokens(tokenizer, described.shape, _rows(empty), config.name, random, config.new_tokens)
@@ -199,7 +201,7 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
         tokenizer = byte_tokenizer()
         add_new_tokens(tokenizer, config.new_tokens)
         return tokenizer
-    location = _location(config)
+    location = model_location(config)
     with loading(config.name):
         _check_stored(location, config.name)
         tokenizer = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
@@ -315,7 +317,7 @@ def _check_stored(location: dict[str, Any], name: str) -> None:
     check_numbers(PretrainedConfig.get_config_dict(**location)[0], name)
 
 
-def _location(config: BackboneConfig, whole: bool = True) -> dict[str, Any]:
+def model_location(config: BackboneConfig, whole: bool = True) -> dict[str, Any]:
     """Arguments that tell transformers what to load; GGUF files are converted, hub models looked up first.
 
     What is not to be loaded as a whole is downloaded here.

@@ -218,7 +218,7 @@ class AdapterCheckpoint(Callback):
                 "metrics": pl_module.eval_values,
                 # Less than "step" where steps have followed the last validation.
                 "metrics_step": pl_module.eval_step,
-                "prompt": data_of(trainer).prompt,
+                **pl_module.adapter_extra,
                 "data": data_of(trainer).source,
                 "training": main_settings(pl_module.course),
             }

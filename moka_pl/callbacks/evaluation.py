@@ -63,10 +63,8 @@ def results_text(results: Results) -> str:
         rows.append((f"mean of {len(tasks)} tasks", items, mean, ""))
     lines = [""]
     if rows:
-        generated = any("generated" in shares for _, _, shares, _ in rows)
-        titles = {"accuracy": "acc", "acc_norm": "acc_norm"} | (
-            {"generated": "generated"} if generated else {}
-        )
+        titles = {"accuracy": "acc", "acc_norm": "acc_norm", "generated": "generated"}
+        titles = {n: title for n, title in titles.items() if any(n in shares for _, _, shares, _ in rows)}
         width = max(24, *(len(row[0]) + 2 for row in rows))
         heads = "".join(f"{title + ' (%)':>16}" for title in titles.values())
         lines.append(f"{'task':<{width}}{'items':>7}{heads}{'nll':>9}")

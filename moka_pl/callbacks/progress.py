@@ -34,9 +34,9 @@ class ProgressBar(TQDMProgressBar):
         """Returns the shown metrics, without the logger's version."""
         items = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
-        speed = items.get("tok/s")
-        if isinstance(speed, float):
-            items["tok/s"] = f"{speed:,.0f}"
+        for name in ("tok/s", "img/s"):
+            if isinstance(speed := items.get(name), float):
+                items[name] = f"{speed:,.0f}"
         return items
 
     def _should_update(self, current: int, total: int) -> bool:

@@ -86,7 +86,7 @@ def summary_text(
     if adapter := paths.get("best") or paths.get("last"):
         program = f"{Path(sys.executable).name} -m moka_pl"
         following.append(f"  {program} inspect {quote(str(adapter))}")
-        following.append(f"  {program} generate {quote(str(adapter))} 'Why does bread rise?'")
+        following.append(f"  {program} {pl_module.next_command.format(adapter=quote(str(adapter)))}")
     lines += ["", *(f"{name:<22}{value}" for name, value in facts.items())]
     lines += ["", "Next:", *following] if following else []
     rule = "-" * 64
@@ -124,7 +124,7 @@ def _facts(trainer: Trainer, pl_module: MokaModule) -> dict[str, str]:
     speed, batches = _callback(trainer, Throughput), _callback(trainer, BatchStatistics)
     if speed is not None and speed.total_tokens:
         rate = speed.tokens_per_second * trainer.world_size
-        facts["training speed"] = f"{rate:,.0f} tokens/s over {trainer.world_size} process(es)"
+        facts["training speed"] = f"{rate:,.0f} {speed.unit}/s over {trainer.world_size} process(es)"
     if batches is not None and batches.padded_tokens:
         facts["padding"] = f"{100 * batches.padding_share:.1f}% of training batch tokens"
     # Lightning has moved the module off its GPU by now.

@@ -9,18 +9,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moka_pl.data.types import Batch, data_of
 
+SHORT = {"tokens": "tok", "images": "img"}
+"""What the progress bar calls what is counted."""
+
 
 class Throughput(Callback):
-    """Logs tokens per second over all ranks, and the peak memory of this process or GPU.
+    """Logs tokens or images per second over all ranks, and the peak memory of this process or GPU.
 
     Padding is not counted. The progress bar shows the recent speed.
 
     Tags:
-        ``train/tokens_per_second``, ``train/peak_memory_gib``.
+        ``train/tokens_per_second`` (of images ``train/images_per_second``), ``train/peak_memory_gib``.
 
     Args:
         window: Number of batches to average the shown speed over.
+
+    Attributes:
+        unit: What is counted: ``tokens``, or ``images``.
     """
+
+    unit: str = "tokens"
 
     def __init__(self, window: int = 20) -> None:
         self.window = window
@@ -50,7 +58,8 @@ class Throughput(Callback):
         """
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
-        tokens = int(batch.get("num_tokens", 0))
+        self.unit = "images" if "pixel_values" in batch else "tokens"
+        tokens = int(batch.get("num_examples" if "pixel_values" in batch else "num_tokens", 0))
         self.total_tokens += tokens
         self.train_seconds += seconds
         self._recent.append((seconds, tokens))
@@ -58,9 +67,9 @@ class Throughput(Callback):
         # Every rank works on an equal share, so this rank's speed times their number is the whole speed.
         # A tensor on the CPU: a number would be copied to the GPU, for which the CPU waits.
         whole = torch.tensor(speed * trainer.world_size)
-        pl_module.log("tok/s", whole, prog_bar=True, logger=False)
+        pl_module.log(f"{SHORT[self.unit]}/s", whole, prog_bar=True, logger=False)
         if trainer.global_step % log_interval(trainer) == 0:
-            pl_module.log("train/tokens_per_second", speed * trainer.world_size)
+            pl_module.log(f"train/{self.unit}_per_second", speed * trainer.world_size)
             pl_module.log("train/peak_memory_gib", peak_memory(pl_module.device))
 
 

@@ -50,6 +50,7 @@ _KINDS = (
     ("moka_pl.adapters", "AdapterConfig"),
     ("moka_pl.backbone", "BackboneConfig"),
     ("moka_pl.training.learning_rates", "LearningRateRatios"),
+    ("moka_pl.training.module", "MokaModule"),
 )
 #: As jsonargparse's own settings: one for the process.
 _policy = {"trusted": False}
@@ -120,6 +121,7 @@ def check_classes(config: Namespace) -> None:
     if _policy["trusted"]:
         return
     for option, path in _class_paths(config):
+        option = option.replace("model.init_args.", "model.")  # where the model is named, too
         chosen = _CHOSEN.get(option, _KINDS)
         found = _imported(path)
         if option == "model.lr_scheduler" and path.startswith("torch.") and path.endswith("OnPlateau"):

@@ -1,13 +1,15 @@
 """Configuration files and their YAML, read within bounds: a stranger's file costs neither memory nor time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import get_loader, set_loader
 
+from moka_pl.cli.configs import find_config
 from moka_pl.errors import ConfigError, one_line
 
 #: The largest file; most have a thousandth of it.
@@ -48,6 +50,27 @@ def check_config(file: Path, option: str) -> None:
         raise ConfigError(
             f"{option} {file}: a configuration is a mapping of options, not {type(written).__name__}"
         )
+
+
+def named_model(arguments: Sequence[str]) -> str | None:
+    """Returns the class of the model that a command line or a file of its names; None where none does.
+
+    Args:
+        arguments: The command line, of which ``--model NAME`` and the files of ``--config`` are looked at.
+
+    Raises:
+        ConfigError: If such a file is no configuration.
+    """
+    named = None
+    given = [part for argument in arguments for part in argument.split("=", 1)]
+    for option, value in pairwise(given):
+        if option in ("--model", "--model.class_path"):
+            named = value
+        elif option in ("--config", "-c") and Path(found := find_config(value)).is_file():
+            check_config(Path(found), "--config")
+            model = parse_yaml(read_text(Path(found), "--config")).get("model")
+            named = model.get("class_path", named) if isinstance(model, dict) else named
+    return named if isinstance(named, str) else None
 
 
 def read_text(file: Path, option: str) -> str:

@@ -43,7 +43,8 @@ def export(
         max_rank: Refuse a LoRA of a higher rank; vLLM takes up to 512.
         gguf_type: What the GGUF file holds: the adapter as a LoRA, or the merged model with its matrices
             stored as f32, f16 or q8_0.
-        prompts: A text file with a prompt a line, on which both are compared. Default: eight samples.
+        prompts: A text file with a prompt a line, on which both are compared. Default: eight samples. An
+            adapter of an image classifier is compared on images, and has the formats merged and lora.
         overwrite: Replace an older export in the output folder.
     """
     if to is None:
@@ -68,14 +69,20 @@ def export(
         raise ConfigError(f"energy must be between 0 and 1, not {energy}")
     if rank is not None and energy is not None:
         raise ConfigError("rank and energy exclude each other; give one of them")
+    from moka_pl.adapters.reading import is_of_images
     from moka_pl.export.folder import check_output
     from moka_pl.export.run import FORMATS, Request
 
     out = out or _beside(adapter, to)
     check_output(out, adapter, overwrite)
-    FORMATS[to](
-        Request(adapter, out, dtype, base, onto == "original", rank, energy, max_rank, prompts, gguf_type)
-    )
+    original = onto == "original"
+    request = Request(adapter, out, dtype, base, original, rank, energy, max_rank, prompts, gguf_type)
+    if is_of_images(adapter):
+        from moka_pl.vision.export import export_images
+
+        export_images(request, to)
+        return
+    FORMATS[to](request)
 
 
 def _beside(adapter: Path, to: Target) -> Path:

@@ -29,7 +29,7 @@ from moka_pl.callbacks import (
 )
 from moka_pl.callbacks.interrupt import signals_stop
 from moka_pl.cli.class_paths import explain_denied, restrict_class_paths, split_trust
-from moka_pl.cli.config_files import check_config
+from moka_pl.cli.config_files import check_config, named_model
 from moka_pl.cli.configs import find_config
 from moka_pl.cli.log_writers import log_writers
 from moka_pl.cli.parser import MokaParser
@@ -44,6 +44,7 @@ from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import check_launcher, check_options
 from moka_pl.training.trial_optimizer import check_learns
 from moka_pl.utils import make_folder
+from moka_pl.vision import ImageData
 
 _LOGGER = {
     "class_path": "moka_pl.callbacks.BoardLogger",
@@ -115,6 +116,9 @@ class _ConfigFile(ActionConfigFile):
 class MokaCLI(LightningCLI):
     """Adds the callbacks' options, a TensorBoard logger, and resuming by ``--ckpt_path last``.
 
+    The model is a :class:`MokaModule`, whose options need no ``class_path``, unless the command line or one
+    of its files names another class, such as ``moka_pl.VisionModule``.
+
     Args:
         folders: Holds the folders of the run.
         args: The arguments, the command among them.
@@ -124,9 +128,11 @@ class MokaCLI(LightningCLI):
     def __init__(self, folders: RunFolders, args: Sequence[str], **kwargs: Any) -> None:
         self._folders = folders
         self._first = next(iter(args), "")
+        named = named_model(args)
         super().__init__(
             MokaModule,
-            MokaDataModule,
+            ImageData if str(named).endswith("VisionModule") else MokaDataModule,
+            subclass_mode_model=named is not None,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
@@ -192,8 +198,9 @@ class MokaCLI(LightningCLI):
         for name in ("model", "trainer", *_CALLBACKS):
             if name in options and not isinstance(options[name], Namespace):
                 raise ConfigError(f"{name} must be a mapping of options, not {options[name]!r}")
+        model = options.model.get("init_args") or options.model
         for name in ("optimizer", "lr_scheduler"):
-            if options.model.get(name, name) is None:
+            if model.get(name, name) is None:
                 raise ConfigError(f"model.{name} is null; leave it out for the default")
         seed = options.get("seed_everything")
         if not isinstance(seed, bool | None) and not 0 <= seed < 1 << 32:

@@ -14,6 +14,7 @@ from moka_pl.errors import ConfigError
 from moka_pl.planning.report import make_plan
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import check_options
+from moka_pl.vision import ImageData
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -59,7 +60,7 @@ class PlanCLI(MokaCLI):
         """Makes what stands in the trainer's place."""
         return self
 
-    def fit(self, model: MokaModule, datamodule: MokaDataModule, **options: Any) -> None:
+    def fit(self, model: MokaModule, datamodule: MokaDataModule | ImageData, **options: Any) -> None:
         """Prints the plan, in the place of the trainer's ``fit``.
 
         Args:
@@ -67,6 +68,11 @@ class PlanCLI(MokaCLI):
             datamodule: The data.
             **options: What ``fit`` takes besides.
         """
+        if isinstance(datamodule, ImageData):
+            raise ConfigError(
+                f"plan is for language models, and {type(model).__name__} classifies images; run fit with "
+                "--trainer.fast_dev_run true to see its parameters"
+            )
         chosen = self._options(self.config)
         try:
             made = make_plan(model, datamodule, vars(chosen.trainer), chosen.tokens_per_second)

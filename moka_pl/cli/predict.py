@@ -34,10 +34,12 @@ def predict(
     Args:
         adapter: An adapter directory.
         file: A file of prompts: .txt with one on each line, or .jsonl, .json, .csv, .tsv or .parquet with
-            prompt, instruction (and input), messages or conversations in each record.
+            prompt, instruction (and input), messages or conversations in each record. For an adapter of an
+            image classifier, an image or a folder of images.
         output: The file to write: a line for each prompt, in the order of the prompts, with prompt,
             completion, prompt_tokens, completion_tokens and stop_reason (end_of_turn or length). It appears
-            once it is whole; the same command goes on where an earlier one was interrupted.
+            once it is whole; the same command goes on where an earlier one was interrupted. Of images: image,
+            label, probability and probabilities.
         overwrite: Replace the output if it is there.
         merge: Compute with dense W + ΔW in place of the adapted layers, which takes more memory.
         base: Name or path of the base model. Default: the one stored with the adapter.
@@ -56,11 +58,22 @@ def predict(
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     check_format(prompt_format, "prompt_format")
     from moka_pl.adapters import read_adapter
+    from moka_pl.adapters.reading import is_of_images
     from moka_pl.cli.answering.batches import answer_all
     from moka_pl.cli.answering.predictions import Predictions, check_output
 
     output = output.expanduser()
     read_adapter(adapter)
+    if is_of_images(adapter):
+        from moka_pl.vision.predict import predict_images
+
+        if prompt_format or system or chosen != Sampling():
+            raise ConfigError(
+                f"options of prompts and answers are for texts, and {adapter} classifies images"
+            )
+        check_output(output, overwrite)
+        predict_images(adapter, file.expanduser(), output, batch_size, base, merge)
+        return
     rows = read_prompts(file.expanduser())
     check_output(output, overwrite)
     asked = {"base": base, "format": prompt_format, "system": system, "merge": merge}

@@ -129,7 +129,7 @@ class ChoiceBatch(TokenBatch):
 
     item: Tensor
     task: Tensor
-    option_chars: Tensor
+    option_chars: NotRequired[Tensor]
     is_answer: Tensor
     shared: NotRequired[SharedPrompts]
     questions: NotRequired[Questions]
@@ -198,6 +198,20 @@ def data_of(trainer: Trainer) -> DataDefaults:
     """The trainer's data module, or the defaults."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data if isinstance(data, DataDefaults) else DataDefaults()
+
+
+@runtime_checkable
+class HasEpochs(Protocol):
+    """A data module that knows how long its epochs are.
+
+    Attributes:
+        streaming: Whether it reads the training data during training, and so does not know it.
+    """
+
+    streaming: bool
+
+    def epoch_length(self) -> int:
+        """Returns the number of batches of an epoch, for every rank; the data must be set up."""
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
 """Validation metrics over all ranks: token-weighted loss, and right answers to multiple-choice items."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -124,7 +125,8 @@ class EvalMetrics:
         Args:
             index: Number of the set.
             log_likelihood: Of every option, shape (B,).
-            batch: The items; only what it tells of its B rows is looked at.
+            batch: The items; only what it tells of its B rows is looked at. Options without a length
+                (``option_chars``) have no ``acc_norm``.
             tokens: Tokens of every option, shape (B,), for the right options' likelihood by task.
             generated: Whether the generated answer of each item is right, shape (I,).
         """
@@ -134,10 +136,11 @@ class EvalMetrics:
         columns = {
             "items": torch.ones_like(zeros),
             "correct": zeros.index_add(0, item, is_right(scores, item, is_answer)),
-            "correct_norm": zeros.index_add(
-                0, item, is_right(scores / batch["option_chars"], item, is_answer)
-            ),
+            "correct_norm": torch.full_like(zeros, math.nan),
         }
+        if "option_chars" in batch:
+            right = is_right(scores / batch["option_chars"], item, is_answer)
+            columns["correct_norm"] = zeros.index_add(0, item, right)
         if tokens is not None:
             columns["nll"] = zeros.index_add(0, item, torch.where(is_answer, -scores, 0))
             columns["tokens"] = zeros.index_add(0, item, (tokens * is_answer).to(zeros))

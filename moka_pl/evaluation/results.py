@@ -30,7 +30,7 @@ class Counts:
     Attributes:
         items: Items.
         correct: Items whose right option has the highest log-likelihood.
-        correct_norm: The same per character of the option.
+        correct_norm: The same per character of the option; NaN where options have no length.
         asked: Items that were answered by generating.
         generated: Those of them whose answer named the right option.
         nll: Summed negative log-likelihood of the right options' tokens, nats.
@@ -57,7 +57,7 @@ class Counts:
         shares = {}
         for name, count in SCORES.items():
             total = self.asked if name == "generated" else self.items
-            if total:
+            if total and not math.isnan(getattr(self, count)):
                 p = getattr(self, count) / total
                 # Rounding may leave a hair less than 0.
                 error = math.sqrt(max(0.0, p * (1 - p)) / (total - 1)) if total > 1 else None

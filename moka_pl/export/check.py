@@ -115,7 +115,12 @@ def usual_difference(one: Measured, other: Measured) -> float:
 
 
 def check(
-    expected: Measured, found: Measured, reader: str, *dtypes: torch.dtype, routed: bool = False
+    expected: Measured,
+    found: Measured,
+    reader: str,
+    *dtypes: torch.dtype,
+    routed: bool = False,
+    what: str = "prompts",
 ) -> str:
     """Compares an export, as its reader computes it, with the adapter; returns the comparison in words.
 
@@ -126,6 +131,7 @@ def check(
         *dtypes: Of the export and of the computation; the coarsest decides on the bounds of ``BOUNDS``.
         routed: Whether tokens choose experts: rounding has a few of them choose others, so that in half
             precision one token in twenty may differ by more.
+        what: What both were given.
 
     Raises:
         AdapterError: If the logits or the loss differ by more.
@@ -138,7 +144,7 @@ def check(
     loss = abs(expected.loss - found.loss)
     most = " of 95% of the tokens" if routed else ""
     told = (
-        f"{reader}, {len(expected.logits)} prompts: largest logit difference{most} {difference:.2g} "
+        f"{reader}, {len(expected.logits)} {what}: largest logit difference{most} {difference:.2g} "
         f"(bound {bound:.2g}, largest logit {largest:.1f}); "
         f"loss {expected.loss:.5f} before, {found.loss:.5f} after"
     )

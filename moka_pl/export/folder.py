@@ -19,7 +19,7 @@ from moka_pl.utils import (
 
 #: Names of files that exports write; a folder with others is never replaced.
 _WRITTEN = re.compile(
-    r"(adapter_config|config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json"
+    r"(adapter_config|config|preprocessor_config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)\.json"
     r"|(adapter_model|adapters|model|model-\d+-of-\d+)\.safetensors|model\.safetensors\.index\.json"
     r"|merges\.txt|chat_template\.jinja|tokenizer\.model|[\w.-]+\.gguf|Modelfile"
 )

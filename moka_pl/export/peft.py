@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def export_lora(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) -
     with written_folder(out) as new:
         write_peft(new, form, source.model, source.base_name, source.info.base.revision, dtype)
         say(f"{reader} reads it back ...")
-        served = _loaded(source.model, new)
+        served = read_peft(source.model, new)
         _check_layers(served, form, reader)
         routed, dtypes = has_experts(source.model), (dtype, source.model.dtype)
         say(check(expected, measure(served, source.prompts), reader, *dtypes, routed=routed))
@@ -86,7 +87,8 @@ def lora_reference(source: Source, form: LoraForm) -> Measured:
     return cut
 
 
-def _loaded(model: "PreTrainedModel", folder: Path) -> Any:
+def read_peft(model: "PreTrainedModel", folder: Path) -> Any:
+    """Loads a PEFT directory onto a plain base, as its users do."""
     from peft import PeftModel
 
     with warnings.catch_warnings():  # of transformers' to PEFT
@@ -115,7 +117,13 @@ def _vllm(rank: int) -> str:
 
 
 def write_peft(
-    folder: Path, form: LoraForm, model: nn.Module, base: str, revision: str | None, dtype: torch.dtype
+    folder: Path,
+    form: LoraForm,
+    model: nn.Module,
+    base: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    whole: Mapping[str, nn.Linear] | None = None,
 ) -> None:
     """Writes a PEFT directory that all readers of such directories understand alike.
 
@@ -128,10 +136,11 @@ def write_peft(
         base: Its name or folder.
         revision: Its revision on the hub.
         dtype: Dtype of the tensors.
+        whole: Layers that are stored as a whole, by name; image classifiers alone have such.
     """
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": None if whole else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
@@ -143,9 +152,13 @@ def write_peft(
         "fan_in_fan_out": set(form.factors) <= set(conv1d_names(model)),
         "use_rslora": False,
         "use_dora": False,
-        "modules_to_save": None,
+        "modules_to_save": list(whole) if whole else None,
     }
-    tensors = {}
+    tensors = {
+        f"base_model.model.{name}.{key}": tensor.detach().to(dtype).contiguous()
+        for name, layer in (whole or {}).items()
+        for key, tensor in layer.named_parameters()
+    }
     for name, (lora_a, lora_b) in form.factors.items():
         layer = f"base_model.model.{name}"
         if isinstance(model.get_submodule(name), nn.Embedding):  # which PEFT takes for a linear map of V to d

@@ -190,6 +190,11 @@ def _stored_rank(request: Request, info: AdapterInfo) -> int | None:
             f"{request.adapter} has rows of {len(info.config.trainable_token_indices)} tokens, which a LoRA "
             "does not hold; export --to merged, or --to gguf with another --gguf_type than lora"
         )
+    if info.config.modules_to_save:
+        raise ConfigError(
+            f"{request.adapter} trained {', '.join(info.config.modules_to_save)} as a whole "
+            "(modules_to_save), which is no LoRA; export it --to merged"
+        )
     most = max(info.exact_lora_rank, default=None)
     known = stored_rank(read_adapter_state(request.adapter), most)
     if known:

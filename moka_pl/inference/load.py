@@ -79,8 +79,7 @@ def load_model(
     """
     path = local_adapter(path, revision)
     info = read_adapter(path)
-    if not (base or info.base.name):
-        raise AdapterError(f"{path} does not name its base model; give base, its name or folder")
+    _check_kind(info, path, base)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -127,6 +126,17 @@ def check_new_tokens(info: AdapterInfo, tokenizer: "PreTrainedTokenizerBase", pa
                 f"{path} was trained with another vocabulary: {token!r} is token {number} of this tokenizer, "
                 "of which it has no row; give the base with the tokenizer of its training"
             )
+
+
+def _check_kind(info: AdapterInfo, path: Path, base: str | None) -> None:
+    """Refuses an adapter of an image classifier, and one without a base."""
+    if info.extra.get("labels"):
+        raise AdapterError(
+            f"{path} classifies images, and answers or scores no text; validate or test it with "
+            "moka_pl.VisionModule, export it --to merged, or load it by moka_pl.vision.load_classifier"
+        )
+    if not (base or info.base.name):
+        raise AdapterError(f"{path} does not name its base model; give base, its name or folder")
 
 
 def _preview(unloaded: Unloaded, path: Path, info: AdapterInfo) -> Preview:

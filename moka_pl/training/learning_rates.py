@@ -12,6 +12,8 @@ from moka_pl.adapters import MokaConfig
 from moka_pl.errors import ConfigError
 
 _PARTS = {"moka_A": "left", "moka_B": "right", "moka_gate": "gate", "trainable_tokens": "tokens"}
+#: Layers that are trained as a whole (``modules_to_save``), at the optimizer's own rate.
+_OTHER = "other"
 
 
 @dataclass
@@ -73,9 +75,9 @@ def make_optimizer(
     """
     if ratios.alike:
         return build([parameter for _, parameter in parameters])
-    by_part: dict[str, list[nn.Parameter]] = {part: [] for part in _PARTS.values()}
+    by_part: dict[str, list[nn.Parameter]] = {part: [] for part in (*_PARTS.values(), _OTHER)}
     for name, parameter in parameters:
-        by_part[_PARTS[name.rpartition(".")[2]]].append(parameter)
+        by_part[_PARTS.get(name.rpartition(".")[2], _OTHER)].append(parameter)
     groups = [{"params": members, "name": part} for part, members in by_part.items() if members]
     try:
         optimizer = build(groups)
@@ -89,7 +91,8 @@ def make_optimizer(
                 "learning_rate_ratios multiply the optimizer's learning rate, but "
                 f"{type(optimizer).__name__} has no lr; set its lr, or remove the ratios"
             )
-        group["lr"] = group["lr"] * getattr(ratios, group["name"])  # not in place: groups may share a tensor
+        ratio = getattr(ratios, group["name"], 1.0)
+        group["lr"] = group["lr"] * ratio  # not in place: groups may share a tensor
     return optimizer
 
 
@@ -119,6 +122,6 @@ def logged_rates(optimizer: Optimizer, ratios: LearningRateRatios) -> dict[str, 
     groups = optimizer.param_groups
     if ratios.alike:
         return {"train/lr": groups[0]["lr"]}
-    factors = [getattr(ratios, group["name"]) for group in groups]
+    factors = [getattr(ratios, group["name"], 1.0) for group in groups]
     plain = [group["lr"] / factor for group, factor in zip(groups, factors, strict=True) if factor > 0]
     return {"train/lr": (plain or [0.0])[0]} | {f"train/lr_{group['name']}": group["lr"] for group in groups}

@@ -103,12 +103,14 @@ class MokaModule(TrainedModule):
         course: What decides the course of a fit, as its checkpoints hold it.
         checkpoint_path: The checkpoint that will be loaded, so that its run can be compared before the model
             is loaded.
+        next_command: What to do with a trained adapter, as a command without the program.
         resumes: Whether the next fit resumes from a checkpoint, so that ``filters: auto`` need not choose.
             (If False, the choice is made, and a loaded checkpoint's choice replaces it.)
     """
 
     resumes: bool = False
     checkpoint_path: Path | None = None
+    next_command: str = "generate {adapter} 'Why does bread rise?'"
 
     def __init__(
         self,
@@ -280,6 +282,11 @@ class MokaModule(TrainedModule):
         """What keeps the blocks of the base; None where this rank has all of it."""
         strategy = getattr(trainer_of(self), "strategy", None)
         return strategy.blocks if isinstance(strategy, ShardedStrategy) else None
+
+    @property
+    def adapter_extra(self) -> dict[str, Any]:
+        """Further values that adapter directories keep."""
+        return {"prompt": data_of(self.trainer).prompt}
 
     @property
     def causal_lm(self) -> "PreTrainedModel":

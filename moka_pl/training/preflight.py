@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.adapters.filters import AUTO
-from moka_pl.data.base import MokaDataModule
+from moka_pl.data.types import HasEpochs
 from moka_pl.errors import ConfigError
 from moka_pl.utils import existing_folder, space_shortage
 
@@ -92,7 +92,7 @@ def check_trainer(trainer: Trainer) -> None:
         ConfigError: Naming the option and the number of batches.
     """
     interval, data = trainer.val_check_interval, trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, MokaDataModule) or data.streaming:
+    if not isinstance(data, HasEpochs) or data.streaming:
         return
     limit = trainer.limit_train_batches
     if isinstance(limit, float) and 0 < limit < 1 and data.epoch_length() == 0:

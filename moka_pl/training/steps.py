@@ -15,9 +15,10 @@ from moka_pl.evaluation.module import EvaluatedModule
 from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.compiled import check_compiler, compile_layers, restore_layers
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
-from moka_pl.lm.scoring import Predicted, TokenScores, predicted, score_tokens
+from moka_pl.lm.scoring import IGNORE_INDEX, Predicted, TokenScores, predicted, score_tokens
 from moka_pl.training.accidents.memory import memory_errors
 from moka_pl.training.accidents.micro_batches import MicroBatches
+from moka_pl.training.accidents.naming import row_texts
 from moka_pl.training.accidents.non_finite import NonFiniteSteps
 from moka_pl.training.accidents.spikes import LossSpikes, SpikeOptions
 from moka_pl.training.learning_rates import LearningRateRatios, logged_rates
@@ -173,6 +174,25 @@ class TrainedModule(EvaluatedModule):
         packed = self._prepare_packing().inputs(batch) if "position_ids" in batch else {}
         labels = batch["predicted"] if "predicted" in batch else batch["labels"]
         return score_tokens(self.causal_lm, batch["input_ids"], labels, **packed)
+
+    def single_rows(self, batch: Batch) -> list[Batch]:
+        """Returns the rows of a batch that train something, each as a batch; packed ones together."""
+        if "position_ids" in batch:
+            return [batch]
+        return [
+            {"input_ids": ids[None], "labels": labels[None]}
+            for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+            if (labels[1:] != IGNORE_INDEX).any()
+        ]
+
+    def named_rows(self, batch: Batch, scored: list[int]) -> list[str]:
+        """Returns the rows of scored tokens, each once, in words: its beginning, and what stands there.
+
+        Args:
+            batch: The batch.
+            scored: Numbers of the tokens among those of :meth:`token_scores`.
+        """
+        return row_texts(self, batch, scored)
 
     def _prepare_packing(self) -> PackedAttention:
         if self._packed is None:

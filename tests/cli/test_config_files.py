@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from moka_pl.cli.config_files import MAX_BYTES, MAX_VALUES, check_config, check_yaml, load_yaml
+from moka_pl.cli.config_files import MAX_BYTES, MAX_VALUES, check_config, check_yaml, load_yaml, named_model
 from moka_pl.errors import ConfigError
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
@@ -78,3 +78,23 @@ def test_hostile_options(build_cli, capsys, options, message):
     assert message in error
     assert len(error) < 10_000
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], None),
+        (["--model.backbone.name", "--model"], None),
+        (["--model", "moka_pl.VisionModule"], "moka_pl.VisionModule"),
+        (["--model=VisionModule", "--data", "moka_pl.TextData"], "VisionModule"),
+        (["--config", "named.yaml"], "a.B"),
+        (["-c=plain.yaml"], None),
+        (["--config", "named.yaml", "--model", "c.D"], "c.D"),
+        (["--config", "vit_digits"], "moka_pl.VisionModule"),
+    ],
+)
+def test_the_model_that_is_named(arguments, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "named.yaml").write_text("model: {class_path: a.B, init_args: {}}")
+    (tmp_path / "plain.yaml").write_text("model: {backbone: {name: tiny}}")
+    assert named_model(arguments) == named

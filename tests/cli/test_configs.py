@@ -13,6 +13,7 @@ from moka_pl.cli.main import main
 from moka_pl.data import MokaDataModule
 from moka_pl.training.module import MokaModule
 from moka_pl.training.schedule import WarmupDecay
+from moka_pl.vision import ImageData
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -50,8 +51,8 @@ def test_builds_by_the_command_in_its_comment(path, build_cli):
         built = build_cli(*command[3:], *ON_CPU)
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(built.model, MokaModule)
-    assert isinstance(built.datamodule, MokaDataModule)
-    model = written["model"]
+    model = written["model"].get("init_args", written["model"])
+    assert isinstance(built.datamodule, ImageData if "class_path" in written["model"] else MokaDataModule)
     assert built.model.backbone.name == model["backbone"]["name"]
     adapter = model["adapter"].get("init_args", model["adapter"])
     # PEFT keeps them as a set.

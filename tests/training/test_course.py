@@ -77,6 +77,7 @@ KINDS = {
     "model.adapter.init_args.exclude_modules": NEVER,
     "model.adapter.init_args.ensure_weight_tying": NEVER,
     "model.adapter.init_args.trainable_token_indices": NEVER,
+    "model.adapter.init_args.modules_to_save": NEVER,
     "model.adapter.init_args.scaling": "adapter",
     "model.adapter.init_args.dropout": "adapter",
     "model.adapter.init_args.backend": FREE,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from moka_pl.adapters.injection import (
 from moka_pl.adapters.layer import MokaLayer, MokaLinear
 from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod, check_tensors, name_targets
 from moka_pl.adapters.schema import shown
+from moka_pl.adapters.trained import TrainedLinear, find_trained, trained_layers, trained_sizes
 from moka_pl.adapters.vocabulary.embedding import MokaEmbedding, MokaTiedHead, weight_size
 from moka_pl.adapters.vocabulary.token_rows import (
     ROWS,
@@ -51,9 +52,9 @@ class MokaMethod(AdapterMethod):
 
     @classmethod
     def layers(cls, model: nn.Module) -> Mapping[str, AdaptedLayer]:
-        """Returns the layers of MoKA, a tied head included, and those with rows of tokens."""
+        """Returns the layers of MoKA, a tied head included, those with rows of tokens, and whole ones."""
         found: dict[str, AdaptedLayer] = dict(moka_layers(model, shared=True))
-        return found | token_rows(model)
+        return found | token_rows(model) | trained_layers(model)
 
     def inject(
         self, model: nn.Module, dtype: torch.dtype, saved: Mapping[str, Tensor] | None = None
@@ -67,12 +68,15 @@ class MokaMethod(AdapterMethod):
         """
         wrapped = self.build(model, dtype, saved)
         rows = self._build_rows(model, dtype)
+        whole = find_trained(model, self.config.modules_to_save)
         model.requires_grad_(False)  # the new factors and gates are not in it yet
         for name, adapted in {**wrapped, **rows}.items():
             replace_module(model, name, adapted)
         for layer in rows.values():
             if isinstance(layer, TokenEmbedding):
                 set_vocabulary(model, layer)
+        for name in whole:
+            replace_module(model, name, TrainedLinear(cast(nn.Linear, model.get_submodule(name)), dtype))
         return list(wrapped)
 
     def build(
@@ -86,11 +90,12 @@ class MokaMethod(AdapterMethod):
             saved: The tensors to be loaded next, if any.
         """
         layers = None if saved is None else {name.rpartition(".moka_")[0] for name in saved}
-        names = find_targets(model, self.config, layers)
+        whole = find_trained(model, self.config.modules_to_save)
+        names = [name for name in find_targets(model, self.config, layers) if name not in whole]
         if self.config.trainable_token_indices:
             check_rows(model, self.config.trainable_token_indices, names)
         if saved is not None:
-            check_tensors(saved, self._sizes(model, names), "the adapter")
+            check_tensors(saved, self._sizes(model, names) | trained_sizes(model, whole), "the adapter")
         wrapped: dict[str, MokaLayer] = {}
         for name in names:
             layer = model.get_submodule(name)
@@ -146,7 +151,8 @@ class MokaMethod(AdapterMethod):
         """Returns factors and gate logits; views of the parameters."""
         state = {
             f"{name}.{key}": tensor
-            for name, layer in moka_layers(model).items()
+            for layers in (moka_layers(model), trained_layers(model))
+            for name, layer in layers.items()
             for key, tensor in layer.tensors().items()
         }
         rows = {name: layer for name, layer in token_rows(model).items() if layer.owns_factors}
@@ -179,6 +185,7 @@ class MokaMethod(AdapterMethod):
             "scaling": config.effective_scaling,
             "target modules": name_targets(config.target_modules),
             **({"trained tokens": len(tokens)} if (tokens := config.trainable_token_indices) else {}),
+            **({"trained whole": ", ".join(config.modules_to_save)} if config.modules_to_save else {}),
         }
 
     def about(self, base: str) -> str:

@@ -65,18 +65,21 @@ def step_error(module: "TrainedModule", where: str, batch: Batch | None, reason:
         batch: The micro-batch, or the part of it, that was computed.
         reason: What the memory's allocator says.
     """
-    rows, tokens = (0, 0) if batch is None else batch["input_ids"].shape
+    images = batch is not None and "input_ids" not in batch
+    rows, tokens = (
+        (0, 0) if batch is None else (len(batch["labels"]), 1) if images else batch["input_ids"].shape
+    )
     what = f"step {module.trainer.global_step + 1}"
     if batch is not None:
-        what += f", with a micro-batch of {rows} x {tokens:,} tokens"
+        what += f", with a micro-batch of {rows} " + ("images" if images else f"x {tokens:,} tokens")
     estimate = ""
-    if batch is not None and module.describe_memory is not None:
+    if batch is not None and module.describe_memory is not None and not images:
         with suppress(Exception):  # the lack of memory says more than what else goes wrong
             trained = int((batch["labels"].cpu()[:, 1:] != IGNORE_INDEX).sum())
             estimate = module.describe_memory(rows, tokens, trained) + ". "
     usable = not module.updating
     kept = "" if usable else "The optimizer had begun to change the weights, which are not saved. "
-    remedy = _sentence(remedies(module, rows))  # type: ignore[arg-type]
+    remedy = _sentence(remedies(module, rows, images))  # type: ignore[arg-type]
     message = f"out of memory in {where} of {what}. {estimate}{kept}{remedy}. ({reason})"
     return StepMemoryError(message, usable)
 
@@ -90,12 +93,13 @@ def release(error: BaseException | None) -> None:
     garbage_collection_cuda()
 
 
-def remedies(module: "MokaModule", rows: int) -> list[str]:
+def remedies(module: "MokaModule", rows: int, images: bool = False) -> list[str]:
     """Returns what takes less memory and is not in use yet, the cheapest first.
 
     Args:
         module: The module that is trained.
         rows: Rows of the micro-batch; 0 where they are unknown.
+        images: Whether they are images, which have no length, and which no option halves.
     """
     trainer, strategy = module.trainer, module.trainer.strategy
     on_gpu, compiled = module.device.type == "cuda", module.backbone.compile == "layers"
@@ -103,10 +107,11 @@ def remedies(module: "MokaModule", rows: int) -> list[str]:
     found = []
     if rows != 1:
         found.append("lower data.init_args.batch_size (and raise trainer.accumulate_grad_batches as much)")
-        if not module.halves_batches and halving_unsupported_reason(module) is None:
+        if not images and not module.halves_batches and halving_unsupported_reason(module) is None:
             found.append("set model.halve_micro_batches: true")
     packs = data_of(trainer).packing
-    found.append(f"lower data.init_args.max_length{' (the tokens of a packed row)' if packs else ''}")
+    if not images:
+        found.append(f"lower data.init_args.max_length{' (the tokens of a packed row)' if packs else ''}")
     if module.cuda_graphs and on_gpu:
         found.append("set model.cuda_graphs: false")
     if not module.gradient_checkpointing:

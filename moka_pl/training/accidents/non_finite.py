@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from moka_pl._compat import skip_on_device
 from moka_pl.data.types import Batch
 from moka_pl.errors import ConfigError, NonFiniteError
-from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.ops.finite import non_finite_names
-from moka_pl.training.accidents.naming import diagnosing, gathered, listed, row_texts
+from moka_pl.training.accidents.naming import diagnosing, gathered, listed
 from moka_pl.training.accidents.spikes import LossSpikes
 
 if TYPE_CHECKING:
@@ -203,7 +202,7 @@ class NonFiniteSteps:
             for batch in step.batches:
                 with _watched(self._module.causal_lm, outputs), torch.no_grad():
                     bad = ~torch.isfinite(self._module.token_scores(batch).nll)
-                rows += row_texts(self._module, batch, bad.nonzero()[:, 0].tolist())
+                rows += self._module.named_rows(batch, bad.nonzero()[:, 0].tolist())
             if outputs or rows:
                 return (
                     f"; first layer whose output is not finite: {(outputs or ['the head'])[0]}{listed(rows)}"
@@ -211,10 +210,10 @@ class NonFiniteSteps:
             # Those of several ranks are averaged by now.
             gradients = step.gradients if self._module.trainer.world_size == 1 else []
             for batch in step.batches:
-                for row in _rows(batch):
+                for row in self._module.single_rows(batch):
                     names = self._bad_gradients(row)
                     gradients = gradients or names
-                    rows += row_texts(self._module, row, [0]) if names else []
+                    rows += self._module.named_rows(row, [0]) if names else []
             if gradients:  # the backward pass comes from the last layer
                 return f"; first layer whose gradient is not finite: {gradients[-1]}{listed(rows)}"
         return "; computed again, it is finite" if self._module.trainer.world_size == 1 else ""
@@ -235,16 +234,6 @@ NON_FINITE_REMEDY = (
 
 def _is_finite(step: _Step) -> bool:
     return bool(torch.isfinite(step.values).all())
-
-
-def _rows(batch: Batch) -> Iterator[Batch]:
-    """Yields the rows of a batch that train something; packed ones together."""
-    if "position_ids" in batch:
-        yield batch
-        return
-    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-        if (labels[1:] != IGNORE_INDEX).any():
-            yield {"input_ids": ids[None], "labels": labels[None]}
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from moka_pl.data.types import Batch
 from moka_pl.errors import ConfigError
 from moka_pl.lm.scoring import IGNORE_INDEX
-from moka_pl.training.accidents.naming import diagnosing, gathered, row_texts
+from moka_pl.training.accidents.naming import diagnosing, gathered
 from moka_pl.training.accidents.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class LossSpikes:
             numbers = [str(number) for batch in batches for number in batch.get("rows", [])]
             return f"; rows {_joined(numbers)}" if numbers else ""
         rows.sort(key=lambda row: -row.loss)
-        text = row_texts(self._module, rows[0].batch, [rows[0].token])[0]
+        text = self._module.named_rows(rows[0].batch, [rows[0].token])[0]
         if rows[0].number is None:
             return f"; the row of the highest loss ({rows[0].loss:.3g}) is {text}"
         listed = _joined([f"{row.number} (loss {row.loss:.3g})" for row in rows])
@@ -214,6 +214,8 @@ def _row_losses(module: "TrainedModule", batch: Batch) -> list[_Row]:
     """Computes the mean loss of each row, or example of a packed row, that trains something."""
     nll = module.token_scores(batch).nll.double().cpu()  # (N,)
     labels = batch["labels"].cpu()
+    if labels.ndim == 1:  # images, each of which has one label
+        return [_Row(loss, None, batch, number) for number, loss in enumerate(nll.tolist())]
     row, column = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)  # (N,)
     rows, tokens = labels.shape
     starts = torch.arange(rows + 1) * tokens  # (B + 1,)

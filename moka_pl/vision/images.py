@@ -1,0 +1,76 @@
+"""Images as pixels: read by Pillow, resized and normalised as the model's image processor says."""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from moka_pl.errors import DataError, one_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Endings of the files that count as images, in small letters."""
+
+
+def open_image(file: Path) -> "Image":
+    """Reads an image; the first of several in a file.
+
+    Raises:
+        DataError: Naming the file, if it is none, is cut off, or larger than Pillow's limit.
+    """
+    from PIL import Image, ImageOps
+
+    with _reading(file), Image.open(io.BytesIO(file.read_bytes())) as image:
+        upright: Image.Image = ImageOps.exif_transpose(image)
+        upright.load()
+        return upright
+
+
+def channels_of(processor: Any) -> int:
+    """Returns the channels of the images that a processor makes: as many as it has means."""
+    mean = getattr(processor, "image_mean", None)
+    return len(mean) if isinstance(mean, list | tuple) else 3
+
+
+def to_pixels(processor: Any, images: Sequence["Image"]) -> Tensor:
+    """Makes a batch of images, (B, C, H, W), float32.
+
+    Args:
+        processor: The model's image processor.
+        images: Images of any sizes and modes, which are converted to grey or RGB as the processor needs.
+    """
+    mode = "L" if channels_of(processor) == 1 else "RGB"
+    arrays = [numpy.atleast_3d(numpy.asarray(image.convert(mode))).transpose(2, 0, 1) for image in images]
+    made = processor(images=arrays, return_tensors="np", input_data_format="channels_first")["pixel_values"]
+    return torch.from_numpy(numpy.asarray(made, dtype=numpy.float32))  # (B, C, H, W)
+
+
+def check_header(file: Path) -> int:
+    """Returns the size of an image file in bytes, whose beginning is looked at.
+
+    Raises:
+        DataError: Naming the file, if it is no image.
+    """
+    from PIL import Image
+
+    with _reading(file), Image.open(file):
+        return file.stat().st_size
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    from PIL import Image
+
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{file} cannot be read as an image ({one_line(error)}); repair or remove it"
+        ) from error
