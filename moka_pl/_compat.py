@@ -94,6 +94,17 @@ def leave_out_of_ddp(module: "nn.Module", names: Iterable[str]) -> None:
     module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
 
 
+def rendezvous_store() -> Any:
+    """The key-value store by which the processes of a run have found each other.
+
+    Seen in torch 2.11 to 2.13. Without it another connection to the first process would have to be made, and
+    be waited for, when that process may be gone.
+    """
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
 def skip_on_device(optimizer: "torch.optim.Optimizer", skip: "Tensor") -> bool:
     """Has an optimizer's next step do nothing if a flag on the GPU is set; False if it takes no such flag.
 

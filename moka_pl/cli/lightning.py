@@ -31,7 +31,8 @@ from moka_pl.callbacks.interrupt import signals_stop
 from moka_pl.cli.class_paths import explain_denied, restrict_class_paths, split_trust
 from moka_pl.cli.config_files import check_config, named_model
 from moka_pl.cli.configs import find_config
-from moka_pl.cli.log_writers import log_writers
+from moka_pl.cli.failures import ranks
+from moka_pl.cli.failures.log_writers import log_writers
 from moka_pl.cli.parser import MokaParser
 from moka_pl.cli.run_folders import RunFolders
 from moka_pl.data import MokaDataModule
@@ -256,6 +257,7 @@ class MokaCLI(LightningCLI):
         """Claims the folders of the run, before anything is read or computed."""
         if self.subcommand is not None:
             check_launcher(self.trainer)
+            ranks.join(self.trainer)
             options = self._options(self.config)
             resumed = options.get("ckpt_path") is not None
             if resumed and hasattr(self, "_given_version"):  # the saved configuration is for other runs, too

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from moka_pl.cli.configs import configs
 from moka_pl.cli.evaluate import evaluate
 from moka_pl.cli.export import export
+from moka_pl.cli.failures import ranks
 from moka_pl.cli.generate import generate
 from moka_pl.cli.inspect import inspect
 from moka_pl.cli.predict import predict
@@ -24,7 +25,6 @@ from moka_pl.errors import (
     ConfigError,
     MokaError,
     MokaWarning,
-    NonFiniteError,
     end_interrupted,
     printable,
     system_failure,
@@ -156,6 +156,7 @@ def _run(args: Sequence[str] | None) -> None:
             from moka_pl.cli.lightning import run
 
             run(None if args is None else arguments)
+            ranks.end_others(at_once=False)
         else:
             known = ", ".join([*LIGHTNING, *FUNCTIONS, *PLAN])
             raise ConfigError(
@@ -163,18 +164,30 @@ def _run(args: Sequence[str] | None) -> None:
                 if command
                 else f"give a command: {known}"
             )
-    except MokaError as error:
-        alike = isinstance(error, NonFiniteError)  # raised by all ranks
-        if not alike or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"moka_pl: error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(error.status)
     except Exception as error:
-        if (message := system_failure(error)) is None:
-            raise
-        print(f"moka_pl: error: {printable(message)}", file=sys.stderr)
-        sys.exit(2)
+        _end(error)
     except KeyboardInterrupt:  # outside of training, which sees to its own
         end_interrupted()
+
+
+def _end(error: Exception) -> NoReturn:
+    """Ends a process that fails, and the others of its run; one of them tells why, if it can in one line."""
+    message: str | None
+    lost = ranks.is_lost_rank(error)
+    if isinstance(error, MokaError):
+        message, status = str(error), error.status
+    elif lost:
+        message, status = ranks.lost(error), 1
+    else:
+        message = system_failure(error)
+        status = 1 if message is None else 2
+    told = ranks.tells(status, lost)
+    if told and message is not None:
+        print(f"moka_pl: error: {printable(message)}", file=sys.stderr, flush=True)
+    ranks.end_others(at_once=told)
+    if told and message is None:
+        raise error
+    sys.exit(status if told else ranks.status_of_others(status))
 
 
 def _format_warning(

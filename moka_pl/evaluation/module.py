@@ -1,5 +1,6 @@
 """The evaluating half of the LightningModule: validation, test and prediction."""
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
@@ -171,6 +172,7 @@ class EvaluatedModule(LightningModule):
         self.eval_values = {f"{prefix}/{name}": value for name, value in self.eval_results.values().items()}
         self.eval_step = self.trainer.global_step
         shown = {f"{prefix}/loss", f"{prefix}/accuracy"}
+        warnings.filterwarnings("ignore", f"It is recommended to use `self.log.'{prefix}/")
         for name, value in self.eval_values.items():
-            # The values are the same on all ranks already.
+            # The values are the same on all ranks already, of which Lightning (2.6) warns, name by name.
             self.log(name, value, prog_bar=name in shown, sync_dist=False)

@@ -5,7 +5,7 @@ import pytest
 from tensorboard.compat.tensorflow_stub.io import gfile
 from torch.utils.tensorboard import SummaryWriter
 
-from moka_pl.cli.log_writers import log_writers
+from moka_pl.cli.failures.log_writers import log_writers
 from moka_pl.errors import system_failure
 
 

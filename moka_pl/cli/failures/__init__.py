@@ -1,0 +1,1 @@
+"""What ended a command, told once and by name."""

@@ -1,0 +1,298 @@
+"""Sharded runs of two processes that are killed at random moments, and go on.
+
+Run as a script, this file forks the processes of all runs: they import nothing anew.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+import yaml
+from lightning.pytorch.strategies.launchers import subprocess_script
+
+from moka_pl.adapters.reading import read_adapter_state
+from moka_pl.cli.main import main
+from moka_pl.errors import DataError
+from moka_pl.training.checkpoint_files import unusable_reason
+from moka_pl.training.module import MokaModule
+
+pytestmark = pytest.mark.slow
+
+MOMENTS = 3
+WHO = ([0], [1], [0, 1])  # ranks that are killed, in turn
+STEPS = 16
+RAISING = ("raises-data-0", "raises-other-1")
+LIMIT = 30.0  # seconds in which all processes have to end
+
+
+def configuration(folder):
+    """A run of ``STEPS`` steps in two epochs, with a checkpoint after each, of an adapter with momentum."""
+    rows = [{"instruction": f"{n}?", "output": "word " * (1 + n % 4)} for n in range(2 * STEPS)]
+    for name, some in (("train", rows), ("heldout", rows[:3])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    config = {
+        "seed_everything": 3,
+        "model": {
+            "backbone": {"name": "tiny", "weights": "random"},
+            "adapter": {"components": 3},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        },
+        "data": {
+            "class_path": "moka_pl.data.InstructionData",
+            "init_args": {
+                "path": str(folder / "train.jsonl"),
+                "validation_path": str(folder / "heldout.jsonl"),
+                "prompt": "alpaca",
+                "max_length": 256,
+                "batch_size": 2,
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 2,
+            "strategy": "sharded",
+            "max_epochs": 2,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+        },
+        "checkpoint": {"every_n_train_steps": 1},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+class Started:
+    """The second process, forked before the first has begun, and begun when Lightning would start it."""
+
+    def __init__(self, name, arguments):
+        self.returncode, self._begin = None, os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._begin[1])
+            environment = json.loads(os.fdopen(self._begin[0]).read() or os._exit(9))
+            os.environ |= environment
+            spoil(name, 1)
+            fit(name, arguments)
+        os.close(self._begin[0])
+
+    def begin(self, command, env, cwd):
+        os.write(self._begin[1], json.dumps(env).encode())
+        os.close(self._begin[1])
+        return self
+
+    def poll(self):
+        if self.returncode is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if done else None
+        return self.returncode
+
+    def wait(self, timeout):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("fit", timeout)
+            time.sleep(0.01)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def fit(name, arguments):
+    """Runs the command in this process, and ends it."""
+    status = 1
+    try:
+        main(["fit", "--config", "config.yaml", f"--trainer.logger.init_args.name={name}", *arguments])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def spoil(name, rank):
+    """Has a rank fail in its third step, where a run's name says so."""
+    compute, steps = MokaModule.training_step, []
+
+    def training_step(self, *args):
+        steps.append(args)
+        if len(steps) == 3 and rank == int(name[-1]):
+            raise (DataError if "data" in name else KeyError)("failed on purpose")
+        return compute(self, *args)
+
+    if name.startswith("raises"):
+        MokaModule.training_step = training_step
+
+
+def start(name, arguments):
+    """Forks both processes of a run, and returns their numbers."""
+    told, tell = os.pipe()
+    first = os.fork()
+    if first == 0:
+        output = os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        second = Started(name, arguments)
+        os.write(tell, str(second.pid).encode())
+        os.close(tell)
+        subprocess_script.subprocess = SimpleNamespace(Popen=second.begin)
+        spoil(name, 0)
+        fit(name, arguments)
+    os.close(tell)
+    return first, int(os.read(told, 20))
+
+
+def is_alive(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def run(name, *arguments, killed=(), anywhere=False, after=0.0):
+    """Runs two processes, of which some are killed.
+
+    Args:
+        name: Of the run.
+        *arguments: More of the command's.
+        killed: The ranks that are killed.
+        anywhere: Whether ``after`` counts from the start, not from the first step.
+        after: When they are killed, in seconds.
+
+    Returns:
+        The first one's exit code; the seconds to the first step, or to the kill; the seconds from there to
+        the end of the last process.
+    """
+    pids = start(name, arguments)
+    begun = time.monotonic()
+    checkpoints = Path("lightning_logs", name, "version_0", "checkpoints")
+    while not anywhere and not any(checkpoints.glob("*.ckpt")) and is_alive(pids[0]):
+        time.sleep(0.002)
+    if killed:
+        time.sleep(after)
+    trained = time.monotonic()
+    for rank in killed:
+        with suppress(ProcessLookupError):
+            os.kill(pids[rank], signal.SIGKILL)
+    while any(map(is_alive, pids)) and time.monotonic() < trained + 2 * LIMIT:
+        time.sleep(0.01)
+    ended = time.monotonic()
+    for pid in filter(is_alive, pids):
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]), trained - begun, ended - trained
+
+
+def try_moments(count, seed):
+    """Kills as many runs, each at another moment of its life, and lets them go on to their end."""
+    for name in ("bitsandbytes", "moka_pl.cli.lightning", "transformers.models.llama.modeling_llama"):
+        import_module(name)
+    code, loading, training = run("whole")
+    record = {"whole": [code, loading, training], "runs": []}
+    pick = random.Random(seed)
+    for number in range(count):
+        name, killed, anywhere = f"run{number}", WHO[number % len(WHO)], number % 4 == 3
+        after = pick.uniform(0, loading if anywhere else training)
+        code, _, seconds = run(name, killed=killed, anywhere=anywhere, after=after)
+        files = sorted(Path("lightning_logs", name).rglob("*.ckpt"))
+        stored = [torch.load(file, weights_only=True)["global_step"] for file in files]
+        found = {"killed": killed, "after": after, "code": code, "seconds": seconds, "steps": stored}
+        found["damaged"] = [reason for file in files if (reason := unusable_reason(file))]
+        found["again"] = run(name, *(["--ckpt_path", "last"] if files else []))[0]
+        record["runs"].append(found)
+    record |= {name: run(name) for name in RAISING}
+    Path("record.json").write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("killed")
+    configuration(folder)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    environment = clean | {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, __file__, str(MOMENTS), "0"],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(folder):
+    return json.loads((folder / "record.json").read_text())
+
+
+def final(folder, name):
+    """What a run leaves at its end: the adapter, and all tensors of the last checkpoint."""
+    log = max((folder / "lightning_logs" / name).iterdir())  # without a checkpoint it has begun again
+    stored = torch.load(log / "checkpoints" / "last.ckpt", weights_only=True)
+    states = stored["optimizer_states"][0]["state"]
+    tensors = {f"{n}.{key}": t for n, state in states.items() for key, t in state.items()}
+    assert stored["global_step"] == STEPS
+    return {**read_adapter_state(log / "adapters/last"), **stored["state_dict"], **tensors}
+
+
+def test_the_uninterrupted_run_ends_well(record):
+    assert record["whole"][0] == 0
+
+
+@pytest.mark.parametrize("number", range(MOMENTS))
+def test_all_processes_end_and_no_file_is_damaged(record, number):
+    killed = record["runs"][number]
+    if 0 in killed["killed"]:
+        assert killed["code"] in (-signal.SIGKILL, 0)  # 0: it had ended before
+    else:
+        assert killed["code"] in (0, 1)
+    assert killed["seconds"] < LIMIT
+    assert killed["damaged"] == []
+
+
+@pytest.mark.parametrize("number", range(MOMENTS))
+def test_it_goes_on_bit_for_bit(folder, record, number):
+    assert record["runs"][number]["again"] == 0, (folder / f"run{number}.txt").read_text()[-3000:]
+    mine, whole = final(folder, f"run{number}"), final(folder, "whole")
+    assert mine.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(mine[name], tensor), name
+
+
+def test_what_is_left_of_a_killed_process_says_so_in_one_line(folder, record):
+    for number, killed in enumerate(record["runs"]):
+        text = (folder / f"run{number}.txt").read_text()
+        assert "Traceback" not in text
+        told = text.count("moka_pl: error: another process of this run has ended without a word")
+        assert told == (killed["code"] == 1)
+
+
+@pytest.mark.parametrize("name", RAISING)
+def test_a_process_that_raises_ends_all_with_its_own_error_alone(folder, record, name):
+    code, _, seconds = record[name]
+    text = (folder / f"{name}.txt").read_text()
+    known = "data" in name
+    assert code == (2 if known else 1)
+    assert seconds < LIMIT
+    assert text.count("moka_pl: error: failed on purpose") == text.count("moka_pl: error: ") == known
+    assert text.count("Traceback") == text.count("KeyError: 'failed on purpose'") == (not known)
+
+
+if __name__ == "__main__":
+    try_moments(int(sys.argv[1]), int(sys.argv[2]))
