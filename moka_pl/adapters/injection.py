@@ -193,8 +193,13 @@ def _nothing_matches(model: nn.Module, config: MokaConfig, excluded: bool) -> st
             f"exclude_modules {shown(config.exclude_modules)} excludes every layer that "
             f"target_modules {shown(config.target_modules)} matches"
         )
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    suffixes = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    known = [
+        name
+        for kind in (nn.Linear, nn.Embedding)
+        for name, module in model.named_modules()
+        if isinstance(module, kind)
+    ]
+    suffixes = list(dict.fromkeys(name.rpartition(".")[2] for name in known))
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     near = [
         match for target in targets for match in difflib.get_close_matches(target, suffixes, n=3, cutoff=0.4)

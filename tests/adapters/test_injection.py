@@ -111,6 +111,7 @@ def test_all_linear_of_a_model_without_a_head(tiny_llama) -> None:
         ("q_proj", ["q_proj"]),  # as a regex it names no whole name
         (["query_key_value"], ["q_proj", "lm_head"]),  # nothing is near: all there are
         (["proj"], ["q_proj"]),
+        (["embed_token"], ["embed_tokens"]),
     ],
 )
 def test_when_nothing_matches_the_nearest_names_are_told(targets, near: list[str], tiny_llama) -> None:

@@ -183,7 +183,8 @@ class TokenHead(TokenRows):
         own = F.linear(hidden, self.rows().to(hidden.dtype)).to(logits.dtype)  # (..., k)
         if self.inside:
             old, among = self.indices[: self.inside], own[..., : self.inside]
-            logits = logits.index_copy(-1, old, among if self.bias is None else among + self.bias[old])
+            among = among if self.bias is None else (among + self.bias[old]).to(logits.dtype)
+            logits = logits.index_copy(-1, old, among)  # (..., V)
         return torch.cat([logits, own[..., self.inside :]], -1) if self.inside < own.shape[-1] else logits
 
     @torch.no_grad()
@@ -250,11 +251,12 @@ def check_rows(model: nn.Module, indices: Sequence[int], adapted: Collection[str
             f"target_modules adapts {both[0]}, of which new tokens or trainable_token_indices train rows as "
             "wholes; leave one of both out"
         )
-    missing = sorted(set(range(rows, max(indices) + 1)) - set(indices))
-    if missing:
+    new = sorted(number for number in indices if number >= rows)
+    gap = next((rows + place for place, number in enumerate(new) if number != rows + place), None)
+    if gap is not None:
         raise AdapterError(
             f"trainable_token_indices has {max(indices)}, but the embedding has rows 0 to {rows - 1}, and "
-            f"row {missing[0]} would be missing; add tokens one after another"
+            f"row {gap} would be missing; add tokens one after another"
         )
 
 

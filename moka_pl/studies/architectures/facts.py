@@ -21,6 +21,7 @@ from moka_pl.adapters import (
     unmerge,
 )
 from moka_pl.adapters.coverage import adapted_share
+from moka_pl.adapters.injection import vocabulary_ends
 from moka_pl.backbone import Backbone, BackboneConfig, load_backbone
 from moka_pl.backbone.linear_layers import quantised_share
 from moka_pl.data.batching.collate import collate_packs, share_prompts
@@ -90,7 +91,7 @@ def family_facts(folder: Path) -> Facts:
     check_adapters(nf4)
     model = loaded.model
     defaults = default_layers(model)
-    check_adapters(model, output_head)
+    check_adapters(model, both_ends)
     unload(model)
     share = check_adapters(model)
     packing, shared = refused(lambda: check_packing(model)), check_sharing(model)
@@ -115,9 +116,9 @@ def default_layers(model: "PreTrainedModel") -> str:
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def output_head(model: "PreTrainedModel") -> list[str]:
-    """Returns the full name of the output head."""
-    return [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+def both_ends(model: "PreTrainedModel") -> list[str]:
+    """Returns the full names of the embedding and the output head."""
+    return list(vocabulary_ends(model))
 
 
 def check_adapters(

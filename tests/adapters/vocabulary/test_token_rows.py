@@ -165,6 +165,7 @@ def test_without_the_adapter_new_tokens_are_what_they_started_as(make_llama, ran
 
 
 REFUSED = {
+    "far away": ({"trainable_token_indices": [10**15]}, "row 96 would be missing"),
     "a hole": ({"trainable_token_indices": [96, 98]}, "rows 0 to 95, and row 97 would be missing"),
     "adapted, too": (
         {"trainable_token_indices": [96], "target_modules": ["lm_head"]},
