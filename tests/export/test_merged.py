@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter, unload
+from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter, merge, unload, unmerge
 from moka_pl.backbone.quantization import QuantisedLinear, dense_weight
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.cli.main import main
@@ -53,13 +53,18 @@ def test_a_base_that_was_trained_itself_is_its_own_merged_model(make_llama: Call
     assert all(torch.equal(parts[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_peft_layers_are_merged(make_llama: Callable) -> None:
+@pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
+@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens", "q_proj"]])
+def test_peft_layers_are_merged(targets: list[str], make_llama: Callable) -> None:
     peft = pytest.importorskip("peft")
-    model = make_llama()
-    inject_adapter(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model = make_llama(tie_word_embeddings="embed_tokens" in targets)
+    inject_adapter(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     ids = torch.arange(8)[None]
     with torch.no_grad():
         expected = model(ids).logits
+        merge(model)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+        unmerge(model)
         plain = make_llama(seed=1)
         plain.load_state_dict(parts_of(model))
         torch.testing.assert_close(plain(ids).logits, expected, atol=1e-4, rtol=1e-4)

@@ -1,11 +1,13 @@
 """Layers of PEFT's, as adapted layers of this package: switched off and on, merged and unmerged."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 
 from moka_pl._compat import disable_adapters
+from moka_pl.adapters.vocabulary.embedding import scaled_rows
 from moka_pl.backbone.quantization import is_quantised, layer_compute_dtype
 from moka_pl.errors import AdapterError
 
@@ -40,7 +42,7 @@ class PeftLayer:
         return base
 
     @property
-    def merged_layer(self) -> nn.Linear | None:
+    def merged_layer(self) -> nn.Module | None:
         """The dense layer that stands for both, if they are merged."""
         name = self._merged_name()
         return None if name is None else self.module.__dict__[name].dense
@@ -55,15 +57,19 @@ class PeftLayer:
 
         PEFT's own merging changes the frozen weight, which in four bits is rounded again and cannot be had
         back. Every linear layer with an adapter maps x to ``W' x + b'``: W' is what it makes of the identity.
+        The rows of an embedding's are what it makes of each token.
 
         Raises:
-            AdapterError: If the layer is not linear.
+            AdapterError: If the layer is of another kind.
         """
         if self.merged_layer is not None:
             return
         layer, base = self.module, self.base_layer
+        if isinstance(base, nn.Embedding):
+            layer.__dict__["forward"] = _MergedForward(_merged_embedding(layer, base), any_dtype=False)
+            return
         if not isinstance(base, nn.Linear):
-            raise AdapterError(f"{self.name} is a {type(base).__name__}; only linear layers can be merged")
+            raise AdapterError(f"{self.name} is a {type(base).__name__}, which cannot be merged")
         dtype = layer_compute_dtype(base) if is_quantised(base) else base.weight.dtype
         was_training = layer.training
         layer.eval()
@@ -104,10 +110,20 @@ class SavedModule(PeftLayer):
         """Does nothing."""
 
 
+@torch.no_grad()
+def _merged_embedding(layer: nn.Module, base: nn.Embedding) -> nn.Embedding:
+    """Returns a copy of an embedding, of its own class, whose rows are those of the adapted one."""
+    tokens = torch.arange(base.num_embeddings, device=base.weight.device)
+    scale = scaled_rows(base, torch.ones_like(base.weight[:1, :1]))  # (1, 1)
+    update = (layer(tokens) - base(tokens)) / scale  # (V, d)
+    total = nn.Parameter(base.weight + update.to(base.weight.dtype), requires_grad=False)
+    return copy.deepcopy(base, {id(base.weight): total})
+
+
 class _MergedForward:
     """Stands in for a layer's ``forward``."""
 
-    def __init__(self, dense: nn.Linear, any_dtype: bool) -> None:
+    def __init__(self, dense: Any, any_dtype: bool) -> None:
         self.dense = dense
         self.any_dtype = any_dtype  # 4-bit layers take any dtype and return it
 
