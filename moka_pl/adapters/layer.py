@@ -123,6 +123,13 @@ class MokaLayer(nn.Module):
         self.moka_gate = vector(gates) if gates else None
         self.reset_parameters()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Gives the frozen layer its weight, which transformers' ``tie_weights`` sets again."""
+        if name == "weight":
+            self.base_layer.weight = param
+        else:
+            super().register_parameter(name, param)
+
     def reset_parameters(self) -> None:
         """Initialises factors and gates: ΔW = 0, α uniform."""
         for left, right in self.factors():

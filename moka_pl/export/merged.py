@@ -29,6 +29,8 @@ from moka_pl.lm.experts import SplitExperts, has_experts, stored
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+#: How the name of a layer ends of which PEFT trains rows (``trainable_token_indices``).
+_PEFT_ROWS = ".token_adapter"
 #: Bytes of a shard.
 _SHARD = 2**30
 #: Bytes of a base in float32 up to which another engine's check computes with that.
@@ -68,7 +70,7 @@ def merged_parts(model: "PreTrainedModel") -> list[Part]:
         if name in layers:
             inside = f"{name}."
             if getattr(layers[name], "owns_factors", True):  # else it is tied, as the base is
-                parts += _adapted(name, layers[name])
+                parts += _adapted(name.removesuffix(_PEFT_ROWS), layers[name])
             continue
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             full = f"{name}.{own}" if name else own

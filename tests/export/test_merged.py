@@ -54,19 +54,25 @@ def test_a_base_that_was_trained_itself_is_its_own_merged_model(make_llama: Call
 
 
 @pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
-@pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens", "q_proj"]])
-def test_peft_layers_are_merged(targets: list[str], make_llama: Callable) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"target_modules": ["embed_tokens", "q_proj"]}, {"trainable_token_indices": [3]}], ids=str
+)
+def test_peft_layers_are_merged(options: dict, make_llama: Callable) -> None:
     peft = pytest.importorskip("peft")
-    model = make_llama(tie_word_embeddings="embed_tokens" in targets)
-    inject_adapter(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    model = make_llama(tie_word_embeddings=bool(options))
+    config = {"target_modules": ["q_proj"], "init_lora_weights": False} | options
+    inject_adapter(model, peft.LoraConfig(r=2, **config))
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.normal_(0, 0.3)
     ids = torch.arange(8)[None]
     with torch.no_grad():
         expected = model(ids).logits
         merge(model)
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
         unmerge(model)
-        plain = make_llama(seed=1)
-        plain.load_state_dict(parts_of(model))
+        plain, parts = make_llama(seed=1), parts_of(model)
+        plain.load_state_dict(parts)
         torch.testing.assert_close(plain(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -47,6 +47,7 @@ def save(module: MokaModule, path: Path) -> Path:
     return save_adapter(path, module.causal_lm, module.adapter, module.base, {"prompt": "alpaca"})
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_they_are_trained_resumed_loaded_and_exported(
     module, base, make_data, make_trainer, tmp_path, capsys, no_weights
 ) -> None:

@@ -74,6 +74,13 @@ class TokenRows(nn.Module):
         weight: Tensor = (self.base_layer if self.merged_layer is None else self.merged_layer).weight
         return weight
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Gives the frozen layer its weight, which transformers' ``tie_weights`` sets again."""
+        if name == "weight":
+            self.base_layer.weight = param
+        else:
+            super().register_parameter(name, param)
+
     def rows(self) -> Tensor:
         """Returns the rows that count, (k, d)."""
         return self.trainable_tokens if self.enabled else self.start
