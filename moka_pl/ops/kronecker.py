@@ -71,7 +71,7 @@ def delta_rows(
             b_rows.append(F.embedding(inner, b))  # (T, n_b)
         product = torch.stack(a_rows, 2) @ torch.stack(b_rows, 1)  # (T, n_a, n_b)
         product = product.flatten(1)[:, :n]  # (T, ≤ n)
-        out = out + F.pad(product, (0, n - product.shape[1]))
+        out = out + (product if shape.cols >= n else F.pad(product, (0, n - shape.cols)))
     return out.view(*ids.shape, n)
 
 

@@ -54,7 +54,7 @@ class StoredRun:
     """What a checkpoint holds beside Lightning's own; an older one may lack fields, which then have defaults.
 
     Attributes:
-        base: The frozen base's ``name``, ``fingerprint``, ``samples`` and ``quantization``.
+        base: The frozen base's ``name``, ``fingerprint``, ``samples``, ``quantization`` and ``new_tokens``.
         adapter: Options of the adapter.
         learning_rate_ratios: Ratios by part, as :class:`LearningRateRatios` has them.
         rng: The states of the random generators.
@@ -81,6 +81,7 @@ class StoredRun:
                 "fingerprint": module.base.fingerprint,
                 "samples": module.base.samples,
                 "quantization": module.base.options["quantization"],
+                "new_tokens": ", ".join(map(repr, module.backbone.new_tokens)) or "none",
             },
             adapter=method_of(module.adapter).options(),
             learning_rate_ratios=asdict(module.learning_rate_ratios),
@@ -132,6 +133,11 @@ def check_checkpoint(checkpoint: Mapping[str, Any], module: "MokaModule", traini
         raise AdapterError(
             f"the checkpoint was trained on another base model ({stored.base['name']!r}); this run has "
             f"{current.base['name']!r} with another fingerprint. Load the checkpoint's base instead"
+        )
+    tokens = [base.get("new_tokens", current.base["new_tokens"]) for base in (stored.base, current.base)]
+    if tokens[0] != tokens[1]:
+        raise AdapterError(
+            f"the checkpoint was trained with the new tokens {tokens[0]}; this run has {tokens[1]}. {_REMEDY}"
         )
     if stored.base:
         samples = stored.base.get("samples", ""), current.base["samples"]

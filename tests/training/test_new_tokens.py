@@ -73,6 +73,9 @@ def test_they_are_trained_resumed_loaded_and_exported(
     make_trainer(max_steps=2).fit(again, make_data(), ckpt_path=checkpoint, weights_only=True)
     whole, resumed = adapter_state(model), adapter_state(again.causal_lm)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    other, told = module(["gamma", "b1", "b2"]), r"the new tokens 'alpha', ' beta', .*; this run has 'gamma'"
+    with pytest.raises(AdapterError, match=told):
+        make_trainer(max_steps=2).fit(other, make_data(), ckpt_path=checkpoint, weights_only=True)
     # Stored: three rows, once for both ends.
     path = save(run, tmp_path / "adapter")
     rows = {
