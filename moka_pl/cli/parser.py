@@ -24,6 +24,11 @@ _PLAIN_TYPES = re.compile(
     r"Does not validate against any of the Union subtypes Subtypes: \[((?:<class '\w+'>(?:, )?)+)\] "
     r"Errors: .*? Given value type: <class '\w+'> Given value: "
 )
+#: What to do about data of the other kind of model, by what jsonargparse says.
+_HINTS = {
+    r"subclass of MokaDataModule .*(ImageFolder|Digits)Data$": "; images need --model moka_pl.VisionModule",
+    "subclass of ImageData ": "; a VisionModule takes images: moka_pl.ImageFolderData or moka_pl.DigitsData",
+}
 
 
 class MokaParser(LightningArgumentParser):
@@ -74,6 +79,7 @@ class MokaParser(LightningArgumentParser):
             line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
         if "No module named 'peft'" in line:
             line += "; run pip install 'moka_pl[peft]'"
+        line += next((hint for found, hint in _HINTS.items() if re.search(found, line)), "")
         self.exit(2, f"{program}: error: {line}\nAll options: {program} --help\n")
         raise AssertionError  # exit does not return
 

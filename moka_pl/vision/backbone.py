@@ -231,13 +231,13 @@ def _pretrained(
         **location,
         "config": shape,
         "dtype": dtype,
-        "device_map": {"": device.index or 0} if device.type == "cuda" else {"": device.type},
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
         "trust_remote_code": False,
     }
-    # Of a head of other classes transformers would report at length.
-    quiet = silenced("transformers.modeling_utils", below=logging.ERROR)
+    # It would tell of a head of other classes, and of layers without a plan for tensor parallelism.
+    names = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+    quiet = silenced(*names, below=logging.ERROR)
     with loading(config.name), progress_bars(show=False), quiet:
         model, info = AutoModelForImageClassification.from_pretrained(**options)
     other = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
@@ -248,7 +248,7 @@ def _pretrained(
             f"{config.name} cannot be loaded: {len(lost - own)} of its weights are missing or of another "
             f"size (first {min(lost - own)}); copy the model again"
         )
-    return cast("PreTrainedModel", model), lost
+    return cast("PreTrainedModel", model.to(device)), lost
 
 
 def _check_runs(model: "PreTrainedModel", processor: Any, classes: int, name: str) -> None:

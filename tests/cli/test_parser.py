@@ -174,3 +174,41 @@ def test_full_fine_tuning_trains_and_keeps_everything(make_module, make_data, ma
     loaded, _ = load_model(tmp_path / "a/last", device="cpu")
     for one, other in zip(loaded.parameters(), module.causal_lm.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_model_is_named_with_its_options_short(build_cli):
+    from moka_pl.vision import DigitsData, VisionModule
+
+    data = ["--data", "moka_pl.DigitsData", "--data.digits", "[3,5]"]
+    model = [
+        "--model",
+        "moka_pl.VisionModule",
+        "--model.adapter.components",
+        "3",
+        "--model.optimizer.lr",
+        "0.5",
+    ]
+    built = build_cli("fit", *model, *data, "--seed_everything", "7")
+    assert type(built.model) is VisionModule
+    assert built.model.adapter.components == 3
+    assert built.model.backbone.name == "vit-digits"
+    assert type(built.datamodule) is DigitsData
+    assert (built.datamodule.digits, built.datamodule.seed) == ([3, 5], 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--data", "moka_pl.DigitsData"], "; images need --model moka_pl.VisionModule"),
+        (
+            ["--model", "moka_pl.VisionModule", "--data", "moka_pl.TextData"],
+            "; a VisionModule takes images: moka_pl.ImageFolderData or moka_pl.DigitsData",
+        ),
+    ],
+)
+def test_data_of_the_other_kind_are_told(arguments, hint, build_cli, capsys):
+    with pytest.raises(SystemExit):
+        build_cli("fit", *arguments)
+    error, usage = capsys.readouterr().err.splitlines()
+    assert error.endswith(hint)
+    assert usage.startswith("All options")

@@ -12,6 +12,8 @@ from moka_pl.adapters.methods.registry import merge, unload, unmerge
 from moka_pl.backbone import BackboneConfig
 from moka_pl.callbacks import AdapterCheckpoint, GateMonitor, RunCheckpoint
 from moka_pl.errors import AdapterError, ConfigError, DataError, NonFiniteError
+from moka_pl.evaluation.metrics import EvalMetrics
+from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.training.learning_rates import LearningRateRatios
 from moka_pl.training.module import MokaModule
 from moka_pl.vision import load_classifier
@@ -240,6 +242,18 @@ def test_checkpointing_gives_the_same_gradients(make_vision):
     assert all(g.abs().max() > 0 for g in gradients[0].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_fillers_of_other_ranks_count_nowhere(make_vision):
+    module = make_vision(labels=["a", "b"])
+    module.configure_model()
+    module._metrics = EvalMetrics([("images", ["images"])])
+    batch = {"pixel_values": torch.ones(3, 3, 8, 8), "labels": torch.tensor([0, IGNORE_INDEX, 1])}
+    assert module.token_scores(batch).nll.tolist() == pytest.approx([math.log(2)] * 2)
+    module.validation_step(batch, 0)
+    counts = module._metrics.compute().tasks["images"]
+    assert (counts.items, counts.correct, counts.tokens) == (2, 1, 2)  # of a tie the first class counts
+    assert counts.nll == pytest.approx(2 * math.log(2))
 
 
 def test_gates_are_logged_by_layer(make_vision, make_images, make_trainer, tmp_path):
