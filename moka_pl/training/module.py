@@ -32,7 +32,6 @@ from moka_pl.data.types import data_of
 from moka_pl.errors import ConfigError
 from moka_pl.lm.checkpointing import checkpoint_layers
 from moka_pl.prompts.new_tokens import new_token_pieces
-from moka_pl.training.accidents.memory import check_halving
 from moka_pl.training.accidents.spikes import SpikeOptions
 from moka_pl.training.auto_filters import DeferredFilters
 from moka_pl.training.base import describe_base, name_new_tokens, number_new_tokens, take_new_tokens
@@ -178,7 +177,7 @@ class MokaModule(TrainedModule):
         if stage == "fit":
             self.course = course_of(self, self.trainer)
             check_trainer(self.trainer)
-            check_halving(self)
+            self._check_steps()
             if self.backbone.compile == "layers":
                 self._check_compiled()
         if self.checkpoint_path is not None:

@@ -16,7 +16,7 @@ from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.compiled import check_compiler, compile_layers, restore_layers
 from moka_pl.lm.cuda_graphs import StepCapture, fix_size
 from moka_pl.lm.scoring import IGNORE_INDEX, Predicted, TokenScores, predicted, score_tokens
-from moka_pl.training.accidents.memory import memory_errors
+from moka_pl.training.accidents.memory import check_halving, memory_errors
 from moka_pl.training.accidents.micro_batches import MicroBatches
 from moka_pl.training.accidents.naming import row_texts
 from moka_pl.training.accidents.non_finite import NonFiniteSteps
@@ -91,6 +91,11 @@ class TrainedModule(EvaluatedModule):
         self._non_finite.settle()
         halved = {} if self._micro_batches is None else self._micro_batches.state_dict()
         return {"spikes": self._spikes.state_dict(), "halved": halved}
+
+    def _check_steps(self) -> None:
+        """Refuses what goes with other precisions or strategies only."""
+        check_halving(self)
+        self._spikes.check()
 
     def _check_compiled(self) -> None:
         """Refuses to compile without a compiler, or what hooks move while a layer computes.

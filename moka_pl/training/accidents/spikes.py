@@ -95,6 +95,15 @@ class LossSpikes:
         """Whether a spike is undone, for which a step's loss has to be known before its update."""
         return self._options.rollback_every > 0
 
+    def check(self) -> None:
+        """Refuses to undo steps that a scaler has looked at already: it would let the optimizer go on."""
+        scaler = getattr(self._module.trainer.precision_plugin, "scaler", None)
+        if self.rolls_back and scaler is not None:
+            raise ConfigError(
+                f"loss_spikes.rollback_every is {self._options.rollback_every}, which does not go with "
+                "--trainer.precision 16-mixed; use bf16-mixed"
+            )
+
     def begin(self) -> None:
         """Forgets an earlier fit."""
         self.numbers: list[int] = []
@@ -197,8 +206,8 @@ def is_spike(loss: float, before: Sequence[float] | deque[float], threshold: flo
     if len(before) < _LEAST:
         return False
     median = statistics.median(before)
-    if loss <= median:
-        return False
+    if loss <= median + threshold * max(_SMALLEST_SHARE * median, _SMALLEST):
+        return False  # mostly
     spread = _NORMAL * statistics.median(abs(one - median) for one in before)
     bound = median + threshold * max(spread, _SMALLEST_SHARE * median, _SMALLEST)
     logs = [math.log(max(one, 1e-12)) for one in before]

@@ -1,9 +1,11 @@
 """A lack of memory in training: one line, and a checkpoint of the last step; micro-batches in parts."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 
@@ -173,6 +175,17 @@ class Gradients(Callback):
 
 
 @pytest.fixture
+def no_group_left():
+    """Leaves nothing of a process group of one behind."""
+    before = dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+
+
+@pytest.fixture
 def fit(make_module, make_data, make_trainer):
     def run(*callbacks, packing=False, halve=True, **options):
         kept, module = Gradients(), make_module(halve_micro_batches=halve)
@@ -190,12 +203,16 @@ def fit(make_module, make_data, make_trainer):
         ("backward", False),
         pytest.param("forward", False, marks=pytest.mark.slow),
         pytest.param("backward", True, marks=pytest.mark.slow),
+        pytest.param("offloaded", False, marks=pytest.mark.slow),
     ],
 )
-def test_parts_have_the_gradient_of_the_whole(fit, where, packing, recwarn):
+def test_parts_have_the_gradient_of_the_whole(fit, where, packing, recwarn, no_group_left):
     most = 1 if packing else 2
-    memory = Memory(most, where)
-    parts = fit(memory, packing=packing, gradient_clip_val=0.5)
+    options = {"gradient_clip_val": 0.5}
+    if where == "offloaded":
+        options["strategy"] = ShardedStrategy(offload=True)
+    memory = Memory(most, "backward" if where == "offloaded" else where)
+    parts = fit(memory, packing=packing, **options)
     said = [str(w.message) for w in recwarn if "out of memory" in str(w.message)]
     whole = fit(packing=packing, halve=False, gradient_clip_val=0.5)
     assert parts.losses == pytest.approx(whole.losses, rel=1e-6)

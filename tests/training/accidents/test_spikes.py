@@ -164,6 +164,15 @@ def test_rows_of_packed_examples_are_told_apart():
     assert [(row.number, row.loss, row.token) for row in rows] == [(11, 0.5, 0), (12, 3.0, 2), (13, 6.5, 5)]
 
 
+def test_refuses_to_undo_steps_that_a_scaler_has_looked_at(make_module):
+    module = make_module(loss_spikes=SpikeOptions(rollback_every=5))
+    module._trainer = SimpleNamespace(
+        precision_plugin=SimpleNamespace(scaler=object()), world_size=1, strategy=None
+    )
+    with pytest.raises(ConfigError, match=r"rollback_every is 5, which does not go with .* 16-mixed"):
+        module._check_steps()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
