@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from moka_pl.adapters import MokaConfig, adapter_state
 from moka_pl.backbone import BackboneConfig
-from moka_pl.backbone.quantization import is_quantised
+from moka_pl.backbone.quantization import is_quantised, weight_count
 from moka_pl.callbacks import AdapterCheckpoint
 from moka_pl.data import CommonsenseData, InstructionData, MixtureData
 from moka_pl.training.module import MokaModule
@@ -89,6 +89,10 @@ def strategy_of(name):
     return DDPStrategy(process_group_backend="gloo") if name.startswith("ddp") else "auto"
 
 
+def quantization_of(name):
+    return "none" if "dense" in name else "int8" if "int8" in name else "nf4"
+
+
 def fit(folder, name):
     """Two epochs, or what is left of them, and a record of each step.
 
@@ -125,7 +129,7 @@ def fit(folder, name):
     )
     adapter = LoraConfig(r=2, target_modules="all-linear") if "lora" in name else None
     module = MokaModule(
-        BackboneConfig("tiny", weights="random", quantization="none" if "dense" in name else "nf4"),
+        BackboneConfig("tiny", weights="random", quantization=quantization_of(name)),
         adapter or MokaConfig(components=3, target_modules="all-linear"),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
@@ -141,7 +145,7 @@ def fit(folder, name):
         "validations": watch.validations,
         "held": watch.held,
         "base": module.base.samples,
-        "bytes": sum(weight.quant_state.shape.numel() for weight in layers) // 2,
+        "bytes": sum(map(weight_count, layers)) // 2,
         "sums": {k: float(v.double().sum()) for k, v in adapter_state(module.causal_lm).items()},
     }
     (folder / f"{name}-{trainer.global_rank}.json").write_text(json.dumps(record))
@@ -211,12 +215,13 @@ def variants(folder):
     """Other ways to store and to compute, and runs that go on from others' checkpoints."""
     names = ["ddp_checkpointed_half", "sharded_checkpointed_half", "sharded_offload_half", "sharded_half"]
     names += ["ddp_dense_half", "sharded_dense_half", "ddp_lora_half", "sharded_lora_half"]
+    names += ["ddp_int8_half", "sharded_int8_half"]
     ended = start(folder, *names, "ddp_of_sharded_half", "sharded_of_ddp_checkpointed_half")
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 
 
-@pytest.mark.parametrize("kind", ["checkpointed", "dense", "lora"])
+@pytest.mark.parametrize("kind", ["checkpointed", "dense", "lora", "int8"])
 def test_so_are_those_of_other_bases_and_methods(variants, kind):
     ddp, sharded = read(variants, f"ddp_{kind}_half"), read(variants, f"sharded_{kind}_half")
     assert sharded["steps"] == ddp["steps"]
