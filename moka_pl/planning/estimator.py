@@ -10,7 +10,7 @@ import torch
 
 from moka_pl.backbone import BackboneConfig
 from moka_pl.backbone.load import compute_dtype
-from moka_pl.backbone.quantization import weight_bytes
+from moka_pl.backbone.quantization import dequantising_bytes, weight_bytes
 from moka_pl.lm.kernels import knows
 from moka_pl.planning.adapters import Adapters, plan_adapters
 from moka_pl.planning.memory import GIB, Memory, Setup, Sizes, estimate, sizes_of
@@ -159,6 +159,7 @@ def _setup(
         itemsize=model.dtype.itemsize,
         checkpointing=bool(module.gradient_checkpointing),
         linear=weight_bytes(*storage, model.dtype) if quantised else None,
+        dequantised=dequantising_bytes(config.quantization, model.dtype),
         state=state_bytes(module.optimizer),
         gradients=8 if run.ranks > 1 else 4,
         stored=None if on_gpu else stored_bytes(config, model.num_parameters()) if quantised else 0,

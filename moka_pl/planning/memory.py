@@ -98,6 +98,8 @@ class Setup:
         itemsize: e, bytes of the compute dtype.
         checkpointing: Whether blocks are computed again in the backward pass.
         linear: Bytes of a frozen linear weight with its scales; None where it is in the compute dtype.
+        dequantised: Bytes that a weight of the largest layer takes while it is dequantised; None for those of
+            the compute dtype.
         state: s, bytes of the optimizer for each trained number.
         gradients: Bytes of a gradient for each; DDP has a copy.
         stored: Bytes of weight files that a CPU maps; None on a GPU.
@@ -113,6 +115,7 @@ class Setup:
     itemsize: int = 2
     checkpointing: bool = False
     linear: float | None = _NF4
+    dequantised: float | None = None
     state: float = 8
     gradients: float = 4
     stored: int | None = None
@@ -207,14 +210,14 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float) -> Memory
         kept: Bytes a token that adapted layers keep in all blocks together.
     """
     e, tokens, trained = setup.itemsize, setup.tokens, setup.trained
-    quantised = setup.linear is not None
     linear = e if setup.linear is None else setup.linear
+    dequantised = 0 if setup.linear is None else setup.dequantised or e
     blocks, host = sizes.linear * linear, 0.0
     if setup.spread is not None:
         part, whole = blocks / setup.spread, min(_WHOLE, sizes.blocks) * blocks / sizes.blocks
         host = part if setup.base_offloaded and setup.stored is None else 0.0
         blocks = part - host + whole
-    weights = blocks + sizes.other * e + (sizes.largest * e if quantised else 0)
+    weights = blocks + sizes.other * e + sizes.largest * dequantised
     attention = 2 * sizes.queries + 2 * sizes.keys
     norms, inner = (2 * e, 2) if setup.fused else (8, 3)
     block = tokens * (norms * sizes.hidden + e * (attention + inner * sizes.inner) + kept / sizes.blocks)

@@ -162,3 +162,12 @@ def test_a_spread_base_is_held_in_part_but_for_two_blocks() -> None:
     assert whole.peak - one.peak == pytest.approx(blocks * (1 - 2 / sizes.blocks))
     assert 0.49 * sizes.linear < blocks < 0.54 * sizes.linear  # 4 bits and the scales
     assert both.host == 0
+
+
+def test_what_is_larger_while_it_is_dequantised_is_counted() -> None:
+    sizes, trained, kept = adapted("tiny", "MoKA r10", torch.bfloat16)
+    plain, eight = (
+        estimate(sizes, Setup(64, 64, linear=1.0, dequantised=held), trained, kept).weights
+        for held in (None, 8.0)
+    )
+    assert eight - plain == 6 * sizes.largest  # beside two bytes of the compute dtype

@@ -19,6 +19,7 @@ from moka_pl.backbone.quantization.four_bit import (
 )
 from moka_pl.backbone.quantization.kinds import (
     Quantization,
+    dequantising_bytes,
     loading_options,
     quantises_loading,
     rounding_of,
@@ -55,6 +56,7 @@ __all__ = [
     "check_layers",
     "check_made",
     "dense_weight",
+    "dequantising_bytes",
     "forget_scales",
     "frozen_output",
     "import_quantiser",

@@ -77,7 +77,7 @@ class GptqWeight(StoredWeight):
         numbers = unpack_words(words, self.bits).transpose(1, 2).reshape(n, m)  # (n, m)
         zeros = unpack_words(self.scales["zeros"], self.bits).reshape(-1, m)  # (groups, m)
         group = self.scales["group"]
-        weight = (numbers.float() - zeros.float()[group]) * self.scales["scales"].float()[group]
+        weight = numbers.float().sub_(zeros[group]).mul_(self.scales["scales"][group])  # (n, m)
         return weight.to(self.dtype).t().contiguous()  # (m, n)
 
 
@@ -122,10 +122,10 @@ class AwqWeight(StoredWeight):
     def dequantise(self, codes: Tensor) -> Tensor:
         """Returns W, (m, n)."""
         m, n = self.shape
-        scales = self.scales["scales"].float()[:, None]  # (groups, 1, m)
+        scales = self.scales["scales"][:, None]  # (groups, 1, m)
         zeros = self._unpacked(self.scales["zeros"]).view(-1, 1, m)  # (groups, 1, m)
         numbers = self._unpacked(codes.view(n, -1)).view(len(scales), -1, m)  # (groups, size, m)
-        return ((numbers - zeros) * scales).to(self.dtype).view(n, m).t().contiguous()  # (m, n)
+        return numbers.float().sub_(zeros).mul_(scales).to(self.dtype).view(n, m).t().contiguous()  # (m, n)
 
     def _unpacked(self, words: Tensor) -> Tensor:
-        return unpack_words(words, 4)[..., self._ORDER].flatten(1).float()
+        return unpack_words(words, 4)[..., self._ORDER].flatten(1)

@@ -16,6 +16,8 @@ class Kind(NamedTuple):
             bits without the second quantisation.
         double: The same with the second quantisation, where there is one.
         scales: Numbers of the compute dtype beside it.
+        held: Bytes of a weight at the most while it is dequantised, beside ``copies`` in the compute dtype.
+        copies: See ``held``.
         package: The package that makes and reads it; None for PyTorch alone.
         made: Whether weights can be quantised so here; else only checkpoints are read.
         loaded: Whether transformers quantises while it loads; else weights are quantised layer by layer.
@@ -26,6 +28,8 @@ class Kind(NamedTuple):
     size: float
     double: float | None = None
     scales: float = 0.0
+    held: float = 0.0
+    copies: float = 1.0
     package: str | None = "bitsandbytes"
     made: bool = True
     loaded: bool = False
@@ -41,12 +45,12 @@ _GROUPS_OF_128 = 0.5 + (2 + 0.5) / 128
 KINDS: dict[str, Kind] = {
     "nf4": Kind(_SINGLE, _DOUBLE, loaded=True, rounding="same"),
     "fp4": Kind(_SINGLE, _DOUBLE, loaded=True),
-    "int8": Kind(1.0, rounding="next"),
-    "int4": Kind(0.5 + 1 / 64, scales=1 / 64, package="torchao"),
-    "float8": Kind(1.0, package="torchao"),
-    "hqq": Kind(0.5, scales=2 / 64, package="hqq"),
-    "gptq": Kind(_GROUPS_OF_128, package=None, made=False),
-    "awq": Kind(_GROUPS_OF_128, package=None, made=False),
+    "int8": Kind(1.0, held=8, copies=0, rounding="next"),
+    "int4": Kind(0.5 + 1 / 64, scales=1 / 64, held=1, copies=2, package="torchao"),
+    "float8": Kind(1.0, held=10, copies=0, package="torchao"),
+    "hqq": Kind(0.5, scales=2 / 64, copies=3, package="hqq"),
+    "gptq": Kind(_GROUPS_OF_128, held=11, copies=0, package=None, made=False),
+    "awq": Kind(_GROUPS_OF_128, held=5, package=None, made=False),
 }
 
 
@@ -63,6 +67,14 @@ def weight_bytes(quantization: Quantization, double: bool, dtype: torch.dtype) -
     kind = KINDS[quantization]
     size = kind.double if double and kind.double is not None else kind.size
     return size + kind.scales * dtype.itemsize
+
+
+def dequantising_bytes(quantization: Quantization, dtype: torch.dtype) -> float:
+    """Returns the bytes that a linear weight takes at the most while it is dequantised; 0 where it is not."""
+    if quantization == "none":
+        return 0.0
+    kind = KINDS[quantization]
+    return kind.held + kind.copies * dtype.itemsize
 
 
 def quantises_loading(quantization: Quantization) -> bool:
