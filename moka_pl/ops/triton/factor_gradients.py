@@ -137,10 +137,19 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     in_right = (b < M_B)[:, None] & (q < N_B)[None, :]
     at_left = a[:, None] * N_A + p[None, :]
     at_right = b[:, None] * N_B + q[None, :]
-    in_x = (p < N_A)[:, None] & (q < N_B)[None, :]
-    in_y = (a < M_A)[:, None] & (b < M_B)[None, :]
     at_x = p[:, None] * N_B + q[None, :]
     at_y = a[:, None] * M_B + b[None, :]
+    # No mask where none is needed, and none that differs along a row: loads would not be wide.
+    in_x = tl.full((PP, 1), 1, tl.int1)
+    in_y = tl.full((PA, 1), 1, tl.int1)
+    if PP != N_A:
+        in_x = (p < N_A)[:, None]
+    if PA != M_A:
+        in_y = (a < M_A)[:, None]
+    if PQ != N_B:
+        in_x = in_x & (q < N_B)[None, :]
+    if M_B % PB != 0:
+        in_y = in_y & (b < M_B)[None, :]
     if not WHOLE:
         in_x = in_x & (at_x < n)
         in_y = in_y & (at_y < m)
@@ -153,8 +162,14 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     from_x = x + begin.to(tl.int64) * n + at_x
     from_y = grad + begin.to(tl.int64) * m + at_y
     for _ in range(begin, tl.minimum(begin + share, tokens)):
-        x_t = tl.load(from_x, mask=in_x, other=0.0)  # (PP, PQ)
-        y_t = tl.load(from_y, mask=in_y, other=0.0)  # (PA, PB)
+        if WHOLE and PP == N_A and PQ == N_B:
+            x_t = tl.load(from_x)  # (PP, PQ)
+        else:
+            x_t = tl.load(from_x, mask=in_x, other=0.0)
+        if WHOLE and PA == M_A and M_B % PB == 0:
+            y_t = tl.load(from_y)  # (PA, PB)
+        else:
+            y_t = tl.load(from_y, mask=in_y, other=0.0)
         from_x += n
         from_y += m
         across = _dot(x_t, tl.trans(narrow), tl.zeros((PP, PB), tl.float32), UPCAST).to(dtype)
