@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moka_pl.errors import one_line
+from moka_pl.lm.gated_mlp import keep_no_products
 from moka_pl.lm.own_loss import few_tokens
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def _apply(model: "PreTrainedModel") -> None:
     modelling = sys.modules[type(model).__module__]
     with _restored(modelling):
         apply_liger_kernel(model, _LOSSES)
+        keep_no_products(model)
         replaced = [name for name, value in vars(modelling).items() if value is liger_rotary_pos_emb]
     for module in model.modules():
         forward = type(module).forward

@@ -184,3 +184,23 @@ def to_embeddings(model: Any) -> Step:
     logits = model(inputs_embeds=embeddings, use_cache=False).logits.float()
     loss = logits.logsumexp(-1).sum()
     return loss.detach(), list(torch.autograd.grad(loss, embeddings))
+
+
+def test_the_input_of_an_adapted_down_projection_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for keeping in (True, False):
+        if keeping:
+            monkeypatch.setattr("moka_pl.lm.kernels.keep_no_products", lambda model: None)
+        else:
+            monkeypatch.undo()
+        model, data = adapted("auto", "bfloat16"), batch(8, 256)
+        loss = score_tokens(model, data["input_ids"], data["labels"]).nll.sum()
+        held = torch.cuda.memory_allocated()
+        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        results.append((held, loss.detach(), grads))
+        del model, loss
+    config = BackboneConfig("tiny", weights="random")
+    width = load_backbone(config, "cpu").model.config.intermediate_size
+    assert results[0][0] - results[1][0] >= 2 * 8 * 256 * width * 2  # of both layers, in bfloat16
+    assert torch.equal(results[0][1], results[1][1])
+    assert all(torch.equal(one, other) for one, other in zip(results[0][2], results[1][2], strict=True))

@@ -23,7 +23,7 @@ from moka_pl.ops.triton.plan import CHUNK, MEMBERS, Plan
 from moka_pl.ops.triton.projection import finish
 
 #: Right rows that a program takes at once, numbers that it holds of a product, and programs for a component.
-_ROWS, _NUMBERS, _PROGRAMS = 64, 16384, 528
+_ROWS, _NUMBERS, _PROGRAMS = 64, 16384, 264
 #: Multiply-adds of D and of its projection, for an entry, that one of these products costs as much as; and
 #: tokens whose D costs as much as a projection.
 _COST, _PROJECTION = 4, 2000
@@ -53,7 +53,7 @@ class Component:
         self.numbers = 2 * self.chunks * p * b * (a + q)
         self.places = left_at, right_at
         self.largest = max(a * p, p * b, p * q, a * b, b * q)
-        self.warps = 4 if self.largest <= 4096 else 8
+        self.warps = 4 if self.largest <= 8192 else 8
 
 
 class FactorPlan:
@@ -120,6 +120,12 @@ def _dot(a, b, total, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.dot(a.to(kind), b.to(kind), total)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _read(at, inside, ALL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What lies there, and zeros where nothing does."""
+    return tl.load(at) if ALL else tl.load(at, mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=["tokens", "share"])  # type: ignore[untyped-decorator]
 def _sum_kernel(  # type: ignore[no-untyped-def]
     parts, grad, x, left, right, tokens, share, m, n, row, left_size, begin_right, begin_dots,
@@ -162,14 +168,8 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     from_x = x + begin.to(tl.int64) * n + at_x
     from_y = grad + begin.to(tl.int64) * m + at_y
     for _ in range(begin, tl.minimum(begin + share, tokens)):
-        if WHOLE and PP == N_A and PQ == N_B:
-            x_t = tl.load(from_x)  # (PP, PQ)
-        else:
-            x_t = tl.load(from_x, mask=in_x, other=0.0)
-        if WHOLE and PA == M_A and M_B % PB == 0:
-            y_t = tl.load(from_y)  # (PA, PB)
-        else:
-            y_t = tl.load(from_y, mask=in_y, other=0.0)
+        x_t = _read(from_x, in_x, WHOLE and PP == N_A and PQ == N_B)  # (PP, PQ)
+        y_t = _read(from_y, in_y, WHOLE and PA == M_A and M_B % PB == 0)  # (PA, PB)
         from_x += n
         from_y += m
         across = _dot(x_t, tl.trans(narrow), tl.zeros((PP, PB), tl.float32), UPCAST).to(dtype)
@@ -210,7 +210,7 @@ def factor_gradients(
             (parts, grad, x, left, right, tokens, share, plan.m, plan.n, row, sums.sizes[0], begin_right,
              begin_dots + i * sums.most * MEMBERS, *component.places, *component.sizes, plan.whole,
              not grad.is_cuda, MEMBERS),
-            num_warps=component.warps, num_stages=2,
+            num_warps=component.warps, num_stages=3,
         )  # fmt: skip
     places: Any = (*sums.sizes, begin_right, begin_dots)
     return finish(plan, sums.chunks, sums.dots, parts.sum(0), left, right, gates, places)

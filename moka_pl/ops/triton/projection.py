@@ -172,7 +172,7 @@ def fused_projection(
         (parts, grad, left, right, plan.tiles, plan.m, plan.n, *sizes, *begins,
          plan.exact, plan.whole, grad.dtype != torch.float32, not grad.is_cuda,
          splits, ENTRIES, PAIRS, MEMBERS),
-        num_warps=4,
+        num_warps=2, num_stages=4,
     )  # fmt: skip
     return finish(plan, plan.chunks, plan.dots, parts, left, right, gates, (*sizes, *begins))
 
