@@ -174,10 +174,10 @@ def _end(error: Exception) -> NoReturn:
     """Ends a process that fails, and the others of its run; one of them tells why, if it can in one line."""
     message: str | None
     lost = ranks.is_lost_rank(error)
-    if isinstance(error, MokaError):
-        message, status = str(error), error.status
-    elif lost:
+    if lost:
         message, status = ranks.lost(error), 1
+    elif isinstance(error, MokaError):
+        message, status = str(error), error.status
     else:
         message = system_failure(error)
         status = 1 if message is None else 2

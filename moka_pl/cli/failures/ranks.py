@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from moka_pl._compat import rendezvous_store
-from moka_pl.errors import one_line
+from moka_pl.errors import MokaError, one_line
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -61,6 +61,8 @@ def lost(error: BaseException) -> str:
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an error only says that another process cannot be reached."""
+    while isinstance(error, MokaError) and error.__cause__ is not None:
+        error = error.__cause__
     if not isinstance(error, RuntimeError) or "torch" not in sys.modules:
         return False
     from torch import distributed

@@ -25,6 +25,13 @@ def store(monkeypatch):
 GLOO = "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer. This is typically caused by a crash"
 
 
+def caused_by(error):
+    """An error of the package's that names another one."""
+    named = ConfigError("the model cannot be run")
+    named.__cause__ = error
+    return named
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [
@@ -33,6 +40,8 @@ GLOO = "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer. This is typ
         (RuntimeError("NCCL error: unhandled system error"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError(GLOO), False),
+        (caused_by(RuntimeError(GLOO)), True),
+        (caused_by(RuntimeError("another error")), False),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -261,7 +261,7 @@ def test_all_processes_end_and_no_file_is_damaged(record, number):
     if 0 in killed["killed"]:
         assert killed["code"] in (-signal.SIGKILL, 0)  # 0: it had ended before
     else:
-        assert killed["code"] in (0, 1)
+        assert killed["code"] in (0, 1, -signal.SIGKILL)  # by Lightning, if it was the first to notice
     assert killed["seconds"] < LIMIT
     assert killed["damaged"] == []
 
