@@ -95,9 +95,15 @@ def keep_weights(model: nn.Module) -> None:
     beside it fits a little less. Such storage is switched off.
 
     Raises:
-        BackboneError: Where bitsandbytes reads the rows of a layer wrongly on this CPU.
+        BackboneError: Where bitsandbytes reads the rows of a layer wrongly on this CPU, or a weight is a
+            tensor of torchao's own, of which only torchao's operations can make anything.
     """
     for name, layer in model.named_modules():
+        if type(getattr(layer, "weight", None)).__module__.startswith("torchao."):
+            raise BackboneError(
+                f"{name or 'the layer'}: {type(layer.weight).__name__} of torchao cannot be adapted; load "
+                "the model unquantised, or by moka_pl with quantization int4 or float8"
+            )
         if not is_four_bit(layer):
             continue
         layer.support_avx512bf16_for_cpu = False
@@ -109,8 +115,8 @@ def keep_weights(model: nn.Module) -> None:
         if not _reads_rows(layer.in_features, state.blocksize, state.quant_type):
             raise BackboneError(
                 f"{name or 'the layer'}: bitsandbytes misreads 4-bit rows of {layer.in_features} entries on "
-                f"this CPU (not a multiple of the block size {state.blocksize}); set quantization: none, or "
-                "use a GPU"
+                f"this CPU (not a multiple of the block size {state.blocksize}); set quantization: none "
+                "or int8, or use a GPU"
             )
 
 

@@ -22,6 +22,7 @@ from moka_pl.backbone.quantization import (
     storage_of,
     weight_count,
 )
+from moka_pl.errors import BackboneError
 
 #: Packages that are no part of the default installation.
 PACKAGES = {"int4": "torchao", "float8": "torchao", "hqq": "hqq"}
@@ -156,3 +157,11 @@ def test_int8_is_what_bitsandbytes_stores() -> None:
     assert torch.equal(ours.weight.data.view(M, N), theirs.weight.data)
     scales = theirs.weight.SCB.float()  # (m,)
     torch.testing.assert_close(dense_weight(ours), theirs.weight.data * scales[:, None] / 127)
+
+
+def test_torchaos_own_layers_are_refused_by_name() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(N, M))
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(BackboneError, match=r"^the layer: Int8Tensor of torchao cannot be adapted; load"):
+        MokaLinear(model[0], MokaConfig(components=1))
