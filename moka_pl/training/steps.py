@@ -74,6 +74,7 @@ class TrainedModule(EvaluatedModule):
         self._micro_batches = MicroBatches(self) if self.halves_batches else None
         stored, self._accidents = self._accidents, {}
         if stored:
+            self._non_finite.in_a_row = stored["skipped"]
             self._spikes.load_state_dict(stored["spikes"])
             if self._micro_batches is not None:
                 self._micro_batches.load_state_dict(stored["halved"])
@@ -90,7 +91,8 @@ class TrainedModule(EvaluatedModule):
             return {}
         self._non_finite.settle()
         halved = {} if self._micro_batches is None else self._micro_batches.state_dict()
-        return {"spikes": self._spikes.state_dict(), "halved": halved}
+        skipped = self._non_finite.in_a_row
+        return {"spikes": self._spikes.state_dict(), "halved": halved, "skipped": skipped}
 
     def _check_steps(self) -> None:
         """Refuses what goes with other precisions or strategies only."""

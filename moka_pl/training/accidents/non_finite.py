@@ -56,6 +56,7 @@ class NonFiniteSteps:
         numbers: The skipped steps.
         error: What ends the run.
         skipping: Whether the step at hand has been left without gradients.
+        in_a_row: How many of the last steps were skipped without a finite one between them.
     """
 
     def __init__(self, module: "TrainedModule", patience: int, spikes: LossSpikes) -> None:
@@ -70,7 +71,7 @@ class NonFiniteSteps:
         self.error: NonFiniteError | None = None
         self.skipping = False
         self._batches: list[Batch] = []
-        self._in_a_row = 0
+        self.in_a_row = 0
         self._pending: _Step | None = None
         self._finite: Batch | None = None  # a batch of the last finite step
         self._spikes.begin()
@@ -155,23 +156,25 @@ class NonFiniteSteps:
     def _judge(self, step: _Step, optimizer: torch.optim.Optimizer) -> bool:
         """Judges a step; returns whether it is to be skipped though it is finite."""
         if _is_finite(step):
-            self._in_a_row = 0
+            self.in_a_row = 0
             self._finite = step.batches[0] if step.batches else self._finite
             return self._spikes.judge(step.number, float(step.values[0]), step.batches, optimizer)
         if self.numbers and self.numbers[-1] == step.number:  # LBFGS computes a step's loss several times
             return False
         self.numbers.append(step.number)
-        self._in_a_row += 1
+        self.in_a_row += 1
         loss, norm = step.values.tolist()
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient has the norm {norm}"
         where = gathered(self._module, self._find(step))
+        # One such step may be its rows', several are the weights', which are kept where spikes are undone.
+        undone = self._spikes.undo(optimizer) if self.in_a_row > 1 else ""
         rank_zero_warn(
-            f"step {step.number} is skipped: its {what}{where}. Skipped so far: {len(self.numbers)}"
+            f"step {step.number} is skipped: its {what}{where}{undone}. Skipped so far: {len(self.numbers)}"
         )
-        if self._in_a_row >= self._patience:
-            first = step.number - self._in_a_row + 1
+        if self.in_a_row >= self._patience:
+            first = step.number - self.in_a_row + 1
             self.error = self._ending(
-                f"the last {self._in_a_row} steps ({first} to {step.number}) had no finite loss or gradient"
+                f"the last {self.in_a_row} steps ({first} to {step.number}) had no finite loss or gradient"
             )
         return False
 

@@ -134,16 +134,20 @@ class LossSpikes:
         self.numbers.append(number)
         then = ""
         if self.rolls_back:
-            then = ". It is skipped"
-            if self._good is not None:
-                self._good.restore(self._module, optimizer)
-                then += f", and weights and optimizer are those after step {self._good.step} again"
+            then = f". It is skipped{self.undo(optimizer)}"
         rows = gathered(self._module, self._find(batches))
         rank_zero_warn(
             f"step {number}: the loss of {loss:.3g} is a spike, the running median is {median:.3g}"
             f"{rows}{then}"
         )
         return self.rolls_back
+
+    def undo(self, optimizer: Optimizer) -> str:
+        """Puts the last good weights back, if any are kept; returns the end of a sentence that says so."""
+        if self._good is None:
+            return ""
+        self._good.restore(self._module, optimizer)
+        return f", and weights and optimizer are those after step {self._good.step} again"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the judgement of later steps depends on."""

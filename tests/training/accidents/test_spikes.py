@@ -154,6 +154,24 @@ def test_goes_back_to_the_last_good_weights_and_resumes_exactly(fit, tmp_path):
     assert equal(resumed.states, {step: whole.states[step] for step in (7, 8)})
 
 
+@pytest.mark.slow
+def test_goes_back_from_weights_that_overflowed(fit):
+    class Overflow(Spike):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if trainer.global_step == 4 and 4 in self.states:
+                next(p for p in pl_module.parameters() if p.requires_grad).data.fill_(math.inf)
+
+    spike = Overflow()
+    with pytest.warns(
+        UserWarning, match=r"step 6 is skipped: .* weights and optimizer are those after step 3"
+    ):
+        module = fit(spike, rollback_every=1)
+    assert module._non_finite.numbers == [5, 6]
+    assert equal(spike.states[6], spike.states[3])
+    assert not equal(spike.states[7], spike.states[6])
+
+
 def test_rows_of_packed_examples_are_told_apart():
     lengths, fillers = [[3, 4], [5], [2]], [False, False, True]
     packs = [[{"input_ids": [7] * n, "labels": [7] * n} for n in pack] for pack in lengths]
