@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import LlamaConfig, ViTConfig, ViTForImageClassification, ViTModel
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, ViTConfig, ViTForImageClassification
 
 from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers
 from moka_pl.backbone import BackboneConfig, fingerprint, weight_samples
@@ -45,8 +46,13 @@ def test_a_new_head_starts_at_zero(vit, classes):
 
 
 def test_takes_a_base_without_head_and_refuses_one_without_weights(vit, tmp_path):
-    ViTModel(ViTConfig(**SIZES), add_pooling_layer=False).save_pretrained(tmp_path)
-    assert load(tmp_path).model(PIXELS).logits.shape == (2, 2)
+    shutil.copytree(vit, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    frozen = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+    save_file(frozen, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load(tmp_path, OWN)
+    assert loaded.new_head
+    assert loaded.model(PIXELS).logits.abs().max() == 0
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
     with pytest.raises(BackboneError, match=r"weights are missing or of another size .*copy the model again"):
