@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _TOLD, _STATUS = "moka_pl/told", "moka_pl/status"
-#: Words of errors of ``torch.distributed``'s backends.
-_BACKENDS = ("gloo/", "NCCL", "ncclRemoteError")
+#: Words of gloo's and NCCL's errors where the other end of a connection is gone.
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "ncclRemoteError")
 #: Seconds that the processes that the first one started have to end by themselves.
 _PATIENCE = 10.0
 
@@ -52,7 +52,7 @@ def join(trainer: "Trainer") -> None:
 
 def lost(error: BaseException) -> str:
     """Returns one line on a process that cannot be reached any more, and may have said nothing."""
-    reason = one_line(error).partition(". This is typically")[0]
+    reason = one_line(_cause(error)).partition(". This is typically")[0]
     return (
         f"another process of this run has ended without a word, perhaps out of memory ({reason}). What was "
         "saved is whole: --ckpt_path last goes on from it"
@@ -61,14 +61,14 @@ def lost(error: BaseException) -> str:
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether an error only says that another process cannot be reached."""
-    while isinstance(error, MokaError) and error.__cause__ is not None:
-        error = error.__cause__
+    error = _cause(error)
     if not isinstance(error, RuntimeError) or "torch" not in sys.modules:
         return False
     from torch import distributed
 
-    known = distributed.is_available() and isinstance(error, distributed.DistError)
-    return known or any(word in str(error) for word in _BACKENDS)
+    if distributed.is_available() and isinstance(error, distributed.DistNetworkError):  # of the store
+        return True
+    return _store() is not None and any(words in str(error) for words in _GONE)
 
 
 def tells(status: int, lost: bool = False) -> bool:
@@ -113,6 +113,13 @@ def end_others(at_once: bool) -> None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_PATIENCE)
         process.kill()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of another library that one of the package's stands for."""
+    while isinstance(error, MokaError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _store() -> Any:

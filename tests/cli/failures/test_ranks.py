@@ -36,8 +36,9 @@ def caused_by(error):
     ("error", "lost"),
     [
         (RuntimeError(GLOO), True),
-        (torch.distributed.DistBackendError("remote process exited"), True),
-        (RuntimeError("NCCL error: unhandled system error"), True),
+        (torch.distributed.DistBackendError("NCCL: remote process exited or there was an error"), True),
+        (torch.distributed.DistNetworkError("The client socket has failed to connect"), True),
+        (torch.distributed.DistBackendError("NCCL: Duplicate GPU detected"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError(GLOO), False),
         (caused_by(RuntimeError(GLOO)), True),
@@ -45,7 +46,7 @@ def caused_by(error):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_errors_that_only_say_that_another_process_is_gone(error, lost):
+def test_errors_that_only_say_that_another_process_is_gone(store, error, lost):
     assert ranks.is_lost_rank(error) == lost
 
 
