@@ -3,9 +3,11 @@
 Reference: :func:`moka_pl.ops.dense.project` of D = Σ_t y_t x_tᵀ, y being ∂L/∂y.
 
 With X_t = x_t as an (n_a, n_b) matrix and Y_t = y_t as an (m_a, m_b) one, the gradients of a component are
-    dA = w Σ_t Y_t (X_t Bᵀ)ᵀ,   dB = w Σ_t (Aᵀ Y_t)ᵀ X_t,   dw = ⟨dB / w, B⟩
-Four small products a token, which a program keeps to itself: x and y are read once for each component, where
-D takes m · n multiply-adds a token, and is read again for the projection.
+    dA = w Σ_t Y_t (X_t Bᵀ)ᵀ = w Σ_t (Y_t B) X_tᵀ,   dB = w Σ_t (Aᵀ Y_t)ᵀ X_t = w Σ_t Y_tᵀ (A X_t),
+    dw = ⟨dB / w, B⟩.
+Four small products a token, by way of n_a × m_b or of m_a × n_b matrices, whichever is less. A program keeps
+these to itself: x and y are read once for each component, where D takes m · n multiply-adds a token, and is
+read again for the projection.
 """
 
 from functools import cache
@@ -39,20 +41,26 @@ class Component:
 
     Attributes:
         sizes: m_a, n_a, m_b, n_b, and powers of two that hold m_a, n_a, the rows of B of a program and n_b.
+        first: Whether A and B meet X and Y on the other's side: by way of m_a × n_b matrices.
         chunks: Programs that share the rows of B.
         numbers: Multiply-adds a token.
+        largest: Numbers of the largest matrix that a program holds.
         places: Where A and B begin.
         warps: Of a program.
     """
 
     def __init__(self, shape: Shape, left_at: int, right_at: int) -> None:
         a, p, b, q = (max(16, 1 << (size - 1).bit_length()) for size in shape[:4])
-        b = max(16, min(b, _ROWS, _NUMBERS // p))
-        self.sizes = (*shape[:4], a, p, b, q)
-        self.chunks = -(-shape.m_b // b)
-        self.numbers = 2 * self.chunks * p * b * (a + q)
+        part = max(16, min(b, _ROWS, _NUMBERS // p))
+        chunks = -(-shape.m_b // part)
+        numbers = 2 * chunks * p * part * (a + q)
+        self.first = 2 * a * q * (p + b) < numbers and max(a * b, b * q) <= _NUMBERS
+        if self.first:
+            part, chunks, numbers = b, 1, 2 * a * q * (p + b)
+        self.chunks, self.numbers = chunks, numbers
+        self.sizes = (*shape[:4], a, p, part, q)
         self.places = left_at, right_at
-        self.largest = max(a * p, p * b, p * q, a * b, b * q)
+        self.largest = max(a * p, p * q, a * part, part * q, a * q if self.first else p * part)
         self.warps = 4 if self.largest <= 8192 else 8
 
 
@@ -97,7 +105,7 @@ class FactorPlan:
             m: Rows of the layer.
             n: Columns of the layer.
         """
-        if any(component.largest > 2 * _NUMBERS for component in self.components):
+        if any(component.largest > _NUMBERS for component in self.components):
             return False
         work = sum(component.numbers for component in self.components)
         return _COST * work * tokens < m * n * (tokens + _PROJECTION)
@@ -132,7 +140,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     LEFT_AT: tl.constexpr, RIGHT_AT: tl.constexpr,
     M_A: tl.constexpr, N_A: tl.constexpr, M_B: tl.constexpr, N_B: tl.constexpr,
     PA: tl.constexpr, PP: tl.constexpr, PB: tl.constexpr, PQ: tl.constexpr,
-    WHOLE: tl.constexpr, UPCAST: tl.constexpr, MEMBERS: tl.constexpr,
+    FIRST: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Sums over a share of the tokens of dA and of some rows of dB, without w (see above)."""
     chunk, part = tl.program_id(0), tl.program_id(1)
@@ -172,10 +180,16 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
         y_t = _read(from_y, in_y, WHOLE and PA == M_A and M_B % PB == 0)  # (PA, PB)
         from_x += n
         from_y += m
-        across = _dot(x_t, tl.trans(narrow), tl.zeros((PP, PB), tl.float32), UPCAST).to(dtype)
-        sums_left = _dot(y_t, tl.trans(across), sums_left, UPCAST)  # (PA, PP)
-        down = _dot(tl.trans(factor), y_t, tl.zeros((PP, PB), tl.float32), UPCAST).to(dtype)
-        sums_right = _dot(tl.trans(down), x_t, sums_right, UPCAST)  # (PB, PQ)
+        if FIRST:
+            met = _dot(factor, x_t, tl.zeros((PA, PQ), tl.float32), UPCAST).to(dtype)  # A X
+            sums_right = _dot(tl.trans(y_t), met, sums_right, UPCAST)  # (PB, PQ)
+            met = _dot(y_t, narrow, tl.zeros((PA, PQ), tl.float32), UPCAST).to(dtype)  # Y B
+            sums_left = _dot(met, tl.trans(x_t), sums_left, UPCAST)  # (PA, PP)
+        else:
+            met = _dot(x_t, tl.trans(narrow), tl.zeros((PP, PB), tl.float32), UPCAST).to(dtype)  # X Bᵀ
+            sums_left = _dot(y_t, tl.trans(met), sums_left, UPCAST)  # (PA, PP)
+            met = _dot(tl.trans(factor), y_t, tl.zeros((PP, PB), tl.float32), UPCAST).to(dtype)  # Aᵀ Y
+            sums_right = _dot(tl.trans(met), x_t, sums_right, UPCAST)  # (PB, PQ)
     to = parts + part.to(tl.int64) * row
     tl.store(to + chunk * left_size + LEFT_AT + at_left, sums_left, mask=in_left)
     tl.store(to + begin_right + RIGHT_AT + at_right, sums_right, mask=in_right)
@@ -208,8 +222,8 @@ def factor_gradients(
             _sum_kernel, plan.compiled, ("sums", i, grad.dtype), (component.chunks, len(parts), 1),
             (left, right, grad, x),
             (parts, grad, x, left, right, tokens, share, plan.m, plan.n, row, sums.sizes[0], begin_right,
-             begin_dots + i * sums.most * MEMBERS, *component.places, *component.sizes, plan.whole,
-             not grad.is_cuda, MEMBERS),
+             begin_dots + i * sums.most * MEMBERS, *component.places, *component.sizes, component.first,
+             plan.whole, not grad.is_cuda, MEMBERS),
             num_warps=component.warps, num_stages=3,
         )  # fmt: skip
     places: Any = (*sums.sizes, begin_right, begin_dots)
