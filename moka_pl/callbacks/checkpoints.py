@@ -19,7 +19,7 @@ from moka_pl.errors import AdapterError, MokaError, NonFiniteError
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import VERSION_KEY
-from moka_pl.training.checkpoint_files import is_remote
+from moka_pl.training.checkpoint_files import is_remote, same_moment
 from moka_pl.training.course import main_settings
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import Kept
@@ -288,18 +288,21 @@ class RunCheckpoint(ModelCheckpoint):
         """Saves at the chosen interval, but only between optimizer steps, and after the last step."""
         # In a resumed run Lightning would save again in the middle of the first accumulated batch.
         if between_steps(trainer):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            with same_moment(trainer):
+                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._save_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves after a validation; after the last step it saves again, with the metrics."""
-        super().on_validation_end(trainer, pl_module)
+        with same_moment(trainer):
+            super().on_validation_end(trainer, pl_module)
         self._save_end(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves at the end of an epoch, unless the run stops within it."""
         if _epoch_ends(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
+            with same_moment(trainer):
+                super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes no file in a trial run (``fast_dev_run``), unlike Lightning."""

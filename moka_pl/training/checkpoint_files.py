@@ -7,7 +7,7 @@ import secrets
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -33,6 +33,20 @@ class WholeFiles(TorchCheckpointIO):
     system's temporary folder and moves the file, which is a copy where that is another file system.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._moment = False
+        self._written: Path | None = None
+
+    @contextmanager
+    def same_moment(self) -> Iterator[None]:
+        """Writes the checkpoints of the body once, under all their names: nothing is trained in between."""
+        self._moment = True
+        try:
+            yield
+        finally:
+            self._moment, self._written = False, None
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
@@ -48,8 +62,10 @@ class WholeFiles(TorchCheckpointIO):
         """
         if is_remote(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
-        else:
+            return
+        if self._written is None or not link_whole(self._written, Path(path)):
             write_whole(checkpoint, Path(path))
+            self._written = Path(path) if self._moment else None
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -74,6 +90,12 @@ def write_whole_files(trainer: Trainer) -> None:
     """Has a trainer write its checkpoints by :class:`WholeFiles`, unless it was given another way."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeFiles()
+
+
+def same_moment(trainer: Trainer) -> AbstractContextManager[None]:
+    """Has a trainer write the checkpoints of one moment once (:meth:`WholeFiles.same_moment`)."""
+    files = trainer.strategy.checkpoint_io
+    return files.same_moment() if isinstance(files, WholeFiles) else nullcontext()
 
 
 def is_remote(path: str | Path) -> bool:
@@ -103,6 +125,25 @@ def write_whole(checkpoint: Mapping[str, Any], path: Path) -> None:
                 raise sink.error
     except OSError as error:
         raise CheckpointError(_unwritten(path, needed, error)) from error
+
+
+def link_whole(written: Path, path: Path) -> bool:
+    """Gives a file that is written whole another name, in the place of an older file.
+
+    Returns:
+        Whether it has it; some file systems know no hard links.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(written, temporary)
+        temporary.replace(path)
+    except OSError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)  # to rename a file to a name that it has does nothing
+    sync_folder(path.parent)
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -55,6 +55,35 @@ def test_a_file_is_replaced_whole_and_reads_as_what_was_written(file):
     assert [path.name for path in file.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_checkpoints_of_one_moment_are_one_file(file):
+    files, other = WholeFiles(), file.with_name("epoch=0-step=1.ckpt")
+    for value in (2.0, 3.0):
+        with files.same_moment():
+            files.save_checkpoint(content(value), other)
+            files.save_checkpoint(content(value), file)
+            files.save_checkpoint(content(value), file)
+        assert file.samefile(other)
+        assert read_checkpoint(file)["state_dict"]["a"].eq(value).all()
+    files.save_checkpoint(content(4.0), file)
+    assert read_checkpoint(other)["state_dict"]["a"].eq(3).all()
+    assert read_checkpoint(file)["state_dict"]["a"].eq(4).all()
+    assert len(list(file.parent.iterdir())) == 2
+
+
+def test_without_hard_links_each_is_written(file, monkeypatch):
+    def link(*names):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    files, other = WholeFiles(), file.with_name("other.ckpt")
+    with files.same_moment():
+        files.save_checkpoint(content(2.0), other)
+        files.save_checkpoint(content(2.0), file)
+    assert not file.samefile(other)
+    assert read_checkpoint(file)["state_dict"]["a"].eq(2).all()
+    assert len(list(file.parent.iterdir())) == 2
+
+
 class Full(io.RawIOBase):
     """A disk that is full after some bytes."""
 
