@@ -27,7 +27,7 @@ Layout = dict[str, dict[str, list[str]]]
 #: Charts of every run.
 _RUN_CHARTS = {
     "loss": ["^train/loss$", "^val/(.+/)?loss$"],
-    "tokens per second": ["^train/tokens_per_second$"],
+    "tokens or images per second": ["^train/(tokens|images)_per_second$"],
     "gradient norm": ["^train/grad_norm$"],
     "learning rate": ["^train/lr"],
 }

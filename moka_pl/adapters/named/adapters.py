@@ -334,7 +334,7 @@ class MokaAdapters:
 
 def _check_apart(config: MokaConfig) -> None:
     """Refuses adapters whose layers are not independent of one another."""
-    for option in ("ensure_weight_tying", "trainable_token_indices"):
+    for option in ("ensure_weight_tying", "trainable_token_indices", "modules_to_save"):
         if getattr(config, option):
             raise AdapterError(
                 f"an adapter with {option} is not kept beside others; load it by itself (load_model)"
