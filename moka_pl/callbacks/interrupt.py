@@ -106,7 +106,8 @@ class GracefulInterrupt(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves what can be resumed, and gives the signals back."""
-        release(exception if isinstance(exception, StepMemoryError) else None)
+        if isinstance(exception, StepMemoryError):
+            release(exception)
         if self._resumable(trainer, pl_module, exception):
             # The run's own error says more than what else goes wrong.
             with contextlib.suppress(MokaError, OSError):
