@@ -69,7 +69,8 @@ def find_trained(model: nn.Module, patterns: list[str] | None) -> list[str]:
         AdapterError: If nothing matches, or a match is no dense linear layer of its own.
     """
     modules = dict(model.named_modules())
-    heads = [getattr(model, f"get_{kind}put_embeddings", lambda: None)() for kind in ("in", "out")]
+    reads = getattr(model, "main_input_name", "") == "input_ids"
+    heads = [getattr(model, f"get_{kind}put_embeddings")() for kind in ("in", "out")] if reads else []
     names = matching(filter(None, modules), patterns)
     for pattern in patterns or ():
         if not matching(names, [pattern]):

@@ -49,9 +49,9 @@ def fingerprint(model: "PreTrainedModel") -> str:
 
 def _embedding(model: "PreTrainedModel") -> Tensor:
     """The weight that a model's input meets first: of an image, that of a convolution."""
-    module = model.get_input_embeddings()
-    own = getattr(module, "weight", None)
-    weight: Tensor = next(p for p in model.parameters() if p.ndim == 4) if own is None else own
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        return next(p for p in model.parameters() if p.ndim == 4)
+    weight: Tensor = model.get_input_embeddings().weight
     return weight
 
 

@@ -114,7 +114,8 @@ def load_processor(config: BackboneConfig, shape: "PretrainedConfig | None" = No
     random = config.weights == "random"
     location = {} if random else model_location(config)
     shape = shape or _described(config, location)
-    channels, size = getattr(shape, "num_channels", 3), getattr(shape, "image_size", 224)
+    seen = getattr(shape, "vision_config", shape)
+    channels, size = getattr(seen, "num_channels", 3), getattr(seen, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     stored: dict[str, Any] = {}
     with loading(config.name):

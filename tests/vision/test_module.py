@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.nn import functional as F
+from transformers import AutoModelForImageClassification, ConvNextConfig, ResNetConfig
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, adapters_disabled, moka_layers, read_adapter
 from moka_pl.adapters.methods.registry import merge, unload, unmerge
@@ -242,6 +243,20 @@ def test_checkpointing_gives_the_same_gradients(make_vision):
     assert all(g.abs().max() > 0 for g in gradients[0].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_convolutions_are_left_alone_in_other_families(make_vision, tmp_path):
+    linear = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "image_size": 32}
+    none = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+    config = MokaConfig(components=2, target_modules="all-linear")
+    for name, shape in (("some", ConvNextConfig(**linear)), ("none", ResNetConfig(**none))):
+        AutoModelForImageClassification.from_config(shape).save_pretrained(tmp_path / name)
+    backbones = [BackboneConfig(str(tmp_path / name), quantization="none") for name in ("some", "none")]
+    module = make_vision(config, labels=["a", "b"], backbone=backbones[0])
+    module.configure_model()
+    assert {name.rpartition(".")[2] for name in module.adapted} == {"pwconv1", "pwconv2"}
+    with pytest.raises(AdapterError, match=r"'all-linear' matches only classifier\.1, which modules_to_save"):
+        make_vision(config, labels=["a", "b"], backbone=backbones[1]).configure_model()
 
 
 def test_fillers_of_other_ranks_count_nowhere(make_vision):

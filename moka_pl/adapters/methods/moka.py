@@ -30,7 +30,7 @@ from moka_pl.adapters.vocabulary.token_rows import (
     set_vocabulary,
     token_rows,
 )
-from moka_pl.errors import ConfigError
+from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.ops.gating import GATINGS, can_move
 
 
@@ -92,6 +92,11 @@ class MokaMethod(AdapterMethod):
         layers = None if saved is None else {name.rpartition(".moka_")[0] for name in saved}
         whole = find_trained(model, self.config.modules_to_save)
         names = [name for name in find_targets(model, self.config, layers) if name not in whole]
+        if not names:
+            raise AdapterError(
+                f"target_modules {shown(self.config.target_modules)} matches only {', '.join(whole)}, which "
+                "modules_to_save trains as a whole; name other layers, or use FullFineTuning"
+            )
         if self.config.trainable_token_indices:
             check_rows(model, self.config.trainable_token_indices, names)
         if saved is not None:
