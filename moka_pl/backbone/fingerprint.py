@@ -50,7 +50,8 @@ def fingerprint(model: "PreTrainedModel") -> str:
 def _embedding(model: "PreTrainedModel") -> Tensor:
     """The weight that a model's input meets first: of an image, that of a convolution."""
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        return next(p for p in model.parameters() if p.ndim == 4)
+        convolution: Tensor = next(p for p in model.parameters() if p.ndim == 4)
+        return convolution
     weight: Tensor = model.get_input_embeddings().weight
     return weight
 
