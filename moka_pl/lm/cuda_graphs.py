@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -153,7 +154,8 @@ class StepCapture:
                 generator.set_state(random.get_state())  # warming up may have drawn from it
                 graph = torch.cuda.CUDAGraph()
                 # Other threads, such as one that pins memory, may go on meanwhile.
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                side = _side_stream(batch.ids.device)
+                with torch.cuda.graph(graph, self._pool, side, capture_error_mode="thread_local"):
                     self._forward_backward(inputs, leaves)
         except RuntimeError as error:
             # A recording that fails leaves its stream current, and the generator in a state of recording.
@@ -170,7 +172,7 @@ class StepCapture:
 
     def _warm_up(self, inputs: Inputs, leaves: list[nn.Parameter]) -> None:
         """Compiles and loads everything, on a stream of its own as recording does."""
-        stream = torch.cuda.Stream(inputs[0].device)  # type: ignore[no-untyped-call]
+        stream = _side_stream(inputs[0].device)
         stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
         with torch.cuda.stream(stream):
             for _ in range(_WARMUP):
@@ -185,6 +187,12 @@ class StepCapture:
             self._loss, self._grads = torch.empty_like(loss), [torch.empty_like(p) for p in self._params]
         self._loss.copy_(loss.detach())
         copy_all_(self._grads, grads)
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    """The stream of all recordings: matrix products keep tens of megabytes for each stream that they saw."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _cause(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from moka_pl.ops.triton.projection import finish
 _ROWS, _NUMBERS, _PROGRAMS = 64, 16384, 264
 #: Multiply-adds of D and of its projection, for an entry, that one of these products costs as much as; and
 #: tokens whose D costs as much as a projection.
-_COST, _PROJECTION = 4, 2000
+_COST, _PROJECTION = 6, 2000
 
 
 class Component:

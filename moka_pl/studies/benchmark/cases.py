@@ -143,7 +143,9 @@ _PEERS = {
     "MoKA r10 fit": "unsloth LoRA r8 q,v",
     "LoRA r8 q,v": "unsloth LoRA r8 q,v",
     "MoKA r2 all linear": "unsloth LoRA r16 all linear",
+    "MoKA r2 all linear fit": "unsloth LoRA r16 all linear",
     "MoKA servable r16 all linear": "unsloth LoRA r16 all linear",
+    "MoKA servable r16 all linear fit": "unsloth LoRA r16 all linear",
     "LoRA r16 all linear": "unsloth LoRA r16 all linear",
     "LoRA r32 q,k,v,up,down": "unsloth LoRA r32 q,k,v,up,down",
 }

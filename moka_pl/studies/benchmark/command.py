@@ -148,7 +148,7 @@ def row_names(
     if set(GROWTH) & set(measures):
         names += growth.growth_rows(device)
     if "fit" in measures:
-        names.append(fit.ROW)
+        names += fit.ROWS
     if "decode" in measures:
         names += [row.name for row in steps.decode_rows()]
     return list(dict.fromkeys(names))

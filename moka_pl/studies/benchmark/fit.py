@@ -8,10 +8,21 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from moka_pl.studies.benchmark.bench import Record, Values
-from moka_pl.studies.benchmark.cases import Preset
+from moka_pl.studies.benchmark.cases import ALL, Preset
 from moka_pl.studies.common import first_line, free_memory
 
-ROW = "MoKA r10 fit"
+_ADAPTERS: dict[str, dict[str, object]] = {
+    "MoKA r10 fit": {},
+    "MoKA r2 all linear fit": {"components": 2, "target_modules": ALL},
+    "MoKA servable r16 all linear fit": {
+        "components": 1,
+        "target_modules": ALL,
+        "filters": "servable",
+        "rank": 16,
+    },
+}
+_GRAPH = ", CUDA graph"
+ROWS = [*_ADAPTERS, *(name + _GRAPH for name in _ADAPTERS)]
 
 
 def measure_fit(preset: Preset, checkpointing: bool | str, names: Sequence[str]) -> Iterator[Record]:
@@ -20,29 +31,30 @@ def measure_fit(preset: Preset, checkpointing: bool | str, names: Sequence[str])
     Args:
         preset: Model, batch and steps.
         checkpointing: Compute activations again in the backward pass; ``offload`` as ``fit`` has it.
-        names: Only these rows, or all for none.
+        names: Only these rows of ``ROWS``; for none the first alone.
 
     Yields:
-        One record.
+        A record a row.
     """
-    if names and ROW not in names:
-        return
-    values: Values = {}
-    problem = None
-    try:
-        values = time_fit(preset, checkpointing)
-    except (Exception, SystemExit) as error:  # the parser of the command line ends the process
-        problem = first_line(error)
-    free_memory()
-    yield Record("fit", ROW, bool(checkpointing), {}, values, problem)
+    for name in [row for row in ROWS if row in names] if names else ROWS[:1]:
+        values: Values = {}
+        problem = None
+        try:
+            values = time_fit(preset, checkpointing, name)
+        except (Exception, SystemExit) as error:  # the parser of the command line ends the process
+            problem = first_line(error)
+        free_memory()
+        yield Record("fit", name, bool(checkpointing), {}, values, problem)
 
 
-def time_fit(preset: Preset, checkpointing: bool | str) -> Values:
+def time_fit(preset: Preset, checkpointing: bool | str, name: str = ROWS[0]) -> Values:
     """Times the steps of a ``fit``, and of a bare loop on its model before and after it.
 
     Args:
         preset: Model, batch and steps.
         checkpointing: Compute activations again in the backward pass; ``offload`` as ``fit`` has it.
+        name: One of ``ROWS``: the adapter, and whether ``fit`` replays its steps as CUDA graphs, as the bare
+            loop never does.
 
     Returns:
         ``fit_ms`` and ``bare_ms`` (medians), ``fit_mean_ms`` and ``bare_mean_ms`` (what is done every few
@@ -58,9 +70,8 @@ def time_fit(preset: Preset, checkpointing: bool | str) -> Values:
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
-        run(
-            ["fit", *(f"--{name}={value}" for name, value in _options(preset, checkpointing, folder).items())]
-        )
+        options = _options(preset, checkpointing, folder) | _row_options(name)
+        run(["fit", *(f"--{key}={value}" for key, value in options.items())])
     probe, Probe.latest = Probe.latest, None
     assert probe is not None
     fit, bare = statistics.median(probe.fit_ms), statistics.median(probe.bare_ms)
@@ -76,6 +87,12 @@ def time_fit(preset: Preset, checkpointing: bool | str) -> Values:
         "trainable": probe.trainable,
         "steps": len(probe.fit_ms),
     }
+
+
+def _row_options(name: str) -> dict[str, object]:
+    adapter = _ADAPTERS[name.removesuffix(_GRAPH)]
+    graphs = {"model.cuda_graphs": "true"} if name.endswith(_GRAPH) else {}
+    return {**{f"model.adapter.{key}": value for key, value in adapter.items()}, **graphs}
 
 
 def _options(preset: Preset, checkpointing: bool | str, folder: str) -> dict[str, object]:

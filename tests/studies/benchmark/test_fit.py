@@ -59,3 +59,25 @@ def test_synthetic_batches_have_the_shape_asked_for() -> None:
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(3, 16), (3, 16)]
     assert all((batch["labels"] == batch["input_ids"]).all() for batch in batches)
     assert data.val_dataloader() == []
+
+
+def test_rows_differ_in_adapter_and_graphs(preset, monkeypatch) -> None:
+    seen = []
+
+    def run(arguments: list[str]) -> None:
+        seen.append([argument for argument in arguments if "adapter" in argument or "graphs" in argument])
+        raise SystemExit("enough")
+
+    monkeypatch.setattr("moka_pl.cli.lightning.run", run)
+    names = ["MoKA r10 fit", "MoKA r2 all linear fit, CUDA graph"]
+    records = list(fit.measure_fit(preset, False, names))
+    assert [record.row for record in records] == names
+    assert all(record.error for record in records)
+    assert seen == [
+        [],
+        [
+            "--model.adapter.components=2",
+            "--model.adapter.target_modules=all-linear",
+            "--model.cuda_graphs=true",
+        ],
+    ]
