@@ -28,7 +28,12 @@ from moka_pl.data import CommonsenseData, InstructionData
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-ON_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto"]
+ON_CPU = [
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+]
 #: Programs that are not this project's.
 OTHERS = {"llama-cli", "tensorboard", "mkdocs", "mypy", "pre-commit", "ruff"}
 LIGHTNING = {"fit", "validate", "test"}
