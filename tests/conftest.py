@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,6 +209,14 @@ def free_space(monkeypatch) -> Callable[[int], None]:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
 
     return leave
+
+
+@pytest.fixture(autouse=True)
+def kept_scores(tmp_path_factory, monkeypatch) -> Path:
+    """Where validations before training are kept: for each test another folder, not there yet."""
+    folder = tmp_path_factory.getbasetemp() / f"kept-{uuid.uuid4().hex}"
+    monkeypatch.setattr("moka_pl.callbacks.base_scores.cache_root", lambda override=None: folder)
+    return folder / "base_scores"
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Lightning callbacks, one a file, and the logger that they write to."""
 
+from moka_pl.callbacks.base_scores import BaseScores
 from moka_pl.callbacks.board import BoardLogger
 from moka_pl.callbacks.checkpoints import AdapterCheckpoint, RunCheckpoint
 from moka_pl.callbacks.dashboard import Dashboard
@@ -14,6 +15,7 @@ from moka_pl.callbacks.throughput import BatchStatistics, Throughput
 
 __all__ = [
     "AdapterCheckpoint",
+    "BaseScores",
     "BatchStatistics",
     "BoardLogger",
     "Dashboard",

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from moka_pl.callbacks import (
     AdapterCheckpoint,
+    BaseScores,
     BatchStatistics,
     Dashboard,
     EvaluationTable,
@@ -59,6 +60,7 @@ _CALLBACKS = {
     "adapters": AdapterCheckpoint,
     "checkpoint": RunCheckpoint,
     "example": ExamplePrinter,
+    "base_scores": BaseScores,
 }
 
 

@@ -35,6 +35,7 @@ class EvaluatedModule(LightningModule):
         eval_values: Values of the last evaluation, by the name under which they were logged.
         eval_step: The optimizer step that they belong to.
         eval_results: The last evaluation in full.
+        recalled: Results that are known; the next evaluation computes nothing, and gives these.
     """
 
     backbone: BackboneConfig
@@ -45,6 +46,7 @@ class EvaluatedModule(LightningModule):
         self.eval_values: dict[str, float] = {}
         self.eval_step: int | None = None
         self.eval_results: Results | None = None
+        self.recalled: Results | None = None
         self._metrics: EvalMetrics | None = None
         remedy = "Lower data.max_length, or free memory of the device"
         self._rows = Halving("rows", remedy)
@@ -69,6 +71,8 @@ class EvaluatedModule(LightningModule):
             dataloader_idx: Number of the evaluation set.
         """
         assert self._metrics is not None
+        if self.recalled is not None:
+            return
         scores = self._score(batch)
         if "item" not in batch:
             tokens = scores.nll.new_tensor(scores.nll.numel())
@@ -168,7 +172,8 @@ class EvaluatedModule(LightningModule):
         assert self._metrics is not None
         # Under some strategies ranks that have no more batches serve the others before they sum up.
         self.trainer.strategy.barrier()
-        self.eval_results = self._metrics.compute()
+        self.eval_results = self._metrics.compute() if self.recalled is None else self.recalled
+        self.recalled = None
         self.eval_values = {f"{prefix}/{name}": value for name, value in self.eval_results.values().items()}
         self.eval_step = self.trainer.global_step
         shown = {f"{prefix}/loss", f"{prefix}/accuracy"}

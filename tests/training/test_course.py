@@ -34,6 +34,7 @@ KINDS = {
     "checkpoint.*": FREE,
     "gates.*": FREE,
     "example.*": FREE,
+    "base_scores.*": FREE,
     "ckpt_path": FREE,
     "config": FREE,
     "weights_only": FREE,

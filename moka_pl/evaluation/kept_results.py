@@ -1,0 +1,188 @@
+"""Results of an evaluation, kept on disk for runs that would compute the same, bit for bit."""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import cache
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moka_pl.adapters.layer import MokaLinear
+from moka_pl.backbone.quantization import dense_weight, is_quantised
+from moka_pl.data.batching.collate import BatchRows
+from moka_pl.data.batching.samplers import EvalSampler
+from moka_pl.data.encoding.digest import rows_digest
+from moka_pl.errors import MokaWarning
+from moka_pl.evaluation.results import Counts, Results, SetCounts
+
+#: What computes, beside this package.
+_LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft", "liger-kernel", "triton", "lightning")
+_PACKAGE = Path(__file__).parents[1]
+#: Words of a tensor that are summed at a time, in the processor's cache.
+_WORDS = 1 << 18
+
+
+class KeptResults:
+    """The file of one evaluation: what decides its results, these, and a hash of both.
+
+    Args:
+        folder: Where all such files are.
+        settings: Everything that decides the results, as JSON values.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self._settings = json.loads(json.dumps(settings))
+        self.file = folder / f"{_hash(self._settings)}.json"
+
+    def read(self) -> Results | None:
+        """Returns the results; None where there are none. A damaged file is removed, with a warning."""
+        try:
+            stored = json.loads(self.file.read_bytes())
+            if stored.pop("hash") != _hash(stored) or stored["settings"] != self._settings:
+                raise ValueError("its hash is not that of its contents")
+            return _results(stored["results"])
+        except OSError:
+            return None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            warnings.warn(f"{self.file} is damaged ({error}); it is computed anew", MokaWarning, stacklevel=2)
+            with contextlib.suppress(OSError):
+                self.file.unlink()
+            return None
+
+    def write(self, results: Results) -> None:
+        """Keeps results if they are finite; where the disk cannot be written, the next run computes them."""
+        contents = {"settings": self._settings, "results": asdict(results)}
+        with contextlib.suppress(OSError, ValueError):
+            text = json.dumps(contents | {"hash": _hash(contents)}, indent=1, allow_nan=False)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            number, name = tempfile.mkstemp(prefix=".", dir=self.file.parent)
+            part = Path(name)
+            try:
+                with os.fdopen(number, "w", encoding="utf-8") as file:
+                    file.write(text)
+                part.replace(self.file)
+            finally:
+                part.unlink(missing_ok=True)
+
+
+def _hash(contents: Any) -> str:
+    text = json.dumps(contents, sort_keys=True)
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _results(stored: dict[str, Any]) -> Results:
+    """Builds results from their fields."""
+    sets = [
+        SetCounts(**(one | {"tasks": {name: Counts(**counts) for name, counts in one["tasks"].items()}}))
+        for one in stored["sets"]
+    ]
+    return Results(sets, stored["groups"])
+
+
+# What decides results
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Returns a hash of all weights, quantised ones as what they stand for.
+
+    The adapter of a layer whose update is zero is left out.
+    """
+    names, sums = [], []
+    for name, module in model.named_modules():
+        still = isinstance(module, MokaLinear) and _is_zero(module)
+        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if own == "weight" and is_quantised(module):
+                tensor = dense_weight(module)
+            names.append(f"{name}.{own} {tuple(tensor.shape)} {tensor.dtype}")
+            if not (still and own.startswith("moka_")):
+                sums.append(_checksum(tensor.detach()))
+    return _hash([names, torch.stack(sums).tolist()])  # a GPU is waited for once
+
+
+def _is_zero(layer: MokaLinear) -> bool:
+    factors = [factor for factor in (layer.moka_A, layer.moka_B) if factor is not None]
+    return not all(bool(factor.any()) for factor in factors)
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Returns ``Σ (2i + 1) x_i`` mod 2⁶⁴ over the words x of 8 bytes: another if any one of them differs."""
+    raw = tensor.contiguous().flatten().view(torch.uint8)  # (bytes,)
+    raw = F.pad(raw, (0, -len(raw) % 8))
+    words = (raw if raw.data_ptr() % 8 == 0 else raw.clone()).view(torch.int64)  # (words,)
+    total = words.new_zeros(())
+    for start in range(0, len(words), _WORDS):
+        part = words[start : start + _WORDS]
+        odd = torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=words.device)
+        total += (part * odd).sum()
+    return total
+
+
+def batch_settings(loaders: Iterable[Any]) -> list[Any] | None:
+    """Describes the batches of evaluation; None where loaders are not the package's own."""
+    found = []
+    for loader in loaders:
+        rows, sampler = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
+        if not isinstance(rows, BatchRows) or not isinstance(sampler, EvalSampler):
+            return None
+        batches = [batch.tolist() for batch in sampler.global_batches()]
+        found.append([rows_digest(rows.rows), rows.pad_id, str(rows.share), _hash(batches)])
+    return found
+
+
+def machine_settings(device: torch.device) -> dict[str, Any]:
+    """Describes what computes: this package's code, the libraries and the device with its switches."""
+    name: list[Any]
+    if device.type == "cuda":
+        name = [torch.cuda.get_device_name(device), torch.version.cuda]
+    else:
+        name = [_processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    return {
+        "code": _code(),
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "device": [device.type, *name],
+        "products": [
+            torch.get_float32_matmul_precision(),
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+            torch.are_deterministic_algorithms_enabled(),
+        ],
+    }
+
+
+@cache
+def _code() -> str:
+    """Returns a hash of the package's source but for its studies."""
+    digest = blake2b(digest_size=16)
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        path = file.relative_to(_PACKAGE).as_posix()
+        if not path.startswith("studies/"):
+            digest.update(path.encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _processor() -> str:
+    with contextlib.suppress(OSError):  # elsewhere than on Linux
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if (found := re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)) is not None:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
