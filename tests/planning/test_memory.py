@@ -32,7 +32,7 @@ ROWS = {
     },
 }
 
-#: Peak resident memory in GiB of SmolLM2-135M's first four steps on a CPU, a process each (but for the last):
+#: Peak resident memory in GiB of SmolLM2-135M's first steps on a CPU, a process each:
 #: ``fit --config configs/smollm2.yaml --trainer.max_steps 4 --trainer.limit_val_batches 0``;
 #: T and N of the largest micro-batch.
 CPU = [
@@ -40,7 +40,10 @@ CPU = [
     (1.829, 768, 285, "MoKA r10", True),
     (2.779, 768, 285, "MoKA r2 all linear", False),
     (1.898, 320, 180, "MoKA r10", False),
+    (2.317, 512, 504, "MoKA r10", False),  # rows of 64 tokens
+    (1.821, 512, 504, "MoKA r10", True),
     (4.528, 1920, 998, "MoKA r10", False),  # the whole epoch
+    (2.90, 1920, 998, "MoKA r10", True),
 ]
 
 
@@ -111,6 +114,18 @@ def test_a_loss_by_parts_takes_less_of_a_wide_vocabulary() -> None:
     norms = 4 * 4096 * 4096
     assert whole.logits == norms + 2 * 4096 * 4096 + 12 * 128256 * 4096
     assert parts.logits == norms + 2 * 2 * 4096 * 4096 + 6 * 128256 * 512
+
+
+def test_a_cpu_s_heap_grows_under_checkpointing_until_tensors_are_mapped() -> None:
+    sizes, parameters, kept = adapted("smollm2-135m", "MoKA r10", torch.float32)
+    tokens = [n for n in range(4096, 8192) if 4 * n * sizes.inner < 2**25]
+
+    def activations(count: int, stored: int | None = 0) -> float:
+        return estimate(sizes, Setup(count, 64, 4, True, stored=stored), parameters, 4 * kept).activations
+
+    heap = sizes.blocks * 4 * (3 * sizes.inner * tokens[-1] - 2 * sizes.largest)
+    assert activations(tokens[-1]) - activations(tokens[-1], None) == pytest.approx(heap)
+    assert activations(tokens[-1] + 1) == activations(tokens[-1] + 1, None)
 
 
 @pytest.mark.parametrize(("peak", "tokens", "trained", "row", "checkpointing"), CPU)
