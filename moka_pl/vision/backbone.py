@@ -75,6 +75,8 @@ def load_image_backbone(
     dtype = compute_dtype(config, device)
     if config.compile != "none":
         raise BackboneError(f"{name}: compile {config.compile} is for language models; set compile: none")
+    if name in SHAPES and config.weights != "random" and not Path(name).is_dir():
+        raise BackboneError(f"{name!r} is a shape without weights; set weights: random, or give a hub id")
     import_quantiser(config.quantization)
     location = {} if config.weights == "random" else model_location(config)
     shape = _described(config, location)

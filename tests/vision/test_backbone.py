@@ -121,5 +121,7 @@ def test_refuses_an_unknown_shape_and_what_is_for_language_models(vit):
         BackboneError, match=r"unknown shape 'vit' .* choose one of vit-digits, or give a folder"
     ):
         load("vit", weights="random")
+    with pytest.raises(BackboneError, match="'vit-digits' is a shape without weights; set weights: random"):
+        load("vit-digits")
     with pytest.raises(BackboneError, match="compile layers is for language models; set compile: none"):
         load(vit, compile="layers")
