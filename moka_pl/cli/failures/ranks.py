@@ -117,9 +117,8 @@ def end_others(at_once: bool) -> None:
 
 def _cause(error: BaseException) -> BaseException:
     """The error of another library that one of the package's stands for."""
-    while isinstance(error, MokaError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    named = isinstance(error, MokaError) and error.__cause__ is not None
+    return error.__cause__ or error if named else error
 
 
 def _store() -> Any:

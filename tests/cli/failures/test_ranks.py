@@ -50,6 +50,12 @@ def test_errors_that_only_say_that_another_process_is_gone(store, error, lost):
     assert ranks.is_lost_rank(error) == lost
 
 
+def test_an_error_that_is_its_own_cause():
+    error = ConfigError("as it was caught")
+    error.__cause__ = error
+    assert not ranks.is_lost_rank(error)
+
+
 def test_the_first_to_fail_tells_and_leaves_its_status(store):
     assert ranks.status_of_others(1) == 1
     assert ranks.tells(2)
