@@ -10,7 +10,7 @@ these to itself: x and y are read once for each component, where D takes m · n 
 read again for the projection.
 """
 
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -22,13 +22,15 @@ from moka_pl.ops.layout import Shape, left_sizes, right_sizes, starts
 from moka_pl.ops.triton.gates import Gates
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.plan import CHUNK, MEMBERS, Plan
-from moka_pl.ops.triton.projection import finish
+from moka_pl.ops.triton.projection import finish, fused_projection
 
 #: Right rows that a program takes at once, numbers that it holds of a product, and programs for a component.
 _ROWS, _NUMBERS, _PROGRAMS = 64, 16384, 264
 #: Multiply-adds of D and of its projection, for an entry, that one of these products costs as much as; and
 #: tokens whose D costs as much as a projection.
 _COST, _PROJECTION = 6, 2000
+#: Tokens of a trial, and the largest relative difference: several times that of bfloat16's roundings.
+_TRIED, _TOLERANCE = 300, 0.05
 
 
 class Component:
@@ -79,7 +81,7 @@ class FactorPlan:
     """
 
     def __init__(self, plan: Plan) -> None:
-        shapes = plan.shapes
+        self._plan, shapes = plan, plan.shapes
         lefts, rights = left_sizes(shapes), right_sizes(shapes)
         places = zip(shapes, starts(lefts), starts(rights), strict=True)
         self.components = [Component(*place) for place in places]
@@ -97,18 +99,51 @@ class FactorPlan:
         self.chunks = torch.tensor(chunks, dtype=torch.int32, device=device)
         self.dots = torch.tensor(dots, dtype=torch.int32, device=device)
 
-    def pays(self, tokens: int, m: int, n: int) -> bool:
+    def usable(self, tokens: int) -> bool:
+        """Whether the sums cost less than D and its projection, and were found to be the same.
+
+        Args:
+            tokens: T.
+        """
+        # Nothing can be tried while a graph is recorded, before which the same step has run as usual.
+        return self.pays(tokens) and ("agrees" in vars(self) or not _recording()) and self.agrees
+
+    def pays(self, tokens: int) -> bool:
         """Whether the sums cost less than D and its projection.
 
         Args:
             tokens: T.
-            m: Rows of the layer.
-            n: Columns of the layer.
         """
         if any(component.largest > _NUMBERS for component in self.components):
             return False
         work = sum(component.numbers for component in self.components)
-        return _COST * work * tokens < m * n * (tokens + _PROJECTION)
+        return _COST * work * tokens < self._plan.m * self._plan.n * (tokens + _PROJECTION)
+
+    @cached_property
+    def agrees(self) -> bool:
+        """Whether the sums are those of D and its projection, as tried once on random numbers of this GPU.
+
+        Triton has been seen to compile products for Hopper that were wrong (see ``plan.py``).
+        """
+        plan, device = self._plan, self._plan.uniform.device
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(*size, device=device, generator=generator)
+
+        x, grad = draw(_TRIED, plan.n).bfloat16(), draw(_TRIED, plan.m).bfloat16()
+        factors = draw(self.sizes[0]), draw(self.sizes[1])
+        gates = Gates(plan.uniform)
+        found = factor_gradients(plan, self, grad, x, *factors, gates)
+        expected = fused_projection(plan, grad.mT @ x, *factors, gates)
+        return all(
+            bool((one - other).norm() <= _TOLERANCE * other.norm())
+            for one, other in zip(found[:2], expected[:2], strict=True)  # the weights' follow from the right
+        )
+
+
+def _recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -55,7 +55,7 @@ class FusedUpdates(DenseUpdates):
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.backward`; the gradient of ΔW is not computed where components are few."""
         sums = make_factor_plan(self.plan)
-        if sums is None or grad.dtype is not torch.bfloat16 or not sums.pays(len(x), self.m, self.n):
+        if sums is None or grad.dtype is not torch.bfloat16 or not sums.usable(len(x)):
             return super().backward(grad, x, left, right, gate, kept, needs_x)
         grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)

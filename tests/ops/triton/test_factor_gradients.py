@@ -43,13 +43,25 @@ def test_they_pay_for_few_components_and_many_tokens() -> None:
         plan = kernels.make_plan(filter_shapes("diverse", components, m, n), m, n, torch.device("cpu"))
         sums = module.make_factor_plan(plan)
         assert sums is not None
-        return sums.pays(tokens, m, n)
+        return sums.pays(tokens)
 
     assert pays(1, 4096)
     assert pays(2, 4096)
     assert pays(2, 4096, 11008)
     assert pays(2, 4096, 4096, 11008)
     assert not pays(20, 4096)
+
+
+def test_sums_that_are_wrong_are_not_used(monkeypatch) -> None:
+    shapes = (Shape(8, 8, 16, 16),)
+    plan = kernels.make_plan(shapes, 128, 128, torch.device("cpu"))
+    assert module.FactorPlan(plan).agrees
+    wrong = module.FactorPlan(plan)
+    wrong.components[0].sizes = (8, 8, 16, 16, 16, 16, 16, 8)  # of each row of B half
+    monkeypatch.setattr(module.FactorPlan, "pays", lambda self, tokens: True)
+    assert not wrong.usable(64)
+    monkeypatch.setattr(module, "_recording", lambda: True)
+    assert not module.FactorPlan(plan).usable(64)  # not tried yet
 
 
 def test_an_identity_has_its_update_projected() -> None:

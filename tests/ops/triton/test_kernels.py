@@ -95,9 +95,7 @@ def test_adding_to_a_dense_weight(problem, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize(
-    "case", ["words", "words, repeated", "words that stand out", "words and gathers", "gathered", "identity"]
-)
+@pytest.mark.parametrize("case", ["words", "words, repeated", "words and gathers", "gathered", "identity"])
 def test_a_4bit_weight_is_read_as_bitsandbytes_reads_it(case: str, nested: bool) -> None:
     # In float32: Triton's interpreter cuts bfloat16 off where a GPU rounds it (tests/gpu has that case).
     torch.manual_seed(0)
