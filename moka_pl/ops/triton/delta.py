@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments, frozen_weight
-from moka_pl.ops.triton.dequantise import WORDS, as_words, can_dequantise, entries, scales
+from moka_pl.ops.triton.dequantise import as_words, can_dequantise, entries, scales
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.plan import TILE, Plan
@@ -211,13 +211,13 @@ def fused_weight(
         wordwise = can_dequantise(source, plan.m * plan.n)
         if wordwise:
             pointers = (left, right, values, scaling, *as_words(frozen_pointers))
-        period, repeats = plan.words
-        grid = (-(-plan.m // (period * repeats)) * period, -(-plan.n // (8 * WORDS)), 1)
+        period, repeats, words = plan.words
+        grid = (-(-plan.m // (period * repeats)) * period, -(-plan.n // (8 * words)), 1)
         launch(
             _words_kernel, plan.compiled, ("words", read, wordwise, *key), grid, outside,
             (out, *pointers, plan.m, plan.n, plan.components, plan.aligned, r, plan.padded, gating,
-             period, repeats, WORDS, wordwise, *frozen),
-            num_warps=WORDS // 32, enable_fp_fusion=False,
+             period, repeats, words, wordwise, *frozen),
+            num_warps=words // 32, enable_fp_fusion=False,
         )  # fmt: skip
     else:
         assert plan.cells is not None

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from moka_pl.ops.layout import Shape, group_equal, left_sizes, right_sizes, starts
 
+#: Words, of eight entries each, of a row that one program builds at most: one a thread.
+WORDS = 256
 #: Rows and columns of a tile of ΔW where words of eight entries do not fit.
 TILE = (16, 64)
 #: Right entries and pairs of left indices that one program of the projection takes at once. With 64 pairs
@@ -37,8 +39,9 @@ class Plan:
     Attributes:
         components: m_a, n_a, m_b, n_b and where A and B begin in the packed factors, for every component.
         aligned: For every component whether eight entries of a row meet one entry of its left factor.
-        words: Rows after which the right factors' rows of all components begin again, and how many such
-            periods one program builds, where ΔW can be built from words of eight entries; else None.
+        words: Rows after which the right factors' rows of all components begin again, how many such periods
+            and how many words of a row one program builds, where ΔW can be built from words of eight
+            entries; else None.
         padded: r, rounded up to a power of two.
         uniform: 1/r for every component, the weights without gates.
         rows: Where every row of ΔW begins in A and in B of every component (-1 beyond), (2 r, m); None if
@@ -104,7 +107,9 @@ def make_plan(shapes: tuple[Shape, ...], m: int, n: int, device: torch.device) -
     return Plan(shapes, m, n, device)
 
 
-def _words(shapes: tuple[Shape, ...], aligned: tuple[bool, ...], m: int, n: int) -> tuple[int, int] | None:
+def _words(
+    shapes: tuple[Shape, ...], aligned: tuple[bool, ...], m: int, n: int
+) -> tuple[int, int, int] | None:
     """:attr:`Plan.words`: components must cover the layer, and more than half of them be aligned.
 
     Args:
@@ -117,7 +122,8 @@ def _words(shapes: tuple[Shape, ...], aligned: tuple[bool, ...], m: int, n: int)
     if not covered or n % 8 or sum(aligned) <= len(shapes) // 2:
         return None
     period = math.lcm(*(s.m_b for s in shapes))
-    return (period, 4) if 2 * period <= m else (m, 1)
+    width = max(32, min(WORDS, 1 << (n // 8 - 1).bit_length()))
+    return (period, 4, width) if 2 * period <= m else (m, 1, width)
 
 
 def _factor_tables(

@@ -25,7 +25,7 @@ CASES = {
     "padded and cut": ((Shape(3, 5, 4, 7), Shape(2, 9, 9, 3), Shape(2, 2, 2, 2)), 11, 26),
     "identity": (filter_shapes("prime", 3, 40, 200), 40, 200),
     "identity, m != n": (filter_shapes("prime", 3, 12, 45), 12, 45),
-    "wide loads": ((Shape(32, 16, 16, 16),) * 2, 512, 256),
+    "wide loads": ((Shape(16, 8, 16, 16),) * 2, 256, 128),
     "words that stand out": ((Shape(3, 7, 16, 16), Shape(6, 5, 8, 32)), 48, 112),
     "words and gathers": ((Shape(4, 9, 16, 8), Shape(5, 4, 16, 18), Shape(8, 3, 8, 24)), 64, 72),
     "more than share a program": ((Shape(2, 3, 5, 2),) * 11, 10, 6),
