@@ -71,8 +71,8 @@ def _words_kernel(  # type: ignore[no-untyped-def]
     """
     top = tl.program_id(0) % PERIOD + tl.program_id(0) // PERIOD * (REPEATS * PERIOD)
     j = (tl.program_id(1) * WORDS + tl.arange(0, WORDS)) * 8
-    inside = j < n
     row = top + tl.zeros_like(j)
+    inside = (j < n) & (row < m)  # of the last periods a layer may have some rows only
     in_1, in_2, in_3 = row < m - PERIOD, row < m - 2 * PERIOD, row < m - 3 * PERIOD
     k = tl.arange(0, 8)[None, :]
     highest, sum_ = softmax_parts(values, R, PADDED, GATING)

@@ -74,7 +74,7 @@ class FactorPlan:
 
     Attributes:
         components: Of each component its tiles.
-        pays: For so many tokens at least this is cheaper than D.
+        sizes: Numbers of left and of right entries.
         chunks: Work list of the last step, as :attr:`moka_pl.ops.triton.plan.Plan.chunks`.
         dots: As :attr:`moka_pl.ops.triton.plan.Plan.dots`.
         most: Most programs that share the rows of a B.
@@ -109,7 +109,7 @@ class FactorPlan:
         return self.pays(tokens) and ("agrees" in vars(self) or not _recording()) and self.agrees
 
     def pays(self, tokens: int) -> bool:
-        """Whether the sums cost less than D and its projection.
+        """Whether the sums cost less than D and its projection; never without tokens.
 
         Args:
             tokens: T.
@@ -117,7 +117,7 @@ class FactorPlan:
         if any(component.largest > _NUMBERS for component in self.components):
             return False
         work = sum(component.numbers for component in self.components)
-        return _COST * work * tokens < self._plan.m * self._plan.n * (tokens + _PROJECTION)
+        return 0 < _COST * work * tokens < self._plan.m * self._plan.n * (tokens + _PROJECTION)
 
     @cached_property
     def agrees(self) -> bool:

@@ -202,7 +202,8 @@ def finish(
     values, scaling, gating = gates
     grads = torch.empty_like(left), torch.empty_like(right), torch.empty_like(values)
     launch(
-        _finish_kernel, plan.compiled, ("finish", len(chunks), gating), (len(chunks) + 1, 1, 1), (values,),
+        _finish_kernel, plan.compiled, ("finish", len(chunks), *places, gating),
+        (len(chunks) + 1, 1, 1), (values,),
         (*grads, parts, values, scaling, chunks, dots, len(chunks), *places,
          len(plan.shapes), plan.padded, gating, CHUNK, MEMBERS),
         num_warps=4,

@@ -50,6 +50,7 @@ def test_they_pay_for_few_components_and_many_tokens() -> None:
     assert pays(2, 4096, 11008)
     assert pays(2, 4096, 4096, 11008)
     assert not pays(20, 4096)
+    assert not pays(1, 0)
 
 
 def test_sums_that_are_wrong_are_not_used(monkeypatch) -> None:

@@ -68,6 +68,22 @@ def test_delta_weight_in_one_launch(problem) -> None:
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [33, 35, 41, 50])  # of the last four periods one, two or three begin
+def test_nothing_is_written_below_the_last_row(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = (Shape(7, 4, 8, 8),)
+    plan = kernels.make_plan(shapes, rows, 32, DEVICE)
+    assert plan.words is not None
+    assert plan.words[:2] == (8, 4)
+    memory = torch.full((64, 32), 7.0)
+    left, right = torch.randn(28), torch.randn(64)
+    gates = kernels.Gates(torch.ones(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", lambda *size, **options: memory[:rows])
+        found = kernels.fused_weight(plan, left, right, gates, torch.float32)
+    torch.testing.assert_close(found, delta_weight(torch.ones(1), left, right, shapes, rows, 32))
+    assert bool((memory[rows:] == 7.0).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_projection_of_the_gradient(problem, dtype: torch.dtype) -> None:
     factors, weights, shapes, m, n = problem
