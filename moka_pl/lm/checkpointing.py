@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 #: What options of a model are called by which its layers draw random numbers.
-_DRAWING = ("dropout", "pdrop", "drop_rate", "jitter")
+_DRAWING = ("drop", "jitter")
 
 
 def checkpoint_layers(model: "PreTrainedModel", offload: bool = False) -> None:

@@ -19,7 +19,9 @@ def test_a_layer_draws_where_something_drops_out(tiny_llama: Any) -> None:
     assert draws(tiny_llama)
 
 
-@pytest.mark.parametrize("name", ["attention_dropout", "resid_pdrop", "router_jitter_noise"])
+@pytest.mark.parametrize(
+    "name", ["attention_dropout", "resid_pdrop", "drop_path_rate", "router_jitter_noise"]
+)
 def test_options_of_a_model_tell_what_it_draws(tiny_llama: Any, name: str) -> None:
     setattr(tiny_llama.config, name, 0.0)
     assert not draws(tiny_llama)
