@@ -101,7 +101,7 @@ def _nll_and_errors(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     total = numbers.sum(-1, keepdim=True)  # (P, 1)
     numbers.div_(total)  # p
     numbers.scatter_(1, tokens, numbers.gather(1, tokens) - 1)
-    return (total.log() - chosen)[:, 0].where(known, 0), numbers.mul_(known[:, None])
+    return (total.log() - chosen)[:, 0].where(known, 0), numbers.masked_fill_(~known[:, None], 0)
 
 
 class _LinearNll(torch.autograd.Function):

@@ -77,6 +77,22 @@ def test_the_head_sees_parts_of_about_one_size(in_parts: None) -> None:
     assert sizes == [3, 3, 2, 2, 3, 3]  # again in the backward pass, from the last to the first
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_token_without_label_has_no_gradient_whatever_its_logits_are(trained: bool, in_parts: None) -> None:
+    head = nn.Linear(4, 7, bias=False).requires_grad_(trained)
+    hidden = torch.ones(2, 4)
+    hidden[1] = torch.nan
+    wanted = torch.tensor([3, head_loss.IGNORE_INDEX])
+    logits = head(hidden).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(head_loss._LogitsNll.apply(logits, wanted, 2).sum(), logits)  # type: ignore[no-untyped-call]
+    assert (grad[0] != 0).all()
+    assert (grad[1] == 0).all()
+    hidden.requires_grad_()
+    (grad,) = torch.autograd.grad(nll_at_head(head, hidden, wanted).sum(), hidden)
+    assert (grad[0] != 0).all()
+    assert (grad[1] == 0).all()
+
+
 def test_parts_are_of_about_one_size() -> None:
     assert head_loss.part_size(0, 10) == 1
     assert head_loss.part_size(600, 2**25) == 300
