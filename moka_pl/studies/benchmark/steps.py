@@ -245,8 +245,7 @@ def _profile(work: Callable[[], object]) -> Values:
     events = profiler.key_averages()
     return {
         "launches": count_launches((event.key, event.count) for event in events),
-        "gpu_ms": 1e-3
-        * sum(event.self_device_time_total for event in events if event.device_type.name == "CUDA"),
+        "gpu_ms": 1e-3 * sum(event.self_device_time_total for event in events if _on_gpu(event)),
     }
 
 
