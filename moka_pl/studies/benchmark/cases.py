@@ -126,9 +126,13 @@ def step_rows(device: str) -> list[Row]:
     ]
 
 
+CAPTURED = ", CUDA graph"
+"""How the names of rows end whose steps are replayed as a CUDA graph."""
+
+
 def captured_row(row: Row) -> Row:
     """The same with its step replayed as a CUDA graph."""
-    return replace(row, name=f"{row.name}, CUDA graph", captured=True)
+    return replace(row, name=row.name + CAPTURED, captured=True)
 
 
 def on_backbone(row: Row, **options: str) -> Row:

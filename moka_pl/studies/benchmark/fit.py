@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from moka_pl.studies.benchmark.bench import Record, Values
-from moka_pl.studies.benchmark.cases import ALL, Preset
+from moka_pl.studies.benchmark.cases import ALL, CAPTURED, Preset
 from moka_pl.studies.common import first_line, free_memory
 
 _ADAPTERS: dict[str, dict[str, object]] = {
@@ -21,8 +21,7 @@ _ADAPTERS: dict[str, dict[str, object]] = {
         "rank": 16,
     },
 }
-_GRAPH = ", CUDA graph"
-ROWS = [*_ADAPTERS, *(name + _GRAPH for name in _ADAPTERS)]
+ROWS = [*_ADAPTERS, *(name + CAPTURED for name in _ADAPTERS)]
 
 
 def measure_fit(preset: Preset, checkpointing: bool | str, names: Sequence[str]) -> Iterator[Record]:
@@ -90,8 +89,8 @@ def time_fit(preset: Preset, checkpointing: bool | str, name: str = ROWS[0]) -> 
 
 
 def _row_options(name: str) -> dict[str, object]:
-    adapter = _ADAPTERS[name.removesuffix(_GRAPH)]
-    graphs = {"model.cuda_graphs": "true"} if name.endswith(_GRAPH) else {}
+    adapter = _ADAPTERS[name.removesuffix(CAPTURED)]
+    graphs = {"model.cuda_graphs": "true"} if name.endswith(CAPTURED) else {}
     return {**{f"model.adapter.{key}": value for key, value in adapter.items()}, **graphs}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.studies.benchmark.bench import Record, Results, load_results
-from moka_pl.studies.benchmark.cases import peer
+from moka_pl.studies.benchmark.cases import CAPTURED, peer
 from moka_pl.studies.benchmark.tables import (
     GROWTH,
     LAUNCHES,
@@ -169,16 +169,14 @@ def _fit(record: Record) -> str:
     if record.error is not None:
         return f"A whole `fit` {kind} checkpointing {failure(record)}"
     values = record.values
+    recording = "the recording of a graph and " if record.row.endswith(CAPTURED) else ""
+    ratio = values.get("unsloth_ratio")
+    compared = "" if ratio is None else f" That is {ratio:.2f} times {peer(record.row)}."
     return (
-        f"A whole `fit` {kind} checkpointing, with its callbacks and logs, takes "
+        f"A whole `fit` {kind} checkpointing ({record.row}), with its callbacks and logs, takes "
         f"{milliseconds(values['fit_ms'])} ms an optimizer step, {values['ratio']:.3f} times a bare loop on "
         f"the same model and batches (medians), or {values['mean_ratio']:.3f} times by the means, which "
-        "include the periodic logging."
-        + (
-            f" That is {values['unsloth_ratio']:.2f} times {peer(record.row)}."
-            if "unsloth_ratio" in values
-            else ""
-        )
+        f"include {recording}the periodic logging.{compared}"
     )
 
 
