@@ -49,12 +49,13 @@ def offload_layer_inputs(model: "PreTrainedModel") -> None:
 class _Store:
     """Tensors in the order in which they were saved; each comes back before it is asked for.
 
-    The host's memory is used again, as a CUDA graph in which these copies are recorded expects.
+    The host's memory is used again, as a CUDA graph in which these copies are recorded expects, and by
+    batches of other sizes, too: each would pin memory of its own otherwise.
     """
 
     def __init__(self) -> None:
         self._last: weakref.ref[_Kept] | None = None
-        self._free: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        self._free: defaultdict[tuple[int, torch.dtype], list[Tensor]] = defaultdict(list)
 
     def pack(self, tensor: Tensor) -> Any:
         """Begins to copy a tensor to the host; the one before it is there by now, and leaves the GPU."""
@@ -63,7 +64,7 @@ class _Store:
         before = None if self._last is None else self._last()
         if before is not None:
             before.leave()
-        kept = _Kept(tensor, self._last, self._free[tensor.shape, tensor.dtype])
+        kept = _Kept(tensor, self._last, self._free[_room_for(tensor), tensor.dtype])
         self._last = weakref.ref(kept)
         return kept
 
@@ -86,7 +87,7 @@ class _Kept:
     Args:
         tensor: The tensor, on a GPU.
         before: What was saved before it.
-        free: Pinned tensors of its kind that nobody uses; taken from there, and given back in the end.
+        free: Pinned vectors of its size that nobody uses; taken from there, and given back in the end.
     """
 
     def __init__(self, tensor: Tensor, before: "weakref.ref[_Kept] | None", free: list[Tensor]) -> None:
@@ -94,11 +95,15 @@ class _Kept:
         self._free, self._stream = free, _copy_stream(tensor.device)
         self._on_gpu: Tensor | None = tensor.detach()
         self._device = tensor.device
-        self._host = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        size = _room_for(tensor)
+        self._room = free.pop() if free else torch.empty(size, dtype=tensor.dtype, pin_memory=True)
+        self._host = self._room[: tensor.numel()].view(tensor.shape)
         self._copied = self._copy(self._host, self._on_gpu)
 
     def __del__(self) -> None:
-        self._free.append(self._host)  # whoever takes it copies on the same stream, later
+        if self._on_gpu is not None:  # nobody took it: its memory, too, may still be copied
+            self.leave()
+        self._free.append(self._room)  # whoever takes it copies on the same stream, later
 
     def _copy(self, to: Tensor, source: Tensor) -> Any:
         """Begins a copy once what is computed now is there; returns what tells of its end."""
@@ -130,6 +135,11 @@ class _Kept:
 @cache
 def _copy_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _room_for(tensor: Tensor) -> int:
+    """Numbers of the pinned vector for a tensor: a power of two, to which torch rounds pinned memory up."""
+    return 1 << (tensor.numel() - 1).bit_length()
 
 
 def _worth_a_copy(tensor: Tensor) -> bool:

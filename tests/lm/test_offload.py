@@ -21,7 +21,7 @@ class Kept:
 
     def __init__(self, tensor: Tensor, before: Any, free: Any) -> None:
         self.before, self.number = before, len([event for event, _ in EVENTS if event == "keep"])
-        self._copy = tensor.detach().clone()
+        self._copy, self.free = tensor.detach().clone(), free
         EVENTS.append(("keep", self.number))
 
     def leave(self) -> None:
@@ -70,6 +70,14 @@ def test_gradients_stay_the_same_bit_for_bit(tiny_llama: Any, randomize: Any, ke
     assert sorted(set(taken)) == list(range(count))
     for number in range(layers - 1):
         assert kept.index(("take", number + 1)) < kept.index(("fetch", number)) < kept.index(("take", number))
+
+
+def test_batches_of_other_sizes_share_the_host_s_memory(kept: Any) -> None:
+    store = offload._Store()
+    first, longer, half = (store.pack(torch.ones(2, length, 32)).free for length in (1000, 1024, 512))
+    assert first is longer
+    assert half is not first
+    assert store.pack(torch.ones(2, 1000, 32).bfloat16()).free is not first
 
 
 def test_an_evaluation_keeps_nothing(tiny_llama: Any, kept: Any) -> None:
