@@ -6,13 +6,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from moka_pl._compat import rows_fingerprint
 from moka_pl.data.batching.collate import BatchRows, SharePrefix
-from moka_pl.data.batching.loader import EvalDataLoader, ResumableDataLoader
+from moka_pl.data.batching.loader import EvalDataLoader, LoadingModule, ResumableDataLoader
 from moka_pl.data.batching.order import Order, order_options, train_sampler
 from moka_pl.data.batching.report import epoch_report
 from moka_pl.data.batching.samplers import EvalSampler, GlobalBatchSampler
@@ -41,7 +40,7 @@ _SPLITS = {
 }
 
 
-class MokaDataModule(DataDefaults, LightningDataModule, ABC):
+class MokaDataModule(DataDefaults, LoadingModule, ABC):
     """Base class of the data modules. Subclasses encode the splits; this class caches and loads them.
 
     Args:
@@ -305,25 +304,12 @@ class MokaDataModule(DataDefaults, LightningDataModule, ABC):
         batches = BatchRows(rows, self.pad_id, self.share_prefix)
         return EvalDataLoader(batches, sampler=sampler, generator=torch.Generator(), **self._loading())
 
-    def _loading(self) -> dict[str, Any]:
-        return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
-
-    def _rank_and_world(self) -> tuple[int, int]:
-        """This rank and the number of ranks."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     @property
     def pad_id(self) -> int:
         """Token id of the padding."""
         pad = self.tokenizer.pad_token_id
         # Any id will do: neither attention nor the loss sees it.
         return 0 if pad is None else int(pad)
-
-    def _epoch_batches(self, total: int) -> int | None:
-        if self.trainer is None:
-            return None
-        limit = self.trainer.limit_train_batches
-        return limit if isinstance(limit, int) else int(total * limit) if limit < 1.0 else None
 
 
 class SplitDataModule(MokaDataModule):

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, runtime
 
 import numpy
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moka_pl.data.base import check_at_least
-from moka_pl.data.batching.loader import EvalDataLoader, ResumableDataLoader
+from moka_pl.data.batching.loader import EvalDataLoader, LoadingModule, ResumableDataLoader
 from moka_pl.data.batching.order import Order
 from moka_pl.data.batching.samplers import EvalSampler, TrainSampler, filler
 from moka_pl.data.types import DataDefaults
@@ -35,7 +34,7 @@ class ImageBatch(TypedDict):
         pixel_values: Normalised pixels, shape (B, C, H, W), float32.
         labels: Number of each image's class, ``IGNORE_INDEX`` for fillers, shape (B,), int64.
         num_examples: Images without fillers.
-        names: What each image is called, for messages; training batches only.
+        names: What each image is called, for messages and predictions.
     """
 
     pixel_values: Tensor
@@ -78,7 +77,7 @@ class HasImageProcessor(Protocol):
         """Resizes and normalises images."""
 
 
-class ImageData(DataDefaults, LightningDataModule, ABC):
+class ImageData(DataDefaults, LoadingModule, ABC):
     """Base class of image data. Subclasses tell classes and images; this class splits and loads them.
 
     Images are resized and normalised by the model's image processor; nothing is random but ``flip``.
@@ -244,18 +243,6 @@ class ImageData(DataDefaults, LightningDataModule, ABC):
             why = f"it has no {split} images" if self._sets else "call `setup()` first"
             raise DataError(f"{type(self).__name__}: the {split} split is not there; {why}")
         return self._sets[split]
-
-    def _loading(self) -> dict[str, Any]:
-        return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
-
-    def _rank_and_world(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def _epoch_batches(self, total: int) -> int | None:
-        if self.trainer is None:
-            return None
-        limit = self.trainer.limit_train_batches
-        return limit if isinstance(limit, int) else int(total * limit) if limit < 1.0 else None
 
 
 class ImageRows(Dataset[ImageBatch]):

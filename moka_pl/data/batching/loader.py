@@ -1,4 +1,4 @@
-"""A DataLoader that a checkpoint in the middle of an epoch can resume."""
+"""DataLoaders, one of them resumable in the middle of an epoch, and how data modules make them."""
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -7,6 +7,7 @@ from traceback import walk_tb
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from moka_pl.data.batching.order import check_order
@@ -129,3 +130,27 @@ class ResumableDataLoader(DataLoader[Any]):
         for batch in watched(batches):
             self._served += 1
             yield batch
+
+
+class LoadingModule(LightningDataModule):
+    """A data module whose loaders are made for this rank of a run, if there is one.
+
+    Attributes:
+        num_workers: Dataloader workers per device; 0 loads in the training process.
+    """
+
+    num_workers: int
+
+    def _loading(self) -> dict[str, Any]:
+        return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        """This rank and the number of ranks."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _epoch_batches(self, total: int) -> int | None:
+        """The number of batches that an epoch of ``total`` is limited to, or None."""
+        if self.trainer is None:
+            return None
+        limit = self.trainer.limit_train_batches
+        return limit if isinstance(limit, int) else int(total * limit) if limit < 1.0 else None
