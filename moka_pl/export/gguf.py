@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moka_pl.adapters.layer import MokaLayer
 from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.errors import AdapterError, ConfigError
-from moka_pl.export.gguf_tokenizer import add_tokenizer
+from moka_pl.export.gguf_tokenizer import add_tokenizer, vocabulary_rows
 from moka_pl.export.lora import LoraForm
 from moka_pl.export.merged import BYTES_OF_TOKEN, Part, base_dtype, converted
 from moka_pl.export.source import say
@@ -257,7 +257,7 @@ def _add_sizes(writer: Any, model: "PreTrainedModel", file_type: int) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type("model")
     writer.add_file_type(file_type)
-    writer.add_vocab_size(_rows(model))
+    writer.add_vocab_size(vocabulary_rows(model))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -269,10 +269,6 @@ def _add_sizes(writer: Any, model: "PreTrainedModel", file_type: int) -> None:
     writer.add_rope_dimension_count(head)
     writer.add_key_length(head)
     writer.add_value_length(head)
-
-
-def _rows(model: "PreTrainedModel") -> int:
-    return int(model.get_input_embeddings().num_embeddings)
 
 
 def _rope_factors(model: "PreTrainedModel") -> Tensor | None:

@@ -29,7 +29,7 @@ def add_tokenizer(writer: Any, model: "PreTrainedModel", tokenizer: "PreTrainedT
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}}
     kind, pre = _kind(content)
-    rows = int(model.get_input_embeddings().num_embeddings)
+    rows = vocabulary_rows(model)
     added = {token["id"]: token for token in content["added_tokens"]}
     texts = dict.fromkeys(range(rows), "") | {number: text for text, number in tokenizer.get_vocab().items()}
     if len(texts) > rows:
@@ -56,6 +56,12 @@ def add_tokenizer(writer: Any, model: "PreTrainedModel", tokenizer: "PreTrainedT
     writer.add_add_eos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def vocabulary_rows(model: "PreTrainedModel") -> int:
+    """Returns the rows of a model's embedding, new tokens' included; PEFT's layers have a weight only."""
+    embedding: Any = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", len(embedding.weight)))
 
 
 def _refused(reason: str) -> ConfigError:

@@ -64,6 +64,22 @@ def test_transformers_reads_the_merged_model(
     assert difference < tolerance
 
 
+@pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [7]}], ids=str
+)
+def test_an_embedding_of_peft_is_written(options: dict, make_llama: Callable, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = make_llama(intermediate_size=64)
+    config = {"target_modules": ["q_proj"], "init_lora_weights": False} | options
+    inject_adapter(model, peft.LoraConfig(r=2, **config))
+    file = tmp_path / "model.gguf"
+    write_model(file, model, merged_parts(model), "f32", make_tokenizer(BYTES))
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+        torch.testing.assert_close(found(IDS[None]).logits, model(IDS[None]).logits, atol=1e-5, rtol=0)
+
+
 def test_the_tokenizer_is_written(make_llama: Callable, tmp_path: Path) -> None:
     model, tokenizer = make_llama(), make_tokenizer(pre_tokenizers.Digits(individual_digits=True), BYTES)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
