@@ -63,7 +63,12 @@ class GptqWeight(StoredWeight):
         check_sizes(parts, sizes)
         if config.get("checkpoint_format", config.get("format", "gptq")) == "gptq":
             qzeros = qzeros + _ONES[bits]  # in words, as it was subtracted
-        index = parts.get("g_idx", torch.arange(n, device=qweight.device) // -(-n // groups))
+        if (index := parts.get("g_idx")) is None:  # the last group may be smaller than the others
+            size = config.get("group_size") or -(-n // groups)
+            size = n if size == -1 else size
+            if -(-n // size) != groups:
+                raise BackboneError(f"scales has {groups} groups, but group_size is {size} of {n} inputs")
+            index = torch.arange(n, device=qweight.device) // size
         if tuple(index.shape) != (n,) or int(index.min()) < 0 or int(index.max()) >= groups:
             raise BackboneError(f"g_idx does not name one of {groups} groups for each input")
         own = {"zeros": qzeros, "group": index.to(torch.int32)}

@@ -108,6 +108,18 @@ def test_other_layouts_are_not_read(kind: type, config: dict, said: str) -> None
     assert kind.unreadable_reason(config) == said
 
 
+def test_the_last_group_of_gptq_may_be_smaller() -> None:
+    m, n, size = 16, 96, 64
+    groups = Groups(m, n)
+    groups.group = numpy.arange(n) // size
+    exact = (groups.codes - groups.zeros[groups.group]) * groups.scales.numpy()[groups.group].astype(float)
+    config = {"bits": 4, "group_size": size}
+    codes, stored = GptqWeight.read_parts(groups.gptq(), (m, n), torch.float32, config)
+    assert torch.equal(stored.read(codes.reshape(-1, 1)), torch.from_numpy(exact.T.copy()).float())
+    with pytest.raises(BackboneError, match="2 groups, but group_size is 96 of 96 inputs"):
+        GptqWeight.read_parts(groups.gptq(), (m, n), torch.float32, config | {"group_size": -1})
+
+
 CONFIGS = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
