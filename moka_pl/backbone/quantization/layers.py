@@ -163,11 +163,14 @@ def weight_count(parameter: Tensor) -> int:
 
 def base_bytes(model: nn.Module) -> int:
     """Returns the bytes of all frozen parameters of a model, with the scales of those that are quantised."""
-    total = sum(parameter.nbytes for parameter in model.parameters() if not parameter.requires_grad)
-    for layer in model.modules():
-        if isinstance(layer, QuantisedLinear):
-            total += sum(scales.nbytes for scales in layer.stored.scales.values())
-        elif is_four_bit(layer) and (state := layer.weight.quant_state) is not None:
+    total = 0
+    for parameter in model.parameters():  # and not layers: PEFT's have the weight of the layer inside, too
+        if parameter.requires_grad:
+            continue
+        total += parameter.nbytes
+        if (stored := getattr(parameter, "stored", None)) is not None:
+            total += sum(scales.nbytes for scales in stored.scales.values())
+        elif (state := getattr(parameter, "quant_state", None)) is not None:
             total += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
     return total
 

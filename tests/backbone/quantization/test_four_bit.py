@@ -134,3 +134,13 @@ def test_its_bytes_are_those_that_are_planned(double: bool) -> None:
         nn.Linear(512, 512, bias=False), torch.randn(512, 512), "nf4", double, torch.float32
     )
     assert base_bytes(layer) / 512**2 == pytest.approx(weight_bytes("nf4", double, torch.float32))
+
+
+def test_the_bytes_below_an_adapter_of_peft_count_once() -> None:
+    peft = pytest.importorskip("peft")
+    layer = quantised_linear(nn.Linear(64, 64, bias=False), torch.randn(64, 64), "nf4", True, torch.float32)
+    model = nn.ModuleDict({"q_proj": layer}).requires_grad_(False)
+    model.is_loaded_in_4bit = True
+    before = base_bytes(model)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+    assert base_bytes(model) == before
