@@ -1,6 +1,7 @@
 """The README.md of an adapter directory."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ model, image_processor = load_classifier("path/to/this/folder")
 
 def public_name(base: str) -> str:
     """Returns what others may know a base by: of a path its last part, else the name itself."""
-    path = Path(base).expanduser()
+    path = Path(base)
+    with suppress(RuntimeError):  # the home of nobody known here
+        path = path.expanduser()
     inside = base.startswith((".", "~")) or base.count("/") > 1 or base.endswith(".gguf")
     return path.resolve().name if inside or path.is_absolute() or path.is_dir() else base
 
