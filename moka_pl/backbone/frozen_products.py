@@ -4,15 +4,14 @@ bitsandbytes' kernel takes twice the time of reading and writing the memory. The
 bit, and the backward pass keeps nothing.
 """
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from moka_pl.backbone.quantization import is_four_bit, kernel_weight
+from moka_pl.backbone.quantization import FrozenProduct, is_four_bit, kernel_weight
 
 #: Tokens above which bitsandbytes dequantises a weight for its product, too; for fewer it has a kernel.
 _FEWEST = 1536
@@ -30,7 +29,7 @@ def fuse_products(model: nn.Module) -> int:
     return len(layers)
 
 
-def _weight_source(layer: Any, dtype: torch.dtype | None) -> Any:
+def _weight_source(layer: Any, dtype: torch.dtype) -> Any:
     """The layer's weight as the kernel reads it; None where bitsandbytes computes."""
     if dtype not in (torch.bfloat16, torch.float32) or layer.weight.quant_state is None:
         return None
@@ -42,8 +41,8 @@ def _weight_source(layer: Any, dtype: torch.dtype | None) -> Any:
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     """Computes ``W x + bias``, (..., m), as the layer's class does."""
-    source = None
-    trained = layer.bias is not None and layer.bias.requires_grad
+    source, bias = None, layer.bias
+    trained = bias is not None and bias.requires_grad
     if (
         x.is_cuda
         and x.numel() > _FEWEST * layer.in_features
@@ -55,7 +54,10 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     if source is None:
         plain: Tensor = type(layer).forward(layer, x)
         return plain
-    product: Tensor = _Product.apply(x, layer)  # type: ignore[no-untyped-call]
+    bias = None if bias is None else bias.to(x.dtype)
+    # The weight is asked for each time: in the backward pass it may lie elsewhere.
+    weight = partial(_weight, layer, x.dtype)
+    product: Tensor = FrozenProduct.apply(x, bias, weight)  # type: ignore[no-untyped-call]
     return product
 
 
@@ -63,18 +65,3 @@ def _weight(layer: Any, dtype: torch.dtype) -> Tensor:
     from moka_pl.ops.triton import dequantise
 
     return dequantise(_weight_source(layer, dtype), layer.out_features, layer.in_features, dtype)
-
-
-class _Product(torch.autograd.Function):
-    """``W x + bias``; W is dequantised again for the gradient of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
-        ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, _weight(layer, x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ _weight(ctx.layer, grad.dtype), None

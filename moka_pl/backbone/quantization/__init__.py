@@ -44,10 +44,11 @@ from moka_pl.backbone.quantization.layers import (
     weight_scales,
 )
 from moka_pl.backbone.quantization.registry import check_layers, import_quantiser
-from moka_pl.backbone.quantization.stored import QuantisedLinear
+from moka_pl.backbone.quantization.stored import FrozenProduct, QuantisedLinear
 
 __all__ = [
     "NF4_LEVELS",
+    "FrozenProduct",
     "QuantisedError",
     "QuantisedLinear",
     "Quantization",

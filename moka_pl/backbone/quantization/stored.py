@@ -140,12 +140,12 @@ class QuantisedLinear(nn.Linear):
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             compute = torch.get_autocast_dtype(device)
         bias = None if self.bias is None else self.bias.to(compute)
-        out: Tensor = _Product.apply(x.to(compute), bias, self.dequantise)  # type: ignore[no-untyped-call]
+        out: Tensor = FrozenProduct.apply(x.to(compute), bias, self.dequantise)  # type: ignore[no-untyped-call]
         return out.to(x.dtype)  # (..., m)
 
 
-class _Product(torch.autograd.Function):
-    """``W x + bias``; keeps nothing of W's size for the backward pass."""
+class FrozenProduct(torch.autograd.Function):
+    """``W x + bias`` with a frozen W, which is made again for the gradient of x, and not kept for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor:
