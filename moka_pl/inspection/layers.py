@@ -14,7 +14,6 @@ from torch import Tensor
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.filters import filter_shapes
 from moka_pl.adapters.schema import shown
-from moka_pl.adapters.trained import TRAINED
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.ops.gating import can_move, gates_of, normalised_entropy
 from moka_pl.ops.layout import Shape, pack
@@ -97,10 +96,8 @@ def read_layers(
     """
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        if f".{TRAINED}." in key:  # a layer that was trained as a whole
-            continue
         name, _, part = key.rpartition(".moka_")
-        if not name:  # rows of tokens, which are no update of a layer
+        if not name:  # rows of tokens or a layer that was trained whole, which are no update
             continue
         found.setdefault(name, {})[part] = tensor
     return [_layer(path, name, config, found[name], sizes.get(name)) for name in sorted(found, key=by_number)]
