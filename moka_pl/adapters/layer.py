@@ -51,7 +51,52 @@ from moka_pl.ops.merged_forward import DenseUpdates, MergedForward
 from moka_pl.ops.operators import number_layer, operator_product
 
 
-class MokaLayer(nn.Module):
+class WrappedLayer(nn.Module):
+    """A frozen layer with something trained beside it, in its place in the model.
+
+    Args:
+        base_layer: The frozen layer.
+
+    Attributes:
+        enabled: Whether what is trained counts; without it the layer is the frozen base.
+        merged_layer: A plain layer of both; None if not merged.
+    """
+
+    #: Whether what is trained is the layer's own, and not another one's.
+    owns_factors: ClassVar[bool] = True
+
+    base_layer: Any
+    merged_layer: Any
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.enabled = True
+        self.merged_layer = None
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Gives the frozen layer its weight, which transformers' ``tie_weights`` sets again."""
+        if name == "weight":
+            self.base_layer.weight = param
+        else:
+            super().register_parameter(name, param)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, or that of the merged layer: its dtype and device are what models ask for."""
+        weight: Tensor = (self.base_layer if self.merged_layer is None else self.merged_layer).weight
+        return weight
+
+    def merge(self) -> None:
+        """Makes a plain layer of both; the frozen one is unchanged."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Drops the merged layer, which restores the frozen one bit for bit."""
+        self.merged_layer = None
+
+
+class MokaLayer(WrappedLayer):
     """A frozen weight W, (m, n), with the update ``ΔW = s · Σ_i α_i (A_i ⊗ B_i)``, however it is computed.
 
     Of the gate logits g, α is ``softmax(g)``, or with ``gating: sigmoid`` ``α_i = (2/r) sigmoid(g_i)``;
@@ -72,21 +117,14 @@ class MokaLayer(nn.Module):
         moka_A: All left factors A_i, (m_a, n_a) each, one after another as one vector; None for MoKA_s.
         moka_B: All right factors B_i, (m_b, n_b) each, likewise.
         moka_gate: Gate logits g, (r,), or None without gating.
-        enabled: Whether the update is applied; without it the layer is the frozen base.
-        merged_layer: The layer of W + ΔW; None if not merged.
 
     Raises:
         ConfigError: Where a listed filter does not fit into the layer.
     """
 
-    #: Whether the factors are the layer's own, and not another one's.
-    owns_factors: ClassVar[bool] = True
-
-    base_layer: Any
     moka_A: nn.Parameter | None  # noqa: N815
     moka_B: nn.Parameter  # noqa: N815
     moka_gate: nn.Parameter | None
-    merged_layer: Any
 
     def __init__(
         self,
@@ -96,16 +134,13 @@ class MokaLayer(nn.Module):
         dtype: torch.dtype = torch.float32,
         name: str = "",
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.out_features, self.in_features = size
         self.shapes = config.shapes_of(name, *size)
         self.scaling = config.effective_scaling
         self.start = config.start
         self.gating: Gating = config.gating
         self.backend = config.backend
-        self.enabled = True
-        self.merged_layer = None
         if self.owns_factors:
             self._make_factors(dtype)
         self.train(base_layer.training)  # a layer put into an evaluating model must not drop out
@@ -122,13 +157,6 @@ class MokaLayer(nn.Module):
         self.moka_B = vector(right)
         self.moka_gate = vector(gates) if gates else None
         self.reset_parameters()
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Gives the frozen layer its weight, which transformers' ``tie_weights`` sets again."""
-        if name == "weight":
-            self.base_layer.weight = param
-        else:
-            super().register_parameter(name, param)
 
     def reset_parameters(self) -> None:
         """Initialises factors and gates: ΔW = 0, α uniform."""
@@ -188,26 +216,12 @@ class MokaLayer(nn.Module):
     def _left(self) -> Tensor:
         return self.moka_B.new_empty(0) if self.moka_A is None else self.moka_A
 
-    def merge(self) -> None:
-        """Merges the update into a dense copy of the weight; the frozen layer is unchanged."""
-        raise NotImplementedError
-
-    def unmerge(self) -> None:
-        """Drops the merged copy, which restores the frozen layer bit for bit."""
-        self.merged_layer = None
-
     def extra_repr(self) -> str:
         """Returns sizes, components and gating for printing."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"components={self.components}, gating={self.gating}, scaling={self.scaling:g}"
         )
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight W, or W + ΔW while merged: its dtype and device are what models ask for."""
-        weight: Tensor = (self.base_layer if self.merged_layer is None else self.merged_layer).weight
-        return weight
 
 
 class MokaLinear(MokaLayer):

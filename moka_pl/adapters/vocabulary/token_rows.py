@@ -12,13 +12,14 @@ Where the head has the embedding's weight, it has its rows, too.
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moka_pl.adapters.injection import vocabulary_ends
+from moka_pl.adapters.layer import WrappedLayer
 from moka_pl.adapters.vocabulary.embedding import scaled_rows
 from moka_pl.errors import AdapterError
 
@@ -26,7 +27,7 @@ from moka_pl.errors import AdapterError
 ROWS = "trainable_tokens"
 
 
-class TokenRows(nn.Module):
+class TokenRows(WrappedLayer):
     """What an embedding and an output head with trained rows have in common.
 
     Args:
@@ -35,22 +36,15 @@ class TokenRows(nn.Module):
 
     Attributes:
         enabled: Whether the trained rows count; without them the tokens have the rows that they started with.
-        merged_layer: A plain layer with all rows; None if not merged.
         indices: The tokens, ascending, (k,).
         start: The rows that they started with, (k, d).
     """
 
-    owns_factors: ClassVar[bool] = True  # as of MoKA's layers: a tied head's rows are the embedding's
-
-    base_layer: Any
-    merged_layer: Any
     indices: Tensor
     start: Tensor
 
     def __init__(self, base_layer: nn.Module, indices: Collection[int]) -> None:
-        super().__init__()
-        self.base_layer, self.enabled = base_layer, True
-        self.merged_layer = None
+        super().__init__(base_layer)
         weight: Any = base_layer.weight
         numbers = sorted(indices)
         self.inside = sum(number < len(weight) for number in numbers)
@@ -68,19 +62,6 @@ class TokenRows(nn.Module):
         self.register_buffer("start", rows.clone(), persistent=False)
         self.trainable_tokens = nn.Parameter(rows)
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight W, or all rows while merged."""
-        weight: Tensor = (self.base_layer if self.merged_layer is None else self.merged_layer).weight
-        return weight
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Gives the frozen layer its weight, which transformers' ``tie_weights`` sets again."""
-        if name == "weight":
-            self.base_layer.weight = param
-        else:
-            super().register_parameter(name, param)
-
     def rows(self) -> Tensor:
         """Returns the rows that count, (k, d)."""
         return self.trainable_tokens if self.enabled else self.start
@@ -92,14 +73,6 @@ class TokenRows(nn.Module):
         whole[: len(weight)] = weight
         whole[self.indices] = self.trainable_tokens.detach().to(weight.dtype)
         return nn.Parameter(whole, requires_grad=False)
-
-    def merge(self) -> None:
-        """Makes a plain layer of all rows; the frozen one is unchanged."""
-        raise NotImplementedError
-
-    def unmerge(self) -> None:
-        """Drops the merged layer."""
-        self.merged_layer = None
 
     def extra_repr(self) -> str:
         """Returns the numbers of rows for printing."""
