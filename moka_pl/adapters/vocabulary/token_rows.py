@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from moka_pl.adapters.injection import vocabulary_ends
 from moka_pl.adapters.layer import WrappedLayer
 from moka_pl.adapters.vocabulary.embedding import scaled_rows
+from moka_pl.backbone.quantization import is_quantised
 from moka_pl.errors import AdapterError
 
 #: What the rows are called in a layer, and on disk behind its name.
@@ -220,7 +221,7 @@ def check_rows(model: nn.Module, indices: Sequence[int], adapted: Collection[str
     """
     ends = vocabulary_ends(model)
     for (name, layer), kind in zip(ends.items(), (nn.Embedding, nn.Linear), strict=False):
-        if not isinstance(layer, kind):
+        if not isinstance(layer, kind) or is_quantised(layer):
             raise AdapterError(
                 f"trainable_token_indices trains rows of {name}, which is a {type(layer).__name__}; leave it "
                 "out"

@@ -23,6 +23,7 @@ from moka_pl.adapters import (
 from moka_pl.adapters.reading import read_adapter, read_adapter_state
 from moka_pl.adapters.vocabulary.token_rows import TokenHead, token_rows
 from moka_pl.backbone import fingerprint
+from moka_pl.backbone.quantization import quantised_linear
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export.merged import merged_parts, write_description, write_weights
@@ -181,6 +182,14 @@ def test_what_cannot_be_trained_is_refused(options: dict, reason: str, tiny_llam
         inject_adapter(tiny_llama, MokaConfig(components=1, **options))
     assert not token_rows(tiny_llama)
     assert tiny_llama.config.vocab_size == 96
+
+
+def test_rows_of_a_quantised_head_are_refused(make_llama) -> None:
+    model = make_llama(tie_word_embeddings=False)
+    head = model.lm_head
+    model.lm_head = quantised_linear(head, head.weight.detach(), "nf4", True, torch.float32)
+    with pytest.raises(AdapterError, match="rows of lm_head, which is a Linear4bit; leave it out"):
+        inject_adapter(model, MokaConfig(components=1, trainable_token_indices=[5]))
 
 
 @pytest.mark.parametrize("indices", [[], [-1], [4, 4]])
