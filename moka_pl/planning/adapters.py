@@ -56,6 +56,7 @@ class Adapters:
         parameters: Trained numbers.
         file_bytes: Size of ``adapter_model.safetensors``.
         kept: Bytes a token that the adapted layers keep for the backward pass, in all blocks together.
+        products: Those of them that fused MLPs compute again.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Adapters:
     parameters: int
     file_bytes: int
     kept: float
+    products: float = 0.0
 
 
 def plan_adapters(
@@ -91,7 +93,8 @@ def plan_adapters(
     state = method.state(model)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = _kept(model, config, itemsize, notes)
-    return Adapters(method.title, _layers(model, state), parameters, _file_bytes(state), kept)
+    products = itemsize * gated_products(model) if isinstance(config, MokaConfig) else 0
+    return Adapters(method.title, _layers(model, state), parameters, _file_bytes(state), kept, products)
 
 
 def _layers(model: "PreTrainedModel", state: dict[str, Tensor]) -> list[Layers]:
@@ -138,6 +141,24 @@ def _kept(model: "PreTrainedModel", config: Any, itemsize: int, notes: list[str]
     # PEFT turns the input of each layer to the factors' float32, a copy that each keeps.
     inputs = shared if itemsize == 4 else 4 * sum(widths.values())
     return inputs + 4 * rank * len(widths)
+
+
+def gated_products(model: "PreTrainedModel") -> int:
+    """Returns the widths of the products of gated MLPs that adapted layers read, as Liger's MLPs have them.
+
+    Args:
+        model: The model, with its adapters.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "hidden_act", None) != "silu":
+        return 0
+    adapted = adapted_layers(model)
+    names = [name for name in adapted if name.endswith(".down_proj")]
+    return sum(
+        _size(adapted[name])[1]
+        for name in names
+        if hasattr(model.get_submodule(name.rpartition(".")[0]), "gate_proj")
+    )
 
 
 def _size(layer: AdaptedLayer) -> tuple[int, int]:

@@ -121,7 +121,8 @@ class Estimator:
             **changes: What is to be other than in the run.
         """
         setup = replace(self.setup(tokens, trained), **changes)
-        return estimate(self.sizes, setup, self.adapters.parameters, self.adapters.kept)
+        own = self.adapters
+        return estimate(self.sizes, setup, own.parameters, own.kept, own.products)
 
 
 def needed(memory: Memory, on_gpu: bool) -> float:

@@ -10,9 +10,10 @@ adapted layers keep, a block keeps for its backward pass, in bytes
 two norms in float32; queries, keys, values and attention's result; the gate, its activation and the other
 factor of the gated MLP. Frozen products keep nothing. A merged MoKA layer keeps its input, which layers that
 read the same tensor share, and attention's result is there already. With Liger's kernels norms keep their
-inputs as they are, and the MLP its two factors: ``T (2 e d + e (2 h c + 2 k c + 2 f + Σx))``. The head keeps,
-with the last norm, ``4 d T + e d N + 12 V N``: log-probabilities and two gradients in float32; where it sees
-C tokens at a time, ``4 d T + 2 e d N + (4 + e) V C``. Then
+inputs as they are, and the MLP its two factors: ``T (2 e d + e (2 h c + 2 k c + 2 f + Σx))``, where Σx leaves
+out the product of these, which is computed again, but in checkpointed blocks. The head keeps, with the last
+norm, ``4 d T + e d N + 12 V N``: log-probabilities and two gradients in float32; where it sees C tokens at a
+time, ``4 d T + 2 e d N + (4 + e) V C``. Then
 
 .. math::
     peak = weights + P\,(8 + s) + n\,a + head                    % without checkpointing
@@ -206,7 +207,7 @@ def merged_inputs(layers: dict[str, int]) -> int:
     return sum(kept.values())
 
 
-def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float) -> Memory:
+def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products: float = 0.0) -> Memory:
     """Estimates the peak of one rank.
 
     Args:
@@ -214,6 +215,7 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float) -> Memory
         setup: How it is trained.
         parameters: P, trained numbers.
         kept: Bytes a token that adapted layers keep in all blocks together.
+        products: Those of them that fused MLPs compute again, but in checkpointed blocks.
     """
     e, tokens, trained = setup.itemsize, setup.tokens, setup.trained
     linear = e if setup.linear is None else setup.linear
@@ -226,6 +228,7 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float) -> Memory
     weights = blocks + sizes.other * e + sizes.largest * dequantised
     attention = 2 * sizes.queries + 2 * sizes.keys
     norms, inner = (2 * e, 2) if setup.fused else (8, 3)
+    kept -= products if setup.fused and not setup.checkpointing else 0
     block = tokens * (norms * sizes.hidden + e * (attention + inner * sizes.inner) + kept / sizes.blocks)
     logits = norms / 2 * sizes.hidden * tokens + e * sizes.hidden * trained
     if setup.by_parts:
