@@ -149,7 +149,14 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor:
-        """Maps x, (..., n), to (..., m)."""
+        """Maps x to (..., m).
+
+        Args:
+            ctx: What the backward pass is told.
+            x: The input, (..., n).
+            bias: The bias, (m,), or None.
+            weight: Makes W, (m, n), each time that it is called.
+        """
         ctx.weight = weight
         return F.linear(x, weight().to(x.dtype), bias)
 
