@@ -9,7 +9,7 @@ from moka_pl.adapters import method_of
 from moka_pl.backbone.loading import cache_root
 from moka_pl.callbacks.monitors import validates_whole
 from moka_pl.data.types import data_of
-from moka_pl.evaluation.kept_results import KeptResults, batch_settings, machine_settings, weights_hash
+from moka_pl.evaluation.kept_results import KeptResults, batch_settings, machine_settings, model_hash
 from moka_pl.training.module import MokaModule
 from moka_pl.training.sharding.strategy import ShardedStrategy
 
@@ -18,9 +18,10 @@ class BaseScores(Callback):
     """Takes the results of the validation before the first step from the cache, where it has them.
 
     Before the first step ΔW is exactly zero, whatever will be trained: the results depend on the base, the
-    validation data and how both are computed with. All of it is compared: every weight, the rows and batches,
-    the adapter's options, the package's code, the libraries, the device. Where anything differs, the
-    validation is computed, and kept for the next run.
+    validation data and how both are computed with. All of it is compared: every weight, the model's
+    configuration, the rows and batches, the adapter's options, the package's code, the libraries, the device.
+    Where anything differs, the validation is computed, and kept for the next run. It is always computed for
+    subclasses of :class:`~moka_pl.training.module.MokaModule` that are not the package's.
 
     Args:
         reuse: Whether to take and keep them.
@@ -58,14 +59,15 @@ class BaseScores(Callback):
 
 
 def _settings(trainer: Trainer, module: MokaModule) -> dict[str, Any] | None:
-    """Returns all that decides the results; None where that is not known."""
+    """Returns all that decides the results; None where that is not known, as of a class of the user's."""
     loaders: Any = trainer.val_dataloaders
     batches = batch_settings(loaders if isinstance(loaders, list) else [loaders])
-    if batches is None or module.base is None:
+    own = type(module).__module__.startswith("moka_pl.")  # others may compute anything
+    if batches is None or module.base is None or not own:
         return None
     data = data_of(trainer)
     return {
-        "base": [module.backbone.options(), module.base.options, weights_hash(module.causal_lm)],
+        "base": [module.backbone.options(), module.base.options, model_hash(module.causal_lm)],
         "adapter": [method_of(module.adapter).kind, method_of(module.adapter).options()],
         "data": [batches, data.eval_sets, dict(data.task_groups), trainer.limit_val_batches],
         "run": [str(trainer.precision), trainer.world_size, type(trainer.strategy).__name__],

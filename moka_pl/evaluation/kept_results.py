@@ -13,10 +13,10 @@ from functools import cache
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from moka_pl.adapters.layer import MokaLinear
@@ -27,11 +27,16 @@ from moka_pl.data.encoding.digest import rows_digest
 from moka_pl.errors import MokaWarning
 from moka_pl.evaluation.results import Counts, Results, SetCounts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 #: What computes, beside this package.
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft", "liger-kernel", "triton", "lightning")
 _PACKAGE = Path(__file__).parents[1]
-#: Words of a tensor that are summed at a time, in the processor's cache.
-_WORDS = 1 << 18
+#: Words of a tensor that are summed at a time: on a CPU in its cache, on a GPU in few launches.
+_WORDS, _GPU_WORDS = 1 << 16, 1 << 22
+#: The polynomial's argument, odd: 2⁶⁴ by the golden ratio, as a signed number.
+_BASE = -7046029254386353131
 
 
 class KeptResults:
@@ -94,12 +99,13 @@ def _results(stored: dict[str, Any]) -> Results:
 # What decides results
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Returns a hash of all weights, quantised ones as what they stand for.
+def model_hash(model: "PreTrainedModel") -> str:
+    """Returns a hash of a model's configuration and of all weights, quantised ones as what they stand for.
 
     The adapter of a layer whose update is zero is left out.
     """
     names, sums = [], []
+    keys = _keys(model.device)
     for name, module in model.named_modules():
         still = isinstance(module, MokaLinear) and _is_zero(module)
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -107,8 +113,9 @@ def weights_hash(model: nn.Module) -> str:
                 tensor = dense_weight(module)
             names.append(f"{name}.{own} {tuple(tensor.shape)} {tensor.dtype}")
             if not (still and own.startswith("moka_")):
-                sums.append(_checksum(tensor.detach()))
-    return _hash([names, torch.stack(sums).tolist()])  # a GPU is waited for once
+                sums.append(_checksum(tensor.detach().to(keys.device), keys))
+    # A GPU is waited for once.
+    return _hash([model.config.to_json_string(use_diff=False), names, torch.stack(sums).tolist()])
 
 
 def _is_zero(layer: MokaLinear) -> bool:
@@ -116,16 +123,25 @@ def _is_zero(layer: MokaLinear) -> bool:
     return not all(bool(factor.any()) for factor in factors)
 
 
-def _checksum(tensor: Tensor) -> Tensor:
-    """Returns ``Σ (2i + 1) x_i`` mod 2⁶⁴ over the words x of 8 bytes: another if any one of them differs."""
+def _keys(device: torch.device) -> Tensor:
+    """Draws odd numbers of 64 bits, always the same, for the words that are summed at a time."""
+    count = _WORDS if device.type == "cpu" else _GPU_WORDS
+    keys = torch.randint(-(1 << 63), (1 << 63) - 1, (count,), generator=torch.Generator().manual_seed(0))
+    return (keys | 1).to(device)
+
+
+def _checksum(tensor: Tensor, keys: Tensor) -> Tensor:
+    """Returns a sum mod 2⁶⁴ over the words x of 4 bytes: another if any one of them differs.
+
+    Of each part of K words it is ``Σ k_i x_i`` with the keys k, and those of parts are the coefficients of a
+    polynomial. Keys without a pattern tell apart what differs in one, such as a matrix and its double.
+    """
     raw = tensor.contiguous().flatten().view(torch.uint8)  # (bytes,)
-    raw = F.pad(raw, (0, -len(raw) % 8))
-    words = (raw if raw.data_ptr() % 8 == 0 else raw.clone()).view(torch.int64)  # (words,)
-    total = words.new_zeros(())
-    for start in range(0, len(words), _WORDS):
-        part = words[start : start + _WORDS]
-        odd = torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=words.device)
-        total += (part * odd).sum()
+    raw = F.pad(raw, (0, -len(raw) % 4))
+    words = (raw if raw.data_ptr() % 4 == 0 else raw.clone()).view(torch.int32)  # (words,)
+    total = keys.new_zeros(())
+    for part in words.split(len(keys)):
+        total = total * _BASE + (part * keys[: len(part)]).sum()
     return total
 
 
@@ -155,6 +171,7 @@ def machine_settings(device: torch.device) -> dict[str, Any]:
         "products": [
             torch.get_float32_matmul_precision(),
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
             torch.are_deterministic_algorithms_enabled(),
         ],
     }

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from moka_pl.backbone import BackboneConfig
 from moka_pl.callbacks import BaseScores, RunSummary
 from moka_pl.evaluation.module import EvaluatedModule
+from moka_pl.training.module import MokaModule
 
 OTHER_WEIGHTS = BackboneConfig("tiny", weights="random", seed=1)
 OTHER_STORAGE = BackboneConfig("tiny", weights="random", quantization="none")
@@ -65,16 +66,21 @@ def test_a_second_run_takes_the_first_ones_scores_and_trains_alike(
     assert (second.before, second.after) == (0, first.after)
     assert second.metrics == first.metrics
     assert second.losses == first.losses
-    assert fit(reuse=False).before == 3
+
+
+@pytest.mark.slow
+def test_other_rates_take_them_too_and_they_can_be_left_out(fit: Callable) -> None:
+    first = fit()
     other = fit(lr=1e-3)
     assert (other.before, other.metrics) == (0, first.metrics)
+    assert fit(reuse=False).before == 3
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"adapter": {"components": 2}},
-        {"trainer": {"precision": "bf16-mixed"}},
+        pytest.param({"trainer": {"precision": "bf16-mixed"}}, marks=pytest.mark.slow),
         pytest.param({"backbone": OTHER_WEIGHTS}, marks=pytest.mark.slow),
         pytest.param({"backbone": OTHER_STORAGE}, marks=pytest.mark.slow),
         pytest.param({"data": {"eval_batch_size": 3}}, marks=pytest.mark.slow),
@@ -92,6 +98,15 @@ def test_a_short_look_at_the_data_is_computed_and_not_kept(fit: Callable, kept_s
     assert not kept_scores.exists()
 
 
+def test_a_class_of_the_users_own_may_compute_anything(
+    fit: Callable, kept_scores: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MokaModule, "__module__", "own")
+    assert fit().before == 3
+    assert not kept_scores.exists()
+
+
+@pytest.mark.slow
 def test_a_damaged_file_is_computed_again(fit: Callable, kept_scores: Path) -> None:
     first = fit()
     [file] = kept_scores.iterdir()

@@ -13,7 +13,7 @@ from torch import nn
 from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers
 from moka_pl.errors import MokaWarning
 from moka_pl.evaluation import kept_results
-from moka_pl.evaluation.kept_results import KeptResults, batch_settings, machine_settings, weights_hash
+from moka_pl.evaluation.kept_results import KeptResults, batch_settings, machine_settings, model_hash
 from moka_pl.evaluation.results import Counts, Results, SetCounts
 
 RESULTS = Results(
@@ -62,16 +62,19 @@ def test_every_weight_decides_and_factors_of_a_zero_update_do_not(
         return model
 
     model = adapted(0)
-    first = weights_hash(model)
-    assert weights_hash(adapted(1)) == first
+    first = model_hash(model)
+    assert model_hash(adapted(1)) == first
     with torch.no_grad():
         next(iter(moka_layers(model).values())).moka_B[0] = 1e-30
-    assert weights_hash(model) != first
+    assert model_hash(model) != first
+    model = adapted(0)
+    model.config.rms_norm_eps *= 2
+    assert model_hash(model) != first
     for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"):
         model = adapted(0)
         weight = model.get_parameter(name).data.flatten()
         weight[-1] = torch.nextafter(weight[-1], torch.tensor(2.0))
-        assert weights_hash(model) != first, name
+        assert model_hash(model) != first, name
 
 
 @given(st.binary(min_size=1, max_size=80), st.data())
@@ -80,23 +83,35 @@ def test_another_byte_gives_another_checksum(content: bytes, data: st.DataObject
     index, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
     other = bytearray(content)
     other[index] ^= 1 << bit
+    keys = kept_results._keys(torch.device("cpu"))[: data.draw(st.integers(1, 24))]
     sums = []
     for one in (content, other):
         tensor = torch.frombuffer(bytearray(b"x" + one), dtype=torch.uint8)[1:]  # not aligned
-        words = one + bytes(-len(one) % 8)
-        expected = sum(
-            (2 * i + 1) * int.from_bytes(words[8 * i : 8 * i + 8], "little") for i in range(len(words) // 8)
-        )
-        sums.append(int(kept_results._checksum(tensor)))
+        padded = one + bytes(-len(one) % 4)
+        words = [
+            int.from_bytes(padded[at : at + 4], "little", signed=True) for at in range(0, len(padded), 4)
+        ]
+        expected = 0
+        for start in range(0, len(words), len(keys)):
+            products = zip(keys.tolist(), words[start : start + len(keys)], strict=False)
+            expected = expected * kept_results._BASE + sum(key * word for key, word in products)
+        sums.append(int(kept_results._checksum(tensor, keys)))
         assert (sums[-1] - expected) % 2**64 == 0
     assert sums[0] != sums[1]
 
 
-def test_long_tensors_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor = torch.randn(50)
-    whole = kept_results._checksum(tensor)
-    monkeypatch.setattr(kept_results, "_WORDS", 7)
-    assert kept_results._checksum(tensor) == whole
+@pytest.mark.parametrize("changed", ["doubled", "two_signs", "swapped"])
+def test_changes_with_a_pattern_give_another_checksum(changed: str) -> None:
+    weight = torch.rand(1024, 1024, generator=torch.Generator().manual_seed(0)) + 0.5
+    other = weight.clone()
+    if changed == "doubled":
+        other *= 2
+    elif changed == "two_signs":
+        other[0, [1, 3]] *= -1
+    else:
+        other[[0, -1]] = other[[-1, 0]]
+    keys = kept_results._keys(torch.device("cpu"))
+    assert kept_results._checksum(weight, keys) != kept_results._checksum(other, keys)
 
 
 def test_batches_decide(make_commonsense: Callable, make_module: Callable) -> None:
