@@ -173,7 +173,7 @@ class ShardedBlocks:
 
     def _free_but(self, index: int) -> None:
         for number, shard in enumerate(self._shards):
-            if number != index and shard.gathered:
+            if number != index and shard.reserved:
                 shard.release()
 
     def _before_forward(self, index: int, *_: Any) -> None:

@@ -67,23 +67,33 @@ class BlockShard:
         """Bytes of the block that this rank holds now."""
         return self.kept.nbytes + self._whole.untyped_storage().nbytes()
 
+    @property
+    def reserved(self) -> bool:
+        """Whether there is memory for the whole, which may be empty, under way or gathered."""
+        return self._whole.untyped_storage().nbytes() > 0
+
     def reserve(self) -> None:
-        """Takes the memory for the whole, with nothing in it yet."""
-        if not self._whole.untyped_storage().nbytes():
+        """Takes all memory that gathering needs, with nothing in it yet."""
+        if not self.reserved:
             self._whole.untyped_storage().resize_(self._whole.nbytes)
+        if self._staged is None and self.kept.device != self._whole.device:
+            # Allocated and given back in the order of the computing stream, which the copies wait for.
+            self._staged = (
+                self._whole.data
+                if self._group is None
+                else torch.empty_like(self.kept, device=self._whole.device)
+            )
 
     def start(self) -> None:
         """Begins to gather the whole from all ranks; a collective, if there are several."""
         if self._under_way or self.gathered:
             return
-        self.reserve()
+        self.reserve()  # what lacks memory fails here, with nothing under way
         self._under_way = True
         whole = self._whole.data  # whose changes do not count: autograd's saved views stay valid
-        if self.kept.device == whole.device:
+        if self._staged is None:
             self._collect(whole, self.kept)
             return
-        # Allocated and given back in the order of the computing stream, which the copies wait for.
-        self._staged = whole if self._group is None else torch.empty_like(self.kept, device=whole.device)
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream(whole.device))
         with torch.cuda.stream(self._stream):
@@ -117,6 +127,7 @@ class BlockShard:
             self.finish()
         for place, view in zip(self._places, self._views, strict=True):
             place.withdraw(view)
+        self._staged = None
         self._whole.untyped_storage().resize_(0)
         self.gathered = False
 

@@ -1,5 +1,6 @@
 """Blocks that are kept elsewhere, in one process; two are in test_two_ranks.py."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer
 from moka_pl.errors import BackboneError, ConfigError
 from moka_pl.training.module import MokaModule
 from moka_pl.training.sharding.blocks import ShardedBlocks
+from moka_pl.training.sharding.shard import BlockShard
 from moka_pl.training.sharding.strategy import ShardedStrategy
 
 
@@ -117,6 +119,57 @@ def test_gradients_are_those_of_a_whole_model_with_two_blocks_at_a_time(checkpoi
             assert max(stored) <= 1
     for mine, theirs in zip(*gradients, strict=True):
         assert torch.equal(mine, theirs)
+
+
+class Memory:
+    """Fails when it has been taken so many times."""
+
+    left, failed = 0, False
+
+    def take(self):
+        self.left -= 1
+        if self.left == 0:
+            self.failed = True
+            raise torch.OutOfMemoryError("out of memory on purpose")
+
+
+@pytest.mark.parametrize("place", ["gathering", "forward", "backward"])
+def test_a_pass_that_lacked_memory_begins_again_with_two_blocks_at_a_time(place, monkeypatch):
+    config = BackboneConfig("tiny", weights="random")
+    monkeypatch.setitem(SHAPES, "tiny", SHAPES["tiny"] | {"num_hidden_layers": 5})
+    inputs = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def gradient(model):
+        return torch.autograd.grad(model(inputs_embeds=inputs).logits.square().mean(), inputs)[0]
+
+    expected = gradient(load_backbone(config).model)
+    model, blocks = offloaded(config)
+    memory, most = Memory(), []
+    for block in decoder_blocks(model).values():
+        block.mlp.register_forward_pre_hook(lambda *_: most.append(blocks.held))
+        if place == "forward":
+            block.mlp.register_forward_pre_hook(lambda *_: memory.take())
+        elif place == "backward":
+            block.mlp.register_full_backward_pre_hook(lambda *_: memory.take())
+    if place == "gathering":
+        reserve = BlockShard.reserve
+
+        def look(shard):
+            memory.take()
+            reserve(shard)
+
+        monkeypatch.setattr(BlockShard, "reserve", look)
+    for tried in range(1, 100):  # the first, the second, … time that memory is taken
+        memory.left, memory.failed = tried, False
+        with contextlib.suppress(torch.OutOfMemoryError):
+            gradient(model)
+        if not memory.failed:
+            break
+        assert torch.equal(gradient(model), expected)
+        blocks.end_step()
+    assert tried > 5
+    blocks.end_step()
+    assert max(most) <= blocks.held * 7 / 5
 
 
 def test_layers_are_tried_one_by_one():
