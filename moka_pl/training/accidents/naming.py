@@ -54,9 +54,9 @@ def row_texts(module: "TrainedModule", batch: Batch, tokens: Sequence[int]) -> l
     return list(texts.values())
 
 
-def listed(rows: Sequence[str], most: int = _ROWS) -> str:
+def listed(rows: Sequence[str]) -> str:
     """Returns the first rows as the end of a sentence."""
     if not rows:
         return ""
-    more = f" and {len(rows) - most} more" if len(rows) > most else ""
-    return f"; rows: {', '.join(rows[:most])}{more}"
+    more = f" and {len(rows) - _ROWS} more" if len(rows) > _ROWS else ""
+    return f"; rows: {', '.join(rows[:_ROWS])}{more}"
