@@ -141,7 +141,8 @@ def _checksum(tensor: Tensor, keys: Tensor) -> Tensor:
         raw = F.pad(raw, (0, -len(raw) % 4))
     words = (raw if raw.data_ptr() % 4 == 0 else raw.clone()).view(torch.int32)  # (words,)
     total = keys.new_zeros(())
-    for part in words.split(len(keys)):
+    for start in range(0, len(words), len(keys)):
+        part = words[start : start + len(keys)]
         total = total * _BASE + (part * keys[: len(part)]).sum()
     return total
 
