@@ -1,16 +1,13 @@
 """Layers that are computed again in the backward pass, which then need to keep their inputs alone."""
 
-from typing import TYPE_CHECKING
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from moka_pl.lm.offload import offload_layer_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-#: What options of a model are called by which its layers draw random numbers.
+#: What options of models and of their layers are called by which random numbers are drawn.
 _DRAWING = ("drop", "jitter")
 
 
@@ -33,11 +30,18 @@ def checkpoint_layers(model: "PreTrainedModel", offload: bool = False) -> None:
 
 def draws(model: "PreTrainedModel") -> bool:
     """Returns whether a layer of a model may draw random numbers in training."""
-    if any(isinstance(module, _DROPOUTS) and module.p for module in model.modules()):
-        return True
     options = model.config.get_text_config().to_dict()
+    return _draws_by(options) or any(
+        _draws_by(vars(module)) or ("Drop" in type(module).__name__ and bool(getattr(module, "p", 0)))
+        for module in model.modules()
+    )
+
+
+def _draws_by(options: dict[str, Any]) -> bool:
+    """Whether one of the options, or of PEFT's by adapter, is the probability of a draw."""
     return any(
-        isinstance(value, float) and value != 0.0
+        isinstance(number, float) and number != 0.0
         for name, value in options.items()
         if any(part in name for part in _DRAWING)
+        for number in (value.values() if isinstance(value, dict) else [value])
     )

@@ -29,6 +29,17 @@ def test_options_of_a_model_tell_what_it_draws(tiny_llama: Any, name: str) -> No
     assert draws(tiny_llama)
 
 
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [("LoraConfig", "lora_dropout"), ("LoKrConfig", "module_dropout"), ("OFTConfig", "module_dropout")],
+)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_methods_of_peft_tell_what_they_draw(tiny_llama: Any, kind: str, option: str, share: float) -> None:
+    peft = pytest.importorskip("peft")
+    inject_adapter(tiny_llama, getattr(peft, kind)(target_modules=["q_proj"], **{option: share}))
+    assert draws(tiny_llama) is (share > 0)
+
+
 def test_dropout_is_the_same_when_a_layer_is_computed_again(tiny_llama: Any, randomize: Any) -> None:
     inject_adapter(tiny_llama, MokaConfig(components=2, dropout=0.5))
     randomize(tiny_llama)
