@@ -261,6 +261,7 @@ class Dying:
         os.kill(os.getpid(), 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EvalDataLoader, ResumableDataLoader])
 def test_a_killed_worker_is_one_line(kind):
     sampler = TrainSampler([1] * 8, 2) if kind is ResumableDataLoader else None

@@ -82,6 +82,7 @@ def smollm2():
     return load_backbone(BackboneConfig(quantization="none", compute_dtype="float32")).model
 
 
+@pytest.mark.slow
 def test_examples_are_apart_in_smollm2(smollm2):
     # More than 512 tokens: SDPA then goes over the keys in several blocks, whole ones of which are masked.
     packed = PackedAttention(smollm2)
