@@ -144,8 +144,8 @@ def attention_implementation(model: "PreTrainedModel") -> str | None:
     return name
 
 
-def set_attention(model: "PreTrainedModel", name: str | None) -> None:
-    """Sets the attention that a model's decoder computes with, such as ``sdpa``, and nothing else.
+def set_attention(model: "PreTrainedModel", name: str | None) -> str | None:
+    """Sets the attention that a model's decoder computes with, such as ``sdpa``; returns what it was.
 
     Seen in transformers 5.14 to 5.24. ``set_attn_implementation`` is public, but looks through all modules,
     in every step a millisecond of the CPU's. Without it the CPU would wait for the GPU in every step instead.
@@ -154,7 +154,10 @@ def set_attention(model: "PreTrainedModel", name: str | None) -> None:
         model: The model.
         name: A registered attention.
     """
-    model.get_decoder().config._attn_implementation = name
+    config = model.get_decoder().config
+    before: str | None = config._attn_implementation
+    config._attn_implementation = name
+    return before
 
 
 def supports_flash_attention(model: "PreTrainedModel") -> bool:

@@ -37,8 +37,7 @@ def causal(model: "PreTrainedModel") -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(CAUSAL, _causal_attention)
-    before = attention_implementation(model)
-    set_attention(model, CAUSAL)
+    before = set_attention(model, CAUSAL)
     try:
         yield
     finally:

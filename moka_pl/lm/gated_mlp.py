@@ -5,20 +5,13 @@ product of two tensors that the backward pass needs anyway, and cheap: one pass 
 """
 
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from moka_pl._compat import saving_hooks
-
-
-class _Product(NamedTuple):
-    """The two tensors in the place of their product."""
-
-    gate: Tensor
-    up: Tensor
 
 
 def keep_no_products(model: nn.Module) -> None:
@@ -48,7 +41,7 @@ class _Packing:
     """Packs the product as the two tensors, and all else as it is."""
 
     def __init__(self, gate: Tensor, up: Tensor, product: Tensor) -> None:
-        self._parts = _Product(gate.detach(), up.detach())
+        self._parts = gate.detach(), up.detach()
         self._place = product.data_ptr(), product.numel(), product.dtype
 
     def __call__(self, tensor: Tensor) -> Any:

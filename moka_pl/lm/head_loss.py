@@ -94,7 +94,7 @@ def _nll_and_errors(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     known = wanted != IGNORE_INDEX  # (P,)
     tokens = wanted.where(known, 0)[:, None]  # (P, 1)
     # In place: every step but the first makes no more numbers of the vocabulary's size.
-    numbers = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    numbers = logits.to(torch.float32, copy=True)
     numbers -= numbers.amax(-1, keepdim=True)
     chosen = numbers.gather(1, tokens)  # (P, 1)
     numbers.exp_()

@@ -92,7 +92,7 @@ class DenseUpdates:
             needs_x: Whether the gradient of ``x`` is needed.
         """
         grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
-        return grad_x, *self.project(grad.mT @ x, left, right, gate)
+        return grad_x, *self.factor_gradients(grad, x, left, right, gate)
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Builds ``W + ΔW``, shape (m, n).
@@ -108,6 +108,20 @@ class DenseUpdates:
         else:
             total = self.base_weight().to(dtype, copy=not self.fresh)
         return add_delta_(total, left, right, self._alpha(gate, right) * self.scaling, self.shapes).to(dtype)
+
+    def factor_gradients(
+        self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Computes the gradients of ``left``, ``right`` and ``gate``.
+
+        Args:
+            grad: Gradient of :meth:`product`, shape (T, m).
+            x: Input, shape (T, n).
+            left: Packed left factors.
+            right: Packed right factors.
+            gate: Gate logits, (r,), or None.
+        """
+        return self.project(grad.mT @ x, left, right, gate)
 
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None

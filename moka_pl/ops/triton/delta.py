@@ -95,7 +95,7 @@ def _words_kernel(  # type: ignore[no-untyped-def]
         else:
             place = begin + (j[:, None] + k) % n_b
             entry += (j[:, None] + k) // n_b  # (WORDS, 8)
-            held = inside[:, None] & (k < 8)
+            held = inside[:, None] & (k < 8)  # as wide as entry
         value = tl.load(right + place, mask=inside[:, None], other=0.0) * scale
         total_0 += tl.load(entry, mask=held, other=0.0) * value
         if REPEATS > 1:

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments
 from moka_pl.ops.triton.launch import launch
-
-#: 32-bit words, of eight 4-bit numbers each, that a program dequantises four times: one a thread.
-WORDS = 256
+from moka_pl.ops.triton.plan import WORDS
 
 
 @triton.jit  # type: ignore[untyped-decorator]

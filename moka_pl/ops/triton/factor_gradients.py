@@ -22,7 +22,7 @@ from moka_pl.ops.layout import Shape, left_sizes, right_sizes, starts
 from moka_pl.ops.triton.gates import Gates
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.plan import CHUNK, MEMBERS, Plan
-from moka_pl.ops.triton.projection import finish, fused_projection
+from moka_pl.ops.triton.projection import add_product, finish, fused_projection
 
 #: Right rows that a program takes at once, numbers that it holds of a product, and programs for a component.
 _ROWS, _NUMBERS, _PROGRAMS = 64, 16384, 264
@@ -43,7 +43,7 @@ class Component:
 
     Attributes:
         sizes: m_a, n_a, m_b, n_b, and powers of two that hold m_a, n_a, the rows of B of a program and n_b.
-        first: Whether A and B meet X and Y on the other's side: by way of m_a × n_b matrices.
+        left_first: Whether products go by way of m_a × n_b matrices, A X and Y B, and not of n_a × m_b ones.
         chunks: Programs that share the rows of B.
         numbers: Multiply-adds a token.
         largest: Numbers of the largest matrix that a program holds.
@@ -56,13 +56,13 @@ class Component:
         part = max(16, min(b, _ROWS, _NUMBERS // p))
         chunks = -(-shape.m_b // part)
         numbers = 2 * chunks * p * part * (a + q)
-        self.first = 2 * a * q * (p + b) < numbers and max(a * b, b * q) <= _NUMBERS
-        if self.first:
+        self.left_first = 2 * a * q * (p + b) < numbers and max(a * b, b * q) <= _NUMBERS
+        if self.left_first:
             part, chunks, numbers = b, 1, 2 * a * q * (p + b)
         self.chunks, self.numbers = chunks, numbers
         self.sizes = (*shape[:4], a, p, part, q)
         self.places = left_at, right_at
-        self.largest = max(a * p, p * q, a * part, part * q, a * q if self.first else p * part)
+        self.largest = max(a * p, p * q, a * part, part * q, a * q if self.left_first else p * part)
         self.warps = 4 if self.largest <= 8192 else 8
 
 
@@ -78,6 +78,8 @@ class FactorPlan:
         chunks: Work list of the last step, as :attr:`moka_pl.ops.triton.plan.Plan.chunks`.
         dots: As :attr:`moka_pl.ops.triton.plan.Plan.dots`.
         most: Most programs that share the rows of a B.
+        work: Multiply-adds a token.
+        fits: Whether a program can hold each matrix.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -87,6 +89,8 @@ class FactorPlan:
         self.components = [Component(*place) for place in places]
         self.sizes = sum(lefts), sum(rights)
         self.most = max(component.chunks for component in self.components)
+        self.work = sum(component.numbers for component in self.components)
+        self.fits = all(component.largest <= _NUMBERS for component in self.components)
         chunks: list[list[int]] = []
         dots: tuple[list[int], list[int]] = [], []
         for i, component in enumerate(self.components):
@@ -105,8 +109,11 @@ class FactorPlan:
         Args:
             tokens: T.
         """
-        # Nothing can be tried while a graph is recorded, before which the same step has run as usual.
-        return self.pays(tokens) and ("agrees" in vars(self) or not _recording()) and self.agrees
+        if not self.pays(tokens):
+            return False
+        # Nothing can be tried while a graph is recorded; the same step has run as usual before.
+        tried = "agrees" in vars(self)
+        return self.agrees if tried or not _recording() else False
 
     def pays(self, tokens: int) -> bool:
         """Whether the sums cost less than D and its projection; never without tokens.
@@ -114,10 +121,8 @@ class FactorPlan:
         Args:
             tokens: T.
         """
-        if any(component.largest > _NUMBERS for component in self.components):
-            return False
-        work = sum(component.numbers for component in self.components)
-        return 0 < _COST * work * tokens < self._plan.m * self._plan.n * (tokens + _PROJECTION)
+        other = self._plan.m * self._plan.n * (tokens + _PROJECTION)
+        return self.fits and 0 < _COST * self.work * tokens < other
 
     @cached_property
     def agrees(self) -> bool:
@@ -157,13 +162,6 @@ def make_factor_plan(plan: Plan) -> FactorPlan | None:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dot(a, b, total, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``total + a @ b``; Triton's interpreter would take bfloat16 factors for whole numbers."""
-    kind: tl.constexpr = tl.float32 if UPCAST else a.dtype
-    return tl.dot(a.to(kind), b.to(kind), total)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _read(at, inside, ALL: tl.constexpr):  # type: ignore[no-untyped-def]
     """What lies there, and zeros where nothing does."""
     return tl.load(at) if ALL else tl.load(at, mask=inside, other=0.0)
@@ -175,7 +173,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     LEFT_AT: tl.constexpr, RIGHT_AT: tl.constexpr,
     M_A: tl.constexpr, N_A: tl.constexpr, M_B: tl.constexpr, N_B: tl.constexpr,
     PA: tl.constexpr, PP: tl.constexpr, PB: tl.constexpr, PQ: tl.constexpr,
-    FIRST: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, MEMBERS: tl.constexpr,
+    LEFT_FIRST: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Sums over a share of the tokens of dA and of some rows of dB, without w (see above)."""
     chunk, part = tl.program_id(0), tl.program_id(1)
@@ -215,16 +213,16 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
         y_t = _read(from_y, in_y, WHOLE and PA == M_A and M_B % PB == 0)  # (PA, PB)
         from_x += n
         from_y += m
-        if FIRST:
-            met = _dot(factor, x_t, tl.zeros((PA, PQ), tl.float32), UPCAST).to(dtype)  # A X
-            sums_right = _dot(tl.trans(y_t), met, sums_right, UPCAST)  # (PB, PQ)
-            met = _dot(y_t, narrow, tl.zeros((PA, PQ), tl.float32), UPCAST).to(dtype)  # Y B
-            sums_left = _dot(met, tl.trans(x_t), sums_left, UPCAST)  # (PA, PP)
+        if LEFT_FIRST:
+            met = add_product(factor, x_t, tl.zeros((PA, PQ), tl.float32), UPCAST).to(dtype)  # A X
+            sums_right = add_product(tl.trans(y_t), met, sums_right, UPCAST)  # (PB, PQ)
+            met = add_product(y_t, narrow, tl.zeros((PA, PQ), tl.float32), UPCAST).to(dtype)  # Y B
+            sums_left = add_product(met, tl.trans(x_t), sums_left, UPCAST)  # (PA, PP)
         else:
-            met = _dot(x_t, tl.trans(narrow), tl.zeros((PP, PB), tl.float32), UPCAST).to(dtype)  # X Bᵀ
-            sums_left = _dot(y_t, tl.trans(met), sums_left, UPCAST)  # (PA, PP)
-            met = _dot(tl.trans(factor), y_t, tl.zeros((PP, PB), tl.float32), UPCAST).to(dtype)  # Aᵀ Y
-            sums_right = _dot(tl.trans(met), x_t, sums_right, UPCAST)  # (PB, PQ)
+            met = add_product(x_t, tl.trans(narrow), tl.zeros((PP, PB), tl.float32), UPCAST).to(dtype)  # X Bᵀ
+            sums_left = add_product(y_t, tl.trans(met), sums_left, UPCAST)  # (PA, PP)
+            met = add_product(tl.trans(factor), y_t, tl.zeros((PP, PB), tl.float32), UPCAST).to(dtype)  # Aᵀ Y
+            sums_right = add_product(tl.trans(met), x_t, sums_right, UPCAST)  # (PB, PQ)
     to = parts + part.to(tl.int64) * row
     tl.store(to + chunk * left_size + LEFT_AT + at_left, sums_left, mask=in_left)
     tl.store(to + begin_right + RIGHT_AT + at_right, sums_right, mask=in_right)
@@ -257,7 +255,7 @@ def factor_gradients(
             _sum_kernel, plan.compiled, ("sums", i, grad.dtype), (component.chunks, len(parts), 1),
             (left, right, grad, x),
             (parts, grad, x, left, right, tokens, share, plan.m, plan.n, row, sums.sizes[0], begin_right,
-             begin_dots + i * sums.most * MEMBERS, *component.places, *component.sizes, component.first,
+             begin_dots + i * sums.most * MEMBERS, *component.places, *component.sizes, component.left_first,
              plan.whole, not grad.is_cuda, MEMBERS),
             num_warps=component.warps, num_stages=3,
         )  # fmt: skip

@@ -43,24 +43,17 @@ class FusedUpdates(DenseUpdates):
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
         return fused_weight(self.plan, left, right, gates, dtype, source)
 
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        left: Tensor,
-        right: Tensor,
-        gate: Tensor | None,
-        kept: tuple[Tensor, ...],
-        needs_x: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """As :meth:`DenseUpdates.backward`; the gradient of ΔW is not computed where components are few."""
+    def factor_gradients(
+        self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As :meth:`DenseUpdates.factor_gradients`; without ∂L/∂ΔW where components are few."""
         sums = make_factor_plan(self.plan)
         if sums is None or grad.dtype is not torch.bfloat16 or not sums.usable(len(x)):
-            return super().backward(grad, x, left, right, gate, kept, needs_x)
-        grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
+            return super().factor_gradients(grad, x, left, right, gate)
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
-        grads = factor_gradients(self.plan, sums, grad.contiguous(), x.contiguous(), left, right, gates)
-        return grad_x, *grads[:2], None if gate is None else grads[2]
+        parts = grad.contiguous(), x.contiguous(), left, right, gates
+        grad_left, grad_right, grad_gate = factor_gradients(self.plan, sums, *parts)
+        return grad_left, grad_right, None if gate is None else grad_gate
 
     def project(
         self, grad: Tensor, left: Tensor, right: Tensor, gate: Tensor | None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moka_pl.ops.layout import Shape, group_equal, left_sizes, right_sizes, starts
 
-#: Words, of eight entries each, of a row that one program builds at most: one a thread.
+#: Words, of eight entries each, that a program takes at once at most: one a thread.
 WORDS = 256
 #: Rows and columns of a tile of ΔW where words of eight entries do not fit.
 TILE = (16, 64)

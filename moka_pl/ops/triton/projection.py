@@ -28,7 +28,7 @@ def _halves(value, second, LOW: tl.constexpr, DTYPE: tl.constexpr):  # type: ign
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _product(a, b, total, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def add_product(a, b, total, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """``total + a @ b``; Triton's interpreter would take bfloat16 factors for whole numbers."""
     kind: tl.constexpr = tl.float32 if UPCAST else a.dtype
     return tl.dot(a.to(kind), b.to(kind), total, input_precision="ieee")
@@ -93,10 +93,10 @@ def _project_kernel(  # type: ignore[no-untyped-def]
         alone = (t * 0 + identity != 0)[None, :]
         scale = tl.load(left + lefts[:, None] + t[None, :], mask=keep & (alone == 0), other=0.0)
         scale = tl.where(keep & alone, 1.0, scale)  # (2 MEMBERS, PAIRS)
-        total = _product(_halves(scale, second[:, None], LOW, dtype), d, total, UPCAST)
+        total = add_product(_halves(scale, second[:, None], LOW, dtype), d, total, UPCAST)
         if identity == 0:
             sums = tl.zeros((PAIRS, 2 * MEMBERS), tl.float32)
-            sums = _product(d, entries, sums, UPCAST)  # (PAIRS, 2 MEMBERS)
+            sums = add_product(d, entries, sums, UPCAST)  # (PAIRS, 2 MEMBERS)
             at = number.to(tl.int64) * left_size + member_left[None, :] + t[:, None]
             sums = tl.sum(tl.reshape(sums, (PAIRS, 2, MEMBERS)), 1)  # (PAIRS, MEMBERS)
             tl.store(parts + at, sums, mask=real[:, None] & known[None, :])

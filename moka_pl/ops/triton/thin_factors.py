@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments
-from moka_pl.ops.triton.dequantise import WORDS, as_words, dequantise_words
+from moka_pl.ops.triton.dequantise import as_words, dequantise_words
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
+from moka_pl.ops.triton.plan import WORDS
 from moka_pl.ops.triton.thin_plan import COLUMNS, ThinPlan
 
 
