@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
@@ -16,6 +17,8 @@ from moka_pl.cli.class_paths import explain_denied, restrict_class_paths
 from moka_pl.cli.parser import MokaParser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
+from moka_pl.planning.adapters import plan_adapters
+from moka_pl.planning.shape import empty_model
 from moka_pl.studies.common import silenced_lightning
 from moka_pl.studies.compare.runs import Run, run_of
 from moka_pl.studies.compare.shared_base import ComparedModule
@@ -123,6 +126,21 @@ def check_suite(suite: Suite) -> None:
             "the learning rate would be picked on the test data: set data.init_args.separate_test: true, or "
             "name other data by test"
         )
+
+
+def check_methods(suite: Suite) -> None:
+    """Puts every method's adapter into its base without weights: what a layer refuses shows before any run.
+
+    Raises:
+        ConfigError: Naming the method.
+    """
+    for method in suite.methods:
+        module = build_module(run_of(suite, method, method.learning_rates[0], suite.seeds[0]))
+        try:
+            model, _ = empty_model(module.backbone, torch.float32, [])
+            plan_adapters(model, module.adapter, None, torch.float32.itemsize, [])
+        except MokaError as error:
+            raise ConfigError(f"{suite.name}: method {method.name}: {error}") from error
 
 
 def _make_trainer(options: Settings) -> Trainer:

@@ -62,7 +62,7 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(suites: list[Suite], args: argparse.Namespace) -> None:
-    from moka_pl.studies.compare.build import check_suite
+    from moka_pl.studies.compare.build import check_methods, check_suite
     from moka_pl.studies.compare.drive import run_suites
     from moka_pl.studies.compare.runs import Store
     from moka_pl.studies.compare.schedule import Clock
@@ -90,6 +90,8 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     _interrupt_on_sigterm()
 
     def begin() -> None:
+        for suite in suites:
+            check_methods(suite)
         prepare_data(suites)  # tokenised once for all processes; what is wrong with them shows here
         for suite in whole:  # later reports are of all methods
             write_json(args.out / suite.name / _SUITE, asdict(suite), 1)

@@ -48,6 +48,17 @@ def test_data_that_are_not_there_are_refused_before_anything_is_written(capsys, 
     assert (out / "tiny" / "suite.json").read_text() == "what was"
 
 
+def test_a_method_that_a_layer_refuses_is_named_before_any_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(drive, "_run_here", lambda *arguments: pytest.fail("something ran"))
+    adapter = "{components: 16, rank: 16, filters: servable}"
+    method = f"--set=methods=[{{name: a, learning_rates: [0.1], adapter: {adapter}}}]"
+    error = refused(capsys, "--suite=tiny", "--set=reference=", method, f"--out={tmp_path}")
+    assert "tiny: method a: " in error
+    assert "q_proj" in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_folders_that_cannot_be_written_to_are_refused_at_once(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(drive, "_run_here", lambda *arguments: pytest.fail("something ran"))
     file = tmp_path / "file"
