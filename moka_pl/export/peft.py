@@ -59,7 +59,7 @@ def export_lora(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) -
     reader = import_peft()
     expected = lora_reference(source, form)
     with written_folder(out) as new:
-        write_peft(new, form, source.model, source.base_name, source.info.base.revision, dtype)
+        write_peft(new, form, source.model, source.base_name, source.revision, dtype)
         say(f"{reader} reads it back ...")
         served = read_peft(source.model, new)
         _check_layers(served, form, reader)

@@ -43,6 +43,12 @@ class Source:
     base_name: str
     asked_name: str
 
+    @property
+    def revision(self) -> str | None:
+        """Hub revision of the base; None for another one than the stored."""
+        stored = self.info.base
+        return stored.revision if self.asked_name == stored.name else None
+
 
 def open_source(
     adapter: Path,

@@ -3,18 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moka_pl.adapters import moka_layers, unload
+from moka_pl.adapters import BaseModel, moka_layers, unload
 from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError
 from moka_pl.export import peft as export_peft
 from moka_pl.export.check import measure
 from moka_pl.export.lora import lora_form
-from moka_pl.export.source import open_source
+from moka_pl.export.source import Source, open_source
 
 peft = pytest.importorskip("peft")
 
@@ -89,3 +90,9 @@ def test_a_truncated_lora_tells_what_is_lost(
     state = load_file(Path(f"{adapter}8") / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     assert min(min(tensor.shape) for tensor in state.values()) == 8
+
+
+@pytest.mark.parametrize(("base", "revision"), [("org/base", "abc"), ("./copy", None)])
+def test_the_revision_is_that_of_the_stored_base_alone(base: str, revision: str | None) -> None:
+    info = SimpleNamespace(base=BaseModel("org/base", "abc"))
+    assert Source(info, None, None, [], None, base, base).revision == revision
