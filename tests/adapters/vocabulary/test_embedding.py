@@ -30,10 +30,8 @@ from moka_pl.adapters import (
 )
 from moka_pl.adapters.reading import read_adapter_state
 from moka_pl.adapters.vocabulary.embedding import MokaTiedHead
-from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import AdapterError
 from moka_pl.export.lora import lora_form
-from moka_pl.export.merged import merged_parts, write_description, write_weights
 from moka_pl.export.peft import write_peft
 from moka_pl.inspection.report import inspect_adapter
 from moka_pl.lm.head_loss import nll_at_head, token_nll
@@ -94,7 +92,7 @@ def test_rows_and_gradients_are_those_of_the_dense_matrix(options: dict, m: int,
 @pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")  # PEFT's
 @pytest.mark.parametrize(("targets", "tied", "shared"), CASES.values(), ids=CASES)
 def test_every_combination_computes_saves_merges_and_exports_alike(
-    targets, tied, shared, make_llama, randomize, token_ids, tmp_path: Path
+    targets, tied, shared, make_llama, randomize, token_ids, exported, tmp_path: Path
 ) -> None:
     base = make_llama(tie_word_embeddings=tied)
     frozen = logits(base, token_ids)
@@ -130,11 +128,7 @@ def test_every_combination_computes_saves_merges_and_exports_alike(
     unmerge(again)
     assert torch.equal(logits(again, token_ids), found)
     # Exported, and read by transformers and PEFT alone.
-    out = tmp_path / "merged"
-    out.mkdir()
-    write_weights(out, merged_parts(model), torch.float32)
-    write_description(out, model, byte_tokenizer(), torch.float32)
-    plain = AutoModelForCausalLM.from_pretrained(out)
+    plain = exported(model)
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == shared
     torch.testing.assert_close(logits(plain, token_ids), found, atol=1e-4, rtol=1e-4)
     form = lora_form(layers)

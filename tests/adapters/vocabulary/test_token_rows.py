@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from moka_pl.adapters import (
     BaseModel,
@@ -24,9 +23,7 @@ from moka_pl.adapters.reading import read_adapter, read_adapter_state
 from moka_pl.adapters.vocabulary.token_rows import TokenHead, token_rows
 from moka_pl.backbone import fingerprint
 from moka_pl.backbone.quantization import quantised_linear
-from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import AdapterError, ConfigError
-from moka_pl.export.merged import merged_parts, write_description, write_weights
 from moka_pl.inspection.report import inspect_adapter
 from moka_pl.lm.head_loss import nll_at_head, token_nll
 from moka_pl.lm.scoring import score_tokens
@@ -77,7 +74,7 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     [(INDICES["inside"], False), (INDICES["below"], True), (INDICES["both"], True), (INDICES["both"], False)],
 )
 def test_rows_compute_save_merge_and_export_as_a_larger_model(
-    indices, tied, make_llama, randomize, tmp_path: Path
+    indices, tied, make_llama, randomize, exported, tmp_path: Path
 ) -> None:
     base = make_llama(tie_word_embeddings=tied)
     model, config = with_rows(make_llama, randomize, indices, tied)
@@ -109,13 +106,9 @@ def test_rows_compute_save_merge_and_export_as_a_larger_model(
     torch.testing.assert_close(logits(again, ids), found, atol=1e-4, rtol=1e-4)
     unmerge(again)
     assert torch.equal(logits(again, ids), found)
-    out = tmp_path / "merged"
-    out.mkdir()
-    write_weights(out, merged_parts(model), torch.float32)
-    write_description(out, model, byte_tokenizer(), torch.float32)
-    exported = AutoModelForCausalLM.from_pretrained(out)
-    assert (exported.lm_head.weight is exported.model.embed_tokens.weight) == tied
-    torch.testing.assert_close(logits(exported, ids), found, atol=1e-4, rtol=1e-4)
+    read = exported(model)
+    assert (read.lm_head.weight is read.model.embed_tokens.weight) == tied
+    torch.testing.assert_close(logits(read, ids), found, atol=1e-4, rtol=1e-4)
     # Taken out, the base is what it was; or merged, a larger model.
     unload(again)
     known = ids.clamp(max=90)
