@@ -53,6 +53,11 @@ class Part:
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
 
+    @property
+    def entries(self) -> int:
+        """How many numbers it holds."""
+        return torch.Size(self.shape).numel()
+
 
 def merged_parts(model: "PreTrainedModel") -> list[Part]:
     """Lists the tensors of the model with its updates merged: dense, each once, in the model's order.
@@ -173,7 +178,7 @@ def write_weights(folder: Path, parts: list[Part], dtype: torch.dtype) -> None:
     shards: list[list[Part]] = [[]]
     room = _SHARD
     for part in parts:
-        size = _count(part) * dtype.itemsize
+        size = part.entries * dtype.itemsize
         if size > room and shards[-1]:
             shards.append([])
             room = _SHARD
@@ -195,6 +200,15 @@ def write_weights(folder: Path, parts: list[Part], dtype: torch.dtype) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def plain_config(model: "PreTrainedModel", dtype: torch.dtype) -> Any:
+    """Returns a copy of a model's configuration for its dense weights in a dtype."""
+    config: Any = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    return config
+
+
 def write_description(
     folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", dtype: torch.dtype
 ) -> None:
@@ -206,11 +220,8 @@ def write_description(
         tokenizer: Its tokenizer.
         dtype: Dtype of the weights.
     """
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype, config.use_cache = dtype, True
-    config.architectures = [type(model).__name__]
+    config = plain_config(model, dtype)
+    config.use_cache = True
     if is_untied(model):
         untie(config)  # the head's update is not the embedding's
     config.save_pretrained(folder)
@@ -260,11 +271,16 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
         found = reloaded(new, source, device, dtype if device.type == "cuda" else compute)
         routed = has_experts(source.model)
         say(check(source.expected, found, reader, dtype, compute, routed=routed))
-    say(f"{out}: {sum(map(_count, parts)):,} parameters, {mebibytes(out):,.1f} MiB")
+    say_size(out, parts)
 
 
-def _count(part: Part) -> int:
-    return torch.Size(part.shape).numel()
+def say_size(out: Path, parts: Iterable[Part]) -> None:
+    """Prints how many parameters a written folder holds, and its size."""
+    say(f"{out}: {_entries(parts):,} parameters, {mebibytes(out):,.1f} MiB")
+
+
+def _entries(parts: Iterable[Part]) -> int:
+    return sum(part.entries for part in parts)
 
 
 def folder_size(parts: Iterable[Part], dtype: torch.dtype, tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -275,12 +291,12 @@ def folder_size(parts: Iterable[Part], dtype: torch.dtype, tokenizer: "PreTraine
         dtype: Their dtype.
         tokenizer: What is written beside them.
     """
-    return dtype.itemsize * sum(map(_count, parts)) + BYTES_OF_TOKEN * len(tokenizer)
+    return dtype.itemsize * _entries(parts) + BYTES_OF_TOKEN * len(tokenizer)
 
 
 def base_dtype(parts: Iterable[Part]) -> torch.dtype:
     """Returns the dtype in which a base is written for another engine's check: float32 unless it is large."""
-    return torch.float32 if 4 * sum(map(_count, parts)) <= _SMALL else torch.float16
+    return torch.float32 if 4 * _entries(parts) <= _SMALL else torch.float16
 
 
 def reloaded(folder: Path, source: Source, device: torch.device, compute: torch.dtype) -> Measured:

@@ -1,6 +1,5 @@
 """Writes an adapter of an image classifier for other tools, read back and compared on a few images."""
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -15,7 +14,7 @@ from moka_pl.errors import ConfigError
 from moka_pl.export.check import Measured, check
 from moka_pl.export.folder import mebibytes, written_folder
 from moka_pl.export.lora import lora_applied, lora_form
-from moka_pl.export.merged import merged_parts, write_weights
+from moka_pl.export.merged import merged_parts, plain_config, say_size, write_weights
 from moka_pl.export.peft import import_peft, read_peft, write_peft
 from moka_pl.export.run import Request
 from moka_pl.export.source import say
@@ -64,21 +63,16 @@ def _merged(request: Request, model: "PreTrainedModel", processor: Any, pixels: 
 
     dtype = request.torch_dtype(torch.float32)
     expected, parts = _measure(model, pixels), merged_parts(model)
-    config = copy.deepcopy(model.config)
-    config.dtype, config.architectures = dtype, [type(model).__name__]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     with written_folder(request.out) as new:
         write_weights(new, parts, dtype)
-        config.save_pretrained(new)
+        plain_config(model, dtype).save_pretrained(new)
         processor.save_pretrained(new)
         with progress_bars(show=False), loading(str(new)):
             read = AutoModelForImageClassification.from_pretrained(new, dtype=model.dtype).to(model.device)
         found = _measure(read.eval(), pixels, expected)
         reader = f"transformers {transformers.__version__}"
         say(check(expected, found, reader, dtype, model.dtype, what="images"))
-    count = sum(torch.Size(part.shape).numel() for part in parts)
-    say(f"{request.out}: {count:,} parameters, {mebibytes(request.out):,.1f} MiB")
+    say_size(request.out, parts)
 
 
 def _lora(request: Request, model: "PreTrainedModel", processor: Any, pixels: Tensor) -> None:
@@ -90,8 +84,8 @@ def _lora(request: Request, model: "PreTrainedModel", processor: Any, pixels: Te
     if form.lost:
         expected = _truncated(model, form, heads, pixels)
     with written_folder(request.out) as new:
-        base = request.base or stored.name
-        write_peft(new, form, model, base, stored.revision, dtype, heads)
+        base, revision = (request.base, None) if request.base else (stored.name, stored.revision)
+        write_peft(new, form, model, base, revision, dtype, heads)
         processor.save_pretrained(new)
         found = _measure(read_peft(model, new), pixels, expected)
         say(check(expected, found, import_peft(), dtype, model.dtype, what="images"))

@@ -15,8 +15,8 @@ from moka_pl.errors import DataError, one_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+#: Endings of the files that count as images, in small letters.
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Endings of the files that count as images, in small letters."""
 
 
 def open_image(file: Path) -> "Image":

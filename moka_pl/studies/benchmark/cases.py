@@ -126,8 +126,8 @@ def step_rows(device: str) -> list[Row]:
     ]
 
 
+#: How the names of rows end whose steps are replayed as a CUDA graph.
 CAPTURED = ", CUDA graph"
-"""How the names of rows end whose steps are replayed as a CUDA graph."""
 
 
 def captured_row(row: Row) -> Row:
@@ -316,7 +316,7 @@ def beside_liger(rows: Sequence[Row]) -> list[Row]:
 
 
 def with_liger(row: Row) -> Row:
-    """The row on a base with Liger's kernels for norms, rotary embeddings and gated MLPs, or none."""
+    """The row on a base with Liger's kernels for norms, rotary embeddings and gated MLPs, if it has any."""
 
     def put(model: "PreTrainedModel") -> Remove:
         from moka_pl.lm.kernels import fused_modules

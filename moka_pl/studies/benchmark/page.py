@@ -24,7 +24,7 @@ from moka_pl.studies.benchmark.tables import (
     number,
     render,
 )
-from moka_pl.studies.common import Parser, replace_section
+from moka_pl.studies.common import Parser, replace_section, write_atomically
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 
@@ -93,7 +93,7 @@ def _change(file: Path, new: str, check: bool) -> bool:
         text = file.read_text(encoding="utf-8")
         wanted = replace_section(text, new, BEGIN, END)
         if wanted != text and not check:
-            file.write_text(wanted, encoding="utf-8")
+            write_atomically(file, wanted)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror or error}") from error
     except ConfigError as error:
