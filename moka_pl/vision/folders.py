@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moka_pl.errors import DataError
 from moka_pl.vision.data import ImageData, ImageSet
-from moka_pl.vision.images import ENDINGS, check_header, open_image
+from moka_pl.vision.images import ENDINGS, check_header, is_hidden, open_image
 
 #: Folders of the splits, of which ``train`` has to be there.
 _SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test",)}
@@ -42,7 +42,7 @@ class ImageFolderData(ImageData):
     def classes(self) -> list[str]:
         """Names of the folders with training images."""
         folder = self._folders["train"]
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry))
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry))
         if len(names) < 2:
             found = f"only the class {names[0]!r}" if names else "no folders of classes"
             raise DataError(
@@ -66,7 +66,7 @@ class ImageFolderData(ImageData):
         return {split: self._find(folder) for split, folder in self._folders.items()}
 
     def _find(self, folder: Path) -> ImageSet:
-        present = {entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry)}
+        present = {entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry)}
         if other := sorted(present.symmetric_difference(self.classes)):
             has = "a class that the training images do not have" if other[0] in present else "no such class"
             raise DataError(f"{folder} has {has}: {other[0]}; give every split the same classes")
@@ -75,7 +75,7 @@ class ImageFolderData(ImageData):
         ignored: list[Path] = []
         for number, name in enumerate(self.classes):
             every = sorted(
-                file for file in (folder / name).rglob("*") if file.is_file() and not _hidden(file)
+                file for file in (folder / name).rglob("*") if file.is_file() and not is_hidden(file)
             )
             own = [file for file in every if file.suffix.lower() in ENDINGS]
             ignored += [file for file in every if file.suffix.lower() not in ENDINGS]
@@ -95,7 +95,3 @@ class ImageFolderData(ImageData):
             digest.update(f"{file.relative_to(folder)}\n{check_header(file)}\n".encode())
         names = [file.relative_to(folder).as_posix() for file in files]
         return ImageSet(names, labels, digest.hexdigest(), files, open_image)
-
-
-def _hidden(path: Path) -> bool:
-    return path.name.startswith(".")

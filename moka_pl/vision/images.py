@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is left out by its name, as what file managers leave behind."""
+    return path.name.startswith(".")
+
+
 def open_image(file: Path) -> "Image":
     """Reads an image; the first of several in a file.
 

@@ -12,7 +12,7 @@ from moka_pl.adapters import merge
 from moka_pl.errors import ConfigError, DataError
 from moka_pl.utils import write_failure
 from moka_pl.vision.classifier import load_classifier
-from moka_pl.vision.images import ENDINGS, open_image, to_pixels
+from moka_pl.vision.images import ENDINGS, is_hidden, open_image, to_pixels
 
 
 def predict_images(
@@ -62,7 +62,8 @@ def find_images(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise DataError(f"{source} does not exist; give an image, or a folder of images")
-    found = sorted(file for file in source.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+    files = (file for file in source.rglob("*") if file.is_file() and not is_hidden(file))
+    found = sorted(file for file in files if file.suffix.lower() in ENDINGS)
     if not found:
         raise DataError(f"{source} holds no images (files with the endings {', '.join(ENDINGS)})")
     return found

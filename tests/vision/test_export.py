@@ -11,6 +11,7 @@ from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError
 from moka_pl.inference import load_model
 from moka_pl.vision import load_classifier
+from moka_pl.vision.predict import find_images
 
 PIXELS = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -64,6 +65,12 @@ def test_predict_names_the_likeliest_class_of_each_image(adapter, squares, tmp_p
             main(["predict", str(adapter), "--output", str(tmp_path / "none.jsonl"), *given])
         assert error in capsys.readouterr().err
     assert not list(tmp_path.glob("*none*"))
+
+
+def test_predict_takes_no_hidden_files(tmp_path):
+    for name in ("b.png", "._b.png", ".DS_Store", "notes.txt"):
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == [tmp_path / "b.png"]
 
 
 @pytest.mark.parametrize(
