@@ -81,6 +81,12 @@ class AdapterInfo:
     exact_lora_rank: list[int] = field(default_factory=list, compare=False)
     layer_sizes: dict[str, list[int]] = field(default_factory=dict, compare=False)
 
+    @property
+    def labels(self) -> list[str]:
+        """The classes in their order, if it is of an image classifier; empty of a language model."""
+        labels = self.extra.get("labels")
+        return [str(label) for label in labels] if isinstance(labels, list) else []
+
     def check_base(self, fingerprint: str | None, path: str | Path, samples: str = "") -> None:
         """Refuses a base other than the adapter's own, if both fingerprints are known.
 
@@ -194,11 +200,6 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         raise AdapterError(f"{file} is damaged: {one_line(error)}. Copy the adapter again") from error
     told = {name: stored[name] for name in ("extra", "exact_lora_rank", "layer_sizes") if name in stored}
     return AdapterInfo(config, base, **told)
-
-
-def is_of_images(path: str | Path) -> bool:
-    """Whether an adapter directory is of an image classifier, as the classes that it stores tell."""
-    return bool(read_adapter(path).extra.get("labels"))
 
 
 def _as_applied(config: AdapterConfig, applied: Any) -> AdapterConfig:

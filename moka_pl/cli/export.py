@@ -69,7 +69,7 @@ def export(
         raise ConfigError(f"energy must be between 0 and 1, not {energy}")
     if rank is not None and energy is not None:
         raise ConfigError("rank and energy exclude each other; give one of them")
-    from moka_pl.adapters.reading import is_of_images
+    from moka_pl.adapters import read_adapter
     from moka_pl.export.folder import check_output
     from moka_pl.export.run import FORMATS, Request
 
@@ -77,7 +77,7 @@ def export(
     check_output(out, adapter, overwrite)
     original = onto == "original"
     request = Request(adapter, out, dtype, base, original, rank, energy, max_rank, prompts, gguf_type)
-    if is_of_images(adapter):
+    if read_adapter(adapter).labels:
         from moka_pl.vision.export import export_images
 
         export_images(request, to)

@@ -58,13 +58,11 @@ def predict(
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     check_format(prompt_format, "prompt_format")
     from moka_pl.adapters import read_adapter
-    from moka_pl.adapters.reading import is_of_images
     from moka_pl.cli.answering.batches import answer_all
     from moka_pl.cli.answering.predictions import Predictions, check_output
 
     output = output.expanduser()
-    read_adapter(adapter)
-    if is_of_images(adapter):
+    if read_adapter(adapter).labels:
         from moka_pl.vision.predict import predict_images
 
         if prompt_format or system or chosen != Sampling():

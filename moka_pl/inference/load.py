@@ -130,7 +130,7 @@ def check_new_tokens(info: AdapterInfo, tokenizer: "PreTrainedTokenizerBase", pa
 
 def _check_kind(info: AdapterInfo, path: Path, base: str | None) -> None:
     """Refuses an adapter of an image classifier, and one without a base."""
-    if info.extra.get("labels"):
+    if info.labels:
         raise AdapterError(
             f"{path} classifies images, and answers or scores no text; validate or test it with "
             "moka_pl.VisionModule, export it --to merged, or load it by moka_pl.vision.load_classifier"

@@ -22,12 +22,12 @@ def adapter_labels(path: str | Path) -> list[str]:
     Raises:
         AdapterError: If it is none of an image classifier.
     """
-    labels = read_adapter(path).extra.get("labels")
+    labels = read_adapter(path).labels
     if not labels:
         raise AdapterError(
             f"{path} is no adapter of an image classifier (it has no labels); give one of a VisionModule"
         )
-    return [str(label) for label in labels]
+    return labels
 
 
 def load_classifier(
