@@ -191,4 +191,6 @@ def check_room(trainer: Trainer, parameters: int, state: float) -> None:
 
 
 def _size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of the files in a folder; those with several names, as checkpoints of one moment have, once."""
+    found = (file.stat() for file in folder.rglob("*") if file.is_file())
+    return sum({(one.st_dev, one.st_ino): one.st_size for one in found}.values())

@@ -105,6 +105,10 @@ def test_what_is_there_already_is_room(tmp_path, free_space):
         check_room(trainer, numbers, state=8)
     (tmp_path / "last.ckpt").write_bytes(b"1")
     check_room(trainer, numbers, state=8)
+    (tmp_path / "best.ckpt").hardlink_to(tmp_path / "last.ckpt")
+    free_space(needed - 2)
+    with pytest.raises(ConfigError, match="about 2,799 bytes needed, 2,798 bytes free"):
+        check_room(trainer, numbers, state=8)
 
 
 def kept_files(folder):
