@@ -31,8 +31,8 @@ class BoundedYamlError(yaml.YAMLError):
     """YAML that is too large, too deep, or says the same key twice."""
 
 
-def check_config(file: Path, option: str) -> None:
-    """Refuses a file that is no configuration, before all of it is read.
+def read_config(file: Path, option: str) -> dict[str, Any]:
+    """Returns a configuration; refuses a file that is none before all of it is read.
 
     Args:
         file: Its path.
@@ -50,6 +50,7 @@ def check_config(file: Path, option: str) -> None:
         raise ConfigError(
             f"{option} {file}: a configuration is a mapping of options, not {type(written).__name__}"
         )
+    return written
 
 
 def named_model(arguments: Sequence[str]) -> str | None:
@@ -67,14 +68,13 @@ def named_model(arguments: Sequence[str]) -> str | None:
         if option in ("--model", "--model.class_path"):
             named = value
         elif option in ("--config", "-c") and Path(found := find_config(value)).is_file():
-            check_config(Path(found), "--config")
-            model = parse_yaml(read_text(Path(found), "--config")).get("model")
+            model = read_config(Path(found), "--config").get("model")
             named = model.get("class_path", named) if isinstance(model, dict) else named
     return named if isinstance(named, str) else None
 
 
 def read_text(file: Path, option: str) -> str:
-    """Returns the text of a file of YAML; see :func:`check_config`."""
+    """Returns the text of a file of YAML; see :func:`read_config`."""
     try:
         size = file.stat().st_size
         if size > MAX_BYTES:

@@ -30,7 +30,7 @@ from moka_pl.callbacks import (
 )
 from moka_pl.callbacks.interrupt import signals_stop
 from moka_pl.cli.class_paths import explain_denied, restrict_class_paths, split_trust
-from moka_pl.cli.config_files import check_config, named_model
+from moka_pl.cli.config_files import named_model, read_config
 from moka_pl.cli.configs import find_config
 from moka_pl.cli.failures import ranks
 from moka_pl.cli.failures.log_writers import log_writers
@@ -112,7 +112,7 @@ class _ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         found = find_config(values)
         if Path(found).is_file():
-            check_config(Path(found), "--config")
+            read_config(Path(found), "--config")
         super().__call__(parser, cfg, found, option_string)  # type: ignore[no-untyped-call]
 
 

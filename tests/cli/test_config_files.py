@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from moka_pl.cli.config_files import MAX_BYTES, MAX_VALUES, check_config, check_yaml, load_yaml, named_model
+from moka_pl.cli.config_files import MAX_BYTES, MAX_VALUES, check_yaml, load_yaml, named_model, read_config
 from moka_pl.errors import ConfigError
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
@@ -40,7 +40,7 @@ def test_no_configuration(tmp_path, text, message):
     file = tmp_path / "c.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as error:
-        check_config(file, "--config")
+        read_config(file, "--config")
     assert message in str(error.value)
     assert str(error.value).startswith(f"--config {file}")
     assert "\n" not in str(error.value)
@@ -49,7 +49,7 @@ def test_no_configuration(tmp_path, text, message):
 def test_unreadable_files(tmp_path):
     for file in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 300)):
         with pytest.raises(ConfigError, match="cannot be read"):
-            check_config(file, "--config")
+            read_config(file, "--config")
 
 
 def test_what_is_allowed():
