@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import callbacks as lightning_callbacks
+from shared.runs import instruction_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moka_pl import callbacks
@@ -28,32 +29,10 @@ RUN = Path("lightning_logs/moka/version_0")
 @pytest.fixture
 def config(corpus):
     """The configuration of a run of 2 epochs of 4 steps; a test may change it before it calls `cli`."""
-    return {
-        "seed_everything": 3,
-        "model": {
-            "backbone": {"name": "tiny", "weights": "random"},
-            "adapter": {"components": 3, "dropout": 0.1},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-        },
-        "data": {
-            "class_path": "moka_pl.data.InstructionData",
-            "init_args": {
-                "path": str(corpus / "train.jsonl"),
-                "validation_path": str(corpus / "heldout.jsonl"),
-                "prompt": "alpaca",
-                "max_length": 320,
-                "batch_size": 2,
-            },
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "max_epochs": 2,
-            "accumulate_grad_batches": 2,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-        },
-    }
+    run = instruction_run(corpus, max_length=320)
+    run["model"]["adapter"]["dropout"] = 0.1
+    run["trainer"]["accumulate_grad_batches"] = 2
+    return run
 
 
 @pytest.fixture

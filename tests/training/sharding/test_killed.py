@@ -39,36 +39,14 @@ LIMIT = 30.0  # seconds in which all processes have to end
 
 def configuration(folder):
     """A run of ``STEPS`` steps in two epochs, with a checkpoint after each, of an adapter with momentum."""
+    from shared.runs import instruction_run  # which the script does not find
+
     rows = [{"instruction": f"{n}?", "output": "word " * (1 + n % 4)} for n in range(2 * STEPS)]
     for name, some in (("train", rows), ("heldout", rows[:3])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    config = {
-        "seed_everything": 3,
-        "model": {
-            "backbone": {"name": "tiny", "weights": "random"},
-            "adapter": {"components": 3},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-        },
-        "data": {
-            "class_path": "moka_pl.data.InstructionData",
-            "init_args": {
-                "path": str(folder / "train.jsonl"),
-                "validation_path": str(folder / "heldout.jsonl"),
-                "prompt": "alpaca",
-                "max_length": 256,
-                "batch_size": 2,
-            },
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 2,
-            "strategy": "sharded",
-            "max_epochs": 2,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-        },
-        "checkpoint": {"every_n_train_steps": 1},
-    }
+    config = instruction_run(folder, max_length=256)
+    config["trainer"] |= {"devices": 2, "strategy": "sharded"}
+    config["checkpoint"] = {"every_n_train_steps": 1}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
