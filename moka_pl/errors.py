@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from collections.abc import Sequence
 from typing import ClassVar, NoReturn
 
 #: Exit status of a program ended by Ctrl-C or a signal that asks it to end, with everything saved.
@@ -111,6 +112,12 @@ def printable(text: str, most: int | None = None, kept: str = "") -> str:
     if most is not None and len(text) > most:
         text = f"{text[: most - 3]}..."
     return "".join(c if c in kept or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first ``most`` names, and how many more there are: ``a, b and 3 more``."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def end_interrupted(kept: str = "") -> NoReturn:

@@ -2,7 +2,7 @@
 
 import errno
 
-from moka_pl.errors import one_line, system_failure
+from moka_pl.errors import listed, one_line, system_failure
 
 
 def test_a_message_is_never_cut_before_its_end() -> None:
@@ -28,3 +28,10 @@ def test_failures_of_the_system_are_one_line_with_a_remedy():
     assert "ulimit -n" in str(system_failure(OSError(errno.EMFILE, "Too many open files")))
     for other in (RuntimeError("no"), OSError("no number"), ConnectionResetError(errno.ECONNRESET, "reset")):
         assert system_failure(other) is None
+
+
+def test_names_are_listed_up_to_a_number():
+    assert listed([], 2) == ""
+    assert listed(["a", "b"], 2) == "a, b"
+    assert listed(["a", "b", "c"], 2) == "a, b and 1 more"
+    assert listed(["a"] * 1235, 1) == "a and 1,234 more"

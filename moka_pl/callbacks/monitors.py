@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, listed
 
 _SHOWN = 20
 
@@ -27,7 +27,7 @@ def check_monitor(trainer: Trainer, owner: str, monitor: str) -> None:
         return
     near = get_close_matches(monitor, known, n=1)
     guess = f" Did you mean {near[0]}?" if near else ""
-    shown = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")
+    shown = listed(known, _SHOWN)
     raise ConfigError(
         f"{owner} is {monitor!r}, but no metric has that name.{guess} There are: {shown or 'none'}"
     )

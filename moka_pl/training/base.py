@@ -9,7 +9,7 @@ import torch
 from moka_pl.adapters import AdapterInfo, BaseModel, MokaConfig
 from moka_pl.adapters.filters import AUTO
 from moka_pl.backbone import Backbone, BackboneConfig, compute_dtype, fingerprint, weight_samples
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,9 +69,8 @@ def with_rows_of(config: MokaConfig, tokens: Iterable[int]) -> MokaConfig:
 
 def name_new_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: list[str]) -> str:
     """Returns new tokens with their numbers as a line; empty without any."""
-    named = [f"{token} {tokenizer.convert_tokens_to_ids(token)}" for token in tokens[:_NAMED]]
-    more = [f"{len(tokens) - _NAMED} more"] if len(tokens) > _NAMED else []
-    return f"new tokens: {', '.join(named + more)}" if tokens else ""
+    named = [f"{token} {tokenizer.convert_tokens_to_ids(token)}" for token in tokens]
+    return f"new tokens: {listed(named, _NAMED)}" if tokens else ""
 
 
 def describe_base(

@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
-from moka_pl.errors import CheckpointError, ConfigError, one_line
+from moka_pl.errors import CheckpointError, ConfigError, listed, one_line
 from moka_pl.ops.finite import named_tensors, non_finite_names
 from moka_pl.utils import sync_folder, write_failure
 
@@ -270,8 +270,7 @@ def unusable_reason(path: Path) -> str | None:
         return f"is damaged or not a checkpoint ({one_line(error)})"
     names = non_finite_names({name: stored.get(name) for name in ("state_dict", "optimizer_states")})
     if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"holds values that are not finite (in {names[0]}{more}): its training had failed"
+        return f"holds values that are not finite (in {listed(names, 1)}): its training had failed"
     return None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 import numpy
 from numpy.typing import NDArray
 
+from moka_pl.errors import listed
 from moka_pl.prompts.chats import EMPTY
 
 KEPT, TRUNCATED, DROPPED = 0, 1, 2
@@ -110,7 +111,7 @@ def ignored_fields(ignored: Mapping[str, int]) -> str:
         if count := sum(found.values()):
             places = "; ".join(place.removeprefix(_AT) for place in found if place)
             kinds[what] = [f"{count:,} {one if count == 1 else kind}{f' ({places})' if places else ''}"]
-    return "; ".join(f"{what}: {_listed(names)}" for what, names in kinds.items() if names)
+    return "; ".join(f"{what}: {listed(names, _NAMED)}" for what, names in kinds.items() if names)
 
 
 _AT = ": "
@@ -126,11 +127,6 @@ def placed(kind: str, places: Sequence[str]) -> str:
 
 
 _NAMED = 20
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def count_rows(

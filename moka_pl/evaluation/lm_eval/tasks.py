@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.errors import ConfigError, MokaError, one_line
+from moka_pl.errors import ConfigError, MokaError, listed, one_line
 from moka_pl.evaluation.lm_eval.local_data import local_tasks, write_task_files
 from moka_pl.utils import silenced
 
@@ -99,9 +99,7 @@ def _match(name: str, ours: "TaskManager", local: dict[str, Any]) -> list[tuple[
 def _listing(local: dict[str, Any]) -> str:
     if not local:
         return ""
-    names = list(local)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f" (the local data has {', '.join(names[:_LISTED])}{more})"
+    return f" (the local data has {listed(list(local), _LISTED)})"
 
 
 def _load(managers: "dict[str, TaskManager]") -> list[Any]:

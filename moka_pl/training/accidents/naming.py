@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moka_pl.data.types import Batch
+from moka_pl.errors import listed
 from moka_pl.lm.scoring import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -54,9 +55,6 @@ def row_texts(module: "TrainedModule", batch: Batch, tokens: Sequence[int]) -> l
     return list(texts.values())
 
 
-def listed(rows: Sequence[str]) -> str:
+def rows_clause(rows: Sequence[str]) -> str:
     """Returns the first rows as the end of a sentence."""
-    if not rows:
-        return ""
-    more = f" and {len(rows) - _ROWS} more" if len(rows) > _ROWS else ""
-    return f"; rows: {', '.join(rows[:_ROWS])}{more}"
+    return f"; rows: {listed(rows, _ROWS)}" if rows else ""

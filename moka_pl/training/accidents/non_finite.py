@@ -14,7 +14,7 @@ from moka_pl._compat import skip_on_device
 from moka_pl.data.types import Batch
 from moka_pl.errors import ConfigError, NonFiniteError
 from moka_pl.ops.finite import non_finite_names
-from moka_pl.training.accidents.naming import diagnosing, gathered, listed
+from moka_pl.training.accidents.naming import diagnosing, gathered, rows_clause
 from moka_pl.training.accidents.spikes import LossSpikes
 
 if TYPE_CHECKING:
@@ -207,9 +207,8 @@ class NonFiniteSteps:
                     bad = ~torch.isfinite(self._module.token_scores(batch).nll)
                 rows += self._module.named_rows(batch, bad.nonzero()[:, 0].tolist())
             if outputs or rows:
-                return (
-                    f"; first layer whose output is not finite: {(outputs or ['the head'])[0]}{listed(rows)}"
-                )
+                layer = outputs[0] if outputs else "the head"
+                return f"; first layer whose output is not finite: {layer}{rows_clause(rows)}"
             # Those of several ranks are averaged by now.
             gradients = step.gradients if self._module.trainer.world_size == 1 else []
             for batch in step.batches:
@@ -218,7 +217,7 @@ class NonFiniteSteps:
                     gradients = gradients or names
                     rows += self._module.named_rows(row, [0]) if names else []
             if gradients:  # the backward pass comes from the last layer
-                return f"; first layer whose gradient is not finite: {gradients[-1]}{listed(rows)}"
+                return f"; first layer whose gradient is not finite: {gradients[-1]}{rows_clause(rows)}"
         return "; computed again, it is finite" if self._module.trainer.world_size == 1 else ""
 
     def _bad_gradients(self, batch: Batch) -> list[str]:

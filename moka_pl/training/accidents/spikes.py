@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from moka_pl.data.types import Batch
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, listed
 from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.training.accidents.naming import diagnosing, gathered
 from moka_pl.training.accidents.snapshot import Snapshot
@@ -174,13 +174,13 @@ class LossSpikes:
                 rows += _row_losses(self._module, batch)
         if not rows:
             numbers = [str(number) for batch in batches for number in batch.get("rows", [])]
-            return f"; rows {_joined(numbers)}" if numbers else ""
+            return f"; rows {listed(numbers, _NUMBERED)}" if numbers else ""
         rows.sort(key=lambda row: -row.loss)
         text = self._module.named_rows(rows[0].batch, [rows[0].token])[0]
         if rows[0].number is None:
             return f"; the row of the highest loss ({rows[0].loss:.3g}) is {text}"
-        listed = _joined([f"{row.number} (loss {row.loss:.3g})" for row in rows])
-        return f"; rows {listed}; the first is {text}"
+        numbers = [f"{row.number} (loss {row.loss:.3g})" for row in rows]
+        return f"; rows {listed(numbers, _NUMBERED)}; the first is {text}"
 
 
 class _Row(NamedTuple):
@@ -245,8 +245,3 @@ def _row_losses(module: "TrainedModule", batch: Batch) -> list[_Row]:
         _Row(loss, number, batch, token)
         for loss, number, token in zip(means.tolist(), numbers, firsts.tolist(), strict=True)
     ]
-
-
-def _joined(names: list[str]) -> str:
-    more = f" and {len(names) - _NUMBERED} more" if len(names) > _NUMBERED else ""
-    return ", ".join(names[:_NUMBERED]) + more
