@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from moka_pl.errors import ConfigError
 
@@ -101,6 +101,26 @@ def split_trust(arguments: Sequence[str]) -> tuple[list[str], bool | None]:
             raise ConfigError(f"{option} takes true or false, not {value!r}")
         trusted = values[value]
     return others, trusted
+
+
+def names_kind(path: str, kind: type) -> bool:
+    """Whether a class path, or the name of a class that is imported, names a class of a kind.
+
+    What jsonargparse would not import, or cannot, names none: its own parser tells why.
+    """
+    if "." not in path:
+        return path in _names(kind)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--named", type=type[kind])  # type: ignore[valid-type]
+    try:
+        parser.parse_args([f"--named={path}"])
+    except Exception:  # a module that is imported may raise anything
+        return False
+    return True
+
+
+def _names(kind: type) -> set[str]:
+    return {kind.__name__}.union(*map(_names, kind.__subclasses__()))
 
 
 def explain_denied(message: str) -> str:

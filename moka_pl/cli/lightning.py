@@ -29,7 +29,7 @@ from moka_pl.callbacks import (
     Throughput,
 )
 from moka_pl.callbacks.interrupt import signals_stop
-from moka_pl.cli.class_paths import explain_denied, restrict_class_paths, split_trust
+from moka_pl.cli.class_paths import explain_denied, names_kind, restrict_class_paths, split_trust
 from moka_pl.cli.config_files import named_model, read_config
 from moka_pl.cli.configs import find_config
 from moka_pl.cli.failures import ranks
@@ -46,7 +46,7 @@ from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import check_launcher, check_options
 from moka_pl.training.trial_optimizer import check_learns
 from moka_pl.utils import make_folder
-from moka_pl.vision import ImageData
+from moka_pl.vision import ImageData, VisionModule
 
 _LOGGER = {
     "class_path": "moka_pl.callbacks.BoardLogger",
@@ -134,7 +134,7 @@ class MokaCLI(LightningCLI):
         named = named_model(args)
         super().__init__(
             MokaModule,
-            ImageData if str(named).endswith("VisionModule") else MokaDataModule,
+            ImageData if named is not None and names_kind(named, VisionModule) else MokaDataModule,
             subclass_mode_model=named is not None,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from moka_pl.cli.class_paths import split_trust
+from moka_pl.cli.class_paths import names_kind, restrict_class_paths, split_trust
 from moka_pl.errors import ConfigError
 
 DATA = {"class_path": "moka_pl.data.InstructionData", "init_args": {"path": "sample"}}
@@ -156,3 +156,23 @@ def test_trust_is_taken_out_of_the_command_line():
     for given in (["--trust_config"], ["--trust_config=yes"], ["--trust_config", "--x"]):
         with pytest.raises(ConfigError, match="takes true or false"):
             split_trust(given)
+
+
+def test_a_class_is_of_a_kind_by_its_bases_rather_than_its_name(own):
+    from moka_pl.vision import VisionModule
+
+    restrict_class_paths(False)
+    for named in ("VisionModule", "moka_pl.VisionModule", "moka_pl.vision.module.VisionModule"):
+        assert names_kind(named, VisionModule)
+    for named in ("MokaModule", "moka_pl.MokaModule", "moka_pl.NoVisionModule", "os.VisionModule", "no.One"):
+        assert not names_kind(named, VisionModule)
+    assert not names_kind("own_module.Mine", torch.optim.SGD)  # without the user's word
+    assert not (own / "imported").exists()
+
+
+def test_an_own_model_of_images_takes_images(own, build_cli):
+    (own / "own_module.py").write_text("import moka_pl\nclass Seeing(moka_pl.VisionModule): pass\n")
+    named = ["--model", "own_module.Seeing", "--data", "moka_pl.DigitsData", "--trust_config", "true"]
+    built = build_cli("fit", *named)
+    assert type(built.model).__name__ == "Seeing"
+    assert type(built.datamodule).__name__ == "DigitsData"
