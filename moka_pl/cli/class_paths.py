@@ -111,7 +111,7 @@ def names_kind(path: str, kind: type) -> bool:
     if "." not in path:
         return path in _names(kind)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--named", type=type[kind])  # type: ignore[valid-type]
+    parser.add_argument("--named", type=type[kind])
     try:
         parser.parse_args([f"--named={path}"])
     except Exception:  # a module that is imported may raise anything
