@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moka_pl.data.types import Batch, data_of
 
-SHORT = {"tokens": "tok", "images": "img"}
-"""What the progress bar calls what is counted."""
+#: What the progress bar calls what is counted.
+_SHORT = {"tokens": "tok", "images": "img"}
 
 
 class Throughput(Callback):
@@ -67,7 +67,7 @@ class Throughput(Callback):
         # Every rank works on an equal share, so this rank's speed times their number is the whole speed.
         # A tensor on the CPU: a number would be copied to the GPU, for which the CPU waits.
         whole = torch.tensor(speed * trainer.world_size)
-        pl_module.log(f"{SHORT[self.unit]}/s", whole, prog_bar=True, logger=False)
+        pl_module.log(f"{_SHORT[self.unit]}/s", whole, prog_bar=True, logger=False)
         if trainer.global_step % log_interval(trainer) == 0:
             pl_module.log(f"train/{self.unit}_per_second", speed * trainer.world_size)
             pl_module.log("train/peak_memory_gib", peak_memory(pl_module.device))

@@ -117,8 +117,7 @@ def end_others(at_once: bool) -> None:
 
 def _cause(error: BaseException) -> BaseException:
     """The error of another library that one of the package's stands for."""
-    named = isinstance(error, MokaError) and error.__cause__ is not None
-    return error.__cause__ or error if named else error
+    return (error.__cause__ if isinstance(error, MokaError) else None) or error
 
 
 def _store() -> Any:
