@@ -1,4 +1,4 @@
-"""Small helpers: silencing other libraries, checking output folders, and replacing folders whole."""
+"""Small helpers: silencing other libraries, checking output folders, and replacing what is there whole."""
 
 import errno
 import logging
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from moka_pl.errors import ConfigError, MokaWarning
 
@@ -92,6 +93,31 @@ def _free(folder: Path) -> int:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size:,} bytes"
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that takes the place of ``path`` once it is whole, unless the body fails.
+
+    Raises:
+        OSError: If it cannot be written. ``path`` is then unchanged.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 # Replacing a folder. A scratch folder `.<name>-<8 characters>` beside it holds the new contents: as `new`

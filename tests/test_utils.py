@@ -1,4 +1,4 @@
-"""Folders are replaced whole, whatever happens."""
+"""Files and folders are replaced whole, whatever happens."""
 
 import errno
 import math
@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from moka_pl import utils
-from moka_pl.utils import recover_folder, replaced_folder, write_failure
+from moka_pl.utils import recover_folder, replaced_file, replaced_folder, write_failure
 
 OLD, NEW = {"weights": b"old", "notes": b"mine"}, {"weights": b"new", "notes": b"mine"}
 
@@ -188,3 +189,20 @@ def test_survives_a_kill_at_any_instruction(tmp_path, system, act, monkeypatch):
         assert seen, f"event {event}: nothing to be seen in a shell"
         recover_folder(path)
         assert contents(path) in (OLD, NEW), f"event {event}"
+
+
+def test_a_file_is_replaced_once_it_is_whole(tmp_path):
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    with suppress(KeyError), replaced_file(target) as file:
+        file.write(b"half")
+        raise KeyError
+    assert target.read_text() == "old"
+    with replaced_file(target) as file:
+        file.write(b"new")
+        file.flush()
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    (tmp_path / "b").touch()
+    assert target.stat().st_mode == (tmp_path / "b").stat().st_mode  # others may read it, too
+    assert {file.name for file in tmp_path.iterdir()} == {"a.json", "b"}

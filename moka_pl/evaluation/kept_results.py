@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import platform
 import re
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -26,6 +24,7 @@ from moka_pl.data.batching.samplers import EvalSampler
 from moka_pl.data.encoding.digest import rows_digest
 from moka_pl.errors import MokaWarning
 from moka_pl.evaluation.results import Counts, Results, SetCounts
+from moka_pl.utils import replaced_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,14 +71,8 @@ class KeptResults:
         with contextlib.suppress(OSError, ValueError):
             text = json.dumps(contents | {"hash": _hash(contents)}, indent=1, allow_nan=False)
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            number, name = tempfile.mkstemp(prefix=".", dir=self.file.parent)
-            part = Path(name)
-            try:
-                with os.fdopen(number, "w", encoding="utf-8") as file:
-                    file.write(text)
-                part.replace(self.file)
-            finally:
-                part.unlink(missing_ok=True)
+            with replaced_file(self.file) as file:
+                file.write(text.encode())
 
 
 def _hash(contents: Any) -> str:

@@ -1,9 +1,7 @@
 """One self-contained page about an adapter, or two: no scripts, no fonts, nothing from elsewhere."""
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from string import Template
 
@@ -15,7 +13,7 @@ from moka_pl.inspection.comparison import Comparison
 from moka_pl.inspection.report import Inspection
 from moka_pl.inspection.style import style_sheet
 from moka_pl.inspection.text import facts_of
-from moka_pl.utils import unwritable_reason, write_failure
+from moka_pl.utils import replaced_file, unwritable_reason, write_failure
 from moka_pl.version import __version__
 
 # Nothing may be loaded from anywhere, whatever a directory's texts hold.
@@ -62,27 +60,12 @@ def write_page(file: Path, found: Sequence[Inspection], compared: Comparison | N
     """
     contents = page(found, compared).encode()
     file = Path(os.path.realpath(file))
-    part = None
     try:
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".part")
-        part = Path(name)
-        with os.fdopen(handle, "wb") as stream:
+        with replaced_file(file) as stream:
             stream.write(contents)
-        part.chmod(0o666 & ~_umask())
-        part.replace(file)
     except OSError as error:
         reason = write_failure(error, file.parent, len(contents))
         raise ConfigError(f"--html {file}: {reason}; choose another folder") from error
-    finally:
-        if part is not None:
-            with suppress(OSError):
-                part.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def page(found: Sequence[Inspection], compared: Comparison | None = None) -> str:
