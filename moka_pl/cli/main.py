@@ -175,7 +175,7 @@ def _end(error: Exception) -> NoReturn:
     message: str | None
     lost = ranks.is_lost_rank(error)
     if lost:
-        message, status = ranks.lost(error), 1
+        message, status = ranks.lost_rank_message(error), 1
     elif isinstance(error, MokaError):
         message, status = str(error), error.status
     else:

@@ -50,7 +50,7 @@ def join(trainer: "Trainer") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def lost(error: BaseException) -> str:
+def lost_rank_message(error: BaseException) -> str:
     """Returns one line on a process that cannot be reached any more, and may have said nothing."""
     reason = one_line(_cause(error)).partition(". This is typically")[0]
     return (

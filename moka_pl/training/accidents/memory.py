@@ -66,21 +66,23 @@ def step_error(module: "TrainedModule", where: str, batch: Batch | None, reason:
         reason: What the memory's allocator says.
     """
     images = batch is not None and "input_ids" not in batch
-    rows, tokens = (
-        (0, 0) if batch is None else (len(batch["labels"]), 1) if images else batch["input_ids"].shape
-    )
-    what = f"step {module.trainer.global_step + 1}"
-    if batch is not None:
-        what += f", with a micro-batch of {rows} " + ("images" if images else f"x {tokens:,} tokens")
-    estimate = ""
-    if batch is not None and module.describe_memory is not None and not images:
-        with suppress(Exception):  # the lack of memory says more than what else goes wrong
-            trained = int((batch["labels"].cpu()[:, 1:] != IGNORE_INDEX).sum())
-            estimate = module.describe_memory(rows, tokens, trained) + ". "
+    rows, size, estimate = 0, "", ""
+    if batch is not None and images:
+        rows = len(batch["labels"])
+        size = f", with a micro-batch of {rows} images"
+    elif batch is not None:
+        rows, tokens = batch["input_ids"].shape
+        size = f", with a micro-batch of {rows} x {tokens:,} tokens"
+        # The lack of memory says more than what else goes wrong.
+        with suppress(Exception):
+            if module.describe_memory is not None:
+                trained = int((batch["labels"].cpu()[:, 1:] != IGNORE_INDEX).sum())
+                estimate = module.describe_memory(rows, tokens, trained) + ". "
     usable = not module.updating
     kept = "" if usable else "The optimizer had begun to change the weights, which are not saved. "
     remedy = _sentence(remedies(module, rows, images))  # type: ignore[arg-type]
-    message = f"out of memory in {where} of {what}. {estimate}{kept}{remedy}. ({reason})"
+    step = f"step {module.trainer.global_step + 1}{size}"
+    message = f"out of memory in {where} of {step}. {estimate}{kept}{remedy}. ({reason})"
     return StepMemoryError(message, usable)
 
 
