@@ -5,13 +5,13 @@ bit, and the backward pass keeps nothing.
 """
 
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moka_pl.backbone.quantization import FrozenProduct, is_four_bit, kernel_weight
+from moka_pl.lm.replaced_forward import replace_forward
 
 #: Tokens above which bitsandbytes dequantises a weight for its product, too; for fewer it has a kernel.
 _FEWEST = 1536
@@ -25,7 +25,7 @@ def fuse_products(model: nn.Module) -> int:
     """
     layers: list[Any] = [module for module in model.modules() if is_four_bit(module)]
     for layer in layers:
-        layer.forward = MethodType(_forward, layer)
+        replace_forward(layer, _dequantising)
     return len(layers)
 
 
@@ -39,26 +39,30 @@ def _weight_source(layer: Any, dtype: torch.dtype) -> Any:
     return source if can_dequantise(source, layer.out_features * layer.in_features) else None
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
-    """Computes ``W x + bias``, (..., m), as the layer's class does."""
-    source, bias = None, layer.bias
-    trained = bias is not None and bias.requires_grad
-    if (
-        x.is_cuda
-        and x.numel() > _FEWEST * layer.in_features
-        and x.dtype == layer.compute_dtype
-        and not trained
-    ):
-        tracing = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        source = None if tracing else _weight_source(layer, x.dtype)
-    if source is None:
-        plain: Tensor = type(layer).forward(layer, x)
-        return plain
-    bias = None if bias is None else bias.to(x.dtype)
-    # The weight is asked for each time: in the backward pass it may lie elsewhere.
-    weight = partial(_weight, layer, x.dtype)
-    product: Tensor = FrozenProduct.apply(x, bias, weight)  # type: ignore[no-untyped-call]
-    return product
+def _dequantising(kind: Any) -> Any:
+    """The forward method of a class of 4-bit layers, by this package's kernel where that can compute."""
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        """Computes ``W x + bias``, (..., m)."""
+        if not _computes(layer, x):
+            return kind.forward(layer, x)  # type: ignore[no-any-return]
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        # The weight is asked for each time: in the backward pass it may lie elsewhere.
+        weight = partial(_weight, layer, x.dtype)
+        product: Tensor = FrozenProduct.apply(x, bias, weight)  # type: ignore[no-untyped-call]
+        return product
+
+    return forward
+
+
+def _computes(layer: Any, x: Tensor) -> bool:
+    """Whether the layer's product is computed here."""
+    if not x.is_cuda or x.numel() <= _FEWEST * layer.in_features or x.dtype != layer.compute_dtype:
+        return False
+    if layer.bias is not None and layer.bias.requires_grad:
+        return False
+    tracing = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    return not tracing and _weight_source(layer, x.dtype) is not None
 
 
 def _weight(layer: Any, dtype: torch.dtype) -> Tensor:

@@ -7,16 +7,16 @@ modules they were, and only steps with gradients use the graphs: evaluation and 
 
 import os
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from importlib.util import find_spec
 from shutil import which
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from moka_pl.errors import BackboneError, ConfigError
+from moka_pl.lm.replaced_forward import forward_maker, replace_forward, restore_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 Compile = Literal["none", "layers"]
 
 _COMPILERS = ("g++", "clang++")
-#: Where a method remembers that it is compiled here.
-_MARK = "_moka_compiled"
 
 
 def check_compiler(device: torch.device) -> None:
@@ -64,15 +62,15 @@ def compile_layers(model: "PreTrainedModel", backend: str = "inductor") -> int:
             "--model.backbone.compile none"
         )
     for layer in layers:
-        layer.forward = MethodType(_compiled(type(layer).forward, backend), layer)
+        replace_forward(layer, _compiled, backend)
     return len(layers)
 
 
 def restore_layers(model: "PreTrainedModel") -> None:
     """Undoes :func:`compile_layers`."""
     for layer in _decoder_layers(model):
-        if hasattr(vars(layer).get("forward"), _MARK):
-            del layer.forward
+        if forward_maker(layer) is _compiled:
+            restore_forward(layer)
 
 
 def _decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:
@@ -81,12 +79,9 @@ def _decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:
     return [layer for one in lists for layer in one]
 
 
-@cache
-def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """The forward method of a class of layers, compiled where gradients are computed in training mode.
-
-    It is bound to a layer like any method, so that a copy of the layer has it bound to itself.
-    """
+def _compiled(kind: Any, backend: str) -> Callable[..., Any]:
+    """The forward method of a class of layers, compiled where gradients are computed in training mode."""
+    forward = kind.forward
     compiled = torch.compile(forward, backend=backend, dynamic=True)
 
     @wraps(forward)
@@ -94,5 +89,4 @@ def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
         trains = layer.training and torch.is_grad_enabled()
         return (compiled if trains else forward)(layer, *args, **kwargs)
 
-    setattr(run, _MARK, True)
     return run

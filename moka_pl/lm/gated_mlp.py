@@ -4,28 +4,24 @@ A trained or adapted down projection keeps its input, the widest of a layer, for
 product of two tensors that the backward pass needs anyway, and cheap: one pass over the memory.
 """
 
-from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from moka_pl._compat import saving_hooks
 
 
-def keep_no_products(model: nn.Module) -> None:
-    """Has the gated MLPs that Liger computes in a model keep no product; the gradients stay, bit for bit."""
+def without_product(forward: Any) -> Any:
+    """Returns the method of gated MLPs that keep no product for Liger's own; another one as it is."""
     from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
 
-    for module in model.modules():
-        forward = vars(module).get("forward")
-        if getattr(forward, "__func__", None) is LigerSwiGLUMLP.forward:
-            module.forward = MethodType(_forward, module)
+    return gated_forward if forward is LigerSwiGLUMLP.forward else forward
 
 
-def _forward(mlp: Any, x: Tensor) -> Tensor:
-    """Computes ``down (silu(gate x) * up x)``, (..., d), as Liger does."""
+def gated_forward(mlp: Any, x: Tensor) -> Tensor:
+    """Computes ``down (silu(gate x) * up x)``, (..., d), as Liger does, gradients included, bit for bit."""
     from liger_kernel.transformers.swiglu import LigerSiLUMulFunction
 
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)  # (..., e)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moka_pl.errors import one_line
-from moka_pl.lm.gated_mlp import keep_no_products
+from moka_pl.lm.gated_mlp import without_product
 from moka_pl.lm.own_loss import few_tokens
+from moka_pl.lm.replaced_forward import forward_maker, given, replace_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ def fuse_kernels(model: "PreTrainedModel") -> str:
 
 def fused_modules(model: nn.Module) -> list[str]:
     """Names of the modules that compute by fused kernels."""
-    return [name for name, module in model.named_modules() if "forward" in vars(module)]
+    return [name for name, module in model.named_modules() if forward_maker(module) in (given, _rotating)]
 
 
 def knows(model: "PreTrainedModel") -> bool:
@@ -81,14 +82,15 @@ def _put(model: "PreTrainedModel") -> str | None:
     """Puts the kernels in; returns why they are out again, or None."""
     ids = few_tokens(model).to(model.get_input_embeddings().weight.device)  # (B, T)
     plain = _last_hidden(model, ids)
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     try:
         _apply(model)
         reason = _difference(model, plain, _last_hidden(model, ids))
     except Exception as error:  # whatever an architecture, a version or a compiler raises
         reason = f"Liger {version('liger-kernel')} fails: {type(error).__name__}: {one_line(error)}"
     if reason is not None:
-        for module, attributes in before:
+        for module, kind, attributes in before:
+            module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
     return reason
@@ -101,9 +103,9 @@ def _last_hidden(model: "PreTrainedModel", ids: Tensor) -> Tensor:
 
 def _difference(model: "PreTrainedModel", plain: Tensor, fused: Tensor) -> str | None:
     """How the fused model differs from the plain one by more than rounding, or None."""
-    for module in (m for m in model.modules() if "forward" in vars(m)):
+    for module in (m for m in model.modules() if forward_maker(m) is given):
         activation = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
-        gelu = "GEGLU" in module.forward.__qualname__
+        gelu = "GEGLU" in type(module).forward.__qualname__
         if activation is not None and not _same_activation(activation, gelu):
             return f"Liger's gated MLP has another activation than {type(activation).__name__}"
     error = float((fused.float() - plain.float()).norm() / plain.float().norm())
@@ -122,35 +124,41 @@ def _same_activation(activation: Any, gelu: bool) -> bool:
 
 def _apply(model: "PreTrainedModel") -> None:
     """Has Liger change a model's norms and MLPs, and has its attention call Liger's rotary embedding."""
-    from liger_kernel.ops import LigerRopeFunction
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
     from transformers.integrations.liger import apply_liger_kernel
-
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-        """Rotates queries (B, H, T, c) and keys (B, K, T, c)."""
-        if len(q) == 1:
-            rotated: tuple[Tensor, ...] = LigerRopeFunction.apply(q, k, cos, sin)
-            return rotated
-        # Liger compiles a kernel for every number of rows: here all rows are one.
-        tables = _one_row(cos, sin, q.shape[0])
-        joined = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in (q, k)]  # (1, H, B·T, c)
-        rotated = LigerRopeFunction.apply(*joined, *tables)
-        apart = [
-            x.transpose(1, 2).reshape(len(q), -1, x.shape[1], x.shape[3]) for x in rotated
-        ]  # (B, T, H, c)
-        return tuple(x.transpose(1, 2) for x in apart)
 
     modelling = sys.modules[type(model).__module__]
     with _restored(modelling):
         apply_liger_kernel(model, _LOSSES)
-        keep_no_products(model)
-        replaced = [name for name, value in vars(modelling).items() if value is liger_rotary_pos_emb]
+        names = tuple(name for name, value in vars(modelling).items() if value is liger_rotary_pos_emb)
     for module in model.modules():
-        forward = type(module).forward
-        if type(module).__module__ == modelling.__name__ and "forward" not in vars(module):
-            rebound = _rebound(forward, dict.fromkeys(replaced, rotate), set())
-            if rebound is not forward:
-                module.forward = MethodType(rebound, module)
+        kind = type(module)
+        if isinstance(forward := vars(module).get("forward"), MethodType):
+            for name in [key for key, value in vars(module).items() if isinstance(value, MethodType)]:
+                delattr(module, name)  # how it prints itself, too
+            replace_forward(module, given, without_product(forward.__func__))
+        elif kind.__module__ == modelling.__name__ and _rotating(kind, *names) is not kind.forward:
+            replace_forward(module, _rotating, *names)
+
+
+def _rotating(kind: Any, *names: str) -> Any:
+    """The forward method of a class, calling Liger's rotary embedding under these names."""
+    return _rebound(kind.forward, dict.fromkeys(names, _rotate), set())
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    """Rotates queries (B, H, T, c) and keys (B, K, T, c)."""
+    from liger_kernel.ops import LigerRopeFunction
+
+    if len(q) == 1:
+        rotated: tuple[Tensor, ...] = LigerRopeFunction.apply(q, k, cos, sin)
+        return rotated
+    # Liger compiles a kernel for every number of rows: here all rows are one.
+    tables = _one_row(cos, sin, q.shape[0])
+    joined = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in (q, k)]  # (1, H, B·T, c)
+    rotated = LigerRopeFunction.apply(*joined, *tables)
+    apart = [x.transpose(1, 2).reshape(len(q), -1, x.shape[1], x.shape[3]) for x in rotated]  # (B, T, H, c)
+    return tuple(x.transpose(1, 2) for x in apart)
 
 
 def _one_row(cos: Tensor, sin: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """Gated MLPs that compute their product again, with stand-ins for Liger's kernels where there is no GPU."""
 
-from types import MethodType
 from typing import Any
 
 import pytest
@@ -10,7 +9,8 @@ from torch.nn import functional as F
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.lm.checkpointing import checkpoint_layers
-from moka_pl.lm.gated_mlp import keep_no_products
+from moka_pl.lm.gated_mlp import without_product
+from moka_pl.lm.replaced_forward import given, replace_forward
 from moka_pl.lm.scoring import score_tokens
 
 pytest.importorskip("liger_kernel")
@@ -66,11 +66,10 @@ def test_gradients_stay_bit_for_bit(
     randomize(tiny_llama)
     tiny_llama.train()
     plain = step(tiny_llama)
-    keep_no_products(tiny_llama)  # nothing is Liger's yet
-    assert all("forward" not in vars(layer.mlp) for layer in tiny_llama.model.layers)
     for layer in tiny_llama.model.layers:
-        layer.mlp.forward = MethodType(LigerSwiGLUMLP.forward, layer.mlp)
-    keep_no_products(tiny_llama)
+        own = type(layer.mlp).forward
+        assert without_product(own) is own
+        replace_forward(layer.mlp, given, without_product(LigerSwiGLUMLP.forward))
     for found, expected in zip(step(tiny_llama), plain, strict=True):
         assert torch.equal(found, expected)
     assert len(again) == count

@@ -3,6 +3,7 @@
 Plain PyTorch stands in for Liger's Triton kernels, which ``tests/gpu`` runs.
 """
 
+import pickle
 import sys
 from copy import deepcopy
 from types import SimpleNamespace
@@ -91,23 +92,26 @@ def test_a_fused_model_computes_the_same_and_changes_no_other(name: str, calls: 
     assert not fused_modules(other)
 
 
-def test_a_copy_computes_with_its_own_weights(calls: dict[str, int]) -> None:
+@pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_computes_with_its_own_weights(copied: Any, calls: dict[str, int]) -> None:
     model = build(T.LlamaConfig(**SIZES))
     fuse_kernels(model)
-    copy = deepcopy(model)
+    copy = copied(model)
     expected = model(**batch()).logits
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
+    calls.update(dict.fromkeys(calls, 0))
     assert torch.equal(copy(**batch()).logits, expected)
     assert fused_modules(copy) == fused_modules(model)
+    assert min(calls["norm"], calls["silu"], calls["rope"]) >= len(copy.model.layers)
 
 
 def assert_untouched(model: nn.Module, reason: str) -> None:
     expected = model(**batch()).logits
-    before = [dict(vars(module)) for module in model.modules()]
+    before = [(type(module), dict(vars(module))) for module in model.modules()]
     assert fuse_kernels(model) == f"no fused kernels: {reason}"
-    assert [dict(vars(module)) for module in model.modules()] == before
+    assert [(type(module), dict(vars(module))) for module in model.modules()] == before
     assert torch.equal(model(**batch()).logits, expected)
 
 
@@ -115,9 +119,9 @@ def test_what_differs_from_the_model_is_taken_out(calls: Any, monkeypatch: pytes
     wrong = SimpleNamespace(apply=lambda gate, up, *_: 1.1 * F.silu(gate) * up)
     monkeypatch.setattr("liger_kernel.transformers.swiglu.LigerSiLUMulFunction", wrong)
     model = build(T.LlamaConfig(**SIZES))
-    before = [dict(vars(module)) for module in model.modules()]
+    before = [(type(module), dict(vars(module))) for module in model.modules()]
     assert "differ from the model's own computation by" in fuse_kernels(model)
-    assert [dict(vars(module)) for module in model.modules()] == before
+    assert [(type(module), dict(vars(module))) for module in model.modules()] == before
 
 
 def test_what_fails_is_taken_out(calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,11 +130,11 @@ def test_what_fails_is_taken_out(calls: Any, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("liger_kernel.ops.LigerRopeFunction", SimpleNamespace(apply=fail))
     model = build(T.LlamaConfig(**SIZES))
-    before = [dict(vars(module)) for module in model.modules()]
+    before = [(type(module), dict(vars(module))) for module in model.modules()]
     note = fuse_kernels(model)
     assert note.startswith("no fused kernels: Liger ")
     assert note.endswith(" fails: RuntimeError: no compiler")
-    assert [dict(vars(module)) for module in model.modules()] == before
+    assert [(type(module), dict(vars(module))) for module in model.modules()] == before
 
 
 def test_another_activation_is_not_replaced(calls: Any) -> None:
