@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Measures how training speed grows with the number of GPUs; ``--help`` says how."""
+"""Measures trainings on several GPUs; ``--help`` says how."""
 
-from moka_pl.studies.benchmark.data_parallel import main
+from moka_pl.studies.ranks.command import main
 
 if __name__ == "__main__":
     main()

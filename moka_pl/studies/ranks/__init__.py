@@ -1,0 +1,1 @@
+"""What training on several GPUs costs and gains, measured by runs of the command line."""

@@ -1,0 +1,237 @@
+"""Trainings on several GPUs, measured one after another; ``scripts/data_parallel_speed.py`` runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from moka_pl.errors import ConfigError
+from moka_pl.studies.common import Parser, versions, write_json
+from moka_pl.studies.ranks.cases import GROUPS, Case
+from moka_pl.studies.ranks.tables import cells, heads
+
+DESCRIPTION = f"""\
+Measures trainings on several GPUs, through the command line that users run.
+
+    python scripts/data_parallel_speed.py --devices 1 2 4 --json ddp.json
+    python scripts/data_parallel_speed.py --shape llama2-13b --strategy ddp sharded --devices 2
+    python scripts/data_parallel_speed.py --groups ddp limited 13b 70b resume --json gpus.json
+
+Each trains a 4-bit model of a known shape with random weights (nothing is downloaded) on rows of 512 tokens,
+and prints the median of the tokens per second, the highest peak of a GPU's memory, the seconds from the
+command to the first step, and the size of a checkpoint with the seconds that it took from the training.
+A training that fails is a row, too. Groups: {", ".join(GROUPS)}.
+"""
+#: Tokens of a row.
+_LENGTH = 512
+#: Characters of a failed training's output that are shown.
+_TAIL = 3000
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints a table, row by row.
+
+    Args:
+        arguments: Default: the process's.
+    """
+    parser = Parser("data_parallel_speed", DESCRIPTION)
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of GPUs")
+    parser.add_argument("--shape", default="llama2-7b", help="shape of the model (see BackboneConfig.name)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of 512 tokens per GPU")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks of 3 timed steps, after 10 others")
+    parser.add_argument(
+        "--strategy", nargs="+", default=["ddp"], help="Lightning's names, such as sharded, sharded_offload"
+    )
+    parser.add_argument("--memory-limit", type=float, help="GiB of each GPU that may be used")
+    parser.add_argument(
+        "--groups", nargs="+", choices=GROUPS, help="trainings in place of those of the options"
+    )
+    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a training is ended")
+    parser.add_argument("--accelerator", default="gpu", help="cpu tries the command out")
+    parser.add_argument("--json", type=Path, help="a file for the rows so far, rewritten after each of them")
+    args = parser.parse_args(arguments)
+    if args.groups:
+        cases = [case for name in args.groups for case in GROUPS[name]]
+    else:
+        base = Case(
+            args.shape, batch_size=args.batch_size, blocks=args.blocks, memory_limit=args.memory_limit
+        )
+        cases = [replace(base, strategy=s, devices=n) for n in args.devices for s in args.strategy]
+    rows: list[dict[str, Any]] = []
+    print("  ".join(heads()), flush=True)
+    for case in cases:
+        rows.append(measured(case, args.timeout, args.accelerator))
+        print("  ".join(cells(rows[-1], rows)), flush=True)
+        if args.json is not None:
+            write_json(args.json, {"versions": versions(), "rows": rows}, indent=1)
+
+
+def measured(case: Case, timeout: float, accelerator: str = "gpu") -> dict[str, Any]:
+    """Runs a training, and returns what was measured, or why it failed.
+
+    Args:
+        case: The training.
+        timeout: Seconds after which it is ended.
+        accelerator: Lightning's name of the devices' kind.
+
+    Returns:
+        The case's options with ``tokens_per_second`` (median), ``peak_gib`` (highest of all ranks) and the
+        others of :func:`_result`; or with ``error``.
+    """
+    row = case.as_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if case.resumes is None:
+                return row | _run(case, Path(folder) / "run", timeout, accelerator)
+            strategy, devices = case.resumes
+            first = replace(case, strategy=strategy, devices=devices, resumes=None)
+            before = _run(first, Path(folder) / "first", timeout, accelerator)
+            # As many rows in a step.
+            resumed = replace(case, batch_size=case.batch_size * devices // case.devices)
+            checkpoint = Path(before["checkpoint"])
+            after = _run(resumed, Path(folder) / "second", timeout, accelerator, checkpoint)
+        except ConfigError as error:
+            return row | {"error": str(error)}
+    return row | after | {"before": before}
+
+
+def _run(
+    case: Case, folder: Path, timeout: float, accelerator: str, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """Runs a training in a folder.
+
+    Args:
+        case: The training.
+        folder: For its data and its log.
+        timeout: Seconds after which it is ended.
+        accelerator: Lightning's name of the devices' kind.
+        checkpoint: What it resumes.
+
+    Raises:
+        ConfigError: It failed, or took longer.
+    """
+    folder.mkdir()
+    texts = folder / "texts.jsonl"
+    _write_texts(texts, rows=case.steps * case.batch_size * case.devices)
+    # Each rank runs the same command, and so limits its own GPU.
+    command = [sys.executable, "-m", "moka_pl"]
+    if case.memory_limit is not None:
+        command = [sys.executable, "-m", "moka_pl.studies.ranks.limited", str(case.memory_limit)]
+    begun = case.steps if checkpoint is not None else 0
+    options = {
+        "model.backbone.name": case.shape,
+        "model.backbone.weights": "random",
+        "data": "moka_pl.data.TextData",
+        "data.init_args.path": texts,
+        "data.init_args.batch_size": case.batch_size,
+        "data.init_args.max_length": _LENGTH,
+        "trainer.accelerator": accelerator,
+        "trainer.devices": case.devices,
+        "trainer.strategy": case.strategy,
+        "trainer.accumulate_grad_batches": 1,
+        "trainer.max_epochs": -1,
+        "trainer.max_steps": begun + case.steps,
+        "trainer.limit_val_batches": 0,
+        "trainer.val_check_interval": 1.0,
+        "trainer.log_every_n_steps": 5,
+        "trainer.logger.init_args.save_dir": folder,
+        "checkpoint.every_n_train_steps": begun + case.saves_at,
+        "trainer.callbacks+": "moka_pl.studies.ranks.clock.StepClock",
+        "trainer.callbacks.folder": folder,
+        "trainer.callbacks.warmup": case.warmup,
+        "trainer.callbacks.saves_at": case.saves_at,
+    }
+    if checkpoint is not None:
+        options |= {"ckpt_path": checkpoint, "model.allow_changes": '["ranks", "batch_size", "scheduler"]'}
+    command += ["fit", "--config", "configs/llama2_ddp.yaml", *(f"--{k}={v}" for k, v in options.items())]
+    begun_at = time.time()
+    _ended(command, folder / "output.txt", timeout)
+    clocks = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("clock-*.json"))]
+    if len(clocks) != case.devices:
+        raise ConfigError(f"{len(clocks)} of {case.devices} processes trained to the end")
+    return _result(clocks, begun_at, next(folder.rglob("last.ckpt")))
+
+
+def _write_texts(file: Path, rows: int) -> None:
+    """Writes texts of as many bytes as fill the rows, of which a few are held out."""
+    text = "Bread rises because yeast turns sugar into gas, which the dough holds. " * 400
+    step = (_LENGTH - 1) * 50  # the windows of 50 rows
+    lines = [json.dumps({"text": f"{n}. {text}"[: step - 1]}) for n in range(rows // 40 + 4)]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _ended(command: Sequence[str], output: Path, timeout: float) -> None:
+    """Waits for a command and all processes that it starts.
+
+    Args:
+        command: The command.
+        output: A file for what it prints.
+        timeout: Seconds after which it is killed.
+
+    Raises:
+        ConfigError: It failed, or took longer.
+    """
+    with output.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait(timeout)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            status = -signal.SIGKILL
+            reason = f"not done after {timeout:g} s"
+        else:
+            reason = f"status {status}"
+    if status == 0:
+        return
+    printed = output.read_text(encoding="utf-8", errors="replace").strip()
+    print(printed[-_TAIL:], file=sys.stderr, flush=True)
+    last = printed.splitlines()[-1] if printed else ""
+    raise ConfigError(f"{reason}: {last[-300:]}" if last else reason)
+
+
+def _result(clocks: list[dict[str, Any]], begun_at: float, checkpoint: Path) -> dict[str, Any]:
+    """Puts the clocks of all ranks together.
+
+    Args:
+        clocks: What :class:`StepClock` wrote, in the ranks' order.
+        begun_at: When the command was started.
+        checkpoint: The last checkpoint.
+    """
+    speeds = [
+        sum(tokens for tokens, _ in block) / max(seconds for _, seconds in block)
+        for block in zip(*(clock["blocks"] for clock in clocks), strict=True)
+    ]
+    first = clocks[0]
+    saving = [clock["saving"] for clock in clocks if clock["saving"] is not None]
+    reserved = [clock["reserved_gib"] for clock in clocks if clock["reserved_gib"] is not None]
+    return {
+        "device": first["device"],
+        "tokens_per_second": median(speeds),
+        "slowest": min(speeds),
+        "fastest": max(speeds),
+        "peak_gib": max(clock["peak_gib"] for clock in clocks),
+        "reserved_gib": max(reserved, default=None),
+        "first_step_seconds": first["stages"]["first_step"] - begun_at,
+        "stages": {name: moment - begun_at for name, moment in first["stages"].items()},
+        "checkpoint": str(checkpoint),
+        "checkpoint_mb": checkpoint.stat().st_size / 1e6,
+        "checkpoint_seconds": max(saving, default=None),
+        "begun_at": first["begun_at"],
+        "ended_at": first["ended_at"],
+        "position": first["position"],
+        "losses": first["losses"],
+        "rows": [sum(step) for step in zip(*(clock["sums"] for clock in clocks), strict=True)],
+    }

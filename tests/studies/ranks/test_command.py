@@ -1,0 +1,93 @@
+"""Measured trainings, with the trainings replaced."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from moka_pl.errors import ConfigError
+from moka_pl.studies.ranks import command
+from moka_pl.studies.ranks.cases import GROUPS, Case
+
+
+def clock(speed: float, **changes):
+    """What a rank writes whose blocks of 600 tokens have a mean speed."""
+    stages = {"imported": 103.0, "built": 110.0, "first_step": 112.0}
+    blocks = [[600, 600 / (speed * share)] for share in (0.9, 1.0, 1.1)]
+    found = {"device": "H", "stages": stages, "begun_at": 0, "ended_at": 8, "position": [0, 0]}
+    found |= {"blocks": blocks, "saving": 0.25, "losses": [2.0], "sums": [5], "peak_gib": 3.5}
+    return found | {"reserved_gib": 4.0} | changes
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Replaces the commands; returns their options."""
+    seen = []
+    monkeypatch.setattr(command.time, "time", lambda: 100.0)
+
+    def ended(arguments, output, timeout) -> None:
+        options = dict(part.removeprefix("--").split("=", 1) for part in arguments if "=" in part)
+        seen.append(options)
+        if options["trainer.strategy"] == "broken":
+            raise ConfigError("status 1: no memory")
+        folder = Path(options["trainer.callbacks.folder"])
+        (folder / "last.ckpt").write_bytes(bytes(2_000_000))
+        for rank in range(int(options["trainer.devices"])):
+            (folder / f"clock-{rank}.json").write_text(json.dumps(clock(100, peak_gib=3.5 + rank)))
+
+    monkeypatch.setattr(command, "_ended", ended)
+    return seen
+
+
+def test_the_median_of_all_ranks_and_their_highest_peak(runs, tmp_path, capsys) -> None:
+    file = tmp_path / "rows.json"
+    command.main(["--devices", "1", "2", "--strategy", "ddp", "sharded", "--json", str(file)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [
+        ["llama2-7b", "ddp", "1", "8", "100", "1.00", "3.50", "12.0", "2.0", "0.25"],
+        ["llama2-7b", "sharded", "1", "8", "100", "1.00", "3.50", "1.00,", "1.00", "12.0", "2.0", "0.25"],
+        ["llama2-7b", "ddp", "2", "8", "200", "2.00", "4.50", "12.0", "2.0", "0.25"],
+        ["llama2-7b", "sharded", "2", "8", "200", "2.00", "4.50", "1.00,", "1.00", "12.0", "2.0", "0.25"],
+    ]
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["tokens_per_second"] for row in rows] == pytest.approx([100, 100, 200, 200])
+    assert rows[2]["rows"] == [10]
+    assert rows[2]["stages"]["built"] == 10
+    assert all(options["trainer.max_steps"] == "35" for options in runs)
+
+
+def test_a_training_that_fails_is_a_row(runs, capsys) -> None:
+    command.main(["--devices", "2", "--strategy", "broken", "ddp"])
+    first, second = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert " ".join(first[4:]) == "status 1: no memory"
+    assert second[4] == "200"
+
+
+def test_a_training_resumes_with_as_many_rows_in_a_step(runs) -> None:
+    row = command.measured(Case(strategy="ddp", devices=2, resumes=("sharded", 4)), 9)
+    first, second = runs
+    assert (first["trainer.strategy"], first["trainer.devices"], first["data.init_args.batch_size"]) == (
+        "sharded",
+        "4",
+        "8",
+    )
+    assert second["data.init_args.batch_size"] == "16"
+    assert second["ckpt_path"] == row["before"]["checkpoint"]
+    assert int(second["trainer.max_steps"]) == 2 * int(first["trainer.max_steps"])
+
+
+def test_a_command_that_takes_too_long_or_fails_is_an_error(tmp_path, capfd) -> None:
+    with pytest.raises(ConfigError, match=r"not done after 0\.01 s"):
+        command._ended([sys.executable, "-c", "while True: pass"], tmp_path / "a.txt", 0.01)
+    with pytest.raises(ConfigError, match="status 3: so it ends"):
+        command._ended(["sh", "-c", "echo first; echo so it ends; exit 3"], tmp_path / "b.txt", 9)
+    assert "first\nso it ends" in capfd.readouterr().err
+
+
+def test_limits_go_through_the_module_that_sets_them(runs, monkeypatch) -> None:
+    commands = []
+    inner = command._ended
+    monkeypatch.setattr(command, "_ended", lambda c, *rest: (commands.append(c), inner(c, *rest)))
+    command.measured(GROUPS["limited"][0], 9)
+    assert commands[0][1:5] == ["-m", "moka_pl.studies.ranks.limited", "24.0", "fit"]
