@@ -35,6 +35,7 @@ A is flat and B tall, a × n/b and m/a × b: A ⊗ B is exactly a LoRA of rank a
 """
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -51,7 +52,7 @@ from moka_pl.ops.merged_forward import DenseUpdates, MergedForward
 from moka_pl.ops.operators import number_layer, operator_product
 
 
-class WrappedLayer(nn.Module):
+class WrappedLayer(nn.Module, ABC):
     """A frozen layer with something trained beside it, in its place in the model.
 
     Args:
@@ -87,9 +88,9 @@ class WrappedLayer(nn.Module):
         weight: Tensor = (self.base_layer if self.merged_layer is None else self.merged_layer).weight
         return weight
 
+    @abstractmethod
     def merge(self) -> None:
         """Makes a plain layer of both; the frozen one is unchanged."""
-        raise NotImplementedError
 
     def unmerge(self) -> None:
         """Drops the merged layer, which restores the frozen one bit for bit."""

@@ -5,6 +5,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from moka_pl.adapters.layer import WrappedLayer
 from moka_pl.adapters.patterns import matching
 from moka_pl.adapters.schema import shown
 from moka_pl.backbone.quantization import is_quantised
@@ -14,24 +15,20 @@ from moka_pl.errors import AdapterError
 TRAINED = "trained"
 
 
-class TrainedLinear(nn.Module):
+class TrainedLinear(WrappedLayer):
     """A frozen linear layer and a copy of it that is trained in its place.
 
     Args:
         base_layer: The frozen layer.
         dtype: Dtype of the copy.
-
-    Attributes:
-        enabled: Whether the copy is computed with; else the frozen layer is.
-        merged_layer: The copy, frozen and in the dtype of the layer, once merged.
     """
 
+    base_layer: nn.Linear
+    merged_layer: nn.Linear | None
+
     def __init__(self, base_layer: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.trained = _copy(base_layer, dtype).requires_grad_(True)
-        self.enabled = True
-        self.merged_layer: nn.Linear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes ``W' x + b'`` with the trained copy, (…, n) to (…, m)."""
@@ -42,13 +39,9 @@ class TrainedLinear(nn.Module):
         return layer(x.to(layer.weight.dtype)).to(x.dtype)  # type: ignore[no-any-return]  # (…, m)
 
     def merge(self) -> None:
-        """Makes the copy a plain layer of the base's dtype."""
+        """Makes the copy a plain layer of the base's dtype, frozen."""
         if self.merged_layer is None:
             self.merged_layer = _copy(self.trained, self.base_layer.weight.dtype).requires_grad_(False)
-
-    def unmerge(self) -> None:
-        """Undoes :meth:`merge`."""
-        self.merged_layer = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the copy's tensors by name, detached."""

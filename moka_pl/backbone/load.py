@@ -35,7 +35,7 @@ from moka_pl.backbone.quantization import (
     import_quantiser,
     keep_weights,
     loading_options,
-    quantises_loading,
+    quantises_layers,
     stored_layers,
     weight_bytes,
 )
@@ -128,12 +128,9 @@ def load_backbone(
     dtype = compute_dtype(config, device)
     import_quantiser(config.quantization)
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
-    random = config.weights == "random"
-    by_layer = config.quantization != "none" and not quantises_loading(config.quantization)
+    random, whole = config.weights == "random", blocks is None and not quantises_layers(config.quantization)
     with loading(config.name):
-        described = describe(
-            config, {} if random else model_location(config, blocks is None and not by_layer)
-        )
+        described = describe(config, {} if random else model_location(config, whole))
         config, notes = described.settle(config)
         empty, config = build_empty(described.shape, config, dtype, notes)
         check_tokens(tokenizer, described.shape, _rows(empty), config.name, random, config.new_tokens)
@@ -235,9 +232,8 @@ def _filled(
             return random_model(config, empty, dtype, device, store)
     tensors = {} if files is None else files.tensors
     stored = stored_layers(described.quantization, config.quantization, tensors)
-    by_layer = config.quantization != "none" and not quantises_loading(config.quantization)
     whole = is_complete(files, empty, described.quantization, stored)
-    if files is not None and whole and (store is not None or by_layer):
+    if files is not None and whole and (store is not None or quantises_layers(config.quantization)):
         names = set(tensors) if stored is None else stored.names
         unused = set(unused_tensors(empty, names)) - (set() if stored is None else stored.biases)
         _judge_unused(unused, empty, config.name, notes)

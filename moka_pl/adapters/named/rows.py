@@ -1,6 +1,7 @@
 """A frozen layer under rows of a batch that have adapters of their own."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +49,8 @@ class Rows:
         return self._known[names, device]
 
 
-class RowLinear(nn.Module):
-    """``y = W x + ΔW_k x`` where k is the adapter of the row that x lies in.
-
-    ``W x`` is computed once for all rows, each update for its own rows only. For few tokens a row, as in
-    generating, adapters of the same shapes are computed together.
+class RowLayer(nn.Module):
+    """A frozen layer, the rows of a batch, and the adapted layers over it that these have.
 
     Args:
         name: The layer's full name, for messages.
@@ -61,29 +59,46 @@ class RowLinear(nn.Module):
         rows: The rows of the batch.
     """
 
+    base_layer: Any
+
     def __init__(
-        self, name: str, base_layer: nn.Linear, adapters: Mapping[str, MokaLayer], rows: Rows
+        self, name: str, base_layer: nn.Module, adapters: Mapping[str, MokaLayer], rows: Rows
     ) -> None:
         super().__init__()
         self.name = name
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.rows = rows.count
-        device = base_layer.weight.device
-        used = rows.used(adapters)
-        self.of_one = [(adapters[k], rows.of((k,), device)[0]) for k in used]
-        alike: dict[tuple[tuple[Shape, ...], torch.dtype], list[str]] = {}
-        for k in used:
-            alike.setdefault((adapters[k].shapes, adapters[k].moka_B.dtype), []).append(k)
-        self.together = [
-            (_stack([adapters[k] for k in members], device), *rows.of(tuple(members), device))
-            for members in alike.values()
-        ]
+        self.of_one = [(adapters[k], rows.of((k,), self.weight.device)[0]) for k in rows.used(adapters)]
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight W: its dtype and device are what models ask for."""
-        return self.base_layer.weight
+        weight: Tensor = self.base_layer.weight
+        return weight
+
+
+class RowLinear(RowLayer):
+    """``y = W x + ΔW_k x`` where k is the adapter of the row that x lies in (see :class:`RowLayer`).
+
+    ``W x`` is computed once for all rows, each update for its own rows only. For few tokens a row, as in
+    generating, adapters of the same shapes are computed together.
+    """
+
+    base_layer: nn.Linear
+
+    def __init__(
+        self, name: str, base_layer: nn.Linear, adapters: Mapping[str, MokaLayer], rows: Rows
+    ) -> None:
+        super().__init__(name, base_layer, adapters, rows)
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        alike: dict[tuple[tuple[Shape, ...], torch.dtype], list[str]] = {}
+        for k in rows.used(adapters):
+            alike.setdefault((adapters[k].shapes, adapters[k].moka_B.dtype), []).append(k)
+        device = self.weight.device
+        self.together = [
+            (_stack([adapters[k] for k in members], device), *rows.of(tuple(members), device))
+            for members in alike.values()
+        ]
 
     @property
     def bias(self) -> Tensor | None:
@@ -117,30 +132,8 @@ class RowLinear(nn.Module):
         return out + update.view_as(out)
 
 
-class RowEmbedding(nn.Module):
-    """``y = W[t] + ΔW_k[t]`` where k is the adapter of the row that token t lies in.
-
-    Args:
-        name: The layer's full name, for messages.
-        base_layer: The frozen embedding.
-        adapters: The adapted embeddings over it, by adapter; rows of other names get the frozen one alone.
-        rows: The rows of the batch.
-    """
-
-    def __init__(
-        self, name: str, base_layer: nn.Embedding, adapters: Mapping[str, MokaLayer], rows: Rows
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.base_layer = base_layer
-        self.rows = rows.count
-        device = base_layer.weight.device
-        self.of_one = [(adapters[k], rows.of((k,), device)[0]) for k in rows.used(adapters)]
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight W."""
-        return self.base_layer.weight
+class RowEmbedding(RowLayer):
+    """``y = W[t] + ΔW_k[t]`` where k is the adapter of the row of token t (see :class:`RowLayer`)."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """Maps tokens, (N, T), to (N, T, d); N may be a multiple of the rows, as with beams.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.layer import MokaLayer, MokaLinear
+from moka_pl.backbone.quantization import merged_weight
 from moka_pl.ops.kronecker import delta_rows
 
 
@@ -67,9 +68,8 @@ class MokaEmbedding(MokaLayer):
     def merge(self) -> None:
         """Merges the update into a copy of the embedding; the frozen one is unchanged."""
         if self.merged_layer is None:
-            weight, delta = self.base_layer.weight, self.get_delta_weight()  # (V, d)
-            wide = torch.promote_types(weight.dtype, delta.dtype)
-            total = nn.Parameter((weight.to(wide) + delta.to(wide)).to(weight.dtype), requires_grad=False)
+            weight = self.base_layer.weight  # (V, d)
+            total = merged_weight(weight, self.get_delta_weight())
             self.merged_layer = copy.deepcopy(self.base_layer, {id(weight): total})  # of its own class
 
 

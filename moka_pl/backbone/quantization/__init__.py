@@ -1,7 +1,7 @@
 """The one place that knows quantisers: everything else asks the functions here.
 
 :mod:`.kinds` says what kinds there are, :mod:`.layers` answers what is asked of a layer's weight. One more
-quantiser is a line in the first, and a :class:`StoredWeight` of its own in :mod:`.registry`.
+quantiser is a line in the first, and a class of :mod:`.stored`'s that :mod:`.registry` names.
 """
 
 from moka_pl.backbone.quantization.checkpoints import (
@@ -21,6 +21,7 @@ from moka_pl.backbone.quantization.kinds import (
     Quantization,
     dequantising_bytes,
     loading_options,
+    quantises_layers,
     quantises_loading,
     rounding_of,
     weight_bytes,
@@ -35,6 +36,7 @@ from moka_pl.backbone.quantization.layers import (
     kernel_weight,
     layer_compute_dtype,
     merged_linear,
+    merged_weight,
     quantised_linear,
     quantization_of,
     relative_entries,
@@ -70,7 +72,9 @@ __all__ = [
     "layer_compute_dtype",
     "loading_options",
     "merged_linear",
+    "merged_weight",
     "quantised_linear",
+    "quantises_layers",
     "quantises_loading",
     "quantization_of",
     "relative_entries",

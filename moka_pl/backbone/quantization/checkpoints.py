@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.backbone.quantization.kinds import KINDS, Quantization
-from moka_pl.backbone.quantization.registry import readable_kinds, weight_class
-from moka_pl.backbone.quantization.stored import QuantisedLinear
+from moka_pl.backbone.quantization.registry import READERS
+from moka_pl.backbone.quantization.stored import LayerTensors, QuantisedLinear
 from moka_pl.errors import BackboneError
 
 
@@ -41,18 +41,18 @@ def stored_quantization(stored: Mapping[str, Any], name: str) -> tuple[Quantizat
     if stored.get("load_in_4bit") is True and kind in ("nf4", "fp4"):
         return kind, bool(stored.get("bnb_4bit_use_double_quant", False))
     bits = " in 8 bits" if stored.get("load_in_8bit") is True else ""
-    found = next((k for k in readable_kinds() if k == ("int8" if bits else method)), None)
-    if found is None:
+    reader = READERS.get("int8" if bits else method)
+    if reader is None:
         raise BackboneError(
             f"{name} is quantised already, by {method}{bits}, and cannot be trained on; give its unquantised "
             f"original, or one in bitsandbytes' nf4, fp4 or int8, GPTQ or AWQ"
         )
-    if (reason := weight_class(found).unreadable_reason(stored)) is not None:
+    if (reason := reader.unreadable_reason(stored)) is not None:
         raise BackboneError(
-            f"{name} is quantised already, by {found} {reason}, and cannot be trained on; give its "
+            f"{name} is quantised already, by {reader.kind} {reason}, and cannot be trained on; give its "
             "unquantised original"
         )
-    return found, True
+    return reader.kind, True
 
 
 def check_made(quantization: Quantization, name: str) -> None:
@@ -78,7 +78,7 @@ class StoredLayers:
     """
 
     def __init__(self, kind: Quantization, config: Mapping[str, Any], tensors: Collection[str]) -> None:
-        self._class, self._config, self._tensors = weight_class(kind), config, tensors
+        self._class, self._config, self._tensors = READERS[kind], config, tensors
         first, *others = self._class.parts[::-1]
         found = (name.removesuffix(f".{first}") for name in tensors if name.endswith(f".{first}"))
         self.layers = {name for name in found if all(f"{name}.{part}" in tensors for part in others)}
@@ -114,7 +114,7 @@ class StoredLayers:
         parts |= {part: tensor(f"{name}.{part}") for part in optional}
         sizes = layer.out_features, layer.in_features
         try:
-            codes, stored = self._class.read_parts(parts, sizes, dtype, self._config)
+            codes, stored = self._class.read_layer(LayerTensors(parts, sizes, dtype, self._config))
         except BackboneError as error:
             raise BackboneError(f"{name}: {error}") from error
         bias = tensor(f"{name}.bias").to(dtype) if f"{name}.bias" in self._tensors else None
@@ -137,6 +137,6 @@ def stored_layers(
         kind: How it is quantised.
         tensors: Names of all tensors of its safetensors files.
     """
-    if config is None or kind not in readable_kinds():
+    if config is None or kind not in READERS:
         return None
     return StoredLayers(kind, config, tensors or ())

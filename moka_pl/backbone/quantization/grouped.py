@@ -4,21 +4,20 @@ Both store the transpose of W, with groups of a column's entries. Their scales h
 the codes few, so that ``(c - z) s`` is exact in float32 and is rounded once, to the compute dtype.
 """
 
-from collections.abc import Mapping
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from moka_pl.backbone.quantization.packing import unpack_words
-from moka_pl.backbone.quantization.stored import QuantConfig, StoredWeight, check_sizes
+from moka_pl.backbone.quantization.stored import LayerTensors, QuantConfig, ReadWeight
 from moka_pl.errors import BackboneError
 
 #: One in each code of a word, by bits.
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
-class GptqWeight(StoredWeight):
+class GptqWeight(ReadWeight):
     """``W_ji = (c_ij - z_gj) s_gj`` with g the group of the input i, codes packed along the inputs.
 
     Format ``gptq`` stores z - 1, format ``gptq_v2`` z itself. ``g_idx`` tells each input's group: with
@@ -48,19 +47,15 @@ class GptqWeight(StoredWeight):
         return None
 
     @classmethod
-    def read_parts(
-        cls,
-        parts: Mapping[str, Tensor],
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        config: QuantConfig,
-    ) -> tuple[Tensor, Self]:
-        """As :meth:`StoredWeight.read_parts`."""
-        bits, (m, n) = config["bits"], shape
+    def read_layer(cls, layer: LayerTensors) -> tuple[Tensor, Self]:
+        """As :meth:`ReadWeight.read_layer`."""
+        parts, config = layer.tensors, layer.config
+        bits, (m, n) = config["bits"], layer.shape
         groups = len(parts["scales"])
         qweight, qzeros = parts["qweight"], parts["qzeros"]
-        sizes = {"qweight": (n * bits // 32, m), "qzeros": (groups, m * bits // 32), "scales": (groups, m)}
-        check_sizes(parts, sizes)
+        layer.check(
+            {"qweight": (n * bits // 32, m), "qzeros": (groups, m * bits // 32), "scales": (groups, m)}
+        )
         if config.get("checkpoint_format", config.get("format", "gptq")) == "gptq":
             qzeros = qzeros + _ONES[bits]  # in words, as it was subtracted
         if (index := parts.get("g_idx")) is None:  # the last group may be smaller than the others
@@ -73,7 +68,7 @@ class GptqWeight(StoredWeight):
             raise BackboneError(f"g_idx does not name one of {groups} groups for each input")
         own = {"zeros": qzeros, "group": index.to(torch.int32)}
         scales = {"scales": parts["scales"].to(torch.float16), **own}
-        return qweight, cls(shape, dtype, scales, bits)
+        return qweight, cls(layer.shape, layer.dtype, scales, bits)
 
     def dequantise(self, codes: Tensor) -> Tensor:
         """Returns W, (m, n)."""
@@ -86,7 +81,7 @@ class GptqWeight(StoredWeight):
         return weight.to(self.dtype).t().contiguous()  # (m, n)
 
 
-class AwqWeight(StoredWeight):
+class AwqWeight(ReadWeight):
     """``W_ji = (c_ij - z_gj) s_gj`` with g = i // group size, codes packed along the outputs, interleaved.
 
     Source: Lin et al., https://arxiv.org/abs/2306.00978; layout: AutoAWQ's ``gemm``.
@@ -108,21 +103,15 @@ class AwqWeight(StoredWeight):
         return None if config.get("zero_point", True) else "without zero points"
 
     @classmethod
-    def read_parts(
-        cls,
-        parts: Mapping[str, Tensor],
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        config: QuantConfig,
-    ) -> tuple[Tensor, Self]:
-        """As :meth:`StoredWeight.read_parts`."""
-        m, n = shape
+    def read_layer(cls, layer: LayerTensors) -> tuple[Tensor, Self]:
+        """As :meth:`ReadWeight.read_layer`."""
+        parts, (m, n) = layer.tensors, layer.shape
         groups = len(parts["scales"])
-        check_sizes(parts, {"qweight": (n, m // 8), "qzeros": (groups, m // 8), "scales": (groups, m)})
+        layer.check({"qweight": (n, m // 8), "qzeros": (groups, m // 8), "scales": (groups, m)})
         if n % groups:
             raise BackboneError(f"{groups} groups do not divide {n} inputs")
         scales = {"scales": parts["scales"].to(torch.float16), "zeros": parts["qzeros"]}
-        return parts["qweight"], cls(shape, dtype, scales)
+        return parts["qweight"], cls(layer.shape, layer.dtype, scales)
 
     def dequantise(self, codes: Tensor) -> Tensor:
         """Returns W, (m, n)."""

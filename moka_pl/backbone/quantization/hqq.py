@@ -5,12 +5,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from moka_pl.backbone.quantization.stored import StoredWeight
+from moka_pl.backbone.quantization.stored import MadeWeight
 
 _GROUP = 64
 
 
-class HqqWeight(StoredWeight):
+class HqqWeight(MadeWeight):
     """``W = (c - z) s`` with c of 4 bits, and a scale s and a real zero point z for 64 entries.
 
     s and z minimise a norm of the error that large errors count little in.

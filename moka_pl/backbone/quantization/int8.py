@@ -1,16 +1,15 @@
 """8-bit weights of bitsandbytes, one scale a row: the storage of LLM.int8()."""
 
-from collections.abc import Mapping
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from moka_pl.backbone.quantization.stored import QuantConfig, StoredWeight, check_sizes
+from moka_pl.backbone.quantization.stored import LayerTensors, MadeWeight, ReadWeight
 from moka_pl.errors import BackboneError
 
 
-class Int8Weight(StoredWeight):
+class Int8Weight(MadeWeight, ReadWeight):
     """``W_ij = c_ij a_i / 127`` with codes c in int8 and a_i the largest absolute entry of a row.
 
     LLM.int8()'s own product rounds its input to 8 bits, too: its forward pass is not that of any W, and a
@@ -20,23 +19,17 @@ class Int8Weight(StoredWeight):
     """
 
     kind = "int8"
-
     parts = ("weight", "SCB")
     optional_parts = ("weight_format",)
 
     @classmethod
-    def read_parts(
-        cls,
-        parts: Mapping[str, Tensor],
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        config: QuantConfig,
-    ) -> tuple[Tensor, Self]:
-        """As :meth:`StoredWeight.read_parts`: a ``Linear8bitLt`` as transformers saves it."""
-        check_sizes(parts, {"weight": shape, "SCB": shape[:1]})
+    def read_layer(cls, layer: LayerTensors) -> tuple[Tensor, Self]:
+        """As :meth:`ReadWeight.read_layer`: a ``Linear8bitLt`` as transformers saves it."""
+        parts = layer.tensors
+        layer.check({"weight": layer.shape, "SCB": layer.shape[:1]})
         if int(parts.get("weight_format", torch.tensor(0))) != 0:
             raise BackboneError("weight_format is not 0, that of rows; quantise the model again")
-        return parts["weight"], cls(shape, dtype, {"absmax": parts["SCB"].float()})
+        return parts["weight"], cls(layer.shape, layer.dtype, {"absmax": parts["SCB"].float()})
 
     @classmethod
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Self]:

@@ -78,8 +78,13 @@ def dequantising_bytes(quantization: Quantization, dtype: torch.dtype) -> float:
 
 
 def quantises_loading(quantization: Quantization) -> bool:
-    """Whether transformers quantises while it loads; other kinds are quantised here, layer by layer."""
+    """Whether transformers quantises while it loads."""
     return quantization != "none" and KINDS[quantization].loaded
+
+
+def quantises_layers(quantization: Quantization) -> bool:
+    """Whether layers are quantised, or read quantised, here and one by one."""
+    return quantization != "none" and not KINDS[quantization].loaded
 
 
 def rounding_of(storage: str) -> Rounding:

@@ -15,7 +15,7 @@ from moka_pl.backbone.quantization.four_bit import (
     is_four_bit_kind,
 )
 from moka_pl.backbone.quantization.kinds import Quantization
-from moka_pl.backbone.quantization.registry import check_layer, weight_class
+from moka_pl.backbone.quantization.registry import MAKERS, check_layer
 from moka_pl.backbone.quantization.stored import QuantisedLinear
 from moka_pl.errors import AdapterError
 
@@ -43,7 +43,7 @@ def quantised_linear(
     bias = None
     if layer.bias is not None:
         bias = nn.Parameter(torch.zeros_like(layer.bias, device=weight.device), requires_grad=False)
-    return QuantisedLinear(*weight_class(quantization).quantise(weight), bias, dtype)
+    return QuantisedLinear(*MAKERS[quantization].quantise(weight), bias, dtype)
 
 
 def is_quantised(layer: nn.Module) -> "TypeGuard[Any]":
@@ -85,7 +85,7 @@ def dense_weight(layer: nn.Linear, often: bool = False) -> Tensor:
             then dequantised only once and kept, which takes an eighth of the weight's own memory.
 
     Raises:
-        AdapterError: For a quantised layer of another kind.
+        AdapterError: For a layer that another library has quantised.
     """
     if isinstance(layer, QuantisedLinear):
         return layer.dequantise()
@@ -93,8 +93,8 @@ def dense_weight(layer: nn.Linear, often: bool = False) -> Tensor:
         return four_bit_weight(layer, often)
     if not layer.weight.dtype.is_floating_point:
         raise AdapterError(
-            f"cannot merge into a {type(layer).__name__} with {layer.weight.dtype} weights; only "
-            "floating-point and bitsandbytes 4-bit layers can be merged"
+            f"cannot merge into a {type(layer).__name__} with {layer.weight.dtype} weights; load the model "
+            "unquantised, or by moka_pl with quantization nf4 or int8"
         )
     return layer.weight.detach()
 
@@ -213,16 +213,17 @@ def quantization_of(model: nn.Module) -> tuple[Quantization, bool]:
     return "none", True
 
 
-def merged_linear(layer: nn.Linear, delta: Tensor) -> nn.Linear:
-    """Builds the frozen dense layer ``W + ΔW``, ΔW of shape (m, n), with the bias of ``layer``.
-
-    The sum runs in the wider of both dtypes and is then rounded to the weight's own dtype.
-    """
-    weight = dense_weight(layer)  # (m, n)
+def merged_weight(weight: Tensor, delta: Tensor) -> nn.Parameter:
+    """Returns the frozen ``W + ΔW``, summed in the wider of both dtypes and rounded to W's own."""
     wide = torch.promote_types(weight.dtype, delta.dtype)
-    total = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+    return nn.Parameter((weight.to(wide) + delta.to(wide)).to(weight.dtype), requires_grad=False)
+
+
+def merged_linear(layer: nn.Linear, delta: Tensor) -> nn.Linear:
+    """Builds the frozen dense layer :func:`merged_weight`, ΔW of shape (m, n), with the bias of ``layer``."""
+    total = merged_weight(dense_weight(layer), delta)
     merged = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    merged.weight = nn.Parameter(total, requires_grad=False)
+    merged.weight = total
     if layer.bias is not None:
         merged.bias = nn.Parameter(layer.bias.detach().to(total.dtype, copy=True), requires_grad=False)
     return merged

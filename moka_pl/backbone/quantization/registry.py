@@ -7,28 +7,17 @@ from moka_pl.backbone.quantization.grouped import AwqWeight, GptqWeight
 from moka_pl.backbone.quantization.hqq import HqqWeight
 from moka_pl.backbone.quantization.int8 import Int8Weight
 from moka_pl.backbone.quantization.kinds import KINDS, Quantization
-from moka_pl.backbone.quantization.stored import StoredWeight
+from moka_pl.backbone.quantization.stored import MadeWeight, ReadWeight
 from moka_pl.backbone.quantization.torchao import Float8Weight, Int4Weight
 from moka_pl.errors import BackboneError, one_line
 
-_CLASSES: tuple[type[StoredWeight], ...] = (
-    Int8Weight,
-    Int4Weight,
-    Float8Weight,
-    HqqWeight,
-    GptqWeight,
-    AwqWeight,
-)
-
-
-def weight_class(quantization: Quantization) -> type[StoredWeight]:
-    """Returns the class that stores weights of a kind."""
-    return next(one for one in _CLASSES if one.kind == quantization)
-
-
-def readable_kinds() -> list[Quantization]:
-    """Returns the kinds whose checkpoints are read here."""
-    return [one.kind for one in _CLASSES if one.parts]
+#: The classes of weights that are quantised here, and of those that are read from checkpoints, by kind.
+MAKERS: dict[Quantization, type[MadeWeight]] = {
+    maker.kind: maker for maker in (Int8Weight, Int4Weight, Float8Weight, HqqWeight)
+}
+READERS: dict[Quantization, type[ReadWeight]] = {
+    reader.kind: reader for reader in (Int8Weight, GptqWeight, AwqWeight)
+}
 
 
 def import_quantiser(quantization: Quantization) -> None:
@@ -42,7 +31,7 @@ def import_quantiser(quantization: Quantization) -> None:
         import_bitsandbytes()
     elif package is not None:
         try:
-            weight_class(quantization).import_package()
+            MAKERS[quantization].import_package()
         except ImportError as error:
             raise BackboneError(
                 f"quantization {quantization} needs {package} ({one_line(error)}): "
@@ -60,7 +49,7 @@ def check_layers(model: nn.Module, quantization: Quantization) -> None:
     Raises:
         BackboneError: Naming the first such layer.
     """
-    if quantization == "none" or KINDS[quantization].loaded:
+    if quantization not in MAKERS:
         return
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     for name, layer in model.named_modules():
@@ -73,14 +62,14 @@ def check_layer(layer: nn.Linear, quantization: Quantization, name: str = "a lay
 
     Args:
         layer: The layer.
-        quantization: How its weight is to be stored.
+        quantization: How its weight is to be stored, one of ``MAKERS``.
         name: Its name, for messages.
 
     Raises:
         BackboneError: If its sizes do not fit.
     """
     m, n = layer.out_features, layer.in_features
-    if (reason := weight_class(quantization).unsupported_reason(m, n)) is not None:
+    if (reason := MAKERS[quantization].unsupported_reason(m, n)) is not None:
         raise BackboneError(
             f"quantization {quantization} cannot store {name} of {m} × {n}: {reason}; set quantization: nf4"
         )

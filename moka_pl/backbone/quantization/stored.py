@@ -1,8 +1,9 @@
 """Linear layers whose weight is in a library's format, and dequantised whenever W is needed."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,8 @@ from moka_pl.errors import BackboneError
 QuantConfig = Mapping[str, Any]
 
 
-class StoredWeight:
-    """How a quantised W, (m, n), is stored: the one thing to write for another format.
+class StoredWeight(ABC):
+    """How a quantised W, (m, n), is stored: by a :class:`MadeWeight`, a :class:`ReadWeight`, or what is both.
 
     Args:
         shape: (m, n).
@@ -26,56 +27,13 @@ class StoredWeight:
     """
 
     kind: ClassVar[Quantization]
-    #: How a layer's tensors are called in checkpoints, and those that may lack; none where none is read.
-    parts: ClassVar[tuple[str, ...]] = ()
-    optional_parts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, scales: dict[str, Tensor]) -> None:
         self.shape, self.dtype, self.scales = torch.Size(shape), dtype, scales
 
-    @classmethod
-    def import_package(cls) -> None:
-        """Imports what making and reading W needs; an ``ImportError`` says what is missing."""
-
-    @classmethod
-    def unsupported_reason(cls, m: int, n: int) -> str | None:
-        """Returns why a W of (m, n) cannot be stored, or None."""
-        return None
-
-    @classmethod
-    def quantise(cls, weight: Tensor) -> tuple[Tensor, Self]:
-        """Returns the codes of W, (m, n), integers of any shape, and all else that it takes to read them."""
-        raise NotImplementedError(f"{cls.kind} is only read, not made")
-
-    @classmethod
-    def unreadable_reason(cls, config: QuantConfig) -> str | None:
-        """Returns why a checkpoint with this ``quantization_config`` cannot be read, or None."""
-        return None
-
-    @classmethod
-    def read_parts(
-        cls,
-        parts: Mapping[str, Tensor],
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        config: QuantConfig,
-    ) -> tuple[Tensor, Self]:
-        """Returns what :meth:`quantise` does, of a layer's tensors in a checkpoint.
-
-        Args:
-            parts: The tensors by name, ``parts`` and perhaps ``optional_parts``.
-            shape: (m, n).
-            dtype: Dtype of the dequantised W.
-            config: The checkpoint's ``quantization_config``.
-
-        Raises:
-            BackboneError: If their sizes are not those of the layer.
-        """
-        raise NotImplementedError
-
+    @abstractmethod
     def dequantise(self, codes: Tensor) -> Tensor:
         """Returns W, (m, n), in its dtype: the numbers of the format's own library."""
-        raise NotImplementedError
 
     def read(self, codes: Tensor) -> Tensor:
         """As :meth:`dequantise`, wherever the codes have been moved to."""
@@ -87,6 +45,72 @@ class StoredWeight:
     def label(self) -> str:
         """What tells weights apart that are stored otherwise; without colons."""
         return self.kind
+
+
+class MadeWeight(StoredWeight):
+    """A format in which weights are quantised here."""
+
+    @classmethod
+    def import_package(cls) -> None:
+        """Imports what making and reading W needs; an ``ImportError`` says what is missing."""
+
+    @classmethod
+    def unsupported_reason(cls, m: int, n: int) -> str | None:
+        """Returns why a W of (m, n) cannot be stored, or None."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def quantise(cls, weight: Tensor) -> tuple[Tensor, Self]:
+        """Returns the codes of W, (m, n), integers of any shape, and all else that it takes to read them."""
+
+
+class LayerTensors(NamedTuple):
+    """What a checkpoint holds of a quantised layer.
+
+    Attributes:
+        tensors: Its tensors by name, ``parts`` and perhaps ``optional_parts`` of the format.
+        shape: (m, n).
+        dtype: Dtype of the dequantised W.
+        config: The checkpoint's ``quantization_config``.
+    """
+
+    tensors: Mapping[str, Tensor]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    config: QuantConfig
+
+    def check(self, sizes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuses tensors that are not those of the layer.
+
+        Raises:
+            BackboneError: Naming the first that has another size than ``sizes`` says.
+        """
+        for name, size in sizes.items():
+            if (found := tuple(self.tensors[name].shape)) != size:
+                raise BackboneError(f"{name} is {found}, not {size}; copy the model again")
+
+
+class ReadWeight(StoredWeight):
+    """A format whose checkpoints are read as they are."""
+
+    #: How a layer's tensors are called in checkpoints, and those that may lack.
+    parts: ClassVar[tuple[str, ...]]
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def unreadable_reason(cls, config: QuantConfig) -> str | None:
+        """Returns why a checkpoint with this ``quantization_config`` cannot be read, or None."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def read_layer(cls, layer: LayerTensors) -> tuple[Tensor, Self]:
+        """Returns the codes of W, (m, n), integers of any shape, and all else that it takes to read them.
+
+        Raises:
+            BackboneError: If the sizes of the tensors are not those of the layer.
+        """
 
 
 class StoredParameter(nn.Parameter):
@@ -105,6 +129,10 @@ class StoredParameter(nn.Parameter):
         if id(self) not in memo:
             memo[id(self)] = StoredParameter(self.data.clone(), copy.deepcopy(self.stored, memo))
         return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles what reads the codes, too, of which a parameter's own copy knows nothing."""
+        return StoredParameter, (self.data, self.stored)
 
 
 class QuantisedLinear(nn.Linear):
@@ -167,18 +195,3 @@ class FrozenProduct(torch.autograd.Function):
         needs_x, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad @ ctx.weight().to(grad.dtype) if needs_x else None  # (..., n)
         return grad_x, grad.flatten(0, -2).sum(0) if needs_bias else None, None
-
-
-def check_sizes(parts: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses tensors that are not those of the layer.
-
-    Args:
-        parts: The tensors by name.
-        sizes: The sizes that they must have.
-
-    Raises:
-        BackboneError: Naming the first that has others.
-    """
-    for name, size in sizes.items():
-        if tuple(parts[name].shape) != size:
-            raise BackboneError(f"{name} is {tuple(parts[name].shape)}, not {size}; copy the model again")

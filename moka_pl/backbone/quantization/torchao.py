@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moka_pl.backbone.quantization.packing import pack_halves, unpack_halves
-from moka_pl.backbone.quantization.stored import StoredWeight
+from moka_pl.backbone.quantization.stored import MadeWeight
 from moka_pl.utils import silenced
 
 #: Entries of a row that share a scale, where a row has a multiple of them; else the next size.
@@ -14,7 +14,7 @@ _GROUPS = (64, 32, 16)
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 
 
-class _TorchaoWeight(StoredWeight):
+class _TorchaoWeight(MadeWeight):
     """A weight that torchao makes and reads."""
 
     @classmethod

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from moka_pl.backbone import BackboneConfig, load_backbone, weight_samples
 from moka_pl.backbone.quantization import QuantisedError, dense_weight, quantised_linear
 from moka_pl.backbone.quantization.grouped import AwqWeight, GptqWeight
+from moka_pl.backbone.quantization.stored import LayerTensors
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import BackboneError
 from moka_pl.inference.load import load_base
@@ -80,7 +81,7 @@ def test_gptq_is_read_exactly(bits: int, form: str, order: bool, sizes: tuple[in
     groups = Groups(*sizes, bits=bits, seed=seed, order=order)
     config = {"bits": bits, "checkpoint_format": form}
     assert GptqWeight.unreadable_reason(config) is None
-    read = GptqWeight.read_parts(groups.gptq(bits, form, order), sizes, torch.float32, config)
+    read = GptqWeight.read_layer(LayerTensors(groups.gptq(bits, form, order), sizes, torch.float32, config))
     assert torch.equal(read[1].read(read[0].reshape(-1, 1)), groups.weight)
 
 
@@ -89,7 +90,7 @@ def test_gptq_is_read_exactly(bits: int, form: str, order: bool, sizes: tuple[in
 def test_awq_is_read_exactly(sizes: tuple[int, int], seed: int) -> None:
     groups = Groups(*sizes, seed=seed)
     for dtype in (torch.float32, torch.bfloat16):
-        codes, stored = AwqWeight.read_parts(groups.awq(), sizes, dtype, {})
+        codes, stored = AwqWeight.read_layer(LayerTensors(groups.awq(), sizes, dtype, {}))
         assert torch.equal(stored.read(codes.reshape(-1, 1)), groups.weight.to(dtype))
 
 
@@ -114,10 +115,11 @@ def test_the_last_group_of_gptq_may_be_smaller() -> None:
     groups.group = numpy.arange(n) // size
     exact = (groups.codes - groups.zeros[groups.group]) * groups.scales.numpy()[groups.group].astype(float)
     config = {"bits": 4, "group_size": size}
-    codes, stored = GptqWeight.read_parts(groups.gptq(), (m, n), torch.float32, config)
+    layer = LayerTensors(groups.gptq(), (m, n), torch.float32, config)
+    codes, stored = GptqWeight.read_layer(layer)
     assert torch.equal(stored.read(codes.reshape(-1, 1)), torch.from_numpy(exact.T.copy()).float())
     with pytest.raises(BackboneError, match="2 groups, but group_size is 96 of 96 inputs"):
-        GptqWeight.read_parts(groups.gptq(), (m, n), torch.float32, config | {"group_size": -1})
+        GptqWeight.read_layer(layer._replace(config=config | {"group_size": -1}))
 
 
 CONFIGS = {
