@@ -85,6 +85,15 @@ def change_count(tensor: "Tensor") -> int:
     return tensor._version
 
 
+def viewed(tensor: "Tensor") -> "Tensor":
+    """The tensor that a tensor is a view of, or the tensor itself.
+
+    Seen in torch 2.11 to 2.13. Without it two views of the same activations would be taken for two tensors,
+    and be quantised twice.
+    """
+    return tensor if tensor._base is None else tensor._base
+
+
 def leave_out_of_ddp(module: "nn.Module", names: Iterable[str]) -> None:
     """Has ``DistributedDataParallel`` neither broadcast nor reduce some parameters and buffers of a module.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -363,3 +364,19 @@ def build_cli(monkeypatch):
         return built.pop()
 
     return build
+
+
+@pytest.fixture
+def float8_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has Triton's interpreter round to 8-bit floats as GPUs do; it rounds up to powers of two wrongly."""
+    language = pytest.importorskip("triton.language")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    others = interpreter._convert_float
+
+    def convert(numbers: np.ndarray, kind: object, wanted: object, rounding: object) -> np.ndarray:
+        if (kind, wanted) != (language.float32, language.float8e4nv):
+            return others(numbers, kind, wanted, rounding)
+        exact = torch.from_numpy(np.ascontiguousarray(numbers))
+        return exact.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl._compat import hook_count
+from moka_pl.backbone.products.float8 import input_gradient, multiplies_in_float8
 from moka_pl.backbone.quantization import (
     dense_weight,
     frozen_output,
+    is_four_bit,
     is_quantised,
     kernel_weight,
     layer_compute_dtype,
@@ -29,6 +31,7 @@ from moka_pl.ops.thin import ThinUpdates
 
 if TYPE_CHECKING:
     from moka_pl.adapters.layer import MokaLinear
+    from moka_pl.ops.triton import WeightSource
 
 
 #: The thin products of layers, and what they were made for: to make them takes as long as a launch.
@@ -131,7 +134,8 @@ def _thin_updates(
         return updates
     m, n, quantised = layer.out_features, layer.in_features, is_quantised(layer)
     weight, frozen = partial(dense_weight, layer, often=True), partial(frozen_output, layer, autocast)
-    parts = (adapted.shapes, m, n, adapted.scaling, weight, quantised, adapted.gating, frozen)
+    gradient = None if autocast or not is_four_bit(layer) else partial(input_gradient, layer)
+    parts = (adapted.shapes, m, n, adapted.scaling, weight, quantised, adapted.gating, frozen, gradient)
     if fused:
         from moka_pl.ops.triton import FusedThinUpdates, make_thin_plan
 
@@ -140,12 +144,17 @@ def _thin_updates(
         updates = FusedThinUpdates(
             *parts,
             plan=make_thin_plan(adapted.shapes, m, n, device),
-            source=partial(kernel_weight, layer, compute, even=True) if own else None,
+            source=partial(_thin_source, layer, compute) if own else None,
         )
     else:
         updates = ThinUpdates(*parts)
     _THIN[adapted] = key, updates
     return updates
+
+
+def _thin_source(layer: nn.Linear, compute: torch.dtype) -> "WeightSource | None":
+    """The frozen weight as the thin products' kernels dequantise it; None where it multiplies in 8 bits."""
+    return None if multiplies_in_float8(layer, compute) else kernel_weight(layer, compute, even=True)
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from moka_pl.backbone.products.float8 import Matmul
 from moka_pl.backbone.quantization import Quantization
 from moka_pl.errors import ConfigError
 from moka_pl.lm.compiled import Compile
@@ -35,6 +36,10 @@ class BackboneConfig:
             devices, for every adapter and in evaluation alike; ``none`` leaves all to transformers.
         compile: ``layers`` compiles the decoder layers, with their adapters, for training steps by
             ``torch.compile``, in the place of Liger's kernels. The first steps compile for seconds.
+        matmul: ``fp8`` computes the products of frozen 4-bit layers, forward and for the gradient of their
+            input, in 8-bit floats while the model trains, on NVIDIA GPUs from compute capability 8.9 on. Each
+            of their numbers is rounded to 3 bits after the first. ``bf16`` leaves them in the compute dtype,
+            as evaluation and generation always are.
         new_tokens: Tokens that the base does not know, to be added to its tokenizer. Their rows of the
             embedding and the output head are trained beside the adapters, and stored with these.
     """
@@ -50,6 +55,7 @@ class BackboneConfig:
     seed: int = 0
     kernels: Kernels = "auto"
     compile: Compile = "none"
+    matmul: Matmul = "bf16"
     new_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -74,6 +80,6 @@ class BackboneConfig:
 
     def options(self) -> dict[str, Any]:
         """The options that an adapter stores to rebuild its base: neither where it lies nor how it trains."""
-        left_out = ["name", "revision", "cache_dir", "compile"]
+        left_out = ["name", "revision", "cache_dir", "compile", "matmul"]
         left_out += [] if self.new_tokens else ["new_tokens"]
         return {key: value for key, value in asdict(self).items() if key not in left_out}

@@ -25,11 +25,12 @@ from moka_pl.backbone.checks import (
 )
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.description import Description, build_empty, describe
-from moka_pl.backbone.frozen_products import fuse_products
 from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.hub import check_download, download_model, reach_model
 from moka_pl.backbone.linear_layers import linearise, quantise_rest
 from moka_pl.backbone.loading import cache_root, loading, progress_bars
+from moka_pl.backbone.products.float8 import describe_float8, keep_scales
+from moka_pl.backbone.products.frozen import fuse_products
 from moka_pl.backbone.quantization import (
     check_layers,
     import_quantiser,
@@ -142,7 +143,7 @@ def load_backbone(
     if before is not None:
         stored = described.quantization is not None
         before(Unloaded(copy.deepcopy(empty), tokenizer, described.files, stored))
-    settle = partial(_settle, config, dtype, described.quantization is None)
+    settle = partial(_settle, config, dtype, described.quantization is None, device.type == "cuda")
     store = None if blocks is None else _Settling(blocks, settle)
     model = _filled(empty, config, described, device, notes, store)
     check_special_tokens(model.generation_config, "generation_config.json", _rows(model), config.name)
@@ -153,18 +154,36 @@ def load_backbone(
     model.config.use_cache = False
     model.eval()
     check_loss(model, config.name)
-    if config.kernels == "auto" and config.compile == "none" and device.type == "cuda":
-        notes.append(fuse_kernels(model))
-        if find_spec("triton") is not None:
-            fuse_products(model)
+    if config.compile == "none" and device.type == "cuda":
+        notes += _computed_fast(config, model)
     return Backbone(model, tokenizer, config, notes)
 
 
-def _settle(config: BackboneConfig, dtype: torch.dtype, plain: bool, module: nn.Module) -> None:
-    """Makes what is linear in a model or a block an ``nn.Linear``, and quantises what is left to be."""
+def _computed_fast(config: BackboneConfig, model: "PreTrainedModel") -> list[str]:
+    """Puts the kernels into a model on a GPU that its options ask for; returns sentences on them."""
+    notes = [fuse_kernels(model)] if config.kernels == "auto" else []
+    if find_spec("triton") is not None and (config.kernels == "auto" or config.matmul == "fp8"):
+        fuse_products(model)
+    if config.matmul == "fp8":
+        notes.append(describe_float8(model))
+    return notes
+
+
+def _settle(config: BackboneConfig, dtype: torch.dtype, plain: bool, on_gpu: bool, module: nn.Module) -> None:
+    """Makes what is linear in a model or a block an ``nn.Linear``, and quantises what is left to be.
+
+    Args:
+        config: The options of the base.
+        dtype: Its compute dtype.
+        plain: Whether its checkpoint is not quantised.
+        on_gpu: Whether it lives on a GPU.
+        module: The model or the block.
+    """
     linearise(module)
     if plain and config.quantization != "none":
         quantise_rest(module, config.quantization, config.double_quantization, dtype)
+    if on_gpu and config.matmul == "fp8" and config.compile == "none":
+        keep_scales(module)  # now, as blocks may go elsewhere
 
 
 @dataclass

@@ -321,10 +321,13 @@ class ThinUpdates(DenseUpdates):
 
     Args:
         frozen: Computes ``W x + bias``, shape (T, m), as the frozen layer does; None for ΔW alone.
+        frozen_gradient: Computes ``G W``, shape (T, n), of G, (T, m), where the frozen layer does so in its
+            own way; returns None where it does not.
         room: As for :func:`lora_left`.
     """
 
     frozen: Callable[[Tensor], Tensor] | None = None
+    frozen_gradient: Callable[[Tensor], Tensor | None] | None = None
     room: Rooms = field(default_factory=dict)
 
     def product(
@@ -354,13 +357,20 @@ class ThinUpdates(DenseUpdates):
         grad_x = None
         if needs_x:
             matrix = lora_left(left, self.shapes, self.n, x.dtype, self.room)  # (R, n)
-            grad_x = torch.mm(grad_hidden, matrix)  # (T, n)
-            if self.base_weight is not None:
-                grad_x.addmm_(grad, self.base_weight().to(grad.dtype))
+            grad_x = self._frozen_gradient(grad)  # (T, n)
+            if grad_x is not None:
+                grad_x.addmm_(grad_hidden, matrix)
+            else:
+                grad_x = torch.mm(grad_hidden, matrix)  # (T, n)
+                if self.base_weight is not None:
+                    grad_x.addmm_(grad, self.base_weight().to(grad.dtype))
         if gate is None or grad_weights is None:
             return grad_x, grad_left, grad_right, None if gate is None else torch.zeros_like(gate)
         alpha = self._alpha(gate, right)  # (r,)
         return grad_x, grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
+
+    def _frozen_gradient(self, grad: Tensor) -> Tensor | None:
+        return None if self.frozen_gradient is None else self.frozen_gradient(grad)
 
     def _weights(self, gate: Tensor | None) -> Weights:
         """w, a single number where all are equal whatever is trained."""

@@ -110,6 +110,8 @@ def course_of(module: "MokaModule", trainer: Trainer) -> Course:
         "precision": str(trainer.precision),
         "compute_dtype": str(dtype).removeprefix("torch."),
     }
+    if module.backbone.matmul != "bf16":
+        course["precision"]["matmul"] = module.backbone.matmul
     course["quantization"] = quantization_of(module.backbone.options())
     return course
 
@@ -137,6 +139,7 @@ def main_settings(course: Course) -> dict[str, Any]:
         "schedule": course["scheduler"].get("class"),
         "seed": course["seed"].get("seed"),
         "precision": course["precision"].get("precision"),
+        "frozen products": course["precision"].get("matmul"),
     }
     return {name: value for name, value in told.items() if value is not None}
 

@@ -178,8 +178,7 @@ class MokaModule(TrainedModule):
             self.course = course_of(self, self.trainer)
             check_trainer(self.trainer)
             self._check_steps()
-            if self.backbone.compile == "layers":
-                self._check_compiled()
+            self._check_backbone()
         if self.checkpoint_path is not None:
             expected = self.course | (optimizer_course(*build_trial(self)) if stage == "fit" else {})
             check_run(peek(self.checkpoint_path), self, expected, training=stage == "fit")

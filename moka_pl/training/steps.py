@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from moka_pl._compat import multiply_all_
+from moka_pl.backbone import compute_dtype
+from moka_pl.backbone.products.float8 import check_float8
 from moka_pl.data.types import Batch
 from moka_pl.errors import ConfigError
 from moka_pl.evaluation.module import EvaluatedModule
@@ -98,6 +100,23 @@ class TrainedModule(EvaluatedModule):
         """Refuses what goes with other precisions or strategies only."""
         check_halving(self)
         self._spikes.check()
+
+    def _check_backbone(self) -> None:
+        """Refuses ways to compute the base that this machine or the trainer's options do not allow."""
+        if self.backbone.compile == "layers":
+            self._check_compiled()
+        if self.backbone.matmul == "fp8":
+            device = self.trainer.strategy.root_device
+            if self.backbone.compile == "layers":
+                raise ConfigError(
+                    "backbone.compile layers does not go with backbone.matmul fp8; set one only"
+                )
+            if "mixed" in (precision := str(self.trainer.precision)):
+                raise ConfigError(
+                    f"trainer.precision {precision} does not go with backbone.matmul fp8; set "
+                    "--trainer.precision 32-true"
+                )
+            check_float8(device, compute_dtype(self.backbone, device), self.backbone.quantization)
 
     def _check_compiled(self) -> None:
         """Refuses to compile without a compiler, or what hooks move while a layer computes.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.filters import filter_shapes
-from moka_pl.backbone.frozen_products import fuse_products
+from moka_pl.backbone.products.frozen import fuse_products
 from moka_pl.backbone.quantization import quantised_linear
 from moka_pl.lm.replaced_forward import forward_maker
 from moka_pl.ops.dense import project

@@ -65,6 +65,7 @@ KINDS = {
     "model.backbone.quantization": "quantization",
     "model.backbone.double_quantization": "quantization",
     "model.backbone.compute_dtype": "precision",
+    "model.backbone.matmul": "precision",
     "model.backbone.attention": FREE,
     "model.backbone.kernels": FREE,
     "model.backbone.compile": FREE,

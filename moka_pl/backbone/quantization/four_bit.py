@@ -190,7 +190,9 @@ def four_bit_weight(layer: "Linear4bit", often: bool) -> Tensor:
     return bnb.functional.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
 
 
-def four_bit_source(weight: Any, data: Tensor, compute: torch.dtype, even: bool) -> "WeightSource | None":
+def four_bit_source(
+    weight: Any, data: Tensor, compute: torch.dtype, even: bool, exact: bool = True
+) -> "WeightSource | None":
     """Describes a 4-bit weight as the Triton kernels read it, or returns None where they should not.
 
     Args:
@@ -198,14 +200,16 @@ def four_bit_source(weight: Any, data: Tensor, compute: torch.dtype, even: bool)
         data: Its numbers, as a plain tensor.
         compute: Dtype of W + ΔW.
         even: Whether the kernels' squares or tiles fill the layer.
+        exact: Whether W must come out as the layer itself dequantises it, bit for bit.
     """
     from moka_pl.ops.triton import WeightSource
 
     state = weight.quant_state
     # W in another half precision would be rounded twice, as its own dequantisation does.
-    if state.dtype not in (compute, torch.float32) or (not even and data.numel() > _LARGE):
+    other = state.dtype not in (compute, torch.float32) or state.quant_type != "nf4"
+    if (exact and other) or (not even and data.numel() > _LARGE):
         return None
-    if state.quant_type != "nf4" or state.blocksize % 16 or vars(state).get("packing_format_for_cpu"):
+    if state.blocksize % 16 or vars(state).get("packing_format_for_cpu"):
         return None
     nested = None
     if state.nested:

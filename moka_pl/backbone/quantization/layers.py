@@ -130,13 +130,16 @@ def frozen_output(layer: nn.Linear, autocast: bool, x: Tensor) -> Tensor:
     return F.linear(x, dense_weight(layer, often=True).to(x.dtype), bias)
 
 
-def kernel_weight(layer: nn.Linear, compute: torch.dtype, even: bool) -> "WeightSource | None":
+def kernel_weight(
+    layer: nn.Linear, compute: torch.dtype, even: bool, exact: bool = True
+) -> "WeightSource | None":
     """Describes the layer's weight as the Triton kernels read it, or returns None where they should not.
 
     Args:
         layer: An ``nn.Linear`` or a quantised layer.
         compute: Dtype of W + ΔW.
         even: Whether the kernels' squares or tiles fill the layer.
+        exact: Whether W must come out as the layer itself dequantises it, bit for bit.
     """
     from moka_pl.ops.triton import WeightSource
 
@@ -147,7 +150,7 @@ def kernel_weight(layer: nn.Linear, compute: torch.dtype, even: bool) -> "Weight
     data = weight.as_subclass(Tensor)
     if not is_four_bit(layer) or weight.quant_state is None:
         return WeightSource(data)
-    return four_bit_source(weight, data, compute, even)
+    return four_bit_source(weight, data, compute, even, exact)
 
 
 def is_stored_quantised(parameter: Tensor) -> bool:

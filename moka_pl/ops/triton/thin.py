@@ -129,8 +129,8 @@ def _sum_kernel(out, summands, size, parts, SIZE: tl.constexpr):  # type: ignore
 @triton.jit(do_not_specialize=["tokens", "share"])  # type: ignore[untyped-decorator]
 def _inputs_kernel(  # type: ignore[no-untyped-def]
     grad_x, down_parts, x, grad_hidden, thin, rows, tokens, n, share, kept,
-    R: tl.constexpr, PADDED: tl.constexpr, WRITE: tl.constexpr, FULL: tl.constexpr, UPCAST: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    R: tl.constexpr, PADDED: tl.constexpr, WRITE: tl.constexpr, ADD: tl.constexpr, FULL: tl.constexpr,
+    UPCAST: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some columns of ∂L/∂x, and their sums of ∂L/∂L over a share of the tokens."""
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -144,7 +144,10 @@ def _inputs_kernel(  # type: ignore[no-untyped-def]
         tile = _load_tile(x, t, j, tokens, n, n, FULL)
         total = _product(tl.trans(back), tile, total, UPCAST)
         if WRITE:
-            dx = tl.zeros((TOKENS, COLUMNS), tl.float32)
+            if ADD:
+                dx = _load_tile(grad_x, t, j, tokens, n, n, FULL).to(tl.float32)
+            else:
+                dx = tl.zeros((TOKENS, COLUMNS), tl.float32)
             dx = _product(back, down, dx, UPCAST)
             _store_tile(grad_x, dx.to(grad_x.dtype.element_ty), t, j, tokens, n, n, FULL)
     r, j = r[:, None], j[None, :]
@@ -262,7 +265,13 @@ class Parts(NamedTuple):
 
 
 def thin_backward(
-    plan: ThinPlan, grad: Tensor, x: Tensor, hidden: Tensor, thin: Tensor, needs_x: bool
+    plan: ThinPlan,
+    grad: Tensor,
+    x: Tensor,
+    hidden: Tensor,
+    thin: Tensor,
+    needs_x: bool,
+    frozen: Tensor | None = None,
 ) -> tuple[Tensor | None, Parts]:
     """Returns the gradient of x, (T, n), without the frozen layer's share, and parts of those of L and Uᵀ.
 
@@ -273,6 +282,7 @@ def thin_backward(
         hidden: Hidden numbers, shape (T, R).
         thin: L and Uᵀ.
         needs_x: Whether the gradient of x is needed.
+        frozen: The frozen layer's share of it, (T, n), contiguous, which is added to in place.
     """
     tokens, m, n = x.shape[0], plan.plan.m, plan.plan.n
     grids, numbers = plan.grids(tokens, x.itemsize), hidden.numel()
@@ -292,13 +302,13 @@ def thin_backward(
         _sum_kernel, plan.compiled, ("sum", x.dtype), (-(-numbers // _SIZE), 1, 1), (grad,),
         (grad_hidden, hidden_parts, numbers, grids.shares, _SIZE), num_warps=4,
     )  # fmt: skip
-    grad_x = torch.empty_like(x) if needs_x else None
-    tile, full = grids.inputs, grids.full[2]
+    grad_x = frozen if frozen is not None else torch.empty_like(x) if needs_x else None
+    tile, full, add = grids.inputs, grids.full[2], frozen is not None
     launch(
-        _inputs_kernel, plan.compiled, ("inputs", x.dtype, needs_x, full),
+        _inputs_kernel, plan.compiled, ("inputs", x.dtype, needs_x, add, full),
         (-(-n // tile.columns), grids.stretches, 1), (x,),
         (x if grad_x is None else grad_x, parts.down, x, grad_hidden, thin, plan.rows, tokens, n,
-         grids.tokens, plan.kept[0], plan.hidden, plan.padded, needs_x, full, upcast,
+         grids.tokens, plan.kept[0], plan.hidden, plan.padded, needs_x, add, full, upcast,
          tile.tokens, tile.columns),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

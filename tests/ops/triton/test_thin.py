@@ -104,6 +104,25 @@ def test_a_4bit_weight_is_dequantised_as_bitsandbytes_does(m: int, n: int, neste
     assert torch.equal(found, dense_weight(layer))  # bit for bit
 
 
+@pytest.mark.parametrize("case", ["padded ranks", "two components"], indirect=True)
+def test_updates_add_themselves_to_products_of_the_frozen_layer(case) -> None:
+    shapes, m, n, tokens, _ = case
+    weight = torch.randn(m, n)
+    updates = replace(
+        _updates(shapes, m, n, "none"),
+        base_weight=lambda: weight,
+        frozen=lambda x: x @ weight.mT + 1,
+        frozen_gradient=lambda grad: 2 * grad @ weight,  # the layer's own, whatever it is
+    )
+    left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
+    x = torch.randn(tokens, n, requires_grad=True)
+    out = MergedForward.apply(x, None, left, right, None, updates, True)
+    (found,) = torch.autograd.grad(out, x, upstream := torch.randn(tokens, m))
+    delta = delta_weight(torch.full((len(shapes),), SCALING / len(shapes)), left, right, shapes, m, n)
+    assert _error(out, x.detach().double() @ (weight + delta).double().mT + 1) < 1e-5
+    assert _error(found, upstream.double() @ (2 * weight + delta).double()) < 1e-5
+
+
 def test_the_frozen_product_adds_itself_to_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     m, n, tokens = 64, 128, 40

@@ -1,6 +1,5 @@
 """Operands of 8-bit products, under Triton's interpreter where there is no GPU."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,22 +10,7 @@ pytest.importorskip("triton")
 float8 = pytest.importorskip("moka_pl.ops.triton.float8.operands")
 Source = pytest.importorskip("moka_pl.ops.triton").WeightSource
 
-
-@pytest.fixture(autouse=True)
-def _rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has Triton's interpreter round to 8-bit floats as GPUs do; it rounds up to powers of two wrongly."""
-    from triton import language
-    from triton.runtime import interpreter
-
-    others = interpreter._convert_float
-
-    def convert(numbers: np.ndarray, kind: object, wanted: object, rounding: object) -> np.ndarray:
-        if (kind, wanted) != (language.float32, language.float8e4nv):
-            return others(numbers, kind, wanted, rounding)
-        exact = torch.from_numpy(np.ascontiguousarray(numbers))
-        return exact.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
+pytestmark = pytest.mark.usefixtures("float8_rounding")
 
 
 def _source(m: int, n: int, nested: bool) -> tuple[Source, Tensor]:

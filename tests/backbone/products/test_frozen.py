@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moka_pl.backbone import frozen_products
+from moka_pl.backbone.products import frozen
 from moka_pl.backbone.quantization import is_four_bit, quantised_linear
 
 
@@ -27,11 +27,11 @@ def test_a_copy_reads_its_own_weights(copied: Any, monkeypatch: pytest.MonkeyPat
         read.append(layer)
         return torch.full((layer.out_features, layer.in_features), 2.0, dtype=dtype)
 
-    monkeypatch.setattr(frozen_products, "_computes", lambda layer, x: True)  # else only on a GPU
-    monkeypatch.setattr(frozen_products, "_weight", weight)
+    monkeypatch.setattr(frozen, "_computes", lambda layer, x: True)  # else only on a GPU
+    monkeypatch.setattr(frozen, "_weight", weight)
     stored = quantised_linear(nn.Linear(64, 32), torch.randn(32, 64), "nf4", True, torch.float32)
     layers = nn.Sequential(stored, nn.Linear(32, 8)).requires_grad_(False)
-    assert frozen_products.fuse_products(layers) == 1
+    assert frozen.fuse_products(layers) == 1
     twin = copied(layers)
     assert is_four_bit(twin[0])
     x = torch.ones(3, 64, requires_grad=True)

@@ -1,7 +1,7 @@
 """Products of frozen 4-bit layers on a GPU, whose weights are dequantised by a kernel of this package.
 
 bitsandbytes' kernel takes twice the time of reading and writing the memory. The numbers are the same, bit for
-bit, and the backward pass keeps nothing.
+bit, unless products are in 8 bits, and the backward pass keeps nothing.
 """
 
 from functools import partial
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moka_pl.backbone.products.float8 import float8_product, multiplies_in_float8
 from moka_pl.backbone.quantization import FrozenProduct, is_four_bit, kernel_weight
 from moka_pl.lm.replaced_forward import replace_forward
 
@@ -40,13 +41,16 @@ def _weight_source(layer: Any, dtype: torch.dtype) -> Any:
 
 
 def _dequantising(kind: Any) -> Any:
-    """The forward method of a class of 4-bit layers, by this package's kernel where that can compute."""
+    """The forward method of a class of 4-bit layers, by this package's kernels where these can compute."""
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         """Computes ``W x + bias``, (..., m)."""
-        if not _computes(layer, x):
+        float8 = _may_compute(layer, x) and multiplies_in_float8(layer, x.dtype)
+        if not float8 and not _computes(layer, x):
             return kind.forward(layer, x)  # type: ignore[no-any-return]
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        if float8:
+            return float8_product(layer, x, bias)
         # The weight is asked for each time: in the backward pass it may lie elsewhere.
         weight = partial(_weight, layer, x.dtype)
         product: Tensor = FrozenProduct.apply(x, bias, weight)  # type: ignore[no-untyped-call]
@@ -55,14 +59,19 @@ def _dequantising(kind: Any) -> Any:
     return forward
 
 
-def _computes(layer: Any, x: Tensor) -> bool:
-    """Whether the layer's product is computed here."""
-    if not x.is_cuda or x.numel() <= _FEWEST * layer.in_features or x.dtype != layer.compute_dtype:
+def _may_compute(layer: Any, x: Tensor) -> bool:
+    """Whether nothing but sizes and storage can stand against computing the layer's product here."""
+    if not x.is_cuda or not x.numel() or x.dtype != layer.compute_dtype:
         return False
     if layer.bias is not None and layer.bias.requires_grad:
         return False
-    tracing = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-    return not tracing and _weight_source(layer, x.dtype) is not None
+    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+
+
+def _computes(layer: Any, x: Tensor) -> bool:
+    """Whether the layer's product is computed here in its own dtype."""
+    many = x.numel() > _FEWEST * layer.in_features
+    return many and _may_compute(layer, x) and _weight_source(layer, x.dtype) is not None
 
 
 def _weight(layer: Any, dtype: torch.dtype) -> Tensor:

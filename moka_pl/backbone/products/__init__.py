@@ -1,0 +1,1 @@
+"""How frozen layers multiply on a GPU."""
