@@ -1,14 +1,10 @@
 """Trainings on several GPUs, measured one after another; ``scripts/data_parallel_speed.py`` runs it."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -17,6 +13,7 @@ from typing import Any
 from moka_pl.errors import ConfigError
 from moka_pl.studies.common import Parser, versions, write_json
 from moka_pl.studies.ranks.cases import GROUPS, Case
+from moka_pl.studies.ranks.runs import LENGTH, run_to_end, write_texts
 from moka_pl.studies.ranks.tables import cells, heads
 
 DESCRIPTION = f"""\
@@ -31,10 +28,6 @@ and prints the median of the tokens per second, the highest peak of a GPU's memo
 command to the first step, and the size of a checkpoint with the seconds that it took from the training.
 A training that fails is a row, too. Groups: {", ".join(GROUPS)}.
 """
-#: Tokens of a row.
-_LENGTH = 512
-#: Characters of a failed training's output that are shown.
-_TAIL = 3000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,7 +114,7 @@ def _run(
     """
     folder.mkdir()
     texts = folder / "texts.jsonl"
-    _write_texts(texts, rows=case.steps * case.batch_size * case.devices)
+    write_texts(texts, rows=case.steps * case.batch_size * case.devices)
     # Each rank runs the same command, and so limits its own GPU.
     command = [sys.executable, "-m", "moka_pl"]
     if case.memory_limit is not None:
@@ -133,7 +126,7 @@ def _run(
         "data": "moka_pl.data.TextData",
         "data.init_args.path": texts,
         "data.init_args.batch_size": case.batch_size,
-        "data.init_args.max_length": _LENGTH,
+        "data.init_args.max_length": LENGTH,
         "trainer.accelerator": accelerator,
         "trainer.devices": case.devices,
         "trainer.strategy": case.strategy,
@@ -154,52 +147,11 @@ def _run(
         options |= {"ckpt_path": checkpoint, "model.allow_changes": '["ranks", "batch_size", "scheduler"]'}
     command += ["fit", "--config", "configs/llama2_ddp.yaml", *(f"--{k}={v}" for k, v in options.items())]
     begun_at = time.time()
-    _ended(command, folder / "output.txt", timeout)
+    run_to_end(command, folder / "output.txt", timeout)
     clocks = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("clock-*.json"))]
     if len(clocks) != case.devices:
         raise ConfigError(f"{len(clocks)} of {case.devices} processes trained to the end")
     return _result(clocks, begun_at, next(folder.rglob("last.ckpt")))
-
-
-def _write_texts(file: Path, rows: int) -> None:
-    """Writes texts of as many bytes as fill the rows, of which a few are held out."""
-    text = "Bread rises because yeast turns sugar into gas, which the dough holds. " * 400
-    step = (_LENGTH - 1) * 50  # the windows of 50 rows
-    lines = [json.dumps({"text": f"{n}. {text}"[: step - 1]}) for n in range(rows // 40 + 4)]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _ended(command: Sequence[str], output: Path, timeout: float) -> None:
-    """Waits for a command and all processes that it starts.
-
-    Args:
-        command: The command.
-        output: A file for what it prints.
-        timeout: Seconds after which it is killed.
-
-    Raises:
-        ConfigError: It failed, or took longer.
-    """
-    with output.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            status = process.wait(timeout)
-        except BaseException as error:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            status = -signal.SIGKILL
-            reason = f"not done after {timeout:g} s"
-        else:
-            reason = f"status {status}"
-    if status == 0:
-        return
-    printed = output.read_text(encoding="utf-8", errors="replace").strip()
-    print(printed[-_TAIL:], file=sys.stderr, flush=True)
-    last = printed.splitlines()[-1] if printed else ""
-    raise ConfigError(f"{reason}: {last[-300:]}" if last else reason)
 
 
 def _result(clocks: list[dict[str, Any]], begun_at: float, checkpoint: Path) -> dict[str, Any]:

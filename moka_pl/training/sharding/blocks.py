@@ -131,7 +131,7 @@ class ShardedBlocks:
 
     def _asked(self, wanted: int) -> int:
         """What some rank wants, by its number from 1; 0 when all are served. Collective."""
-        number = torch.tensor(wanted)
+        number = torch.tensor(wanted, device="cpu")  # whatever the default device is
         dist.all_reduce(number, dist.ReduceOp.MAX, self._control)
         return int(number)
 

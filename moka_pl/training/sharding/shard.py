@@ -54,7 +54,8 @@ class BlockShard:
             self._views.append(view.copy_(tensor))
         own = self._whole[rank * share : (rank + 1) * share]
         if offload and device.type != "cpu":
-            self.kept = torch.empty(share, dtype=torch.uint8, pin_memory=True).copy_(own)
+            # Lightning builds models with the device as the default one, whose memory cannot be pinned.
+            self.kept = torch.empty(share, dtype=torch.uint8, device="cpu", pin_memory=True).copy_(own)
         else:
             self.kept = own.clone()
         self._work: dist.Work | None = None
