@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +29,7 @@ from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.hub import check_download, download_model, reach_model
 from moka_pl.backbone.linear_layers import linearise, quantise_rest
 from moka_pl.backbone.loading import cache_root, loading, progress_bars
-from moka_pl.backbone.products.float8 import describe_float8, keep_scales
+from moka_pl.backbone.products.float8 import describe_float8, keep_scales, missing_for_float8
 from moka_pl.backbone.products.frozen import fuse_products
 from moka_pl.backbone.quantization import (
     check_layers,
@@ -143,7 +143,8 @@ def load_backbone(
     if before is not None:
         stored = described.quantization is not None
         before(Unloaded(copy.deepcopy(empty), tokenizer, described.files, stored))
-    settle = partial(_settle, config, dtype, described.quantization is None, device.type == "cuda")
+    config = _settled_products(config, device, notes)
+    settle = partial(_settle, config, dtype, described.quantization is None)
     store = None if blocks is None else _Settling(blocks, settle)
     model = _filled(empty, config, described, device, notes, store)
     check_special_tokens(model.generation_config, "generation_config.json", _rows(model), config.name)
@@ -169,20 +170,23 @@ def _computed_fast(config: BackboneConfig, model: "PreTrainedModel") -> list[str
     return notes
 
 
-def _settle(config: BackboneConfig, dtype: torch.dtype, plain: bool, on_gpu: bool, module: nn.Module) -> None:
-    """Makes what is linear in a model or a block an ``nn.Linear``, and quantises what is left to be.
+def _settled_products(config: BackboneConfig, device: torch.device, notes: list[str]) -> BackboneConfig:
+    """The options with products that the device has: evaluation needs no others, and ``fit`` has checked."""
+    if config.matmul == "bf16":
+        return config
+    missing = "no backbone.compile" if config.compile != "none" else missing_for_float8(device)
+    if missing is None:
+        return config
+    notes.append(f"no 8-bit products: they need {missing}")
+    return replace(config, matmul="bf16")
 
-    Args:
-        config: The options of the base.
-        dtype: Its compute dtype.
-        plain: Whether its checkpoint is not quantised.
-        on_gpu: Whether it lives on a GPU.
-        module: The model or the block.
-    """
+
+def _settle(config: BackboneConfig, dtype: torch.dtype, plain: bool, module: nn.Module) -> None:
+    """Makes what is linear in a model or a block an ``nn.Linear``, and quantises what is left to be."""
     linearise(module)
     if plain and config.quantization != "none":
         quantise_rest(module, config.quantization, config.double_quantization, dtype)
-    if on_gpu and config.matmul == "fp8" and config.compile == "none":
+    if config.matmul == "fp8":
         keep_scales(module)  # now, as blocks may go elsewhere
 
 

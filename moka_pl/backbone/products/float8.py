@@ -39,14 +39,10 @@ def check_float8(device: torch.device, dtype: torch.dtype, quantization: str) ->
     """
     if quantization not in ("nf4", "fp4"):
         missing = f"backbone.quantization nf4 or fp4, not {quantization}"
-    elif find_spec("triton") is None:
-        missing = "Triton"
     else:
-        from moka_pl.ops.triton.float8 import unsupported_reason
-
-        missing = unsupported_reason(device) or ""
-        if not missing and dtype is not torch.bfloat16:
-            missing = f"compute dtype bfloat16, not {str(dtype).removeprefix('torch.')}"
+        missing = missing_for_float8(device) or ""
+    if not missing and dtype is not torch.bfloat16:
+        missing = f"compute dtype bfloat16, not {str(dtype).removeprefix('torch.')}"
     if missing:
         raise ConfigError(f"backbone.matmul is fp8, which needs {missing}; set --model.backbone.matmul bf16")
 
@@ -64,10 +60,19 @@ def keep_scales(module: nn.Module) -> None:
 
 
 def describe_float8(model: nn.Module) -> str:
-    """Returns a sentence on how many layers compute in 8 bits."""
+    """Returns a sentence on how many layers compute in 8 bits while they train."""
     layers = [module for module in model.modules() if is_four_bit(module)]
     count = sum(hasattr(layer, _SCALES) for layer in layers)
     return f"8-bit products in training: {count} of {len(layers)} frozen 4-bit layers"
+
+
+def missing_for_float8(device: torch.device) -> str | None:
+    """Returns what a machine lacks for 8-bit products, or None."""
+    if find_spec("triton") is None:
+        return "Triton"
+    from moka_pl.ops.triton.float8 import unsupported_reason
+
+    return unsupported_reason(device)
 
 
 def multiplies_in_float8(layer: Any, dtype: torch.dtype) -> bool:

@@ -219,14 +219,23 @@ class Bench:
 
         Args:
             options: Options of ``BackboneConfig``.
+
+        Raises:
+            ConfigError: If it is to multiply in 8 bits, and cannot.
         """
-        from moka_pl.backbone import BackboneConfig, load_backbone
+        import torch
+
+        from moka_pl.backbone import BackboneConfig, compute_dtype, load_backbone
+        from moka_pl.backbone.products.float8 import check_float8
         from moka_pl.lm.checkpointing import checkpoint_layers
 
         options = options or {}
         if self._model is None or self._backbone != options:
             self.close()
             config = BackboneConfig(self.shape, weights="random", **options)  # type: ignore[arg-type]
+            if config.matmul == "fp8":
+                device = torch.device(self.device)
+                check_float8(device, compute_dtype(config, device), config.quantization)
             loaded = load_backbone(config, self.device)
             model = loaded.model
             if self.checkpointing:

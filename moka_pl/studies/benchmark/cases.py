@@ -174,6 +174,8 @@ def backbone_rows() -> list[Row]:
         lora("LoRA r32 q,k,v,up,down", 32, FIVE),
     ]
     rows = [on_backbone(row, compile="layers") for row in ours]
+    float8 = [on_backbone(row, matmul="fp8") for row in (frozen(), moka("MoKA r10"), servable(), *peft)]
+    rows += [*float8, *(captured_row(row) for row in float8[:3])]
     return rows + [on_backbone(row, kernels="none") for row in (frozen(), *peft)]
 
 

@@ -157,3 +157,9 @@ def test_layers_that_are_offloaded_are_not_compiled() -> None:
     bench = Bench("tiny", "cpu", checkpointing=True, offload=True)
     _, error = bench.measure(cases.on_backbone(MOKA, compile="layers"), work)
     assert error == "ConfigError: compile layers does not go with --offload"
+
+
+def test_rows_in_8_bits_are_not_measured_in_others(bench) -> None:
+    _, error = bench.measure(cases.on_backbone(MOKA, matmul="fp8"), work)
+    assert error is not None
+    assert error.startswith("ConfigError: backbone.matmul is fp8, which needs an NVIDIA GPU")

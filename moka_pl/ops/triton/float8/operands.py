@@ -28,7 +28,7 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST, _LEAST = 448.0, 1e-30
 
 #: Entries of a row for each thread; words of W for each program; rows, words and warps of a transposed tile.
-_ENTRIES, _WORDS, _TILE = 32, 256, (128, 8, 4)
+_ENTRIES, _WORDS, _TILE = 64, 256, (128, 8, 2)
 
 
 class Scaled(NamedTuple):
