@@ -166,7 +166,7 @@ def recover_folder(path: Path) -> None:
                 if free and not os.path.lexists(path):
                     folder.rename(path)
                     warnings.warn(
-                        f"{path} was left under the name {folder} by a killed process and has its own again",
+                        f"{path} is restored: a killed process had left it under the name {folder.name}",
                         MokaWarning,
                         stacklevel=2,
                     )

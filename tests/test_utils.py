@@ -96,7 +96,7 @@ def test_recovers_the_only_copy_and_clears_away_left_overs(tmp_path, files, foun
     path, others = tmp_path / "best", [tmp_path / ".best-of-abcd1234"] if "best-of" in str(files) else []
     leave()
     if found:
-        with pytest.warns(UserWarning, match="best was left under the name .* by a killed process"):
+        with pytest.warns(UserWarning, match="best is restored: a killed process had left it under the name"):
             recover_folder(path)
         assert contents(path)["weights"] in (b"old", b"new")
     else:

@@ -96,7 +96,8 @@ def check_size(model: "PreTrainedModel", name: str, device: torch.device, bits: 
     if parameters * bits / 8 > memory:
         raise BackboneError(
             f"{name} cannot be loaded: {parameters:,} parameters take at least "
-            f"{parameters * bits / 2**33:,.1f} GiB, but {device} has {memory / 2**30:,.1f} GiB"
+            f"{parameters * bits / 2**33:,.1f} GiB, but {device} has {memory / 2**30:,.1f} GiB; choose a "
+            "smaller model, or another backbone.quantization"
         )
 
 
@@ -188,7 +189,7 @@ def _compare(
     name: str, own: OwnForward, ours: float, rows: tuple[float, float], tokens: int, dtype: torch.dtype
 ) -> None:
     if own.loss is None:
-        raise BackboneError(f"{name} computes no loss of its own; it cannot be trained here")
+        raise BackboneError(f"{name} computes no loss of its own, to compare with; give another model")
     if not (math.isfinite(own.loss) and math.isfinite(ours)):
         raise BackboneError(
             f"{name} has a loss of {own.loss} on a few tokens: its weights hold NaN or inf, or overflow in "

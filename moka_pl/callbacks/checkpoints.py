@@ -76,7 +76,9 @@ class AdapterCheckpoint(Callback):
         score = float(trainer.callback_metrics[self.monitor])
         self.last_path = self._save(trainer, pl_module, "last")
         if not math.isfinite(score):
-            rank_zero_warn(f"{self.monitor} is {score} after step {trainer.global_step}: never the best")
+            rank_zero_warn(
+                f"{self.monitor} is {score} after step {trainer.global_step}, which never counts as the best"
+            )
             return
         better = operator.lt if self.mode == "min" else operator.gt
         if self.best_score is None or better(score, self.best_score):
@@ -103,7 +105,8 @@ class AdapterCheckpoint(Callback):
         except OSError as error:
             reason = write_failure(error, self._folder)
             raise AdapterError(
-                f"cannot copy the best adapter {self.best_path} to {best}: {reason}"
+                f"cannot copy the best adapter {self.best_path} to {best}: {reason}. Free some "
+                "space, and copy it"
             ) from error
         self.best_path = best
 

@@ -159,13 +159,15 @@ def _count(text: str, most: int) -> None:
             if top.mapping and top.children % 2 == 0 and event.value != "<<":
                 _check_key(event.value, line, top.keys)
             if event.value.isdigit() and len(event.value) > _MAX_DIGITS:
-                raise BoundedYamlError(f"line {line}: a number of {len(event.value):,} digits")
+                raise BoundedYamlError(
+                    f"line {line}: a number has {len(event.value):,} digits; at most {_MAX_DIGITS:,} are read"
+                )
             if event.anchor:
                 sizes[event.anchor] = size
         elif isinstance(event, yaml.CollectionStartEvent):
             open_.append(_Open(isinstance(event, yaml.MappingStartEvent), event.anchor))
             if len(open_) > MAX_DEPTH:
-                raise BoundedYamlError(f"line {line}: values lie more than {MAX_DEPTH} deep in each other")
+                raise BoundedYamlError(f"line {line}: values are nested more than {MAX_DEPTH} deep")
             continue
         elif isinstance(event, yaml.CollectionEndEvent):
             closed = open_.pop()

@@ -110,7 +110,9 @@ class RunFolders:
             except FileNotFoundError:  # another run has just removed the empty folder
                 self._make(root, "--trainer.logger.init_args.save_dir")
             except OSError as error:
-                raise ConfigError(f"cannot make {folder} ({error.strerror or error})") from error
+                raise ConfigError(
+                    f"cannot make {folder} ({error.strerror or error}); choose another folder"
+                ) from error
             else:
                 self._held.callback(_remove_empty, [folder])
                 return version

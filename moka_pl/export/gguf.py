@@ -156,7 +156,8 @@ def check_adapter(model: "PreTrainedModel", layers: Mapping[str, Any]) -> None:
         frozen = layer.base_layer if isinstance(layer, MokaLayer) else layer
         if frozen.weight is embedding:
             raise AdapterError(
-                f"{name} shares its weight with the embedding, which llama.cpp's LoRA cannot tell"
+                f"{name} shares its weight with the embedding, so that a GGUF LoRA cannot adapt it alone; "
+                "merge it by another --gguf_type"
             )
 
 

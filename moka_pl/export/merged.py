@@ -316,7 +316,9 @@ def reloaded(folder: Path, source: Source, device: torch.device, compute: torch.
         text = source.tokenizer.decode(ids)
         ours, theirs = (list(one(text).input_ids) for one in (source.tokenizer, tokenizer))
         if ours != theirs or tokenizer.chat_template != source.tokenizer.chat_template:
-            raise AdapterError(f"the written tokenizer reads {text!r} into other tokens; nothing was written")
+            raise AdapterError(
+                f"the written tokenizer reads {text!r} into other tokens; nothing was written. Report it"
+            )
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     room = psutil.virtual_memory().available // 2
     placed: dict[str, Any] = {"device_map": {"": device}}

@@ -111,7 +111,8 @@ def _check_tokens(engine: LlamaCpp, source: Source) -> None:
     texts = [source.tokenizer.decode(ids) for ids in source.prompts]
     if (text := engine.other_tokens(source.tokenizer, texts)) is not None:
         raise AdapterError(
-            f"llama.cpp reads {text!r} into other tokens than the tokenizer; nothing was written"
+            f"llama.cpp reads {text!r} into other tokens than the tokenizer; nothing was written. Export "
+            "--to merged"
         )
 
 

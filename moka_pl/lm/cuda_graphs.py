@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moka_pl._compat import copy_all_, multiplied
-from moka_pl.errors import one_line
+from moka_pl.errors import MokaWarning, one_line
 from moka_pl.lm.architecture import causal_unsupported_reason
 from moka_pl.lm.causal import CAUSAL, causal
 from moka_pl.lm.checkpointing import draws
@@ -134,7 +134,9 @@ class StepCapture:
             return False
         if torch.is_autocast_enabled("cuda"):
             reason = self.unsupported_reason = "autocast caches weights across steps"
-            warnings.warn(f"no CUDA graphs: {reason}; set --trainer.precision 32-true", stacklevel=2)
+            warnings.warn(
+                f"no CUDA graphs: {reason}; set --trainer.precision 32-true", MokaWarning, stacklevel=2
+            )
             return False
         return torch.is_grad_enabled()
 
@@ -164,7 +166,9 @@ class StepCapture:
             generator.graphsafe_set_state(random)
             self.unsupported_reason = _cause(error)
             warnings.warn(
-                f"cannot capture the training step as a CUDA graph: {self.unsupported_reason}", stacklevel=2
+                f"cannot capture the training step as a CUDA graph: {self.unsupported_reason}",
+                MokaWarning,
+                stacklevel=2,
             )
             return
         self._pool = graph.pool()

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, MokaWarning
 from moka_pl.ops.gating import Gating
 from moka_pl.ops.layout import Shape, group_equal
 from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates
@@ -203,6 +203,7 @@ def _warn_unfused() -> None:
     warnings.warn(
         "backend: fused needs a CUDA device, Triton, float32 factors, and either only or no identity left "
         "factors; using backend: dense instead",
+        MokaWarning,
         stacklevel=4,
     )
 
@@ -211,5 +212,6 @@ def _warn_unfused() -> None:
 def _warn_not_thin() -> None:
     warnings.warn(
         "backend: thin needs components of small ranks, without identities; using backend: dense instead",
+        MokaWarning,
         stacklevel=4,
     )

@@ -101,7 +101,9 @@ def spectrum_of(sizes: Tensor, longest: int, precision: float) -> Spectrum:
         AdapterError: If they are not finite.
     """
     if not torch.isfinite(sizes).all():
-        raise AdapterError("an update has non-finite entries: the training diverged")
+        raise AdapterError(
+            "an update holds a NaN or an infinity: its training diverged. Use an earlier adapter"
+        )
     energy = sizes.square()
     total = float(energy.sum())
     if total == 0:

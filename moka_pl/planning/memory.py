@@ -172,7 +172,9 @@ def sizes_of(model: "PreTrainedModel") -> Sizes:
     config: Any = model.config.get_text_config()
     hidden = getattr(config, "hidden_size", None)
     if not isinstance(hidden, int):
-        raise BackboneError(f"memory cannot be planned: {config.model_type} names no hidden_size")
+        raise BackboneError(
+            f"memory cannot be planned: {config.model_type} names no hidden_size; give a LLaMA-like model"
+        )
     head = output_head(model)
     weights = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     inner = getattr(config, "intermediate_size", None)

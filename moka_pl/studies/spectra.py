@@ -40,7 +40,9 @@ def spectrum(matrix: Tensor) -> Spectrum:
         AdapterError: If the matrix has entries that are not finite.
     """
     if not torch.isfinite(matrix).all():
-        raise AdapterError("an update has non-finite entries: the training diverged")
+        raise AdapterError(
+            "an update holds a NaN or an infinity: its training diverged. Use an earlier adapter"
+        )
     sizes = torch.linalg.svdvals(matrix.detach().to("cpu", torch.float64))  # (min(m, n),)
     # Factors of single precision leave that much of their rounding in a product.
     precision = torch.finfo(matrix.dtype if matrix.dtype.is_floating_point else torch.float32).eps

@@ -243,7 +243,9 @@ def peek(path: Path) -> dict[str, Any]:
     try:
         return _load(path)
     except Exception as error:  # see unusable_reason
-        raise ConfigError(f"--ckpt_path {path} is damaged or not a checkpoint ({one_line(error)})") from error
+        raise ConfigError(
+            f"--ckpt_path {path} is damaged or not a checkpoint ({one_line(error)}). Give another one"
+        ) from error
 
 
 def step_of(path: Path) -> int:

@@ -132,7 +132,9 @@ def load_processor(config: BackboneConfig, shape: "PretrainedConfig | None" = No
         # By Pillow, wherever that is possible: the pixels then do not depend on what else is installed.
         built = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind, None)
         if built is None:
-            raise BackboneError(f"{config.name}: transformers has no image processor {kind!r}; upgrade it")
+            raise BackboneError(
+                f"{config.name}: transformers has no image processor {kind!r}; upgrade transformers"
+            )
         half = [0.5] * channels
         own = {"size": {"height": height, "width": width}, "image_mean": half, "image_std": half}
         return cast("BaseImageProcessor", built(**(stored or own)))
@@ -266,9 +268,12 @@ def _check_runs(model: "PreTrainedModel", processor: Any, classes: int, name: st
     except BackboneError:
         raise
     except Exception as error:  # whatever an architecture raises that needs other inputs
-        raise BackboneError(f"{name} cannot be run on an image: {one_line(error)}") from error
-    if tuple(logits.shape) != (1, classes) or not bool(torch.isfinite(logits).all()):
         raise BackboneError(
-            f"{name} makes logits {tuple(logits.shape)} of one image, or such that are not finite, for "
-            f"{classes} classes; give another image classifier"
+            f"{name} cannot be run on an image: {one_line(error)}; give another image classifier"
+        ) from error
+    finite = bool(torch.isfinite(logits).all())
+    if tuple(logits.shape) != (1, classes) or not finite:
+        raise BackboneError(
+            f"{name} maps an image to {'logits' if finite else 'NaN or inf'} of shape {tuple(logits.shape)}, "
+            f"not to {classes} logits; give another image classifier"
         )

@@ -46,7 +46,9 @@ def predict_images(
         part.replace(output)
     except OSError as error:
         reason = write_failure(error, output.parent)
-        raise ConfigError(f"cannot write to {output}: {reason}") from error
+        raise ConfigError(
+            f"cannot write to {output}: {reason}; free some space, or choose another file"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
     print(f"{len(files)} images are classified in {output}", file=sys.stderr)
@@ -65,7 +67,7 @@ def find_images(source: Path) -> list[Path]:
     files = (file for file in source.rglob("*") if file.is_file() and not is_hidden(file))
     found = sorted(file for file in files if file.suffix.lower() in ENDINGS)
     if not found:
-        raise DataError(f"{source} holds no images (files with the endings {', '.join(ENDINGS)})")
+        raise DataError(f"{source} holds no images; add some (files with the endings {', '.join(ENDINGS)})")
     return found
 
 

@@ -16,7 +16,7 @@ FILES = {
     "itself": ("a: &x [*x]", "no complete value before *x is named &x"),
     "twice": ("a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n", "line 5: key 'c' stands in line 3 already"),
     "twice inline": ("a: {b: 1, 'b': 2}", "key 'b' stands in line 1 already"),
-    "digits": ("a: " + "9" * 5_000, "a number of 5,000 digits"),
+    "digits": ("a: " + "9" * 5_000, "a number has 5,000 digits; at most"),
     "large": ("a: " + "x" * MAX_BYTES, "are too many for a configuration"),
     "empty": (" \n", "the file is empty"),
     "comment": ("# only", "a mapping of options, not NoneType"),

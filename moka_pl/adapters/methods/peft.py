@@ -229,9 +229,10 @@ class PeftMethod(AdapterMethod):
     def _try_saving(self, model: nn.Module) -> None:
         """Does what the first save will do: what cannot work shows before any training."""
         self.facts()
-        state = self.state(model).values()
-        if not {p.data_ptr() for p in model.parameters() if p.requires_grad} <= {t.data_ptr() for t in state}:
-            raise AdapterError("PEFT does not save all that it trains")
+        saved = {tensor.data_ptr() for tensor in self.state(model).values()}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.data_ptr() not in saved:
+                raise AdapterError(f"it trains {name}, but does not save it")
 
     def _try_layers(self, model: nn.Module) -> None:
         """Runs one token through a layer of each kind: what cannot work shows before any training."""

@@ -138,7 +138,7 @@ def read_blocks(
                 return empty
             tensor = part(full)
             if not tensor.is_floating_point():
-                raise BackboneError(f"{full} is {tensor.dtype}, and nothing says what that means")
+                raise BackboneError(f"{full} holds {tensor.dtype}, no weights; copy the model again")
             # Cast first, as transformers does, so that the codes are the same.
             return tensor.to(empty.dtype).to(device)
 
@@ -146,7 +146,10 @@ def read_blocks(
             if stored is None or name not in stored.layers:
                 return None
             if layer is model.get_output_embeddings():
-                raise BackboneError(f"the output head {name} is quantised, too, and cannot be scored with")
+                raise BackboneError(
+                    f"the output head {name} is quantised, which moka_pl cannot compute a loss with; give a "
+                    "checkpoint whose head is not"
+                )
             return stored.read(name, layer, lambda full: part(full).to(device), model.dtype)
 
         fill(model, config, model.dtype, device, read, blocks, None if stored is None else ready)

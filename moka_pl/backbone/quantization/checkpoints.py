@@ -121,7 +121,7 @@ class StoredLayers:
         own: Tensor | None = layer.bias
         if own is None and bias is not None:
             if bool(bias.any()):
-                raise BackboneError(f"{name} has a bias that {type(layer).__name__} has not")
+                raise BackboneError(f"{name} has a bias, but config.json names none; copy the model again")
             bias = None  # some tools write zeros for every layer
         made = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return QuantisedLinear(codes, stored, made, dtype)

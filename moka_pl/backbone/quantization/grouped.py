@@ -62,10 +62,15 @@ class GptqWeight(ReadWeight):
             size = config.get("group_size") or -(-n // groups)
             size = n if size == -1 else size
             if -(-n // size) != groups:
-                raise BackboneError(f"scales has {groups} groups, but group_size is {size} of {n} inputs")
+                raise BackboneError(
+                    f"scales has {groups} groups, but group_size is {size} of {n} inputs; copy the model "
+                    "again"
+                )
             index = torch.arange(n, device=qweight.device) // size
         if tuple(index.shape) != (n,) or int(index.min()) < 0 or int(index.max()) >= groups:
-            raise BackboneError(f"g_idx does not name one of {groups} groups for each input")
+            raise BackboneError(
+                f"g_idx does not name one of {groups} groups for each input; copy the model again"
+            )
         own = {"zeros": qzeros, "group": index.to(torch.int32)}
         scales = {"scales": parts["scales"].to(torch.float16), **own}
         return qweight, cls(layer.shape, layer.dtype, scales, bits)
@@ -109,7 +114,7 @@ class AwqWeight(ReadWeight):
         groups = len(parts["scales"])
         layer.check({"qweight": (n, m // 8), "qzeros": (groups, m // 8), "scales": (groups, m)})
         if n % groups:
-            raise BackboneError(f"{groups} groups do not divide {n} inputs")
+            raise BackboneError(f"{groups} groups do not divide {n} inputs; copy the model again")
         scales = {"scales": parts["scales"].to(torch.float16), "zeros": parts["qzeros"]}
         return parts["qweight"], cls(layer.shape, layer.dtype, scales)
 

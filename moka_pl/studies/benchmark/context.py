@@ -194,7 +194,7 @@ def smaller_card(gib: int, device: "torch.device") -> Iterator[float]:
     taken = max(0, total - gib * GIB)
     # What lies on the card already is this process's context, the model and the optimizer.
     if taken > free:
-        raise ConfigError(f"the model alone needs more than {gib} GiB")
+        raise ConfigError(f"the model alone needs more than {gib} GiB; give a larger --context")
     ballast = [torch.empty(taken, dtype=torch.uint8, device=device)]
     try:
         yield (free - taken) / GIB

@@ -200,11 +200,13 @@ def test_damage_is_told(kind: str, folder: Path) -> None:
     with pytest.raises(BackboneError, match=rf"{name}: .* is \(.*\), not \(.*\); copy the model again"):
         load_backbone(config)
     save_file(tensors | {f"{name}.bias": torch.ones(64)}, file, {"format": "pt"})
-    with pytest.raises(BackboneError, match=f"{name} has a bias that Linear has not"):
+    with pytest.raises(BackboneError, match=f"{name} has a bias, but config.json names none"):
         load_backbone(config)
     del tensors[f"{name}.{part}"]
     save_file(tensors, file, {"format": "pt"})
-    told = "is torch.int8, and nothing" if kind == "int8" else f"layers in {kind} are not in safetensors"
+    told = (
+        "holds torch.int8, no weights; copy" if kind == "int8" else f"layers in {kind} are not in safetensors"
+    )
     with pytest.raises(BackboneError, match=told):
         load_backbone(config)
 

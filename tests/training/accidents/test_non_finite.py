@@ -242,7 +242,7 @@ def test_a_validation_loss_of_nan_is_never_the_best(make_module, make_data, make
             trainer.callback_metrics["val/thing"] = torch.tensor(math.nan)
 
     saved = AdapterCheckpoint(monitor="val/thing")
-    with pytest.warns(UserWarning, match="val/thing is nan after step 7: never the best"):
+    with pytest.warns(UserWarning, match="val/thing is nan after step 7, which never counts as the best"):
         make_trainer(Blind(), saved).fit(make_module(), make_data())
     assert saved.best_path is None
 
