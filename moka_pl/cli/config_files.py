@@ -100,17 +100,13 @@ def parse_yaml(text: str) -> Any:
     return _built(text, get_loader("yaml"), MAX_VALUES)
 
 
-def load_yaml(text: str, most: int = 100 * MAX_VALUES) -> Any:
+def load_yaml(text: str) -> Any:
     """Parses YAML by PyYAML's own rules, within bounds.
-
-    Args:
-        text: The text.
-        most: Most values of it.
 
     Raises:
         yaml.YAMLError: If the text is no YAML, or out of bounds.
     """
-    return _built(text, lambda text: yaml.load(text, _Loader), most)
+    return _built(text, lambda text: yaml.load(text, _Loader), 100 * MAX_VALUES)
 
 
 def _built(text: str, load: Callable[[str], Any], most: int) -> Any:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from moka_pl.adapters import AdapterInfo, load_adapter, read_adapter
@@ -54,7 +53,6 @@ def open_source(
     adapter: Path,
     base: str | None = None,
     prompts: Path | None = None,
-    device: torch.device | str | None = None,
     before: Callable[[Preview], None] | None = None,
 ) -> Source:
     """Loads an adapter with its base and measures it.
@@ -63,7 +61,6 @@ def open_source(
         adapter: An adapter directory.
         base: Name or folder of the base; None is the stored one.
         prompts: A text file with a prompt a line; None takes the package's own.
-        device: The model's device; None is the GPU if there is one, else the CPU.
         before: Is called before the base's weights are loaded, to refuse what cannot work.
 
     Raises:
@@ -77,7 +74,7 @@ def open_source(
         if before is not None:
             before(preview)
 
-    model, tokenizer = load_model(adapter, device, base, before=look)
+    model, tokenizer = load_model(adapter, base=base, before=look)
     name = base or info.base.name
     own = name == SHORT_NAME or name.endswith(".gguf")  # which only this package converts
     others = model.name_or_path if own else name

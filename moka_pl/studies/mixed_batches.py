@@ -116,16 +116,15 @@ def compare(adapters: MokaAdapters, ids: Tensor, names: Sequence[str], repeats: 
     return median(seconds[0]), median(seconds[1])
 
 
-def agreeing(adapters: MokaAdapters, ids: Tensor, names: Sequence[str], tokens: int = 8) -> int:
+def agreeing(adapters: MokaAdapters, ids: Tensor, names: Sequence[str]) -> int:
     """Returns how many rows of a mixed batch generate what their adapter alone does.
 
     Args:
         adapters: The adapters.
         ids: Prompts, shape (I, T).
         names: The adapter of each row.
-        tokens: Tokens to generate.
     """
-    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     mask = torch.ones_like(ids)
     mixed = adapters.generate(ids, attention_mask=mask, adapter_names=names, **options)
     right = 0

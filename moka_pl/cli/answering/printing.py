@@ -1,23 +1,16 @@
 """Answers as they are printed: token by token where that is possible."""
 
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from moka_pl.cli.answering.session import Session
 from moka_pl.errors import printable
 
 
-def print_answer(session: Session, row: Mapping[str, Any]) -> str:
-    """Prints the answer to a checked row while it is generated, and returns it.
+def print_tokens(session: Session, ids: list[int]) -> str:
+    """Prints the answer to a prompt's tokens while it is generated, and returns it.
 
     Beams are known at their end only; their answer is printed then.
     """
-    return print_tokens(session, session.ids(row))
-
-
-def print_tokens(session: Session, ids: list[int]) -> str:
-    """As :func:`print_answer`, of a prompt's tokens."""
     if session.sampling.num_beams > 1:
         text = session.answers([ids])[0].text
         print(shown(text), flush=True)

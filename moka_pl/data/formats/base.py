@@ -133,20 +133,15 @@ def require(record: Record, field: str, label: str = "") -> Any:
     return record[field]
 
 
-def require_text(record: Record, field: str, label: str = "") -> str:
+def require_text(record: Record, field: str) -> str:
     """Returns a field that must be text.
-
-    Args:
-        record: The record.
-        field: Name of the field.
-        label: What messages call the field, if not by its name.
 
     Raises:
         DataError: The field is missing or holds something else.
     """
-    value = require(record, field, label)
+    value = require(record, field)
     if not isinstance(value, str):
-        raise DataError(f"field {label or repr(field)} must be text, found {show(value)}")
+        raise DataError(f"field {field!r} must be text, found {show(value)}")
     return value
 
 

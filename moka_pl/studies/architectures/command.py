@@ -64,15 +64,15 @@ def stored_rows(page: Path) -> dict[str, str]:
     return {line.split("|")[1].strip(): line for line in lines}
 
 
-def find_rows(families: Sequence[Family] = FAMILIES) -> list[str]:
-    """Finds out all facts of some families, and returns their lines.
+def find_rows() -> list[str]:
+    """Finds out all facts of the families, and returns their lines.
 
     Raises:
         MokaError: Naming the family of which something is computed wrongly.
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        for number, family in enumerate(families):
+        for number, family in enumerate(FAMILIES):
             try:
                 facts = family_facts(write_family(family, Path(folder) / str(number)))
             except MokaError as error:

@@ -212,13 +212,12 @@ class Resampled:
     nll: Floats
 
 
-def resample(methods: Mapping[str, Items], samples: int = SAMPLES, seed: int = 0) -> dict[str, Resampled]:
+def resample(methods: Mapping[str, Items], samples: int = SAMPLES) -> dict[str, Resampled]:
     """Scores all methods on samples of their common items, drawn with replacement within every task.
 
     Args:
         methods: Items by name of the method.
         samples: Number of samples.
-        seed: Seed of the draws.
 
     Raises:
         ConfigError: If two methods were tested on different items.
@@ -229,7 +228,7 @@ def resample(methods: Mapping[str, Items], samples: int = SAMPLES, seed: int = 0
     for name, items in methods.items():
         if not same_items(first, items):
             raise ConfigError(f"{name} was tested on other items than {next(iter(methods))}: nothing to pair")
-    random = numpy.random.default_rng(seed)
+    random = numpy.random.default_rng(0)
     columns = numpy.concatenate([_columns(items) for items in methods.values()], axis=1)  # (n, all columns)
     by_task = [numpy.flatnonzero(first.task == task) for task in first.tasks]
     sums = numpy.empty((samples, columns.shape[1]))

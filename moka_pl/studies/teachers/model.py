@@ -143,11 +143,11 @@ class Students:
         return torch.stack(norms, 1) * weights.square()
 
 
-def correlation(side: int, decay: float = 1.0) -> Tensor:
-    """A matrix M, (n, n), for inputs ``M x`` of energy n whose k-th direction has a size as 1 / k^decay."""
+def correlation(side: int) -> Tensor:
+    """A matrix M, (n, n), for inputs ``M x`` of energy n whose k-th direction has a size as 1 / k."""
     generator = torch.Generator().manual_seed(30_000)
     directions: Tensor = torch.linalg.qr(torch.randn(side, side, generator=generator)).Q
-    sizes = torch.arange(1, side + 1) ** -decay  # (n,)
+    sizes = torch.arange(1, side + 1) ** -1.0  # (n,)
     sizes = sizes * math.sqrt(side) / sizes.square().sum().sqrt()
     return directions @ torch.diag(sizes)
 
