@@ -1,0 +1,1 @@
+"""What a training does to its machine over many minutes."""
