@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moka_pl.backbone.loading import loading
 from moka_pl.errors import BackboneError, one_line
 from moka_pl.lm.own_loss import OwnForward, run_own_forward
 from moka_pl.lm.scoring import score_tokens
@@ -57,6 +58,24 @@ def check_folder(folder: Path) -> None:
             raise BackboneError(
                 f"{folder} cannot be loaded: {name} names {min(outside)!r}, outside of the folder"
             )
+
+
+def read_config(name: str, **location: Any) -> "PretrainedConfig":
+    """Reads the configuration of a model; looks at its numbers before transformers builds anything of it.
+
+    Args:
+        name: The model's name, for messages.
+        **location: Where transformers finds it.
+
+    Raises:
+        BackboneError: If it is damaged, or as :func:`check_numbers`.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    with loading(name):
+        if "gguf_file" not in location:
+            check_numbers(PretrainedConfig.get_config_dict(**location)[0], name)
+        return AutoConfig.from_pretrained(**location, trust_remote_code=False)
 
 
 def check_numbers(config: Mapping[str, Any], name: str) -> None:

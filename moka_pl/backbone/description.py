@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from moka_pl.backbone.checks import read_config
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.loading import loading
 from moka_pl.backbone.quantization import QuantisedError, check_made, stored_quantization
@@ -67,7 +68,7 @@ def describe(config: BackboneConfig, location: dict[str, Any]) -> Description:
     Raises:
         BackboneError: If a file is damaged, or the model is no causal language model with layers.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if config.weights == "random":
         shape, files = shape_config(config.name), None
@@ -76,8 +77,7 @@ def describe(config: BackboneConfig, location: dict[str, Any]) -> Description:
     else:
         folder = Path(location["pretrained_model_name_or_path"])
         files = read_weight_files(folder) if folder.is_dir() else None
-        with loading(config.name):
-            shape = AutoConfig.from_pretrained(**location, trust_remote_code=False)
+        shape = read_config(config.name, **location)
     if type(shape) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise BackboneError(
             f"{config.name} cannot be loaded: transformers has no AutoModelForCausalLM of model_type "

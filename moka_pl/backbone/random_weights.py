@@ -11,9 +11,8 @@ from torch import nn
 
 from moka_pl.backbone.blocks.filling import fill
 from moka_pl.backbone.blocks.frozen_tensors import BlockStore
-from moka_pl.backbone.checks import check_numbers
+from moka_pl.backbone.checks import read_config
 from moka_pl.backbone.config import BackboneConfig
-from moka_pl.backbone.loading import loading
 from moka_pl.errors import BackboneError
 
 if TYPE_CHECKING:
@@ -58,15 +57,13 @@ def shape_config(name: str) -> "PretrainedConfig":
     Raises:
         BackboneError: If it is neither, or damaged.
     """
-    from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+    from transformers import LlamaConfig
 
     if name in SHAPES:
         return LlamaConfig(**SHAPES[name])
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
-        with loading(name):
-            check_numbers(PretrainedConfig.get_config_dict(folder)[0], name)
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return read_config(name, pretrained_model_name_or_path=str(folder))
     raise BackboneError(
         f"unknown shape {name!r} for weights: random; choose one of {', '.join(SHAPES)}, "
         "or give a folder with a config.json"

@@ -26,6 +26,9 @@ from moka_pl.ops.gating import Gating, gates_of, logits_gradient
 from moka_pl.ops.layout import Shape
 from moka_pl.ops.structured import add_update_, transposed, update_backward
 
+#: Tokens above which bitsandbytes dequantises a 4-bit weight for its product, too; for fewer it has a kernel.
+DEQUANTISED_TOKENS = 1536
+
 #: Takes what is to be saved for the backward pass.
 Keep = Callable[..., None]
 

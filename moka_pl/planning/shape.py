@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moka_pl.backbone import BackboneConfig
-from moka_pl.backbone.checks import check_folder, check_numbers
+from moka_pl.backbone.checks import check_folder, read_config
 from moka_pl.backbone.description import Description, build_empty
 from moka_pl.backbone.hub import reach_model
 from moka_pl.backbone.linear_layers import linearise
 from moka_pl.backbone.load import load_tokenizer
-from moka_pl.backbone.loading import cache_root, loading
+from moka_pl.backbone.loading import cache_root
 from moka_pl.backbone.random_weights import SHAPES, shape_config
 from moka_pl.backbone.smollm2 import SHORT_NAME, local_gguf
 from moka_pl.errors import BackboneError
@@ -152,12 +152,9 @@ def _read(name: str, **location: Any) -> "PretrainedConfig":
         name: The model's name, for messages.
         **location: Where transformers finds it.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    with loading(name):
-        if "gguf_file" not in location:
-            check_numbers(PretrainedConfig.get_config_dict(**location)[0], name)
-        shape = AutoConfig.from_pretrained(**location, trust_remote_code=False)
+    shape = read_config(name, **location)
     if type(shape) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise BackboneError(
             f"{name} cannot be planned: transformers has no AutoModelForCausalLM of model_type "

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moka_pl.backbone import Backbone, BackboneConfig, compute_dtype
-from moka_pl.backbone.checks import check_numbers, check_size
+from moka_pl.backbone.checks import check_size, read_config
 from moka_pl.backbone.load import model_location
 from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.quantization import (
@@ -144,8 +144,6 @@ def _described(config: BackboneConfig, location: dict[str, Any]) -> "PretrainedC
     """Reads a model's configuration; one that classifies no images is refused."""
     from transformers import (
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-        AutoConfig,
-        PretrainedConfig,
         ViTConfig,
     )
 
@@ -158,10 +156,7 @@ def _described(config: BackboneConfig, location: dict[str, Any]) -> "PretrainedC
             f"unknown shape {name!r} of an image classifier with random weights; choose one of "
             f"{', '.join(SHAPES)}, or give a folder with a config.json"
         )
-    with loading(name):
-        source = location or {"pretrained_model_name_or_path": str(folder)}
-        check_numbers(PretrainedConfig.get_config_dict(**source)[0], name)
-        shape = AutoConfig.from_pretrained(**source, trust_remote_code=False)
+    shape = read_config(name, **(location or {"pretrained_model_name_or_path": str(folder)}))
     if type(shape) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise BackboneError(
             f"{name} is no image classifier: transformers has no AutoModelForImageClassification of "

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from shared.states import equal
 
 from moka_pl.adapters import MokaConfig
 from moka_pl.backbone import BackboneConfig
@@ -58,16 +59,6 @@ def fit(spoil: Spoil, fused: bool, graphs: bool, packing: bool = False, **option
     data = CommonsenseData("sample", batch_size=8, prompt="cloze", packing=packing)
     trainer.fit(module, datamodule=data)
     return module
-
-
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, list | tuple):
-        return all(map(equal, one, other))
-    if isinstance(one, dict):
-        return all(equal(one[key], other[key]) for key in one)
-    return bool(one == other)
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 2}])

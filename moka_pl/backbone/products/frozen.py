@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from moka_pl.backbone.products.float8 import float8_product, multiplies_in_float8
 from moka_pl.backbone.quantization import FrozenProduct, is_four_bit, kernel_weight
 from moka_pl.lm.replaced_forward import replace_forward
-
-#: Tokens above which bitsandbytes dequantises a weight for its product, too; for fewer it has a kernel.
-_FEWEST = 1536
+from moka_pl.ops.merged_forward import DEQUANTISED_TOKENS
 
 
 def fuse_products(model: nn.Module) -> int:
@@ -70,7 +68,7 @@ def _may_compute(layer: Any, x: Tensor) -> bool:
 
 def _computes(layer: Any, x: Tensor) -> bool:
     """Whether the layer's product is computed here in its own dtype."""
-    many = x.numel() > _FEWEST * layer.in_features
+    many = x.numel() > DEQUANTISED_TOKENS * layer.in_features
     return many and _may_compute(layer, x) and _weight_source(layer, x.dtype) is not None
 
 

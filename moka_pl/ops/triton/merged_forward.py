@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moka_pl.ops.merged_forward import DenseUpdates, Keep
+from moka_pl.ops.merged_forward import DEQUANTISED_TOKENS, DenseUpdates, Keep
 from moka_pl.ops.thin import ThinUpdates
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.delta import fused_weight
@@ -18,9 +18,6 @@ from moka_pl.ops.triton.projection import fused_projection
 from moka_pl.ops.triton.thin import thin_backward, thin_factor_gradients, thin_forward
 from moka_pl.ops.triton.thin_factors import thin_matrices
 from moka_pl.ops.triton.thin_plan import ThinPlan
-
-#: Tokens above which bitsandbytes dequantises a 4-bit weight for its product, too; for fewer it has a kernel.
-_DEQUANTISED = 1536
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +84,7 @@ class FusedThinUpdates(ThinUpdates):
             return super().product(x, bias, left, right, gate, keep)
         x = x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
-        own = self._own_weight() if bias is None and x.shape[0] > _DEQUANTISED else None
+        own = self._own_weight() if bias is None and x.shape[0] > DEQUANTISED_TOKENS else None
         thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own)
         if weight is not None:
             update, hidden = thin_forward(self.plan, x, thin)

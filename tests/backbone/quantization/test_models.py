@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared.quantisers import PACKAGES
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -25,17 +26,6 @@ from moka_pl.backbone.quantization import (
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import BackboneError
 from moka_pl.training.sharding.blocks import ShardedBlocks
-
-#: Packages that are no part of the default installation.
-PACKAGES = {"int4": "torchao", "float8": "torchao", "hqq": "hqq"}
-KINDS = ["int8", "int4", "float8", "hqq"]
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    if (package := PACKAGES.get(request.param)) is not None:
-        pytest.importorskip(package)
-    return request.param
 
 
 @pytest.fixture

@@ -24,19 +24,9 @@ from moka_pl.backbone.quantization import (
 )
 from moka_pl.errors import BackboneError
 
-#: Packages that are no part of the default installation.
-PACKAGES = {"int4": "torchao", "float8": "torchao", "hqq": "hqq"}
-KINDS = ["int8", "int4", "float8", "hqq"]
 #: The largest error of an entry, relative to the largest of all.
 ERRORS = {"int8": 0.006, "int4": 0.07, "float8": 0.04, "hqq": 0.07}
 N, M = 128, 48
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    if (package := PACKAGES.get(request.param)) is not None:
-        pytest.importorskip(package)
-    return request.param
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from shared.states import equal
 
 from moka_pl.adapters import FullFineTuning, adapter_state
 from moka_pl.adapters.reading import read_adapter_state
@@ -51,16 +52,6 @@ class Spoil(Callback):
             state = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
             self.adapters.append({n: t.clone() for n, t in adapter_state(pl_module.causal_lm).items()})
             self.states.append((state, deepcopy(trainer.optimizers[0].state_dict()["state"])))
-
-
-def equal(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, list | tuple):
-        return all(map(equal, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    return one == other
 
 
 OPTIMIZERS = {

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
+from shared.states import equal
 
 from moka_pl.callbacks import RunCheckpoint
 from moka_pl.data.batching.collate import collate_packs
@@ -90,16 +91,6 @@ class Spike(Callback):
         weights = {n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
         state = deepcopy(trainer.optimizers[0].state_dict()["state"])
         self.states[trainer.global_step] = (weights, state)
-
-
-def equal(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, list | tuple):
-        return all(map(equal, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    return one == other
 
 
 @pytest.fixture
