@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moka_pl.errors import AdapterError, ConfigError
@@ -88,6 +88,23 @@ def measure(model: "PreTrainedModel | Any", prompts: list[Tensor]) -> Measured:
     """Runs a model on every prompt."""
     logits = [model(input_ids=ids[None].to(model.device)).logits[0].float().cpu() for ids in prompts]
     return measured(logits, prompts)
+
+
+@torch.no_grad()
+def measure_at_once(model: Any, prompts: list[Tensor], device: torch.device) -> Measured:
+    """Runs a model that is read from the disk as it computes on all prompts at once, padded on the right.
+
+    Args:
+        model: The model.
+        prompts: Tokens of the prompts, shape (T,) each.
+        device: Where it computes.
+    """
+    lengths = [len(ids) for ids in prompts]
+    ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (I, T)
+    mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]  # (I, T)
+    logits = model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits  # (I, T, V)
+    rows = zip(logits, lengths, strict=True)
+    return measured([row[:length].float().cpu() for row, length in rows], prompts)
 
 
 def measured(logits: list[Tensor], prompts: list[Tensor]) -> Measured:

@@ -21,10 +21,11 @@ from moka_pl.backbone.linear_layers import conv1d_names, is_conv1d
 from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.errors import AdapterError
-from moka_pl.export.check import Measured, check, measure
+from moka_pl.export.check import Measured, check, measure, measure_at_once
 from moka_pl.export.folder import mebibytes, written_folder
 from moka_pl.export.source import Source, say
 from moka_pl.lm.experts import SplitExperts, has_experts, stored
+from moka_pl.utils import silenced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _PEFT_ROWS = ".token_adapter"
 #: Bytes of a shard.
 _SHARD = 2**30
-#: Bytes of a base in float32 up to which another engine's check computes with that.
+#: Bytes of a model up to which a check holds it in memory, or another engine's has its base in float32.
 _SMALL = 2**32
 #: Bytes that a tokenizer's file takes for each of its tokens, about: SmolLM2's 71, LLaMA3's 134.
 BYTES_OF_TOKEN = 100
@@ -268,7 +269,8 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
         write_weights(new, parts, dtype)
         write_description(new, source.model, source.tokenizer, dtype)
         say(f"{reader} reads it back ...")
-        found = reloaded(new, source, device, dtype if device.type == "cuda" else compute)
+        reading = dtype if device.type == "cuda" else compute
+        found = reloaded(new, source, device, reading, _entries(parts))
         routed = has_experts(source.model)
         say(check(source.expected, found, reader, dtype, compute, routed=routed))
     say_size(out, parts)
@@ -283,6 +285,11 @@ def _entries(parts: Iterable[Part]) -> int:
     return sum(part.entries for part in parts)
 
 
+def weights_size(parts: Iterable[Part], dtype: torch.dtype) -> int:
+    """Returns how many bytes tensors take in a dtype."""
+    return dtype.itemsize * _entries(parts)
+
+
 def folder_size(parts: Iterable[Part], dtype: torch.dtype, tokenizer: "PreTrainedTokenizerBase") -> int:
     """Returns about how many bytes a merged folder takes.
 
@@ -291,24 +298,26 @@ def folder_size(parts: Iterable[Part], dtype: torch.dtype, tokenizer: "PreTraine
         dtype: Their dtype.
         tokenizer: What is written beside them.
     """
-    return dtype.itemsize * _entries(parts) + BYTES_OF_TOKEN * len(tokenizer)
+    return weights_size(parts, dtype) + BYTES_OF_TOKEN * len(tokenizer)
 
 
 def base_dtype(parts: Iterable[Part]) -> torch.dtype:
     """Returns the dtype in which a base is written for another engine's check: float32 unless it is large."""
-    return torch.float32 if 4 * _entries(parts) <= _SMALL else torch.float16
+    return torch.float32 if weights_size(parts, torch.float32) <= _SMALL else torch.float16
 
 
-def reloaded(folder: Path, source: Source, device: torch.device, compute: torch.dtype) -> Measured:
-    """Loads a written folder and measures it; what does not fit into memory stays on disk.
+def reloaded(
+    folder: Path, source: Source, device: torch.device, compute: torch.dtype, entries: int
+) -> Measured:
+    """Loads a written folder and measures it; what does not fit into memory is read as it is computed with.
 
     Args:
         folder: The folder.
         source: The adapter, for prompts and tokenizer.
         device: Where to compute.
         compute: Dtype of the computation.
+        entries: How many numbers the folder holds.
     """
-    import psutil
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -319,15 +328,27 @@ def reloaded(folder: Path, source: Source, device: torch.device, compute: torch.
             raise AdapterError(
                 f"the written tokenizer reads {text!r} into other tokens; nothing was written. Report it"
             )
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    room = psutil.virtual_memory().available // 2
-    placed: dict[str, Any] = {"device_map": {"": device}}
-    if device.type == "cpu" and 2 * stored > room:
-        placed = {
-            "device_map": "auto",
-            "max_memory": {"cpu": room},
-            "offload_folder": str(folder.parent / "offload"),
-        }
-    with progress_bars(show=False), loading(str(folder)):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **placed)
-    return measure(model.eval(), source.prompts)
+    placed, whole = _placement(folder, device, entries * compute.itemsize)
+    with progress_bars(show=False), loading(str(folder)), silenced("accelerate.big_modeling"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **placed).eval()
+    return measure(model, source.prompts) if whole else measure_at_once(model, source.prompts, device)
+
+
+def _placement(folder: Path, device: torch.device, size: int) -> tuple[dict[str, Any], bool]:
+    """Where transformers is to put a model beside the one that it came from, and whether that is one device.
+
+    What has no room stays in its files: every layer is read when it computes. On a CPU that takes no longer
+    than loading the model, which happens once for all prompts, too.
+    """
+    import psutil
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        room = 3 * torch.cuda.mem_get_info(device)[0] // 4  # the rest is for activations
+        kept: dict[str, Any] = {"device_map": "auto", "max_memory": {device.index or 0: room, "cpu": 0}}
+    else:
+        room = min(psutil.virtual_memory().available // 2, _SMALL)
+        kept = {"device_map": {"": "disk"}}
+    if size <= room:
+        return {"device_map": {"": device}}, True
+    return {**kept, "offload_folder": str(folder.parent / "offload")}, False

@@ -73,6 +73,7 @@ def open_source(
         ids.extend(prompt_set(preview.tokenizer, info.extra.get("prompt"), prompts))
         if before is not None:
             before(preview)
+        say(f"loading {base or info.base.name} ...")
 
     model, tokenizer = load_model(adapter, base=base, before=look)
     name = base or info.base.name

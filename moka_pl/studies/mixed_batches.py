@@ -13,12 +13,14 @@ from torch import Tensor
 
 from moka_pl.adapters import MokaAdapters, MokaConfig
 from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.backbone.random_weights import SHAPES
 from moka_pl.studies.common import Parser
 
 DESCRIPTION = """\
 Measures many adapters on one 4-bit base.
 
     python scripts/mixed_batches.py [--rows 32] [--adapters 8] [--kept 100] [--repeats 5]
+    python scripts/mixed_batches.py --base llama2-7b --tokens 1 64 512
 
 Prints the bytes of base and adapters, the time of a batch with different adapters in its rows over that of
 the same batch with one, and whether each row greedily generates what its adapter does alone. Times are
@@ -39,29 +41,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Default: the process's.
     """
     parser = Parser("mixed_batches", DESCRIPTION)
-    parser.add_argument("--base", default="smollm2-135m-instruct", help="the base model, or tiny")
+    parser.add_argument(
+        "--base", default="smollm2-135m-instruct", help="the base, or a shape with random weights"
+    )
     parser.add_argument("--rows", type=int, default=32, help="rows of a batch")
     parser.add_argument("--adapters", type=int, default=8, help="adapters of a batch")
     parser.add_argument("--kept", type=int, default=100, help="adapters on the base")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64], help="tokens of a row")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = "random" if args.base == "tiny" else "pretrained"
+    weights = "random" if args.base in SHAPES else "pretrained"
     model = load_backbone(BackboneConfig(args.base, weights=weights), device).model  # type: ignore[arg-type]
     model.config.use_cache = True
     print(f"base: {sum(p.nbytes for p in model.parameters()):,} bytes")
-    ids = torch.randint(4, 250, (args.rows, 64), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(4, 250, (args.rows, max(args.tokens)), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(device)  # (I, T)
     for kind, config in KINDS.items():
         adapters = MokaAdapters(model)
         fill(adapters, config, args.kept)
         held = sum(adapters.memory().values())
         print(f"{kind}: {args.kept} adapters hold {held:,} bytes")
         names = [f"adapter {i % args.adapters}" for i in range(args.rows)]
-        for tokens in (1, 8, 64):
+        for tokens in args.tokens:
             one, mixed = compare(adapters, ids[:, :tokens], names, args.repeats)
             print(
-                f"  {tokens:>3} tokens a row: one {one:.3f} s, {args.adapters} mixed {mixed:.3f} s, ", end=""
+                f"  {tokens:>3} tokens a row: one {one:.4f} s, {args.adapters} mixed {mixed:.4f} s, ", end=""
             )
             print(f"ratio {mixed / one:.2f}", flush=True)
         right = agreeing(adapters, ids[:, :8], names)

@@ -12,9 +12,9 @@ from moka_pl.adapters.trained import trained_layers
 from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.errors import ConfigError
 from moka_pl.export.check import Measured, check
-from moka_pl.export.folder import mebibytes, written_folder
+from moka_pl.export.folder import check_space, mebibytes, written_folder
 from moka_pl.export.lora import lora_applied, lora_form
-from moka_pl.export.merged import merged_parts, plain_config, say_size, write_weights
+from moka_pl.export.merged import merged_parts, plain_config, say_size, weights_size, write_weights
 from moka_pl.export.peft import import_peft, read_peft, write_peft
 from moka_pl.export.run import Request
 from moka_pl.export.source import say
@@ -61,8 +61,9 @@ def _merged(request: Request, model: "PreTrainedModel", processor: Any, pixels: 
     import transformers
     from transformers import AutoModelForImageClassification
 
-    dtype = request.torch_dtype(torch.float32)
-    expected, parts = _measure(model, pixels), merged_parts(model)
+    dtype, parts = request.torch_dtype(torch.float32), merged_parts(model)
+    check_space(request.out, weights_size(parts, dtype))
+    expected = _measure(model, pixels)
     with written_folder(request.out) as new:
         write_weights(new, parts, dtype)
         plain_config(model, dtype).save_pretrained(new)
@@ -80,6 +81,8 @@ def _lora(request: Request, model: "PreTrainedModel", processor: Any, pixels: Te
     dtype, expected = request.torch_dtype(torch.float32), _measure(model, pixels)
     form = lora_form(moka_layers(model), request.rank, request.energy, request.max_rank)
     heads = {name: layer.trained for name, layer in trained_layers(model).items()}
+    entries = sum(tensor.numel() for head in heads.values() for tensor in head.parameters())
+    check_space(request.out, form.size(dtype) + dtype.itemsize * entries)
     unload(model)
     if form.lost:
         expected = _truncated(model, form, heads, pixels)

@@ -1,5 +1,6 @@
 """The comparison of an export with its adapter."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import AdapterError, ConfigError
-from moka_pl.export.check import check, largest_difference, measured, prompt_set
+from moka_pl.export.check import (
+    check,
+    largest_difference,
+    measure,
+    measure_at_once,
+    measured,
+    prompt_set,
+)
 
 IDS = [torch.tensor([1, 2, 3])]
 
@@ -83,3 +91,11 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         prompt_set(byte_tokenizer(), "alpaca", file)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         prompt_set(byte_tokenizer(), None, tmp_path / "none")
+
+
+def test_prompts_of_unlike_lengths_have_their_own_logits_at_once(make_llama: Callable) -> None:
+    model = make_llama().eval()
+    prompts = [torch.tensor([5, 60, 7, 9, 33]), torch.tensor([21, 90]), torch.tensor([3, 3, 3])]
+    one, other = measure(model, prompts), measure_at_once(model, prompts, torch.device("cpu"))
+    assert largest_difference(one, other) < 1e-5
+    assert other.loss == pytest.approx(one.loss, abs=1e-5)

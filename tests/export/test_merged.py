@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export import merged
+from moka_pl.export.check import Measured, measure_at_once
 from moka_pl.export.merged import (
     Part,
     converted,
@@ -159,14 +161,22 @@ def test_a_model_that_computes_something_else_is_not_left(
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
-def test_what_does_not_fit_into_memory_is_read_from_disk(
-    make_adapter: Callable, monkeypatch: pytest.MonkeyPatch
+def test_what_does_not_fit_into_memory_is_read_as_it_is_computed(
+    make_adapter: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from types import SimpleNamespace
+    seen = []
+
+    def measured_at_once(model: nn.Module, *others: object) -> Measured:
+        seen.append({parameter.device.type for parameter in model.parameters()})
+        return measure_at_once(model, *others)
 
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=600_000))
+    monkeypatch.setattr(merged, "measure_at_once", measured_at_once)
     adapter = make_adapter()
-    merged.export_merged(open_source(adapter), adapter.with_name("out"), torch.bfloat16)
+    merged.export_merged(open_source(adapter), adapter.with_name("out"), torch.float32)
+    assert seen == [{"meta"}]
+    assert "8 prompts: largest logit difference" in capsys.readouterr().out
+    assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "out"]
     assert "offload" not in {path.name for path in adapter.with_name("out").iterdir()}
 
 

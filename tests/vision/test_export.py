@@ -43,6 +43,17 @@ def test_a_lora_is_read_by_peft_with_the_head(adapter, vit, tmp_path, capsys):
     assert "share of a layer's energy lost" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("to", ["merged", "lora"])
+def test_what_does_not_fit_on_the_disk_is_refused(to, adapter, tmp_path, free_space, monkeypatch, capsys):
+    monkeypatch.setattr("moka_pl.vision.export.import_peft", lambda: "")  # perhaps not installed
+    free_space(200)
+    with pytest.raises(SystemExit):
+        main(["export", str(adapter), "--to", to, "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert "needed, 200 bytes free; free some space" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_predict_names_the_likeliest_class_of_each_image(adapter, squares, tmp_path, capsys):
     output = tmp_path / "answers.jsonl"
     main(["predict", str(adapter), "--file", str(squares), "--output", str(output), "--batch_size", "5"])
