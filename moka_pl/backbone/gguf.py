@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from moka_pl.backbone.gguf_tokenizer import (
-    bos_optional,
     check_tokenizer,
     count_weights,
     read_metadata,
+    read_tokenizer,
     set_special_tokens,
 )
 from moka_pl.backbone.loading import check_room, loading, progress_bars, writable
@@ -62,12 +62,12 @@ def _convert(file: Path, target: Path) -> None:
         check_room(target, _FLOAT32 * count_weights(file))
     print(f"Converting {file.name} once (cached in {target}) ...", flush=True)
     with progress_bars(show=False):
-        with loading(str(file)), bos_optional():
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with loading(str(file)):
+            metadata = read_metadata(file)
+            tokenizer = read_tokenizer(file, metadata)
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32
             )
-            metadata = read_metadata(file)
             set_special_tokens(tokenizer, model, metadata)
         # The weights are plain float32 now; with the GGUF entry transformers would refuse to save them.
         if hasattr(model.config, "quantization_config"):

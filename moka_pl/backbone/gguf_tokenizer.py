@@ -12,19 +12,85 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PREFIX = "tokenizer.ggml."
+_BESIDE = {"architecture": "general.architecture", "chat_template": "tokenizer.chat_template"}
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-_CONTROL = 3  # the type of tokens that no text is read as
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens; no text is read as a control token
+_SPACE = "▁"  # as SentencePiece spells it
 _PLAIN = {"add_special_tokens": False}
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """Reads what a GGUF file says about its tokenizer, by name without ``tokenizer.ggml.``."""
+    """Reads what a GGUF file says about its tokenizer, by name without ``tokenizer.ggml.``.
+
+    With ``architecture`` and ``chat_template``, where it has them. Gemma's tokens of several spaces, which
+    llama.cpp writes as spaces, are spelled as in the model's own tokenizer.
+    """
     from gguf import GGUFReader
 
     fields = GGUFReader(file).fields
     said = {name.removeprefix(_PREFIX): field for name, field in fields.items() if name.startswith(_PREFIX)}
-    return {name: field.contents() for name, field in said.items() if name not in ("merges", "scores")}
+    metadata = {name: field.contents() for name, field in said.items() if name not in ("merges", "scores")}
+    metadata |= {name: fields[field].contents() for name, field in _BESIDE.items() if field in fields}
+    if _is_gemma(metadata):
+        tokens = metadata["tokens"]
+        metadata["tokens"] = [_SPACE * len(token) if not token.strip(" ") else token for token in tokens]
+    return metadata
+
+
+def read_tokenizer(file: Path, metadata: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
+    """Reads the tokenizer of a GGUF file.
+
+    Args:
+        file: The file.
+        metadata: What ``read_metadata`` returned for it.
+    """
+    from transformers import AutoTokenizer
+
+    if _is_gemma(metadata):
+        return _gemma_tokenizer(metadata)
+    with bos_optional():
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def _is_gemma(metadata: Mapping[str, Any]) -> bool:
+    """Whether it is Gemma's, a SentencePiece model that merges pairs ("llama" in GGUF)."""
+    return str(metadata.get("architecture")).startswith("gemma") and metadata.get("model") == "llama"
+
+
+def _gemma_tokenizer(metadata: Mapping[str, Any]) -> "PreTrainedTokenizerBase":
+    """Builds Gemma's tokenizer; transformers before 5.24 makes a unigram model of it, which cuts words apart.
+
+    The file lists no merges. They are all ways to cut a token in two others, in the order of the tokens.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    tokens, kinds = metadata["tokens"], metadata.get("token_type", [])
+    numbers = {token: number for number, token in enumerate(tokens)}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in tokens
+        for cut in range(len(token) - 1, 0, -1)
+        if token[:cut] in numbers and token[cut:] in numbers
+    ]
+    special = {name: metadata.get(f"{said}_token_id") for name, said in _SPECIAL.items()}
+    names = {f"{name}_token": tokens[n] for name, n in special.items() if n is not None and n < len(tokens)}
+    model = BPE(numbers, merges, unk_token=names.get("unk_token"), fuse_unk=True, byte_fallback=True)
+    built = Tokenizer(model)
+    built.normalizer = normalizers.Replace(" ", _SPACE)
+    built.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    for kind, add in ((_CONTROL, built.add_special_tokens), (_USER_DEFINED, built.add_tokens)):
+        add([AddedToken(tokens[n], normalized=False) for n, it in enumerate(kinds) if it == kind])
+    if metadata.get("add_bos_token", True) and (bos := names.get("bos_token")):
+        built.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, numbers[bos])]
+        )
+    template = metadata.get("chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=built, chat_template=template, **names)
 
 
 def count_weights(file: Path) -> int:
