@@ -135,11 +135,6 @@ def halving_unsupported_reason(module: "TrainedModule") -> str | None:
         return "model.cuda_graphs is true, but recorded steps keep their sizes; set it to false"
     if trainer.world_size == 1:
         return None
-    if isinstance(strategy, ShardedStrategy):
-        return (
-            "--trainer.strategy sharded gathers each block on all ranks at once, so that none can begin a "
-            "batch again alone; lower data.init_args.batch_size instead, or choose --trainer.strategy ddp"
-        )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         return "--trainer.precision 16-mixed looks for overflows before ranks add up; use bf16-mixed"
     if not isinstance(strategy, DDPStrategy):

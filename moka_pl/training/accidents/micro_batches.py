@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moka_pl.data.types import Batch
 from moka_pl.evaluation.memory import Halving
 from moka_pl.training.accidents.memory import step_error
+from moka_pl.training.sharding.strategy import ShardedStrategy
 
 if TYPE_CHECKING:
     from moka_pl.training.steps import TrainedModule
@@ -23,7 +24,8 @@ class MicroBatches:
     batches of rows as long, or longer.
 
     On several ranks each one halves as it must. They do not wait for each other in a pass: gradients are
-    summed over the ranks once, before the optimizer's step.
+    summed over the ranks once, before the optimizer's step. Ranks of a sharded base ask each other for every
+    block, as in an evaluation, so that each may begin again.
 
     Args:
         module: The module that is trained.
@@ -59,6 +61,9 @@ class MicroBatches:
         self._sums = [torch.zeros_like(p) for p in self._params]
         self._used = [False] * len(self._params)
         parts = halving.parts(rows, lambda part: self._compute(batch, part))
+        strategy = self._module.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            strategy.serve()  # others may need more parts
         return torch.stack([total for total, _ in parts]).sum(), sum(count for _, count in parts)
 
     def add_gradients(self) -> None:

@@ -72,8 +72,8 @@ class ShardedStrategy(DDPStrategy):
         return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes a micro-batch, on all ranks at once."""
-        if self._blocks is not None:
+        """Computes a micro-batch, on all ranks at once; in parts, each rank as many as it needs."""
+        if self._blocks is not None and not getattr(self.lightning_module, "halves_batches", False):
             self._blocks.begin_step()
         return super().training_step(*args, **kwargs)
 
@@ -84,28 +84,29 @@ class ShardedStrategy(DDPStrategy):
             self._blocks.end_step()
         return loss
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
+        """Takes part in what other ranks gather, until all have come here; see :class:`ShardedBlocks`."""
         if self._blocks is not None:
             self._blocks.serve()
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Waits for all ranks, and serves them meanwhile, as every other collective here does."""
-        self._serve()
+        self.serve()
         super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Returns what the rank ``src`` has."""
-        self._serve()
+        self.serve()
         return super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns the sum or mean over all ranks."""
-        self._serve()
+        self.serve()
         return super().reduce(tensor, *args, **kwargs)
 
     def all_gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the tensors of all ranks."""
-        self._serve()
+        self.serve()
         return super().all_gather(tensor, *args, **kwargs)
 
     def teardown(self) -> None:

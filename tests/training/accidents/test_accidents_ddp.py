@@ -17,6 +17,7 @@ from moka_pl.data import InstructionData
 from moka_pl.training.accidents import spikes
 from moka_pl.training.accidents.spikes import SpikeOptions
 from moka_pl.training.module import MokaModule
+from moka_pl.training.sharding.strategy import ShardedStrategy
 
 STEPS, SPIKE = 9, 8
 
@@ -49,7 +50,7 @@ class Trouble(Callback):
             )
 
 
-def train(folder, devices=2):
+def train(folder, devices=2, strategy=DDPStrategy):
     torch.manual_seed(3)
     spikes._LEAST = 4
     module = MokaModule(
@@ -63,7 +64,7 @@ def train(folder, devices=2):
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy=DDPStrategy(process_group_backend="gloo") if devices == 2 else "auto",
+        strategy=strategy(process_group_backend="gloo") if devices == 2 else "auto",
         max_steps=STEPS,
         accumulate_grad_batches=2,
         limit_val_batches=0,
@@ -84,12 +85,13 @@ def train(folder, devices=2):
 
 
 @pytest.mark.slow
-def test_ranks_halve_alone_and_go_back_together(tmp_path, one_thread):
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_ranks_halve_alone_and_go_back_together(strategy, tmp_path, one_thread):
     rows = [{"instruction": f"{n}?", "output": f"answer {n} " * (1 + n % 3)} for n in range(80)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
     environment = clean | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
+    command = [sys.executable, __file__, str(tmp_path), strategy]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"2_{rank}.json").read_text()) for rank in (0, 1))
@@ -108,4 +110,4 @@ def test_ranks_halve_alone_and_go_back_together(tmp_path, one_thread):
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]))
+    train(Path(sys.argv[1]), strategy=ShardedStrategy if sys.argv[2] == "sharded" else DDPStrategy)

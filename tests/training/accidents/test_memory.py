@@ -115,7 +115,7 @@ def run_of(strategy="auto", ranks=1, device="cuda", **options):
         (
             run_of(ShardedStrategy(), 2, gradient_checkpointing=True),
             4,
-            ["batch_size", "max_length", "checkpointing: offload", "sharded_offload"],
+            ["batch_size", "halve_micro_batches", "max_length", "checkpointing: offload", "sharded_offload"],
         ),
         (
             run_of(cuda_graphs=True),
@@ -136,15 +136,16 @@ def test_names_what_is_not_in_use(run, rows, expected):
     ("options", "strategy", "said"),
     [
         ({"cuda_graphs": True}, "auto", "model.halve_micro_batches is true, but model.cuda_graphs is true"),
-        ({}, "sharded", "sharded gathers each block on all ranks at once"),
+        ({}, "scaled", "looks for overflows before ranks add up"),
         ({}, "fsdp", "how FSDPStrategy averages gradients"),
     ],
 )
 def test_refuses_to_halve_where_it_cannot(make_module, make_trainer, monkeypatch, options, strategy, said):
     module = make_module(halve_micro_batches=True, **options)
-    kinds = {"auto": SingleDeviceStrategy("cpu"), "sharded": ShardedStrategy(), "fsdp": FSDPStrategy()}
+    kinds = {"auto": SingleDeviceStrategy("cpu"), "scaled": ShardedStrategy(), "fsdp": FSDPStrategy()}
+    plugin = SimpleNamespace(scaler=object()) if strategy == "scaled" else None
     module._trainer = SimpleNamespace(
-        strategy=kinds[strategy], world_size=1 if strategy == "auto" else 2, precision_plugin=None
+        strategy=kinds[strategy], world_size=1 if strategy == "auto" else 2, precision_plugin=plugin
     )
     with pytest.raises(ConfigError, match=said):
         check_halving(module)
