@@ -32,6 +32,7 @@ class TokenBatch(TypedDict):
         num_examples: Real examples, without fillers.
         predicted: The tokens that have a label, where they were found on the CPU.
         rows: Numbers of the real training examples, in their order, among the encoded ones.
+        fixed: The batch padded to a size that CUDA graphs are captured for.
     """
 
     input_ids: Tensor
@@ -40,6 +41,7 @@ class TokenBatch(TypedDict):
     num_examples: NotRequired[int]
     predicted: NotRequired[Predicted]
     rows: NotRequired[list[int]]
+    fixed: NotRequired[FixedBatch]
 
 
 @final
@@ -49,12 +51,10 @@ class PlainBatch(TokenBatch):
     Attributes:
         words: Words of plain text that the batch holds.
         bytes: Its UTF-8 bytes.
-        fixed: The batch padded to a size that CUDA graphs are captured for.
     """
 
     words: NotRequired[int]
     bytes: NotRequired[int]
-    fixed: NotRequired[FixedBatch]
 
 
 @final

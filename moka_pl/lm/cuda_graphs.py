@@ -7,7 +7,7 @@ they are launched together. Loss and gradients are computed by the same kernels 
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from moka_pl._compat import copy_all_, multiplied
 from moka_pl.errors import MokaWarning, one_line
 from moka_pl.lm.architecture import causal_unsupported_reason
+from moka_pl.lm.attention import varlen_inputs
 from moka_pl.lm.causal import CAUSAL, causal
 from moka_pl.lm.checkpointing import draws
 from moka_pl.lm.experts import SplitExperts
@@ -34,10 +35,11 @@ PATIENCE = 3
 """Number of ordinary steps of a size before it is captured; capturing costs about as much as a few steps."""
 
 _FEWEST_LABELS = 256
+_FEWEST_STARTS = 32
 _MOST_GRAPHS = 32
 _WARMUP = 2
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, ...]
 
 
 class FixedBatch(NamedTuple):
@@ -48,25 +50,38 @@ class FixedBatch(NamedTuple):
         positions: Flat positions b·T + t that predict a token, filled up with zeros to a power of two, (N,).
         targets: The predicted tokens; ``IGNORE_INDEX`` where filled up, (N,).
         tokens: Number of predicted tokens.
+        position_ids: Of packed rows: restart at each example, (B, T).
+        starts: Of packed rows: where the examples and paddings begin in the flattened batch, filled up with
+            the batch's end, B·T, to a power of two, (S,), int32.
     """
 
     ids: Tensor
     positions: Tensor
     targets: Tensor
     tokens: int
+    position_ids: Tensor | None = None
+    starts: Tensor | None = None
 
     @property
-    def size(self) -> tuple[int, int, int]:
-        """B, T and N."""
+    def size(self) -> tuple[int, ...]:
+        """B, T and N; of packed rows S, too."""
         rows, width = self.ids.shape
-        return rows, width, len(self.positions)
+        packed = () if self.starts is None else (len(self.starts),)
+        return rows, width, len(self.positions), *packed
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a recording reads."""
+        packed = () if self.position_ids is None or self.starts is None else (self.position_ids, self.starts)
+        return self.ids, self.positions, self.targets, *packed
 
 
 def fix_size(batch: Mapping[str, Any]) -> FixedBatch:
     """Pads a batch of ``input_ids`` (B, T) and ``labels`` (B, T) to one of few sizes.
 
-    Padding stands on the right, where causal attention never looks; what stands there predicts nothing. The
-    batch had best lie on the CPU: a GPU would have to be waited for.
+    Padding stands on the right, where causal attention never looks; what stands there predicts nothing. In
+    packed rows it is a segment of its own. The batch had best lie on the CPU: a GPU would have to be waited
+    for.
     """
     ids: Tensor = batch["input_ids"]
     length = ids.shape[1]
@@ -76,11 +91,40 @@ def fix_size(batch: Mapping[str, Any]) -> FixedBatch:
     size = max(_FEWEST_LABELS, 1 << max(0, tokens - 1).bit_length())
     positions = F.pad(row * width + column, (0, size - tokens))  # (N',)
     targets = F.pad(batch["labels"][row, column + 1], (0, size - tokens), value=IGNORE_INDEX)  # (N',)
-    return FixedBatch(F.pad(ids, (0, width - length)), positions, targets, tokens)
+    ids = F.pad(ids, (0, width - length))  # (B, T')
+    if "position_ids" not in batch:
+        return FixedBatch(ids, positions, targets, tokens)
+    places = F.pad(batch["position_ids"], (0, width - length))  # (B, T')
+    starts = _fixed_starts(batch["segment_starts"], len(ids), length, width)
+    return FixedBatch(ids, positions, targets, tokens, places, starts)
+
+
+def _fixed_starts(starts: Tensor, rows: int, length: int, width: int) -> Tensor:
+    """Where segments begin once rows are wider, filled up to a power of two.
+
+    Args:
+        starts: Where they begin in rows of ``length``, and the end of the last, (S + 1,), int32.
+        rows: Number of rows.
+        length: Their tokens.
+        width: Their tokens with the padding.
+
+    Returns:
+        Shape (S',), int32.
+    """
+    begins = starts[:-1]
+    begins = begins // length * width + begins % length  # (S,)
+    if width > length:
+        padding = torch.arange(rows, dtype=starts.dtype, device=starts.device) * width + length  # (B,)
+        begins = torch.cat([begins, padding]).sort().values  # (S + B,)
+    size = max(_FEWEST_STARTS, 1 << len(begins).bit_length())
+    return F.pad(begins, (0, size - len(begins)), value=rows * width)  # (S',)
 
 
 class StepCapture:
     """Computes the summed loss of batches, with its gradients, by replaying CUDA graphs.
+
+    Packed batches need a model that has the variable-length attention
+    (:class:`moka_pl.lm.attention.PackedAttention`).
 
     A size is recorded when it has come a few times; until then, and where recording fails, the batch is
     computed as usual. Memory: the activations of the largest size once more, as recorded ones are kept apart.
@@ -94,8 +138,8 @@ class StepCapture:
         self.model = model
         self.unsupported_reason = capture_unsupported_reason(model)
         self._params = [p for p in model.parameters() if p.requires_grad]
-        self._graphs: dict[tuple[int, int, int], _Recorded] = {}
-        self._seen: Counter[tuple[int, int, int]] = Counter()
+        self._graphs: dict[tuple[int, ...], _Recorded] = {}
+        self._seen: Counter[tuple[int, ...]] = Counter()
         self._pool: Any = None
         self._loss: Tensor | None = None
         self._grads: list[Tensor] = []
@@ -114,8 +158,8 @@ class StepCapture:
             self._record(batch)
         recorded = self._graphs.get(size)
         if recorded is None:
-            return self._compute(*batch[:3])
-        for kept, new in zip(recorded.inputs, batch[:3], strict=True):
+            return self._compute(*batch.tensors)
+        for kept, new in zip(recorded.inputs, batch.tensors, strict=True):
             kept.copy_(new, non_blocking=True)
         recorded.graph.replay()
         self.turn += 1
@@ -127,7 +171,7 @@ class StepCapture:
         assert self._loss is not None
         return self._loss, self._grads
 
-    def _worth_recording(self, size: tuple[int, int, int]) -> bool:
+    def _worth_recording(self, size: tuple[int, ...]) -> bool:
         if self.unsupported_reason is not None or len(self._graphs) >= _MOST_GRAPHS:
             return False
         if self._seen[size] <= PATIENCE:
@@ -140,18 +184,21 @@ class StepCapture:
             return False
         return torch.is_grad_enabled()
 
-    def _compute(self, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    def _compute(self, ids: Tensor, positions: Tensor, targets: Tensor, *packed: Tensor) -> Tensor:
         width = ids.shape[1]
         column = positions % width  # (N,)
-        return nll_at(self.model, positions // width, column, targets, input_ids=ids).sum()
+        # No segment is longer than a row, and a recording needs a number.
+        inputs = varlen_inputs(*packed, longest=width) if packed else {}
+        return nll_at(self.model, positions // width, column, targets, input_ids=ids, **inputs).sum()
 
     def _record(self, batch: FixedBatch) -> None:
-        inputs = batch.ids.clone(), batch.positions.clone(), batch.targets.clone()
+        inputs = tuple(tensor.clone() for tensor in batch.tensors)
         stream = torch.cuda.current_stream(batch.ids.device)
         generator = torch.cuda.default_generators[stream.device_index]
         random = generator.clone_state()
         try:
-            with causal(self.model), _fresh_leaves(self.model) as leaves:
+            attention = causal(self.model) if batch.starts is None else nullcontext()
+            with attention, _fresh_leaves(self.model) as leaves:
                 self._warm_up(inputs, leaves)
                 generator.set_state(random.get_state())  # warming up may have drawn from it
                 graph = torch.cuda.CUDAGraph()

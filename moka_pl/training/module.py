@@ -86,7 +86,8 @@ class MokaModule(TrainedModule):
             pinned memory of the host.
         cuda_graphs: Capture the forward and backward pass as a CUDA graph per batch size, and replay it. This
             is several times faster for models up to about a billion parameters, and costs the memory of one
-            batch's activations. Packed batches, gradient checkpointing and CPUs do not use graphs.
+            batch's activations. Packed batches need the variable-length attention (16 bits); CPUs, and
+            dropout under gradient checkpointing, do not use graphs.
         allow_changes: What may differ from the run that a checkpoint resumes. All else that changes the
             course of training is refused. With ``data``, ``batch_size``, ``seed`` or ``ranks`` the epoch
             begins anew; ``optimizer`` of another class starts with an empty state; ``learning_rate``,

@@ -153,9 +153,13 @@ class TrainedModule(EvaluatedModule):
         """Adds the batch in a size that can be recorded; on a GPU the GPU would have to be waited for."""
         if self._capture is None or self._capture.unsupported_reason is not None:
             return batch
-        if "position_ids" in batch or "item" in batch or "fixed" in batch:
+        if "item" in batch or "fixed" in batch:
             return batch
-        return {**batch, "fixed": fix_size(batch)}
+        if "position_ids" in batch and self._prepare_packing().unsupported_reason is not None:
+            return batch
+        batch = batch.copy()
+        batch["fixed"] = fix_size(batch)
+        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the summed negative log-likelihood of the micro-batch's completion tokens.

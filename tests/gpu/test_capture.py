@@ -10,8 +10,10 @@ from shared.graph_fit import fit
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.data.batching.collate import collate_packs
+from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.checkpointing import checkpoint_layers
-from moka_pl.lm.cuda_graphs import PATIENCE, StepCapture, fix_size
+from moka_pl.lm.cuda_graphs import PATIENCE, FixedBatch, StepCapture, fix_size
 from moka_pl.lm.scoring import score_tokens
 
 pytestmark = pytest.mark.gpu
@@ -138,6 +140,45 @@ def test_a_checkpointed_step_is_replayed(offload: bool) -> None:
     assert capture.graphs == 1
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3 * float(other.abs().max()))
+
+
+def _pack(seed: int) -> dict[str, Any]:
+    """Four packed rows of three to five examples."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(4):
+        parts = int(torch.randint(3, 6, (), generator=generator))
+        lengths = (60 // parts - torch.randint(3, (parts,), generator=generator)).tolist()
+        ids = [torch.randint(1, 49152, (n,), generator=generator).tolist() for n in lengths]
+        rows.append([{"input_ids": row, "labels": row} for row in ids])
+    return dict(collate_packs(rows, [False] * 4, 0))
+
+
+def _on_gpu(values: Any) -> Any:
+    return [x.cuda() if isinstance(x, torch.Tensor) else x for x in values]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_packed_step_is_replayed(checkpointing: bool) -> None:
+    model = _model(MokaConfig())
+    if checkpointing:
+        checkpoint_layers(model)
+    params = [p for p in model.parameters() if p.requires_grad]
+    packed = PackedAttention(model)
+    assert packed.unsupported_reason is None
+    capture = StepCapture(model)
+    for seed in range(PATIENCE + 3):
+        batch = _pack(seed)
+        loss = capture(FixedBatch(*_on_gpu(fix_size(batch))))
+        found = torch.autograd.grad(loss, params)
+        batch = dict(zip(batch, _on_gpu(batch.values()), strict=True))
+        scores = score_tokens(model, batch["input_ids"], batch["labels"], **packed.inputs(batch))
+        expected = torch.autograd.grad(scores.nll.sum(), params)
+        assert loss.item() == pytest.approx(scores.nll.sum().item(), rel=5e-3)
+        error = torch.stack([(a - b).norm() for a, b in zip(found, expected, strict=True)]).norm()
+        assert error < 5e-2 * torch.stack([b.norm() for b in expected]).norm()
+    assert capture.unsupported_reason is None
+    assert capture.graphs == 1
 
 
 def test_dropout_and_a_failure_go_on_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Batches of few sizes, and the way without CUDA graphs."""
 
 from collections.abc import Callable
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.data.batching.collate import collate_packs
 from moka_pl.lm.causal import CAUSAL, causal
 from moka_pl.lm.cuda_graphs import (
     StepCapture,
@@ -60,6 +62,34 @@ def test_a_fixed_batch_names_every_labelled_token_once(labelled: Labels) -> None
     assert torch.equal(fixed.ids[:, : batch["input_ids"].shape[1]], batch["input_ids"])
 
 
+@given(st.lists(st.lists(st.integers(1, 24), min_size=1, max_size=4), min_size=1, max_size=5))
+def test_a_fixed_packed_batch_keeps_every_segment(lengths: list[list[int]]) -> None:
+    numbers = iter(range(1, 10_000))
+    packs = [[[next(numbers) for _ in range(n)] for n in pack] for pack in lengths]
+    examples = [[{"input_ids": ids, "labels": ids} for ids in pack] for pack in packs]
+    batch = collate_packs(examples, [False] * len(packs), 0)
+    fixed = fix_size(batch)
+    assert fixed.starts is not None
+    assert fixed.position_ids is not None
+    rows, width, _, segments = fixed.size
+    assert fixed.starts.dtype == torch.int32
+    assert segments & (segments - 1) == 0
+    starts = fixed.starts.tolist()
+    assert starts == sorted(starts)
+    assert (starts[0], starts[-1]) == (0, rows * width)
+    found = [fixed.ids.flatten()[a:b].tolist() for a, b in pairwise(starts)]
+    # Beside empty segments and padding there are the examples, in their order, each whole and alone.
+    assert [ids for ids in found if any(ids)] == list(chain.from_iterable(packs))
+    places = [fixed.position_ids.flatten()[a:b].tolist() for a, b in pairwise(starts)]
+    assert all(place == list(range(len(place))) for place, ids in zip(places, found, strict=True) if any(ids))
+    assert sorted(fixed.targets[: fixed.tokens].tolist()) == sorted(
+        token for pack in packs for ids in pack for token in ids[1:]
+    )
+    assert torch.equal(
+        fixed.ids.flatten()[fixed.positions + 1][: fixed.tokens], fixed.targets[: fixed.tokens]
+    )
+
+
 @pytest.mark.parametrize("attention", ["usual", "recorded"])
 def test_padding_changes_no_loss(model, attention: str) -> None:
     batch = _batch([[True] * 21, [False] * 10 + [True] * 11])
@@ -89,7 +119,7 @@ def test_gradients_of_fresh_leaves_are_those_of_the_parameters_that_come_back() 
     expected = torch.autograd.grad(capture(fixed), params)
     with _fresh_leaves(model) as leaves:
         assert not {id(p) for p in params} & {id(p) for p in model.parameters()}
-        capture._forward_backward(fixed[:3], leaves)
+        capture._forward_backward(fixed.tensors, leaves)
     assert all(p is before[name] for name, p in model.named_parameters())
     loss, found = capture.result()
     assert loss.item() == capture(fixed).item()
