@@ -27,7 +27,7 @@ from moka_pl.ops.dispatch import (
     resolve_backend,
 )
 from moka_pl.ops.merged_forward import DenseUpdates
-from moka_pl.ops.thin import ThinUpdates
+from moka_pl.ops.thin import ThinUpdates, is_thin
 
 if TYPE_CHECKING:
     from moka_pl.adapters.layer import MokaLinear
@@ -168,6 +168,19 @@ def _must_run_itself(layer: nn.Linear, device: torch.device, quantised: bool) ->
     trained = not quantised and layer.weight.requires_grad
     trained = trained or (bias is not None and bias.requires_grad)
     return trained or hook_count(layer) > 0 or storage_device(layer, quantised) != device
+
+
+def count_merged(model: nn.Module) -> int:
+    """Returns how many adapted layers compute W + ΔW as one matrix on a GPU while they train."""
+    from moka_pl.adapters.layer import MokaLinear
+
+    layers = [module for module in model.modules() if isinstance(module, MokaLinear)]
+    return sum(
+        layer.backend in ("auto", "fused")
+        and not layer.dropout.p
+        and not is_thin(layer.shapes, layer.out_features, layer.in_features)
+        for layer in layers
+    )
 
 
 def is_decoding(adapted: "MokaLinear", x: Tensor) -> bool:

@@ -109,9 +109,8 @@ def course_of(module: "MokaModule", trainer: Trainer) -> Course:
     course["precision"] = {
         "precision": str(trainer.precision),
         "compute_dtype": str(dtype).removeprefix("torch."),
+        "matmul": module.backbone.matmul,
     }
-    if module.backbone.matmul != "bf16":
-        course["precision"]["matmul"] = module.backbone.matmul
     course["quantization"] = quantization_of(module.backbone.options())
     return course
 
@@ -139,8 +138,9 @@ def main_settings(course: Course) -> dict[str, Any]:
         "schedule": course["scheduler"].get("class"),
         "seed": course["seed"].get("seed"),
         "precision": course["precision"].get("precision"),
-        "frozen products": course["precision"].get("matmul"),
     }
+    if (matmul := course["precision"].get("matmul", "bf16")) != "bf16":
+        told["frozen products"] = matmul
     return {name: value for name, value in told.items() if value is not None}
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from moka_pl._compat import multiply_all_
+from moka_pl.adapters.forward import count_merged
 from moka_pl.backbone import compute_dtype
 from moka_pl.backbone.products.float8 import check_float8
 from moka_pl.data.types import Batch
@@ -82,6 +83,8 @@ class TrainedModule(EvaluatedModule):
                 self._micro_batches.load_state_dict(stored["halved"])
         if self.backbone.compile == "layers":
             rank_zero_info(f"compiling {compile_layers(self.causal_lm)} decoder layers in the first steps")
+        if self.backbone.matmul == "fp8" and (merged := count_merged(self.causal_lm)):
+            rank_zero_info(f"not in 8 bits: {merged} adapted layers whose W + ΔW is one matrix")
         if self.cuda_graphs:
             self._capture = StepCapture(self.causal_lm)
             if self._capture.unsupported_reason is not None and self.device.type == "cuda":

@@ -75,6 +75,8 @@ def load_image_backbone(
     dtype = compute_dtype(config, device)
     if config.compile != "none":
         raise BackboneError(f"{name}: compile {config.compile} is for language models; set compile: none")
+    if config.matmul != "bf16":
+        raise BackboneError(f"{name}: matmul {config.matmul} is for language models; set matmul: bf16")
     if name in SHAPES and config.weights != "random" and not Path(name).is_dir():
         raise BackboneError(f"{name!r} is a shape without weights; set weights: random, or give a hub id")
     import_quantiser(config.quantization)

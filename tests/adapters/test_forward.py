@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from moka_pl.adapters import MokaConfig, MokaLinear
-from moka_pl.adapters.forward import plan_forward
+from moka_pl.adapters.forward import count_merged, plan_forward
 from moka_pl.backbone.quantization import dense_weight
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight
@@ -238,3 +238,10 @@ def test_tokens_without_gradients_go_through_their_own_kernels(options, four_bit
     assert calls
     expected = layer.base_layer(x).double() + x.double() @ layer.get_delta_weight().double().mT
     torch.testing.assert_close(found.double(), expected.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_layers_are_counted_that_merge_the_update_with_the_weight() -> None:
+    thin = {"filters": "servable", "rank": 4, "components": 1}
+    counted = [adapted("auto"), adapted("fused"), adapted("dense"), adapted("auto", dropout=0.1)]
+    uncounted = [adapted("auto", **thin)]
+    assert count_merged(nn.Sequential(*counted, *uncounted)) == 2

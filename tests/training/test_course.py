@@ -201,6 +201,11 @@ def sgd(parameters):
             "precision",
             {"compute_dtype": ("float32", "bfloat16")},
         ),
+        (
+            {"backbone": BackboneConfig("tiny", weights="random", matmul="fp8")},
+            "precision",
+            {"matmul": ("bf16", "fp8")},
+        ),
         ({"trainer": {"max_epochs": 9, "log_every_n_steps": 3}}, None, None),
     ],
 )

@@ -35,7 +35,7 @@ def test_what_cannot_be_is_refused_before_loading(
 
 
 def test_checkpoints_and_adapters_tell_of_it(make_module, make_data, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of bf16 nothing is told: what was written before stays the same."""
+    """Of bf16 adapters tell nothing: what was written before stays the same."""
     trainer = Trainer(accelerator="cpu", logger=False)
     monkeypatch.setattr("moka_pl.training.course.data_of", lambda _: make_data())
     plain, told = (

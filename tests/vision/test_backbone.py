@@ -125,3 +125,5 @@ def test_refuses_an_unknown_shape_and_what_is_for_language_models(vit):
         load("vit-digits")
     with pytest.raises(BackboneError, match="compile layers is for language models; set compile: none"):
         load(vit, compile="layers")
+    with pytest.raises(BackboneError, match="matmul fp8 is for language models; set matmul: bf16"):
+        load(vit, matmul="fp8")
