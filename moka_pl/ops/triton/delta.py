@@ -32,13 +32,15 @@ def _round(total, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr):  # type: ign
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _put_words(  # type: ignore[no-untyped-def]
-    out, total, i, j, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
+def put_words(  # type: ignore[no-untyped-def]
+    out, total, word, row, j, inside, data, absmax, code, outer_code, outer_absmax, offset,
     WORDWISE: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     DITHER: tl.constexpr,
 ):  # fmt: skip
-    """Adds W to eight entries a word of a row of ΔW, (WORDS, 8), rounds and stores them."""
-    word = i * (n // 8) + j // 8
+    """Adds W to eight entries a word of ΔW, (WORDS, 8), rounds and stores them.
+
+    Words are counted from the first of W; ``row`` is theirs, one for all or (WORDS, 1), and j their first column.
+    """
     flat = word[:, None] * 8 + tl.arange(0, 8)[None, :]
     kind: tl.constexpr = out.dtype.element_ty
     if WORDWISE:
@@ -52,7 +54,7 @@ def _put_words(  # type: ignore[no-untyped-def]
             data, absmax, code, outer_code, outer_absmax, offset, held, run, kind, BLOCKSIZE, NESTED
         )
     column = j[:, None] + tl.arange(0, 8)[None, :]
-    tl.store(out + flat, _round(total, i, column, kind, DITHER), mask=inside[:, None])
+    tl.store(out + flat, _round(total, row, column, kind, DITHER), mask=inside[:, None])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -97,22 +99,22 @@ def _words_kernel(  # type: ignore[no-untyped-def]
             entry += (j[:, None] + k) // n_b  # (WORDS, 8)
             held = inside[:, None] & (k < 8)  # as wide as entry
         value = tl.load(right + place, mask=inside[:, None], other=0.0) * scale
-        total_0 += tl.load(entry, mask=held, other=0.0) * value
+        total_0 = tl.fma(tl.load(entry, mask=held, other=0.0) + tl.zeros_like(value), value, total_0)
         if REPEATS > 1:
-            total_1 += tl.load(entry + step, mask=held & in_1[:, None], other=0.0) * value
-            total_2 += tl.load(entry + 2 * step, mask=held & in_2[:, None], other=0.0) * value
-            total_3 += tl.load(entry + 3 * step, mask=held & in_3[:, None], other=0.0) * value
-    _put_words(out, total_0, top, j, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
+            total_1 = tl.fma(tl.load(entry + step, mask=held & in_1[:, None], other=0.0) + tl.zeros_like(value), value, total_1)
+            total_2 = tl.fma(tl.load(entry + 2 * step, mask=held & in_2[:, None], other=0.0) + tl.zeros_like(value), value, total_2)
+            total_3 = tl.fma(tl.load(entry + 3 * step, mask=held & in_3[:, None], other=0.0) + tl.zeros_like(value), value, total_3)
+    put_words(out, total_0, top * (n // 8) + j // 8, top, j, inside, data, absmax, code, outer_code, outer_absmax, offset,
                WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
     if REPEATS > 1:
         top += PERIOD
-        _put_words(out, total_1, top, j, inside & in_1, n, data, absmax, code, outer_code, outer_absmax,
+        put_words(out, total_1, top * (n // 8) + j // 8, top, j, inside & in_1, data, absmax, code, outer_code, outer_absmax,
                    offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
         top += PERIOD
-        _put_words(out, total_2, top, j, inside & in_2, n, data, absmax, code, outer_code, outer_absmax,
+        put_words(out, total_2, top * (n // 8) + j // 8, top, j, inside & in_2, data, absmax, code, outer_code, outer_absmax,
                    offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
         top += PERIOD
-        _put_words(out, total_3, top, j, inside & in_3, n, data, absmax, code, outer_code, outer_absmax,
+        put_words(out, total_3, top * (n // 8) + j // 8, top, j, inside & in_3, data, absmax, code, outer_code, outer_absmax,
                    offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
 
 

@@ -23,6 +23,8 @@ MEMBERS = 8
 DECODE_ROWS = 32
 #: Entries that one program of the projection's last step adds up.
 CHUNK = 256
+#: Parts of each that it loads at once.
+TERMS = 8
 #: Programs that keep a large GPU busy.
 _PROGRAMS = 1024
 

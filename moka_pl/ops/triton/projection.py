@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moka_pl.ops.triton.gates import Gates, logits_gradient, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
-from moka_pl.ops.triton.plan import CHUNK, ENTRIES, MEMBERS, PAIRS, Plan
+from moka_pl.ops.triton.plan import CHUNK, ENTRIES, MEMBERS, PAIRS, TERMS, Plan
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -113,6 +113,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     grad_left, grad_right, grad_values, parts, values, scaling, chunks, dots, programs,
     left_size, right_size, begin_right, begin_weights,
     R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr, CHUNK: tl.constexpr, MEMBERS: tl.constexpr,
+    TERMS: tl.constexpr,
 ):  # fmt: skip
     """Adds up the sums of ``_project_kernel``, times w, and takes ∂L/∂w back to the gate logits.
 
@@ -138,10 +139,12 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         k = tl.arange(0, CHUNK)
         begin = tl.where(side == 1, begin_right, 0) + at
         stride = tl.where(side == 1, right_size, left_size)
-        total = tl.zeros((CHUNK,), tl.float32)
-        for _ in range(number):
-            total += tl.load(parts + begin + k, mask=k < size, other=0.0)
-            begin += stride
+        total = tl.zeros((TERMS, CHUNK), tl.float32)
+        for first in range(0, number, TERMS):  # so many loads are under way at once
+            term = first + tl.arange(0, TERMS)[:, None]
+            met = (term < number) & (k < size)[None, :]
+            total += tl.load(parts + begin + term.to(tl.int64) * stride + k[None, :], mask=met, other=0.0)
+        total = tl.sum(total, 0)
         total *= weight(values, component, scaling, highest, sum_, GATING)
         tl.store(grad_left + at + k, total, mask=(k < size) & (k * 0 + side == 0))
         tl.store(grad_right + at + k, total, mask=(k < size) & (k * 0 + side == 1))
@@ -186,6 +189,7 @@ def finish(
     right: Tensor,
     gates: Gates,
     places: tuple[int, int, int, int],
+    members: int = MEMBERS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds up sums over parts to the gradients of ``left``, ``right`` and ``gates.values``.
 
@@ -198,6 +202,7 @@ def finish(
         right: Packed right factors, float32.
         gates: The weights w.
         places: Numbers of left and of right entries, and where right entries and weights begin in ``parts``.
+        members: From one part of a weight's gradient to the next.
     """
     values, scaling, gating = gates
     grads = torch.empty_like(left), torch.empty_like(right), torch.empty_like(values)
@@ -205,7 +210,7 @@ def finish(
         _finish_kernel, plan.compiled, ("finish", len(chunks), *places, gating),
         (len(chunks) + 1, 1, 1), (values,),
         (*grads, parts, values, scaling, chunks, dots, len(chunks), *places,
-         len(plan.shapes), plan.padded, gating, CHUNK, MEMBERS),
+         len(plan.shapes), plan.padded, gating, CHUNK, members, TERMS),
         num_warps=4,
     )  # fmt: skip
     return grads
