@@ -39,7 +39,7 @@ def put_words(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Adds W to eight entries a word of ΔW, (WORDS, 8), rounds and stores them.
 
-    Words are counted from the first of W; ``row`` is theirs, one for all or (WORDS, 1), and j their first column.
+    Words are counted from the first of W; ``row`` is theirs, one for all or (WORDS, 1), j their first column.
     """
     flat = word[:, None] * 8 + tl.arange(0, 8)[None, :]
     kind: tl.constexpr = out.dtype.element_ty
@@ -55,6 +55,13 @@ def put_words(  # type: ignore[no-untyped-def]
         )
     column = j[:, None] + tl.arange(0, 8)[None, :]
     tl.store(out + flat, _round(total, row, column, kind, DITHER), mask=inside[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_product(at, met, value, total):  # type: ignore[no-untyped-def]
+    """Adds left entries times values, in one instruction each whatever else is not fused."""
+    entry = tl.load(at, mask=met, other=0.0)
+    return tl.fma(tl.broadcast_to(entry, value.shape), value, total)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -99,23 +106,35 @@ def _words_kernel(  # type: ignore[no-untyped-def]
             entry += (j[:, None] + k) // n_b  # (WORDS, 8)
             held = inside[:, None] & (k < 8)  # as wide as entry
         value = tl.load(right + place, mask=inside[:, None], other=0.0) * scale
-        total_0 = tl.fma(tl.load(entry, mask=held, other=0.0) + tl.zeros_like(value), value, total_0)
+        total_0 = _add_product(entry, held, value, total_0)
         if REPEATS > 1:
-            total_1 = tl.fma(tl.load(entry + step, mask=held & in_1[:, None], other=0.0) + tl.zeros_like(value), value, total_1)
-            total_2 = tl.fma(tl.load(entry + 2 * step, mask=held & in_2[:, None], other=0.0) + tl.zeros_like(value), value, total_2)
-            total_3 = tl.fma(tl.load(entry + 3 * step, mask=held & in_3[:, None], other=0.0) + tl.zeros_like(value), value, total_3)
-    put_words(out, total_0, top * (n // 8) + j // 8, top, j, inside, data, absmax, code, outer_code, outer_absmax, offset,
-               WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+            total_1 = tl.fma(
+                tl.load(entry + step, mask=held & in_1[:, None], other=0.0) + tl.zeros_like(value),
+                value,
+                total_1,
+            )
+            total_2 = tl.fma(
+                tl.load(entry + 2 * step, mask=held & in_2[:, None], other=0.0) + tl.zeros_like(value),
+                value,
+                total_2,
+            )
+            total_3 = tl.fma(
+                tl.load(entry + 3 * step, mask=held & in_3[:, None], other=0.0) + tl.zeros_like(value),
+                value,
+                total_3,
+            )
+    put_words(out, total_0, top * (n // 8) + j // 8, top, j, inside, data, absmax, code,
+               outer_code, outer_absmax, offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
     if REPEATS > 1:
         top += PERIOD
-        put_words(out, total_1, top * (n // 8) + j // 8, top, j, inside & in_1, data, absmax, code, outer_code, outer_absmax,
-                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        put_words(out, total_1, top * (n // 8) + j // 8, top, j, inside & in_1, data, absmax, code,
+                   outer_code, outer_absmax, offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
         top += PERIOD
-        put_words(out, total_2, top * (n // 8) + j // 8, top, j, inside & in_2, data, absmax, code, outer_code, outer_absmax,
-                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        put_words(out, total_2, top * (n // 8) + j // 8, top, j, inside & in_2, data, absmax, code,
+                   outer_code, outer_absmax, offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
         top += PERIOD
-        put_words(out, total_3, top * (n // 8) + j // 8, top, j, inside & in_3, data, absmax, code, outer_code, outer_absmax,
-                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        put_words(out, total_3, top * (n // 8) + j // 8, top, j, inside & in_3, data, absmax, code,
+                   outer_code, outer_absmax, offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Remove = Callable[[], None]
 Put = Callable[["PreTrainedModel"], Remove]
 
-FROZEN = "frozen base"
+FROZEN, BASELINE = "frozen base", "LoRA r8 q,v"
 QV = ["q_proj", "v_proj"]
 #: The usual target modules of QLoRA without the output projections.
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -102,7 +102,7 @@ def step_rows(device: str) -> list[Row]:
         moka("MoKA r10"),
         moka("MoKA r2 all linear", components=2, target_modules=ALL),
         servable(),
-        lora("LoRA r8 q,v", 8, QV),
+        lora(BASELINE, 8, QV),
     ]
     captured = [captured_row(row) for row in recorded]
     return [
@@ -114,7 +114,7 @@ def step_rows(device: str) -> list[Row]:
         moka("MoKA_s r10", filters="prime"),
         moka("MoKA r2 all linear", components=2, target_modules=ALL),
         servable(),
-        lora("LoRA r8 q,v", 8, QV),
+        lora(BASELINE, 8, QV),
         *(lora(f"LoRA r{rank} all linear", rank, ALL) for rank in (1, 2, 16)),
         lora("LoRA r64 q,v", 64, QV),
         lora("LoRA r32 q,k,v,up,down", 32, FIVE),
@@ -169,7 +169,7 @@ def backbone_rows() -> list[Row]:
         servable(),
     ]
     peft = [
-        lora("LoRA r8 q,v", 8, QV),
+        lora(BASELINE, 8, QV),
         lora("LoRA r16 all linear", 16, ALL),
         lora("LoRA r32 q,k,v,up,down", 32, FIVE),
     ]

@@ -49,6 +49,7 @@ class Plan:
         cards: Sizes of the cards, GiB, on which to search the longest row of tokens.
         profiled: Whether to count launches.
         offload: Whether checkpointing keeps the layers' inputs in the host's memory.
+        turns: How many times the rows of ``steps`` are measured in turns; 0 for one after another.
         command: The command that says the same.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     cards: tuple[int, ...]
     profiled: bool
     offload: bool
+    turns: int
     command: str
 
 
@@ -106,6 +108,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
         if args.steps < 1:
             raise ConfigError(f"--steps must be at least 1, not {args.steps}")
         preset = replace(preset, steps=args.steps, fit_steps=args.steps)
+    if args.turns < 0:
+        raise ConfigError(f"--turns must be at least 0, not {args.turns}")
+    if args.turns and args.profile:
+        raise ConfigError("--profile counts a step's launches, which --turns does not; leave one of them out")
     if args.figures and not set(GROWTH) & set(measures):
         raise ConfigError("--figures draws growth; add --measure growth, or all")
     known = row_names(preset.device, measures, args.liger, args.unsloth is not None)
@@ -126,6 +132,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         tuple(args.context),
         args.profile,
         args.offload,
+        args.turns,
         _command(args),
     )
 
@@ -203,7 +210,10 @@ def records(plan: Plan) -> Iterator[Record | str]:
         bench = Bench(preset.shape, preset.device, checkpointing, plan.offload)
         if "steps" in plan.measures:
             rows = cases.choose(_step_rows(preset.device, plan.liger), names)
-            yield from measure_steps(bench, preset, rows, plan.profiled)
+            if plan.turns:
+                yield from steps.measure_in_turns(bench, preset, rows, plan.turns)
+            else:
+                yield from measure_steps(bench, preset, rows, plan.profiled)
         if "components" in plan.measures:
             yield from growth.grow_components(bench, preset, names)
         if "tokens" in plan.measures:
@@ -281,6 +291,8 @@ def _command(args: argparse.Namespace) -> str:
         parts += ["--checkpointing", args.checkpointing]
     if args.steps is not None:
         parts += ["--steps", str(args.steps)]
+    if args.turns:
+        parts += ["--turns", str(args.turns)]
     asked = {
         "liger": args.liger,
         "unsloth": args.unsloth is not None,
@@ -322,6 +334,14 @@ def _parser() -> Parser:
     )
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these rows")
     parser.add_argument("--steps", type=int, metavar="N", help="measured steps, instead of the preset's")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure the rows of steps N times in turns, forwards and backwards, with --steps steps each, and give "
+        "medians of the turns' ratios: for machines that drift",
+    )
     parser.add_argument(
         "--liger",
         action="store_true",

@@ -50,8 +50,10 @@ GPU = Column("GPU ms", number("gpu_ms", ",.0f"))
 #: How a row compares with the one of unsloth's that it competes with.
 OF_TIME = Column("of unsloth's", number("unsloth_ratio", ".2f"))
 OF_PEAK = Column("of its peak", number("unsloth_peak", ".2f"))
+#: The same with PEFT's LoRA r8 on q and v, where rows were measured in turns.
+OF_LORA = Column("of LoRA r8's", number("lora_ratio", ".2f"))
 #: Columns that are left out where nothing was measured for them.
-_OPTIONAL = (OF_TIME, OF_PEAK, RATE, LAUNCHES, GPU)
+_OPTIONAL = (OF_LORA, OF_TIME, OF_PEAK, RATE, LAUNCHES, GPU)
 STEPS = [
     _ROW,
     _KIND,
@@ -60,6 +62,7 @@ STEPS = [
     Column("tokens/s", number("tokens_per_s", ",.0f")),
     *_COMMON,
     Column("ratio", number("ratio", ".2f")),
+    OF_LORA,
     OF_TIME,
     OF_PEAK,
     RATE,

@@ -43,7 +43,11 @@ def _build_kernel(  # type: ignore[no-untyped-def]
     highest, sum_ = softmax_parts(values, R, PADDED, GATING)
     scale = weight(values, tl.maximum(component, 0), scaling, highest, sum_, GATING)  # (MEMBERS,)
     left_at, right_at = tl.load(table + MEMBERS + c), tl.load(table + 2 * MEMBERS + c)
-    n_a, m_b, n_b = tl.load(table + 3 * MEMBERS + c), tl.load(table + 4 * MEMBERS + c), tl.load(table + 5 * MEMBERS + c)
+    n_a, m_b, n_b = (
+        tl.load(table + 3 * MEMBERS + c),
+        tl.load(table + 4 * MEMBERS + c),
+        tl.load(table + 5 * MEMBERS + c),
+    )
     right_at += top % m_b * n_b + begin % n_b
     left_at += top // m_b * n_a + begin // n_b
     down, across = ROWS // m_b * n_a, COLUMNS // n_b  # from a pair to the ones below and beside it

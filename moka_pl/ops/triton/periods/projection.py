@@ -51,7 +51,11 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     c = tl.arange(0, MEMBERS)
     known = tl.load(table + c) >= 0
     left_at, right_at = tl.load(table + MEMBERS + c), tl.load(table + 2 * MEMBERS + c)
-    n_a, m_b, n_b = tl.load(table + 3 * MEMBERS + c), tl.load(table + 4 * MEMBERS + c), tl.load(table + 5 * MEMBERS + c)
+    n_a, m_b, n_b = (
+        tl.load(table + 3 * MEMBERS + c),
+        tl.load(table + 4 * MEMBERS + c),
+        tl.load(table + 5 * MEMBERS + c),
+    )
     right_at += top % m_b * n_b + begin % n_b
     left_at += top // m_b * n_a + begin // n_b
     down, across = ROWS // m_b * n_a, COLUMNS // n_b  # from a pair to the ones below and beside it
@@ -94,7 +98,9 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     entry = (e // WIDE)[None, :] * n_b[:, None] + (e % WIDE)[None, :]  # (MEMBERS, entries)
     kept = known[:, None] & (entry >= 0)
     tl.store(to_right[:, None] + entry, total, mask=kept)
-    product = tl.sum(total * tl.load(right + right_at[:, None] + entry, mask=kept, other=0.0), 1)  # (MEMBERS,)
+    product = tl.sum(
+        total * tl.load(right + right_at[:, None] + entry, mask=kept, other=0.0), 1
+    )  # (MEMBERS,)
     tl.store(parts + begin_weights + (tl.program_id(0) * SPLITS + split) * MEMBERS + c, product)
 
 
@@ -115,7 +121,9 @@ def project_by_periods(
     begin_right = periods.left * sizes[0]
     begin_weights = begin_right + periods.right * sizes[1]
     parts = torch.empty(begin_weights + periods.weights, dtype=torch.float32, device=right.device)
-    for i, (group, table, place) in enumerate(zip(periods.groups, periods.tables, periods.places, strict=True)):
+    for i, (group, table, place) in enumerate(
+        zip(periods.groups, periods.tables, periods.places, strict=True)
+    ):
         across = plan.n // group.columns
         pairs = plan.m // group.rows * across
         launch(
