@@ -47,6 +47,9 @@ def test_their_error_is_that_of_bfloat16(m: int, n: int, components: int, tokens
     weights = draw(components).softmax(0)
     sums = make_factor_plan(plan)
     assert sums is not None
+    if not sums.fits:  # some matrices are too large for a program
+        assert not sums.usable(tokens)
+        return
     found = factor_gradients(plan, sums, grad, x, left, right, Gates(weights))
     usual = fused_projection(plan, grad.mT @ x, left, right, Gates(weights))
     parts = left.double(), right.double(), weights.double()

@@ -16,7 +16,7 @@ from moka_pl.ops.triton.plan import TILE, Plan
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _round(total, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr):  # type: ignore[no-untyped-def]
+def round_sum(total, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rounds to DTYPE; reference: :func:`moka_pl.ops.triton.reference.round_by_thresholds`."""
     rounded = total.to(DTYPE)
     if DITHER:
@@ -32,15 +32,13 @@ def _round(total, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr):  # type: ign
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def put_words(  # type: ignore[no-untyped-def]
-    out, total, word, row, j, inside, data, absmax, code, outer_code, outer_absmax, offset,
+def _put_words(  # type: ignore[no-untyped-def]
+    out, total, i, j, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
     WORDWISE: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
     DITHER: tl.constexpr,
 ):  # fmt: skip
-    """Adds W to eight entries a word of ΔW, (WORDS, 8), rounds and stores them.
-
-    Words are counted from the first of W; ``row`` is theirs, one for all or (WORDS, 1), j their first column.
-    """
+    """Adds W to eight entries a word of a row of ΔW, (WORDS, 8), rounds and stores them."""
+    word = i * (n // 8) + j // 8
     flat = word[:, None] * 8 + tl.arange(0, 8)[None, :]
     kind: tl.constexpr = out.dtype.element_ty
     if WORDWISE:
@@ -54,10 +52,10 @@ def put_words(  # type: ignore[no-untyped-def]
             data, absmax, code, outer_code, outer_absmax, offset, held, run, kind, BLOCKSIZE, NESTED
         )
     column = j[:, None] + tl.arange(0, 8)[None, :]
-    tl.store(out + flat, _round(total, row, column, kind, DITHER), mask=inside[:, None])
+    tl.store(out + flat, round_sum(total, i, column, kind, DITHER), mask=inside[:, None])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _add_product(at, met, value, total):  # type: ignore[no-untyped-def]
     """Adds left entries times values, in one instruction each whatever else is not fused."""
     entry = tl.load(at, mask=met, other=0.0)
@@ -108,33 +106,21 @@ def _words_kernel(  # type: ignore[no-untyped-def]
         value = tl.load(right + place, mask=inside[:, None], other=0.0) * scale
         total_0 = _add_product(entry, held, value, total_0)
         if REPEATS > 1:
-            total_1 = tl.fma(
-                tl.load(entry + step, mask=held & in_1[:, None], other=0.0) + tl.zeros_like(value),
-                value,
-                total_1,
-            )
-            total_2 = tl.fma(
-                tl.load(entry + 2 * step, mask=held & in_2[:, None], other=0.0) + tl.zeros_like(value),
-                value,
-                total_2,
-            )
-            total_3 = tl.fma(
-                tl.load(entry + 3 * step, mask=held & in_3[:, None], other=0.0) + tl.zeros_like(value),
-                value,
-                total_3,
-            )
-    put_words(out, total_0, top * (n // 8) + j // 8, top, j, inside, data, absmax, code,
-               outer_code, outer_absmax, offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+            total_1 = _add_product(entry + step, held & in_1[:, None], value, total_1)
+            total_2 = _add_product(entry + 2 * step, held & in_2[:, None], value, total_2)
+            total_3 = _add_product(entry + 3 * step, held & in_3[:, None], value, total_3)
+    _put_words(out, total_0, top, j, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
+               WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
     if REPEATS > 1:
         top += PERIOD
-        put_words(out, total_1, top * (n // 8) + j // 8, top, j, inside & in_1, data, absmax, code,
-                   outer_code, outer_absmax, offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        _put_words(out, total_1, top, j, inside & in_1, n, data, absmax, code, outer_code, outer_absmax,
+                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
         top += PERIOD
-        put_words(out, total_2, top * (n // 8) + j // 8, top, j, inside & in_2, data, absmax, code,
-                   outer_code, outer_absmax, offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        _put_words(out, total_2, top, j, inside & in_2, n, data, absmax, code, outer_code, outer_absmax,
+                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
         top += PERIOD
-        put_words(out, total_3, top * (n // 8) + j // 8, top, j, inside & in_3, data, absmax, code,
-                   outer_code, outer_absmax, offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        _put_words(out, total_3, top, j, inside & in_3, n, data, absmax, code, outer_code, outer_absmax,
+                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -187,7 +173,7 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
             data, absmax, code, outer_code, outer_absmax, offset, flat, run,
             out.dtype.element_ty, BLOCKSIZE, NESTED,
         )  # fmt: skip
-    rounded = _round(total, i[:, None], j[None, :], out.dtype.element_ty, DITHER)
+    rounded = round_sum(total, i[:, None], j[None, :], out.dtype.element_ty, DITHER)
     if EVEN:
         tl.store(out + flat, rounded)
     else:

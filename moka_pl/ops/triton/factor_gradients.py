@@ -139,7 +139,10 @@ class FactorPlan:
         x, grad = draw(_TRIED, plan.n).bfloat16(), draw(_TRIED, plan.m).bfloat16()
         factors = draw(self.sizes[0]), draw(self.sizes[1])
         gates = Gates(plan.uniform)
-        found = factor_gradients(plan, self, grad, x, *factors, gates)
+        try:
+            found = factor_gradients(plan, self, grad, x, *factors, gates)
+        except triton.TritonError:  # a smaller GPU's shared memory does not hold a program
+            return False
         expected = fused_projection(plan, grad.mT @ x, *factors, gates)
         return all(
             bool((one - other).norm() <= _TOLERANCE * other.norm())

@@ -9,12 +9,11 @@ from torch import Tensor
 from moka_pl.ops.merged_forward import DEQUANTISED_TOKENS, DenseUpdates, Keep
 from moka_pl.ops.thin import ThinUpdates
 from moka_pl.ops.triton.base_weight import WeightSource
-from moka_pl.ops.triton.delta import fused_weight
 from moka_pl.ops.triton.dequantise import can_dequantise
 from moka_pl.ops.triton.factor_gradients import factor_gradients, make_factor_plan
 from moka_pl.ops.triton.gates import layer_gates
+from moka_pl.ops.triton.periods import choice
 from moka_pl.ops.triton.plan import Plan
-from moka_pl.ops.triton.projection import fused_projection
 from moka_pl.ops.triton.thin import thin_backward, thin_factor_gradients, thin_forward
 from moka_pl.ops.triton.thin_factors import thin_matrices
 from moka_pl.ops.triton.thin_plan import ThinPlan
@@ -38,7 +37,7 @@ class FusedUpdates(DenseUpdates):
         if source is None and self.base_weight is not None:
             source = WeightSource(self.base_weight())
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
-        return fused_weight(self.plan, left, right, gates, dtype, source)
+        return choice.weight(self.plan, left, right, gates, dtype, source)
 
     def factor_gradients(
         self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None
@@ -57,7 +56,7 @@ class FusedUpdates(DenseUpdates):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.project`."""
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
-        grad_left, grad_right, grad_gate = fused_projection(self.plan, grad, left, right, gates)
+        grad_left, grad_right, grad_gate = choice.projection(self.plan, grad, left, right, gates)
         return grad_left, grad_right, None if gate is None else grad_gate
 
 

@@ -140,8 +140,8 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         begin = tl.where(side == 1, begin_right, 0) + at
         stride = tl.where(side == 1, right_size, left_size)
         total = tl.zeros((TERMS, CHUNK), tl.float32)
-        for first in range(0, number, TERMS):  # so many loads are under way at once
-            term = first + tl.arange(0, TERMS)[:, None]
+        for start in range(0, number, TERMS):  # so many loads are under way at once
+            term = start + tl.arange(0, TERMS)[:, None]
             met = (term < number) & (k < size)[None, :]
             total += tl.load(parts + begin + term.to(tl.int64) * stride + k[None, :], mask=met, other=0.0)
         total = tl.sum(total, 0)

@@ -81,24 +81,6 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         _store_tile(out, y.to(out.dtype.element_ty), t, j, tokens, m, m, FULL)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
-def _down_kernel(  # type: ignore[no-untyped-def]
-    hidden, x, thin, tokens, n,
-    R: tl.constexpr, PADDED: tl.constexpr, FULL: tl.constexpr, UPCAST: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Hidden numbers, (T, R), of some tokens; reference: ``down``."""
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    r = tl.arange(0, PADDED)
-    total = tl.zeros((TOKENS, PADDED), tl.float32)
-    for first in range(0, n, COLUMNS):
-        j = first + tl.arange(0, COLUMNS)
-        tile = _load_tile(x, t, j, tokens, n, n, FULL)
-        down = _load_tile(thin, r, j, R, n, n, FULL)
-        total = _product(tile, tl.trans(down), total, UPCAST)
-    _store_tile(hidden, total.to(x.dtype.element_ty), t, r, tokens, R, R, FULL)
-
-
 @triton.jit(do_not_specialize=["tokens", "times"])  # type: ignore[untyped-decorator]
 def _outputs_kernel(  # type: ignore[no-untyped-def]
     hidden_parts, up_parts, grad, hidden, thin, rows, tokens, times, m, n, share, kept,
@@ -268,26 +250,6 @@ def thin_forward(plan: ThinPlan, x: Tensor, thin: Tensor, out: Tensor | None = N
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, hidden
-
-
-def thin_hidden(plan: ThinPlan, x: Tensor, thin: Tensor) -> Tensor:
-    """Computes the hidden numbers ``x Lᵀ`` alone, (T, R).
-
-    Args:
-        plan: The layer's plan.
-        x: Input, shape (T, n), contiguous.
-        thin: L and Uᵀ.
-    """
-    tokens, n = x.shape[0], plan.plan.n
-    grids = plan.grids(tokens, x.itemsize)
-    tile, full = grids.forward, grids.full[0]
-    hidden = x.new_empty(tokens, plan.hidden)
-    launch(
-        _down_kernel, plan.compiled, ("down", x.dtype, full), (-(-tokens // tile.tokens), 1, 1), (x, thin),
-        (hidden, x, thin, tokens, n, plan.hidden, plan.padded, full, not x.is_cuda, tile.tokens, tile.columns),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return hidden
 
 
 class Parts(NamedTuple):

@@ -10,12 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments
-from moka_pl.ops.triton.delta import put_words
 from moka_pl.ops.triton.dequantise import as_words, dequantise_words
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.plan import WORDS
-from moka_pl.ops.triton.projection import add_product
 from moka_pl.ops.triton.thin_plan import COLUMNS, ThinPlan
 
 
@@ -78,53 +76,6 @@ def _fill_kernel(  # type: ignore[no-untyped-def]
     elif READ:
         dequantise_words(w, data, absmax, code, outer_code, outer_absmax, offset, program - programs, size,
                          BLOCKSIZE, NESTED, WORDS)  # fmt: skip
-
-
-#: Rows and columns of a tile of W + ΔW, and the warps of a program.
-MERGED = (32, 256, 4)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _merge_kernel(  # type: ignore[no-untyped-def]
-    out, thin, data, absmax, code, outer_code, outer_absmax, offset, m, n,
-    R: tl.constexpr, PADDED: tl.constexpr, UPCAST: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-    DITHER: tl.constexpr, DOWN: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """A tile of W + U L; reference: :func:`moka_pl.ops.dense.add_delta_`."""
-    top, begin = tl.program_id(0) * DOWN, tl.program_id(1) * WIDE
-    r = tl.arange(0, PADDED)[:, None]
-    i, j = (top + tl.arange(0, DOWN))[None, :], (begin + tl.arange(0, WIDE))[None, :]
-    up = tl.load(thin + R * n + r * m + i, mask=(r < R) & (i < m), other=0.0)
-    down = tl.load(thin + r * n + j, mask=(r < R) & (j < n), other=0.0)
-    total = add_product(tl.trans(up), down, tl.zeros((DOWN, WIDE), tl.float32), UPCAST)
-    k = tl.arange(0, DOWN * WIDE // 8)
-    row, column = top + k // (WIDE // 8), begin + k % (WIDE // 8) * 8
-    total = tl.reshape(total, (DOWN * WIDE // 8, 8))
-    inside = (row < m) & (column < n)
-    put_words(out, total, row * (n // 8) + column // 8, row[:, None], column, inside, data, absmax, code,
-              outer_code, outer_absmax, offset, True, True, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
-
-
-def merged_weight(plan: ThinPlan, thin: Tensor, source: WeightSource) -> Tensor:
-    """Returns W + U L, (m, n), rounded as :func:`moka_pl.ops.triton.delta.fused_weight` does.
-
-    Args:
-        plan: The layer's plan.
-        thin: L and Uᵀ (see :func:`thin_matrices`).
-        source: A frozen 4-bit weight that :func:`can_dequantise`, in rows of whole words.
-    """
-    m, n = plan.plan.m, plan.plan.n
-    out = torch.empty(m, n, dtype=thin.dtype, device=thin.device)
-    pointers, blocksize, nested = frozen_arguments(source, thin)
-    down, wide, warps = MERGED
-    launch(
-        _merge_kernel, plan.compiled, ("merge", thin.dtype, blocksize, nested),
-        (-(-m // down), -(-n // wide), 1), (thin, *pointers[:2]),
-        (out, thin, *as_words(pointers), m, n, plan.hidden, plan.padded, not thin.is_cuda, blocksize, nested,
-         thin.dtype is torch.bfloat16, down, wide),
-        num_warps=warps, enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
 
 
 def thin_matrices(

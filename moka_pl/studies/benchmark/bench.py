@@ -1,6 +1,7 @@
 """What was measured, its file, and the one frozen model that rows are put into one after another."""
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import ConfigError
-from moka_pl.studies.benchmark.cases import FROZEN, Row
+from moka_pl.studies.benchmark.cases import BASELINE, FROZEN, Row
 from moka_pl.studies.common import first_line, free_memory, structure, write_json
 
 if TYPE_CHECKING:
@@ -111,6 +112,14 @@ def linear_weights(shape: str) -> int:
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """The first quartile, median and third quartile."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    first, median, third = statistics.quantiles(times, n=4, method="inclusive")
+    return first, median, third
+
+
 Work = Callable[["PreTrainedModel"], Values]
 RowWork = Callable[["PreTrainedModel", Row], Values]
 
@@ -195,6 +204,44 @@ class Bench:
                 base = values.get(key)
             if base is not None and values:
                 values["ratio"] = values[key] / base
+            yield Record(measure, row.name, self.checkpointing, {}, values, error)
+
+    def compare_in_turns(
+        self, measure: str, rows: Sequence[Row], key: str, work: RowWork, turns: int
+    ) -> Iterator[Record]:
+        """Does the work with the rows in turns, forwards and backwards: a machine's drift meets all alike.
+
+        Args:
+            measure: What the records are of.
+            rows: What to put in.
+            key: The value that the ratios are of.
+            work: What to do with the model and the row in it.
+            turns: How many times.
+
+        Yields:
+            A record a row, with medians over the turns, the largest peak and all steps. Its ``ratio`` to the
+            row ``frozen base`` and ``lora_ratio`` to ``LoRA r8 q,v`` are medians, with quartiles, of the
+            ratios within a turn.
+        """
+        seen: dict[str, list[Values]] = {row.name: [] for row in rows}
+        errors: dict[str, str] = {}
+        for turn in range(turns):
+            for row in rows[:: -1 if turn % 2 else 1]:
+                if row.name not in errors:
+                    values, problem = self.measure(row, lambda model, row=row: work(model, row))  # type: ignore[misc]
+                    seen[row.name].append(values)
+                    errors |= {} if problem is None else {row.name: problem}
+        for row in rows:
+            values, error = {}, errors.get(row.name)
+            if error is None:
+                own = seen[row.name]
+                values = {name: statistics.median(turn[name] for turn in own) for name in own[0]}
+                values["peak_gib"] = max(turn["peak_gib"] for turn in own)
+                values["steps"] = sum(turn["steps"] for turn in own)
+                for name, other in (("ratio", FROZEN), ("lora_ratio", BASELINE)):
+                    if other in seen and other not in errors:
+                        ratios = [a[key] / b[key] for a, b in zip(own, seen[other], strict=True)]
+                        values[f"{name}_q1"], values[name], values[f"{name}_q3"] = quartiles(ratios)
             yield Record(measure, row.name, self.checkpointing, {}, values, error)
 
     def _compile(self, model: "PreTrainedModel") -> None:

@@ -210,10 +210,7 @@ def records(plan: Plan) -> Iterator[Record | str]:
         bench = Bench(preset.shape, preset.device, checkpointing, plan.offload)
         if "steps" in plan.measures:
             rows = cases.choose(_step_rows(preset.device, plan.liger), names)
-            if plan.turns:
-                yield from steps.measure_in_turns(bench, preset, rows, plan.turns)
-            else:
-                yield from measure_steps(bench, preset, rows, plan.profiled)
+            yield from measure_steps(bench, preset, rows, plan.profiled, plan.turns)
         if "components" in plan.measures:
             yield from growth.grow_components(bench, preset, names)
         if "tokens" in plan.measures:
@@ -334,14 +331,8 @@ def _parser() -> Parser:
     )
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="only these rows")
     parser.add_argument("--steps", type=int, metavar="N", help="measured steps, instead of the preset's")
-    parser.add_argument(
-        "--turns",
-        type=int,
-        default=0,
-        metavar="N",
-        help="measure the rows of steps N times in turns, forwards and backwards, with --steps steps each, and give "
-        "medians of the turns' ratios: for machines that drift",
-    )
+    turns = "measure the rows of steps N times in turns, --steps steps each: for machines that drift"
+    parser.add_argument("--turns", type=int, default=0, metavar="N", help=turns)
     parser.add_argument(
         "--liger",
         action="store_true",

@@ -4,13 +4,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moka_pl.studies.benchmark.bench import Bench, Record, Values
+from moka_pl.studies.benchmark.bench import Bench, Record, Values, quartiles
 from moka_pl.studies.benchmark.cases import (
     ALL,
-    BASELINE,
     FROZEN,
     QV,
     Preset,
@@ -62,14 +60,6 @@ def random_batch(vocabulary: int, batch: int, length: int, device: "torch.device
 
     labels = torch.randint(vocabulary, (batch, length + 1), device=device)
     return Batch(labels[:, :-1].contiguous(), labels)
-
-
-def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """The first quartile, median and third quartile."""
-    if len(times) == 1:
-        return times[0], times[0], times[0]
-    first, median, third = statistics.quantiles(times, n=4, method="inclusive")
-    return first, median, third
 
 
 def synchronise(device: "torch.device") -> None:
@@ -290,64 +280,28 @@ def teraflops(weights: int, tokens: int, milliseconds: float) -> float:
 
 
 def measure_steps(
-    bench: Bench, preset: Preset, rows: Sequence[Row], profiled: bool = False
+    bench: Bench, preset: Preset, rows: Sequence[Row], profiled: bool = False, turns: int = 0
 ) -> Iterator[Record]:
-    """Measures the rows one after another on the same model and batch.
+    """Measures the rows on the same model and batch.
 
     Args:
         bench: The model.
         preset: Batch and steps.
         rows: What to measure; ratios are to the row ``frozen base``, if it comes first.
         profiled: Count what is launched on the GPU, too.
+        turns: Measure each of them so many times in turns; 0 for one after another.
 
     Returns:
         A record a row.
     """
-    return bench.compare("steps", rows, "step_ms", _timing(preset, profiled))
 
-
-def _timing(preset: Preset, profiled: bool) -> Callable[["PreTrainedModel", Row], Values]:
     def work(model: "PreTrainedModel", row: Row) -> Values:
         size = preset.batch, preset.length, preset.warmup, preset.steps, preset.seconds
         return time_steps(model, *size, captured_loss if row.captured else plain_loss, profiled)
 
-    return work
-
-
-def measure_in_turns(bench: Bench, preset: Preset, rows: Sequence[Row], turns: int) -> Iterator[Record]:
-    """Measures the rows in turns, forwards and backwards, so that a machine that drifts meets all alike.
-
-    Args:
-        bench: The model.
-        preset: Batch and steps of a row in every turn.
-        rows: What to measure.
-        turns: How many times.
-
-    Yields:
-        A record a row, with medians over the turns, the largest peak and all steps. ``ratio`` and
-        ``lora_ratio``, with quartiles, are those of the turns: to the rows ``frozen base`` and ``LoRA r8 q,v``
-        of the same one.
-    """
-    seen: dict[str, list[Values]] = {row.name: [] for row in rows}
-    errors: dict[str, str] = {}
-    for turn in range(turns):
-        for row in rows[:: -1 if turn % 2 else 1]:
-            if row.name not in errors:
-                values, error = bench.measure(row, partial(_timing(preset, False), row=row))
-                seen[row.name].append(values)
-                errors |= {} if error is None else {row.name: error}
-    for row in rows:
-        if row.name in errors:
-            yield Record("steps", row.name, bench.checkpointing, error=errors[row.name])
-            continue
-        own = seen[row.name]
-        values = {key: statistics.median(turn[key] for turn in own) for key in own[0]}
-        values["peak_gib"], values["steps"] = (max(t["peak_gib"] for t in own), sum(t["steps"] for t in own))
-        for key, name in (("ratio", FROZEN), ("lora_ratio", BASELINE)):
-            if name in seen and name not in errors:
-                ratios = [a["step_ms"] / b["step_ms"] for a, b in zip(own, seen[name], strict=True)]
-                values[f"{key}_q1"], values[key], values[f"{key}_q3"] = quartiles(ratios)
-        yield Record("steps", row.name, bench.checkpointing, {}, values)
+    if turns:
+        return bench.compare_in_turns("steps", rows, "step_ms", work, turns)
+    return bench.compare("steps", rows, "step_ms", work)
 
 
 PROMPT = 16

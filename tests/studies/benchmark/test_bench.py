@@ -74,6 +74,33 @@ def test_a_model_that_cannot_be_restored_is_built_again(put, bench, capsys) -> N
     assert bench.measure(cases.frozen(), work) == (expected, None)
 
 
+def test_rows_in_turns_are_compared_within_a_turn(bench) -> None:
+    # The machine takes twice as long in every further turn: single times say nothing, ratios do.
+    order: list[str] = []
+    cost = {"frozen base": 10.0, "MoKA r10": 12.0, "LoRA r8 q,v": 15.0}
+
+    def timed(model, row) -> dict[str, float]:
+        turn = order.count(row.name)
+        order.append(row.name)
+        return {"step_ms": cost[row.name] * 2**turn, "peak_gib": 1.0 + turn, "trainable": 3, "steps": 2}
+
+    def fail(model):
+        raise ValueError("no")
+
+    rows = [*(cases.Row(name, lambda model: lambda: None) for name in cost), cases.Row("bad", fail)]
+    *good, bad = bench.compare_in_turns("steps", rows, "step_ms", timed, 3)
+    assert order == [*cost, *reversed(cost), *cost]
+    assert bad.error == "ValueError: no"
+    for record, name in zip(good, cost, strict=True):
+        assert record.row == name
+        assert record.values["step_ms"] == 2 * cost[name]
+        assert record.values["steps"] == 6
+        assert record.values["peak_gib"] == 3.0
+        for key in ("ratio_q1", "ratio", "ratio_q3"):
+            assert record.values[key] == pytest.approx(cost[name] / 10)
+        assert record.values["lora_ratio"] == pytest.approx(cost[name] / 15)
+
+
 def test_a_row_may_spoil_the_model(bench) -> None:
     models = []
 

@@ -5,6 +5,7 @@ import torch
 
 from moka_pl.studies.benchmark import cases, steps
 from moka_pl.studies.benchmark.bench import linear_weights as bench_weights
+from moka_pl.studies.benchmark.bench import quartiles
 from moka_pl.studies.benchmark.steps import measure_steps
 from moka_pl.studies.common import free_memory, peak_gib, reset_peak
 
@@ -92,8 +93,8 @@ def test_a_slow_row_is_given_fewer_steps_and_one_token_is_a_batch(bench) -> None
 
 
 def test_quartiles() -> None:
-    assert steps.quartiles([3.0]) == (3.0, 3.0, 3.0)
-    assert steps.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
 def test_peak_memory_begins_anew() -> None:
@@ -154,42 +155,9 @@ def test_the_rate_is_that_of_the_products_with_frozen_weights() -> None:
     assert steps.teraflops(bench_weights("llama2-7b"), 4096, 1e3) == pytest.approx(108.25, abs=0.01)
 
 
-def test_rows_in_turns_are_compared_within_a_turn(bench, preset, monkeypatch) -> None:
-    # The machine takes twice as long in every further turn: single times say nothing, ratios do.
-    order: list[str] = []
-    cost = {"frozen base": 10.0, "MoKA r10": 12.0, "LoRA r8 q,v": 15.0}
-
-    def timing(preset, profiled):
-        def work(model, row):
-            turn = order.count(row.name)
-            order.append(row.name)
-            ms = cost[row.name] * 2**turn
-            return {"step_ms": ms, "peak_gib": 1.0 + turn, "trainable": 3, "steps": 2}
-
-        return work
-
-    monkeypatch.setattr(steps, "_timing", timing)
-
-    def put(model):
-        raise ValueError("no")
-
-    rows = [*(cases.Row(name, lambda model: lambda: None) for name in cost), cases.Row("bad", put)]
-    *good, bad = steps.measure_in_turns(bench, preset, rows, 3)
-    assert order == [*cost, *reversed(cost), *cost]
-    assert bad.error == "ValueError: no"
-    for record, name in zip(good, cost, strict=True):
-        assert record.row == name
-        assert record.values["step_ms"] == 2 * cost[name]
-        assert record.values["steps"] == 6
-        assert record.values["peak_gib"] == 3.0
-        for key in ("ratio_q1", "ratio", "ratio_q3"):
-            assert record.values[key] == pytest.approx(cost[name] / 10)
-        assert record.values["lora_ratio"] == pytest.approx(cost[name] / 15)
-
-
 def test_steps_in_turns_are_timed(bench, preset) -> None:
     rows = [cases.frozen(), cases.moka("MoKA r10")]
-    base, adapted = steps.measure_in_turns(bench, preset, rows, 2)
+    base, adapted = measure_steps(bench, preset, rows, turns=2)
     assert base.error is adapted.error is None
     assert base.values["steps"] == adapted.values["steps"] == 2 * preset.steps
     assert base.values["ratio"] == 1

@@ -1,0 +1,1 @@
+"""Kernels over tiles of ΔW that components of several shapes share."""

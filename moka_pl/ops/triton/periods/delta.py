@@ -1,9 +1,10 @@
-"""W + ΔW by matrix products of the columns of left and of right entries that tiles are made of.
+"""W + ΔW by matrix products of the vectors of left and of right entries that tiles are made of.
 
 Reference: :func:`moka_pl.ops.dense.add_delta_`; rounded as :mod:`moka_pl.ops.triton.delta` does.
 
 A tile of ΔW, (pairs, entries), is ``A Bᵀ`` over the components of a group (see
-:mod:`moka_pl.ops.triton.periods.plan`). Each factor goes in as two bfloat16 numbers, its rounding and the rest.
+:mod:`moka_pl.ops.triton.periods.plan`). Each factor goes in as two bfloat16 numbers, its rounding and the
+rest.
 """
 
 import torch
@@ -12,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments
-from moka_pl.ops.triton.delta import put_words
-from moka_pl.ops.triton.dequantise import as_words, can_dequantise
+from moka_pl.ops.triton.delta import round_sum
+from moka_pl.ops.triton.dequantise import as_words, entries, scales
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.periods.plan import MEMBERS, PeriodPlan
@@ -22,7 +23,7 @@ from moka_pl.ops.triton.plan import Plan
 from moka_pl.ops.triton.projection import add_product
 
 #: Pairs that a program takes at once, shares that the pairs of a tile are split into, and how it is compiled.
-PAIRS, SPLITS, OPTIONS = 16, 4, {"num_warps": 4, "num_stages": 2}
+PAIRS, SPLITS, OPTIONS = 16, 2, {"num_warps": 4, "num_stages": 2}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -30,8 +31,7 @@ def _build_kernel(  # type: ignore[no-untyped-def]
     out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset, table, n, pairs,
     ACROSS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr, WIDE: tl.constexpr,
     SPLITS: tl.constexpr, PAIRS: tl.constexpr, MEMBERS: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr,
-    GATING: tl.constexpr, UPCAST: tl.constexpr, WORDWISE: tl.constexpr, READ: tl.constexpr,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
+    GATING: tl.constexpr, UPCAST: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     """W + ΔW of a tile and of some of its pairs; ACROSS periods of ROWS × COLUMNS side by side."""
     top = tl.program_id(0) // (COLUMNS // WIDE) * DOWN
@@ -43,11 +43,8 @@ def _build_kernel(  # type: ignore[no-untyped-def]
     highest, sum_ = softmax_parts(values, R, PADDED, GATING)
     scale = weight(values, tl.maximum(component, 0), scaling, highest, sum_, GATING)  # (MEMBERS,)
     left_at, right_at = tl.load(table + MEMBERS + c), tl.load(table + 2 * MEMBERS + c)
-    n_a, m_b, n_b = (
-        tl.load(table + 3 * MEMBERS + c),
-        tl.load(table + 4 * MEMBERS + c),
-        tl.load(table + 5 * MEMBERS + c),
-    )
+    n_a, m_b = tl.load(table + 3 * MEMBERS + c), tl.load(table + 4 * MEMBERS + c)
+    n_b = tl.load(table + 5 * MEMBERS + c)
     right_at += top % m_b * n_b + begin % n_b
     left_at += top // m_b * n_a + begin // n_b
     down, across = ROWS // m_b * n_a, COLUMNS // n_b  # from a pair to the ones below and beside it
@@ -55,11 +52,18 @@ def _build_kernel(  # type: ignore[no-untyped-def]
     entry = right_at[:, None] + (e // WIDE)[None, :] * n_b[:, None] + (e % WIDE)[None, :]
     factor = tl.load(right + entry, mask=known[:, None] & (entry >= 0), other=0.0)
     high, low = halves(factor * scale[:, None], kind)  # (MEMBERS, entries)
-    k = tl.arange(0, PAIRS * DOWN * WIDE // 8)
-    own, inner = k // (DOWN * WIDE // 8), k % (DOWN * WIDE // 8) * 8  # of every word
+    k = tl.arange(0, PAIRS * DOWN * WIDE // 8)  # words of eight entries
+    own, inner = k // (DOWN * WIDE // 8), k % (DOWN * WIDE // 8) * 8
     share = tl.cdiv(tl.cdiv(pairs, SPLITS), PAIRS) * PAIRS
     stop = tl.minimum((tl.program_id(1) + 1) * share, pairs)
     for first in range(tl.program_id(1) * share, stop, PAIRS):
+        pair = first + own
+        i = pair // ACROSS * ROWS + top + inner // WIDE
+        j = pair % ACROSS * COLUMNS + begin + inner % WIDE
+        word = i * (n // 8) + j // 8
+        inside = pair < stop
+        numbers = tl.load(data + word, mask=inside, other=0)
+        largest = scales(absmax, outer_code, outer_absmax, offset, word, inside, BLOCKSIZE, NESTED)
         t = first + tl.arange(0, PAIRS)
         step = (t // ACROSS)[:, None] * down[None, :] + (t % ACROSS)[:, None] * across[None, :]
         met = (t < stop)[:, None] & known[None, :]
@@ -68,21 +72,15 @@ def _build_kernel(  # type: ignore[no-untyped-def]
         total = add_product(low_left, high, total, UPCAST)
         total = add_product(high_left, low, total, UPCAST)
         total = add_product(high_left, high, total, UPCAST)
-        pair = first + own
-        i = pair // ACROSS * ROWS + top + inner // WIDE
-        j = pair % ACROSS * COLUMNS + begin + inner % WIDE
         total = tl.reshape(total, (PAIRS * DOWN * WIDE // 8, 8))
-        put_words(out, total, i * (n // 8) + j // 8, i[:, None], j, pair < stop, data, absmax, code,
-                  outer_code, outer_absmax, offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+        total += entries(numbers, largest, code).to(kind).to(tl.float32)
+        column = j[:, None] + tl.arange(0, 8)[None, :]
+        flat = word[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(out + flat, round_sum(total, i[:, None], column, kind, True), mask=inside[:, None])
 
 
 def weight_by_periods(
-    plan: Plan,
-    periods: PeriodPlan,
-    left: Tensor,
-    right: Tensor,
-    gates: Gates,
-    source: WeightSource | None = None,
+    plan: Plan, periods: PeriodPlan, left: Tensor, right: Tensor, gates: Gates, source: WeightSource
 ) -> Tensor:
     """Builds ``W + ΔW``, (m, n), in bfloat16, as :func:`moka_pl.ops.triton.delta.fused_weight`.
 
@@ -92,23 +90,18 @@ def weight_by_periods(
         left: Packed left factors, float32.
         right: Packed right factors, float32.
         gates: The weights w.
-        source: The frozen weight; None for ΔW alone.
+        source: A frozen weight of 4 bits that :func:`moka_pl.ops.triton.dequantise.can_dequantise`.
     """
     (group,), (table,) = periods.groups, periods.tables
     out = torch.empty(plan.m, plan.n, dtype=torch.bfloat16, device=right.device)
     pointers, blocksize, nested = frozen_arguments(source, right)
-    outside = (right, left, gates.values, *pointers[:2])
-    wordwise = can_dequantise(source, plan.m * plan.n)
-    if wordwise:
-        pointers = as_words(pointers)
-    read = source is not None
     across = plan.n // group.columns
-    key = (gates.gating, pointers[0].dtype, blocksize, nested, read)
     launch(
-        _build_kernel, plan.compiled, ("build", *key), (group.tiles, SPLITS, 1), outside,
-        (out, left, right, *gates[:2], *pointers, table, plan.n, plan.m // group.rows * across,
-         across, group.rows, group.columns, *group.tile, SPLITS, PAIRS, MEMBERS, len(plan.shapes), plan.padded,
-         gates.gating, not out.is_cuda, wordwise, read, blocksize, nested, read),
+        _build_kernel, plan.compiled, ("build", gates.gating, blocksize, nested), (group.tiles, SPLITS, 1),
+        (right, left, gates.values, *pointers[:2]),
+        (out, left, right, *gates[:2], *as_words(pointers), table, plan.n, plan.m // group.rows * across,
+         across, group.rows, group.columns, *group.tile, SPLITS, PAIRS, MEMBERS, len(plan.shapes),
+         plan.padded, gates.gating, not out.is_cuda, blocksize, nested),
         **OPTIONS, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -1,14 +1,14 @@
 """Which components share the tiles of ΔW, and where the pieces of these lie.
 
-Row i meets row i // m_b of a left factor and row i % m_b of a right one. Of components with different m_b, rows
-that lie lcm(m_b) apart meet the same right entries, and gcd(m_b) rows, aligned, the same left ones; columns
-likewise. A tile is such a small block of rows and columns, once in every period::
+Row i meets row i // m_b of a left factor and row i % m_b of a right one. Of components with different m_b,
+rows that lie lcm(m_b) apart meet the same right entries, and gcd(m_b) rows, aligned, the same left ones;
+columns likewise. A tile is such a small block of rows and columns, once in every period of both::
 
-    entries      ROWS × COLS neighbours, in each of which a component has one right entry
-    pairs        the block in each of the periods of rows and columns, where a component has one left entry each
+    entries    neighbours in a block: a component has a right entry for each, the same in every block
+    pairs      the blocks: a component has a left entry for each, the same for all its neighbours
 
-so that a tile, (pairs, entries), is ``Σ_i A_i B_iᵀ`` over columns of left and of right entries, whatever the shapes
-of these components.
+so that a tile of ΔW, (pairs, entries), is ``Σ_i w_i a_i b_iᵀ`` with vectors of left and of right entries,
+whatever the shapes of these components.
 """
 
 import math
@@ -30,7 +30,7 @@ _WIDEST = 64
 #: Pairs that a program takes at once, and the least of a group.
 PAIRS, _LEAST_PAIRS = 32, 64
 #: Programs that keep a large GPU busy.
-_PROGRAMS = 512
+_PROGRAMS = 256
 
 
 class Group(NamedTuple):
@@ -125,6 +125,8 @@ class PeriodPlan:
         weights: Parts of ∂L/∂w.
         chunks: As :attr:`moka_pl.ops.triton.plan.Plan.chunks`.
         dots: As :attr:`moka_pl.ops.triton.plan.Plan.dots`.
+        projects: Whether the projection was found to be right; None before it was tried.
+        builds: The same of W + ΔW.
     """
 
     def __init__(self, plan: Plan, groups: list[Group]) -> None:
@@ -132,6 +134,8 @@ class PeriodPlan:
         sizes = left_sizes(shapes), right_sizes(shapes)
         at = starts(sizes[0]), starts(sizes[1])
         self.groups = groups
+        self.projects: bool | None = None
+        self.builds: bool | None = None
         self.tables: list[Tensor] = []
         self.places = starts([group.tiles * group.splits * MEMBERS for group in groups])
         self.weights = sum(group.tiles * group.splits * MEMBERS for group in groups)

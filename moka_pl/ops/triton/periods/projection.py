@@ -2,8 +2,8 @@
 
 Reference: :func:`moka_pl.ops.dense.project`.
 
-A tile of D, (pairs, entries), as :mod:`moka_pl.ops.triton.periods.plan` says, gives shares of the gradients of the
-left entries at its pairs and of the right ones at its entries, for all components of a group::
+A tile of D, (pairs, entries), as :mod:`moka_pl.ops.triton.periods.plan` says, gives shares of the gradients
+of the left entries at its pairs and of the right ones at its entries, for all components of a group::
 
     ∂A += D B,  (pairs, members)         ∂B += Aᵀ D,  (members, entries)
 
@@ -51,11 +51,8 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     c = tl.arange(0, MEMBERS)
     known = tl.load(table + c) >= 0
     left_at, right_at = tl.load(table + MEMBERS + c), tl.load(table + 2 * MEMBERS + c)
-    n_a, m_b, n_b = (
-        tl.load(table + 3 * MEMBERS + c),
-        tl.load(table + 4 * MEMBERS + c),
-        tl.load(table + 5 * MEMBERS + c),
-    )
+    n_a, m_b = tl.load(table + 3 * MEMBERS + c), tl.load(table + 4 * MEMBERS + c)
+    n_b = tl.load(table + 5 * MEMBERS + c)
     right_at += top % m_b * n_b + begin % n_b
     left_at += top // m_b * n_a + begin // n_b
     down, across = ROWS // m_b * n_a, COLUMNS // n_b  # from a pair to the ones below and beside it
@@ -80,10 +77,8 @@ def _project_kernel(  # type: ignore[no-untyped-def]
         at = grad + (corner[:, None] + within[None, :])
         step = u[None, :] * down[:, None] + v[None, :] * across[:, None]  # (MEMBERS, PAIRS)
         real = known[:, None] & (t < stop)[None, :]
-        if EXACT:
-            d = tl.load(at)  # (PAIRS, entries)
-        else:
-            d = tl.load(at, mask=(t < stop)[:, None] & (e >= 0)[None, :], other=0.0)
+        inside = (t < stop)[:, None] & (e >= 0)[None, :]
+        d = tl.load(at) if EXACT else tl.load(at, mask=inside, other=0.0)  # (PAIRS, entries)
         scale = tl.load(left + left_at[:, None] + step, mask=real, other=0.0)
         scale_high, scale_low = halves(scale, dtype)
         total = add_product(scale_high, d, total, UPCAST)
@@ -98,9 +93,8 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     entry = (e // WIDE)[None, :] * n_b[:, None] + (e % WIDE)[None, :]  # (MEMBERS, entries)
     kept = known[:, None] & (entry >= 0)
     tl.store(to_right[:, None] + entry, total, mask=kept)
-    product = tl.sum(
-        total * tl.load(right + right_at[:, None] + entry, mask=kept, other=0.0), 1
-    )  # (MEMBERS,)
+    values = tl.load(right + right_at[:, None] + entry, mask=kept, other=0.0)
+    product = tl.sum(total * values, 1)  # (MEMBERS,)
     tl.store(parts + begin_weights + (tl.program_id(0) * SPLITS + split) * MEMBERS + c, product)
 
 
@@ -121,9 +115,8 @@ def project_by_periods(
     begin_right = periods.left * sizes[0]
     begin_weights = begin_right + periods.right * sizes[1]
     parts = torch.empty(begin_weights + periods.weights, dtype=torch.float32, device=right.device)
-    for i, (group, table, place) in enumerate(
-        zip(periods.groups, periods.tables, periods.places, strict=True)
-    ):
+    groups = zip(periods.groups, periods.tables, periods.places, strict=True)
+    for i, (group, table, place) in enumerate(groups):
         across = plan.n // group.columns
         pairs = plan.m // group.rows * across
         launch(
