@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-_COLUMNS = {
+#: The columns, and their widths on a terminal.
+COLUMNS = {
     "shape": 12,
     "strategy": 16,
     "GPUs": 4,
@@ -20,7 +21,7 @@ _COLUMNS = {
 
 def heads() -> list[str]:
     """Returns the heads of the columns, as wide as these."""
-    return _wide(list(_COLUMNS))
+    return _wide(list(COLUMNS))
 
 
 def cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -75,4 +76,4 @@ def _beside(row: dict[str, Any], rows: Sequence[dict[str, Any]], **other: Any) -
 
 
 def _wide(cells: Sequence[str]) -> list[str]:
-    return [cell.rjust(width) for cell, width in zip(cells, _COLUMNS.values(), strict=False)]
+    return [cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=False)]

@@ -1,0 +1,86 @@
+"""Writes the section on several GPUs of ``docs/tuning.md`` from measured trainings."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moka_pl.errors import ConfigError
+from moka_pl.studies.benchmark.tables import render
+from moka_pl.studies.common import Parser, replace_section, write_atomically
+from moka_pl.studies.ranks.runs import LENGTH
+from moka_pl.studies.ranks.tables import COLUMNS, plain_cells
+
+BEGIN, END = "<!-- several GPUs -->", "<!-- /several GPUs -->"
+
+DESCRIPTION = f"""\
+Rewrites the section between {BEGIN} and {END} from results of scripts/data_parallel_speed.py.
+
+    python scripts/data_parallel_speed.py --groups ddp limited 13b 70b resume --json gpus.json
+    python scripts/ranks_page.py gpus.json
+
+Of trainings with the same options the last one counts; those that failed are left out.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rewrites the section.
+
+    Args:
+        arguments: Default: the process's. Ends the process with status 2 on an error.
+    """
+    parser = Parser("ranks_page", DESCRIPTION)
+    parser.add_argument("results", type=Path, nargs="+", help="files of --json")
+    parser.add_argument("--page", type=Path, default=Path("docs/tuning.md"), help="the page")
+    args = parser.parse_args(arguments)
+    try:
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in args.results]
+        text = section([row for one in found for row in one["rows"]], found[0]["versions"])
+        page = args.page.read_text(encoding="utf-8")
+        write_atomically(args.page, replace_section(page, text, BEGIN, END))
+    except (ConfigError, OSError, KeyError, ValueError) as error:
+        parser.error(f"{type(error).__name__}: {error}")
+
+
+def section(rows: Sequence[dict[str, Any]], versions: dict[str, str]) -> str:
+    """Returns the text between the markers.
+
+    Args:
+        rows: Measured trainings.
+        versions: Versions of the packages.
+
+    Raises:
+        ConfigError: None of them succeeded.
+    """
+    last = {tuple(plain_cells(row, [])[:4]): row for row in rows if "error" not in row}
+    known = list(last.values())
+    if not known:
+        raise ConfigError("no training succeeded")
+    used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "lightning") if name in versions)
+    devices = ", ".join(sorted({row["device"] for row in known}))
+    table = render(list(COLUMNS), [plain_cells(row, known) for row in known])
+    text = f"""\
+Rows of {LENGTH} tokens, {devices} ({used}). *Ratio* compares with one GPU, *of ddp* speed and peak
+with `ddp` on as many; *first step* counts from the command; *its s* is what the training lost to
+writing a checkpoint.
+
+```bash
+python scripts/data_parallel_speed.py --groups ddp limited 13b 70b resume --json gpus.json
+python scripts/ranks_page.py gpus.json
+```
+
+{table}"""
+    resumed = [row for row in known if row["resumes"] is not None]
+    return "\n".join([text, *(f"\n{_resumed(row)}" for row in resumed)])
+
+
+def _resumed(row: dict[str, Any]) -> str:
+    """Says how a training went on from another one's checkpoint."""
+    before, (strategy, devices) = row["before"], row["resumes"]
+    first, last = before["losses"][0], before["losses"][-1]
+    return (
+        f"{row['shape']}, `{strategy}` on {devices} → `{row['strategy']}` on {row['devices']}: "
+        f"stopped after step {before['ended_at']}, went on there (from step {row['begun_at']} to "
+        f"{row['ended_at']}); the loss was {first:.3f} at first, {last:.3f} before and "
+        f"{row['losses'][0]:.3f} after."
+    )
