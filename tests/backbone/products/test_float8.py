@@ -80,3 +80,19 @@ def test_adapters_do_not_rebuild_their_base_with_it() -> None:
     assert "matmul" not in BackboneConfig(matmul="fp8").options()
     with pytest.raises(ConfigError, match=r"backbone.matmul is 'fp4'; choose one of bf16, fp8"):
         BackboneConfig(matmul="fp4")
+
+
+def test_layers_that_read_the_same_scale_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moka_pl.ops.triton.float8 import products
+
+    scaled = []
+    original = products.scale_rows
+    monkeypatch.setattr(products, "scale_rows", lambda x: scaled.append(x.shape) or original(x))
+    query, value = _layer(48, 64), _layer(16, 64)
+    leaf = torch.randn(2, 5, 64, dtype=torch.bfloat16, requires_grad=True)
+    x = leaf * 2
+    outs = [float8_product(layer, x, None) for layer in (query, value)]
+    assert scaled == [(10, 64)]
+    sum(out.sum() for out in outs).backward()
+    assert len(scaled) == 1  # gradients of layers are never the same
+    assert leaf.grad.isfinite().all()
