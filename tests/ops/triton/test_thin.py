@@ -126,7 +126,7 @@ def test_updates_add_themselves_to_products_of_the_frozen_layer(case) -> None:
 def test_the_frozen_product_adds_itself_to_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     m, n, tokens = 64, 128, 40
-    monkeypatch.setattr("moka_pl.ops.triton.merged_forward._DEQUANTISED", tokens - 1)
+    monkeypatch.setattr("moka_pl.ops.triton.merged_forward.DEQUANTISED_TOKENS", tokens - 1)
     layer = quantised_linear(nn.Linear(n, m, bias=False), torch.randn(m, n), "nf4", True, torch.float32)
     shapes = (Shape(2, 64, 32, 2),)
     left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
