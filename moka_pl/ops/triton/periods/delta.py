@@ -22,18 +22,21 @@ from moka_pl.ops.triton.periods.projection import halves
 from moka_pl.ops.triton.plan import Plan
 from moka_pl.ops.triton.projection import add_product
 
-#: Pairs that a program takes at once, shares that the pairs of a tile are split into, and how it is compiled.
+#: Periods of rows that a program takes at once, shares that those of columns are split into, and its options.
 PAIRS, SPLITS, OPTIONS = 16, 2, {"num_warps": 4, "num_stages": 2}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _build_kernel(  # type: ignore[no-untyped-def]
-    out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset, table, n, pairs,
+    out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset, table, n, below,
     ACROSS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr, WIDE: tl.constexpr,
     SPLITS: tl.constexpr, PAIRS: tl.constexpr, MEMBERS: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr,
     GATING: tl.constexpr, UPCAST: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """W + ΔW of a tile and of some of its pairs; ACROSS periods of ROWS × COLUMNS side by side."""
+    """W + ΔW of a tile in PAIRS periods of rows and a share of those of columns.
+
+    ACROSS periods of ROWS × COLUMNS lie side by side, and ``below`` above each other.
+    """
     top = tl.program_id(0) // (COLUMNS // WIDE) * DOWN
     begin = tl.program_id(0) % (COLUMNS // WIDE) * WIDE
     kind: tl.constexpr = out.dtype.element_ty
@@ -52,22 +55,23 @@ def _build_kernel(  # type: ignore[no-untyped-def]
     entry = right_at[:, None] + (e // WIDE)[None, :] * n_b[:, None] + (e % WIDE)[None, :]
     factor = tl.load(right + entry, mask=known[:, None] & (entry >= 0), other=0.0)
     high, low = halves(factor * scale[:, None], kind)  # (MEMBERS, entries)
+    # A program stays in its rows, whose places and thresholds are the same in every period of columns.
+    u = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)
+    left_entry = left_at[None, :] + u[:, None] * down[None, :]  # (PAIRS, MEMBERS)
+    met = (u < below)[:, None] & known[None, :]
     k = tl.arange(0, PAIRS * DOWN * WIDE // 8)  # words of eight entries
-    own, inner = k // (DOWN * WIDE // 8), k % (DOWN * WIDE // 8) * 8
-    share = tl.cdiv(tl.cdiv(pairs, SPLITS), PAIRS) * PAIRS
-    stop = tl.minimum((tl.program_id(1) + 1) * share, pairs)
-    for first in range(tl.program_id(1) * share, stop, PAIRS):
-        pair = first + own
-        i = pair // ACROSS * ROWS + top + inner // WIDE
-        j = pair % ACROSS * COLUMNS + begin + inner % WIDE
+    inner = k % (DOWN * WIDE // 8) * 8
+    own = tl.program_id(1) * PAIRS + k // (DOWN * WIDE // 8)
+    i, inside = own * ROWS + top + inner // WIDE, own < below
+    share = tl.cdiv(ACROSS, SPLITS)
+    first = tl.program_id(2) * share
+    for v in range(first, tl.minimum(first + share, ACROSS)):
+        j = v * COLUMNS + begin + inner % WIDE
         word = i * (n // 8) + j // 8
-        inside = pair < stop
         numbers = tl.load(data + word, mask=inside, other=0)
         largest = scales(absmax, outer_code, outer_absmax, offset, word, inside, BLOCKSIZE, NESTED)
-        t = first + tl.arange(0, PAIRS)
-        step = (t // ACROSS)[:, None] * down[None, :] + (t % ACROSS)[:, None] * across[None, :]
-        met = (t < stop)[:, None] & known[None, :]
-        high_left, low_left = halves(tl.load(left + left_at[None, :] + step, mask=met, other=0.0), kind)
+        lefts = tl.load(left + (left_entry + v * across[None, :]), mask=met, other=0.0)
+        high_left, low_left = halves(lefts, kind)
         total = tl.zeros((PAIRS, DOWN * WIDE), tl.float32)
         total = add_product(low_left, high, total, UPCAST)
         total = add_product(high_left, low, total, UPCAST)
@@ -95,13 +99,14 @@ def weight_by_periods(
     (group,), (table,) = periods.groups, periods.tables
     out = torch.empty(plan.m, plan.n, dtype=torch.bfloat16, device=right.device)
     pointers, blocksize, nested = frozen_arguments(source, right)
-    across = plan.n // group.columns
+    below, across = plan.m // group.rows, plan.n // group.columns
     launch(
-        _build_kernel, plan.compiled, ("build", gates.gating, blocksize, nested), (group.tiles, SPLITS, 1),
+        _build_kernel, plan.compiled, ("build", gates.gating, blocksize, nested),
+        (group.tiles, -(-below // PAIRS), SPLITS),
         (right, left, gates.values, *pointers[:2]),
-        (out, left, right, *gates[:2], *as_words(pointers), table, plan.n, plan.m // group.rows * across,
-         across, group.rows, group.columns, *group.tile, SPLITS, PAIRS, MEMBERS, len(plan.shapes),
-         plan.padded, gates.gating, not out.is_cuda, blocksize, nested),
+        (out, left, right, *gates[:2], *as_words(pointers), table, plan.n, below, across,
+         group.rows, group.columns, *group.tile, SPLITS, PAIRS, MEMBERS, len(plan.shapes), plan.padded,
+         gates.gating, not out.is_cuda, blocksize, nested),
         **OPTIONS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
