@@ -21,6 +21,7 @@ class Case:
         memory_limit: GiB of each GPU that may be used; None for all.
         resumes: Strategy and number of GPUs of a training of as many steps that this one resumes; None where
             it begins anew.
+        cuda_graphs: Whether steps are replayed as CUDA graphs.
     """
 
     shape: str = "llama2-7b"
@@ -31,6 +32,7 @@ class Case:
     blocks: int = 8
     memory_limit: float | None = None
     resumes: tuple[str, int] | None = None
+    cuda_graphs: bool = False
 
     @property
     def saves_at(self) -> int:
@@ -61,7 +63,7 @@ def _resumed(first: str, then: str) -> Case:
 
 #: Which trainings belong together, by name.
 GROUPS: dict[str, list[Case]] = {
-    "ddp": [Case(devices=n) for n in (1, 2, 4)],
+    "ddp": [Case(devices=n, cuda_graphs=graphs) for graphs in (True, False) for n in (1, 2, 4)],
     "limited": [_limited("sharded", 2), _limited("sharded_offload", 1)],
     "13b": _pairs("llama2-13b", 8, 8, 6),
     "70b": _pairs("llama2-70b", 4, 5, 3),

@@ -19,7 +19,7 @@ from moka_pl.studies.ranks.tables import cells, heads
 DESCRIPTION = f"""\
 Measures trainings on several GPUs, through the command line that users run.
 
-    python scripts/data_parallel_speed.py --devices 1 2 4 --json ddp.json
+    python scripts/data_parallel_speed.py --devices 1 2 4 --cuda-graphs --json ddp.json
     python scripts/data_parallel_speed.py --shape llama2-13b --strategy ddp sharded --devices 2
     python scripts/data_parallel_speed.py --groups ddp limited 13b 70b resume --json gpus.json
 
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--memory-limit", type=float, help="GiB of each GPU that may be used")
     parser.add_argument(
+        "--cuda-graphs", action="store_true", help="replay the steps as CUDA graphs (ddp only)"
+    )
+    parser.add_argument(
         "--groups", nargs="+", choices=GROUPS, help="trainings in place of those of the options"
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a training is ended")
@@ -56,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cases = [case for name in args.groups for case in GROUPS[name]]
     else:
         base = Case(
-            args.shape, batch_size=args.batch_size, blocks=args.blocks, memory_limit=args.memory_limit
+            args.shape,
+            batch_size=args.batch_size,
+            blocks=args.blocks,
+            memory_limit=args.memory_limit,
+            cuda_graphs=args.cuda_graphs,
         )
         cases = [replace(base, strategy=s, devices=n) for n in args.devices for s in args.strategy]
     rows: list[dict[str, Any]] = []
@@ -123,6 +130,7 @@ def _run(
     options = {
         "model.backbone.name": case.shape,
         "model.backbone.weights": "random",
+        "model.cuda_graphs": str(case.cuda_graphs).lower(),
         "data": "moka_pl.data.TextData",
         "data.init_args.path": texts,
         "data.init_args.batch_size": case.batch_size,

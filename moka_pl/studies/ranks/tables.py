@@ -6,7 +6,7 @@ from typing import Any
 #: The columns, and their widths on a terminal.
 COLUMNS = {
     "shape": 12,
-    "strategy": 16,
+    "strategy": 20,
     "GPUs": 4,
     "rows": 4,
     "tokens/s": 9,
@@ -45,6 +45,7 @@ def plain_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str
     strategy = row["strategy"]
     if row["resumes"] is not None:
         strategy = f"{row['resumes'][0]} x {row['resumes'][1]} → {strategy}"
+    strategy += ", CUDA graphs" if row["cuda_graphs"] else ""
     known = [row["shape"], strategy + limit, str(row["devices"]), str(row["batch_size"])]
     if "error" in row:
         return [*known, row["error"]]
@@ -69,7 +70,7 @@ def plain_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str
 
 def _beside(row: dict[str, Any], rows: Sequence[dict[str, Any]], **other: Any) -> dict[str, Any] | None:
     """Returns the row that differs in the given options alone."""
-    same = ("shape", "batch_size", "memory_limit", "resumes", "strategy", "devices")
+    same = ("shape", "batch_size", "memory_limit", "resumes", "strategy", "devices", "cuda_graphs")
     wanted = {name: other.get(name, row[name]) for name in same}
     found = (r for r in rows if "error" not in r and all(r[name] == wanted[name] for name in same))
     return next(found, None)
