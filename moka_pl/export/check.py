@@ -85,21 +85,9 @@ def _around(question: str, chosen: str, tokenizer: "PreTrainedTokenizerBase") ->
 
 @torch.no_grad()
 def measure(model: "PreTrainedModel | Any", prompts: list[Tensor]) -> Measured:
-    """Runs a model on every prompt."""
-    logits = [model(input_ids=ids[None].to(model.device)).logits[0].float().cpu() for ids in prompts]
-    return measured(logits, prompts)
-
-
-@torch.no_grad()
-def measure_at_once(model: Any, prompts: list[Tensor], device: torch.device) -> Measured:
-    """Runs a model that is read from the disk as it computes on all prompts at once, padded on the right.
-
-    Args:
-        model: The model.
-        prompts: Tokens of the prompts, shape (T,) each.
-        device: Where it computes.
-    """
+    """Runs a model on all prompts at once, padded on the right, so that weights are dequantised only once."""
     lengths = [len(ids) for ids in prompts]
+    device = torch.device("cpu") if model.device.type == "meta" else model.device  # whose weights are on disk
     ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (I, T)
     mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]  # (I, T)
     logits = model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits  # (I, T, V)

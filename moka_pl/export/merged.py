@@ -21,7 +21,7 @@ from moka_pl.backbone.linear_layers import conv1d_names, is_conv1d
 from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.errors import AdapterError
-from moka_pl.export.check import Measured, check, measure, measure_at_once
+from moka_pl.export.check import Measured, check, measure
 from moka_pl.export.folder import mebibytes, written_folder
 from moka_pl.export.source import Source, say
 from moka_pl.lm.experts import SplitExperts, has_experts, stored
@@ -328,17 +328,17 @@ def reloaded(
             raise AdapterError(
                 f"the written tokenizer reads {text!r} into other tokens; nothing was written. Report it"
             )
-    placed, whole = _placement(folder, device, entries * compute.itemsize)
+    placed = _placement(folder, device, entries * compute.itemsize)
     with progress_bars(show=False), loading(str(folder)), silenced("accelerate.big_modeling"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **placed).eval()
-    return measure(model, source.prompts) if whole else measure_at_once(model, source.prompts, device)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **placed)
+    return measure(model.eval(), source.prompts)
 
 
-def _placement(folder: Path, device: torch.device, size: int) -> tuple[dict[str, Any], bool]:
-    """Where transformers is to put a model beside the one that it came from, and whether that is one device.
+def _placement(folder: Path, device: torch.device, size: int) -> dict[str, Any]:
+    """Tells transformers where to put a model beside the one that it came from.
 
-    What has no room stays in its files: every layer is read when it computes. On a CPU that takes no longer
-    than loading the model, which happens once for all prompts, too.
+    What has no room stays in its files: every layer is read when it computes. As all prompts are computed at
+    once, that takes no longer than loading the model.
     """
     import psutil
 
@@ -350,5 +350,5 @@ def _placement(folder: Path, device: torch.device, size: int) -> tuple[dict[str,
         room = min(psutil.virtual_memory().available // 2, _SMALL)
         kept = {"device_map": {"": "disk"}}
     if size <= room:
-        return {"device_map": {"": device}}, True
-    return {**kept, "offload_folder": str(folder.parent / "offload")}, False
+        return {"device_map": {"": device}}
+    return {**kept, "offload_folder": str(folder.parent / "offload")}

@@ -17,7 +17,7 @@ from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export import merged
-from moka_pl.export.check import Measured, measure_at_once
+from moka_pl.export.check import Measured, measure
 from moka_pl.export.merged import (
     Part,
     converted,
@@ -166,12 +166,12 @@ def test_what_does_not_fit_into_memory_is_read_as_it_is_computed(
 ) -> None:
     seen = []
 
-    def measured_at_once(model: nn.Module, *others: object) -> Measured:
+    def looked_at(model: nn.Module, prompts: list[torch.Tensor]) -> Measured:
         seen.append({parameter.device.type for parameter in model.parameters()})
-        return measure_at_once(model, *others)
+        return measure(model, prompts)
 
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=600_000))
-    monkeypatch.setattr(merged, "measure_at_once", measured_at_once)
+    monkeypatch.setattr(merged, "measure", looked_at)
     adapter = make_adapter()
     merged.export_merged(open_source(adapter), adapter.with_name("out"), torch.float32)
     assert seen == [{"meta"}]
