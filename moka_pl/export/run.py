@@ -188,8 +188,8 @@ def _stored_rank(request: Request, info: AdapterInfo) -> int | None:
     if info.config.trainable_token_indices:
         raise ConfigError(
             f"{request.adapter} has rows of {len(info.config.trainable_token_indices)} tokens, which a LoRA "
-            "does not hold; export --to merged, or --to gguf with another --gguf_type than lora (PEFT could read "
-            "rows of tokens, but vLLM and llama.cpp refuse adapters that have some)"
+            "does not hold; export --to merged, or --to gguf with another --gguf_type than lora (PEFT reads "
+            "such rows in a LoRA, but vLLM and llama.cpp refuse them)"
         )
     if info.config.modules_to_save:
         raise ConfigError(
