@@ -181,11 +181,12 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
     e = first + tl.arange(0, CHUNK)
     real = e < tl.where(left, m_a * n_a, m_b * n_b)
     on_right = real & (e * 0 + side == 1)
-    entries = tl.load(right + packed + e, mask=on_right, other=0.0)
-    # Left entry (a, p) sums over q, what is kept in (a, p, q); right entry (b, q) over a, in (a, q, b).
-    high, low = e // tl.where(left, n_a, n_b), e % tl.where(left, n_a, n_b)
-    at = (begin + tl.where(left, e * n_b, low * m_b + high))[:, None]
-    column = tl.where(left, low * n_b, high)[:, None]
+    # Left entry (a, p) sums over q, what is kept in (a, p, q); right entry (b, q) over a, in (a, q, b). Right
+    # entries come in the order of what is kept, (q, b), so that neighbours lie side by side.
+    entry = packed + tl.where(left, e, e % m_b * n_b + e // m_b)
+    entries = tl.load(right + entry, mask=on_right, other=0.0)
+    at = (begin + tl.where(left, e * n_b, e))[:, None]
+    column = tl.where(left, e % n_a * n_b, e % m_b)[:, None]
     step, column_step = tl.where(left, 1, n_b * m_b), tl.where(left, 1, m_b)
     limit = tl.where(left, n, m)
     splits = tl.where(left, down_splits, up_splits)
@@ -202,8 +203,8 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         met = (number < terms) & real[:, None] & (column + k * column_step < limit)
         total += tl.load(parts + (number % splits * kept + k * step + at), mask=met, other=0.0)
     sums = tl.sum(total, 1)
-    tl.store(grad_left + packed + e, sums, mask=real & (e * 0 + side == 0))
-    tl.store(grad_right + packed + e, sums * scale, mask=on_right)
+    tl.store(grad_left + entry, sums, mask=real & (e * 0 + side == 0))
+    tl.store(grad_right + entry, sums * scale, mask=on_right)
     tl.store(dots + tl.program_id(0), tl.sum(sums * entries, 0))
     if ZERO:
         tl.store(grad_values, 0.0)
