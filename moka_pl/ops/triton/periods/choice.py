@@ -80,38 +80,43 @@ def _building(plan: Plan) -> PeriodPlan | None:
 
 def _projects(plan: Plan, periods: PeriodPlan, dtype: torch.dtype) -> bool:
     """Whether the projection is that of the other kernel."""
-    left, right, grad = _drawn(plan)
+    generator = torch.Generator(plan.uniform.device).manual_seed(0)
+    left, right = _factors(plan, generator)
+    grad = _draw(generator, plan.m, plan.n, dtype=dtype)
     gates = Gates(plan.uniform)
     try:
-        found = project_by_periods(plan, periods, grad.to(dtype), left, right, gates)
+        found = project_by_periods(plan, periods, grad, left, right, gates)
     except TritonError:
         return False
-    expected = fused_projection(plan, grad.to(dtype), left, right, gates)
+    expected = fused_projection(plan, grad, left, right, gates)
     return all(_close(*pair) for pair in zip(found, expected, strict=True))
 
 
 def _builds(plan: Plan, periods: PeriodPlan, source: WeightSource) -> bool:
     """Whether W + ΔW is that of the other kernel."""
-    left, right, _ = _drawn(plan)
+    generator = torch.Generator(plan.uniform.device).manual_seed(0)
+    left, right = (factor / 10 for factor in _factors(plan, generator))
     gates = Gates(plan.uniform)
     try:
-        found = weight_by_periods(plan, periods, left / 10, right / 10, gates, source)
+        found = weight_by_periods(plan, periods, left, right, gates, source)
     except TritonError:
         return False
-    return _close(found, fused_weight(plan, left / 10, right / 10, gates, torch.bfloat16, source))
+    return _close(found, fused_weight(plan, left, right, gates, torch.bfloat16, source))
 
 
-def _drawn(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Random factors, and a random D."""
-    device = plan.uniform.device
-    generator = torch.Generator(device).manual_seed(0)
-    sizes = (sum(left_sizes(plan.shapes)),), (sum(right_sizes(plan.shapes)),), (plan.m, plan.n)
-    left, right, grad = (torch.randn(size, device=device, generator=generator) for size in sizes)
-    return left, right, grad
+def _factors(plan: Plan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random factors."""
+    lefts, rights = left_sizes(plan.shapes), right_sizes(plan.shapes)
+    return _draw(generator, sum(lefts)), _draw(generator, sum(rights))
+
+
+def _draw(generator: torch.Generator, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*size, device=generator.device, generator=generator, dtype=dtype)
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found.float() - expected.float()).norm() <= _TOLERANCE * expected.float().norm())
+    difference = torch.linalg.vector_norm(found - expected, dtype=torch.float32)
+    return bool(difference <= _TOLERANCE * torch.linalg.vector_norm(expected, dtype=torch.float32))
 
 
 def _recording() -> bool:
