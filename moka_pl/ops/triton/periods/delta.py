@@ -37,20 +37,17 @@ def _build_kernel(  # type: ignore[no-untyped-def]
 
     ACROSS periods of ROWS × COLUMNS lie side by side, and ``below`` above each other.
     """
-    top = tl.program_id(0) // (COLUMNS // WIDE) * DOWN
-    begin = tl.program_id(0) % (COLUMNS // WIDE) * WIDE
+    tile = tl.program_id(0)
+    top, begin = tile // (COLUMNS // WIDE) * DOWN, tile % (COLUMNS // WIDE) * WIDE
     kind: tl.constexpr = out.dtype.element_ty
     c = tl.arange(0, MEMBERS)
-    component = tl.load(table + c)
+    component, n_b = tl.load(table + c), tl.load(table + MEMBERS + c)
     known = component >= 0
     highest, sum_ = softmax_parts(values, R, PADDED, GATING)
     scale = weight(values, tl.maximum(component, 0), scaling, highest, sum_, GATING)  # (MEMBERS,)
-    left_at, right_at = tl.load(table + MEMBERS + c), tl.load(table + 2 * MEMBERS + c)
-    n_a, m_b = tl.load(table + 3 * MEMBERS + c), tl.load(table + 4 * MEMBERS + c)
-    n_b = tl.load(table + 5 * MEMBERS + c)
-    right_at += top % m_b * n_b + begin % n_b
-    left_at += top // m_b * n_a + begin // n_b
-    down, across = ROWS // m_b * n_a, COLUMNS // n_b  # from a pair to the ones below and beside it
+    down, across = tl.load(table + 2 * MEMBERS + c), tl.load(table + 3 * MEMBERS + c)
+    places = table + (4 + 4 * tile) * MEMBERS + c
+    left_at, right_at = tl.load(places), tl.load(places + MEMBERS)
     e = tl.arange(0, DOWN * WIDE)
     entry = right_at[:, None] + (e // WIDE)[None, :] * n_b[:, None] + (e % WIDE)[None, :]
     factor = tl.load(right + entry, mask=known[:, None] & (entry >= 0), other=0.0)

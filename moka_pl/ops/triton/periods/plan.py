@@ -29,6 +29,8 @@ ENTRIES, _FEWEST, _NARROWEST = 256, 64, 8
 _WIDEST = 64
 #: Pairs that a program takes at once, and the least of a group.
 PAIRS, _LEAST_PAIRS = 32, 64
+#: Parts of gradients at most: places in them are numbers of 32 bits.
+_MOST_PARTS = 2**31
 #: Programs that keep a large GPU busy.
 _PROGRAMS = 256
 
@@ -117,12 +119,14 @@ class PeriodPlan:
 
     Attributes:
         groups: The groups.
-        tables: For every group and member, up to ``MEMBERS``: component, where A and B begin, n_a, m_b, n_b,
-            (6, MEMBERS); -1 for none.
+        tables: For every group what kernels read of each of ``MEMBERS`` members, (4 + 4 tiles, MEMBERS):
+            the component (-1 for none), n_b, steps in A from a pair to those below and beside it; then for
+            every tile where its entries of A and of B begin, and where its parts of their gradients do.
         places: Where a group's parts of ∂L/∂w begin.
         left: Most parts of a left entry.
         right: Most parts of a right entry.
         weights: Parts of ∂L/∂w.
+        parts: All parts.
         chunks: As :attr:`moka_pl.ops.triton.plan.Plan.chunks`.
         dots: As :attr:`moka_pl.ops.triton.plan.Plan.dots`.
         projects: Whether the projection was found to be right; None before it was tried.
@@ -132,7 +136,7 @@ class PeriodPlan:
     def __init__(self, plan: Plan, groups: list[Group]) -> None:
         shapes, device = plan.shapes, plan.uniform.device
         sizes = left_sizes(shapes), right_sizes(shapes)
-        at = starts(sizes[0]), starts(sizes[1])
+        at, totals = (starts(sizes[0]), starts(sizes[1])), (sum(sizes[0]), sum(sizes[1]))
         self.groups = groups
         self.projects: bool | None = None
         self.builds: bool | None = None
@@ -141,12 +145,13 @@ class PeriodPlan:
         self.weights = sum(group.tiles * group.splits * MEMBERS for group in groups)
         self.left = max(g.left_parts(shapes[i]) for g in groups for i in g.members)
         self.right = max(g.right_parts(shapes[i]) for g in groups for i in g.members)
+        self.parts = self.left * totals[0] + self.right * totals[1] + self.weights
         chunks: list[list[int]] = []
         dots = [[0] * len(shapes), [0] * len(shapes)]
         for group, place in zip(groups, self.places, strict=True):
-            table = [[i, at[0][i], at[1][i], *shapes[i][1:4]] for i in group.members]
-            table += [[-1, 0, 0, 1, 1, 1]] * (MEMBERS - len(table))
-            self.tables.append(_table(table).mT.contiguous().to(device))
+            columns = [_column(group, i, shapes[i], (at[0][i], at[1][i]), totals) for i in group.members]
+            columns += [torch.full_like(columns[0], -1)] * (MEMBERS - len(columns))
+            self.tables.append(torch.stack(columns, 1).int().contiguous().to(device))
             for number, i in enumerate(group.members):
                 parts = group.left_parts(shapes[i]), group.right_parts(shapes[i])
                 for side in (0, 1):
@@ -156,6 +161,31 @@ class PeriodPlan:
                     ]
                 dots[0][i], dots[1][i] = place + number, group.tiles * group.splits
         self.chunks, self.dots = _table(chunks).to(device), _table(dots).to(device)
+
+
+def _column(
+    group: Group, component: int, shape: Shape, at: tuple[int, int], totals: tuple[int, int]
+) -> Tensor:
+    """One member's column of :attr:`PeriodPlan.tables`.
+
+    Args:
+        group: The group.
+        component: Its index.
+        shape: Its shape.
+        at: Where its A and B begin in the packed factors.
+        totals: Entries of all left factors and of all right ones.
+    """
+    _, n_a, m_b, n_b, _ = shape
+    down, across = group.tile
+    tile = torch.arange(group.tiles)
+    i, j = tile // (group.columns // across) * down, tile % (group.columns // across) * across
+    left = at[0] + i // m_b * n_a + j // n_b
+    right = at[1] + i % m_b * n_b + j % n_b
+    left_part = i % m_b // down * (n_b // across) + j % n_b // across
+    right_part = (i // m_b * (group.columns // n_b) + j // n_b) * group.splits
+    places = [left, right, left_part * totals[0] + left, right_part * totals[1] + right]
+    steps = torch.tensor([component, n_b, group.rows // m_b * n_a, group.columns // n_b])
+    return torch.cat([steps, torch.stack(places, 1).flatten()])
 
 
 def _table(values: list[Any]) -> Tensor:
@@ -171,4 +201,7 @@ def make_period_plan(plan: Plan) -> PeriodPlan | None:
         plan: The layer's plan.
     """
     groups = groups_of(plan.shapes, plan.m, plan.n)
-    return None if groups is None else PeriodPlan(plan, groups)
+    if groups is None:
+        return None
+    periods = PeriodPlan(plan, groups)
+    return periods if periods.parts < _MOST_PARTS else None

@@ -34,7 +34,7 @@ def halves(value, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _project_kernel(  # type: ignore[no-untyped-def]
-    parts, grad, left, right, table, n, left_size, right_size, begin_right, begin_weights, pairs,
+    parts, grad, left, right, table, n, right_size, begin_right, begin_weights, pairs,
     ACROSS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr, WIDE: tl.constexpr,
     SPLITS: tl.constexpr, PAIRS: tl.constexpr, MEMBERS: tl.constexpr, EXACT: tl.constexpr,
     LOW: tl.constexpr, UPCAST: tl.constexpr,
@@ -43,23 +43,17 @@ def _project_kernel(  # type: ignore[no-untyped-def]
 
     Periods of ROWS × COLUMNS, ACROSS of them side by side; the tile's entries are DOWN × WIDE.
     """
-    top = tl.program_id(0) // (COLUMNS // WIDE) * DOWN
-    begin = tl.program_id(0) % (COLUMNS // WIDE) * WIDE
-    split = tl.program_id(1)
+    tile, split = tl.program_id(0), tl.program_id(1)
+    top, begin = tile // (COLUMNS // WIDE) * DOWN, tile % (COLUMNS // WIDE) * WIDE
     dtype: tl.constexpr = grad.dtype.element_ty
 
     c = tl.arange(0, MEMBERS)
-    known = tl.load(table + c) >= 0
-    left_at, right_at = tl.load(table + MEMBERS + c), tl.load(table + 2 * MEMBERS + c)
-    n_a, m_b = tl.load(table + 3 * MEMBERS + c), tl.load(table + 4 * MEMBERS + c)
-    n_b = tl.load(table + 5 * MEMBERS + c)
-    right_at += top % m_b * n_b + begin % n_b
-    left_at += top // m_b * n_a + begin // n_b
-    down, across = ROWS // m_b * n_a, COLUMNS // n_b  # from a pair to the ones below and beside it
-    left_part = (top % m_b // DOWN * (n_b // WIDE) + begin % n_b // WIDE).to(tl.int64)
-    right_part = ((top // m_b * across + begin // n_b) * SPLITS + split).to(tl.int64)
-    to_left = parts + left_part * left_size + left_at
-    to_right = parts + begin_right + right_part * right_size + right_at
+    known, n_b = tl.load(table + c) >= 0, tl.load(table + MEMBERS + c)
+    down, across = tl.load(table + 2 * MEMBERS + c), tl.load(table + 3 * MEMBERS + c)
+    places = table + (4 + 4 * tile) * MEMBERS + c
+    left_at, right_at = tl.load(places), tl.load(places + MEMBERS)
+    to_left = parts + tl.load(places + 2 * MEMBERS)
+    to_right = parts + begin_right + split.to(tl.int64) * right_size + tl.load(places + 3 * MEMBERS)
 
     e = tl.arange(0, DOWN * WIDE)
     row, column = e // WIDE, e % WIDE
@@ -95,7 +89,7 @@ def _project_kernel(  # type: ignore[no-untyped-def]
     tl.store(to_right[:, None] + entry, total, mask=kept)
     values = tl.load(right + right_at[:, None] + entry, mask=kept, other=0.0)
     product = tl.sum(total * values, 1)  # (MEMBERS,)
-    tl.store(parts + begin_weights + (tl.program_id(0) * SPLITS + split) * MEMBERS + c, product)
+    tl.store(parts + begin_weights + (tile * SPLITS + split) * MEMBERS + c, product)
 
 
 def project_by_periods(
@@ -114,7 +108,7 @@ def project_by_periods(
     sizes = left.numel(), right.numel()
     begin_right = periods.left * sizes[0]
     begin_weights = begin_right + periods.right * sizes[1]
-    parts = torch.empty(begin_weights + periods.weights, dtype=torch.float32, device=right.device)
+    parts = torch.empty(periods.parts, dtype=torch.float32, device=right.device)
     groups = zip(periods.groups, periods.tables, periods.places, strict=True)
     for i, (group, table, place) in enumerate(groups):
         across = plan.n // group.columns
@@ -122,7 +116,7 @@ def project_by_periods(
         launch(
             _project_kernel, plan.compiled, ("periods", i, grad.dtype), (group.tiles, group.splits, 1),
             (left, right, grad),
-            (parts, grad, left, right, table, plan.n, *sizes, begin_right, begin_weights + place, pairs,
+            (parts, grad, left, right, table, plan.n, sizes[1], begin_right, begin_weights + place, pairs,
              across, group.rows, group.columns, *group.tile, group.splits, PAIRS, MEMBERS,
              pairs % (PAIRS * group.splits) == 0, grad.dtype != torch.float32, not grad.is_cuda),
             **OPTIONS,
