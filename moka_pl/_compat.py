@@ -103,6 +103,16 @@ def leave_out_of_ddp(module: "nn.Module", names: Iterable[str]) -> None:
     module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
 
 
+def dump_checkpoint(trainer: "Trainer") -> dict[str, Any]:
+    """Makes a checkpoint of a trainer's state, and writes nothing.
+
+    Seen in Lightning 2.5 to 2.6. Without it a run could not be saved when one of its ranks has failed:
+    ``save_checkpoint`` waits for all of them.
+    """
+    found: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    return found
+
+
 def rendezvous_store() -> Any:
     """The key-value store by which the processes of a run have found each other.
 

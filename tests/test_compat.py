@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -161,6 +162,17 @@ def test_ddp_leaves_out_what_it_is_told_to(tmp_path: Path) -> None:
         assert DistributedDataParallel(module).parameters_to_ignore == {"0.weight", "0.bias"}
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_is_made_and_not_written(tmp_path: Path) -> None:
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar"], False)
+    trainer = Trainer(accelerator="cpu", fast_dev_run=1, default_root_dir=tmp_path, **quiet)
+    model = BoringModel()
+    trainer.fit(model)
+    found = _compat.dump_checkpoint(trainer)
+    assert found["state_dict"].keys() == model.state_dict().keys()
+    assert {"loops", "optimizer_states", "global_step"} <= found.keys()
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 # transformers, datasets, PEFT

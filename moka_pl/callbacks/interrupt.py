@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl.callbacks.checkpoints import RunCheckpoint, between_steps, is_trial
 from moka_pl.errors import MokaError, NonFiniteError
+from moka_pl.training.accidents.first_rank import FirstRank, copied_checkpoint, moment
 from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import LAST_NAME, rng_state, set_rng_state
 
@@ -58,11 +59,15 @@ class GracefulInterrupt(Callback):
         self._stuck = False
         self._position: _Position | None = None
         self._rewinds = False
+        self._first_rank: FirstRank | None = None
+        self._saving = threading.Lock()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs the signal handlers."""
         self._begun_at, self._trainer, self._process = trainer.global_step, trainer, os.getpid()
         self._over.clear()
+        if trainer.world_size > 1 and not is_trial(trainer):
+            self._first_rank = FirstRank(trainer, lambda step: self._save_alone(trainer, pl_module, step))
         if is_trial(trainer) or threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
@@ -100,6 +105,9 @@ class GracefulInterrupt(Callback):
         """Gives the signals back."""
         # Not in teardown: Lightning has by then put back the handlers from before its own.
         self._over.set()
+        if self._first_rank is not None:
+            self._first_rank.end()
+            self._first_rank = None
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old.clear()
@@ -113,6 +121,11 @@ class GracefulInterrupt(Callback):
             with contextlib.suppress(MokaError, OSError):
                 self._save(trainer)
                 rank_zero_info(self._ending("Ended", trainer))
+        elif self._first_rank is not None and self._fails_alone(trainer, exception):
+            step = trainer.global_step + bool(getattr(pl_module, "updating", False))
+            if trainer.is_global_zero:
+                self._save_alone(trainer, pl_module, step)
+            self._first_rank.fails(step)
         self.on_train_end(trainer, pl_module)
         if self.asked and self._saved is not None and not isinstance(exception, KeyboardInterrupt):
             raise KeyboardInterrupt from exception  # the signal went to the loader's workers, too
@@ -125,11 +138,47 @@ class GracefulInterrupt(Callback):
             checkpoint["loops"]["fit_loop"] = self._position.loop
             checkpoint["epoch"] = self._position.epoch
 
+    def _fails_alone(self, trainer: Trainer, exception: BaseException) -> bool:
+        """Whether a rank of several may fail for itself."""
+        usual = isinstance(exception, KeyboardInterrupt | NonFiniteError)
+        return trainer.state.fn == "fit" and not is_trial(trainer) and not trainer.validating and not usual
+
+    def _save_alone(self, trainer: Trainer, pl_module: LightningModule, step: int) -> bool:
+        """Saves a run of several ranks on the first one alone, if its weights are those of a step.
+
+        Args:
+            trainer: The trainer.
+            pl_module: Its module.
+            step: The step that it must have come to.
+        """
+        with self._saving, contextlib.suppress(MokaError, OSError):
+            position = self._position
+            if self._saved is not None or position is None or position.step < max(step, self._begun_at + 1):
+                return self._saved is not None
+
+            def unchanged() -> bool:
+                updating = getattr(pl_module, "updating", False)
+                return position is self._position and position.step == trainer.global_step and not updating
+
+            if not unchanged():
+                return False
+            self._rewinds = True
+            set_rng_state(position.rng, pl_module.device, 0)
+            checkpoint = copied_checkpoint(trainer, position.event)
+            if unchanged():  # still, after the copy
+                path = last_path(trainer)
+                trainer.strategy.save_checkpoint(checkpoint, path)
+                self._saved, self._kept = path, f"checkpoint saved in {path}"
+                rank_zero_info(self._ending("Ended", trainer))
+            self._rewinds = False
+        return self._saved is not None
+
     def _note_position(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes where the run is, if it is between two steps and might be saved when the next one fails."""
-        if trainer.world_size == 1 and not is_trial(trainer) and between_steps(trainer):
+        if trainer.is_global_zero and not is_trial(trainer) and between_steps(trainer):
             loop, rng = trainer.fit_loop.state_dict(), rng_state(pl_module.device)
-            self._position = _Position(trainer.global_step, trainer.current_epoch, loop, rng)
+            since = moment(pl_module.device) if trainer.world_size > 1 else None
+            self._position = _Position(trainer.global_step, trainer.current_epoch, loop, rng, since)
 
     def _resumable(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> bool:
         """Whether there are steps that no checkpoint holds, and the weights are those of the last one."""
@@ -147,7 +196,7 @@ class GracefulInterrupt(Callback):
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         if 0 < batches.ready == batches.processed and between_steps(trainer):
             return True
-        position = self._position
+        position = self._position if trainer.world_size == 1 else None
         self._rewinds = position is not None and position.step == trainer.global_step
         if position is not None and self._rewinds:
             set_rng_state(position.rng, pl_module.device, trainer.global_rank)
@@ -237,12 +286,14 @@ class _Position(NamedTuple):
         epoch: The epoch.
         loop: The state of Lightning's loops and of the loader.
         rng: The states of the random generators.
+        event: The GPU's event after the step, on several ranks.
     """
 
     step: int
     epoch: int
     loop: dict[str, Any]
     rng: dict[str, Any]
+    event: Any
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:

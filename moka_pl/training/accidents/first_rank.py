@@ -1,0 +1,115 @@
+"""A run of several processes, saved by the first of them when another one fails.
+
+A rank that fails takes no more part in collectives: all others wait in one, on their GPUs or in the main
+thread, with the weights of the last step. So a thread of the first rank saves the run, once the rank that
+fails has left a word in the store that has brought the processes together; and that rank waits until it is
+done.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from moka_pl._compat import dump_checkpoint, rendezvous_store
+
+#: Seconds between two looks for a word, and that a rank which fails waits for the first one.
+_EVERY, _PATIENCE = 0.5, 15.0
+
+_fits = 0
+
+
+class FirstRank:
+    """Saves a run when another rank fails.
+
+    Args:
+        trainer: The trainer of a run of several processes, in which all make one of these at the same time.
+        save: Saves the run as of its last step, at least the given one; returns whether it did. It is called
+            by a thread.
+    """
+
+    def __init__(self, trainer: Trainer, save: Callable[[int], bool]) -> None:
+        global _fits
+        _fits += 1  # the store may know of an earlier fit's end
+        self._failed, self._answered = f"moka_pl/failed/{_fits}", f"moka_pl/answered/{_fits}"
+        self._store: Any = rendezvous_store()
+        self._save, self._over = save, threading.Event()
+        self._first = trainer.is_global_zero
+        if self._first:
+            threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        with suppress(RuntimeError):  # the store is gone
+            while not self._over.wait(_EVERY):
+                if not self._store.check([self._failed]):
+                    continue
+                step, until = int(self._store.get(self._failed)), time.monotonic() + _PATIENCE
+                while not self._over.is_set() and not self._save(step) and time.monotonic() < until:
+                    time.sleep(_EVERY)
+                self._answer()
+                return
+
+    def _answer(self) -> None:
+        self._store.set(self._answered, "")
+
+    def fails(self, step: int) -> None:
+        """Tells the first rank that this one fails, and waits until it has saved what it can.
+
+        Args:
+            step: The last step that this rank took part in.
+        """
+        with suppress(RuntimeError):
+            if self._first:
+                self._answer()
+                return
+            self._store.set(self._failed, str(step))
+            until = time.monotonic() + _PATIENCE
+            while not self._store.check([self._answered]) and time.monotonic() < until:
+                time.sleep(_EVERY / 5)
+
+    def end(self) -> None:
+        """Ends the thread."""
+        self._over.set()
+
+
+def copied_checkpoint(trainer: Trainer, since: Any) -> dict[str, Any]:
+    """Returns a checkpoint in the host's memory, copied while the GPU may wait for other ranks.
+
+    Args:
+        trainer: The trainer.
+        since: An event of the GPU's after the last change of the weights; None on a CPU.
+    """
+    with _beside(trainer.strategy.root_device, since) as stream:
+        found: dict[str, Any] = _copied(dump_checkpoint(trainer))
+        if stream is not None:
+            stream.synchronize()
+    return found
+
+
+@contextmanager
+def _beside(device: torch.device, since: Any) -> Iterator[Any]:
+    """Runs the body on a stream of its own, which waits for an event only."""
+    stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    if stream is not None and since is not None:
+        stream.wait_event(since)
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        yield stream
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_copied(one) for one in value]
+    return value
+
+
+def moment(device: torch.device) -> Any:
+    """Returns an event of the GPU's after all that it was told to compute; None on a CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None

@@ -1,0 +1,125 @@
+"""A run of two processes that the first one saves when one of them fails.
+
+Run as a script, this file is what each process does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from moka_pl.adapters import MokaConfig
+from moka_pl.backbone import BackboneConfig
+from moka_pl.callbacks import GracefulInterrupt
+from moka_pl.data import InstructionData
+from moka_pl.training.accidents import first_rank
+from moka_pl.training.accidents.first_rank import FirstRank
+from moka_pl.training.module import MokaModule
+from moka_pl.training.sharding.strategy import ShardedStrategy
+
+STEPS = 3
+
+
+class Fails(Callback):
+    """On the second rank memory ends in the step after the last good one."""
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.causal_lm.model.layers[1].mlp.register_forward_hook(lambda *_: self.look(trainer))
+
+    def look(self, trainer):
+        if torch.is_grad_enabled() and trainer.global_step == STEPS and trainer.global_rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def train(folder):
+    torch.manual_seed(3)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=ShardedStrategy(process_group_backend="gloo"),
+        max_epochs=2,
+        limit_val_batches=0,
+        logger=False,
+        default_root_dir=folder,
+        callbacks=[
+            Fails(),
+            GracefulInterrupt(),
+            ModelCheckpoint(folder / "checkpoints", filename="{step}", every_n_train_steps=1, save_top_k=-1),
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = MokaModule(BackboneConfig(name="tiny", weights="random"), MokaConfig(components=3))
+    trainer.fit(module, InstructionData(folder / "train.jsonl", prompt="alpaca", batch_size=2, bucket=False))
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.slow
+def test_the_last_step_is_saved_as_at_its_end(tmp_path):
+    rows = [{"instruction": f"{n}?", "output": f"answer {n} " * (1 + n % 3)} for n in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    environment = clean | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert run.returncode != 0
+    assert f"Ended after step {STEPS}; checkpoint saved in" in run.stderr + run.stdout
+    last, whole = (
+        torch.load(tmp_path / "checkpoints" / name, weights_only=True)
+        for name in ("last.ckpt", f"step={STEPS}.ckpt")
+    )
+    assert last["global_step"] == STEPS
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops", "moka_rng"):
+        assert same(last[part], whole[part]), part
+
+
+class Store(dict):
+    """A store within a process."""
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def set(self, key, value):
+        self[key] = value
+
+    get = dict.__getitem__
+
+
+def test_a_rank_waits_until_the_first_one_has_saved(monkeypatch):
+    store, asked = Store(), []
+    monkeypatch.setattr(first_rank, "rendezvous_store", lambda: store)
+    monkeypatch.setattr(first_rank, "_EVERY", 0.001)
+
+    def save(step):
+        asked.append(step)
+        return len(asked) == 3  # its own step has not ended before
+
+    class Rank:
+        is_global_zero = True
+
+    first, other = FirstRank(Rank, save), Rank()
+    other.is_global_zero = False
+    monkeypatch.setattr(first_rank, "_fits", first_rank._fits - 1)  # as many as in the other process
+    second = FirstRank(other, save)
+    second.fails(7)
+    assert asked == [7, 7, 7]
+    first.end()
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]))
