@@ -67,5 +67,5 @@ GROUPS: dict[str, list[Case]] = {
     "limited": [_limited("sharded", 2), _limited("sharded_offload", 1)],
     "13b": _pairs("llama2-13b", 8, 8, 6),
     "70b": _pairs("llama2-70b", 4, 5, 3),
-    "resume": [_resumed("ddp", "ddp"), _resumed("sharded", "sharded"), _resumed("sharded", "ddp")],
+    "resume": [_resumed("sharded", "ddp"), _resumed("ddp", "sharded")],
 }
