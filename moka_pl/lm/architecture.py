@@ -64,17 +64,23 @@ def head_size(model: "PreTrainedModel") -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def causal_unsupported_reason(model: "PreTrainedModel", implementation: str) -> str | None:
+def causal_unsupported_reason(
+    model: "PreTrainedModel", implementation: str, width: int | None = None
+) -> str | None:
     """Returns why plain causal attention over all earlier positions would not be the model's, or None.
 
-    It is to take the place of SDPA; the model may have ``implementation``, its name, already.
+    Args:
+        model: The model.
+        implementation: Name of what is to take the place of SDPA; the model may have it already.
+        width: Most tokens a row, which a window may hold; None for any number.
     """
     current = attention_implementation(model)
     if current not in ("sdpa", implementation):
         return f"attention is {current}"
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         return f"{type(model).__name__} uses a custom attention"
-    if sliding_window(model) is not None:
+    window = sliding_window(model)
+    if window is not None and (width is None or width > window):
         return "the model uses sliding-window attention"
     if getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None:
         return "the model attends within chunks"

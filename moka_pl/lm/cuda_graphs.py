@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from moka_pl._compat import copy_all_, multiplied
 from moka_pl.errors import MokaWarning, one_line
-from moka_pl.lm.architecture import causal_unsupported_reason
+from moka_pl.lm.architecture import causal_unsupported_reason, sliding_window
 from moka_pl.lm.attention import varlen_inputs
 from moka_pl.lm.causal import CAUSAL, causal
 from moka_pl.lm.checkpointing import draws
@@ -176,6 +176,8 @@ class StepCapture:
             return False
         if self._seen[size] <= PATIENCE:
             return False
+        if (window := sliding_window(self.model)) is not None and size[1] > window:
+            return False  # not all earlier positions are seen
         if torch.is_autocast_enabled("cuda"):
             reason = self.unsupported_reason = "autocast caches weights across steps"
             warnings.warn(
@@ -282,7 +284,7 @@ def capture_unsupported_reason(model: "PreTrainedModel") -> str | None:
         return "CUDA graphs need a GPU"
     if getattr(model, "is_gradient_checkpointing", False) and draws(model):
         return "gradient checkpointing with dropout reads the state of random generators during capture"
-    return causal_unsupported_reason(model, CAUSAL)
+    return causal_unsupported_reason(model, CAUSAL, width=1)  # rows wider than a window are left out by size
 
 
 @contextmanager

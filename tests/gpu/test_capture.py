@@ -13,8 +13,9 @@ from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.data.batching.collate import collate_packs
 from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.checkpointing import checkpoint_layers
-from moka_pl.lm.cuda_graphs import PATIENCE, FixedBatch, StepCapture, fix_size
+from moka_pl.lm.cuda_graphs import PATIENCE, WIDTH, FixedBatch, StepCapture, fix_size
 from moka_pl.lm.scoring import score_tokens
+from moka_pl.studies.architectures.families import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.gpu
 
@@ -77,6 +78,27 @@ def test_a_replayed_step_has_the_loss_and_gradients_of_a_launched_one(
             torch._foreach_add_(params, [1e-3 * torch.randn_like(p) for p in params])
     assert capture.graphs == 1
     assert capture.unsupported_reason is None
+
+
+def test_rows_within_a_sliding_window_are_recorded() -> None:
+    family = next(family for family in FAMILIES if family.name == "Gemma 3")
+    model: Any = tiny_model(family).cuda()
+    inject_adapter(model, MokaConfig(components=2, target_modules="all-linear"))
+    model.train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    window, tokens = model.config.sliding_window, model.config.vocab_size
+    assert window % WIDTH == 0
+    capture = StepCapture(model)
+    for length, graphs in ((window, 1), (2 * window, 1)):  # the wider ones are launched
+        ids = torch.randint(tokens, (2, length), device="cuda")
+        for _ in range(PATIENCE + 2):
+            loss = capture(fix_size({"input_ids": ids, "labels": ids}))
+            found = torch.autograd.grad(loss, params)
+        expected = score_tokens(model, ids, ids).nll.sum()
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+        for one, other in zip(found, torch.autograd.grad(expected, params), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        assert capture.graphs == graphs
 
 
 def test_sizes_share_their_memory_and_gradients() -> None:

@@ -38,6 +38,18 @@ def test_attention_within_chunks_is_not_causal_attention() -> None:
     assert "chunks" in (causal_unsupported_reason(model, CAUSAL) or "")
 
 
+def test_rows_within_a_sliding_window_need_no_mask() -> None:
+    model: Any = tiny_model(FAMILY["Gemma 3"]).eval()
+    window = model.config.sliding_window
+    assert causal_unsupported_reason(model, CAUSAL, window) is None
+    assert causal_unsupported_reason(model, CAUSAL, window + 1) == "the model uses sliding-window attention"
+    for width, same in ((window, True), (2 * window, False)):
+        ids = torch.arange(3, 3 + width)[None] % model.config.vocab_size
+        expected = score_tokens(model, ids, ids).nll
+        with causal(model):
+            assert torch.allclose(score_tokens(model, ids, ids).nll, expected, atol=1e-5) is same
+
+
 def test_a_mask_is_not_passed_over_in_silence(tiny_llama: Any) -> None:
     tiny_llama.eval()
     with causal(tiny_llama), pytest.raises(RuntimeError, match="mask"):
