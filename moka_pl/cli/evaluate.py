@@ -55,20 +55,17 @@ def evaluate(
             raise ConfigError(f"{name} must be at least {least}, not {value}")
     from moka_pl.evaluation.lm_eval.tasks import require_lm_eval
 
+    if adapter is not None:
+        _check_adapter(adapter)
     require_lm_eval()
     from lm_eval.utils import make_table
 
-    from moka_pl.adapters import read_adapter
     from moka_pl.evaluation.lm_eval.results import results_path, write_results
     from moka_pl.evaluation.lm_eval.run import check_chat_template, load_described, run_harness
     from moka_pl.evaluation.lm_eval.tasks import select_tasks
 
-    if adapter is not None:
-        read_adapter(adapter)  # a damaged folder shows before any loading
-        home = adapter
-    else:
-        home = Path("lightning_logs/evaluate") / re.sub(r"[^\w.-]+", "_", str(base)).strip("_.")
-    path = results_path(output, home)
+    alone = Path("lightning_logs/evaluate") / re.sub(r"[^\w.-]+", "_", str(base)).strip("_.")
+    path = results_path(output, alone if adapter is None else adapter)
     selection = select_tasks(names, data, num_fewshot)
     checked = {"before": check_chat_template} if apply_chat_template else {}
     model, tokenizer, about = load_described(adapter, base, quantization, **checked)
@@ -88,3 +85,12 @@ def evaluate(
     write_results(results, path)
     print(str(make_table(results)).strip())
     print(f"Results saved in {path}", file=sys.stderr)
+
+
+def _check_adapter(adapter: Path) -> None:
+    """Refuses a damaged folder before the harness is imported and tasks are downloaded."""
+    from moka_pl.adapters import read_adapter
+    from moka_pl.adapters.reading import check_count, read_adapter_shapes
+
+    read_adapter(adapter)
+    check_count(adapter, read_adapter_shapes(adapter))

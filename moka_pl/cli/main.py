@@ -88,13 +88,15 @@ def function_parser(name: str) -> "ArgumentParser":
     A parameter of one text or several takes all positional arguments that are left.
     """
     from docstring_parser import parse
-    from jsonargparse import ActionYesNo, ArgumentParser
+    from jsonargparse import ActionYesNo
+
+    from moka_pl.cli.function_parser import FunctionParser
 
     function = FUNCTIONS[name]
     described = parse(function.__doc__ or "")
     help_of = {argument.arg_name: argument.description for argument in described.params}
     flags, several = _flags(function), [p.name for p in _parameters(function) if p.annotation == _SEVERAL]
-    parser = ArgumentParser(prog=f"moka_pl {name}", description=described.short_description)
+    parser = FunctionParser(prog=f"moka_pl {name}", description=described.short_description, several=several)
     parser.add_function_arguments(function, as_positional=True, skip={*flags, *several})
     for flag in flags:
         parser.add_argument(f"--{flag}", action=ActionYesNo, default=False, help=help_of[flag])

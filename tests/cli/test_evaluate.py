@@ -211,3 +211,13 @@ def test_a_base_can_be_stored_in_every_way_that_training_knows() -> None:
     chosen = get_type_hints(evaluate)["quantization"]
     known = {value for part in get_args(chosen) for value in get_args(part)}
     assert known == set(get_args(Quantization))
+
+
+def test_a_damaged_adapter_is_refused_before_the_harness_is_imported(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moka_pl.evaluation.lm_eval.tasks.require_lm_eval", lambda: pytest.fail("imported"))
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(AdapterError, match="truncated or damaged"):
+        evaluate(adapter, "arc_easy")

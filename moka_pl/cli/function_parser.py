@@ -1,0 +1,47 @@
+"""The parser of plain functions' commands, which tells a mistake in one line."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from moka_pl.errors import ConfigError
+
+_WRONG = re.compile(r'Parser key "(\w+)": (.*)Given value: (.*)')
+_CHOICES = re.compile(r"Literal\[(.*?)\]")
+_NUMBERS = {"<class 'int'>": "a whole number", "<class 'float'>": "a number"}
+_MISSING = "the following arguments are required: "
+
+
+class FunctionParser(ArgumentParser):
+    """Raises an error of one line in the place of the page of usage that would hide it.
+
+    Args:
+        several: Names of the positional arguments that may be left out.
+        **options: Those of jsonargparse's parser.
+    """
+
+    def __init__(self, *args: Any, several: Sequence[str] = (), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._several = several
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Names the argument, its value and what it may be.
+
+        Raises:
+            ConfigError: In any case.
+        """
+        raise ConfigError(f"{self._told(' '.join(message.split()))}; all options: {self.prog} --help")
+
+    def _told(self, message: str) -> str:
+        if message.startswith(_MISSING):
+            missing = message.removeprefix(_MISSING).split(", ")
+            return _MISSING + ", ".join(name for name in missing if name not in self._several)
+        if (found := _WRONG.search(message)) is None:
+            return message
+        key, reasons, value = found.groups()
+        if (choices := _CHOICES.search(reasons)) is not None:
+            return f"{key} is {value!r}; choose one of {choices[1].replace(chr(39), '')}"
+        number = next((words for kind, words in _NUMBERS.items() if kind in reasons), None)
+        return f"{key} is {value!r}; give {number}" if number else message
