@@ -29,6 +29,8 @@ PUBLIC = {"_asdict", "_exit", "_fields", "_replace"}
 
 #: Python gives these to classes of a kind.
 IMPLIED = {"_abc_impl", "_backward_cls", "_is_protocol", "_is_runtime_protocol"}
+#: What a class calls its own objects.
+OWNERS = ("self", "cls")
 #: Python's functions that take an attribute's name.
 ACCESSORS = ("getattr", "setattr", "hasattr", "delattr")
 
@@ -40,6 +42,10 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+def is_name(node: ast.expr, names: tuple[str, ...]) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
+
+
 def defined_names(tree: ast.Module) -> Iterator[str]:
     """Private names that a file gives to functions, classes, fields and attributes of its own objects."""
     for node in ast.walk(tree):
@@ -47,8 +53,12 @@ def defined_names(tree: ast.Module) -> Iterator[str]:
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            yield from [node.attr] * (ast.unparse(node.value) in ("self", "cls"))
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and is_name(node.value, OWNERS)
+        ):
+            yield node.attr
 
 
 def private_names(tree: ast.Module) -> Iterator[str]:
@@ -61,7 +71,7 @@ def private_names(tree: ast.Module) -> Iterator[str]:
             yield from filter(is_private, parts)
         elif isinstance(node, ast.Import):
             yield from filter(is_private, ".".join(alias.name for alias in node.names).split("."))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ACCESSORS:
+        elif isinstance(node, ast.Call) and is_name(node.func, ACCESSORS):
             names = [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
             yield from filter(is_private, names)
 
