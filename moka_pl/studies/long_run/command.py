@@ -38,7 +38,7 @@ _COLUMNS = {
     "reserved_mib": ("reserved", ".0f"),
     "rss_mib": ("RSS MiB", ".0f"),
     "descriptors": ("files", ".0f"),
-    "all_threads": ("threads", ".0f"),
+    "threads": ("threads", ".0f"),
     "events_mb": ("events MB", ".2f"),
     "saving_seconds": ("saving s", ".2f"),
 }

@@ -1,7 +1,6 @@
 """Watches a training from inside: step time, memory, files, threads, how busy the GPU is, what logs cost."""
 
 import json
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moka_pl.callbacks import GateMonitor
+from moka_pl.errors import one_line
 from moka_pl.studies.benchmark.steps import synchronise
 
 #: Optimizer steps between two looks at the clock, for which the GPU is waited for.
@@ -66,7 +66,11 @@ class RunWatch(Callback):
         if step == self._step:  # in the middle of an accumulated batch
             return
         self._step = step
-        self._profile(step, pl_module.device)
+        try:
+            self._profile(step, pl_module.device)
+        except (RuntimeError, AttributeError, AssertionError) as error:  # the run is worth more
+            self._profiler = self.profile_at = None
+            self._write({"not_profiled": one_line(error)})
         if step % BLOCK:
             return
         synchronise(pl_module.device)
@@ -98,10 +102,8 @@ class RunWatch(Callback):
             "allocated_mib": torch.cuda.memory_allocated(device) / 2**20 if gpu else None,
             "reserved_mib": torch.cuda.memory_reserved(device) / 2**20 if gpu else None,
             "rss_mib": process.memory_info().rss / 2**20,
-            "files": len(process.open_files()) + len(process.net_connections()),
             "descriptors": process.num_fds(),
-            "threads": threading.active_count(),
-            "all_threads": process.num_threads(),
+            "threads": process.num_threads(),
             "events_mb": events_bytes(trainer) / 1e6,
             "saving_seconds": median(saving) - usual if saving else None,
         }
@@ -118,13 +120,13 @@ class RunWatch(Callback):
             self._profiler.start()
         elif step == self.profile_at + _PROFILED:
             synchronise(device)
-            self._profiler.stop()
+            profiler, self._profiler = self._profiler, None
+            profiler.stop()
             spans = [
                 (event.time_range.start, event.time_range.end)
-                for event in self._profiler.events()
+                for event in profiler.events()
                 if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
             ]
-            self._profiler = None
             self._looked = time.perf_counter()
             self._write({"profiled_steps": _PROFILED, "kernels": len(spans), "busy": busy_share(spans)})
 

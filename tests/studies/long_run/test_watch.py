@@ -51,7 +51,7 @@ def watched(make_module, make_data, make_trainer, tmp_path, monkeypatch):
 def test_a_line_after_each_while_and_one_in_the_end(watched) -> None:
     lines, logged = watched(4, seconds=0.0)
     assert [line["step"] for line in lines] == [2, 4]
-    assert all(line["ms"] > 0 and line["rss_mib"] > 0 and line["all_threads"] > 0 for line in lines)
+    assert all(line["ms"] > 0 and line["rss_mib"] > 0 and line["threads"] > 0 for line in lines)
     assert all(loggers == 1 for _, loggers in logged)
 
 
