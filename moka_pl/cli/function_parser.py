@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from moka_pl.errors import ConfigError
+from moka_pl.errors import printable
 
 _WRONG = re.compile(r'Parser key "(\w+)": (.*)Given value: (.*)')
 _CHOICES = re.compile(r"Literal\[(.*?)\]")
@@ -15,7 +15,7 @@ _MISSING = "the following arguments are required: "
 
 
 class FunctionParser(ArgumentParser):
-    """Raises an error of one line in the place of the page of usage that would hide it.
+    """Ends a process with status 2 and one line, without the page of usage that would hide it.
 
     Args:
         several: Names of the positional arguments that may be left out.
@@ -27,12 +27,10 @@ class FunctionParser(ArgumentParser):
         self._several = several
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Names the argument, its value and what it may be.
-
-        Raises:
-            ConfigError: In any case.
-        """
-        raise ConfigError(f"{self._told(' '.join(message.split()))}; all options: {self.prog} --help")
+        """Names the argument, its value and what it may be."""
+        told = self._told(" ".join(message.split()))
+        self.exit(2, f"moka_pl: error: {printable(told)}; all options: {self.prog} --help\n")
+        raise AssertionError  # exit does not return
 
     def _told(self, message: str) -> str:
         if message.startswith(_MISSING):
