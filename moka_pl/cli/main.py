@@ -158,7 +158,7 @@ def _run(args: Sequence[str] | None) -> None:
             from moka_pl.cli.lightning import run
 
             run(None if args is None else arguments)
-            ranks.end_others(at_once=False)
+            ranks.end_together()
         else:
             known = ", ".join([*LIGHTNING, *FUNCTIONS, *PLAN])
             raise ConfigError(

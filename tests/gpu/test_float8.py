@@ -140,7 +140,9 @@ def test_a_step_of_a_model_is_the_same_with_checkpointing(offload: bool | None) 
         assert max(_error(a, b) for a, b in zip(again, gradients, strict=True)) < 0.05
         return
     near = _gradients(_model(), ids)
-    pairs = zip(gradients, near, strict=True)
+    # The gate of a single component has no gradient.
+    pairs = [pair for pair in zip(gradients, near, strict=True) if pair[1].any()]
+    assert len(pairs) > len(near) / 2
     angles = [nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0) for a, b in pairs]
     assert 0.8 < torch.stack(angles).mean() < 1
 

@@ -101,6 +101,21 @@ def status_of_others(default: int) -> int:
     return default
 
 
+def end_together() -> None:
+    """Ends the processes that this one has started, once all have done their work.
+
+    NCCL takes its connections down on all of them at a time: their end would be waited for in vain before
+    this process has let go of its own.
+    """
+    if not getattr(_launcher, "procs", []):
+        return
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    end_others(at_once=False)
+
+
 def end_others(at_once: bool) -> None:
     """Ends the processes that this one has started: without it they have nothing to do.
 

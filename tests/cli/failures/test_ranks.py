@@ -115,3 +115,18 @@ def test_a_command_s_error_is_told_once(store, monkeypatch, capsys, error, told,
     assert output.count("moka_pl") == 1
     assert "This is typically" not in output
     assert statuses == [status, status]
+
+
+def test_processes_that_wait_for_the_first_one_to_disconnect_end_by_themselves(store, monkeypatch):
+    waiting = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    monkeypatch.setattr(ranks, "_launcher", SimpleNamespace(procs=[waiting]))
+    monkeypatch.setattr(ranks, "_PATIENCE", 2.0)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: waiting.stdin.close())
+    ranks.end_together()
+    assert waiting.wait() == 0
+
+
+def test_a_process_that_has_started_no_others_keeps_its_connections(store, monkeypatch):
+    monkeypatch.setattr(ranks, "_launcher", None)
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: pytest.fail("disconnected"))
+    ranks.end_together()
