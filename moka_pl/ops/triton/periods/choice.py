@@ -21,7 +21,7 @@ from moka_pl.ops.triton.periods.projection import project_by_periods
 from moka_pl.ops.triton.plan import Plan
 from moka_pl.ops.triton.projection import fused_projection
 
-#: Components from which on tiles pay for W + ΔW: with two it took 44 µs in place of 28, with ten 46 of 53
+#: Components from which on tiles pay for W + ΔW: with two it took 44 µs in place of 28, with ten 43 of 48
 #: (one H200, 4096 × 4096).
 _MANY = 8
 #: The largest relative difference of a trial: many times that of the factors' two bfloat16 numbers.
