@@ -607,6 +607,6 @@ def test_what_is_not_finite_is_never_saved(value: float, adapter: Path, adapted:
 def test_an_adapter_whose_replacement_was_killed_is_found(adapter: Path) -> None:
     before = contents(adapter)
     adapter.rename(adapter.with_name(f"{adapter.name}.older-abcd1234"))
-    with pytest.warns(UserWarning, match="by a killed process"):
+    with pytest.warns(UserWarning, match="a killed process had left it"):
         assert read_adapter(adapter).config == config()
     assert contents(adapter) == before
