@@ -182,6 +182,7 @@ def _result(clocks: list[dict[str, Any]], begun_at: float, checkpoint: Path) -> 
         "tokens_per_second": median(speeds),
         "slowest": min(speeds),
         "fastest": max(speeds),
+        "blocks_tokens_per_second": speeds,
         "peak_gib": max(clock["peak_gib"] for clock in clocks),
         "reserved_gib": max(reserved, default=None),
         "first_step_seconds": first["stages"]["first_step"] - begun_at,
