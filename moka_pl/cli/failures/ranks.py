@@ -107,12 +107,11 @@ def end_together() -> None:
     NCCL takes its connections down on all of them at a time: their end would be waited for in vain before
     this process has let go of its own.
     """
-    if not getattr(_launcher, "procs", []):
-        return
-    from torch import distributed
+    if getattr(_launcher, "procs", []):
+        from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
     end_others(at_once=False)
 
 

@@ -1,3 +1,4 @@
+import os
 import subprocess
 from datetime import timedelta
 from types import SimpleNamespace
@@ -129,4 +130,6 @@ def test_processes_that_wait_for_the_first_one_to_disconnect_end_by_themselves(s
 def test_a_process_that_has_started_no_others_keeps_its_connections(store, monkeypatch):
     monkeypatch.setattr(ranks, "_launcher", None)
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: pytest.fail("disconnected"))
+    monkeypatch.setenv("MOKA_PL_LAUNCHER", "1")
     ranks.end_together()
+    assert "MOKA_PL_LAUNCHER" not in os.environ  # this process may train again, under other ones
