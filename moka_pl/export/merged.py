@@ -345,10 +345,11 @@ def _placement(folder: Path, device: torch.device, size: int) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         room = 3 * torch.cuda.mem_get_info(device)[0] // 4  # the rest is for activations
-        kept: dict[str, Any] = {"device_map": "auto", "max_memory": {device.index or 0: room, "cpu": 0}}
+        memory: dict[int | str, int] = {device.index or 0: room, "cpu": 0}
     else:
         room = min(psutil.virtual_memory().available // 2, _SMALL)
-        kept = {"device_map": {"": "disk"}}
+        # accelerate before 1.15 takes no model that stays in its files as a whole.
+        memory = {"cpu": room // 2}
     if size <= room:
         return {"device_map": {"": device}}
-    return {**kept, "offload_folder": str(folder.parent / "offload")}
+    return {"device_map": "auto", "max_memory": memory, "offload_folder": str(folder.parent / "offload")}
