@@ -349,7 +349,7 @@ def _placement(folder: Path, device: torch.device, size: int) -> dict[str, Any]:
     else:
         room = min(psutil.virtual_memory().available // 2, _SMALL)
         # accelerate before 1.15 takes no model that stays in its files as a whole.
-        memory = {"cpu": room // 2}
+        memory = {"cpu": room}
     if size <= room:
         return {"device_map": {"": device}}
     return {"device_map": "auto", "max_memory": memory, "offload_folder": str(folder.parent / "offload")}

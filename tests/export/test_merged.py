@@ -168,14 +168,14 @@ def test_what_does_not_fit_into_memory_is_read_as_it_is_computed(
 
     def looked_at(model: nn.Module, prompts: list[torch.Tensor]) -> Measured:
         seen.append([p.numel() * p.element_size() for p in model.parameters() if p.device.type == "meta"])
-        assert sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta) <= 220_000
+        assert sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta) <= 300_000
         return measure(model, prompts)
 
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=880_000))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=600_000))
     monkeypatch.setattr(merged, "measure", looked_at)
     adapter = make_adapter()
     merged.export_merged(open_source(adapter), adapter.with_name("out"), torch.float32)
-    assert sum(seen[0]) > 240_000
+    assert sum(seen[0]) > 150_000
     assert "8 prompts: largest logit difference" in capsys.readouterr().out
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "out"]
     assert "offload" not in {path.name for path in adapter.with_name("out").iterdir()}
