@@ -82,11 +82,8 @@ class PackedAttention:
         """Returns the model's inputs beside the token ids, for what ``collate_packs`` returns."""
         inputs: dict[str, Any] = {"position_ids": batch["position_ids"]}
         if self.unsupported_reason is None or self._flash:
-            inputs = varlen_inputs(
-                batch["position_ids"], batch["segment_starts"], longest=batch["longest_segment"]
-            )
-        if self._flash:
-            del inputs["attention_mask"]
+            make = varlen_inputs if self.unsupported_reason is None else segment_inputs
+            inputs |= make(batch["segment_starts"], batch["longest_segment"])
         if self.explicit:
             segments = (batch["position_ids"] == 0).cumsum(1)  # (B, T)
             inputs["attention_mask"] = block_mask(self._model, segments)
@@ -120,11 +117,10 @@ class PackedAttention:
         return bool((first - second).abs().max() <= 1e-2 * first.abs().max())
 
 
-def varlen_inputs(position_ids: Tensor, starts: Tensor, *, longest: int) -> dict[str, Any]:
-    """Returns what a model with the variable-length attention reads beside the token ids.
+def varlen_inputs(starts: Tensor, longest: int) -> dict[str, Any]:
+    """Returns what a model with the variable-length attention reads beside token and position ids.
 
     Args:
-        position_ids: Restart at each segment, shape (B, T).
         starts: Where the segments begin in the flattened batch, and the end of the last, shape (S + 1,),
             int32.
         longest: Tokens of the longest segment, or more.
@@ -132,9 +128,13 @@ def varlen_inputs(position_ids: Tensor, starts: Tensor, *, longest: int) -> dict
     # A mask of four dimensions is taken for a finished one: none is built, at a cost that grows with the
     # square of the row, and the GPU need not be waited for.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=starts.device)
+    return {"attention_mask": mask, **segment_inputs(starts, longest)}
+
+
+def segment_inputs(starts: Tensor, longest: int) -> dict[str, Any]:
+    """Returns the segments of a packed batch under the names of transformers (see :func:`varlen_inputs`)."""
     lengths = {"max_length_q": longest, "max_length_k": longest}
-    segments = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-    return {"position_ids": position_ids, "attention_mask": mask, **segments, **lengths}
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, **lengths}
 
 
 def block_mask(model: "PreTrainedModel", segments: Tensor) -> Tensor:

@@ -186,12 +186,21 @@ class StepCapture:
             return False
         return torch.is_grad_enabled()
 
-    def _compute(self, ids: Tensor, positions: Tensor, targets: Tensor, *packed: Tensor) -> Tensor:
+    def _compute(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        position_ids: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> Tensor:
         width = ids.shape[1]
         column = positions % width  # (N,)
-        # No segment is longer than a row, and a recording needs a number.
-        inputs = varlen_inputs(*packed, longest=width) if packed else {}
-        return nll_at(self.model, positions // width, column, targets, input_ids=ids, **inputs).sum()
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if starts is not None:
+            # No segment is longer than a row, and a recording needs a number.
+            inputs |= {"position_ids": position_ids, **varlen_inputs(starts, longest=width)}
+        return nll_at(self.model, positions // width, column, targets, **inputs).sum()
 
     def _record(self, batch: FixedBatch) -> None:
         inputs = tuple(tensor.clone() for tensor in batch.tensors)

@@ -106,9 +106,13 @@ def input_gradient(layer: Any, grad: Tensor) -> Tensor | None:
     """
     if not multiplies_in_float8(layer, grad.dtype) or not len(grad):
         return None
+    return _input_gradient(layer, grad)
+
+
+def _input_gradient(layer: Any, grad: Tensor) -> Tensor:
     from moka_pl.ops.triton.float8 import multiply, scale_rows
 
-    return multiply(scale_rows(grad), _weight(layer, transposed=True), grad.dtype)
+    return multiply(scale_rows(grad), _weight(layer, transposed=True), grad.dtype)  # (T, n)
 
 
 class Float8Product(torch.autograd.Function):
@@ -134,13 +138,9 @@ class Float8Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         """Returns the gradient of x, (..., n)."""
-        from moka_pl.ops.triton.float8 import multiply, scale_rows
-
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        scaled = scale_rows(grad.contiguous())
-        grad_x = multiply(scaled, _weight(ctx.layer, transposed=True), grad.dtype)  # (T, n)
-        return grad_x.view(ctx.shape), None, None
+        return _input_gradient(ctx.layer, grad.contiguous()).view(ctx.shape), None, None
 
 
 def _source(layer: Any) -> "WeightSource | None":
