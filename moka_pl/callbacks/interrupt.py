@@ -163,14 +163,16 @@ class GracefulInterrupt(Callback):
             if not unchanged():
                 return False
             self._rewinds = True
-            set_rng_state(position.rng, pl_module.device, 0)
-            checkpoint = copied_checkpoint(trainer, position.event)
-            if unchanged():  # still, after the copy
-                path = last_path(trainer)
-                trainer.strategy.save_checkpoint(checkpoint, path)
-                self._saved, self._kept = path, f"checkpoint saved in {path}"
-                rank_zero_info(self._ending("Ended", trainer))
-            self._rewinds = False
+            try:
+                set_rng_state(position.rng, pl_module.device, 0)
+                checkpoint = copied_checkpoint(trainer, position.event)
+                if unchanged():  # still, after the copy
+                    path = last_path(trainer)
+                    trainer.strategy.save_checkpoint(checkpoint, path)
+                    self._saved, self._kept = path, f"checkpoint saved in {path}"
+                    rank_zero_info(self._ending("Ended", trainer))
+            finally:
+                self._rewinds = False
         return self._saved is not None
 
     def _note_position(self, trainer: Trainer, pl_module: LightningModule) -> None:
