@@ -94,8 +94,13 @@ def lokr(name: str, rank: int, modules: list[str]) -> Row:
     return _peft(name, "LoKrConfig", r=rank, alpha=rank, target_modules=modules)
 
 
-def step_rows(device: str) -> list[Row]:
-    """The rows of the table; the frozen base comes again at the end, to show how the machine drifted."""
+def step_rows(device: str, quantisers: bool = False) -> list[Row]:
+    """The rows of the table; the frozen base comes again at the end, to show how the machine drifted.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        quantisers: Whether there are those of :func:`quantiser_rows`, too.
+    """
     backends = ["structured", "dense", *(["fused"] if device == "cuda" else [])]
     recorded = [
         frozen(),
@@ -122,6 +127,7 @@ def step_rows(device: str) -> list[Row]:
         lokr("LoKr r64 q,v", 64, QV),
         *(captured if device == "cuda" else []),
         *(backbone_rows() if device == "cuda" else []),
+        *(quantiser_rows() if quantisers else []),
         frozen(f"{FROZEN} (again)"),
     ]
 
@@ -177,6 +183,12 @@ def backbone_rows() -> list[Row]:
     float8 = [on_backbone(row, matmul="fp8") for row in (frozen(), moka("MoKA r10"), servable(), *peft)]
     rows += [*float8, *(captured_row(row) for row in float8[:3])]
     return rows + [on_backbone(row, kernels="none") for row in (frozen(), *peft)]
+
+
+def quantiser_rows() -> list[Row]:
+    """MoKA on bases stored by each quantiser, some of which need packages of their own."""
+    row = moka("MoKA r2 all linear", components=2, target_modules=ALL)
+    return [on_backbone(row, quantization=name) for name in ("fp4", "int8", "int4", "float8", "hqq", "none")]
 
 
 def choose(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:

@@ -151,7 +151,7 @@ def row_names(
     names: list[str] = []
     if "steps" in measures:
         names += [row.name for row in unsloth.ROWS] if with_unsloth else []
-        names += [row.name for row in _step_rows(device, with_liger)]
+        names += [row.name for row in _step_rows(device, with_liger, named=True)]
     if set(GROWTH) & set(measures):
         names += growth.growth_rows(device)
     if "fit" in measures:
@@ -209,7 +209,7 @@ def records(plan: Plan) -> Iterator[Record | str]:
     for checkpointing in plan.checkpointing:
         bench = Bench(preset.shape, preset.device, checkpointing, plan.offload)
         if "steps" in plan.measures:
-            rows = cases.choose(_step_rows(preset.device, plan.liger), names)
+            rows = cases.choose(_step_rows(preset.device, plan.liger, named=bool(names)), names)
             yield from measure_steps(bench, preset, rows, plan.profiled, plan.turns)
         if "components" in plan.measures:
             yield from growth.grow_components(bench, preset, names)
@@ -267,8 +267,9 @@ def progress(record: Record) -> str:
     return f"{what}: {milliseconds(record.values[key])} ms, {record.values['peak_gib']:.2f} GiB"
 
 
-def _step_rows(device: str, with_liger: bool) -> list[cases.Row]:
-    rows = cases.step_rows(device)
+def _step_rows(device: str, with_liger: bool, named: bool) -> list[cases.Row]:
+    """All rows of steps; those on other quantisers only for a choice by name."""
+    rows = cases.step_rows(device, quantisers=named)
     return cases.beside_liger(rows) if with_liger else rows
 
 

@@ -116,6 +116,22 @@ def test_rows_with_liger_can_be_named() -> None:
     assert names[-2:] == ["frozen base + Liger", "MoKA r10 + Liger"]
 
 
+def test_rows_on_other_quantisers_are_measured_by_name_alone(preset, monkeypatch) -> None:
+    parser = command._parser()
+    chosen: list[list[str]] = []
+    monkeypatch.setattr(
+        command,
+        "measure_steps",
+        lambda bench, preset, rows, *_: chosen.append([row.name for row in rows]) or [],
+    )
+    named = ["MoKA r2 all linear, quantization int8", "MoKA r2 all linear, quantization none"]
+    for rows in ([], ["--rows", *named]):
+        list(command.records(command.make_plan(parser.parse_args(["--preset", preset.name, *rows]))))
+    every, by_name = chosen
+    assert not [name for name in every if "quantization" in name]
+    assert by_name == named
+
+
 @pytest.mark.parametrize("script", ["benchmark.py", "benchmark_page.py"])
 def test_help_is_light(script: str) -> None:
     code = (
