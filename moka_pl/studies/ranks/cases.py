@@ -1,10 +1,11 @@
 """The trainings that are measured."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-#: Optimizer steps between two looks at the clock, for which the GPU is waited for.
-BLOCK = 3
+#: Optimizer steps of a timed block, of which one logs: ``trainer.log_every_n_steps`` is the same.
+BLOCK = 5
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Case:
     devices: int = 1
     batch_size: int = 8
     warmup: int = 10
-    blocks: int = 8
+    blocks: int = 6
     memory_limit: float | None = None
     resumes: tuple[str, int] | None = None
     cuda_graphs: bool = False
@@ -44,13 +45,21 @@ class Case:
         """All its optimizer steps."""
         return self.saves_at + 1
 
+    @property
+    def name(self) -> str:
+        """What tells it from others, as part of a file's name."""
+        parts = [Path(self.shape).name, self.strategy, f"{self.devices}x{self.batch_size}"]
+        parts += [] if self.memory_limit is None else [f"{self.memory_limit:g}gib"]
+        parts += [] if self.resumes is None else ["resumed"]
+        return "-".join([*parts, *(["graphs"] if self.cuda_graphs else [])])
+
     def as_dict(self) -> dict[str, Any]:
         """Returns the options that JSON holds."""
         return asdict(self)
 
 
 def _limited(strategy: str, devices: int) -> Case:
-    return Case("llama2-70b", strategy, devices, 1, 5, 3, 24.0)
+    return Case("llama2-70b", strategy, devices, 1, 5, 2, 24.0)
 
 
 def _pairs(shape: str, rows: int, warmup: int, blocks: int) -> list[Case]:
@@ -58,14 +67,14 @@ def _pairs(shape: str, rows: int, warmup: int, blocks: int) -> list[Case]:
 
 
 def _resumed(first: str, then: str) -> Case:
-    return Case(strategy=then, devices=2, warmup=4, blocks=2, resumes=(first, 4))
+    return Case(strategy=then, devices=2, warmup=4, blocks=1, resumes=(first, 4))
 
 
 #: Which trainings belong together, by name.
 GROUPS: dict[str, list[Case]] = {
     "ddp": [Case(devices=n, cuda_graphs=graphs) for graphs in (True, False) for n in (1, 2, 4)],
     "limited": [_limited("sharded", 2), _limited("sharded_offload", 1)],
-    "13b": _pairs("llama2-13b", 8, 8, 6),
-    "70b": _pairs("llama2-70b", 4, 5, 3),
+    "13b": _pairs("llama2-13b", 8, 8, 4),
+    "70b": _pairs("llama2-70b", 4, 5, 2),
     "resume": [_resumed("sharded", "ddp"), _resumed("ddp", "sharded")],
 }

@@ -7,7 +7,7 @@ import pytest
 
 from moka_pl.errors import ConfigError
 from moka_pl.studies.ranks import command
-from moka_pl.studies.ranks.cases import GROUPS, Case
+from moka_pl.studies.ranks.cases import BLOCK, GROUPS, Case
 
 
 def clock(speed: float, **changes):
@@ -15,7 +15,8 @@ def clock(speed: float, **changes):
     stages = {"imported": 103.0, "built": 110.0, "first_step": 112.0}
     blocks = [[600, 600 / (speed * share)] for share in (0.9, 1.0, 1.1)]
     found = {"device": "H", "stages": stages, "begun_at": 0, "ended_at": 8, "position": [0, 0]}
-    found |= {"blocks": blocks, "saving": 0.25, "losses": [2.0], "sums": [5], "peak_gib": 3.5}
+    found |= {"blocks": blocks, "saving": 0.25, "losses": [6.0], "scored": [2], "sums": [5], "peak_gib": 3.5}
+    found |= {"steps": {}}
     return found | {"reserved_gib": 4.0} | changes
 
 
@@ -33,7 +34,8 @@ def runs(monkeypatch):
         folder = Path(options["trainer.callbacks.folder"])
         (folder / "last.ckpt").write_bytes(bytes(2_000_000))
         for rank in range(int(options["trainer.devices"])):
-            (folder / f"clock-{rank}.json").write_text(json.dumps(clock(100, peak_gib=3.5 + rank)))
+            told = clock(100, peak_gib=3.5 + rank, scored=[2 + 2 * rank])
+            (folder / f"clock-{rank}.json").write_text(json.dumps(told))
 
     monkeypatch.setattr(command, "run_to_end", ended)
     return seen
@@ -52,8 +54,9 @@ def test_the_median_of_all_ranks_and_their_highest_peak(runs, tmp_path, capsys) 
     rows = json.loads(file.read_text())["rows"]
     assert [row["tokens_per_second"] for row in rows] == pytest.approx([100, 100, 200, 200])
     assert rows[2]["rows"] == [10]
+    assert [row["losses"] for row in rows] == [[3.0], [3.0], [2.0], [2.0]]  # over all ranks' tokens
     assert rows[2]["stages"]["built"] == 10
-    assert all(options["trainer.max_steps"] == "35" for options in runs)
+    assert all(options["trainer.max_steps"] == "41" for options in runs)
 
 
 def test_a_training_that_fails_is_a_row(runs, capsys) -> None:
@@ -74,6 +77,22 @@ def test_a_training_resumes_with_as_many_rows_in_a_step(runs) -> None:
     assert second["data.init_args.batch_size"] == "16"
     assert second["ckpt_path"] == row["before"]["checkpoint"]
     assert int(second["trainer.max_steps"]) == 2 * int(first["trainer.max_steps"])
+
+
+def test_profiles_lie_beside_the_results(runs, tmp_path, capsys) -> None:
+    file = tmp_path / "rows.json"
+    command.main(["--devices", "2", "--json", str(file), "--profile"])
+    folder = tmp_path / "rows.profiles" / "llama2-7b-ddp-2x8"
+    assert folder.is_dir()
+    assert runs[0]["trainer.callbacks.profile"] == runs[0]["trainer.profiler.dirpath"] == str(folder)
+    with pytest.raises(SystemExit):
+        command.main(["--devices", "2", "--profile"])
+    assert "--profile needs --json" in capsys.readouterr().err
+
+
+def test_as_many_steps_lie_between_two_logs_as_in_a_block(runs) -> None:
+    command.measured(Case(), 9)
+    assert runs[0]["trainer.log_every_n_steps"] == str(BLOCK)
 
 
 def test_limits_go_through_the_module_that_sets_them(runs, monkeypatch) -> None:
