@@ -50,6 +50,7 @@ from moka_pl.ops.kronecker import delta_weight, kronecker_linear, lora_factors
 from moka_pl.ops.layout import Pairs, exact_rank, left_sizes, right_sizes, unpack
 from moka_pl.ops.merged_forward import DenseUpdates, MergedForward
 from moka_pl.ops.operators import number_layer, operator_product
+from moka_pl.ops.shared_input import call_sharing
 
 
 class WrappedLayer(nn.Module, ABC):
@@ -282,7 +283,8 @@ class MokaLinear(MokaLayer):
     def _merged_forward(self, x: Tensor, plan: ForwardPlan) -> Tensor:
         """Returns ``(W + ΔW) x + bias``, (..., m)."""
         bias = self.base_layer.bias
-        out: Tensor = MergedForward.apply(  # type: ignore[no-untyped-call]
+        out = call_sharing(
+            MergedForward,
             x.to(plan.compute),
             self.moka_gate,
             self._left(),
@@ -290,6 +292,7 @@ class MokaLinear(MokaLayer):
             None if bias is None else bias.to(plan.compute),
             plan.updates,
             torch.is_grad_enabled(),
+            keeps=True,
         )  # (T, m)
         return out.to(plan.result).view(*x.shape[:-1], self.out_features)  # (..., m)
 

@@ -24,6 +24,7 @@ from moka_pl._compat import change_count, saving_hooks
 from moka_pl.ops.dense import add_delta_, project
 from moka_pl.ops.gating import Gating, gates_of, logits_gradient
 from moka_pl.ops.layout import Shape
+from moka_pl.ops.shared_input import Held, add_product_, new_link
 from moka_pl.ops.structured import add_update_, transposed, update_backward
 
 #: Tokens above which bitsandbytes dequantises a 4-bit weight for its product, too; for fewer it has a kernel.
@@ -82,6 +83,7 @@ class DenseUpdates:
         gate: Tensor | None,
         kept: tuple[Tensor, ...],
         needs_x: bool,
+        total: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """Computes the gradients of ``x`` (None unless needed), ``left``, ``right`` and ``gate``.
 
@@ -93,8 +95,11 @@ class DenseUpdates:
             gate: Gate logits, (r,), or None.
             kept: What :meth:`product` has kept.
             needs_x: Whether the gradient of ``x`` is needed.
+            total: What is added to that, shape (T, n), and may be changed in place; None for nothing.
         """
-        grad_x = grad @ self.weight(left, right, gate, x.dtype) if needs_x else None  # (T, n)
+        grad_x = None
+        if needs_x:
+            grad_x = add_product_(total, grad, self.weight(left, right, gate, x.dtype))  # (T, n)
         return grad_x, *self.factor_gradients(grad, x, left, right, gate)
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -183,6 +188,7 @@ class StructuredUpdates(DenseUpdates):
         gate: Tensor | None,
         kept: tuple[Tensor, ...],
         needs_x: bool,
+        total: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.backward`."""
         dtype, wide = x.dtype, torch.promote_types(x.dtype, right.dtype)
@@ -195,7 +201,9 @@ class StructuredUpdates(DenseUpdates):
         alpha = self._alpha(gate, right)  # (r,)
         parts = left.to(wide), right.to(wide), (alpha * self.scaling).to(wide)
         grad_left, grad_right, grad_weights = update_backward(grad, x, *parts, self.shapes, grad_x)
-        grad_x = None if grad_x is None else transposed(grad_x, dtype)  # (T, n)
+        if grad_x is not None:
+            grad_x = transposed(grad_x, dtype)  # (T, n)
+            grad_x = grad_x if total is None else grad_x.add_(total)
         return grad_x, grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
 
 
@@ -236,27 +244,32 @@ class MergedForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        source: Tensor,
         gate: Tensor | None,
         left: Tensor,
         right: Tensor,
         bias: Tensor | None,
         updates: DenseUpdates,
         saves: bool,
-    ) -> Tensor:
-        """Maps x of shape (..., n) to (T, m): a view made here could not be changed in place by a model.
+        held: Held | None = None,
+    ) -> Any:
+        """Maps x of shape (..., n) to (T, m), and to a link where x is held.
+
+        A view made here could not be changed in place by a model.
 
         Args:
             ctx: Autograd's context.
-            x: Input in the compute dtype.
+            source: Input in the compute dtype, or what stands for it.
             gate: Gate logits, (r,), or None.
             left: Packed left factors.
             right: Packed right factors.
             bias: Bias of the frozen layer, (m,), or None.
             updates: Computes the product and its gradients.
             saves: Whether gradients are enabled, which a function itself cannot see.
+            held: The input of a layer that shares it.
         """
         ctx.updates = updates
+        x = source if held is None else held.x
         # Every product has the dtype it should have; autocast would build ΔW in half precision.
         tokens = x.reshape(-1, updates.n)  # (T, n)
         device = x.device.type
@@ -266,17 +279,25 @@ class MergedForward(torch.autograd.Function):
                 _save(ctx, (gate, left, right), (x, *kept))
 
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return updates.product(tokens, bias, left, right, gate, keep)  # (T, m)
+            out = updates.product(tokens, bias, left, right, gate, keep)  # (T, m)
+        if held is None:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, new_link(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, total: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Gradients of x, gate logits and packed factors."""
+        nothing = (None,) * 4
+        if grad is None:
+            return total, None, None, None, *nothing
         gate, left, right, x, *kept = _saved(ctx)
         updates: DenseUpdates = ctx.updates
         parts = grad.contiguous(), x.reshape(-1, updates.n)  # (T, m), (T, n)
+        flat = None if total is None else total.contiguous().view(-1, updates.n)  # (T, n)
         grad_x, grad_left, grad_right, grad_gate = updates.backward(
-            *parts, left, right, gate, tuple(kept), ctx.needs_input_grad[0]
+            *parts, left, right, gate, tuple(kept), ctx.needs_input_grad[0], flat
         )
         grad_x = None if grad_x is None else grad_x.view(x.shape)
-        return grad_x, grad_gate, grad_left, grad_right, None, None, None
+        return grad_x, grad_gate, grad_left, grad_right, *nothing

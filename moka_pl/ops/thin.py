@@ -348,6 +348,7 @@ class ThinUpdates(DenseUpdates):
         gate: Tensor | None,
         kept: tuple[Tensor, ...],
         needs_x: bool,
+        total: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.backward`."""
         (hidden,) = kept
@@ -364,6 +365,7 @@ class ThinUpdates(DenseUpdates):
                 grad_x = torch.mm(grad_hidden, matrix)  # (T, n)
                 if self.base_weight is not None:
                     grad_x.addmm_(grad, self.base_weight().to(grad.dtype))
+            grad_x = grad_x if total is None else grad_x.add_(total)
         if gate is None or grad_weights is None:
             return grad_x, grad_left, grad_right, None if gate is None else torch.zeros_like(gate)
         alpha = self._alpha(gate, right)  # (r,)

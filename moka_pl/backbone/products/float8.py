@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from moka_pl.backbone.quantization import dense_weight, is_four_bit, kernel_weight
 from moka_pl.errors import ConfigError
+from moka_pl.ops.shared_input import Held, call_sharing, new_link
 
 if TYPE_CHECKING:
     from moka_pl.ops.triton import WeightSource
@@ -93,7 +94,7 @@ def float8_product(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         x: Its input, (..., n).
         bias: Its bias, which is not trained, in the dtype of x, or None.
     """
-    product: Tensor = Float8Product.apply(x, bias, layer)  # type: ignore[no-untyped-call]
+    product = call_sharing(Float8Product, x, bias, layer)
     return product.view(*x.shape[:-1], product.shape[1])
 
 
@@ -119,28 +120,38 @@ class Float8Product(torch.autograd.Function):
     """``W x + bias`` of a frozen 4-bit layer in 8 bits, whose W is made again for the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
-        """Maps x to (T, m): a view made here could not be changed in place by a model.
+    def forward(ctx: Any, source: Tensor, bias: Tensor | None, layer: Any, held: Held | None = None) -> Any:
+        """Maps x to (T, m), and to a link where x is held.
+
+        A view made here could not be changed in place by a model.
 
         Args:
             ctx: Autograd's context.
-            x: The input, (..., n).
+            source: The input, (..., n), or what stands for it.
             bias: The bias, (m,), or None.
             layer: The layer.
+            held: The input of a layer that shares it.
         """
         from moka_pl.ops.triton.float8 import multiply, scale_input
 
+        x = source if held is None else held.x
         ctx.layer, ctx.shape = layer, x.shape
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # (T, n)
-        return multiply(scale_input(rows), _weight(layer, transposed=False), x.dtype, bias)
+        out = multiply(scale_input(rows), _weight(layer, transposed=False), x.dtype, bias)
+        if held is None:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, new_link(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, total: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Returns the gradient of x, (..., n)."""
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        return _input_gradient(ctx.layer, grad.contiguous()).view(ctx.shape), None, None
+        if grad is None or not ctx.needs_input_grad[0]:
+            return total, None, None, None
+        grad_x = _input_gradient(ctx.layer, grad.contiguous()).view(ctx.shape)
+        # A product in 8 bits cannot add itself to anything.
+        return grad_x if total is None else grad_x.add_(total), None, None, None
 
 
 def _source(layer: Any) -> "WeightSource | None":

@@ -14,6 +14,7 @@ from moka_pl.backbone.products.float8 import float8_product, multiplies_in_float
 from moka_pl.backbone.quantization import FrozenProduct, is_four_bit, kernel_weight
 from moka_pl.lm.replaced_forward import replace_forward
 from moka_pl.ops.merged_forward import DEQUANTISED_TOKENS
+from moka_pl.ops.shared_input import call_sharing
 
 
 def fuse_products(model: nn.Module) -> int:
@@ -51,8 +52,7 @@ def _dequantising(kind: Any) -> Any:
             return float8_product(layer, x, bias)
         # The weight is asked for each time: in the backward pass it may lie elsewhere.
         weight = partial(_weight, layer, x.dtype)
-        product: Tensor = FrozenProduct.apply(x, bias, weight)  # type: ignore[no-untyped-call]
-        return product
+        return call_sharing(FrozenProduct, x, bias, weight)
 
     return forward
 

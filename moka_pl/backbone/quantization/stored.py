@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from moka_pl.backbone.quantization.kinds import Quantization
 from moka_pl.errors import BackboneError
+from moka_pl.ops.shared_input import Held, add_product_, call_sharing, new_link
 
 #: The ``quantization_config`` of a checkpoint's ``config.json``.
 QuantConfig = Mapping[str, Any]
@@ -168,30 +169,44 @@ class QuantisedLinear(nn.Linear):
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             compute = torch.get_autocast_dtype(device)
         bias = None if self.bias is None else self.bias.to(compute)
-        out: Tensor = FrozenProduct.apply(x.to(compute), bias, self.dequantise)  # type: ignore[no-untyped-call]
-        return out.to(x.dtype)  # (..., m)
+        return call_sharing(FrozenProduct, x.to(compute), bias, self.dequantise).to(x.dtype)  # (..., m)
 
 
 class FrozenProduct(torch.autograd.Function):
     """``W x + bias`` with a frozen W, which is made again for the gradient of x, and not kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor:
-        """Maps x to (..., m).
+    def forward(
+        ctx: Any, source: Tensor, bias: Tensor | None, weight: Callable[[], Tensor], held: Held | None = None
+    ) -> Any:
+        """Maps x to (..., m), and to a link where x is held.
 
         Args:
             ctx: What the backward pass is told.
-            x: The input, (..., n).
+            source: The input, (..., n), or what stands for it.
             bias: The bias, (m,), or None.
             weight: Makes W, (m, n), each time that it is called.
+            held: The input of a layer that shares it.
         """
         ctx.weight = weight
-        return F.linear(x, weight().to(x.dtype), bias)
+        x = source if held is None else held.x
+        out = F.linear(x, weight().to(x.dtype), bias)
+        if held is None:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, new_link(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None, total: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Returns the gradients of x, (..., n), and of the bias, (m,)."""
-        needs_x, needs_bias, _ = ctx.needs_input_grad
-        grad_x = grad @ ctx.weight().to(grad.dtype) if needs_x else None  # (..., n)
-        return grad_x, grad.flatten(0, -2).sum(0) if needs_bias else None, None
+        needs_x, needs_bias, *_ = ctx.needs_input_grad
+        if grad is None:
+            return total, None, None, None
+        grad_x = None
+        if needs_x and total is None:
+            grad_x = grad @ ctx.weight().to(grad.dtype)  # (..., n)
+        elif needs_x and total is not None:
+            flat = total.contiguous().view(-1, total.shape[-1])  # (T, n)
+            grad_x = add_product_(flat, grad.flatten(0, -2), ctx.weight().to(grad.dtype)).view(total.shape)
+        return grad_x, grad.flatten(0, -2).sum(0) if needs_bias else None, None, None

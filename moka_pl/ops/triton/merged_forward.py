@@ -103,16 +103,19 @@ class FusedThinUpdates(ThinUpdates):
         gate: Tensor | None,
         kept: tuple[Tensor, ...],
         needs_x: bool,
+        total: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`ThinUpdates.backward`."""
         if x.shape[0] == 0:
-            return super().backward(grad, x, left, right, gate, kept, needs_x)
+            return super().backward(grad, x, left, right, gate, kept, needs_x, total)
         grad, x = grad.contiguous(), x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
         frozen = self._frozen_gradient(grad) if needs_x else None  # (T, n)
         own = self._own_weight() if needs_x and frozen is None else None
         thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own)
-        grad_x, parts = thin_backward(self.plan, grad, x, kept[0], thin, needs_x, frozen)
+        if frozen is not None:
+            total = frozen if total is None else frozen.add_(total)
+        grad_x, parts = thin_backward(self.plan, grad, x, kept[0], thin, needs_x, total if needs_x else None)
         if grad_x is not None and frozen is None and self.base_weight is not None:
             grad_x.addmm_(grad, self.base_weight().to(grad.dtype) if weight is None else weight)
         grads = thin_factor_gradients(self.plan, parts, right, gates, gate is not None)

@@ -272,9 +272,9 @@ def thin_backward(
     hidden: Tensor,
     thin: Tensor,
     needs_x: bool,
-    frozen: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor | None, Parts]:
-    """Returns the gradient of x, (T, n), without the frozen layer's share, and parts of those of L and Uᵀ.
+    """Returns the update's share of the gradient of x, (T, n), and parts of the gradients of L and Uᵀ.
 
     Args:
         plan: The layer's plan.
@@ -283,7 +283,7 @@ def thin_backward(
         hidden: Hidden numbers, shape (T, R).
         thin: L and Uᵀ.
         needs_x: Whether the gradient of x is needed.
-        frozen: The frozen layer's share of it, (T, n), contiguous, which is added to in place.
+        total: What is added to in place to make it, (T, n), contiguous; None for nothing.
     """
     tokens, m, n = x.shape[0], plan.plan.m, plan.plan.n
     grids, numbers = plan.grids(tokens, x.itemsize), hidden.numel()
@@ -303,8 +303,8 @@ def thin_backward(
         _sum_kernel, plan.compiled, ("sum", x.dtype), (-(-numbers // _SIZE), 1, 1), (grad,),
         (grad_hidden, hidden_parts, numbers, grids.shares, _SIZE), num_warps=4,
     )  # fmt: skip
-    grad_x = frozen if frozen is not None else torch.empty_like(x) if needs_x else None
-    tile, full, add = grids.inputs, grids.full[2], frozen is not None
+    grad_x = total if total is not None else torch.empty_like(x) if needs_x else None
+    tile, full, add = grids.inputs, grids.full[2], total is not None
     launch(
         _inputs_kernel, plan.compiled, ("inputs", x.dtype, needs_x, add, full),
         (-(-n // tile.columns), grids.stretches, 1), (x,),

@@ -123,6 +123,29 @@ def test_updates_add_themselves_to_products_of_the_frozen_layer(case) -> None:
     assert _error(found, upstream.double() @ (2 * weight + delta).double()) < 1e-5
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_gradients_add_themselves_to_those_of_later_layers(own: bool) -> None:
+    torch.manual_seed(0)
+    (shapes, m, n, tokens, _), weight = CASES["two components"], torch.randn(CASES["two components"][1:3])
+    updates = replace(
+        _updates(shapes, m, n, "none"),
+        base_weight=lambda: weight,
+        frozen=lambda x: x @ weight.mT,
+        frozen_gradient=(lambda grad: grad @ weight) if own else None,
+    )
+    left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
+    x, grad, kept = torch.randn(tokens, n), torch.randn(tokens, m), list[torch.Tensor]()
+    updates.product(x, None, left, right, None, lambda *parts: kept.extend(parts))
+    total, first = torch.randn(tokens, n), torch.randn(tokens, n)
+    parts = grad, x, left, right, None, tuple(kept)
+    alone, both = updates.backward(*parts, True), updates.backward(*parts, True, total.clone())
+    assert _error(both[0], alone[0].double() + total) < 1e-5
+    assert all(torch.equal(one, other) for one, other in zip(both[1:3], alone[1:3], strict=True))
+    unneeded = updates.backward(*parts, False, first.clone())
+    assert unneeded[0] is None
+    assert torch.equal(unneeded[1], alone[1])
+
+
 def test_the_frozen_product_adds_itself_to_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     m, n, tokens = 64, 128, 40
