@@ -65,12 +65,26 @@ class Throughput(Callback):
         self._recent.append((seconds, tokens))
         speed = sum(t for _, t in self._recent) / max(1e-9, sum(s for s, _ in self._recent))
         # Every rank works on an equal share, so this rank's speed times their number is the whole speed.
-        # A tensor on the CPU: a number would be copied to the GPU, for which the CPU waits.
-        whole = torch.tensor(speed * trainer.world_size)
-        pl_module.log(f"{_SHORT[self.unit]}/s", whole, prog_bar=True, logger=False)
+        whole = speed * trainer.world_size
+        log_number(pl_module, f"{_SHORT[self.unit]}/s", whole, prog_bar=True, logger=False)
         if trainer.global_step % log_interval(trainer) == 0:
-            pl_module.log(f"train/{self.unit}_per_second", speed * trainer.world_size)
-            pl_module.log("train/peak_memory_gib", peak_memory(pl_module.device))
+            log_number(pl_module, f"train/{self.unit}_per_second", whole)
+            log_number(pl_module, "train/peak_memory_gib", peak_memory(pl_module.device))
+
+
+def log_number(
+    pl_module: LightningModule, name: str, value: float, prog_bar: bool = False, logger: bool = True
+) -> None:
+    """Logs a number of the host's, which Lightning would copy to the GPU and wait for.
+
+    Args:
+        pl_module: The module, within one of its or a callback's hooks.
+        name: The metric's name.
+        value: The number.
+        prog_bar: Whether the progress bar shows it.
+        logger: Whether loggers get it.
+    """
+    pl_module.log(name, torch.tensor(float(value), dtype=torch.float32), prog_bar=prog_bar, logger=logger)
 
 
 def log_interval(trainer: Trainer) -> int:
@@ -132,9 +146,9 @@ class BatchStatistics(Callback):
             batches=1, tokens=tokens, padded_tokens=padded_tokens, rows=rows, examples=batch["num_examples"]
         )
         if trainer.global_step % log_interval(trainer) == 0:
-            pl_module.log("train/padding_share", 1 - recent["tokens"] / recent["padded_tokens"])
+            log_number(pl_module, "train/padding_share", 1 - recent["tokens"] / recent["padded_tokens"])
             data = data_of(trainer)
             if data.packing or data.batch_order.get("max_tokens") is not None:
-                pl_module.log("train/rows", recent["rows"] / recent["batches"])
-                pl_module.log("train/examples", recent["examples"] / recent["batches"])
+                log_number(pl_module, "train/rows", recent["rows"] / recent["batches"])
+                log_number(pl_module, "train/examples", recent["examples"] / recent["batches"])
             recent.clear()

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from inspect import signature
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -59,3 +60,36 @@ def gradient_nodes(parameters: Iterable[nn.Parameter]) -> list[Any]:
     each gradient would then be waited for, and PyTorch warns of it. Nodes that are there already are kept.
     """
     return [get_gradient_edge(parameter).node for parameter in parameters if parameter.requires_grad]
+
+
+class HostCopy:
+    """A copy of a tensor in the host's memory.
+
+    From a GPU it is copied once the GPU comes to it. To wait for that would leave the GPU without work until
+    the host has launched the next kernels: ask for the values a step later.
+
+    Args:
+        tensor: The tensor, as it is now.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copied: Any = None
+        if tensor.device.type != "cuda":
+            self._values = tensor.detach().to("cpu", copy=True)
+            return
+        self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._values.copy_(tensor.detach(), non_blocking=True)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the values can be read without waiting."""
+        return self._copied is None or bool(self._copied.query())
+
+    def read(self) -> Tensor:
+        """Returns the values, for which it may have to wait."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        return self._values

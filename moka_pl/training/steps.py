@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -24,8 +25,10 @@ from moka_pl.training.accidents.micro_batches import MicroBatches
 from moka_pl.training.accidents.naming import row_texts
 from moka_pl.training.accidents.non_finite import NonFiniteSteps
 from moka_pl.training.accidents.spikes import LossSpikes, SpikeOptions
+from moka_pl.training.launches import HostCopy
 from moka_pl.training.learning_rates import LearningRateRatios, logged_rates
 from moka_pl.training.sharding.strategy import ShardedStrategy
+from moka_pl.training.step_log import StepLog
 
 
 class TrainedModule(EvaluatedModule):
@@ -63,10 +66,15 @@ class TrainedModule(EvaluatedModule):
         self._non_finite = NonFiniteSteps(self, max_non_finite_steps, self._spikes)
         self._micro_batches: MicroBatches | None = None
         self._batch: Batch | None = None
+        self._step_log = StepLog(self)
         self._accidents: dict[str, Any] = {}  # of the run that is resumed
         self._token_accumulator: Tensor | None = None
         self._packed: PackedAttention | None = None
         self._capture: StepCapture | None = None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Returns what logs the steps."""
+        return [self._step_log]
 
     def _begin_steps(self) -> None:
         """Resets what is kept from step to step, or goes on from what a checkpoint has of it."""
@@ -252,12 +260,17 @@ class TrainedModule(EvaluatedModule):
         multiply_all_(gradients, factor.to(torch.float32))
         norm = torch.nn.utils.get_total_norm(gradients)
         self._token_accumulator.zero_()
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/grad_norm", norm)
-        for name, rate in logged_rates(optimizer, self.learning_rate_ratios).items():
+        rates = logged_rates(optimizer, self.learning_rate_ratios)
+        # For callbacks; loggers and the progress bar get them when they are there.
+        self.log("train/loss", loss, logger=False)
+        self.log("train/grad_norm", norm, logger=False)
+        for name, rate in rates.items():
             # A number would be copied to the GPU, for which the CPU waits.
-            self.log(name, torch.as_tensor(rate, dtype=torch.get_default_dtype()))
-        self._non_finite.check(optimizer, loss, norm)
+            self.log(name, torch.as_tensor(rate, dtype=torch.get_default_dtype()), logger=False)
+        values = torch.stack([loss, norm.to(loss.device).float()])
+        copy = HostCopy(values)
+        self._step_log.add(copy, rates)
+        self._non_finite.check(optimizer, values, copy)
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, *clip: Any, **clipping: Any

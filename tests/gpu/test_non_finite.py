@@ -13,6 +13,7 @@ from moka_pl.adapters import MokaConfig
 from moka_pl.backbone import BackboneConfig
 from moka_pl.data import CommonsenseData
 from moka_pl.training.accidents.non_finite import NonFiniteSteps
+from moka_pl.training.launches import HostCopy
 from moka_pl.training.module import MokaModule
 
 pytestmark = pytest.mark.gpu
@@ -106,7 +107,8 @@ def test_a_fused_step_does_not_wait_for_the_gpu() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        steps.check(optimizer, weight.sum(), weight.norm())
+        values = torch.stack([weight.sum(), weight.norm()])
+        steps.check(optimizer, values, HostCopy(values))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert steps._pending is not None

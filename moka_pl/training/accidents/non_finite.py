@@ -16,6 +16,7 @@ from moka_pl.errors import ConfigError, NonFiniteError
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.accidents.naming import diagnosing, gathered, rows_clause
 from moka_pl.training.accidents.spikes import LossSpikes
+from moka_pl.training.launches import HostCopy
 
 if TYPE_CHECKING:
     from moka_pl.training.steps import TrainedModule
@@ -28,16 +29,19 @@ class _Step:
     Attributes:
         number: Its number, as in "after step n".
         batches: Its micro-batches on this rank.
-        values: Loss and norm of the gradient over all ranks, shape (2,).
-        copied: The event after which ``values`` are there, if they are still being copied from a GPU.
+        copy: Loss and norm of the gradient over all ranks, shape (2,).
         gradients: Names of the parameters whose gradient is not finite, if known.
     """
 
     number: int
     batches: list[Batch]
-    values: Tensor
-    copied: Any = None
+    copy: HostCopy
     gradients: list[str] = field(default_factory=list)
+
+    @property
+    def values(self) -> Tensor:
+        """Loss and norm, for which it may have to wait."""
+        return self.copy.read()
 
 
 class NonFiniteSteps:
@@ -80,29 +84,24 @@ class NonFiniteSteps:
         """Notes a micro-batch of the step at hand."""
         self._batches.append(batch)
 
-    def check(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
+    def check(self, optimizer: torch.optim.Optimizer, values: Tensor, copy: HostCopy) -> None:
         """Lets the optimizer step at hand do nothing if its loss or gradient is not finite.
 
         Args:
             optimizer: The optimizer, whose gradients are complete.
-            loss: The step's loss over all ranks.
-            norm: Norm of the gradient over all ranks.
+            values: Loss and norm of the gradient over all ranks, shape (2,).
+            copy: The same on its way to the host.
         """
         self.settle()
         self.skipping = False
         trainer = self._module.trainer
         batches, self._batches = self._batches, []
-        values = torch.stack([loss.float(), norm.to(loss.device).float()])
-        step = _Step(trainer.global_step + 1, batches, values)
+        step = _Step(trainer.global_step + 1, batches, copy)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         waits = values.device.type != "cuda" or scaler is not None or self._spikes.rolls_back
         if not waits and skip_on_device(optimizer, ~torch.isfinite(values).all()):
-            step.values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
-            step.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            step.copied.record()
             self._pending = step
             return
-        step.values = values.cpu()
         if _is_finite(step):
             if self._judge(step, optimizer):
                 self._leave_out(optimizer, scaler)
@@ -150,7 +149,6 @@ class NonFiniteSteps:
         """Judges the step before, whose values have arrived by now."""
         step, self._pending = self._pending, None
         if step is not None:
-            step.copied.synchronize()
             self._judge(step, self._module.trainer.optimizers[0])
 
     def _judge(self, step: _Step, optimizer: torch.optim.Optimizer) -> bool:
