@@ -9,7 +9,8 @@ Nothing is imported at the top: every function works on objects that it is given
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -111,6 +112,24 @@ def dump_checkpoint(trainer: "Trainer") -> dict[str, Any]:
     """
     found: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     return found
+
+
+@contextmanager
+def without_sigterm_broadcast(trainer: "Trainer") -> Iterator[None]:
+    """Has the ranks of a run not tell each other before every batch whether SIGTERM has come.
+
+    Seen in Lightning 2.6, where each rank's CPU then waits for all GPUs to have finished the step before.
+    Without it two GPUs would stand still between steps. Earlier versions ask no such thing.
+    """
+    loop, name = trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"
+    if not hasattr(loop, name):
+        yield
+        return
+    setattr(loop, name, lambda: None)
+    try:
+        yield
+    finally:
+        delattr(loop, name)
 
 
 def rendezvous_store() -> Any:

@@ -114,7 +114,7 @@ def test_nothing_is_patched_in_modules_of_other_libraries() -> None:
                 if written.split(".")[0] in names:
                     patched.add(written)
     # A worker process's streams, and hooks that Python documents for this purpose.
-    hooks = {"threading.excepthook", "warnings.formatwarning"}
+    hooks = {"threading.excepthook", "warnings.formatwarning", "warnings.showwarning"}
     assert patched == {"sys.stdout", "sys.stderr"} | hooks
 
 
@@ -303,6 +303,21 @@ def test_the_training_loader_is_found_and_the_last_checkpoint_written_at_any_ste
     # The regular checkpoint of the same step is still written.
     assert probe.written == [["last.ckpt"]]
     assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "step=1.ckpt"}
+
+
+def test_ranks_do_not_ask_each_other_for_a_signal_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the loop of this version would, if it has a method of that name."""
+    loop = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop.epoch_loop
+    kind, name, asked = type(loop), "_broadcast_sigterm_tensor", []
+    monkeypatch.setattr(kind, name, lambda self: asked.append(self), raising=False)
+    with _compat.without_sigterm_broadcast(loop.trainer):
+        getattr(loop, name)()
+    assert asked == []
+    getattr(loop, name)()
+    assert asked == [loop]
+    monkeypatch.delattr(kind, name)
+    with _compat.without_sigterm_broadcast(loop.trainer):
+        assert not hasattr(loop, name)
 
 
 def test_the_event_writer_opens_again_after_it_was_closed(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Logs the gates α_i of every layer, as scalars and as heat maps, and warns when they collapse."""
 
 import math
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,7 +17,8 @@ from moka_pl.callbacks.checkpoints import is_trial
 from moka_pl.callbacks.gate_tags import ALPHA, GatedLayer, board_scalars, layer_labels, plain_scalars
 from moka_pl.callbacks.heatmap import gate_heatmaps
 from moka_pl.callbacks.throughput import log_interval
-from moka_pl.ops.gating import Gating, can_move, gates_of, normalised_entropy
+from moka_pl.ops.gating import can_move, gates_of, normalised_entropy
+from moka_pl.training.launches import HostCopy
 from moka_pl.training.module import MokaModule
 
 #: Most bytes of a run's gate curves.
@@ -54,6 +58,8 @@ class GateMonitor(Callback):
     Other loggers get ``gate/<layer>.<projection>/alpha_<i>``, ``gate_entropy/mean``,
     ``gate_entropy/<layer>.<projection>``, and ``gate_sum/…`` likewise.
 
+    Gates of a GPU are logged once they have arrived, under their own step: nothing waits for them.
+
     Args:
         every_n_steps: Optimizer steps between logs; ``null`` takes the trainer's ``log_every_n_steps``, or a
             multiple of it where a run would log more than 40 MB.
@@ -64,6 +70,8 @@ class GateMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.heatmap = heatmap
         self._gated: list[GatedLayer] = []
+        self._layers: list[MokaLayer] = []
+        self._late: tuple[int, HostCopy] | None = None
         self._total: float = 0
         self._every = 1
         self._last_step = self._drawn = -1
@@ -71,20 +79,36 @@ class GateMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the initial gates."""
-        self._gated = gated_layers(pl_module)
+        self._gated, self._late = gated_layers(pl_module), None
+        self._layers = list(_layers(pl_module).values()) if self._gated else []
         every = log_interval(trainer)
-        size = sum(_SCALAR_BYTES + len(tag.encode()) for tag in self._board_values(pl_module))
+        size = sum(_SCALAR_BYTES + len(tag.encode()) for tag in self._board_values())
         total = trainer.estimated_stepping_batches
         self._total = total if math.isfinite(total) else _UNKNOWN_STEPS
         self._every = self.every_n_steps or logged_steps(self._total, size, every)
-        self._log(trainer, pl_module)
+        self._take(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Logs the gates at the chosen interval."""
+        """Takes the gates at the chosen interval, and logs those that have arrived."""
         if trainer.global_step % self._every == 0 and trainer.global_step != self._last_step:
-            self._log(trainer, pl_module)
+            self._take(trainer)
+        if self._late is not None and self._late[1].arrived:
+            self._log(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the gates before the validation's results."""
+        self._log(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, *of_checkpoint: Any) -> None:
+        """Logs the gates that a resumed run begins with."""
+        self._log(trainer)
+
+    def on_exception(self, trainer: Trainer, *of_exception: Any) -> None:
+        """Logs the last gates, unless the GPU does not answer any more."""
+        with suppress(RuntimeError):
+            self._log(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the heat maps, and warns about uniform or collapsed gates."""
@@ -98,26 +122,33 @@ class GateMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs and draws the final gates."""
         if trainer.global_step != self._last_step:
-            self._log(trainer, pl_module)
+            self._take(trainer)
+        self._log(trainer)
         if trainer.is_global_zero and self._drawn != trainer.global_step and self._gated:
             gates = gate_matrix(pl_module)
             assert gates is not None
             self._draw(trainer, gates)
 
-    def _board_values(self, pl_module: LightningModule) -> dict[str, float]:
-        gates = gate_matrix(pl_module) if self._gated else None
-        return {} if gates is None else board_scalars(gates, self._gated, _gating(pl_module))
+    def _board_values(self) -> dict[str, float]:
+        gates = _stacked(self._layers)
+        return {} if gates is None else board_scalars(gates.cpu(), self._gated, self._layers[0].gating)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _take(self, trainer: Trainer) -> None:
+        """Has the gates copied to the host."""
+        self._log(trainer)
         self._last_step = trainer.global_step
-        if not trainer.is_global_zero or not trainer.loggers:
+        if trainer.is_global_zero and trainer.loggers and (gates := _stacked(self._layers)) is not None:
+            self._late = trainer.global_step, HostCopy(gates)
+
+    def _log(self, trainer: Trainer) -> None:
+        """Logs the gates that were taken, for which it may have to wait."""
+        late, self._late = self._late, None
+        if late is None:
             return
-        gates = gate_matrix(pl_module)
-        if gates is None:
-            return
+        step, gates, gating = late[0], late[1].read(), self._layers[0].gating
         for logger in trainer.loggers:
             named = board_scalars if isinstance(logger, TensorBoardLogger) else plain_scalars
-            log_scalars(logger, named(gates, self._gated, _gating(pl_module)), trainer.global_step)
+            log_scalars(logger, named(gates, self._gated, gating), step)
 
     def _draw(self, trainer: Trainer, gates: Tensor) -> None:
         self._drawn = trainer.global_step
@@ -160,17 +191,27 @@ class GateMonitor(Callback):
 
 def gate_matrix(pl_module: LightningModule) -> Tensor | None:
     """Returns all gates, (layers, r), on the CPU, by a single copy; None without gates that can move."""
-    logits = [layer.moka_gate for layer in _layers(pl_module).values() if layer.moka_gate is not None]
-    if not logits or not can_move(_gating(pl_module), len(logits[0])):
+    gates = _stacked(_layers(pl_module).values())
+    return None if gates is None else gates.cpu()
+
+
+def _stacked(layers: Collection[MokaLayer]) -> Tensor | None:
+    """Returns the layers' gates, (layers, r), on their device; None without gates that can move."""
+    logits = [layer.moka_gate for layer in layers if layer.moka_gate is not None]
+    if not logits:
+        return None
+    gating = next(iter(layers)).gating  # all have the same
+    if not can_move(gating, len(logits[0])):
         return None
     with torch.no_grad():
-        return gates_of(torch.stack(list(logits)).float(), _gating(pl_module)).cpu()  # (layers, r)
+        return gates_of(torch.stack(list(logits)).float(), gating)  # (layers, r)
 
 
 def gated_layers(pl_module: LightningModule) -> list[GatedLayer]:
     """Returns the layers whose gates can move, in the model's order."""
     layers = _layers(pl_module)
-    if not layers or not can_move(_gating(pl_module), next(iter(layers.values())).components):
+    first = next(iter(layers.values()), None)
+    if first is None or not can_move(first.gating, first.components):
         return []
     labels = layer_labels(list(layers))
     return [
@@ -188,11 +229,6 @@ def logged_steps(total: float, size: int, every: int) -> int:
         every: Steps between the logs of other values, of which the result is a multiple.
     """
     return every * max(1, math.ceil(total * size / (_MOST_BYTES * every)))
-
-
-def _gating(pl_module: LightningModule) -> Gating:
-    """Returns the layers' gating; all have the same."""
-    return next(iter(_layers(pl_module).values())).gating
 
 
 def _layers(pl_module: LightningModule) -> dict[str, MokaLayer]:

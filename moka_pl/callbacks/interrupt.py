@@ -11,16 +11,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from moka_pl._compat import without_sigterm_broadcast
 from moka_pl.callbacks.checkpoints import RunCheckpoint, between_steps, is_trial
 from moka_pl.errors import MokaError, NonFiniteError
 from moka_pl.training.accidents.first_rank import FirstRank, copied_checkpoint, moment
 from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import LAST_NAME, rng_state, set_rng_state
+from moka_pl.training.launches import AnyRank
 
 #: With several processes, ranks check for an interrupt every this many optimizer steps.
 _AGREE_EVERY = 10
@@ -61,6 +64,8 @@ class GracefulInterrupt(Callback):
         self._rewinds = False
         self._first_rank: FirstRank | None = None
         self._saving = threading.Lock()
+        self._question: AnyRank | None = None
+        self._undo = contextlib.ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs the signal handlers."""
@@ -76,16 +81,16 @@ class GracefulInterrupt(Callback):
                 stop_at_once,
             ):
                 self._old[number] = signal.signal(number, self._ask)
+        if trainer.world_size > 1:  # the ranks agree on SIGTERM by :meth:`_any_asked`
+            self._undo.enter_context(without_sigterm_broadcast(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Saves the run between two optimizer steps, the same on all ranks."""
         self._note_position(trainer, pl_module)
-        # Asking the other ranks costs time.
-        due = trainer.world_size == 1 or trainer.global_step % _AGREE_EVERY == 0
-        if due and between_steps(trainer):
-            self._save_if_asked(trainer)
+        if between_steps(trainer) and self._any_asked(trainer, pl_module.device):
+            self._save(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
@@ -105,6 +110,8 @@ class GracefulInterrupt(Callback):
         """Gives the signals back."""
         # Not in teardown: Lightning has by then put back the handlers from before its own.
         self._over.set()
+        self._undo.close()
+        self._question = None
         if self._first_rank is not None:
             self._first_rank.end()
             self._first_rank = None
@@ -203,6 +210,17 @@ class GracefulInterrupt(Callback):
         if position is not None and self._rewinds:
             set_rng_state(position.rng, pl_module.device, trainer.global_rank)
         return self._rewinds
+
+    def _any_asked(self, trainer: Trainer, device: torch.device) -> bool:
+        """Whether a rank is asked to end; several agree every few steps, and those of GPUs a step later."""
+        if trainer.world_size == 1:
+            return self.asked
+        if self._question is None and trainer.global_step % _AGREE_EVERY == 0:
+            self._question = AnyRank(self.asked, device)
+            if device.type == "cuda":
+                return False
+        question, self._question = self._question, None
+        return question is not None and question.answer()
 
     def _save_if_asked(self, trainer: Trainer) -> None:
         asked = self.asked

@@ -75,6 +75,12 @@ class FixedBatch(NamedTuple):
         packed = () if self.position_ids is None or self.starts is None else (self.position_ids, self.starts)
         return self.ids, self.positions, self.targets, *packed
 
+    def pinned(self) -> "FixedBatch":
+        """Returns the batch in pinned memory."""
+        ids, positions, targets = (t.pin_memory() for t in (self.ids, self.positions, self.targets))
+        places, starts = (None if t is None else t.pin_memory() for t in (self.position_ids, self.starts))
+        return FixedBatch(ids, positions, targets, self.tokens, places, starts)
+
 
 def fix_size(batch: Mapping[str, Any]) -> FixedBatch:
     """Pads a batch of ``input_ids`` (B, T) and ``labels`` (B, T) to one of few sizes.

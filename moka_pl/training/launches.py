@@ -93,3 +93,21 @@ class HostCopy:
             self._copied.synchronize()
             self._copied = None
         return self._values
+
+
+class AnyRank:
+    """A question to all ranks, whose answer nobody waits for before it is asked for.
+
+    Args:
+        flag: This rank's answer.
+        device: The device that the ranks communicate by.
+    """
+
+    def __init__(self, flag: bool, device: torch.device) -> None:
+        yes = torch.full((1,), float(flag), device=device)
+        torch.distributed.all_reduce(yes)  # of a GPU it is only launched
+        self._yes = HostCopy(yes)
+
+    def answer(self) -> bool:
+        """Whether any rank's answer is yes."""
+        return bool(self._yes.read()[0] > 0)

@@ -149,14 +149,16 @@ class TrainedModule(EvaluatedModule):
         self._non_finite.finish()
 
     def prepare_batch(self, batch: Batch) -> Batch:
-        """Prepares a batch while it is still on the CPU; the data modules of this package call it."""
+        """Prepares a batch while it is still on the CPU; the data modules of this package call it.
+
+        What is made for a GPU lies in pinned memory, which is copied there while the CPU goes on.
+        """
         if not self.trainer.training:
             return batch
         batch = self._fixed(batch)
         if self.device.type != "cuda" or batch["labels"].is_cuda or "item" in batch or "fixed" in batch:
             return batch
         batch = batch.copy()
-        # Pinned memory is copied to the GPU while the CPU goes on.
         batch["predicted"] = Predicted(*(tensor.pin_memory() for tensor in predicted(batch["labels"])))
         return batch
 
@@ -168,8 +170,11 @@ class TrainedModule(EvaluatedModule):
             return batch
         if "position_ids" in batch and self._prepare_packing().unsupported_reason is not None:
             return batch
+        fixed = fix_size(batch)
+        if self.device.type == "cuda" and not batch["labels"].is_cuda:
+            fixed = fixed.pinned()
         batch = batch.copy()
-        batch["fixed"] = fix_size(batch)
+        batch["fixed"] = fixed
         return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -2,6 +2,7 @@ import os
 import signal
 import threading
 from multiprocessing import active_children
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,26 @@ def test_a_signal_that_others_handle_is_theirs(train, number):
         signal.signal(number, before)
     assert run.trainer.state.finished
     assert seen == [number]
+
+
+@pytest.mark.parametrize(("device", "stops_at"), [("cpu", 10), ("cuda", 11)])
+def test_ranks_agree_every_ten_steps_and_those_of_gpus_a_step_later(monkeypatch, device, stops_at):
+    flags = []
+
+    class Question:
+        def __init__(self, flag, device):
+            flags.append(flag)
+
+        def answer(self):
+            return flags[-1]
+
+    monkeypatch.setattr(interrupt, "AnyRank", Question)
+    callback = GracefulInterrupt()
+    callback.asked = True
+    trainers = [SimpleNamespace(world_size=2, global_step=step) for step in (9, 10, 11)]
+    stops = [t.global_step for t in trainers if callback._any_asked(t, torch.device(device))]
+    assert stops == [stops_at]
+    assert flags == [True]
 
 
 def test_signals_stop_at_once_before_there_is_something_to_save():

@@ -1,13 +1,21 @@
 """Optimizers in few kernels, and autograd's nodes on one stream."""
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from moka_pl.training.launches import compute_as, fuse_on_gpu, gradient_nodes, rebuild_fused
+from moka_pl.training.launches import (
+    AnyRank,
+    HostCopy,
+    compute_as,
+    fuse_on_gpu,
+    gradient_nodes,
+    rebuild_fused,
+)
 
 
 def parameters() -> list[nn.Parameter]:
@@ -76,3 +84,20 @@ def test_a_parameter_s_node_is_the_one_that_was_made_first() -> None:
     assert found.metadata == {"made": "first"}
     del node, found
     assert (2 * parameter).grad_fn.next_functions[0][0].metadata == {}
+
+
+def test_a_copy_keeps_what_was_there() -> None:
+    tensor = torch.tensor([1.0, 2.0])
+    copy = HostCopy(tensor)
+    tensor.zero_()
+    assert copy.arrived
+    assert copy.read().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_rank_alone_agrees_with_itself(tmp_path: Path, flag: bool) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert AnyRank(flag, torch.device("cpu")).answer() is flag
+    finally:
+        torch.distributed.destroy_process_group()

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moka_pl.callbacks import BatchStatistics, GateMonitor, Throughput
+from moka_pl.callbacks import BatchStatistics, GateMonitor, Throughput, gates
 from moka_pl.training import steps
 from moka_pl.training.launches import HostCopy
 
@@ -37,6 +37,17 @@ class Look(Callback):
 
 
 @pytest.fixture
+def arrive_late(monkeypatch):
+    """Has what is logged arrive as late as can be from here on."""
+
+    def start() -> None:
+        for module in (steps, gates):
+            monkeypatch.setattr(module, "HostCopy", Late)
+
+    return start
+
+
+@pytest.fixture
 def fit(make_module, make_data, make_trainer, tmp_path):
     """Trains, and returns the values by tag and step."""
 
@@ -56,9 +67,9 @@ def fit(make_module, make_data, make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_the_same_values_at_the_same_steps(fit, monkeypatch, every) -> None:
+def test_the_same_values_at_the_same_steps(fit, arrive_late, every) -> None:
     at_once = fit(GateMonitor(), every=every)
-    monkeypatch.setattr(steps, "HostCopy", Late)
+    arrive_late()
     look = Look()
     late = fit(look, GateMonitor(), every=every)
     assert late == at_once
@@ -70,14 +81,15 @@ def test_the_same_values_at_the_same_steps(fit, monkeypatch, every) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_nothing_is_lost_when_a_run_ends_early(fit, monkeypatch, error) -> None:
-    monkeypatch.setattr(steps, "HostCopy", Late)
+def test_nothing_is_lost_when_a_run_ends_early(fit, arrive_late, error) -> None:
+    arrive_late()
     found = fit(GateMonitor(), Look(4, error))
     assert all(list(found[tag]) == [0, 1, 2, 3] for tag in TAGS)
+    assert list(found["α/entropy"]) == [0, 1, 2, 3, 4]
 
 
-def test_a_step_is_logged_before_its_checkpoint_is_written(fit, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(steps, "HostCopy", Late)
+def test_a_step_is_logged_before_its_checkpoint_is_written(fit, arrive_late, monkeypatch, tmp_path) -> None:
+    arrive_late()
     logged = []
 
     class Save(Callback):
