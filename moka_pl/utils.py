@@ -31,6 +31,11 @@ def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
             logger.setLevel(level)
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Puts the home folder in the place of a leading ``~``; one of an unknown user is a name like others."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib's raises an error there
+
+
 def make_folder(folder: Path, option: str) -> None:
     """Makes a folder and its parents, and reports an unwritable one before any work.
 
@@ -48,6 +53,8 @@ def unwritable_reason(folder: Path) -> str | None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))  # a full disk may still have room for a name
     except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            return f"{existing_folder(folder)} is a file"
         return error.strerror or str(error)
     return None
 

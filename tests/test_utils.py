@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from moka_pl import utils
-from moka_pl.utils import recover_folder, replaced_file, replaced_folder, write_failure
+from moka_pl.utils import (
+    expanded,
+    recover_folder,
+    replaced_file,
+    replaced_folder,
+    unwritable_reason,
+    write_failure,
+)
 
 OLD, NEW = {"weights": b"old", "notes": b"mine"}, {"weights": b"new", "notes": b"mine"}
 
@@ -25,6 +32,22 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     elif sys.platform not in ("linux", "darwin"):
         pytest.skip("cannot exchange names")
     return request.param
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("~", "/home/me"), ("~/a b", "/home/me/a b"), ("~no_such_user/x", "~no_such_user/x"), ("a/~", "a/~")],
+)
+def test_a_home_folder_is_found_where_there_is_one(given, found, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded(given) == expanded(Path(given)) == Path(found)
+
+
+def test_a_path_below_a_file_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert unwritable_reason(file) == unwritable_reason(file / "a/b") == f"{file} is a file"
+    assert unwritable_reason(tmp_path / "a/b") is None
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -47,6 +46,7 @@ from moka_pl.errors import BackboneError
 from moka_pl.lm.kernels import fuse_kernels
 from moka_pl.prompts.ends import open_prompts, stop_at_ends
 from moka_pl.prompts.new_tokens import add_new_tokens
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -343,9 +343,9 @@ def model_location(config: BackboneConfig, whole: bool = True) -> dict[str, Any]
     """
     name, cache = config.name, cache_root(config.cache_dir)
     if name == SHORT_NAME or name.endswith(".gguf"):
-        file = bundled_gguf(cache) if name == SHORT_NAME else Path(name).expanduser()
+        file = bundled_gguf(cache) if name == SHORT_NAME else expanded(name)
         return {"pretrained_model_name_or_path": str(convert_gguf(file, cache))}
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         check_folder(folder)
         return {"pretrained_model_name_or_path": str(folder)}
@@ -361,5 +361,5 @@ def model_location(config: BackboneConfig, whole: bool = True) -> dict[str, Any]
 
 
 def _has_tokenizer(name: str) -> bool:
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moka_pl.errors import BackboneError, one_line
-from moka_pl.utils import space_shortage
+from moka_pl.utils import expanded, space_shortage
 
 
 @contextmanager
@@ -47,9 +47,9 @@ def progress_bars(show: bool) -> Iterator[None]:
 def cache_root(override: str | None = None) -> Path:
     """Returns the cache folder: ``override``, else ``$MOKA_PL_CACHE``, else the user's cache folder."""
     if override:
-        return Path(override).expanduser()
+        return expanded(override)
     if chosen := os.environ.get("MOKA_PL_CACHE"):
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "moka_pl"
 

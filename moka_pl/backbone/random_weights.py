@@ -3,7 +3,6 @@
 Models are built layer by layer, so that the whole is never held in full precision.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from moka_pl.backbone.blocks.frozen_tensors import BlockStore
 from moka_pl.backbone.checks import read_config
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.errors import BackboneError
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def shape_config(name: str) -> "PretrainedConfig":
 
     if name in SHAPES:
         return LlamaConfig(**SHAPES[name])
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if (folder / "config.json").is_file():
         return read_config(name, pretrained_model_name_or_path=str(folder))
     raise BackboneError(

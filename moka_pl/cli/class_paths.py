@@ -124,11 +124,14 @@ def _names(kind: type) -> set[str]:
 
 
 def explain_denied(message: str) -> str:
-    """Returns jsonargparse's message in one line; of a class path that is not allowed it says the remedy."""
-    message = " ".join(message.split())
+    """Returns what to do about a class path that is not allowed; empty for another message of jsonargparse's.
+
+    Args:
+        message: Its message in one line.
+    """
     found, option = _DENIED.search(message), _OPTION.match(message)
     if found is None:
-        return message
+        return ""
     return f"{option[1]}: {_reason(found[1])}" if option else _reason(found[1])
 
 
@@ -143,7 +146,7 @@ def check_classes(config: Namespace) -> None:
     for option, path in _class_paths(config):
         option = option.replace("model.init_args.", "model.")  # where the model is named, too
         chosen = _CHOSEN.get(option, _KINDS)
-        found = _imported(path)
+        found = imported(path)
         if option == "model.lr_scheduler" and path.startswith("torch.") and path.endswith("OnPlateau"):
             raise ConfigError(
                 f"{option}: {path} does not know what to watch; name "
@@ -189,7 +192,7 @@ def _class_paths(config: Any, option: str = "") -> Iterator[tuple[str, str]]:
             yield from _class_paths(value, f"{option}[{number}]")
 
 
-def _imported(path: str) -> Any:
+def imported(path: str) -> Any:
     """Returns what a path names if it is imported already, else None: such a text has been left a text."""
     parts = path.split(".")
     for size in range(len(parts) - 1, 0, -1):
@@ -252,6 +255,13 @@ def _modules_in(folder: Path) -> Iterator[str]:
         return
     for entry in entries:
         name, dot, ending = entry.name.partition(".")
-        module = not dot if entry.is_dir() else ending == "py" or ending.endswith(("so", "pyd"))
+        module = not dot if _is_folder(entry) else ending == "py" or ending.endswith(("so", "pyd"))
         if module and name.isidentifier() and name != "__pycache__":
             yield name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or into a folder or a mount that cannot be read
+        return False

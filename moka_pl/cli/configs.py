@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from moka_pl.errors import ConfigError
+from moka_pl.utils import unwritable_reason
 
 
 def configs(copy: Path | None = None, overwrite: bool = False) -> None:
@@ -20,11 +21,12 @@ def configs(copy: Path | None = None, overwrite: bool = False) -> None:
             purpose = file.read_text(encoding="utf-8").partition("\n")[0].strip("# :")
             print(f"{name:<{width}}{purpose}")
         return
+    if (reason := unwritable_reason(copy)) is not None:
+        raise ConfigError(f"--copy {copy}: cannot write there ({reason}); choose another folder")
     present = [file.name for file in files.values() if (copy / file.name).exists()]
     if present and not overwrite:
         raise ConfigError(f"{copy} already has {', '.join(present)}; add --overwrite to replace them")
     try:
-        copy.mkdir(parents=True, exist_ok=True)
         for file in files.values():
             print(shutil.copy(file, copy))
     except OSError as error:
@@ -51,5 +53,6 @@ def find_config(given: str) -> str:
     shipped = shipped_configs()
     name = given.removeprefix("configs/").removesuffix(".yaml")
     if name not in shipped:
-        raise ConfigError(f"--config {given}: no such file; give a file, or one of {', '.join(shipped)}")
+        reason = "is a folder" if Path(given).is_dir() else "no such file"
+        raise ConfigError(f"--config {given}: {reason}; give a file, or one of {', '.join(shipped)}")
     return str(shipped[name])

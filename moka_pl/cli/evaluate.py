@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from moka_pl.errors import ConfigError
+from moka_pl.utils import expanded
 
 
 def evaluate(
@@ -80,7 +81,7 @@ def evaluate(
         log_samples=log_samples,
     )
     results["config"]["model"] = about["base"]["name"]
-    source = None if data is None else str(data.expanduser().absolute())
+    source = None if data is None else str(expanded(data).absolute())
     results["moka_pl"] = about | {"tasks": selection.names, "data": source}
     write_results(results, path)
     print(str(make_table(results)).strip())

@@ -64,7 +64,7 @@ def generate(
         names = [f"prompt {n}" for n in range(1, len(prompts) + 1)] if len(prompts) > 1 else ["the prompt"]
         rows = [text_row(text, name) for text, name in zip(prompts, names, strict=False)]
     else:
-        rows = read_prompts(file.expanduser())
+        rows = read_prompts(file)
     session, ids = open_session(
         adapter, chosen, rows, base=base, prompt_format=prompt_format, system=system, merged=merge
     )

@@ -5,6 +5,7 @@ from json import dumps
 from pathlib import Path
 
 from moka_pl.errors import ConfigError
+from moka_pl.utils import expanded
 
 
 def inspect(
@@ -37,7 +38,7 @@ def inspect(
         from moka_pl.inspection.page import check_target, write_page
 
         check_target(html)
-    paths = [adapter, *map(Path, others)]
+    paths = [adapter, *(expanded(one) for one in others)]
     for path in paths:  # before a base is loaded for the first one
         check_adapter(path)
     found = [inspect_adapter(path, base, spectra) for path in paths]

@@ -1,7 +1,9 @@
 """LightningCLI with this package's module, data modules, callbacks and logs."""
 
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,13 @@ from moka_pl.callbacks import (
     Throughput,
 )
 from moka_pl.callbacks.interrupt import signals_stop
-from moka_pl.cli.class_paths import explain_denied, names_kind, restrict_class_paths, split_trust
+from moka_pl.cli.class_paths import names_kind, restrict_class_paths, split_trust
 from moka_pl.cli.config_files import named_model, read_config
 from moka_pl.cli.configs import find_config
 from moka_pl.cli.failures import ranks
 from moka_pl.cli.failures.log_writers import log_writers
-from moka_pl.cli.parser import MokaParser
+from moka_pl.cli.parsing.messages import told
+from moka_pl.cli.parsing.parser import MokaParser
 from moka_pl.cli.run_folders import RunFolders
 from moka_pl.data import MokaDataModule
 from moka_pl.data.batching.loader import killed_worker
@@ -194,15 +197,13 @@ class MokaCLI(LightningCLI):
         except MokaError:
             raise
         except Exception as error:  # jsonargparse expects some mistakes only
-            raise ConfigError(
-                f"the configuration cannot be read: {explain_denied(one_line(error))}"
-            ) from error
+            raise ConfigError(f"the configuration cannot be read: {told(one_line(error))}") from error
         options = self._options(self.config)
         for name in ("model", "trainer", *_CALLBACKS):
             if name in options and not isinstance(options[name], Namespace):
                 raise ConfigError(f"{name} must be a mapping of options, not {options[name]!r}")
         model = options.model.get("init_args") or options.model
-        for name in ("optimizer", "lr_scheduler"):
+        for name in ("optimizer", "lr_scheduler", "backbone", "learning_rate_ratios", "loss_spikes"):
             if model.get(name, name) is None:
                 raise ConfigError(f"model.{name} is null; leave it out for the default")
         seed = options.get("seed_everything")
@@ -309,7 +310,23 @@ class MokaCLI(LightningCLI):
         if options.enable_checkpointing is False:
             configured = [callback for callback in configured if not isinstance(callback, Checkpoint)]
         self.trainer_defaults["callbacks"] = configured + [c for c in ours if type(c) not in kinds]
-        return super().instantiate_trainer(**kwargs)
+        with _without_tips():
+            return super().instantiate_trainer(**kwargs)
+
+
+@contextmanager
+def _without_tips() -> Iterator[None]:
+    """Runs the body without what Lightning (2.6) advertises in the log of every trainer."""
+
+    def no_tip(record: logging.LogRecord) -> bool:
+        return "Tip:" not in record.getMessage()
+
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(no_tip)
+    try:
+        yield
+    finally:
+        log.removeFilter(no_tip)
 
 
 def _data_seed(seed: bool | int) -> int:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moka_pl.cli.configs import configs
@@ -29,6 +30,8 @@ from moka_pl.errors import (
     printable,
     system_failure,
 )
+from moka_pl.utils import expanded
+from moka_pl.version import __version__
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -90,7 +93,7 @@ def function_parser(name: str) -> "ArgumentParser":
     from docstring_parser import parse
     from jsonargparse import ActionYesNo
 
-    from moka_pl.cli.function_parser import FunctionParser
+    from moka_pl.cli.parsing.function_parser import FunctionParser
 
     function = FUNCTIONS[name]
     described = parse(function.__doc__ or "")
@@ -101,7 +104,7 @@ def function_parser(name: str) -> "ArgumentParser":
     for flag in flags:
         parser.add_argument(f"--{flag}", action=ActionYesNo, default=False, help=help_of[flag])
     for listed in several:
-        parser.add_argument(listed, nargs="*", type=str, help=help_of[listed])
+        parser.add_argument(listed, nargs="*", type=str, help=help_of[listed]).required = False
     return parser
 
 
@@ -125,7 +128,20 @@ def parse_function(name: str, arguments: Sequence[str]) -> dict[str, Any]:
                 options += [value for value in [next(rest, None)] if value is not None]
     # Only where it is needed: a command without positional arguments takes none.
     end = ["--"] if any(word.startswith("-") for word in positional) else []
-    return dict(function_parser(name).parse_args([*options, *end, *positional]).as_dict())
+    parsed = function_parser(name).parse_args([*options, *end, *positional]).as_dict()
+    return {key: _at_home(key, value) if isinstance(value, Path) else value for key, value in parsed.items()}
+
+
+def _at_home(name: str, path: Path) -> Path:
+    """Puts the home folder in the place of ``~``, as shells do only where a word begins with it.
+
+    Raises:
+        ConfigError: If it is that of nobody known here.
+    """
+    found = expanded(path)
+    if found.parts[:1] and found.parts[0].startswith("~"):
+        raise ConfigError(f"{name} {path}: there is no user {found.parts[0][1:]}; correct the path")
+    return found
 
 
 _SEVERAL = str | Sequence[str]
@@ -150,6 +166,8 @@ def _run(args: Sequence[str] | None) -> None:
             FUNCTIONS[command](**parse_function(command, arguments[1:]))
         elif command in ("-h", "--help"):
             _print_help()
+        elif command == "--version":
+            print(f"moka_pl {__version__}")
         elif command in PLAN:
             from moka_pl.cli.plan import plan
 
@@ -208,6 +226,7 @@ def _print_help() -> NoReturn:
         description="Fine-tune 4-bit LLaMA models with MoKA.",
         epilog="All options of a command: moka_pl COMMAND --help",
     )
+    parser.add_argument("--version", action="version", version=__version__, help="show the version and exit")
     commands = parser.add_subparsers(title="commands")
     summaries = {name: (function.__doc__ or "").partition("\n")[0] for name, function in FUNCTIONS.items()}
     for name, summary in (LIGHTNING | summaries | PLAN).items():

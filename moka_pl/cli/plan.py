@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from moka_pl.cli.class_paths import restrict_class_paths, split_trust
 from moka_pl.cli.lightning import MokaCLI, refusal
+from moka_pl.cli.parsing.parser import MokaParser
 from moka_pl.cli.run_folders import RunFolders
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError
@@ -34,6 +35,8 @@ class PlanCLI(MokaCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of the plan."""
         super().add_arguments_to_parser(parser)
+        if isinstance(parser, MokaParser):
+            parser.command = "plan"
         parser.add_argument(
             "--tokens_per_second",
             type=float | None,

@@ -58,10 +58,11 @@ def predict(
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     check_format(prompt_format, "prompt_format")
     from moka_pl.adapters import read_adapter
+    from moka_pl.adapters.reading import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
     from moka_pl.cli.answering.batches import answer_all
     from moka_pl.cli.answering.predictions import Predictions, check_output
 
-    output = output.expanduser()
+    kept = [file, *(adapter / name for name in (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME))]
     if read_adapter(adapter).labels:
         from moka_pl.vision.predict import predict_images
 
@@ -69,11 +70,11 @@ def predict(
             raise ConfigError(
                 f"options of prompts and answers are for texts, and {adapter} classifies images"
             )
-        check_output(output, overwrite)
-        predict_images(adapter, file.expanduser(), output, batch_size, base, merge)
+        check_output(output, overwrite, kept)
+        predict_images(adapter, file, output, batch_size, base, merge)
         return
-    rows = read_prompts(file.expanduser())
-    check_output(output, overwrite)
+    rows = read_prompts(file)
+    check_output(output, overwrite, kept)
     asked = {"base": base, "format": prompt_format, "system": system, "merge": merge}
     session, prompts = open_session(
         adapter, chosen, rows, base=base, prompt_format=prompt_format, system=system, merged=merge

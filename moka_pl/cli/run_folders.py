@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from moka_pl._compat import logger_version, set_logger_version
 from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
 from moka_pl.errors import ConfigError
-from moka_pl.utils import unwritable_reason
+from moka_pl.utils import expanded, unwritable_reason
 
 #: Tells the processes that the first rank starts which versions it has claimed, by their folders.
 _VARIABLE = "MOKA_PL_LOG_VERSIONS"
@@ -79,7 +79,7 @@ class RunFolders:
         """Returns a logger's folder, with a version of its own; None if it is not ours to choose."""
         if not isinstance(logger, TensorBoardLogger | CSVLogger) or "://" in str(logger.root_dir):
             return None
-        root = Path(os.path.expandvars(logger.root_dir)).expanduser()
+        root = expanded(os.path.expandvars(logger.root_dir))
         version = logger_version(logger)
         if version is not None:
             folder = root / (version if isinstance(version, str) else f"version_{version}")
@@ -164,7 +164,7 @@ def _folders_of_callbacks(trainer: Trainer) -> dict[str, Path]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         kind, given = type(callback), getattr(callback, "dirpath", None)
         if isinstance(given, str | os.PathLike) and "://" not in str(given):
-            found[_OWN.get(kind, f"dirpath of {kind.__name__}")] = Path(given).expanduser()
+            found[_OWN.get(kind, f"dirpath of {kind.__name__}")] = expanded(given)
         elif kind in _OWN and not trainer.loggers:
             name = "adapters" if kind is AdapterCheckpoint else "checkpoints"
             found[_OWN[kind]] = Path(trainer.default_root_dir) / name

@@ -17,6 +17,7 @@ from moka_pl.data.files.json import json_lines, json_list
 from moka_pl.data.files.parquet import parquet_rows
 from moka_pl.data.files.text import COMPRESSIONS, MAX_RECORD, check_expansion, pieces, shown, too_long
 from moka_pl.errors import DataError, one_line
+from moka_pl.utils import expanded
 
 Located = tuple[str, dict[str, Any]]
 """A location such as ``"train.jsonl, line 7"`` and the record that stands there."""
@@ -121,7 +122,7 @@ def suffix_of(path: Path) -> str | None:
 def local_path(source: str | Path) -> Path:
     """Returns the path that a source means if it is a local one; ``~`` is the home folder."""
     try:
-        return Path(source).expanduser()
+        return expanded(source)
     except RuntimeError:  # there is no such user
         return Path(source)
 

@@ -49,10 +49,17 @@ class Shard:
 
 
 def as_list(sources: Sources) -> list[Source]:
-    """Returns one source or several as a list; an empty one is a ``DataError``."""
+    """Returns one source or several as a list.
+
+    Raises:
+        DataError: If the list is empty, or a source is no text.
+    """
     listed = sources if isinstance(sources, list) else [sources]
     if not listed:
         raise DataError("the list of sources is empty. Give at least one")
+    for source in listed:
+        if not isinstance(source, str | Path) or not str(source).strip():
+            raise DataError(f"a source of data is {source!r}. Give the path of a file or folder, or a name")
     return listed
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: Share of the tokens of a model with experts that have to agree.
 _USUAL = 0.95
 _SAMPLES, _MOST_PROMPTS, _MOST_TOKENS = "instruction_heldout.jsonl", 8, 96
+#: Bounds of a file of prompts.
+_MOST_LINES, _MOST_BYTES = 64, 1 << 20
 #: Largest difference of logits, as a share of the largest logit, and of losses, by the coarsest dtype.
 BOUNDS = {
     torch.float32: (1e-4, 1e-4),
@@ -64,15 +66,32 @@ def prompt_set(tokenizer: "PreTrainedTokenizerBase", trained: str | None, file: 
 
 def _questions(file: Path | None) -> list[tuple[str, str]]:
     if file is None:
-        lines = resources.files("moka_pl.data.samples").joinpath(_SAMPLES).read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in lines.splitlines()]
+        samples = resources.files("moka_pl.data.samples").joinpath(_SAMPLES).read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in samples.splitlines()]
         return [(row["instruction"], row["output"]) for row in rows if not row["input"]][:_MOST_PROMPTS]
+    lines = [line for line in _text(file).splitlines() if line.strip()]
+    if len(lines) > _MOST_LINES:
+        raise ConfigError(
+            f"--prompts {file} has {len(lines):,} prompts, which are computed at once; "
+            f"give at most {_MOST_LINES}"
+        )
+    return [(line, "") for line in lines]
+
+
+def _text(file: Path) -> str:
+    """Reads a small text file; what is none is refused before it is read.
+
+    Raises:
+        ConfigError: Naming it.
+    """
     try:
-        lines = file.read_text(encoding="utf-8")
+        size = file.stat().st_size
+        if file.is_file() and size <= _MOST_BYTES:
+            return file.read_text(encoding="utf-8-sig")
+        reason = f"it has {size:,} bytes" if file.is_file() else "it is a folder, a pipe or a device"
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise ConfigError(f"--prompts {file} cannot be read: {reason}; give a text file") from error
-    return [(line, "") for line in lines.splitlines() if line.strip()]
+    raise ConfigError(f"--prompts {file} cannot be read: {reason}; give a small text file")
 
 
 def _around(question: str, chosen: str, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -19,6 +19,7 @@ from moka_pl.export.merged import merged_parts
 from moka_pl.export.modelfile import modelfile
 from moka_pl.export.peft import lora_reference
 from moka_pl.export.source import Source, say
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +105,7 @@ def _base_file(source: Source) -> str:
     name = source.asked_name
     if name == SHORT_NAME:
         return str(bundled_gguf(cache_root()))
-    return str(Path(name).expanduser().resolve()) if name.endswith(".gguf") else source.base_name
+    return str(expanded(name).resolve()) if name.endswith(".gguf") else source.base_name
 
 
 def _check_tokens(engine: LlamaCpp, source: Source) -> None:

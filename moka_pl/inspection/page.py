@@ -16,6 +16,7 @@ from moka_pl.inspection.text import facts_of
 from moka_pl.utils import replaced_file, unwritable_reason, write_failure
 from moka_pl.version import __version__
 
+_BEGIN = b"<!doctype html>"
 # Nothing may be loaded from anywhere, whatever a directory's texts hold.
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -43,8 +44,19 @@ def check_target(file: Path) -> None:
     """
     if file.is_dir():
         raise ConfigError(f"--html {file} is a folder; name a file in it, such as {file / 'adapter.html'}")
+    if file.exists() and not _is_page(file):
+        raise ConfigError(f"--html {file} is there already, and is no page of HTML; choose another file")
     if (reason := unwritable_reason(file.resolve().parent)) is not None:
         raise ConfigError(f"--html {file}: cannot write there ({reason}); choose another folder")
+
+
+def _is_page(file: Path) -> bool:
+    """Whether a file is an older page, or empty."""
+    try:
+        with file.open("rb") as contents:
+            return contents.read(len(_BEGIN)).lower() in (b"", _BEGIN)
+    except OSError:
+        return False
 
 
 def write_page(file: Path, found: Sequence[Inspection], compared: Comparison | None) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from moka_pl.backbone.random_weights import SHAPES, shape_config
 from moka_pl.backbone.smollm2 import SHORT_NAME, local_gguf
 from moka_pl.errors import BackboneError
 from moka_pl.lm.experts import split_experts
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +103,7 @@ def stored_bytes(config: BackboneConfig, parameters: int) -> int:
     """
     if config.weights == "random":
         return 0
-    folder = Path(config.name).expanduser()
+    folder = expanded(config.name)
     files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")] if folder.is_dir() else []
     if files:
         return sum(file.stat().st_size for file in files)
@@ -116,7 +116,7 @@ def _shape(config: BackboneConfig, notes: list[str]) -> "PretrainedConfig":
     name = config.name
     if config.weights == "random":
         return shape_config(name)
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         check_folder(folder)
         return _read(name, pretrained_model_name_or_path=str(folder))

@@ -20,7 +20,7 @@ from moka_pl.backbone.quantization import (
     quantised_linear,
 )
 from moka_pl.errors import BackboneError, one_line
-from moka_pl.utils import silenced
+from moka_pl.utils import expanded, silenced
 from moka_pl.vision.images import channels_of, to_pixels
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def load_processor(config: BackboneConfig, shape: "PretrainedConfig | None" = No
     height, width = (size, size) if isinstance(size, int) else size
     stored: dict[str, Any] = {}
     with loading(config.name):
-        folder = Path(location.get("pretrained_model_name_or_path", config.name)).expanduser()
+        folder = expanded(location.get("pretrained_model_name_or_path", config.name))
         if (not folder.is_dir() and not random) or (folder / "preprocessor_config.json").is_file():
             source = location or {"pretrained_model_name_or_path": str(folder)}
             stored, _ = ImageProcessingMixin.get_image_processor_dict(**source)
@@ -152,7 +152,7 @@ def _described(config: BackboneConfig, location: dict[str, Any]) -> "PretrainedC
     name = config.name
     if not location and name in SHAPES:
         return ViTConfig(**SHAPES[name])
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not location and not (folder / "config.json").is_file():
         raise BackboneError(
             f"unknown shape {name!r} of an image classifier with random weights; choose one of "

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moka_pl.errors import DataError
+from moka_pl.utils import expanded
 from moka_pl.vision.data import ImageData, ImageSet
 from moka_pl.vision.images import ENDINGS, check_header, is_hidden, open_image
 
@@ -53,7 +54,7 @@ class ImageFolderData(ImageData):
     @cached_property
     def _folders(self) -> dict[str, Path]:
         """The folder of each split that has its own; ``train`` is always there."""
-        root = Path(self.path).expanduser()
+        root = expanded(self.path)
         if not root.is_dir():
             raise DataError(f"{root} is no folder; give one with a folder of images for each class")
         found = {

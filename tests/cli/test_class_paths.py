@@ -149,6 +149,12 @@ def test_packages_of_a_clusters_modules_are_installed(own, build_cli, write, mon
     assert (folder / "imported").exists()
 
 
+def test_entries_that_cannot_be_looked_at_are_no_modules(own, build_cli, write):
+    (own / "loop").symlink_to(own / "loop")
+    (own / "gone").symlink_to(own / "nowhere")
+    assert build_cli("fit", *write("model.optimizer", "torch.optim.SGD")).model.optimizer
+
+
 def test_trust_is_taken_out_of_the_command_line():
     assert split_trust(["fit", "--trust_config", "true", "-c", "a"]) == (["fit", "-c", "a"], True)
     assert split_trust(["fit", "--trust_config=false"]) == (["fit"], False)

@@ -128,4 +128,4 @@ def test_the_command_lists_and_copies(tmp_path, capsys):
 
     with pytest.raises(SystemExit):
         main(["configs", "--copy", str(folder / "llama3.yaml")])
-    assert "cannot write to" in capsys.readouterr().err
+    assert "is a file); choose another folder" in capsys.readouterr().err

@@ -179,6 +179,9 @@ def test_problems_show_before_a_model_is_loaded(
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write results"):
         evaluate(adapter, "words", data=data, output=tmp_path / "file" / "x.json")
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    with pytest.raises(ConfigError, match="is there already, and holds no results"):
+        evaluate(adapter, "words", data=data, output=tmp_path / "notes.json")
     with pytest.raises(AdapterError, match="is not an adapter directory"):
         evaluate(tmp_path, "words", data=data)
 

@@ -1,5 +1,6 @@
 """The comparison of an export with its adapter."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,36 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         prompt_set(byte_tokenizer(), "alpaca", file)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         prompt_set(byte_tokenizer(), None, tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "large", "latin", "many"])
+def test_a_file_that_holds_no_prompts_is_refused_before_it_is_read(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts"
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "large":
+        with file.open("wb") as sparse:
+            sparse.truncate(1 << 40)
+    elif kind == "latin":
+        file.write_bytes(b"\xe9t\xe9 is no UTF-8\n")
+    else:
+        file.write_text("a prompt\n" * 65)
+    with pytest.raises(
+        ConfigError, match="at most 64" if kind == "many" else "cannot be read.*small text file"
+    ):
+        prompt_set(byte_tokenizer(), "raw", file)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    file, plain = tmp_path / "prompts.txt", tmp_path / "plain.txt"
+    file.write_bytes(b"\xef\xbb\xbfOne\r\nTwo\r\n")
+    plain.write_bytes(b"One\nTwo\n")
+    found, expected = (prompt_set(byte_tokenizer(), "raw", one) for one in (file, plain))
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
 
 
 def test_prompts_of_unlike_lengths_have_the_logits_that_each_has_alone(make_llama: Callable) -> None:

@@ -195,8 +195,17 @@ def test_a_page_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder"):
         check_target(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot write there"):
+    with pytest.raises(ConfigError, match=f"cannot write there .{tmp_path}/file is a file."):
         check_target(tmp_path / "file" / "page.html")
+
+
+def test_only_an_older_page_is_replaced(tmp_path: Path) -> None:
+    older, other = tmp_path / "page.html", tmp_path / "adapter_config.json"
+    older.write_text("<!DOCTYPE html>\n<html>")
+    other.write_text("{}")
+    check_target(older)
+    with pytest.raises(ConfigError, match="is there already, and is no page of HTML; choose another file"):
+        check_target(other)
 
 
 def test_ticks_are_round_and_lie_within() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -93,18 +93,29 @@ class Predictions:
             self._file.flush()
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool, read: Iterable[Path] = ()) -> None:
     """Refuses a file that is there, unless it may be replaced, and one that cannot be written.
 
     One that another process is writing is refused, too.
 
+    Args:
+        output: The file to write.
+        overwrite: Whether it may be replaced.
+        read: Files that are read, which are never replaced.
+
     Raises:
         ConfigError: Naming it.
     """
+    if output.name == "-":
+        raise ConfigError(
+            "--output - would be a file of that name; name a file, or print answers by generate"
+        )
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder; name a file in it, such as {output}/answers.jsonl")
     if os.path.lexists(output) and not overwrite:
         raise ConfigError(f"--output {output} is there already; choose another file, or set --overwrite")
+    if output.exists() and any(file.exists() and file.samefile(output) for file in read):
+        raise ConfigError(f"--output {output} is read for the answers; choose another file")
     reason = unwritable_reason(output.parent)
     if reason is not None:
         raise ConfigError(f"--output {output}: cannot write there ({reason}); choose another file")

@@ -7,6 +7,8 @@ from typing import Any
 from moka_pl.errors import ConfigError
 
 _LARGEST_SEED = 2**63 - 1
+#: Each beam is a sequence in memory.
+_MOST_BEAMS = 1_000
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Sampling:
         for name in ("max_new_tokens", "num_beams"):
             if (count := getattr(self, name)) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {count}")
+        if self.num_beams > _MOST_BEAMS:
+            raise ConfigError(f"num_beams must be at most {_MOST_BEAMS}, not {self.num_beams}")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature must be at least 0 and finite, not {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

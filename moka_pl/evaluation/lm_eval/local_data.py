@@ -19,6 +19,7 @@ from moka_pl.data.reading import read_rows
 from moka_pl.data.sources import Shard
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import CHOICE_PROMPTS, MMLU_PROMPTS, mmlu_header
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +41,7 @@ def local_tasks(folder: Path, num_fewshot: int | None = None) -> dict[str, dict[
     Raises:
         DataError: The folder has another layout, or has no examples to put before the questions.
     """
-    folder = folder.expanduser().absolute()
+    folder = expanded(folder).absolute()
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder. Give the folder that holds the tasks")
     subjects = [file.name.removesuffix("_test.csv") for file in sorted((folder / "test").glob("*_test.csv"))]

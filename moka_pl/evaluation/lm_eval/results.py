@@ -13,7 +13,7 @@ from typing import Any
 
 from moka_pl.adapters.reading import WEIGHTS_NAME
 from moka_pl.errors import ConfigError
-from moka_pl.utils import unwritable_reason
+from moka_pl.utils import expanded, unwritable_reason
 from moka_pl.version import __version__
 
 #: The file is written under its name with a few characters more, and most systems take 255.
@@ -32,15 +32,27 @@ def results_path(output: Path | None, folder: Path) -> Path:
     Raises:
         ConfigError: If nothing can be written there.
     """
-    path = output.expanduser() if output is not None else folder
+    path = expanded(output) if output is not None else folder
     if output is None or path.is_dir():
         path = path / f"results_{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}.json"
+    if path.exists() and not _are_results(path):
+        raise ConfigError(f"--output {path} is there already, and holds no results; choose another file")
     reason = unwritable_reason(path.parent)
     if reason is None and len(os.fsencode(path.name)) > _LONGEST_NAME:
         reason = os.strerror(errno.ENAMETOOLONG)
     if reason is not None:
         raise ConfigError(f"cannot write results to {path}: {reason}. Choose another file with --output")
     return path
+
+
+def _are_results(path: Path) -> bool:
+    """Whether a file is empty, or holds the results of an evaluation."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        stored = json.loads(text) if text.strip() else {"results": {}}
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(stored, dict) and "results" in stored
 
 
 def write_results(results: Mapping[str, Any], path: Path) -> None:

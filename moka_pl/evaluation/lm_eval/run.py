@@ -15,6 +15,7 @@ from moka_pl.evaluation.lm_eval.results import versions, weights_fingerprint
 from moka_pl.evaluation.lm_eval.tasks import Selection, silenced_lm_eval
 from moka_pl.evaluation.memory import halved_until_it_fits
 from moka_pl.prompts.rendering import check_template
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -118,7 +119,7 @@ def load_described(
         described = asdict(info.base) | ({"name": base, "revision": None} if base else {})
         del described["samples"]  # for loading only
         adapted = {
-            "path": str(adapter.expanduser().absolute()),
+            "path": str(expanded(adapter).absolute()),
             "fingerprint": weights_fingerprint(adapter),
             "config": method_of(info.config).options(),
             "step": info.extra.get("step"),

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from moka_pl.backbone import BackboneConfig
 from moka_pl.cli.class_paths import explain_denied, restrict_class_paths
-from moka_pl.cli.parser import MokaParser
+from moka_pl.cli.parsing.parser import MokaParser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.planning.adapters import plan_adapters

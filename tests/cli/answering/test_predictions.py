@@ -1,6 +1,7 @@
 """A file of answers, and what an interrupted run leaves of it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +54,18 @@ def test_two_processes_do_not_write_one_file(tmp_path):
     output = tmp_path / "answers.jsonl"
     with Predictions(output, "a").opened(), pytest.raises(ConfigError, match="another process is writing"):
         written(output, [(0, "a")])
+
+
+def test_what_is_read_is_never_replaced(tmp_path):
+    prompts, link = tmp_path / "prompts.jsonl", tmp_path / "link.jsonl"
+    prompts.write_text("mine")
+    link.symlink_to(prompts)
+    for output in (prompts, link, tmp_path / "." / "prompts.jsonl"):
+        with pytest.raises(ConfigError, match="is read for the answers; choose another file"):
+            check_output(output, True, [tmp_path / "none", prompts])
+    with pytest.raises(ConfigError, match="--output - would be a file of that name"):
+        check_output(Path("-"), False)
+    check_output(tmp_path / "answers.jsonl", True, [prompts])
 
 
 def test_a_full_disk_keeps_the_older_file(tmp_path, monkeypatch):

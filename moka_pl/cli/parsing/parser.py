@@ -13,33 +13,43 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moka_pl.adapters import MokaConfig
-from moka_pl.cli.class_paths import check_classes, explain_denied
+from moka_pl.cli.class_paths import check_classes
 from moka_pl.cli.config_files import YAML_MODE
+from moka_pl.cli.parsing.messages import told
 
 _ADAPTER = "model.adapter"
 #: Most characters of a message.
 _LONGEST = 6_000
-#: What jsonargparse says of a value of none of several plain types: each of them once more, with each error.
-_PLAIN_TYPES = re.compile(
-    r"Does not validate against any of the Union subtypes Subtypes: \[((?:<class '\w+'>(?:, )?)+)\] "
-    r"Errors: .*? Given value type: <class '\w+'> Given value: "
-)
-#: What to do about data of the other kind of model, by what jsonargparse says.
+#: What to do about data of the other kind of model, by what is said of the data.
 _HINTS = {
-    r"subclass of MokaDataModule .*(ImageFolder|Digits)Data$": "; images need --model moka_pl.VisionModule",
-    "subclass of ImageData ": "; a VisionModule takes images: moka_pl.ImageFolderData or moka_pl.DigitsData",
+    r"(ImageFolder|Digits)Data is no MokaDataModule": "; images need --model moka_pl.VisionModule",
+    "is no ImageData": "; a VisionModule takes images: moka_pl.ImageFolderData or moka_pl.DigitsData",
 }
 
 
 class MokaParser(LightningArgumentParser):
-    """Reads ``model.adapter``, builds a run's parts only, and reports a wrong option in one line."""
+    """Reads ``model.adapter``, builds a run's parts only, and reports a wrong option in one line.
+
+    Attributes:
+        command: The command as the user calls it, where Lightning's has another name.
+    """
+
+    command = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"parser_mode": YAML_MODE, **kwargs})
         # PEFT's own default for it, written out by the parser.
         warnings.filterwarnings("ignore", message=".loftq_config. specified but will be ignored")
+        # Lightning (2.6) walks over batches by a name of older PyTorch's.
+        warnings.filterwarnings("ignore", message=r".isinstance\(treespec, LeafSpec\). is deprecated")
         # Importing PEFT imports bitsandbytes, which on some CPUs asks for a package with a kernel of its own.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+    @property
+    def program(self) -> str:
+        """The words that call this parser's command."""
+        own = str(self.prog).replace(" [options]", "")
+        return f"{own.rpartition(' ')[0]} {self.command}" if self.command else own
 
     def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
         """Leaves out the default adapter's options: another class would take over their values."""
@@ -61,6 +71,9 @@ class MokaParser(LightningArgumentParser):
         text: str = super().format_help(*args, **kwargs)
         if _ADAPTER not in self.get_defaults():
             return text
+        # Of more than a hundred options the usage is no summary.
+        options = text.partition("\n\n")[2]
+        text = f"usage: {self.program} [--config NAME_OR_FILE] [OPTION VALUE ...]\n\n{options}"
         moka = ArgumentParser(usage="", add_help=False)
         moka.add_class_arguments(MokaConfig, _ADAPTER)
         options = str(moka.format_help()).partition("\n\n")[2]
@@ -71,10 +84,8 @@ class MokaParser(LightningArgumentParser):
         if not self.exit_on_error:  # the parser of a class inside, whose message becomes part of another
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        program = parser.prog.replace(" [options]", "")
-        # A class may be given as a file, too, but nobody means one.
-        line = re.sub(r"- Expected a path but \S+ either .*? invalid - ", "", explain_denied(message))
-        line = _PLAIN_TYPES.sub(_expected, line)
+        program = getattr(parser, "program", parser.prog)
+        line = told(message, parser.get_defaults().keys())
         if len(line) > _LONGEST:  # a value of a megabyte; what stands before and after it tells the mistake
             line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
         if "No module named 'peft'" in line:
@@ -82,8 +93,3 @@ class MokaParser(LightningArgumentParser):
         line += next((hint for found, hint in _HINTS.items() if re.search(found, line)), "")
         self.exit(2, f"{program}: error: {line}\nAll options: {program} --help\n")
         raise AssertionError  # exit does not return
-
-
-def _expected(found: re.Match[str]) -> str:
-    names = re.findall(r"'(\w+)'", found[1])
-    return f"Expected {' or '.join('null' if name == 'NoneType' else name for name in names)}. Got value: "

@@ -1,16 +1,13 @@
 """The parser of plain functions' commands, which tells a mistake in one line."""
 
-import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from moka_pl.cli.parsing.messages import told
 from moka_pl.errors import printable
 
-_WRONG = re.compile(r'Parser key "(\w+)": (.*)Given value: (.*)')
-_CHOICES = re.compile(r"Literal\[(.*?)\]")
-_NUMBERS = {"<class 'int'>": "a whole number", "<class 'float'>": "a number"}
 _MISSING = "the following arguments are required: "
 
 
@@ -36,10 +33,5 @@ class FunctionParser(ArgumentParser):
         if message.startswith(_MISSING):
             missing = message.removeprefix(_MISSING).split(", ")
             return _MISSING + ", ".join(name for name in missing if name not in self._several)
-        if (found := _WRONG.search(message)) is None:
-            return message
-        key, reasons, value = found.groups()
-        if (choices := _CHOICES.search(reasons)) is not None:
-            return f"{key} is {value!r}; choose one of {choices[1].replace(chr(39), '')}"
-        number = next((words for kind, words in _NUMBERS.items() if kind in reasons), None)
-        return f"{key} is {value!r}; give {number}" if number else message
+        # What may be left out is null only in Python.
+        return told(message.replace(" - Expected a <class 'NoneType'>", ""), self.get_defaults().keys())

@@ -1,0 +1,1 @@
+"""The parsers of commands, and how they tell mistakes."""
