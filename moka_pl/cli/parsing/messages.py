@@ -106,7 +106,8 @@ def _told(line: str, option: str, owner: str) -> str:
         return _of_several(_errors(found[1]), found[2], option, owner)
     if (found := re.fullmatch(r"Option '([^']+)' is not accepted", line)) is not None:
         hint = _meant(found[1], [*_parameters(owner), "init_args"])
-        return f"{option}.{found[1]} is no option of {owner}{hint}"
+        name = f"{option}.{found[1]}" if option else found[1]
+        return f"{name} is no option{f' of {owner}' if owner else ''}{hint}"
     if (found := re.fullmatch(r"module '([\w.]+)' has no attribute '(\w+)'.*", line)) is not None:
         hint = _meant(found[2], dir(sys.modules.get(found[1])))
         return f"{option}: {found[1]} has no {found[2]}{hint}"

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moka_pl.backbone import BackboneConfig
-from moka_pl.cli.class_paths import explain_denied, restrict_class_paths
+from moka_pl.cli.class_paths import restrict_class_paths
+from moka_pl.cli.parsing.messages import told
 from moka_pl.cli.parsing.parser import MokaParser
 from moka_pl.data import MokaDataModule
 from moka_pl.errors import ConfigError, MokaError
@@ -174,4 +175,4 @@ def _instantiate(parser: MokaParser, written: dict[str, Any], what: str) -> Name
         cause: BaseException | None = error  # jsonargparse wraps what a class refuses
         while cause is not None and not isinstance(cause, MokaError):
             cause = cause.__cause__
-        raise ConfigError(f"{what}: {explain_denied(' '.join(str(cause or error).split()))}") from error
+        raise ConfigError(f"{what}: {told(' '.join(str(cause or error).split()))}") from error

@@ -110,6 +110,7 @@ def test_a_message_names_option_value_and_kind(message, expected):
             "--trainer.max_step is no option; did you mean --trainer.max_steps?",
         ),
         ("unrecognized arguments: --fooo 3", "--fooo is no option"),
+        ("Option 'componens' is not accepted", "componens is no option"),
         ("unrecognized arguments: word", "unrecognized arguments: word"),
         (
             "Subcommand 'fit' does not accept option 'modle.name'",
