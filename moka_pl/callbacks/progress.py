@@ -13,8 +13,8 @@ _PAUSE = 1.0
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar (elapsed and remaining time, batches/s) with loss, tokens/s and validation metrics.
 
-    The bar updates once a second and at the end: reading a loss waits for the GPU, which is then idle until
-    the next step starts.
+    The bar updates once a second and at the end. Nothing that it shows of training is read from the GPU: of
+    the loss it shows the last value that has arrived.
 
     Args:
         refresh_rate: Batches between two updates; 0 hides the bar, 1 updates it once a second.

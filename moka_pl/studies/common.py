@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -74,6 +75,39 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{_processor()} ({torch.get_num_threads()} threads)"
+
+
+class Moment:
+    """A moment on the host's clock and, where there is a GPU, in its queue: nobody waits for it.
+
+    Args:
+        device: Where the work is done.
+    """
+
+    def __init__(self, device: "torch.device") -> None:
+        self._host = time.perf_counter()
+        self._event: Any = None
+        if device.type == "cuda":
+            import torch
+
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+
+    def host_ms_since(self, earlier: "Moment") -> float:
+        """Milliseconds of the host."""
+        return 1e3 * (self._host - earlier._host)
+
+    def gpu_ms_since(self, earlier: "Moment") -> float | None:
+        """Milliseconds of the GPU, idle or not; waits until it has come here. None on a CPU."""
+        if self._event is None:
+            return None
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event))
+
+    def ms_since(self, earlier: "Moment") -> float:
+        """Milliseconds that the work took: the GPU's where there is one."""
+        found = self.gpu_ms_since(earlier)
+        return self.host_ms_since(earlier) if found is None else found
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -5,7 +5,6 @@ Around the ``fit`` the callback times a bare loop over the same model and batche
 
 import os
 import random
-import time
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import ClassVar, Optional
@@ -18,7 +17,7 @@ from moka_pl.data.encoding.examples import Encoded
 from moka_pl.lm.scoring import score_tokens
 from moka_pl.studies.benchmark.startup import Stopwatch
 from moka_pl.studies.benchmark.steps import synchronise
-from moka_pl.studies.common import peak_gib, reset_peak, write_json
+from moka_pl.studies.common import Moment, peak_gib, reset_peak, write_json
 from moka_pl.training.module import MokaModule
 
 #: Different batches that the bare loop takes in turn.
@@ -51,7 +50,7 @@ class Probe(Callback):
         self.bare_ms: list[float] = []
         self.peak = 0.0
         self.trainable = 0
-        self._ends: list[float] = []
+        self._ends: list[Moment] = []
         Probe.latest = self
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,15 +62,13 @@ class Probe(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Notes the time; only at both ends of the measurement the GPU is waited for."""
-        if batch_idx + 1 in (self.warmup, self.warmup + self.steps):
-            synchronise(pl_module.device)
-        self._ends.append(time.perf_counter())
+        """Notes the moment, in the GPU's queue where there is one, and waits for nothing."""
+        self._ends.append(Moment(pl_module.device))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs the second half of the bare loop, while the model is still on its device."""
         self.peak = peak_gib(pl_module.device)
-        self.fit_ms = [1e3 * (after - before) for before, after in pairwise(self._ends[self.warmup - 1 :])]
+        self.fit_ms = [after.ms_since(before) for before, after in pairwise(self._ends[self.warmup - 1 :])]
         self.bare_ms += self._bare(trainer, pl_module)
 
     def _bare(self, trainer: Trainer, pl_module: LightningModule) -> list[float]:
@@ -94,10 +91,8 @@ class Probe(Callback):
                 torch.autograd.backward(score_tokens(pl_module.causal_lm, ids, labels).nll.mean())
                 optimizer.step()
                 optimizer.zero_grad()
-                if step + 1 in (self.warmup, self.warmup + measured):
-                    synchronise(device)
-                ends.append(time.perf_counter())
-        return [1e3 * (after - before) for before, after in pairwise(ends[self.warmup - 1 :])]
+                ends.append(Moment(device))
+        return [after.ms_since(before) for before, after in pairwise(ends[self.warmup - 1 :])]
 
 
 class Clock(Callback):

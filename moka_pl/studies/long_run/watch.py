@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import psutil
@@ -14,8 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from moka_pl.callbacks import GateMonitor
 from moka_pl.errors import one_line
 from moka_pl.studies.benchmark.steps import synchronise
+from moka_pl.studies.common import Moment
 
-#: Optimizer steps between two looks at the clock, for which the GPU is waited for.
+#: Moments between which the GPU's time is taken.
+Span = tuple[Moment, Moment]
+#: Optimizer steps between two looks at the clock, which do not wait for the GPU.
 BLOCK = 10
 #: Optimizer steps between two checkpoints.
 SAVED = 200
@@ -37,27 +40,28 @@ class RunWatch(Callback):
         self, file: str, seconds: float = 60.0, profile_at: int | None = None, turns: int | None = None
     ) -> None:
         self.file, self.seconds, self.profile_at, self.turns = Path(file), seconds, profile_at, turns
-        self._begun = self._looked = time.perf_counter()
+        self._begun = time.perf_counter()
         self._step = -1
-        self._times: list[float] = []
-        self._end: float | None = None
-        self._saving: list[float] = []
-        self._others: list[float] = []
+        self._looked: Moment | None = None
+        self._times: list[Span] = []
+        self._end: Moment | None = None
+        self._saving: list[Span] = []
+        self._others: list[Span] = []
         self._profiler: Any = None
         self._switch: _Switch | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self._looked = time.perf_counter()
+        self._looked = Moment(pl_module.device)
         self._step = trainer.global_step
         if self.turns is not None:
             self._switch = _Switch(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, *of_batch: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *of_batch: Any) -> None:
         """Notes how long callbacks took after a block, which may have saved a checkpoint."""
         if self._end is not None:
             saved = trainer.global_step % SAVED == 0
-            (self._saving if saved else self._others).append(time.perf_counter() - self._end)
+            (self._saving if saved else self._others).append((self._end, Moment(pl_module.device)))
             self._end = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *of_batch: Any) -> None:
@@ -73,27 +77,26 @@ class RunWatch(Callback):
             self._write({"not_profiled": one_line(error)})
         if step % BLOCK:
             return
-        synchronise(pl_module.device)
-        now = time.perf_counter()
-        if self._profiler is None:
-            self._times.append(1e3 * (now - self._looked) / BLOCK)
+        moment, now = Moment(pl_module.device), time.perf_counter()
+        if self._profiler is None and self._looked is not None:
+            self._times.append((self._looked, moment))
             if self._switch is not None and self.turns is not None and step % self.turns == 0:
                 self._switch.turn(trainer, self._times)
                 self._times = []
         if self._switch is None and now - self._begun >= self.seconds * (1 + self._lines):
             self._write(self._line(trainer, pl_module.device, now))
-        self._end = self._looked = time.perf_counter()
+        self._end = self._looked = moment
 
     _lines = 0
 
     def _line(self, trainer: Trainer, device: torch.device, now: float) -> dict[str, Any]:
         """Describes the time since the last line."""
         self._lines += 1
-        times, self._times = self._times, []
-        saving, self._saving = self._saving, []
+        times, self._times = _milliseconds(self._times, BLOCK), []
+        saving, self._saving = _milliseconds(self._saving), []
         process = psutil.Process()
         gpu = device.type == "cuda"
-        usual = median(self._others) if self._others else 0.0
+        usual = median(_milliseconds(self._others)) if self._others else 0.0
         return {
             "minutes": round((now - self._begun) / 60, 2),
             "step": trainer.global_step,
@@ -105,7 +108,7 @@ class RunWatch(Callback):
             "descriptors": process.num_fds(),
             "threads": process.num_threads(),
             "events_mb": events_bytes(trainer) / 1e6,
-            "saving_seconds": median(saving) - usual if saving else None,
+            "saving_seconds": (median(saving) - usual) / 1e3 if saving else None,
         }
 
     def _profile(self, step: int, device: torch.device) -> None:
@@ -127,7 +130,7 @@ class RunWatch(Callback):
                 for event in profiler.events()
                 if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
             ]
-            self._looked = time.perf_counter()
+            self._looked = Moment(device)
             self._write({"profiled_steps": _PROFILED, "kernels": len(spans), "busy": busy_share(spans)})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,17 +146,22 @@ class RunWatch(Callback):
             file.write(json.dumps(line) + "\n")
 
 
+def _milliseconds(spans: Sequence[Span], steps: int = 1) -> list[float]:
+    """Returns the milliseconds of each span, by its steps; the GPU has to have come to the last one's end."""
+    return [end.ms_since(begin) / steps for begin, end in spans]
+
+
 class _Switch:
     """Switches loggers and gates off and on."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._loggers, self._callbacks = list(trainer.loggers), list(trainer.callbacks)  # type: ignore[attr-defined]
         self._on = True
-        self._windows: dict[bool, list[float]] = {True: [], False: []}
+        self._windows: dict[bool, list[list[Span]]] = {True: [], False: []}
 
-    def turn(self, trainer: Trainer, times: Sequence[float]) -> None:
-        """Keeps the time of the steps since the last turn, and switches."""
-        self._windows[self._on].append(sum(times) / len(times))
+    def turn(self, trainer: Trainer, blocks: list[Span]) -> None:
+        """Keeps the blocks of steps since the last turn, and switches."""
+        self._windows[self._on].append(blocks)
         self._on = not self._on
         if self._on:
             self.restore(trainer)
@@ -168,7 +176,8 @@ class _Switch:
 
     def result(self) -> dict[str, Any]:
         """Returns the step times of both, and the share that logging adds, from pair to pair."""
-        pairs = list(zip(self._windows[True], self._windows[False], strict=False))[1:]  # the first warms up
+        means = {on: [fmean(_milliseconds(b, BLOCK)) for b in found] for on, found in self._windows.items()}
+        pairs = list(zip(means[True], means[False], strict=False))[1:]  # the first warms up
         if not pairs:
             return {"pairs": 0}
         return {

@@ -1,16 +1,18 @@
 """Host and GPU times of the parts of training steps, taken without waiting for the GPU."""
 
-import time
+from itertools import pairwise
 from typing import Any
 
 import torch
+
+from moka_pl.studies.common import Moment
 
 #: The parts of a step, in their order.
 PARTS = ("between", "forward", "backward", "update")
 
 
 class StepTimes:
-    """Marks the parts of every step on the host's clock and in the GPU's queue.
+    """Marks the parts of every step on the host's clock and in the GPU's queue (see :class:`Moment`).
 
     ``between`` reaches from the end of the last step to the begin of this one: what is logged and saved
     after a step, and loading the next batch. ``forward``, ``backward`` (with the sum over ranks) and
@@ -24,18 +26,13 @@ class StepTimes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._host: list[float] = []
-        self._events: list[Any] = []
+        self._device = device
+        self._moments: list[Moment] = []
         self._after_log: list[bool] = []
 
     def mark(self) -> None:
         """Marks the end of a part; the first mark begins the first step."""
-        self._host.append(time.perf_counter())
-        if self._on_gpu:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            self._events.append(event)
+        self._moments.append(Moment(self._device))
 
     def end_step(self, logs: bool) -> None:
         """Marks the end of a step.
@@ -54,17 +51,12 @@ class StepTimes:
             that follow it), ``host_ms`` and ``gpu_ms`` (None on a CPU), each with a list a part.
         """
         steps = len(self._after_log)
-        marks = len(PARTS) * steps
-        host = [1e3 * (b - a) for a, b in zip(self._host[:marks], self._host[1 : marks + 1], strict=True)]
-        gpu = None
-        if self._on_gpu:
-            torch.cuda.synchronize()
-            pairs = zip(self._events[:marks], self._events[1 : marks + 1], strict=True)
-            gpu = [a.elapsed_time(b) for a, b in pairs]
+        pairs = list(pairwise(self._moments[: len(PARTS) * steps + 1]))
+        gpu = [end.gpu_ms_since(begin) for begin, end in pairs]
         return {
             "after_log": [False, *self._after_log[:-1]][:steps],
-            "host_ms": _by_part(host),
-            "gpu_ms": None if gpu is None else _by_part(gpu),
+            "host_ms": _by_part([end.host_ms_since(begin) for begin, end in pairs]),
+            "gpu_ms": None if None in gpu else _by_part([ms for ms in gpu if ms is not None]),
         }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moka_pl.studies.ranks import step_times
+from moka_pl.studies import common
 from moka_pl.studies.ranks.clock import saving_seconds
 from moka_pl.studies.ranks.step_times import PARTS, StepTimes, step_seconds
 
@@ -13,9 +13,12 @@ class Event:
 
     now = 0
 
-    def record(self) -> None:
+    def record(self, stream) -> None:
         Event.now += 1
         self.at = Event.now
+
+    def synchronize(self) -> None:
+        assert self.at
 
     def elapsed_time(self, other) -> float:
         return 3e3 * (other.at - self.at)
@@ -25,7 +28,7 @@ class Event:
 def ticking(monkeypatch):
     """Has every look at the host's clock take a second."""
     seconds = iter(range(1000))
-    monkeypatch.setattr(step_times.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(seconds))
 
 
 def taken(times: StepTimes, steps: int) -> dict:
@@ -48,7 +51,7 @@ def test_parts_are_times_between_marks(ticking):
 
 def test_a_step_takes_as_long_as_the_gpu(ticking, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     found = taken(StepTimes(torch.device("cuda")), 2)
     assert found["host_ms"]["update"] == [1e3] * 2
     assert found["gpu_ms"]["update"] == [3e3] * 2
