@@ -65,17 +65,17 @@ def head_size(model: "PreTrainedModel") -> int:
 
 
 def causal_unsupported_reason(
-    model: "PreTrainedModel", implementation: str, width: int | None = None
+    model: "PreTrainedModel", *implementations: str, width: int | None = None
 ) -> str | None:
     """Returns why plain causal attention over all earlier positions would not be the model's, or None.
 
     Args:
         model: The model.
-        implementation: Name of what is to take the place of SDPA; the model may have it already.
+        *implementations: Names of what is to take the place of SDPA; the model may have one of them already.
         width: Most tokens a row, which a window may hold; None for any number.
     """
     current = attention_implementation(model)
-    if current not in ("sdpa", implementation):
+    if current not in ("sdpa", *implementations):
         return f"attention is {current}"
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         return f"{type(model).__name__} uses a custom attention"

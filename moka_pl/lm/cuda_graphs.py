@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from moka_pl._compat import copy_all_, multiplied
 from moka_pl.errors import MokaWarning, one_line
 from moka_pl.lm.architecture import causal_unsupported_reason, sliding_window
-from moka_pl.lm.attention import varlen_inputs
+from moka_pl.lm.attention import VARLEN, varlen_inputs
 from moka_pl.lm.causal import CAUSAL, causal
 from moka_pl.lm.checkpointing import draws
 from moka_pl.lm.experts import SplitExperts
@@ -299,7 +299,8 @@ def capture_unsupported_reason(model: "PreTrainedModel") -> str | None:
         return "CUDA graphs need a GPU"
     if getattr(model, "is_gradient_checkpointing", False) and draws(model):
         return "gradient checkpointing with dropout reads the state of random generators during capture"
-    return causal_unsupported_reason(model, CAUSAL, width=1)  # rows wider than a window are left out by size
+    # Packed data have given the model their attention before; rows wider than a window are left out by size.
+    return causal_unsupported_reason(model, CAUSAL, VARLEN, width=1)
 
 
 @contextmanager

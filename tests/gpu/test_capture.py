@@ -1,7 +1,9 @@
 """Training steps replayed as CUDA graphs."""
 
+import json
 import warnings
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from shared.graph_fit import fit
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.data import TextData
 from moka_pl.data.batching.collate import collate_packs
 from moka_pl.lm.attention import PackedAttention
 from moka_pl.lm.checkpointing import checkpoint_layers
@@ -247,3 +250,16 @@ def test_fit_with_graphs_follows_fit_without(accumulate: int) -> None:
     assert len(without) == 24
     assert without[-4:].mean() < without[:4].mean()
     torch.testing.assert_close(replayed, without, rtol=2e-3, atol=0)
+
+
+def test_a_packed_fit_is_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    texts = (" ".join(str(7 * n + k) for k in range(200)) for n in range(60))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    curves = []
+    for graphs in (False, True):
+        data = TextData(path, batch_size=4, max_length=128)
+        _, _, keep = fit(graphs, data=data, dtype="bfloat16", max_steps=24, limit_val_batches=0)
+        assert bool(keep.graphs) == graphs
+        curves.append(torch.tensor(keep.losses))
+    torch.testing.assert_close(curves[1], curves[0], rtol=3e-2, atol=0)

@@ -117,6 +117,9 @@ def test_products_in_8_bits_share(
     x, upstream = _numbers(layers)
     found, expected = _step(layers, x, upstream), _alone(monkeypatch, layers, x, upstream)
     for one, other in zip(found, expected, strict=True):
+        if not other.any():  # the gradient of a single component's gate
+            assert not one.any()
+            continue
         assert _error(one, other) < 5e-3
 
 

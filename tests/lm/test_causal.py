@@ -41,8 +41,11 @@ def test_attention_within_chunks_is_not_causal_attention() -> None:
 def test_rows_within_a_sliding_window_need_no_mask() -> None:
     model: Any = tiny_model(FAMILY["Gemma 3"]).eval()
     window = model.config.sliding_window
-    assert causal_unsupported_reason(model, CAUSAL, window) is None
-    assert causal_unsupported_reason(model, CAUSAL, window + 1) == "the model uses sliding-window attention"
+    assert causal_unsupported_reason(model, CAUSAL, width=window) is None
+    assert (
+        causal_unsupported_reason(model, CAUSAL, width=window + 1)
+        == "the model uses sliding-window attention"
+    )
     for width, same in ((window, True), (2 * window, False)):
         ids = torch.arange(3, 3 + width)[None] % model.config.vocab_size
         expected = score_tokens(model, ids, ids).nll

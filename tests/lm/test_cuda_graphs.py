@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.data.batching.collate import collate_packs
+from moka_pl.lm.attention import VARLEN
 from moka_pl.lm.causal import CAUSAL, causal
 from moka_pl.lm.cuda_graphs import (
     StepCapture,
@@ -137,6 +139,15 @@ def test_gradients_of_fresh_leaves_are_those_of_the_parameters_that_come_back() 
 
 def test_a_cpu_goes_without_graphs(model) -> None:
     assert "GPU" in (capture_unsupported_reason(model) or "")
+
+
+def test_a_model_that_packed_data_have_prepared_is_recorded(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: on_gpu)
+    assert capture_unsupported_reason(model) is None
+    for implementation, reason in ((VARLEN, None), ("eager", "attention is eager")):
+        monkeypatch.setattr(model.config, "_attn_implementation", implementation)
+        assert capture_unsupported_reason(model) == reason
 
 
 def test_fit_on_a_cpu_trains_as_ever(make_fit: Callable[..., list[float]]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from moka_pl.adapters import MokaConfig
 from moka_pl.backbone import BackboneConfig
-from moka_pl.data import CommonsenseData
+from moka_pl.data import CommonsenseData, MokaDataModule
 from moka_pl.training.module import MokaModule
 
 #: Examples of an optimizer step's batches, over all GPUs.
@@ -28,11 +28,13 @@ class Losses(pl.Callback):
             self.graphs = max(self.graphs, module._capture.graphs)
 
 
-def fit(graphs: bool, devices: int = 1, **options: Any) -> tuple[MokaModule, pl.Trainer, Losses]:
-    """Trains a model of SmolLM2's shape on the package's questions; options go to the trainer."""
+def fit(
+    graphs: bool, devices: int = 1, data: MokaDataModule | None = None, dtype: str = "float32", **options: Any
+) -> tuple[MokaModule, pl.Trainer, Losses]:
+    """Trains a model of SmolLM2's shape, on the package's questions by default; options go to the trainer."""
     pl.seed_everything(0, verbose=False)
     module = MokaModule(
-        BackboneConfig("smollm2-135m", weights="random", compute_dtype="float32"),
+        BackboneConfig("smollm2-135m", weights="random", compute_dtype=dtype),
         MokaConfig(components=4),
         optimizer=lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.0),
         cuda_graphs=graphs,
@@ -49,5 +51,7 @@ def fit(graphs: bool, devices: int = 1, **options: Any) -> tuple[MokaModule, pl.
         "enable_progress_bar": False,
     }
     trainer = pl.Trainer(**defaults | options)
-    trainer.fit(module, datamodule=CommonsenseData("sample", batch_size=BATCH // devices, prompt="cloze"))
+    if data is None:
+        data = CommonsenseData("sample", batch_size=BATCH // devices, prompt="cloze")
+    trainer.fit(module, datamodule=data)
     return module, trainer, keep
