@@ -7,6 +7,9 @@ diagonal.
 
 Small layers on a CPU spend as long on calling operations as in them. Components of one shape mostly stand at
 equal distances in the packed factors; L and R are then views of those, and gradients are written in place.
+
+Putting the entries of ``Lᵀ R`` in order takes longer than the product. So ΔW is made row by row of the right
+factors, which leaves whole rows of ΔW in order, and where these factors are narrow, without disorder at all.
 """
 
 from functools import cache
@@ -17,6 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moka_pl.ops.layout import ComponentIndex, Shape, group_equal, left_sizes, right_sizes, starts
+
+#: Right factors of fewer columns are narrow; and the most columns of all of them, side by side.
+_NARROW, _MOST = 8, 32
 
 
 class _Rows(NamedTuple):
@@ -106,13 +112,34 @@ def add_delta_(
             shared = rights.of(scaled).sum(0).view(shape.m_b, shape.n_b, 1)
             blocks.diagonal(dim1=0, dim2=2).add_(shared)  # (m_b, n_b, k)
         else:
-            part = lefts.of(left).mT @ rights.of(scaled)  # (m_a n_a, m_b n_b)
-            part = part.view(shape.m_a, shape.n_a, shape.m_b, shape.n_b)
-            blocks.add_(part.transpose(1, 2))  # (m_a, m_b, n_a, n_b)
-            del part  # the next group's then takes its memory, which the caches hold
+            _add_group_(block, shape, lefts.of(left), rights.of(scaled))
         if not fits:
             total[: shape.rows, : shape.cols] += block[:m, :n]
     return total
+
+
+def _add_group_(total: Tensor, shape: Shape, left: Tensor, right: Tensor) -> None:
+    """Adds the components of one shape to a matrix of its size.
+
+    Args:
+        total: What is changed in place, (m_a m_b, n_a n_b), contiguous.
+        shape: Their shape.
+        left: Their left factors as rows, (C, m_a n_a).
+        right: Their right factors as rows, times their weights, (C, m_b n_b).
+    """
+    m_a, n_a, m_b, n_b, _ = shape
+    members = len(left)
+    right = right.view(members, m_b, n_b).transpose(0, 1)  # (m_b, C, n_b)
+    if n_b < _NARROW and members * n_b <= _MOST:
+        # Each block of rows of ΔW is B, (m_b, C n_b), times a row of A of which every entry is a diagonal.
+        spread = left.new_zeros(m_a, members, n_b, n_a, n_b)
+        a = left.view(members, m_a, 1, n_a).transpose(0, 1)  # (m_a, C, 1, n_a)
+        spread.diagonal(dim1=2, dim2=4).copy_(a.mT)  # (m_a, C, n_a, n_b)
+        right = right.reshape(m_b, -1).expand(m_a, -1, -1)  # (m_a, m_b, C n_b)
+        total.view(m_a, m_b, -1).baddbmm_(right, spread.view(m_a, members * n_b, -1))
+        return
+    part = torch.bmm(left.mT.expand(m_b, -1, -1), right)  # (m_b, m_a n_a, n_b)
+    total.view(m_a, m_b, -1).add_(part.view(m_b, m_a, -1).transpose(0, 1))  # (m_a, m_b, n_a n_b)
 
 
 def project(

@@ -2,10 +2,13 @@
 
 Beside the frozen layer the update costs one matrix product forward and two backward. Merged with it, it costs
 building ``W + ΔW`` instead of W (which a 4-bit layer builds anyway) and the one product that gives the
-gradient of ΔW: ``∂L/∂ΔW = Gᵀ X``, which is then projected to factors and gates. Neither sum nor ΔW is kept.
+gradient of ΔW: ``∂L/∂ΔW = Gᵀ X``, which is then projected to factors and gates.
 
 For few tokens products with the small factors are cheaper than building ΔW. Merged with the frozen layer,
 they share its transposed input and add to its result in place.
+
+Neither sum nor ΔW is kept on a GPU. On a CPU, where building takes longer, the sum is kept for the backward
+pass where it is no larger than the layer's input and output.
 
 Without W the same code computes the update alone (see :func:`moka_pl.ops.kronecker.kronecker_linear`).
 """
@@ -25,7 +28,7 @@ from moka_pl.ops.dense import add_delta_, project
 from moka_pl.ops.gating import Gating, gates_of, logits_gradient
 from moka_pl.ops.layout import Shape
 from moka_pl.ops.shared_input import Held, add_product_, new_link
-from moka_pl.ops.structured import add_update_, transposed, update_backward
+from moka_pl.ops.structured import Sides, add_update_, gather, transposed, update_backward
 
 #: Tokens above which bitsandbytes dequantises a 4-bit weight for its product, too; for fewer it has a kernel.
 DEQUANTISED_TOKENS = 1536
@@ -68,11 +71,16 @@ class DenseUpdates:
             left: Packed left factors.
             right: Packed right factors.
             gate: Gate logits, (r,), or None.
-            keep: Called once, with small tensors that :meth:`backward` would compute again, as early as these
-                are there: when checkpointing computes a block again, nothing after its last call is needed.
+            keep: Called once, with tensors that :meth:`backward` would compute again, as early as these are
+                there: when checkpointing computes a block again, nothing after its last call is needed.
         """
-        keep()
-        return F.linear(x, self.weight(left, right, gate, x.dtype), bias)
+        small = self.m * self.n <= len(x) * (self.m + self.n)
+        if not (small and self._keeps(x)):
+            keep()
+            return F.linear(x, self.weight(left, right, gate, x.dtype), bias)
+        total = self.weight(left, right, gate, x.dtype)  # (m, n)
+        keep(total)
+        return F.linear(x, total, bias)
 
     def backward(
         self,
@@ -93,13 +101,14 @@ class DenseUpdates:
             left: Packed left factors.
             right: Packed right factors.
             gate: Gate logits, (r,), or None.
-            kept: What :meth:`product` has kept.
+            kept: What :meth:`product` has kept, or nothing.
             needs_x: Whether the gradient of ``x`` is needed.
             total: What is added to that, shape (T, n), and may be changed in place; None for nothing.
         """
         grad_x = None
         if needs_x:
-            grad_x = add_product_(total, grad, self.weight(left, right, gate, x.dtype))  # (T, n)
+            weight = kept[0] if kept else self.weight(left, right, gate, x.dtype)  # (m, n)
+            grad_x = add_product_(total, grad, weight)  # (T, n)
         return grad_x, *self.factor_gradients(grad, x, left, right, gate)
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -146,6 +155,10 @@ class DenseUpdates:
         grad_left, grad_right, grad_weights = project(grad, left, right, alpha * self.scaling, self.shapes)
         return grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
 
+    def _keeps(self, x: Tensor) -> bool:
+        """Whether the product is to keep what is small beside its input and output: on a CPU, with W."""
+        return self.base_weight is not None and x.device.type == "cpu"
+
     def _alpha(self, gate: Tensor | None, right: Tensor) -> Tensor:
         """α, (r,)."""
         r = len(self.shapes)
@@ -169,15 +182,15 @@ class StructuredUpdates(DenseUpdates):
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None, keep: Keep
     ) -> Tensor:
         """As :meth:`DenseUpdates.product`."""
-        keep()
         wide = torch.promote_types(x.dtype, right.dtype)
+        factors = self._gather(left, right, self._alpha(gate, right), wide)
+        keep(*(factors if self._keeps(x) else ()))
         if self.base_weight is None:
             out = torch.zeros(self.m, len(x), dtype=wide, device=x.device)  # (m, T)
         else:
             # The frozen layer's own product: W xᵀ rounds otherwise on some CPUs, and step 0 would differ.
             out = transposed(F.linear(x, self.base_weight().to(x.dtype), bias), wide)  # (m, T)
-        parts = left.to(wide), right.to(wide), (self._alpha(gate, right) * self.scaling).to(wide)
-        return transposed(add_update_(out, transposed(x, wide), *parts, self.shapes), x.dtype)
+        return transposed(add_update_(out, transposed(x, wide), factors, self.shapes), x.dtype)
 
     def backward(
         self,
@@ -192,19 +205,23 @@ class StructuredUpdates(DenseUpdates):
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.backward`."""
         dtype, wide = x.dtype, torch.promote_types(x.dtype, right.dtype)
-        grad, x = transposed(grad, wide), transposed(x, wide)  # (m, T), (n, T)
-        grad_x = None
+        grad, x, grad_x = transposed(grad, wide), transposed(x, wide), None  # (m, T), (n, T)
         if needs_x and self.base_weight is None:
             grad_x = torch.zeros_like(x)  # (n, T)
         elif needs_x and self.base_weight is not None:
             grad_x = self.base_weight().to(wide).mT @ grad  # (n, T)
         alpha = self._alpha(gate, right)  # (r,)
-        parts = left.to(wide), right.to(wide), (alpha * self.scaling).to(wide)
+        factors = Sides(*kept) if kept else self._gather(left, right, alpha, wide)
+        parts = right.to(wide), (alpha * self.scaling).to(wide), factors
         grad_left, grad_right, grad_weights = update_backward(grad, x, *parts, self.shapes, grad_x)
         if grad_x is not None:
             grad_x = transposed(grad_x, dtype)  # (T, n)
             grad_x = grad_x if total is None else grad_x.add_(total)
         return grad_x, grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
+
+    def _gather(self, left: Tensor, right: Tensor, alpha: Tensor, wide: torch.dtype) -> Sides:
+        """The gathered factors in the dtype of the products."""
+        return gather(left.to(wide), right.to(wide), (alpha * self.scaling).to(wide), self.shapes)
 
 
 def _save(ctx: Any, parameters: tuple[Tensor | None, ...], activations: tuple[Tensor, ...]) -> None:
@@ -239,7 +256,7 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
 
 
 class MergedForward(torch.autograd.Function):
-    """``y = (W + s Σ_i α_i (A_i ⊗ B_i)) x + bias``; saves no m × n matrix, but x, gate logits and factors."""
+    """``y = (W + s Σ_i α_i (A_i ⊗ B_i)) x + bias``; saves x, gate logits, factors, what ``updates`` keeps."""
 
     @staticmethod
     def forward(

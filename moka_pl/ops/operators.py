@@ -116,7 +116,8 @@ def _product(
     kept: list[Tensor] = []
     with torch.autocast(x.device.type, cast, enabled=False):
         out = updates.product(x.reshape(-1, x.shape[-1]), bias, left, right, gate, lambda *t: kept.extend(t))
-    return out.view(*x.shape[:-1], m), kept[0] if kept else nothing
+    # A compiler is told the size of what thin products keep; what others keep on a CPU is computed again.
+    return out.view(*x.shape[:-1], m), kept[0] if hidden else nothing
 
 
 @_product.register_fake
@@ -145,7 +146,8 @@ def _product_backward(
         updates, _ = _updates(x, gate, left, right, layer, sizes, m, backend)
     parts = grad.reshape(-1, m).contiguous(), x.reshape(-1, n), left, right, gate
     with torch.autocast(x.device.type, cast, enabled=False):
-        grad_x, grad_left, grad_right, grad_gate = updates.backward(*parts, (kept,), needs_x)
+        kept_parts = (kept,) if kept.shape[1] else ()
+        grad_x, grad_left, grad_right, grad_gate = updates.backward(*parts, kept_parts, needs_x)
     return (
         x.new_empty(0) if grad_x is None else grad_x.contiguous().view(x.shape),
         right.new_empty(0) if gate is None or grad_gate is None else grad_gate.to(gate.dtype),

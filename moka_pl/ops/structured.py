@@ -69,8 +69,8 @@ class _Layout(NamedTuple):
     component_index: ComponentIndex
 
 
-class _Sides(NamedTuple):
-    """Factors or their gradients, both sides gathered."""
+class Sides(NamedTuple):
+    """Factors, the right ones times w, or gradients, both sides gathered."""
 
     left: Tensor
     right: Tensor
@@ -109,23 +109,32 @@ def _entries(begins: list[int], members: list[int], rows: int, columns: int) -> 
     return first + torch.arange(rows * columns).view(rows, columns)
 
 
-def add_update_(
-    out: Tensor, x: Tensor, left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
-) -> Tensor:
-    """Adds ``Σ_i w_i (A_i ⊗ B_i) x`` to ``out`` and returns that, all in one dtype.
+def gather(left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]) -> Sides:
+    """Gathers the factors as the products take them, the right ones times w.
 
     Args:
-        out: What is changed in place, shape (m, T), contiguous.
-        x: Input, tokens in columns, shape (n, T), contiguous.
         left: Packed left factors.
         right: Packed right factors.
         weights: w, shape (r,).
         shapes: r shapes.
     """
+    layout = _layout(shapes, right.device)
+    scaled = layout.component_index.scale(right, weights)
+    return Sides(left.index_select(0, layout.left.gather), scaled.index_select(0, layout.right.gather))
+
+
+def add_update_(out: Tensor, x: Tensor, factors: Sides, shapes: tuple[Shape, ...]) -> Tensor:
+    """Adds ``Σ_i w_i (A_i ⊗ B_i) x`` to ``out`` and returns that, all in one dtype.
+
+    Args:
+        out: What is changed in place, shape (m, T), contiguous.
+        x: Input, tokens in columns, shape (n, T), contiguous.
+        factors: The gathered factors.
+        shapes: r shapes.
+    """
     (n, tokens), m = x.shape, out.shape[0]
     layout = _layout(shapes, x.device)
-    left = left.index_select(0, layout.left.gather)
-    right = layout.component_index.scale(right, weights).index_select(0, layout.right.gather)
+    left, right = factors
     for (m_a, n_a, m_b, n_b, identity), members, left_first, lefts, rights in layout.groups:
         rows, columns = m_a * m_b, n_a * n_b
         grid = x if columns == n else _fit(x, columns)  # (n_a n_b, T)
@@ -149,13 +158,13 @@ def add_update_(
 def update_backward(
     grad: Tensor,
     x: Tensor,
-    left: Tensor,
     right: Tensor,
     weights: Tensor,
+    factors: Sides,
     shapes: tuple[Shape, ...],
     grad_x: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of ``left``, ``right`` and ``weights`` in :func:`add_update_`.
+    """Returns the gradients of left factors, ``right`` and ``weights`` in :func:`add_update_`.
 
     With X and G of one token as matrices: ``dA = w Σ_t G B Xᵀ``, ``dB = w Σ_t Gᵀ A X``, ``dX = w Aᵀ G B``,
     and since the product is linear in B, ``dw_i = <dB_i / w_i, B_i>`` needs no second forward.
@@ -163,17 +172,15 @@ def update_backward(
     Args:
         grad: Gradient of the sum, shape (m, T), contiguous.
         x: Its input, shape (n, T), contiguous.
-        left: Packed left factors.
         right: Packed right factors.
         weights: w, shape (r,).
+        factors: The gathered factors.
         shapes: r shapes.
         grad_x: What to add the gradient of ``x`` to, shape (n, T), contiguous; None where nobody needs it.
     """
     (n, tokens), m = x.shape, grad.shape[0]
     layout = _layout(shapes, x.device)
-    scaled = layout.component_index.scale(right, weights)
-    factors = _Sides(left.index_select(0, layout.left.gather), scaled.index_select(0, layout.right.gather))
-    grads = _Sides(torch.empty_like(factors.left), torch.empty_like(factors.right))
+    grads = Sides(torch.empty_like(factors.left), torch.empty_like(factors.right))
     for group in layout.groups:
         m_a, n_a, m_b, n_b, identity = group.shape
         rows, columns = m_a * m_b, n_a * n_b
@@ -196,7 +203,7 @@ def update_backward(
 
 
 def _left_first_backward(
-    group: _Group, grad: Tensor, grid: Tensor, factors: _Sides, grads: _Sides, to_x: Tensor | None
+    group: _Group, grad: Tensor, grid: Tensor, factors: Sides, grads: Sides, to_x: Tensor | None
 ) -> None:
     """Puts into ``grads`` what ∂L/∂(its sum), (m_a, m_b, T), and its input, (n_a n_b, T), give for a group.
 
@@ -216,7 +223,7 @@ def _left_first_backward(
 
 
 def _identity_backward(
-    group: _Group, grad: Tensor, grid: Tensor, factors: _Sides, grads: _Sides, to_x: Tensor | None
+    group: _Group, grad: Tensor, grid: Tensor, factors: Sides, grads: Sides, to_x: Tensor | None
 ) -> None:
     """As :func:`_left_first_backward`, with identities on the left."""
     (_, n_a, m_b, n_b, _), members, _, _, rights = group
@@ -229,7 +236,7 @@ def _identity_backward(
 
 
 def _right_first_backward(
-    group: _Group, grad: Tensor, grid: Tensor, factors: _Sides, grads: _Sides, to_x: Tensor | None
+    group: _Group, grad: Tensor, grid: Tensor, factors: Sides, grads: Sides, to_x: Tensor | None
 ) -> None:
     """As :func:`_left_first_backward`, with right factors first."""
     (m_a, n_a, m_b, n_b, _), members, _, lefts, rights = group

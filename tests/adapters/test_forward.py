@@ -147,13 +147,39 @@ def test_thin_products_save_little_beside_the_input() -> None:
     assert sum(t.numel() for t in saved) == entries + 5 * TOKENS
 
 
-@pytest.mark.parametrize("backend", ["structured", "dense", "fused"])
-def test_one_product_saves_only_input_gates_and_factors(backend: str) -> None:
+def saved_beside_its_inputs(layer: MokaLinear, x: Tensor) -> int:
+    """Numbers that a layer saves for the backward pass, without its input, gates and factors."""
+    saved = layer(x.requires_grad_()).grad_fn.next_functions[0][0].saved_tensors
+    inputs = {t.data_ptr() for t in (x, layer.moka_gate, layer.moka_A, layer.moka_B)}
+    assert inputs <= {t.data_ptr() for t in saved}
+    return sum(t.numel() for t in saved if t.data_ptr() not in inputs)
+
+
+@pytest.mark.parametrize("backend", ["dense", "fused"])
+def test_a_cpu_saves_the_sum_only_where_it_is_small_beside_input_and_output(backend: str) -> None:
     layer = adapted(backend, components=3)
-    x = tokens().requires_grad_()
-    saved = layer(x).grad_fn.next_functions[0][0].saved_tensors
-    held = {t.data_ptr() for t in (x, layer.moka_gate, layer.moka_A, layer.moka_B)}
-    assert {t.data_ptr() for t in saved} == held
+    few = M * N // (M + N) // 2 * 2
+    assert saved_beside_its_inputs(layer, tokens(few)) == 0
+    assert saved_beside_its_inputs(layer, tokens(few + 2)) == M * N
+
+
+def test_structured_products_save_the_factors_in_their_order() -> None:
+    layer = adapted("structured", components=3)
+    assert saved_beside_its_inputs(layer, tokens()) == layer.moka_A.numel() + layer.moka_B.numel()
+
+
+@pytest.mark.parametrize("backend", ["structured", "dense"])
+def test_what_a_cpu_saves_changes_no_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = adapted(backend, components=3), tokens().requires_grad_()
+    inputs = [x, layer.moka_gate, layer.moka_A, layer.moka_B]
+
+    def gradients() -> list[Tensor]:
+        return list(torch.autograd.grad(layer(x).square().sum(), inputs))
+
+    found = gradients()
+    monkeypatch.setattr(DenseUpdates, "_keeps", lambda self, x: False)
+    assert saved_beside_its_inputs(layer, x) == 0
+    assert all(map(torch.equal, found, gradients()))
 
 
 def test_auto_builds_the_update_for_many_tokens_and_not_for_a_few() -> None:

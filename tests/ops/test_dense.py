@@ -11,6 +11,7 @@ from moka_pl.ops.layout import Shape, pack
 CASES = {
     "five shapes twice": (filter_shapes("diverse", 10, 24, 48), 24, 48),
     "one for all": (filter_shapes("square", 4, 12, 20), 12, 20),
+    "many narrow ones": (filter_shapes("square", 12, 12, 20), 12, 20),
     "mixed numbers": ((Shape(2, 3, 6, 4), Shape(4, 2, 3, 6), Shape(2, 3, 6, 4), Shape(2, 3, 6, 4)), 12, 12),
     "one": (filter_shapes("diverse", 1, 6, 15), 6, 15),
     "padded and cut": ((Shape(2, 2, 3, 3), Shape(3, 4, 3, 3), Shape(2, 2, 3, 3)), 7, 11),
