@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, printable
 from moka_pl.utils import expanded
 
 
@@ -50,7 +50,8 @@ def inspect(
             contents["compared"] = comparison_json(found[1].path, compared)
         print(dumps(contents, indent=2))
     else:
-        print("\n\n".join(as_text(one) for one in found))
+        heads = [f"{printable(str(one.path))}\n" if others else "" for one in found]
+        print("\n\n".join(head + as_text(one) for head, one in zip(heads, found, strict=True)))
         if compared is not None:
             print(f"\n{comparison_text(found[0].path, found[1].path, compared)}")
     if html is not None:

@@ -76,6 +76,7 @@ def open_source(
         say(f"loading {base or info.base.name} ...")
 
     model, tokenizer = load_model(adapter, base=base, before=look)
+    say(f"computing {len(ids)} prompts with the adapter ...")
     name = base or info.base.name
     own = name == SHORT_NAME or name.endswith(".gguf")  # which only this package converts
     others = model.name_or_path if own else name

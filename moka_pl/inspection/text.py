@@ -16,6 +16,7 @@ from moka_pl.inspection.report import Inspection, LayerNumbers
 
 #: Singular values that are kept of a spectrum, closest together at the largest.
 _POINTS = 64
+_UNKNOWN = "–"
 
 
 def facts_of(found: Inspection) -> dict[str, str]:
@@ -67,6 +68,8 @@ def _updates(numbers: Sequence[LayerNumbers]) -> str:
     for n in numbers:
         kinds.setdefault(n.layer.kind, []).append(n)
     rows += [(f"mean of {len(of)}: {kind}", _cells(of)) for kind, of in kinds.items() if len(of) > 1]
+    if all(cells[1] == _UNKNOWN for _, cells in rows):  # without the base
+        rows, columns = [(name, cells[:1] + cells[2:]) for name, cells in rows], columns[:1] + columns[2:]
     return _table("updates by layer", columns, rows, 14)
 
 
@@ -89,7 +92,7 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def _numbers(*values: float | None) -> list[str]:
-    return ["–" if value is None else f"{value:.4g}" for value in values]
+    return [_UNKNOWN if value is None else f"{value:.4g}" for value in values]
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, list[str]]], cell: int) -> str:

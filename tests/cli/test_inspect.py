@@ -237,7 +237,10 @@ def test_two_adapters_are_compared_and_drawn(
     second = first.rename(tmp_path / "other")
     first = make_adapter()
     main(["inspect", str(first), str(second), "--html", str(page)])
-    head, *rows = section(capsys.readouterr().out, "compared by layer")
+    text = capsys.readouterr().out
+    assert [text.splitlines().count(str(path)) for path in (first, second)] == [1, 1]  # whose tables follow
+    assert "‖ΔW‖/‖W‖" not in text  # no base is loaded
+    head, *rows = section(text, "compared by layer")
     assert head.split()[3:] == ["‖ΔW‖", "‖ΔW'‖", "cosine", "distance", "gates"]
     for row in rows:  # both are the same
         name, one, other, cosine, _, gates = row.split()

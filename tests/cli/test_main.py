@@ -166,7 +166,7 @@ def test_real_process(make_adapter, tmp_path):
     no_adapter = f"moka_pl: error: {tmp_path} is not an adapter directory: it has no adapter_config.json\n"
     assert errors[3] == errors[6] == no_adapter
     wrong = "model.adapter.component is no option of moka_pl.MokaConfig; did you mean components?"
-    assert errors[5].startswith(f"moka_pl fit: error: {wrong}\n")
+    assert errors[5].startswith(f"moka_pl fit: error: {wrong} (all options")
     assert "Traceback" not in run.stderr
 
 
@@ -216,7 +216,7 @@ def test_wrong_options(refused, arguments, message):
     error = refused("fit", *arguments)
     assert message in error
     assert error.startswith("moka_pl fit: error: ")
-    assert error.endswith("All options: moka_pl fit --help\n")
+    assert error.endswith(" (all options: moka_pl fit --help)\n")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class FunctionParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Names the argument, its value and what it may be."""
         told = self._told(" ".join(message.split()))
-        self.exit(2, f"moka_pl: error: {printable(told)}; all options: {self.prog} --help\n")
+        self.exit(2, f"moka_pl: error: {printable(told)} (all options: {self.prog} --help)\n")
         raise AssertionError  # exit does not return
 
     def _told(self, message: str) -> str:

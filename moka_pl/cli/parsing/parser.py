@@ -16,6 +16,7 @@ from moka_pl.adapters import MokaConfig
 from moka_pl.cli.class_paths import check_classes
 from moka_pl.cli.config_files import YAML_MODE
 from moka_pl.cli.parsing.messages import told
+from moka_pl.errors import printable
 
 _ADAPTER = "model.adapter"
 #: Most characters of a message.
@@ -91,5 +92,5 @@ class MokaParser(LightningArgumentParser):
         if "No module named 'peft'" in line:
             line += "; run pip install 'moka_pl[peft]'"
         line += next((hint for found, hint in _HINTS.items() if re.search(found, line)), "")
-        self.exit(2, f"{program}: error: {line}\nAll options: {program} --help\n")
+        self.exit(2, f"{program}: error: {printable(line)} (all options: {program} --help)\n")
         raise AssertionError  # exit does not return

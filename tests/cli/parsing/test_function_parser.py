@@ -28,7 +28,7 @@ def test_a_mistake_is_told_in_one_line(arguments: str, told: str, capsys: pytest
         main(arguments.split())
     assert ended.value.code == 2
     command = arguments.split()[0]
-    hint = "" if "correct the path" in told else f"; all options: moka_pl {command} --help"
+    hint = "" if "correct the path" in told else f" (all options: moka_pl {command} --help)"
     assert capsys.readouterr().err == f"moka_pl: error: {told}{hint}\n"
 
 
