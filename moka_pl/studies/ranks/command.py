@@ -120,7 +120,7 @@ def measured(
             after = _run(resumed, Path(folder) / "second", timeout, accelerator, checkpoint, profiles)
         except ConfigError as error:
             return row | {"error": str(error)}
-    return row | after | {"before": before}
+    return row | {"batch_size": resumed.batch_size} | after | {"before": before}
 
 
 def _run(

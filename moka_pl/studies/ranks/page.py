@@ -57,21 +57,27 @@ def section(rows: Sequence[dict[str, Any]], versions: dict[str, str]) -> str:
     if not known:
         raise ConfigError("no training succeeded")
     used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "lightning") if name in versions)
-    devices = ", ".join(sorted({row["device"] for row in known}))
-    table = render(list(COLUMNS), [plain_cells(row, known) for row in known])
+    by_device: dict[str, list[dict[str, Any]]] = {}
+    for row in known:
+        by_device.setdefault(row["device"], []).append(row)
     text = f"""\
-Rows of {LENGTH} tokens, {devices} ({used}). *Ratio* compares with one GPU, *of ddp* speed and peak
-with `ddp` on as many; *first step* counts from the command; *its s* is what the training lost to
-writing a checkpoint.
+Rows of {LENGTH} tokens ({used}). *Ratio* compares with one GPU, *of ddp* speed and peak with `ddp` on as
+many; *first step* counts from the command; *its s* is what the training lost to writing a checkpoint.
 
 ```bash
 python scripts/data_parallel_speed.py --groups ddp limited 13b 70b resume --json gpus.json
 python scripts/ranks_page.py gpus.json
 ```
 
-{table}"""
-    resumed = [row for row in known if row["resumes"] is not None]
-    return "\n".join([text, *(f"\n{_resumed(row)}" for row in resumed)])
+"""
+    return text + "\n\n".join(_device(name, its) for name, its in by_device.items())
+
+
+def _device(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the table of one kind of GPU, and a sentence on each resumed training."""
+    table = render(list(COLUMNS), [plain_cells(row, rows) for row in rows])
+    resumed = [f"\n{_resumed(row)}" for row in rows if row["resumes"] is not None]
+    return "\n".join([f"On {name}:\n", table, *resumed])
 
 
 def _resumed(row: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ def test_rows_become_a_table_and_a_sentence(tmp_path):
         Case(devices=4).as_dict() | {"error": "status 1"},
         measured(Case(strategy="sharded", devices=2), 171.0, peak_gib=3.0),
         measured(Case(devices=2, resumes=("sharded", 4)), 1.0, losses=[5.01, 4.0], begun_at=9, before=before),
+        measured(Case(shape="llama2-70b"), 7.0, device="J"),
     ]
     file, page = tmp_path / "rows.json", tmp_path / "page.md"
     file.write_text(json.dumps({"versions": {"torch": "2.11"}, "rows": rows}))
@@ -34,6 +35,10 @@ def test_rows_become_a_table_and_a_sentence(tmp_path):
     assert "| llama2-7b | ddp | 2 | 8 | 190 | 1.90 | 5.00 |  | 20.0 | 63.2 | 0.36 |" in text
     assert "| llama2-7b | sharded | 2 | 8 | 171 |  | 3.00 | 0.90, 0.60 | 20.0 | 63.2 | 0.36 |" in text
     assert "status 1" not in text
+    first, second = text.split("On J:\n")
+    assert "On H:\n" in first
+    assert "llama2-70b" not in first
+    assert "llama2-7b" not in second
     assert "stopped after step 9, went on there (from step 9 to 9)" in text
     assert "11.000 at first, 5.000 before and 5.010 after" in text
 
