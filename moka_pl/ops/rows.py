@@ -2,10 +2,15 @@
 
 With X of one token as n_a × n_b, ``Y = A X Bᵀ``. The products are batched over the rows, so that there are
 as many as for one adapter, however many adapters a batch has. Components of one shape share them, side by
-side, as in :mod:`moka_pl.ops.structured`.
+side, as in :mod:`moka_pl.ops.structured`; the second product adds itself to those of the shapes before.
+
+A small batch on a GPU takes the time of its launches and not of its numbers. With one token a row a shape
+takes two, and with more four: what lies between the products is then put in order. One more gathers the
+factors of the rows for all shapes, which lie in one matrix.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,81 +19,162 @@ from torch.nn import functional as F
 
 from moka_pl.ops.layout import Shape, group_equal, left_sizes, right_sizes
 
+#: Bytes that a GPU moves while a launch is called. The host needs about 15 µs for one.
+_LAUNCH = 30e6
 
-class RowFactors(NamedTuple):
-    """C components of one shape, of K adapters.
+
+class _Group(NamedTuple):
+    """C components of one shape in a row of packed factors.
 
     Attributes:
         shape: Their shape.
+        members: Which components they are.
         left_first: Whether left factors come first, which is what costs less.
-        left: Left factors: (K, m_a C, n_a) where these come first, else (K, m_a, n_a C).
-        right: Right factors with their weights: (K, C n_b, m_b) where left ones come first, else
-            (K, n_b, C m_b).
+        left: Where the left factors are: as (m_a C, n_a) where these come first, else as (m_a, n_a C);
+            nowhere for identities.
+        right: Where the right factors, with their weights, are: as (C n_b, m_b) where left ones come first,
+            else as (n_b, C m_b). Of identities they are added up, (n_b, m_b).
     """
 
     shape: Shape
+    members: tuple[int, ...]
     left_first: bool
-    left: Tensor
-    right: Tensor
+    left: slice
+    right: slice
 
 
-def stack_factors(left: Tensor, right: Tensor, weights: Tensor, shapes: Sequence[Shape]) -> list[RowFactors]:
-    """Prepares the factors of K adapters with the same shapes for :func:`rows_update`.
+@cache
+def _groups(shapes: tuple[Shape, ...], m: int) -> tuple[_Group, ...]:
+    """All groups; one that fills the output, m numbers, is the first if there is one."""
+    groups: list[_Group] = []
+    at = 0
+    for shape, members in sorted(group_equal(shapes).items(), key=lambda pair: pair[0].rows != m):
+        count = 1 if shape.identity else len(members)
+        middle = at + (0 if shape.identity else count * shape.m_a * shape.n_a)
+        end = middle + count * shape.m_b * shape.n_b
+        first = not shape.identity and shape.costs[0] <= shape.costs[1]
+        groups.append(_Group(shape, tuple(members), first, slice(at, middle), slice(middle, end)))
+        at = end
+    return tuple(groups)
+
+
+def stack_factors(left: Tensor, right: Tensor, weights: Tensor, shapes: Sequence[Shape], m: int) -> Tensor:
+    """Prepares the factors of K adapters with the same shapes for :func:`rows_update`, shape (K, entries).
 
     Args:
         left: Their packed left factors (see :mod:`moka_pl.ops.layout`), shape (K, entries).
         right: Their packed right factors, likewise.
         weights: w of each, shape (K, r).
         shapes: r shapes.
+        m: Output features.
     """
     shapes = tuple(shapes)
     lefts = torch.split(left, left_sizes(shapes), 1)
     rights = torch.split(right, right_sizes(shapes), 1)
-    stacked = []
-    for shape, members in group_equal(shapes).items():
-        m_a, n_a, m_b, n_b, identity = shape
-        first = shape.costs[0] <= shape.costs[1]
+    parts = []
+    for (m_a, n_a, m_b, n_b, identity), members, left_first, *_ in _groups(shapes, m):
         b = torch.stack([rights[i] for i in members], 1) * weights[:, members, None]
         b = b.view(len(right), -1, m_b, n_b)  # (K, C, m_b, n_b)
         if identity:
-            a = torch.eye(m_a, dtype=right.dtype, device=right.device).expand(*b.shape[:2], -1, -1)
+            parts.append(b.sum(1).mT.flatten(1))  # (K, n_b m_b)
+            continue
+        a = torch.stack([lefts[i] for i in members], 1).view(len(right), -1, m_a, n_a)  # (K, C, m_a, n_a)
+        if left_first:
+            a, b = a.transpose(1, 2), b.transpose(2, 3)  # (K, m_a, C, n_a), (K, C, n_b, m_b)
         else:
-            a = torch.stack([lefts[i] for i in members], 1).view(len(right), -1, m_a, n_a)  # (K, C, m_a, n_a)
-        if first:
-            a, b = a.transpose(1, 2).flatten(1, 2), b.transpose(2, 3).flatten(1, 2)
-        else:
-            a, b = a.permute(0, 2, 3, 1).flatten(2), b.permute(0, 3, 1, 2).flatten(2)
-        stacked.append(RowFactors(shape, first, a.contiguous(), b.contiguous()))
-    return stacked
+            a, b = a.permute(0, 2, 3, 1), b.permute(0, 3, 1, 2)  # (K, m_a, n_a, C), (K, n_b, C, m_b)
+        parts += [a.flatten(1), b.flatten(1)]
+    return torch.cat(parts, 1)
 
 
-def rows_update(x: Tensor, stacked: Sequence[RowFactors], adapter: Tensor, m: int) -> Tensor:
-    """Computes the update of each row by its own adapter, shape (N, T, m), in the wider of both dtypes.
+def rows_update(x: Tensor, stacked: Tensor, adapter: Tensor, shapes: tuple[Shape, ...], m: int) -> Tensor:
+    """Computes the update of each row by its own adapter, shape (N, T, m), in the dtype of x.
 
     Args:
         x: Input, shape (N, T, n).
-        stacked: The factors of K adapters.
+        stacked: The factors of K adapters from :func:`stack_factors`.
         adapter: Which of them each row has, shape (N,).
+        shapes: Their r shapes.
         m: Output features.
     """
-    x = x.to(torch.promote_types(x.dtype, stacked[0].right.dtype))
     rows, tokens, n = x.shape
-    out = x.new_zeros(rows, tokens, m)
-    for (m_a, n_a, m_b, n_b, _), left_first, lefts, rights in stacked:
-        left, right = lefts[adapter].to(x.dtype), rights[adapter].to(x.dtype)  # of each row: (N, …)
-        grid = F.pad(x, (0, n_a * n_b - n)).view(rows, tokens, n_a, n_b)  # a negative pad cuts
-        if left_first:
-            hidden = torch.bmm(left, _swapped(grid).view(rows, n_a, tokens * n_b))  # (N, m_a C, T n_b)
-            hidden = hidden.view(rows, m_a, -1, tokens, n_b).permute(0, 3, 1, 2, 4)  # (N, T, m_a, C, n_b)
-            product = torch.bmm(hidden.reshape(rows, tokens * m_a, -1), right)  # (N, T m_a, m_b)
-            product = product.view(rows, tokens, m_a * m_b)
-        else:
-            hidden = torch.bmm(grid.view(rows, tokens * n_a, n_b), right)  # (N, T n_a, C m_b)
-            hidden = hidden.view(rows, tokens, n_a * (hidden.shape[2] // m_b), m_b)  # (N, T, n_a C, m_b)
-            product = torch.bmm(left, _swapped(hidden).view(rows, -1, tokens * m_b))  # (N, m_a, T m_b)
-            product = _swapped(product.view(rows, m_a, tokens, m_b)).view(rows, tokens, m_a * m_b)
-        out[..., : m_a * m_b] += product[..., :m]
+    factors = stacked.index_select(0, adapter).to(x.dtype)  # (N, entries)
+    groups = _groups(shapes, m)
+    fills = groups[0].shape.rows == m
+    out = x.new_empty(rows, tokens, m) if fills else x.new_zeros(rows, tokens, m)
+    for k, group in enumerate(groups):
+        grid = F.pad(x, (0, group.shape.cols - n)) if group.shape.cols != n else x  # a negative pad cuts
+        _add_group_(out, grid, factors, group, keeps=k > 0 or not fills)
     return out
+
+
+@cache
+def batched_cost(shapes: tuple[Shape, ...], m: int, n: int, token_bytes: int) -> float:
+    """Estimates the time of :func:`rows_update` with many tokens on a GPU, in bytes moved meanwhile.
+
+    Args:
+        shapes: r shapes.
+        m: Output features.
+        n: Input features.
+        token_bytes: Tokens of all rows, times the bytes of a number.
+    """
+    groups = _groups(shapes, m)
+    hidden = (g.shape.m_a * g.shape.n_b if g.left_first else g.shape.n_a * g.shape.m_b for g in groups)
+    numbers = sum(2 * n + 3 * m + 4 * len(g.members) * h for g, h in zip(groups, hidden, strict=True))
+    return token_bytes * numbers + (4 * len(groups) + 3) * _LAUNCH
+
+
+def merged_cost(adapters: int, m: int, n: int, tokens: int, itemsize: int) -> float:
+    """Estimates, in the same unit, how much longer W + ΔW of each adapter takes than W for all rows.
+
+    Args:
+        adapters: Their number.
+        m: Output features.
+        n: Input features.
+        tokens: Tokens of all rows.
+        itemsize: Bytes of a number.
+    """
+    return adapters * (2 * m * n * itemsize + 5 * _LAUNCH) + 2 * tokens * (m + n) * itemsize
+
+
+def _add_group_(out: Tensor, x: Tensor, factors: Tensor, group: _Group, keeps: bool) -> None:
+    """Adds the components of one shape to the output, (N, T, m); what is in there counts if ``keeps``.
+
+    Args:
+        out: The output.
+        x: Input, (N, T, n_a n_b).
+        factors: The factors of the rows, (N, entries).
+        group: The components.
+        keeps: Whether they are added to what is there, or stand in its place.
+    """
+    (m_a, n_a, m_b, n_b, identity), _, left_first, left_at, right_at = group
+    rows, tokens = x.shape[:2]
+    lefts, rights = factors[:, left_at], factors[:, right_at]
+    if identity:
+        left, right = x.reshape(rows, tokens * n_a, n_b), rights.view(rows, n_b, m_b)
+    elif left_first:
+        grid = _swapped(x.view(rows, tokens, n_a, n_b)).view(rows, n_a, tokens * n_b)
+        hidden = torch.bmm(lefts.view(rows, -1, n_a), grid)  # (N, m_a C, T n_b)
+        hidden = hidden.view(rows, m_a, -1, tokens, n_b).permute(0, 3, 1, 2, 4)  # (N, T, m_a, C, n_b)
+        left, right = hidden.reshape(rows, tokens * m_a, -1), rights.view(rows, -1, m_b)
+    else:
+        hidden = x.reshape(rows, tokens * n_a, n_b)
+        hidden = torch.bmm(hidden, rights.view(rows, n_b, -1))  # (N, T n_a, C m_b)
+        hidden = _swapped(hidden.view(rows, tokens, -1, m_b))  # (N, n_a C, T, m_b)
+        left, right = lefts.view(rows, m_a, -1), hidden.view(rows, -1, tokens * m_b)
+    by_token = tokens == 1 or identity or left_first  # else tokens are columns
+    if by_token and group.shape.rows == out.shape[2]:
+        out.view(rows, -1, m_b).baddbmm_(left, right, beta=int(keeps))
+        return
+    product = torch.bmm(left, right)  # (N, T m_a, m_b) or (N, m_a, T m_b)
+    if not by_token:
+        product = product.view(rows, m_a, tokens, m_b).transpose(1, 2)
+        if group.shape.rows == out.shape[2]:
+            whole = out.view(rows, tokens, m_a, m_b)
+            whole.add_(product) if keeps else whole.copy_(product)
+            return
+    m = out.shape[2]
+    out[..., : group.shape.rows] += product.reshape(rows, tokens, -1)[..., :m]
 
 
 def _swapped(x: Tensor) -> Tensor:

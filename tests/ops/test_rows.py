@@ -1,8 +1,10 @@
 """Updates of rows with adapters of their own, compared with ΔW of each."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from moka_pl.ops.kronecker import delta_weight
 from moka_pl.ops.layout import Shape, left_sizes, right_sizes
@@ -17,20 +19,44 @@ def shapes(draw: st.DrawFn) -> Shape:
     return Shape(m_a, m_a, m_b, n_b, True) if draw(st.booleans()) else Shape(m_a, n_a, m_b, n_b)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.lists(shapes(), min_size=1, max_size=4), st.integers(1, 12), st.integers(1, 12), st.integers(1, 3))
-def test_each_row_has_the_update_of_its_adapter(listed: list[Shape], m: int, n: int, tokens: int) -> None:
-    layout = (*listed, listed[0])  # two of one shape
+def compare(layout: tuple[Shape, ...], m: int, n: int, tokens: int, dtype: torch.dtype) -> None:
+    """Compares four rows of three adapters with ΔW."""
     generator = torch.Generator().manual_seed(m * n)
 
-    def draw(*size: int) -> torch.Tensor:
+    def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
     left, right = draw(3, sum(left_sizes(layout))), draw(3, sum(right_sizes(layout)))
     weights, x = draw(3, len(layout)), draw(4, tokens, n)
     adapter = torch.tensor([2, 0, 2, 1])
-    stacked = stack_factors(left, right, weights, layout)
-    out = rows_update(x, stacked, adapter, m)
+    stacked = stack_factors(left.to(dtype), right.to(dtype), weights.to(dtype), layout, m)
+    out = rows_update(x.to(dtype), stacked, adapter, layout, m)
+    assert out.dtype is dtype
     for row, k in enumerate(adapter.tolist()):
         delta = delta_weight(weights[k], left[k], right[k], layout, m, n)  # (m, n)
-        torch.testing.assert_close(out[row], x[row] @ delta.T)
+        expected = (x[row] @ delta.T).to(dtype)
+        loose = {} if dtype is torch.float64 else {"atol": 1e-3, "rtol": 1e-4}
+        torch.testing.assert_close(out[row], expected, **loose)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(shapes(), min_size=1, max_size=4),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_each_row_has_the_update_of_its_adapter(
+    dtype: torch.dtype, listed: list[Shape], m: int, n: int, tokens: int, fits: bool
+) -> None:
+    if fits:  # the ways of shapes that fill a layer
+        m, n = listed[0].rows, listed[0].cols
+    compare((*listed, listed[0]), m, n, tokens, dtype)  # two of one shape
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_shapes_that_fill_a_layer_are_added_up(tokens: int) -> None:
+    every = (Shape(2, 4, 6, 2), Shape(6, 2, 2, 4), Shape(4, 4, 3, 2), Shape(1, 1, 12, 8))
+    compare((*every, Shape(4, 4, 3, 2, True), *every), 12, 8, tokens, torch.float64)

@@ -16,7 +16,7 @@ from moka_pl.adapters.methods.base import check_tensors
 from moka_pl.adapters.methods.moka import MokaMethod
 from moka_pl.adapters.methods.registry import adapted_layers
 from moka_pl.adapters.named.mix import check_weights, mixed
-from moka_pl.adapters.named.rows import RowEmbedding, RowLinear, Rows
+from moka_pl.adapters.named.rows import Rows, row_layers
 from moka_pl.adapters.pretrained.attach import base_of, hand_over_saving, saving_of
 from moka_pl.adapters.reading import (
     BaseModel,
@@ -226,20 +226,22 @@ class MokaAdapters:
         if not adapter_names:
             raise AdapterError("adapter_names is empty; give one name for each row of the batch")
         targets = list(dict.fromkeys(layer for name in used for layer in self._layers[name]))
-        rows = Rows(adapter_names)
         with self._bare():
-            for target in targets:
-                base: Any = self.model.get_submodule(target)
-                layers = {name: self._layers[name][target] for name in used if target in self._layers[name]}
-                with torch.no_grad():
-                    kind = RowEmbedding if isinstance(base, nn.Embedding) else RowLinear
-                    replace_module(self.model, target, kind(target, base, layers, rows))
+            bases: dict[str, nn.Module] = {target: self.model.get_submodule(target) for target in targets}
+            layers = {
+                target: {name: self._layers[name][target] for name in used if target in self._layers[name]}
+                for target in targets
+            }
+            for target, base in bases.items():
+                for layer in layers[target].values():
+                    _put_over(layer, base)
+            for target, layer in row_layers(bases, layers, Rows(adapter_names)).items():
+                replace_module(self.model, target, layer)
             try:
                 yield
             finally:
-                for target in targets:
-                    row: Any = self.model.get_submodule(target)
-                    replace_module(self.model, target, row.base_layer)
+                for target, base in bases.items():
+                    replace_module(self.model, target, base)
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **options: Any) -> Any:
         """Runs the model, with an adapter for each row if they are named, else with the active one."""
@@ -299,10 +301,7 @@ class MokaAdapters:
             replace_module(self.model, target, layer.base_layer)
         self._active = None
         for target, layer in self._layers.get(name or "", {}).items():
-            base: Any = self.model.get_submodule(target)
-            layer.base_layer = base
-            for tensor in layer.parameters(recurse=False):
-                tensor.data = tensor.data.to(base.weight.device)  # the model may have been moved meanwhile
+            _put_over(layer, self.model.get_submodule(target))
             replace_module(self.model, target, layer.train(self.model.training))
         self._active = name
 
@@ -330,6 +329,16 @@ class MokaAdapters:
                 raise AdapterError(
                     f"no adapter is called {name!r}; there are {', '.join(self.configs) or 'none'}"
                 )
+
+
+def _put_over(layer: MokaLayer, base: Any) -> None:
+    """Gives an adapted layer its frozen one, which may have been moved or exchanged meanwhile."""
+    if layer.base_layer is not base:
+        layer.base_layer = base
+    device = base.weight.device
+    for tensor in layer.parameters(recurse=False):
+        if tensor.device != device:
+            tensor.data = tensor.data.to(device)
 
 
 def _check_apart(config: MokaConfig) -> None:

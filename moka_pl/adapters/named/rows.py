@@ -1,18 +1,18 @@
 """A frozen layer under rows of a batch that have adapters of their own."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moka_pl.adapters.layer import MokaLayer
+from moka_pl.adapters.layer import MokaLayer, MokaLinear
+from moka_pl.adapters.named.stacks import Stack, stack_layers
 from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.errors import AdapterError
-from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import kronecker_linear
-from moka_pl.ops.layout import Shape
-from moka_pl.ops.rows import RowFactors, rows_update, stack_factors
+from moka_pl.ops.rows import batched_cost, merged_cost, rows_update
 
 #: Tokens of a row from which on each adapter's rows are computed by themselves: then its own backend is
 #: faster than batched products with small factors.
@@ -29,24 +29,32 @@ class Rows:
     def __init__(self, names: Sequence[str]) -> None:
         self.count = len(names)
         self._of = {name: [i for i, row in enumerate(names) if row == name] for name in dict.fromkeys(names)}
-        self._known: dict[tuple[tuple[str, ...], torch.device], tuple[Tensor, Tensor]] = {}
+        self._known: dict[tuple[tuple[str, ...], torch.device, int], tuple[Tensor, Tensor]] = {}
 
-    def used(self, adapters: Mapping[str, MokaLayer]) -> list[str]:
+    def used(self, adapters: Mapping[str, MokaLayer]) -> tuple[str, ...]:
         """Returns the names of those adapters that rows have."""
-        return [name for name in self._of if name in adapters]
+        return tuple(name for name in self._of if name in adapters)
 
-    def of(self, names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    def of(self, names: tuple[str, ...], device: torch.device, times: int = 1) -> tuple[Tensor, Tensor]:
         """Returns the rows that some adapters have, ascending, and which of the adapters each has.
 
         Args:
             names: The adapters.
             device: Where the two lie, of shape (I,).
+            times: How often each row stands in the batch, one copy after another.
         """
-        if (names, device) not in self._known:
+        key = names, device, times
+        if key not in self._known:
             pairs = sorted((row, k) for k, name in enumerate(names) for row in self._of[name])
-            rows, adapter = torch.tensor(pairs, device=device).unbind(1)  # (I,)
-            self._known[names, device] = rows, adapter
-        return self._known[names, device]
+            pairs = [(row * times + copy, k) for row, k in pairs for copy in range(times)]
+            with torch.inference_mode(False):  # what an evaluation makes first serves others, too
+                table = torch.tensor(pairs, dtype=torch.long).view(-1, 2).mT.contiguous().to(device)
+            self._known[key] = table[0], table[1]  # (I,), (I,)
+        return self._known[key]
+
+    def others(self, names: tuple[str, ...], device: torch.device, times: int = 1) -> Tensor:
+        """Returns the rows that have none of some adapters, shape (I,), as :meth:`of` does."""
+        return self.of(tuple(name for name in self._of if name not in names), device, times)[0]
 
 
 class RowLayer(nn.Module):
@@ -67,8 +75,9 @@ class RowLayer(nn.Module):
         super().__init__()
         self.name = name
         self.base_layer = base_layer
-        self.rows = rows.count
-        self.of_one = [(adapters[k], rows.of((k,), self.weight.device)[0]) for k in rows.used(adapters)]
+        self.rows = rows
+        self.names = rows.used(adapters)
+        self.adapters = [adapters[name] for name in self.names]
 
     @property
     def weight(self) -> Tensor:
@@ -80,25 +89,33 @@ class RowLayer(nn.Module):
 class RowLinear(RowLayer):
     """``y = W x + ΔW_k x`` where k is the adapter of the row that x lies in (see :class:`RowLayer`).
 
-    ``W x`` is computed once for all rows, each update for its own rows only. For few tokens a row, as in
-    generating, adapters of the same shapes are computed together.
+    ``W x`` is computed once for all rows, and the updates of adapters of the same shapes in the same few
+    products, however many they are. Where each adapter's rows are computed faster by themselves, as long ones
+    are, they are.
+
+    Args:
+        name: The layer's full name, for messages.
+        base_layer: The frozen layer.
+        adapters: The adapted layers over it, by adapter; rows of other names get the frozen layer alone.
+        rows: The rows of the batch.
+        stacks: The factors of these adapters.
     """
 
     base_layer: nn.Linear
 
     def __init__(
-        self, name: str, base_layer: nn.Linear, adapters: Mapping[str, MokaLayer], rows: Rows
+        self,
+        name: str,
+        base_layer: nn.Linear,
+        adapters: Mapping[str, MokaLayer],
+        rows: Rows,
+        stacks: Sequence[Stack],
     ) -> None:
         super().__init__(name, base_layer, adapters, rows)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        alike: dict[tuple[tuple[Shape, ...], torch.dtype], list[str]] = {}
-        for k in rows.used(adapters):
-            alike.setdefault((adapters[k].shapes, adapters[k].moka_B.dtype), []).append(k)
-        device = self.weight.device
-        self.together = [
-            (_stack([adapters[k] for k in members], device), *rows.of(tuple(members), device))
-            for members in alike.values()
-        ]
+        self.stacks = stacks
+        for stack in stacks:  # a first forward pass makes nothing: it may be recorded as a graph
+            rows.of(stack.names, stack.factors.device)
 
     @property
     def bias(self) -> Tensor | None:
@@ -111,25 +128,60 @@ class RowLinear(RowLayer):
         Raises:
             AdapterError: If x has no rows, or a number of them that is no such multiple.
         """
-        out: Tensor = self.base_layer(x)  # (N, ..., m)
-        times = _times(self.name, x, self.rows, 3)
-        if not self.of_one:
-            return out
+        times = _times(self.name, x, self.rows.count, 3)
         flat = x.reshape(len(x), -1, self.in_features)  # (N, T, n)
-        update = out.new_zeros(*flat.shape[:2], self.out_features)  # (N, T, m)
-        if flat.shape[1] < _MANY_TOKENS:
-            for stacked, rows, adapter in self.together:
-                if len(rows) == self.rows:
-                    update += rows_update(flat, stacked, _repeated(adapter, times), self.out_features)
-                    continue
-                chosen = _expanded(rows, times)
-                part = rows_update(flat[chosen], stacked, _repeated(adapter, times), self.out_features)
-                update[chosen] = part.to(update.dtype)
+        if self._batches(flat):
+            total = self._batched(flat, times)
+        elif x.is_cuda and all(map(_merges, self.adapters)):
+            total = self._merged(flat, times)
         else:
-            for layer, rows in self.of_one:
-                chosen = _expanded(rows, times)
-                update[chosen] = _alone(layer, flat[chosen]).to(update.dtype)
-        return out + update.view_as(out)
+            total = self._separate(flat, times)
+        return total.view(*x.shape[:-1], self.out_features)
+
+    def _batches(self, x: Tensor) -> bool:
+        """Whether to compute all updates of x, (N, T, n), together: else each has a backend of its own."""
+        rows, tokens, n = x.shape
+        if tokens < _MANY_TOKENS or not x.is_cuda:
+            return tokens < _MANY_TOKENS
+        m = self.out_features
+        together = sum(batched_cost(stack.shapes, m, n, rows * tokens * x.itemsize) for stack in self.stacks)
+        return together <= merged_cost(len(self.adapters), m, n, rows * tokens, x.itemsize)
+
+    def _batched(self, x: Tensor, times: int) -> Tensor:
+        """Adds updates of all adapters at once, (N, T, m).
+
+        Those of few tokens are computed in single precision at least, as that takes no time; others in the
+        dtype of the layer's output.
+        """
+        total: Tensor = self.base_layer(x)  # (N, T, m)
+        dtype, m = total.dtype, self.out_features
+        for stack in self.stacks:
+            rows, adapter = self.rows.of(stack.names, x.device, times)
+            chosen = x if len(rows) == len(x) else x.index_select(0, rows)
+            if x.shape[1] < _MANY_TOKENS:
+                dtype = torch.promote_types(dtype, stack.factors.dtype)
+            with _without_autocast(x.device.type):
+                update = rows_update(chosen.to(dtype), stack.factors, adapter, stack.shapes, m)
+                total = _added(total, rows, update)
+        return total
+
+    def _separate(self, x: Tensor, times: int) -> Tensor:
+        """Adds each adapter's update by itself, (N, T, m)."""
+        total: Tensor = self.base_layer(x)  # (N, T, m)
+        for layer, name in zip(self.adapters, self.names, strict=True):
+            rows, _ = self.rows.of((name,), x.device, times)
+            total = _added(total, rows, _alone(layer, x[rows]))
+        return total
+
+    def _merged(self, x: Tensor, times: int) -> Tensor:
+        """Computes each adapter's rows as they are alone, with W + ΔW, and other ones as W x, (N, T, m)."""
+        others = self.rows.others(self.names, x.device, times)
+        total = x.new_empty(*x.shape[:2], self.out_features)
+        for layer, name in zip((*self.adapters, self.base_layer), (*self.names, ""), strict=True):
+            rows = self.rows.of((name,), x.device, times)[0] if name else others
+            if len(rows):
+                total = _placed(total, rows, layer(x.index_select(0, rows)))
+        return total
 
 
 class RowEmbedding(RowLayer):
@@ -141,13 +193,33 @@ class RowEmbedding(RowLayer):
         Raises:
             AdapterError: If there are no rows, or a number of them that is no such multiple.
         """
-        times = _times(self.name, ids, self.rows, 2)
+        times = _times(self.name, ids, self.rows.count, 2)
         out: Tensor = self.base_layer(ids)  # (N, T, d)
-        for layer, rows in self.of_one:
+        for layer, name in zip(self.adapters, self.names, strict=True):
             assert isinstance(layer, MokaEmbedding)
-            chosen = _expanded(rows, times)
-            out = out.index_add(0, chosen, layer.update(ids[chosen]).to(out))
+            rows, _ = self.rows.of((name,), ids.device, times)
+            out = out.index_add(0, rows, layer.update(ids[rows]).to(out))
         return out
+
+
+def row_layers(
+    bases: Mapping[str, nn.Module], adapters: Mapping[str, Mapping[str, MokaLayer]], rows: Rows
+) -> dict[str, RowLayer]:
+    """Makes the layers of a model whose rows have adapters of their own.
+
+    Args:
+        bases: The frozen layers by name.
+        adapters: The adapted layers over each, by the layer's and the adapter's name.
+        rows: The rows of the batch.
+    """
+    linear = {name: adapters[name] for name, base in bases.items() if not isinstance(base, nn.Embedding)}
+    stacks = stack_layers(linear)
+    return {
+        name: RowLinear(name, base, adapters[name], rows, stacks[name])
+        if isinstance(base, nn.Linear)
+        else RowEmbedding(name, base, adapters[name], rows)
+        for name, base in bases.items()
+    }
 
 
 def _times(name: str, x: Tensor, rows: int, dims: int) -> int:
@@ -161,38 +233,32 @@ def _times(name: str, x: Tensor, rows: int, dims: int) -> int:
     return times
 
 
-def _stack(members: list[MokaLayer], device: torch.device) -> list[RowFactors]:
-    """Returns the factors of adapters of the same shapes."""
-    logits: list[Tensor] = [layer.moka_gate for layer in members if layer.moka_gate is not None]
-    kinds = {layer.gating for layer in members}
-    if len(kinds) == 1 and len(logits) == len(members):  # all at once: calls take the time, not numbers
-        scaling = torch.tensor([[layer.scaling] for layer in members], dtype=logits[0].dtype, device=device)
-        weights = gates_of(torch.stack(logits).to(device), kinds.pop()) * scaling  # (K, r)
-    else:
-        weights = torch.stack([layer.gates() * layer.scaling for layer in members]).to(device)  # (K, r)
-    left, right = (torch.stack(part).to(device) for part in zip(*map(_factors, members), strict=True))
-    return stack_factors(left, right, weights, members[0].shapes)
-
-
-def _factors(layer: MokaLayer) -> tuple[Tensor, Tensor]:
-    """Returns packed left and right factors."""
-    return layer.moka_B.new_empty(0) if layer.moka_A is None else layer.moka_A, layer.moka_B
-
-
 def _alone(layer: MokaLayer, x: Tensor) -> Tensor:
     """Returns the update of one adapter's rows, (N, T, m)."""
-    weights = layer.gates() * layer.scaling
-    left, right, weights = (part.to(x.device) for part in (*_factors(layer), weights))
-    return kronecker_linear(x, weights, left, right, layer.shapes, layer.out_features, layer.backend)
+    left = layer.moka_B.new_empty(0) if layer.moka_A is None else layer.moka_A
+    parts = layer.gates() * layer.scaling, left, layer.moka_B
+    return kronecker_linear(x, *parts, layer.shapes, layer.out_features, layer.backend)
 
 
-def _repeated(adapter: Tensor, times: int) -> Tensor:
-    """The adapter of each row of a batch in which every row stands ``times`` times."""
-    return adapter if times == 1 else adapter.repeat_interleave(times)
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Turns autocast off, where it is on: the products' dtype is chosen, and a call takes time."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _expanded(rows: Tensor, times: int) -> Tensor:
-    """Where these rows are in such a batch."""
-    if times == 1:
-        return rows
-    return (rows[:, None] * times + torch.arange(times, device=rows.device)).flatten()
+def _merges(layer: MokaLayer) -> bool:
+    """Whether a layer by itself computes what it should here, where nothing is dropped out."""
+    return isinstance(layer, MokaLinear) and not (layer.training and layer.dropout.p > 0)
+
+
+def _added(total: Tensor, rows: Tensor, update: Tensor) -> Tensor:
+    """Adds the update of some rows, which ascend, to all; in place unless there are gradients."""
+    if total.requires_grad or update.requires_grad:
+        return total.index_add(0, rows, update.to(total.dtype))
+    if len(rows) == len(total):
+        return total.add_(update)
+    return total.index_copy_(0, rows, total.index_select(0, rows).add_(update))
+
+
+def _placed(total: Tensor, rows: Tensor, part: Tensor) -> Tensor:
+    """Puts some rows where they belong."""
+    return total.to(part.dtype).index_copy_(0, rows, part)
