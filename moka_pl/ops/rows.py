@@ -24,38 +24,39 @@ _LAUNCH = 30e6
 
 
 class _Group(NamedTuple):
-    """C components of one shape in a row of packed factors.
+    """C components of one shape, whose factors lie side by side in a row of stacked factors.
+
+    The left ones, as (m_a C, n_a) where these come first, else as (m_a, n_a C), are followed by the right
+    ones with their weights, as (C n_b, m_b) where left ones come first, else as (n_b, C m_b). Of identities
+    there are only right ones, added up, (n_b, m_b).
 
     Attributes:
         shape: Their shape.
         members: Which components they are.
         left_first: Whether left factors come first, which is what costs less.
-        left: Where the left factors are: as (m_a C, n_a) where these come first, else as (m_a, n_a C);
-            nowhere for identities.
-        right: Where the right factors, with their weights, are: as (C n_b, m_b) where left ones come first,
-            else as (n_b, C m_b). Of identities they are added up, (n_b, m_b).
     """
 
     shape: Shape
     members: tuple[int, ...]
     left_first: bool
-    left: slice
-    right: slice
 
 
 @cache
 def _groups(shapes: tuple[Shape, ...], m: int) -> tuple[_Group, ...]:
     """All groups; one that fills the output, m numbers, is the first if there is one."""
-    groups: list[_Group] = []
-    at = 0
-    for shape, members in sorted(group_equal(shapes).items(), key=lambda pair: pair[0].rows != m):
-        count = 1 if shape.identity else len(members)
-        middle = at + (0 if shape.identity else count * shape.m_a * shape.n_a)
-        end = middle + count * shape.m_b * shape.n_b
-        first = not shape.identity and shape.costs[0] <= shape.costs[1]
-        groups.append(_Group(shape, tuple(members), first, slice(at, middle), slice(middle, end)))
-        at = end
-    return tuple(groups)
+    return tuple(
+        _Group(shape, tuple(members), not shape.identity and shape.costs[0] <= shape.costs[1])
+        for shape, members in sorted(group_equal(shapes).items(), key=lambda pair: pair[0].rows != m)
+    )
+
+
+@cache
+def _part_sizes(shapes: tuple[Shape, ...], m: int) -> list[int]:
+    """Entries of the left factors of each group and of the right ones, in turn."""
+    sizes = []
+    for (m_a, n_a, m_b, n_b, identity), members, _ in _groups(shapes, m):
+        sizes += [0, m_b * n_b] if identity else [len(members) * m_a * n_a, len(members) * m_b * n_b]
+    return sizes
 
 
 def stack_factors(left: Tensor, right: Tensor, weights: Tensor, shapes: Sequence[Shape], m: int) -> Tensor:
@@ -72,7 +73,7 @@ def stack_factors(left: Tensor, right: Tensor, weights: Tensor, shapes: Sequence
     lefts = torch.split(left, left_sizes(shapes), 1)
     rights = torch.split(right, right_sizes(shapes), 1)
     parts = []
-    for (m_a, n_a, m_b, n_b, identity), members, left_first, *_ in _groups(shapes, m):
+    for (m_a, n_a, m_b, n_b, identity), members, left_first in _groups(shapes, m):
         b = torch.stack([rights[i] for i in members], 1) * weights[:, members, None]
         b = b.view(len(right), -1, m_b, n_b)  # (K, C, m_b, n_b)
         if identity:
@@ -98,13 +99,16 @@ def rows_update(x: Tensor, stacked: Tensor, adapter: Tensor, shapes: tuple[Shape
         m: Output features.
     """
     rows, tokens, n = x.shape
+    x = x.contiguous()
     factors = stacked.index_select(0, adapter).to(x.dtype)  # (N, entries)
     groups = _groups(shapes, m)
+    parts = torch.split(factors, _part_sizes(shapes, m), 1)
     fills = groups[0].shape.rows == m
     out = x.new_empty(rows, tokens, m) if fills else x.new_zeros(rows, tokens, m)
     for k, group in enumerate(groups):
-        grid = F.pad(x, (0, group.shape.cols - n)) if group.shape.cols != n else x  # a negative pad cuts
-        _add_group_(out, grid, factors, group, keeps=k > 0 or not fills)
+        cols = group.shape.cols
+        grid = x if cols == n else F.pad(x, (0, cols - n))  # a negative pad cuts
+        _add_group_(out, grid, parts[2 * k], parts[2 * k + 1], group, keeps=k > 0 or not fills)
     return out
 
 
@@ -137,46 +141,48 @@ def merged_cost(adapters: int, m: int, n: int, tokens: int, itemsize: int) -> fl
     return adapters * (2 * m * n * itemsize + 5 * _LAUNCH) + 2 * tokens * (m + n) * itemsize
 
 
-def _add_group_(out: Tensor, x: Tensor, factors: Tensor, group: _Group, keeps: bool) -> None:
+def _add_group_(out: Tensor, x: Tensor, lefts: Tensor, rights: Tensor, group: _Group, keeps: bool) -> None:
     """Adds the components of one shape to the output, (N, T, m); what is in there counts if ``keeps``.
 
     Args:
         out: The output.
         x: Input, (N, T, n_a n_b).
-        factors: The factors of the rows, (N, entries).
+        lefts: The left factors of the rows, (N, entries).
+        rights: The right factors of the rows, likewise.
         group: The components.
         keeps: Whether they are added to what is there, or stand in its place.
     """
-    (m_a, n_a, m_b, n_b, identity), _, left_first, left_at, right_at = group
-    rows, tokens = x.shape[:2]
-    lefts, rights = factors[:, left_at], factors[:, right_at]
+    (m_a, n_a, m_b, n_b, identity), _, left_first = group
+    rows, tokens, m = out.shape
+    by_token = True  # else tokens are columns
     if identity:
         left, right = x.reshape(rows, tokens * n_a, n_b), rights.view(rows, n_b, m_b)
     elif left_first:
-        grid = _swapped(x.view(rows, tokens, n_a, n_b)).view(rows, n_a, tokens * n_b)
+        grid = _swapped(x, tokens, n_a, n_b).view(rows, n_a, tokens * n_b)
         hidden = torch.bmm(lefts.view(rows, -1, n_a), grid)  # (N, m_a C, T n_b)
-        hidden = hidden.view(rows, m_a, -1, tokens, n_b).permute(0, 3, 1, 2, 4)  # (N, T, m_a, C, n_b)
+        if tokens > 1:
+            hidden = hidden.view(rows, m_a, -1, tokens, n_b).permute(0, 3, 1, 2, 4)  # (N, T, m_a, C, n_b)
         left, right = hidden.reshape(rows, tokens * m_a, -1), rights.view(rows, -1, m_b)
     else:
+        by_token = tokens == 1
         hidden = x.reshape(rows, tokens * n_a, n_b)
         hidden = torch.bmm(hidden, rights.view(rows, n_b, -1))  # (N, T n_a, C m_b)
-        hidden = _swapped(hidden.view(rows, tokens, -1, m_b))  # (N, n_a C, T, m_b)
+        hidden = _swapped(hidden, tokens, -1, m_b)  # (N, n_a C, T, m_b)
         left, right = lefts.view(rows, m_a, -1), hidden.view(rows, -1, tokens * m_b)
-    by_token = tokens == 1 or identity or left_first  # else tokens are columns
-    if by_token and group.shape.rows == out.shape[2]:
+    fits = group.shape.rows == m
+    if by_token and fits:
         out.view(rows, -1, m_b).baddbmm_(left, right, beta=int(keeps))
         return
     product = torch.bmm(left, right)  # (N, T m_a, m_b) or (N, m_a, T m_b)
     if not by_token:
-        product = product.view(rows, m_a, tokens, m_b).transpose(1, 2)
-        if group.shape.rows == out.shape[2]:
-            whole = out.view(rows, tokens, m_a, m_b)
-            whole.add_(product) if keeps else whole.copy_(product)
-            return
-    m = out.shape[2]
-    out[..., : group.shape.rows] += product.reshape(rows, tokens, -1)[..., :m]
+        product = product.view(rows, m_a, tokens, m_b).transpose(1, 2)  # (N, T, m_a, m_b)
+    if fits:
+        whole = out.view(rows, tokens, m_a, m_b)
+        whole.add_(product) if keeps else whole.copy_(product)
+    else:
+        out[..., : group.shape.rows] += product.reshape(rows, tokens, -1)[..., :m]
 
 
-def _swapped(x: Tensor) -> Tensor:
-    """Exchanges the second and the third dimension; a copy unless one of them is 1."""
-    return x.transpose(1, 2).contiguous()
+def _swapped(x: Tensor, tokens: int, outer: int, inner: int) -> Tensor:
+    """Views numbers of a token as (outer, inner) and puts outer before the tokens: a copy unless T is 1."""
+    return x if tokens == 1 else x.view(len(x), tokens, outer, inner).transpose(1, 2).contiguous()

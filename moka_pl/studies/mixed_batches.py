@@ -20,7 +20,7 @@ DESCRIPTION = """\
 Measures many adapters on one 4-bit base.
 
     python scripts/mixed_batches.py [--rows 32] [--adapters 8] [--kept 100] [--repeats 5]
-    python scripts/mixed_batches.py --base llama2-7b --tokens 1 64 512
+    python scripts/mixed_batches.py --base llama2-7b --tokens 1 64 512 --kinds servable
 
 Prints the bytes of base and adapters, the time of a batch with different adapters in its rows over that of
 the same batch with one, and whether each row greedily generates what its adapter does alone. Times are
@@ -32,6 +32,9 @@ KINDS = {
     "diverse, q and v": MokaConfig(components=10),
     "servable, all linear": MokaConfig(1, filters="servable", target_modules="all-linear"),
 }
+
+#: The kinds by one word.
+SHORT = {kind.partition(",")[0]: kind for kind in KINDS}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kept", type=int, default=100, help="adapters on the base")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64], help="tokens of a row")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
+    parser.add_argument("--kinds", nargs="+", default=list(SHORT), choices=SHORT, help="kinds of adapters")
+    parser.add_argument("--no-agreement", action="store_true", help="generate nothing")
+    parser.add_argument(
+        "--profile", action="store_true", help="list the operations of a mixed batch that take longest"
+    )
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"base: {sum(p.nbytes for p in model.parameters()):,} bytes")
     ids = torch.randint(4, 250, (args.rows, max(args.tokens)), generator=torch.Generator().manual_seed(0))
     ids = ids.to(device)  # (I, T)
-    for kind, config in KINDS.items():
+    for kind in (SHORT[short] for short in args.kinds):
+        config = KINDS[kind]
         adapters = MokaAdapters(model)
         fill(adapters, config, args.kept)
         held = sum(adapters.memory().values())
@@ -70,8 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"  {tokens:>3} tokens a row: one {one:.4f} s, {args.adapters} mixed {mixed:.4f} s, ", end=""
             )
             print(f"ratio {mixed / one:.2f}", flush=True)
-        right = agreeing(adapters, ids[:, :8], names)
-        print(f"  {right} of {args.rows} rows generate the tokens of their adapter alone", flush=True)
+            if args.profile:
+                print(profiled(adapters, ids[:, :tokens], names))
+        if not args.no_agreement:
+            right = agreeing(adapters, ids[:, :8], names)
+            print(f"  {right} of {args.rows} rows generate the tokens of their adapter alone", flush=True)
         adapters.set_adapter(names[0])
         adapters.delete_adapter(names[0])
 
@@ -120,6 +132,24 @@ def compare(adapters: MokaAdapters, ids: Tensor, names: Sequence[str], repeats: 
             if turn:  # the first one warms up
                 found.append(clock() - start)
     return median(seconds[0]), median(seconds[1])
+
+
+@torch.no_grad()
+def profiled(adapters: MokaAdapters, ids: Tensor, names: Sequence[str]) -> str:
+    """Returns a table of what takes longest in a mixed batch, on the GPU if there is one.
+
+    Args:
+        adapters: The adapters.
+        ids: Tokens, shape (I, T).
+        names: The adapter of each row.
+    """
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if ids.is_cuda:
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profile:
+        adapters(input_ids=ids, adapter_names=names)
+    order = "self_cuda_time_total" if ids.is_cuda else "self_cpu_time_total"
+    return str(profile.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
 
 
 def agreeing(adapters: MokaAdapters, ids: Tensor, names: Sequence[str]) -> int:

@@ -4,11 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.launches import Launches
 from torch import Tensor
 
+from moka_pl.adapters import MokaConfig
 from moka_pl.ops.kronecker import delta_weight
 from moka_pl.ops.layout import Shape, left_sizes, right_sizes
-from moka_pl.ops.rows import rows_update, stack_factors
+from moka_pl.ops.rows import batched_cost, merged_cost, rows_update, stack_factors
 
 sizes = st.integers(1, 5)
 
@@ -60,3 +62,34 @@ def test_each_row_has_the_update_of_its_adapter(
 def test_shapes_that_fill_a_layer_are_added_up(tokens: int) -> None:
     every = (Shape(2, 4, 6, 2), Shape(6, 2, 2, 4), Shape(4, 4, 3, 2), Shape(1, 1, 12, 8))
     compare((*every, Shape(4, 4, 3, 2, True), *every), 12, 8, tokens, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("config", "one", "several"),
+    [(MokaConfig(), 1 + 5 * 2, 1 + 5 * 4), (MokaConfig(1, filters="servable"), 1 + 2, 1 + 4)],
+)
+def test_a_shape_takes_two_launches_for_a_token_and_four_for_more(
+    config: MokaConfig, one: int, several: int
+) -> None:
+    layout = config.shapes_of("q_proj", 4096, 4096)
+    left, right = torch.zeros(3, sum(left_sizes(layout))), torch.zeros(3, sum(right_sizes(layout)))
+    stacked = stack_factors(left, right, torch.ones(3, len(layout)), layout, 4096)
+    adapter = torch.tensor([0, 2])
+    for tokens, expected in ((1, one), (3, several)):
+        x = torch.zeros(2, tokens, 4096)
+        with Launches() as launches:
+            rows_update(x, stacked, adapter, layout, 4096)
+        assert launches.count == expected
+
+
+def test_long_rows_of_few_adapters_are_merged_and_short_ones_batched() -> None:
+    layout, thin = (c.shapes_of("", 4096, 4096) for c in (MokaConfig(), MokaConfig(1, filters="servable")))
+
+    def batches(shapes: tuple[Shape, ...], adapters: int, tokens: int) -> bool:
+        batched = batched_cost(shapes, 4096, 4096, tokens * 2)
+        return batched <= merged_cost(adapters, 4096, 4096, tokens, 2)
+
+    assert batches(layout, 8, 32 * 64)
+    assert not batches(layout, 8, 32 * 512)
+    assert batches(layout, 32, 32 * 64)
+    assert batches(thin, 8, 32 * 512)

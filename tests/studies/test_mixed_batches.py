@@ -22,6 +22,16 @@ def test_it_tells_bytes_ratios_and_agreement(one_thread, capsys) -> None:
     assert all(size % 3 == 0 and size > 0 for size in held)
 
 
+def test_one_kind_is_measured_and_profiled_without_generating(one_thread, capsys) -> None:
+    arguments = ["--base", "tiny", "--rows", "2", "--adapters", "2", "--kept", "2", "--repeats", "1"]
+    main([*arguments, "--tokens", "1", "--kinds", "servable", "--no-agreement", "--profile"])
+    out = capsys.readouterr().out
+    assert len(re.findall(r"ratio \d+\.\d\d", out)) == 1
+    assert "servable, all linear: 2 adapters" in out
+    assert "aten::bmm" in out
+    assert "alone" not in out
+
+
 @pytest.mark.slow
 def test_eight_adapters_in_a_batch_cost_half_of_one_more_at_most(one_thread) -> None:
     """One token a row, where calls count most; a row of a file or a chat has more.

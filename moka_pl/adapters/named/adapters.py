@@ -235,8 +235,8 @@ class MokaAdapters:
             for target, base in bases.items():
                 for layer in layers[target].values():
                     _put_over(layer, base)
-            for target, layer in row_layers(bases, layers, Rows(adapter_names)).items():
-                replace_module(self.model, target, layer)
+            for target, row_layer in row_layers(bases, layers, Rows(adapter_names)).items():
+                replace_module(self.model, target, row_layer)
             try:
                 yield
             finally:
@@ -336,8 +336,8 @@ def _put_over(layer: MokaLayer, base: Any) -> None:
     if layer.base_layer is not base:
         layer.base_layer = base
     device = base.weight.device
-    for tensor in layer.parameters(recurse=False):
-        if tensor.device != device:
+    if layer.moka_B.device != device:
+        for tensor in layer.parameters(recurse=False):
             tensor.data = tensor.data.to(device)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ from moka_pl.ops.rows import batched_cost, merged_cost, rows_update
 #: Tokens of a row from which on each adapter's rows are computed by themselves: then its own backend is
 #: faster than batched products with small factors.
 _MANY_TOKENS = 16
+
+
+#: How a layer computes its rows: the updates of all adapters at once, each adapter with W + ΔW, or each
+#: update by itself.
+Path = Literal["batched", "merged", "separate"]
 
 
 class Rows:
@@ -130,22 +135,22 @@ class RowLinear(RowLayer):
         """
         times = _times(self.name, x, self.rows.count, 3)
         flat = x.reshape(len(x), -1, self.in_features)  # (N, T, n)
-        if self._batches(flat):
-            total = self._batched(flat, times)
-        elif x.is_cuda and all(map(_merges, self.adapters)):
-            total = self._merged(flat, times)
-        else:
-            total = self._separate(flat, times)
+        compute = {"batched": self._batched, "merged": self._merged, "separate": self._separate}
+        total = compute[self.choose_path(flat)](flat, times)
         return total.view(*x.shape[:-1], self.out_features)
 
-    def _batches(self, x: Tensor) -> bool:
-        """Whether to compute all updates of x, (N, T, n), together: else each has a backend of its own."""
+    def choose_path(self, x: Tensor) -> Path:
+        """Chooses how x, (N, T, n), is computed: what its updates take, not its numbers, decides on a GPU."""
         rows, tokens, n = x.shape
-        if tokens < _MANY_TOKENS or not x.is_cuda:
-            return tokens < _MANY_TOKENS
+        if tokens < _MANY_TOKENS:
+            return "batched"
+        if not x.is_cuda:
+            return "separate"
         m = self.out_features
         together = sum(batched_cost(stack.shapes, m, n, rows * tokens * x.itemsize) for stack in self.stacks)
-        return together <= merged_cost(len(self.adapters), m, n, rows * tokens, x.itemsize)
+        if together <= merged_cost(len(self.adapters), m, n, rows * tokens, x.itemsize):
+            return "batched"
+        return "merged" if all(map(_merges, self.adapters)) else "separate"
 
     def _batched(self, x: Tensor, times: int) -> Tensor:
         """Adds updates of all adapters at once, (N, T, m).

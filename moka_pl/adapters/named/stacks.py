@@ -58,7 +58,7 @@ def stack_layers(layers: Mapping[str, Mapping[str, MokaLayer]]) -> dict[str, lis
     for kind, targets in kinds.items():
         for chunk in _chunks(targets, layers):
             members = [layers[target][name] for target in chunk for name in targets[target]]
-            factors = _stack(members, kind).split([len(targets[target]) for target in chunk])
+            factors = torch.split(_stack(members, kind), [len(targets[target]) for target in chunk])
             for target, own in zip(chunk, factors, strict=True):
                 stacks[target].append(Stack(tuple(targets[target]), kind.shapes, own))
     return stacks

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared.launches import Launches
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moka_pl import MokaAdapters, attach, load_model
 from moka_pl.adapters import MokaConfig, moka_layers, read_adapter
+from moka_pl.adapters.named.rows import RowLinear
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.errors import AdapterError
 
@@ -73,8 +74,14 @@ def test_they_are_switched_disabled_and_deleted(named: MokaAdapters) -> None:
 
 
 @pytest.mark.parametrize("named", ["none", "nf4"], indirect=True)
-@pytest.mark.parametrize("ids", [IDS, LONG], ids=["few tokens", "many tokens"])
-def test_rows_have_adapters_of_their_own(ids: Tensor, named: MokaAdapters) -> None:
+@pytest.mark.parametrize(
+    ("ids", "path"), [(IDS[:, :1], None), (IDS, None), (LONG, None), (LONG, "batched"), (LONG, "merged")]
+)
+def test_rows_have_adapters_of_their_own(
+    ids: Tensor, path: str | None, named: MokaAdapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path is not None:
+        monkeypatch.setattr(RowLinear, "choose_path", lambda self, x: path)
     named.set_adapter("prime")
     for names in (
         ["servable", "diverse", "__base__", "like it", "diverse"],
@@ -90,32 +97,35 @@ def test_rows_have_adapters_of_their_own(ids: Tensor, named: MokaAdapters) -> No
     assert not [m for m in named.model.modules() if type(m).__name__ == "RowLinear"]
 
 
-class Operations(TorchDispatchMode):
-    """Counts operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **kwargs or {})
+def launches(named: MokaAdapters, ids: Tensor, names: list[str]) -> tuple[int, int]:
+    """Counts launches of the preparation and of a forward pass of a batch with an adapter for each row."""
+    with Launches() as prepared:
+        rows = named.rows(names)
+        rows.__enter__()
+    with torch.no_grad(), Launches() as forward:
+        named.model(ids)
+    rows.__exit__(None, None, None)
+    return prepared.count, forward.count
 
 
 @pytest.mark.parametrize("kind", ["diverse", "servable"])
-def test_a_token_takes_as_many_operations_with_eight_adapters_as_with_two(kind: str) -> None:
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_launches_do_not_grow_with_the_adapters(
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RowLinear, "choose_path", lambda self, x: "batched")  # what a GPU would
     model = load_backbone(BackboneConfig("tiny", weights="random")).model
     named = MokaAdapters(model)
     for i in range(8):
         named.add_adapter(str(i), CONFIGS[kind])
-    counts = []
-    for different in (1, 2, 8):
-        with named.rows([str(i % different) for i in range(8)]), torch.no_grad():
-            model(IDS[:1, :1].expand(8, 1))
-            with Operations() as operations:
-                model(IDS[:1, :1].expand(8, 1))
-        counts.append(operations.count)
-    assert counts[0] == counts[1] == counts[2] > 100
+    ids = torch.full((8, tokens), 7)
+    launches(named, ids, ["0"] * 8)  # what a first pass makes once
+    with torch.no_grad(), Launches() as base:
+        model(ids)
+    counts = [launches(named, ids, [str(i % k) for i in range(8)]) for k in (1, 2, 8)]
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0][1] > base.count
+    assert counts[0][0] <= 100  # two sizes of layers, however many layers there are
 
 
 def test_mixed_batches_generate_what_each_adapter_does(named: MokaAdapters) -> None:
