@@ -58,7 +58,13 @@ class Rows:
         return self._known[key]
 
     def others(self, names: tuple[str, ...], device: torch.device, times: int = 1) -> Tensor:
-        """Returns the rows that have none of some adapters, shape (I,), as :meth:`of` does."""
+        """Returns the rows that have none of some adapters, ascending, shape (I,).
+
+        Args:
+            names: The adapters.
+            device: Where the result lies.
+            times: How often each row stands in the batch, one copy after another.
+        """
         return self.of(tuple(name for name in self._of if name not in names), device, times)[0]
 
 
@@ -208,7 +214,7 @@ class RowEmbedding(RowLayer):
 
 
 def row_layers(
-    bases: Mapping[str, nn.Module], adapters: Mapping[str, Mapping[str, MokaLayer]], rows: Rows
+    bases: Mapping[str, Any], adapters: Mapping[str, Mapping[str, MokaLayer]], rows: Rows
 ) -> dict[str, RowLayer]:
     """Makes the layers of a model whose rows have adapters of their own.
 
@@ -220,9 +226,9 @@ def row_layers(
     linear = {name: adapters[name] for name, base in bases.items() if not isinstance(base, nn.Embedding)}
     stacks = stack_layers(linear)
     return {
-        name: RowLinear(name, base, adapters[name], rows, stacks[name])
-        if isinstance(base, nn.Linear)
-        else RowEmbedding(name, base, adapters[name], rows)
+        name: RowEmbedding(name, base, adapters[name], rows)
+        if isinstance(base, nn.Embedding)
+        else RowLinear(name, base, adapters[name], rows, stacks[name])
         for name, base in bases.items()
     }
 
