@@ -16,7 +16,7 @@ from moka_pl.adapters.methods.base import check_tensors
 from moka_pl.adapters.methods.moka import MokaMethod
 from moka_pl.adapters.methods.registry import adapted_layers
 from moka_pl.adapters.named.mix import check_weights, mixed
-from moka_pl.adapters.named.rows import Rows, row_layers
+from moka_pl.adapters.named.rows import RowBatch
 from moka_pl.adapters.pretrained.attach import base_of, hand_over_saving, saving_of
 from moka_pl.adapters.reading import (
     BaseModel,
@@ -60,6 +60,7 @@ class MokaAdapters:
         self._layers: dict[str, dict[str, MokaLayer]] = {}
         self._bases: dict[str, BaseModel] = {}
         self._extras: dict[str, dict[str, Any]] = {}
+        self._last_batch: RowBatch | None = None
         self._active: str | None = None
         if not adapted_layers(model):
             model.requires_grad_(False)
@@ -202,6 +203,7 @@ class MokaAdapters:
         self._check_known([adapter_name])
         if adapter_name == self._active:
             self._put(None)
+        self._last_batch = None
         for kept in (self.configs, self._layers, self._bases, self._extras):
             del kept[adapter_name]
 
@@ -228,20 +230,16 @@ class MokaAdapters:
         targets = list(dict.fromkeys(layer for name in used for layer in self._layers[name]))
         with self._bare():
             bases: dict[str, nn.Module] = {target: self.model.get_submodule(target) for target in targets}
-            layers = {
-                target: {name: self._layers[name][target] for name in used if target in self._layers[name]}
-                for target in targets
-            }
-            for target, base in bases.items():
-                for layer in layers[target].values():
-                    _put_over(layer, base)
-            for target, row_layer in row_layers(bases, layers, Rows(adapter_names)).items():
-                replace_module(self.model, target, row_layer)
+            batch = self._row_batch(adapter_names, bases)
+            batch.stacks.fill()
+            for target, layer in batch.layers.items():
+                replace_module(self.model, target, layer)
             try:
                 yield
             finally:
                 for target, base in bases.items():
                     replace_module(self.model, target, base)
+                batch.stacks.clear()
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **options: Any) -> Any:
         """Runs the model, with an adapter for each row if they are named, else with the active one."""
@@ -304,6 +302,20 @@ class MokaAdapters:
             _put_over(layer, self.model.get_submodule(target))
             replace_module(self.model, target, layer.train(self.model.training))
         self._active = name
+
+    def _row_batch(self, names: Sequence[str], bases: dict[str, nn.Module]) -> RowBatch:
+        """Returns the batch whose rows have these adapters over these frozen layers; the last one is kept."""
+        if self._last_batch is None or not self._last_batch.serves(names, bases):
+            used = [name for name in dict.fromkeys(names) if name != BASE]
+            layers = {
+                target: {name: self._layers[name][target] for name in used if target in self._layers[name]}
+                for target in bases
+            }
+            for target, base in bases.items():
+                for layer in layers[target].values():
+                    _put_over(layer, base)
+            self._last_batch = RowBatch(names, bases, layers)
+        return self._last_batch
 
     def _keep(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.layer import MokaLayer, MokaLinear
-from moka_pl.adapters.named.stacks import Stack, stack_layers
+from moka_pl.adapters.named.stacks import LayerStacks, Stack
 from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.errors import AdapterError
 from moka_pl.ops.kronecker import kronecker_linear
@@ -126,7 +126,7 @@ class RowLinear(RowLayer):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.stacks = stacks
         for stack in stacks:  # a first forward pass makes nothing: it may be recorded as a graph
-            rows.of(stack.names, stack.factors.device)
+            rows.of(stack.names, self.weight.device)
 
     @property
     def bias(self) -> Tensor | None:
@@ -213,24 +213,50 @@ class RowEmbedding(RowLayer):
         return out
 
 
-def row_layers(
-    bases: Mapping[str, Any], adapters: Mapping[str, Mapping[str, MokaLayer]], rows: Rows
-) -> dict[str, RowLayer]:
-    """Makes the layers of a model whose rows have adapters of their own.
+class RowBatch:
+    """The layers of a model whose rows have adapters of their own; made once for batches of the same names.
 
     Args:
+        names: The adapter's name of each row.
         bases: The frozen layers by name.
         adapters: The adapted layers over each, by the layer's and the adapter's name.
-        rows: The rows of the batch.
+
+    Attributes:
+        names: As given.
+        layers: The layers by name.
+        stacks: The factors of their adapters.
     """
-    linear = {name: adapters[name] for name, base in bases.items() if not isinstance(base, nn.Embedding)}
-    stacks = stack_layers(linear)
-    return {
-        name: RowEmbedding(name, base, adapters[name], rows)
-        if isinstance(base, nn.Embedding)
-        else RowLinear(name, base, adapters[name], rows, stacks[name])
-        for name, base in bases.items()
-    }
+
+    def __init__(
+        self, names: Sequence[str], bases: Mapping[str, Any], adapters: Mapping[str, Mapping[str, MokaLayer]]
+    ) -> None:
+        self.names = tuple(names)
+        rows = Rows(names)
+        linear = {name: adapters[name] for name, base in bases.items() if not isinstance(base, nn.Embedding)}
+        self.stacks = LayerStacks(linear)
+        self.layers: dict[str, RowLayer] = {
+            name: RowEmbedding(name, base, adapters[name], rows)
+            if isinstance(base, nn.Embedding)
+            else RowLinear(name, base, adapters[name], rows, self.stacks.of[name])
+            for name, base in bases.items()
+        }
+        self._bases = [(base, base.weight.device) for base in bases.values()]
+
+    def serves(self, names: Sequence[str], bases: Mapping[str, Any]) -> bool:
+        """Whether this is the batch of these rows over these frozen layers, and nothing has been moved.
+
+        Args:
+            names: The adapter's name of each row.
+            bases: The frozen layers by name.
+        """
+        return (
+            self.names == tuple(names)
+            and all(
+                base is known and base.weight.device == device
+                for base, (known, device) in zip(bases.values(), self._bases, strict=True)
+            )
+            and self.stacks.current
+        )
 
 
 def _times(name: str, x: Tensor, rows: int, dims: int) -> int:

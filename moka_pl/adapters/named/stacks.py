@@ -5,6 +5,7 @@ have the same shapes share them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,13 +20,15 @@ from moka_pl.ops.rows import stack_factors
 _CHUNK = 2**28
 
 
-class Stack(NamedTuple):
+@dataclass(eq=False)
+class Stack:
     """Adapters of the same shapes over one layer.
 
     Attributes:
         names: Their names.
         shapes: Their r shapes.
-        factors: Their factors as :func:`moka_pl.ops.rows.rows_update` takes them, shape (K, entries).
+        factors: Their factors as :func:`moka_pl.ops.rows.rows_update` takes them, shape (K, entries), while
+            a batch is computed.
     """
 
     names: tuple[str, ...]
@@ -42,26 +45,79 @@ class _Kind(NamedTuple):
     device: torch.device
 
 
-@torch.no_grad()
-def stack_layers(layers: Mapping[str, Mapping[str, MokaLayer]]) -> dict[str, list[Stack]]:
-    """Puts the factors of each layer's adapters side by side.
+#: Left factors, right factors and gate logits of an adapted layer.
+_Tensors = tuple[Tensor | None, Tensor, Tensor | None]
+
+
+class _Chunk(NamedTuple):
+    """Adapted layers of one kind, layer after layer, and where their factors go.
+
+    Attributes:
+        kind: Their kind.
+        members: The layers.
+        tensors: Their tensors.
+        stacks: The stack of each frozen layer.
+    """
+
+    kind: _Kind
+    members: list[MokaLayer]
+    tensors: list[_Tensors]
+    stacks: list[Stack]
+
+
+class LayerStacks:
+    """The factors of each layer's adapters side by side.
+
+    What goes where is found once, as that takes as long as a small batch. The factors are copied for each
+    batch, as they may have been trained meanwhile, and take memory only as long.
 
     Args:
         layers: The adapted layers over each layer, by the layer's and the adapter's name.
+
+    Attributes:
+        of: The stacks of each layer by its name.
     """
-    kinds: dict[_Kind, dict[str, list[str]]] = {}
-    for target, adapters in layers.items():
-        for name, layer in adapters.items():
-            kind = _Kind(layer.shapes, layer.out_features, layer.moka_B.dtype, layer.moka_B.device)
-            kinds.setdefault(kind, {}).setdefault(target, []).append(name)
-    stacks: dict[str, list[Stack]] = {target: [] for target in layers}
-    for kind, targets in kinds.items():
-        for chunk in _chunks(targets, layers):
-            members = [layers[target][name] for target in chunk for name in targets[target]]
-            factors = torch.split(_stack(members, kind), [len(targets[target]) for target in chunk])
-            for target, own in zip(chunk, factors, strict=True):
-                stacks[target].append(Stack(tuple(targets[target]), kind.shapes, own))
-    return stacks
+
+    def __init__(self, layers: Mapping[str, Mapping[str, MokaLayer]]) -> None:
+        kinds: dict[_Kind, dict[str, list[str]]] = {}
+        for target, adapters in layers.items():
+            for name, layer in adapters.items():
+                kind = _Kind(layer.shapes, layer.out_features, layer.moka_B.dtype, layer.moka_B.device)
+                kinds.setdefault(kind, {}).setdefault(target, []).append(name)
+        self.of: dict[str, list[Stack]] = {target: [] for target in layers}
+        self._chunks: list[_Chunk] = []
+        for kind, targets in kinds.items():
+            nothing = torch.empty(0, device=kind.device)
+            for chunk in _chunks(targets, layers):
+                members = [layers[target][name] for target in chunk for name in targets[target]]
+                stacks = [Stack(tuple(targets[target]), kind.shapes, nothing) for target in chunk]
+                self._chunks.append(_Chunk(kind, members, list(map(_tensors, members)), stacks))
+                for target, stack in zip(chunk, stacks, strict=True):
+                    self.of[target].append(stack)
+
+    @property
+    def current(self) -> bool:
+        """Whether the layers have the same tensors still: a state dict may have brought others."""
+        return all(
+            a is b
+            for chunk in self._chunks
+            for layer, known in zip(chunk.members, chunk.tensors, strict=True)
+            for a, b in zip(_tensors(layer), known, strict=True)
+        )
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Copies the factors."""
+        for chunk in self._chunks:
+            factors = torch.split(_stack(chunk), [len(stack.names) for stack in chunk.stacks])
+            for stack, own in zip(chunk.stacks, factors, strict=True):
+                stack.factors = own
+
+    def clear(self) -> None:
+        """Drops the copies."""
+        for chunk in self._chunks:
+            for stack in chunk.stacks:
+                stack.factors = stack.factors.new_empty(0)
 
 
 def _chunks(
@@ -69,38 +125,45 @@ def _chunks(
 ) -> Iterator[list[str]]:
     """Splits layers into lists whose adapters' factors are small enough."""
     target, names = next(iter(targets.items()))
-    one = 4 * sum(part.numel() for part in _factors(layers[target][names[0]]))
+    left, right, _ = _tensors(layers[target][names[0]])
+    one = 4 * (right.numel() + (0 if left is None else left.numel()))
     count = max(_CHUNK // (one * max(map(len, targets.values()))), 1)
     listed = list(targets)
     for start in range(0, len(listed), count):
         yield listed[start : start + count]
 
 
-def _stack(members: Sequence[MokaLayer], kind: _Kind) -> Tensor:
+def _tensors(layer: MokaLayer) -> _Tensors:
+    """Returns the tensors of an adapted layer."""
+    return layer.moka_A, layer.moka_B, layer.moka_gate
+
+
+def _stack(chunk: _Chunk) -> Tensor:
     """Returns the factors of adapted layers of one kind, in single precision at least."""
-    parts = zip(*map(_factors, members), strict=True)
-    wide = torch.promote_types(kind.dtype, torch.float32)
-    left, right = (torch.stack(part).to(wide) for part in parts)
-    return stack_factors(left, right, _weights(members, right), kind.shapes, kind.m)
+    lefts, rights, gates = zip(*chunk.tensors, strict=True)
+    wide = torch.promote_types(chunk.kind.dtype, torch.float32)
+    right = torch.stack(rights).to(wide)
+    left = right.new_empty(len(right), 0) if lefts[0] is None else torch.stack(lefts).to(wide)
+    return stack_factors(left, right, _weights(chunk.members, gates, right), chunk.kind.shapes, chunk.kind.m)
 
 
-def _factors(layer: MokaLayer) -> tuple[Tensor, Tensor]:
-    """Returns packed left and right factors."""
-    right = layer.moka_B
-    return right.new_empty(0) if layer.moka_A is None else layer.moka_A, right
+def _weights(members: Sequence[MokaLayer], logits: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Returns gates times scaling, shape (K, r), of the dtype and on the device of ``like``.
 
-
-def _weights(members: Sequence[MokaLayer], like: Tensor) -> Tensor:
-    """Returns gates times scaling, shape (K, r), of the dtype and on the device of ``like``."""
+    Args:
+        members: K adapted layers of one kind.
+        logits: The gate logits of each.
+        like: Any tensor.
+    """
     r = len(members[0].shapes)
     alpha = like.new_full((len(members), r), 1 / r)  # (K, r)
     kinds: dict[Gating, list[int]] = {}
     for i, layer in enumerate(members):
-        if layer.moka_gate is not None:
+        if logits[i] is not None:
             kinds.setdefault(layer.gating, []).append(i)
     for gating, which in kinds.items():
-        logits = [gate.to(like) for i in which if (gate := members[i].moka_gate) is not None]
-        gates = gates_of(torch.stack(logits), gating)
+        own = torch.stack([gate for i in which if (gate := logits[i]) is not None])
+        gates = gates_of(own.to(like), gating)
         every = len(which) == len(members)
         alpha = gates if every else alpha.index_copy(0, torch.tensor(which, device=like.device), gates)
     scalings = [layer.scaling for layer in members]

@@ -119,13 +119,37 @@ def test_launches_do_not_grow_with_the_adapters(
     for i in range(8):
         named.add_adapter(str(i), CONFIGS[kind])
     ids = torch.full((8, tokens), 7)
-    launches(named, ids, ["0"] * 8)  # what a first pass makes once
+    launches(named, ids, ["7"] * 8)  # what a first pass makes once
     with torch.no_grad(), Launches() as base:
         model(ids)
     counts = [launches(named, ids, [str(i % k) for i in range(8)]) for k in (1, 2, 8)]
     assert counts[0] == counts[1] == counts[2]
     assert counts[0][1] > base.count
     assert counts[0][0] <= 100  # two sizes of layers, however many layers there are
+
+
+def test_a_batch_of_the_same_names_sees_what_has_changed(named: MokaAdapters) -> None:
+    names = ["servable", "diverse", "__base__", "like it", "diverse"]
+    first = logits(named, adapter_names=names)
+    assert torch.equal(logits(named, adapter_names=names), first)
+    named.set_adapter("diverse")
+    layers = moka_layers(named.model)
+    for layer in layers.values():  # other numbers, which count no change
+        layer.moka_B.data.mul_(2)
+    second = logits(named, adapter_names=names)
+    assert not torch.allclose(second[1], first[1], atol=1e-3)
+    assert torch.equal(second[[0, 2, 3]], first[[0, 2, 3]])
+    for layer in layers.values():  # other parameters
+        layer.moka_B = torch.nn.Parameter(layer.moka_B.detach() / 2)
+    torch.testing.assert_close(logits(named, adapter_names=names), first)
+    for layer in layers.values():
+        layer.scaling *= 3
+    torch.testing.assert_close(logits(named, adapter_names=names)[1], alone(named, "diverse")[1])
+    named.delete_adapter("diverse")
+    named.add_adapter("diverse", CONFIGS["diverse"])  # an untrained one
+    with named.disable_adapter():
+        base = logits(named)
+    torch.testing.assert_close(logits(named, adapter_names=names)[1], base[1])
 
 
 def test_mixed_batches_generate_what_each_adapter_does(named: MokaAdapters) -> None:
