@@ -25,7 +25,7 @@ from moka_pl.training.accidents.micro_batches import MicroBatches
 from moka_pl.training.accidents.naming import row_texts
 from moka_pl.training.accidents.non_finite import NonFiniteSteps
 from moka_pl.training.accidents.spikes import LossSpikes, SpikeOptions
-from moka_pl.training.launches import HostCopy
+from moka_pl.training.launches import HostCopy, KeptObjects
 from moka_pl.training.learning_rates import LearningRateRatios, logged_rates
 from moka_pl.training.sharding.strategy import ShardedStrategy
 from moka_pl.training.step_log import StepLog
@@ -73,8 +73,8 @@ class TrainedModule(EvaluatedModule):
         self._capture: StepCapture | None = None
 
     def configure_callbacks(self) -> list[Callback]:
-        """Returns what logs the steps."""
-        return [self._step_log]
+        """Returns what logs the steps, and what keeps them from being interrupted."""
+        return [self._step_log, KeptObjects()]
 
     def _begin_steps(self) -> None:
         """Resets what is kept from step to step, or goes on from what a checkpoint has of it."""

@@ -1,11 +1,14 @@
 """Optimizers in few kernels, and autograd's nodes on one stream."""
 
+import gc
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from moka_pl.training.launches import (
@@ -101,3 +104,22 @@ def test_a_rank_alone_agrees_with_itself(tmp_path: Path, flag: bool) -> None:
         assert AnyRank(flag, torch.device("cpu")).answer() is flag
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_objects_of_before_are_kept_from_the_collector_while_training(
+    make_module, make_data, make_trainer, fails: bool
+) -> None:
+    frozen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, *of_batch) -> None:
+            frozen.append(gc.get_freeze_count())
+            if fails:
+                raise RuntimeError
+
+    before = gc.get_freeze_count()
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        make_trainer(Look()).fit(make_module(), make_data())
+    assert frozen[0] > before + 100_000
+    assert gc.get_freeze_count() <= before
