@@ -172,11 +172,11 @@ def pick_backend(tokens: int, shapes: tuple[Shape, ...], m: int, n: int) -> Lite
     """Chooses the cheaper backend for a forward and backward pass, by counting multiply-adds.
 
     Both work on all components of a shape at once. Dense takes T·m·n for the gradient of ΔW, and for
-    each shape builds ΔW twice and projects its gradient: bound by memory. Structured takes seven products
-    with small factors for each shape, moves the activations for each and transposes them. The other numbers
-    turn memory and calls into multiply-adds. They fit float32 on two CPU cores for layers of 192 × 576 to
-    4096 × 4096, 1 to 20 components and 8 to 1024 tokens: what is picked took at most 15% longer than the
-    other, and mostly less.
+    each shape builds ΔW, once or twice, and projects its gradient: bound by memory. Structured takes seven
+    products with small factors for each shape, moves the activations for each and transposes them. The other
+    numbers turn memory and calls into multiply-adds. They fit float32 on two CPU cores for layers of
+    192 × 576 to 4096 × 4096, 1 to 20 components and 8 to 1024 tokens: what is picked took at most 15% longer
+    than the other, and mostly less.
 
     Args:
         tokens: T.
@@ -188,7 +188,7 @@ def pick_backend(tokens: int, shapes: tuple[Shape, ...], m: int, n: int) -> Lite
     structured = 20e6 + tokens * 210 * (m + n)
     for shape, members in group_equal(shapes).items():
         product = shape.m_a * shape.m_b * shape.n_b if shape.identity else min(shape.costs)
-        dense += (120 if shape.identity else 200) * m * n
+        dense += (120 if shape.identity else 180) * m * n
         structured += 6e6 + tokens * (3.5 * len(members) * product + 150 * (m + n))
     return "dense" if dense <= structured else "structured"
 

@@ -8,7 +8,7 @@ For few tokens products with the small factors are cheaper than building ΔW. Me
 they share its transposed input and add to its result in place.
 
 Neither sum nor ΔW is kept on a GPU. On a CPU, where building takes longer, the sum is kept for the backward
-pass where it is no larger than the layer's input and output.
+pass where it is no larger than the layer's input and output, or very small.
 
 Without W the same code computes the update alone (see :func:`moka_pl.ops.kronecker.kronecker_linear`).
 """
@@ -32,6 +32,9 @@ from moka_pl.ops.structured import Sides, add_update_, gather, transposed, updat
 
 #: Tokens above which bitsandbytes dequantises a 4-bit weight for its product, too; for fewer it has a kernel.
 DEQUANTISED_TOKENS = 1536
+
+#: Entries up to which ``W + ΔW`` is kept on a CPU however few the tokens are: half a megabyte.
+_SMALL = 2**17
 
 #: Takes what is to be saved for the backward pass.
 Keep = Callable[..., None]
@@ -74,7 +77,7 @@ class DenseUpdates:
             keep: Called once, with tensors that :meth:`backward` would compute again, as early as these are
                 there: when checkpointing computes a block again, nothing after its last call is needed.
         """
-        small = self.m * self.n <= len(x) * (self.m + self.n)
+        small = self.m * self.n <= max(_SMALL, len(x) * (self.m + self.n))
         if not (small and self._keeps(x)):
             keep()
             return F.linear(x, self.weight(left, right, gate, x.dtype), bias)

@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 from moka_pl.adapters import MokaConfig, MokaLinear
 from moka_pl.adapters.forward import count_merged, plan_forward
 from moka_pl.backbone.quantization import dense_weight
+from moka_pl.ops import merged_forward
 from moka_pl.ops.gating import gates_of
 from moka_pl.ops.kronecker import delta_weight
 from moka_pl.ops.merged_forward import DenseUpdates, StructuredUpdates
@@ -156,8 +157,12 @@ def saved_beside_its_inputs(layer: MokaLinear, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("backend", ["dense", "fused"])
-def test_a_cpu_saves_the_sum_only_where_it_is_small_beside_input_and_output(backend: str) -> None:
+def test_a_cpu_saves_the_sum_only_where_it_is_small_beside_input_and_output(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = adapted(backend, components=3)
+    assert saved_beside_its_inputs(layer, tokens(2)) == M * N
+    monkeypatch.setattr(merged_forward, "_SMALL", 0)
     few = M * N // (M + N) // 2 * 2
     assert saved_beside_its_inputs(layer, tokens(few)) == 0
     assert saved_beside_its_inputs(layer, tokens(few + 2)) == M * N
