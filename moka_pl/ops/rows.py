@@ -128,7 +128,7 @@ def batched_cost(shapes: tuple[Shape, ...], m: int, n: int, token_bytes: int) ->
     return token_bytes * numbers + (4 * len(groups) + 3) * _LAUNCH
 
 
-def merged_cost(adapters: int, m: int, n: int, tokens: int, itemsize: int) -> float:
+def merged_cost(adapters: int, m: int, n: int, tokens: int, itemsize: int, launches: int) -> float:
     """Estimates, in the same unit, how much longer W + ΔW of each adapter takes than W for all rows.
 
     Args:
@@ -137,8 +137,9 @@ def merged_cost(adapters: int, m: int, n: int, tokens: int, itemsize: int) -> fl
         n: Input features.
         tokens: Tokens of all rows.
         itemsize: Bytes of a number.
+        launches: What is called.
     """
-    return adapters * (2 * m * n * itemsize + 5 * _LAUNCH) + 2 * tokens * (m + n) * itemsize
+    return 2 * itemsize * (adapters * m * n + tokens * (m + n)) + launches * _LAUNCH
 
 
 def _add_group_(out: Tensor, x: Tensor, lefts: Tensor, rights: Tensor, group: _Group, keeps: bool) -> None:

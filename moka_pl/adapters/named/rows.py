@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moka_pl.adapters.forward import plan_forward
 from moka_pl.adapters.layer import MokaLayer, MokaLinear
 from moka_pl.adapters.named.stacks import LayerStacks, Stack
 from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
@@ -19,9 +20,12 @@ from moka_pl.ops.rows import batched_cost, merged_cost, rows_update
 _MANY_TOKENS = 16
 
 
-#: How a layer computes its rows: the updates of all adapters at once, each adapter with W + ΔW, or each
-#: update by itself.
-Path = Literal["batched", "merged", "separate"]
+#: How a layer computes its rows: the updates of all adapters at once, with W + ΔW of each built in one
+#: launch, each adapter by itself with W + ΔW, or each update by itself.
+Path = Literal["batched", "built", "merged", "separate"]
+
+#: Bytes of W + ΔW of all adapters that a layer builds at once at most.
+_BUILT = 2**31
 
 
 class Rows:
@@ -66,6 +70,36 @@ class Rows:
             times: How often each row stands in the batch, one copy after another.
         """
         return self.of(tuple(name for name in self._of if name not in names), device, times)[0]
+
+    def is_even(self, names: tuple[str, ...]) -> bool:
+        """Whether some adapters have so equally many rows that filling up to the most costs little."""
+        counts = [len(self._of[name]) for name in names]
+        return len(counts) * max(counts) <= 1.25 * sum(counts)
+
+    def by_adapter(
+        self, names: tuple[str, ...], device: torch.device, times: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Returns where the rows of some adapters are, adapter by adapter, and how to put them back.
+
+        Each adapter has R places, as many as the most of them have rows; some row stands in those left over.
+
+        Args:
+            names: K adapters.
+            device: Where the results lie: of shape (K R,), and of (I,) for the rows of :meth:`of`.
+            times: How often each row stands in the batch, one copy after another.
+        """
+        key = names, device, -times
+        if key not in self._known:
+            lists = [
+                [row * times + copy for row in self._of[name] for copy in range(times)] for name in names
+            ]
+            most = max(map(len, lists))
+            order = [row for rows in lists for row in rows + rows[:1] * (most - len(rows))]
+            places = {row: k * most + i for k, rows in enumerate(lists) for i, row in enumerate(rows)}
+            with torch.inference_mode(False):
+                back = torch.tensor([places[row] for row in sorted(places)]).to(device)
+                self._known[key] = torch.tensor(order).to(device), back
+        return self._known[key]
 
 
 class RowLayer(nn.Module):
@@ -127,6 +161,7 @@ class RowLinear(RowLayer):
         self.stacks = stacks
         for stack in stacks:  # a first forward pass makes nothing: it may be recorded as a graph
             rows.of(stack.names, self.weight.device)
+            rows.by_adapter(stack.names, self.weight.device)
 
     @property
     def bias(self) -> Tensor | None:
@@ -141,7 +176,12 @@ class RowLinear(RowLayer):
         """
         times = _times(self.name, x, self.rows.count, 3)
         flat = x.reshape(len(x), -1, self.in_features)  # (N, T, n)
-        compute = {"batched": self._batched, "merged": self._merged, "separate": self._separate}
+        compute = {
+            "batched": self._batched,
+            "built": self._built,
+            "merged": self._merged,
+            "separate": self._separate,
+        }
         total = compute[self.choose_path(flat)](flat, times)
         return total.view(*x.shape[:-1], self.out_features)
 
@@ -152,11 +192,20 @@ class RowLinear(RowLayer):
             return "batched"
         if not x.is_cuda:
             return "separate"
-        m = self.out_features
-        together = sum(batched_cost(stack.shapes, m, n, rows * tokens * x.itemsize) for stack in self.stacks)
-        if together <= merged_cost(len(self.adapters), m, n, rows * tokens, x.itemsize):
+        m, tokens = self.out_features, rows * tokens
+        batched = sum(batched_cost(stack.shapes, m, n, tokens * x.itemsize) for stack in self.stacks)
+        builds = not torch.is_grad_enabled() and all(map(self._builds, self.stacks))
+        launches = 4 * len(self.stacks) if builds else 5 * len(self.adapters)
+        if batched <= merged_cost(len(self.adapters), m, n, tokens, x.itemsize, launches):
             return "batched"
-        return "merged" if all(map(_merges, self.adapters)) else "separate"
+        if not all(map(_merges, self.adapters)):
+            return "separate"
+        return "built" if builds else "merged"
+
+    def _builds(self, stack: Stack) -> bool:
+        """Whether W + ΔW of a stack's adapters fit into memory, and these have about as many rows each."""
+        size = 2 * len(stack.names) * self.out_features * self.in_features
+        return size <= _BUILT and self.rows.is_even(stack.names)
 
     def _batched(self, x: Tensor, times: int) -> Tensor:
         """Adds updates of all adapters at once, (N, T, m).
@@ -193,6 +242,36 @@ class RowLinear(RowLayer):
             if len(rows):
                 total = _placed(total, rows, layer(x.index_select(0, rows)))
         return total
+
+    def _built(self, x: Tensor, times: int) -> Tensor:
+        """As :meth:`_merged`, with the W + ΔW of all adapters built at once and one product, (N, T, m)."""
+        parts = [(stack, plan_forward(self._of(stack.names[0]), x)) for stack in self.stacks]
+        others = self.rows.others(self.names, x.device, times)
+        total = None
+        for stack, plan in parts:
+            if plan is None or not hasattr(plan.updates, "weights"):
+                return self._merged(x, times)
+            rows, _ = self.rows.of(stack.names, x.device, times)
+            order, back = self.rows.by_adapter(stack.names, x.device, times)  # (K R,), (I,)
+            with _without_autocast(x.device.type):
+                weights = plan.updates.weights(*stack.packed, plan.compute)  # (K, m, n)
+                grid = x.index_select(0, order).to(plan.compute).view(len(weights), -1, self.in_features)
+                product = torch.bmm(grid, weights.mT).view(len(order), -1, self.out_features)  # (K R, T, m)
+                part = product.index_select(0, back)  # (I, T, m)
+                if self.bias is not None:
+                    part += self.bias
+            if len(rows) == len(x):
+                return part.to(plan.result)
+            total = x.new_empty(*x.shape[:2], self.out_features) if total is None else total
+            total = _placed(total, rows, part.to(plan.result))
+        assert total is not None
+        return _placed(total, others, self.base_layer(x[others])) if len(others) else total
+
+    def _of(self, name: str) -> MokaLinear:
+        """The adapted layer of an adapter."""
+        layer = self.adapters[self.names.index(name)]
+        assert isinstance(layer, MokaLinear)
+        return layer
 
 
 class RowEmbedding(RowLayer):

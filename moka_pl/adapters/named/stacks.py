@@ -29,11 +29,14 @@ class Stack:
         shapes: Their r shapes.
         factors: Their factors as :func:`moka_pl.ops.rows.rows_update` takes them, shape (K, entries), while
             a batch is computed.
+        packed: Their packed left and right factors, (K, entries), and the weights of their components,
+            (K, r), likewise.
     """
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
     factors: Tensor
+    packed: tuple[Tensor, Tensor, Tensor]
 
 
 class _Kind(NamedTuple):
@@ -90,7 +93,9 @@ class LayerStacks:
             nothing = torch.empty(0, device=kind.device)
             for chunk in _chunks(targets, layers):
                 members = [layers[target][name] for target in chunk for name in targets[target]]
-                stacks = [Stack(tuple(targets[target]), kind.shapes, nothing) for target in chunk]
+                stacks = [
+                    Stack(tuple(targets[target]), kind.shapes, nothing, (nothing,) * 3) for target in chunk
+                ]
                 self._chunks.append(_Chunk(kind, members, list(map(_tensors, members)), stacks))
                 for target, stack in zip(chunk, stacks, strict=True):
                     self.of[target].append(stack)
@@ -109,15 +114,18 @@ class LayerStacks:
     def fill(self) -> None:
         """Copies the factors."""
         for chunk in self._chunks:
-            factors = torch.split(_stack(chunk), [len(stack.names) for stack in chunk.stacks])
-            for stack, own in zip(chunk.stacks, factors, strict=True):
-                stack.factors = own
+            sizes = [len(stack.names) for stack in chunk.stacks]
+            parts = (torch.split(part, sizes) for part in _stack(chunk))
+            for stack, factors, *packed in zip(chunk.stacks, *parts, strict=True):
+                left, right, weights = packed
+                stack.factors, stack.packed = factors, (left, right, weights)
 
     def clear(self) -> None:
         """Drops the copies."""
         for chunk in self._chunks:
             for stack in chunk.stacks:
-                stack.factors = stack.factors.new_empty(0)
+                nothing = stack.factors.new_empty(0)
+                stack.factors, stack.packed = nothing, (nothing,) * 3
 
 
 def _chunks(
@@ -138,13 +146,15 @@ def _tensors(layer: MokaLayer) -> _Tensors:
     return layer.moka_A, layer.moka_B, layer.moka_gate
 
 
-def _stack(chunk: _Chunk) -> Tensor:
-    """Returns the factors of adapted layers of one kind, in single precision at least."""
+def _stack(chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns :attr:`Stack.factors` and :attr:`Stack.packed` of all layers, in single precision at least."""
     lefts, rights, gates = zip(*chunk.tensors, strict=True)
     wide = torch.promote_types(chunk.kind.dtype, torch.float32)
     right = torch.stack(rights).to(wide)
     left = right.new_empty(len(right), 0) if lefts[0] is None else torch.stack(lefts).to(wide)
-    return stack_factors(left, right, _weights(chunk.members, gates, right), chunk.kind.shapes, chunk.kind.m)
+    weights = _weights(chunk.members, gates, right)
+    factors = stack_factors(left, right, weights, chunk.kind.shapes, chunk.kind.m)
+    return factors, left, right, weights
 
 
 def _weights(members: Sequence[MokaLayer], logits: Sequence[Tensor | None], like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from run to run.
 
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.decode import add_decode_update_
-from moka_pl.ops.triton.delta import fused_weight
+from moka_pl.ops.triton.delta import fused_weight, fused_weights
 from moka_pl.ops.triton.dequantise import can_dequantise, dequantise
 from moka_pl.ops.triton.gates import Gates, layer_gates
 from moka_pl.ops.triton.merged_forward import FusedThinUpdates, FusedUpdates
@@ -30,6 +30,7 @@ __all__ = [
     "dequantise",
     "fused_projection",
     "fused_weight",
+    "fused_weights",
     "layer_gates",
     "make_plan",
     "make_thin_plan",

@@ -65,6 +65,7 @@ def _add_product(at, met, value, total):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _words_kernel(  # type: ignore[no-untyped-def]
     out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset, m, n,
+    left_step, right_step,
     COMPONENTS: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr,
     GATING: tl.constexpr, PERIOD: tl.constexpr, REPEATS: tl.constexpr, WORDS: tl.constexpr,
     WORDWISE: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
@@ -74,8 +75,13 @@ def _words_kernel(  # type: ignore[no-untyped-def]
 
     Where 8 divides n_b, the entries of a word meet one entry of the left factor, and entries of the right
     factor that lie side by side. Rows PERIOD apart, a multiple of every m_b, need the same right entries,
-    which are read once for all REPEATS.
+    which are read once for all REPEATS. The third programs are those of several adapters.
     """
+    adapter = tl.program_id(2)
+    out += adapter.to(tl.int64) * m * n
+    left += adapter * left_step
+    right += adapter * right_step
+    values += adapter * R
     top = tl.program_id(0) % PERIOD + tl.program_id(0) // PERIOD * (REPEATS * PERIOD)
     j = (tl.program_id(1) * WORDS + tl.arange(0, WORDS)) * 8
     row = top + tl.zeros_like(j)
@@ -126,7 +132,7 @@ def _words_kernel(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _cells_kernel(  # type: ignore[no-untyped-def]
     out, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset,
-    cells, rows, columns, m, n,
+    cells, rows, columns, m, n, left_step, right_step,
     R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr, IDENTITY: tl.constexpr,
     WHOLE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, DITHER: tl.constexpr,
@@ -134,8 +140,14 @@ def _cells_kernel(  # type: ignore[no-untyped-def]
     """W + ΔW or ΔW, (m, n), for any shapes; reference: :func:`moka_pl.ops.dense.add_delta_`.
 
     Tables say where each row and column lies in the packed factors, -1 beyond their end. WHOLE: no component
-    ends early. EVEN: tiles fill the layer, and BN divides the runs that share a scale.
+    ends early. EVEN: tiles fill the layer, and BN divides the runs that share a scale. The third programs are
+    those of several adapters.
     """
+    adapter = tl.program_id(2)
+    out += adapter.to(tl.int64) * m * n
+    left += adapter * left_step
+    right += adapter * right_step
+    values += adapter * R
     cell = cells + tl.program_id(0) * 3
     i = tl.load(cell) + tl.arange(0, BM)
     j = tl.load(cell + 1) + tl.arange(0, BN)
@@ -203,6 +215,48 @@ def fused_weight(
         source: The frozen weight; None for ΔW alone.
     """
     out = torch.empty(plan.m, plan.n, dtype=dtype, device=right.device)
+    return _build(plan, out, left, right, gates, source, 1)
+
+
+def fused_weights(
+    plan: Plan, left: Tensor, right: Tensor, weights: Tensor, dtype: torch.dtype, source: WeightSource | None
+) -> Tensor:
+    """As :func:`fused_weight` for K adapters in one launch, shape (K, m, n).
+
+    Args:
+        plan: The layer's plan.
+        left: Packed left factors, (K, entries), contiguous, float32.
+        right: Packed right factors, likewise.
+        weights: w, (K, r), likewise.
+        dtype: Result dtype; with a frozen weight bfloat16 or float32.
+        source: The frozen weight; None for ΔW alone.
+    """
+    out = torch.empty(len(right), plan.m, plan.n, dtype=dtype, device=right.device)
+    return _build(plan, out, left, right, Gates(weights), source, len(right))
+
+
+def _build(
+    plan: Plan,
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    gates: Gates,
+    source: WeightSource | None,
+    adapters: int,
+) -> Tensor:
+    """Writes the weights of some adapters one after another into ``out`` and returns that.
+
+    Args:
+        plan: The layer's plan.
+        out: The result.
+        left: Packed left factors.
+        right: Packed right factors.
+        gates: The weights w.
+        source: The frozen weight; None for ΔW alone.
+        adapters: Their number.
+    """
+    dtype = out.dtype
+    steps = (0, 0) if adapters == 1 else (left.shape[1], right.shape[1])
     frozen_pointers, blocksize, nested = frozen_arguments(source, right)
     data, absmax = frozen_pointers[:2]
     read = source is not None
@@ -210,7 +264,7 @@ def fused_weight(
     values, scaling, gating = gates
     pointers = (left, right, values, scaling, *frozen_pointers)
     outside = (right, left, values, data, absmax)
-    key = (dtype, gating, data.dtype, blocksize, nested)
+    key = (dtype, gating, data.dtype, blocksize, nested, steps)
     frozen = (read, blocksize, nested, dither)
     r = len(plan.shapes)
     # Without fused multiply-adds: the two roundings of the dequantisation are bitsandbytes' own.
@@ -219,10 +273,10 @@ def fused_weight(
         if wordwise:
             pointers = (left, right, values, scaling, *as_words(frozen_pointers))
         period, repeats, words = plan.words
-        grid = (-(-plan.m // (period * repeats)) * period, -(-plan.n // (8 * words)), 1)
+        grid = (-(-plan.m // (period * repeats)) * period, -(-plan.n // (8 * words)), adapters)
         launch(
             _words_kernel, plan.compiled, ("words", read, wordwise, *key), grid, outside,
-            (out, *pointers, plan.m, plan.n, plan.components, plan.aligned, r, plan.padded, gating,
+            (out, *pointers, plan.m, plan.n, *steps, plan.components, plan.aligned, r, plan.padded, gating,
              period, repeats, words, wordwise, *frozen),
             num_warps=words // 32, enable_fp_fusion=False,
         )  # fmt: skip
@@ -230,9 +284,9 @@ def fused_weight(
         assert plan.cells is not None
         even = plan.even and blocksize % TILE[1] == 0
         launch(
-            _cells_kernel, plan.compiled, ("cells", read, *key), (len(plan.cells), 1, 1), outside,
-            (out, *pointers, plan.cells, plan.rows, plan.columns, plan.m, plan.n, r, plan.padded, gating,
-             plan.shapes[0].identity, plan.whole, even, *TILE, *frozen),
+            _cells_kernel, plan.compiled, ("cells", read, *key), (len(plan.cells), 1, adapters), outside,
+            (out, *pointers, plan.cells, plan.rows, plan.columns, plan.m, plan.n, *steps, r, plan.padded,
+             gating, plan.shapes[0].identity, plan.whole, even, *TILE, *frozen),
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -9,6 +9,7 @@ from torch import Tensor
 from moka_pl.ops.merged_forward import DEQUANTISED_TOKENS, DenseUpdates, Keep
 from moka_pl.ops.thin import ThinUpdates
 from moka_pl.ops.triton.base_weight import WeightSource
+from moka_pl.ops.triton.delta import fused_weights
 from moka_pl.ops.triton.dequantise import can_dequantise
 from moka_pl.ops.triton.factor_gradients import factor_gradients, make_factor_plan
 from moka_pl.ops.triton.gates import layer_gates
@@ -33,11 +34,24 @@ class FusedUpdates(DenseUpdates):
 
     def weight(self, left: Tensor, right: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
         """As :meth:`DenseUpdates.weight`."""
-        source = self.source
-        if source is None and self.base_weight is not None:
-            source = WeightSource(self.base_weight())
         gates = layer_gates(self.plan, gate, self.scaling, self.gating)
-        return choice.weight(self.plan, left, right, gates, dtype, source)
+        return choice.weight(self.plan, left, right, gates, dtype, self._own_source())
+
+    def weights(self, left: Tensor, right: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Builds ``W + ΔW`` of K adapters in one launch, shape (K, m, n).
+
+        Args:
+            left: Packed left factors, (K, entries), contiguous, float32.
+            right: Packed right factors, likewise.
+            weights: Gates times scaling, (K, r), likewise.
+            dtype: Dtype of the result.
+        """
+        return fused_weights(self.plan, left, right, weights, dtype, self._own_source())
+
+    def _own_source(self) -> WeightSource | None:
+        if self.source is None and self.base_weight is not None:
+            return WeightSource(self.base_weight())
+        return self.source
 
     def factor_gradients(
         self, grad: Tensor, x: Tensor, left: Tensor, right: Tensor, gate: Tensor | None

@@ -128,6 +128,25 @@ def test_launches_do_not_grow_with_the_adapters(
     assert counts[0][0] <= 100  # two sizes of layers, however many layers there are
 
 
+def test_weights_of_all_adapters_are_built_at_once(monkeypatch: pytest.MonkeyPatch, randomize) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(RowLinear, "choose_path", lambda self, x: "built")
+    named = MokaAdapters(load_backbone(BackboneConfig("tiny", weights="random")).model)
+    fused = MokaConfig(components=2, backend="fused", target_modules=["v_proj"])
+    other = MokaConfig(components=1, backend="fused", target_modules=["v_proj"])
+    for seed, (name, config) in enumerate({"a": fused, "b": fused, "c": fused, "d": other}.items()):
+        named.add_adapter(name, config)
+        named.set_adapter(name)
+        randomize(named.model, seed=seed)
+    merges = []
+    monkeypatch.setattr(RowLinear, "_merged", lambda self, x, times: merges.append(x))
+    for names in (["b", "a", "c", "a", "b"], ["d", "a", "__base__", "c", "a"], ["c"] * 5):
+        mixed = logits(named, adapter_names=names)
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row], alone(named, name)[row], atol=1e-4, rtol=1e-4)
+    assert not merges
+
+
 def test_a_batch_of_the_same_names_sees_what_has_changed(named: MokaAdapters) -> None:
     names = ["servable", "diverse", "__base__", "like it", "diverse"]
     first = logits(named, adapter_names=names)

@@ -43,6 +43,22 @@ def problem(request: pytest.FixtureRequest) -> tuple[Pairs, Tensor, tuple[Shape,
     return factors, torch.randn(len(shapes)) * 3, tuple(shapes), m, n
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_weights_of_several_adapters_are_those_of_each(problem, frozen: bool) -> None:
+    factors, weights, shapes, m, n = problem
+    plan = kernels.make_plan(shapes, m, n, DEVICE)
+    left, right = pack(factors)
+    source = kernels.WeightSource(torch.randn(m, n).bfloat16()) if frozen else None
+    dtype = torch.bfloat16 if frozen else torch.float32
+    scales = torch.tensor([[1.0], [-2.0], [0.0]])
+    found = kernels.fused_weights(plan, left * scales, right + scales, weights * scales, dtype, source)
+    assert found.shape == (3, m, n)
+    for k, scale in enumerate(scales[:, 0].tolist()):
+        gates = kernels.Gates(weights * scale)
+        expected = kernels.fused_weight(plan, left * scale, right + scale, gates, dtype, source)
+        assert torch.equal(found[k], expected)
+
+
 def _double(factors: Pairs) -> Pairs:
     return [(None if a is None else a.double(), b.double()) for a, b in factors]
 
