@@ -145,7 +145,7 @@ def _of_several(errors: list[str], value: str, option: str, owner: str) -> str:
         found = _TYPE.fullmatch(error)
         if found is None:
             others.append(error)
-        elif found[3] is not None and value != found[3]:
+        elif found[3] is not None and value[:1] in ("[", "{") and value != found[3]:
             return f"{option}: {_shown(found[3])} in {value} must be {_listed(_kinds(found))}"
         else:
             kinds += _kinds(found)

@@ -49,6 +49,10 @@ PATH = "\n- Expected a path but adamw either not accessible or invalid\n- "
             "model.adapter.filters: 1.5 in [[1.5]] must be a whole number",
         ),
         (
+            'Parser key "lr":\n' + union("true", "Expected a <class 'float'>. Got value: True"),
+            "lr must be a number, not 'true'",
+        ),
+        (
             'Parser key "trainer.logger":\n'
             + union("foo", "Expected a dot import path string: foo", "Expected a <class 'bool'>"),
             "trainer.logger must be a class path, true or false, not 'foo'",
