@@ -4,7 +4,9 @@ Only one shard is dense in memory at a time: a 7B model in 4 bits takes its own 
 """
 
 import copy
+import gc
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,7 +253,7 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
     """Writes the folder ``out``, loads it by transformers alone and compares it with the adapter.
 
     Args:
-        source: The adapter in its model.
+        source: The adapter in its model, which is given up once it is written.
         out: The folder to write.
         dtype: Dtype of the weights.
 
@@ -270,15 +272,19 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
         write_description(new, source.model, source.tokenizer, dtype)
         say(f"{reader} reads it back ...")
         reading = dtype if device.type == "cuda" else compute
-        found = reloaded(new, source, device, reading, _entries(parts))
-        routed = has_experts(source.model)
+        entries, routed = _entries(parts), has_experts(source.model)
+        # What it computes is known, and the written model takes as much memory once more.
+        parts.clear()
+        del source.model
+        gc.collect()
+        found = reloaded(new, source, device, reading, entries)
         say(check(source.expected, found, reader, dtype, compute, routed=routed))
-    say_size(out, parts)
+    say_size(out, entries)
 
 
-def say_size(out: Path, parts: Iterable[Part]) -> None:
+def say_size(out: Path, entries: int) -> None:
     """Prints how many parameters a written folder holds, and its size."""
-    say(f"{out}: {_entries(parts):,} parameters, {mebibytes(out):,.1f} MiB")
+    say(f"{out}: {entries:,} parameters, {mebibytes(out):,.1f} MiB")
 
 
 def _entries(parts: Iterable[Part]) -> int:
@@ -329,7 +335,11 @@ def reloaded(
                 f"the written tokenizer reads {text!r} into other tokens; nothing was written. Report it"
             )
     placed = _placement(folder, device, entries * compute.itemsize)
-    with progress_bars(show=False), loading(str(folder)), silenced("accelerate.big_modeling"):
+    with (
+        progress_bars(show=False),
+        loading(str(folder)),
+        silenced("accelerate.big_modeling", below=logging.ERROR),
+    ):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **placed)
     return measure(model.eval(), source.prompts)
 

@@ -73,7 +73,7 @@ def _merged(request: Request, model: "PreTrainedModel", processor: Any, pixels: 
         found = _measure(read.eval(), pixels, expected)
         reader = f"transformers {transformers.__version__}"
         say(check(expected, found, reader, dtype, model.dtype, what="images"))
-    say_size(request.out, parts)
+    say_size(request.out, sum(part.entries for part in parts))
 
 
 def _lora(request: Request, model: "PreTrainedModel", processor: Any, pixels: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The merged transformers folder, loaded by transformers alone."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,6 +180,22 @@ def test_what_does_not_fit_into_memory_is_read_as_it_is_computed(
     assert "8 prompts: largest logit difference" in capsys.readouterr().out
     assert sorted(path.name for path in adapter.parent.iterdir()) == ["adapter", "out"]
     assert "offload" not in {path.name for path in adapter.with_name("out").iterdir()}
+
+
+def test_the_adapters_model_is_gone_when_the_written_one_is_loaded(
+    make_adapter: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter()
+    source = open_source(adapter)
+    model, seen = weakref.ref(source.model), []
+
+    def looked_at(read: nn.Module, prompts: list[torch.Tensor]) -> Measured:
+        seen.append(model())
+        return measure(read, prompts)
+
+    monkeypatch.setattr(merged, "measure", looked_at)
+    merged.export_merged(source, adapter.with_name("out"), torch.float32)
+    assert seen == [None]
 
 
 def test_the_original_weights_are_those_before_quantisation(make_adapter: Callable) -> None:
