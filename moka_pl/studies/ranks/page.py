@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark.tables import render
 from moka_pl.studies.common import Parser, replace_section, write_atomically
+from moka_pl.studies.ranks.cases import BLOCK
 from moka_pl.studies.ranks.runs import LENGTH
 from moka_pl.studies.ranks.tables import COLUMNS, plain_cells
 
@@ -77,7 +79,31 @@ def _device(name: str, rows: Sequence[dict[str, Any]]) -> str:
     """Returns the table of one kind of GPU, and a sentence on each resumed training."""
     table = render(list(COLUMNS), [plain_cells(row, rows) for row in rows])
     resumed = [f"\n{_resumed(row)}" for row in rows if row["resumes"] is not None]
-    return "\n".join([f"On {name}:\n", table, *resumed])
+    shares = {row["devices"]: logging_share(row) for row in rows if row["cuda_graphs"]}
+    told = ", ".join(f"{100 * share:+.1f}% on {n}" for n, share in shares.items() if share is not None)
+    logging = (
+        [f"\nReplayed steps that follow a log, as every fifth does, took longer by {told}."] if told else []
+    )
+    return "\n".join([f"On {name}:\n", table, *resumed, *logging])
+
+
+def logging_share(row: dict[str, Any]) -> float | None:
+    """Returns by which share of a step those after a log take longer on the first rank's GPU, on average.
+
+    Args:
+        row: A measured training.
+
+    Returns:
+        None where the GPU's times were not kept. First steps and the last do not count.
+    """
+    first = (row.get("steps") or [{}])[0]
+    if not first.get("gpu_ms"):
+        return None
+    whole = [sum(parts) for parts in zip(*first["gpu_ms"].values(), strict=True)]
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for step in range(row["warmup"], row["warmup"] + BLOCK * row["blocks"]):
+        times[first["after_log"][step]].append(whole[step])
+    return fmean(times[True]) / fmean(times[False]) - 1 if times[True] and times[False] else None
 
 
 def _resumed(row: dict[str, Any]) -> str:

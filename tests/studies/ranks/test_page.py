@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moka_pl.studies.ranks.cases import Case
-from moka_pl.studies.ranks.page import BEGIN, END, main
+from moka_pl.studies.ranks.page import BEGIN, END, logging_share, main
 
 
 def measured(case: Case, speed: float, **more):
@@ -49,3 +49,14 @@ def test_results_without_a_training_that_succeeded_are_refused(tmp_path, capsys)
     with pytest.raises(SystemExit):
         main([str(file), "--page", str(file)])
     assert "no training succeeded" in capsys.readouterr().err
+
+
+def test_what_a_log_costs_a_step():
+    case = Case(cuda_graphs=True, warmup=3, blocks=2)
+    # First steps and the one behind the last block do not count.
+    after_log = [True] * 3 + [True, False, False, False, False] * 2 + [True]
+    whole = [900.0] * 3 + [101.0, 100.0, 100.0, 100.0, 100.0] * 2 + [900.0]
+    steps = {"after_log": after_log, "gpu_ms": {"forward": whole, "backward": [0.0] * len(whole)}}
+    assert logging_share(measured(case, 1.0, steps=[steps])) == pytest.approx(0.01)
+    assert logging_share(measured(case, 1.0)) is None
+    assert logging_share(measured(case, 1.0, steps=[{"after_log": after_log, "gpu_ms": None}])) is None
