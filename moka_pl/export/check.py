@@ -31,6 +31,10 @@ BOUNDS = {
 }
 
 
+#: What rounds less than bfloat16 or 8 bits do.
+_FINER = {torch.float16: "float16", torch.float32: "float32"}
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a model makes of the prompts.
@@ -173,8 +177,7 @@ def check(
         f"loss {expected.loss:.5f} before, {found.loss:.5f} after"
     )
     if difference > bound or not loss <= loss_bound:
-        raise AdapterError(
-            f"the export is not what was trained, and nothing was written: {told}. "
-            "Export in float32, or report it"
-        )
+        finer = [name for dtype, name in _FINER.items() if BOUNDS[dtype] < (share, loss_share)]
+        remedy = f"Export in {' or '.join(finer)}, or report it" if finer else "Report it"
+        raise AdapterError(f"the export is not what was trained, and nothing was written: {told}. {remedy}")
     return told

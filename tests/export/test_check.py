@@ -71,6 +71,21 @@ def test_in_half_precision_a_few_tokens_may_choose_other_experts() -> None:
             check(pair[0], measured([other], ids), "X 1", torch.bfloat16, routed=True)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        (torch.int8, "Export in float16 or float32, or report it"),
+        (torch.bfloat16, "Export in float16 or float32, or report it"),
+        (torch.float16, "Export in float32, or report it"),
+        (torch.float32, "Report it"),
+    ],
+)
+def test_a_refusal_names_what_rounds_less(dtype: torch.dtype, remedy: str) -> None:
+    with pytest.raises(AdapterError) as refused:
+        check(model_of(torch.ones(3, 5)), model_of(torch.full((3, 5), 9.0)), "X 1", dtype)
+    assert str(refused.value).endswith(f". {remedy}")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_no_match(value: float) -> None:
     logits = torch.zeros(3, 5)
