@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers
 from moka_pl.backbone import BackboneConfig
 from moka_pl.backbone.description import build_empty, describe
+from moka_pl.backbone.quantization import dequantising_bytes, weight_bytes
 from moka_pl.planning.adapters import gated_products
 from moka_pl.planning.memory import GIB, Setup, Sizes, estimate, merged_inputs, sizes_of
 from moka_pl.studies.benchmark.bench import Record, Results, load_results
@@ -60,6 +62,12 @@ def adapted(shape: str, row: str, dtype: torch.dtype) -> tuple[Sizes, int, float
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = merged_inputs({name: x.in_features for name, x in moka_layers(model).items()})
     return sizes, trained, kept, gated_products(model)
+
+
+def stored_as(quantization: Any) -> dict[str, float | None]:
+    """How a quantiser stores a weight, in bytes, and dequantises it."""
+    stored = weight_bytes(quantization, True, torch.bfloat16) if quantization != "none" else None
+    return {"linear": stored, "dequantised": dequantising_bytes(quantization, torch.bfloat16)}
 
 
 def is_of_today(results: Results) -> bool:
@@ -116,7 +124,7 @@ def test_the_h100_s_peaks_with_liger_s_kernels_are_met() -> None:
 
 
 def test_the_h100_s_peaks_with_today_s_defaults_are_met() -> None:
-    seen = set()
+    seen, quantisers = set(), set()
     for results in filter(is_of_today, map(load_results, RESULTS)):
         tokens = results.preset["batch"] * results.preset["length"]
         for record in results.records:
@@ -126,12 +134,17 @@ def test_the_h100_s_peaks_with_today_s_defaults_are_met() -> None:
             sizes, trained, kept, products = adapted(results.preset["shape"], row, torch.bfloat16)
             on, fit = record.checkpointing, record.measure == "fit"
             defaults = {"fused": True, "by_parts": True, "offloaded": on, "checkpointing": on}
+            quantisation = record.row.partition(", quantization ")[2]
+            if quantisation:
+                defaults |= stored_as(quantisation)
             setup = Setup(tokens, tokens, state=8 if fit else 0, **defaults)
             estimated = estimate(sizes, setup, trained, 2 * kept, 2 * products).peak / GIB
             if "CUDA graph" in record.row:
                 estimated += 2**25 / GIB  # a recorded step's stream has a workspace of its own
             assert estimated == pytest.approx(record.values["peak_gib"], rel=0.05), (record, estimated)
             seen.add((row, on, fit))
+            quantisers.add(quantisation)
+    assert {"", "fp4", "int8", "int4", "float8", "hqq", "none"} <= quantisers
     assert {
         (row, on, False) for row in ("frozen base", "MoKA r10", "MoKA r2 all linear") for on in (0, 1)
     } <= seen
