@@ -114,6 +114,15 @@ def dump_checkpoint(trainer: "Trainer") -> dict[str, Any]:
     return found
 
 
+def log_metrics(trainer: "Trainer", metrics: dict[str, Any], step: int) -> None:
+    """Gives metrics to the loggers and to ``trainer.logged_metrics`` under a step's number.
+
+    Seen in Lightning 2.5 to 2.6, whose modules can log under the number of the step at hand only. Without it
+    metrics of an earlier step would be missing from ``trainer.logged_metrics``.
+    """
+    trainer._logger_connector.log_metrics(metrics, step)
+
+
 @contextmanager
 def without_sigterm_broadcast(trainer: "Trainer") -> Iterator[None]:
     """Has the ranks of a run not tell each other before every batch whether SIGTERM has come.

@@ -1,6 +1,7 @@
 """Private names of other libraries: used in one place only, and there as its docstrings say."""
 
 import ast
+import csv
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,7 @@ from datasets import Dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -183,6 +185,22 @@ def test_a_checkpoint_is_made_and_not_written(tmp_path: Path) -> None:
     assert found["state_dict"].keys() == model.state_dict().keys()
     assert {"loops", "optimizer_states", "global_step"} <= found.keys()
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_metrics_are_logged_under_the_number_of_an_earlier_step(tmp_path: Path) -> None:
+    class Late(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *of_batch: object) -> None:
+            if trainer.global_step == 3:
+                _compat.log_metrics(trainer, {"late": torch.tensor(0.5)}, 1)
+
+    quiet = dict.fromkeys(["enable_checkpointing", "enable_progress_bar"], False)
+    logger = CSVLogger(tmp_path)
+    trainer = Trainer(accelerator="cpu", max_steps=3, callbacks=[Late()], logger=logger, **quiet)
+    trainer.fit(BoringModel())
+    assert trainer.logged_metrics["late"] == 0.5
+    text = Path(logger.log_dir, "metrics.csv").read_text(encoding="utf-8")
+    (row,) = csv.DictReader(text.splitlines())
+    assert row == {"late": "0.5", "step": "1"}
 
 
 # transformers, datasets, PEFT

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moka_pl._compat import log_metrics
 from moka_pl.training.launches import HostCopy
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ class StepLog(Callback):
     Lightning reads what it logs, and what the progress bar shows, at the end of the step. The host would wait
     for the GPU, and the GPU then for the host to launch the next step. So a step's values go to the loggers
     when the next one is launched, under the step's own number, or before a validation, a checkpoint, the end
-    or an error. The progress bar shows the loss as ``loss``, on a GPU that of the step before.
+    or an error. A step whose update has not come is none: a run that resumes will take it, and what a GPU
+    waits for within it may never come. The progress bar shows the loss as ``loss``, on a GPU that of the step
+    before.
 
     Args:
         module: The module that is trained.
@@ -54,8 +57,7 @@ class StepLog(Callback):
             rates: Its learning rates by tag.
         """
         trainer = self._module.trainer
-        if self._step is not None and self._step.number != trainer.global_step:  # LBFGS comes several times
-            self._flush(trainer)
+        self._flush(trainer)  # LBFGS comes several times, and its last values count
         self._step = _Step(trainer.global_step, trainer.current_epoch, values, rates)
         if values.arrived:
             self._shown = float(values.read()[0])
@@ -87,15 +89,15 @@ class StepLog(Callback):
             self._flush(trainer)
 
     def _flush(self, trainer: Trainer) -> None:
-        step, self._step = self._step, None
-        if step is None:
+        """Logs a step that is complete."""
+        step = self._step
+        if step is None or step.number >= trainer.global_step:
             return
+        self._step = None
         loss, norm = step.values.read().tolist()
         self._shown = loss
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or ((step.number + 1) % every and not trainer.should_stop):
             return
         values = {"train/loss": loss, "train/grad_norm": norm, **step.rates, "epoch": step.epoch}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics=values, step=step.number)
-            logger.save()
+        log_metrics(trainer, values, step.number)

@@ -73,8 +73,9 @@ class TrainedModule(EvaluatedModule):
         self._capture: StepCapture | None = None
 
     def configure_callbacks(self) -> list[Callback]:
-        """Returns what logs the steps, and what keeps them from being interrupted."""
-        return [self._step_log, KeptObjects()]
+        """Returns what logs the steps, and what keeps them from being interrupted, if it is not there yet."""
+        known = self._step_log in self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if known else [self._step_log, KeptObjects()]
 
     def _begin_steps(self) -> None:
         """Resets what is kept from step to step, or goes on from what a checkpoint has of it."""

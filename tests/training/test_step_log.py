@@ -8,7 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moka_pl.callbacks import BatchStatistics, GateMonitor, Throughput, gates
 from moka_pl.training import steps
-from moka_pl.training.launches import HostCopy
+from moka_pl.training.launches import HostCopy, KeptObjects
+from moka_pl.training.step_log import StepLog
 
 TAGS = ("train/loss", "train/grad_norm", "train/lr")
 
@@ -101,6 +102,74 @@ def test_a_step_is_logged_before_its_checkpoint_is_written(fit, arrive_late, mon
 
     fit(Save())
     assert logged[:2] == [2, "saved"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_that_fails_before_its_update_is_not_logged(fit, arrive_late, late) -> None:
+    """A resumed run takes it again."""
+    if late:
+        arrive_late()
+
+    class Fail(Look):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+            if trainer.global_step == 4:
+                pl_module.configure_gradient_clipping = self.fail
+
+        def fail(self, *of_step, **clipping) -> None:
+            raise RuntimeError
+
+    found = fit(Fail(99))
+    assert all(list(found[tag]) == [0, 1, 2, 3] for tag in TAGS)
+
+
+def test_a_checkpoint_within_a_step_does_not_wait_for_it(fit, arrive_late, monkeypatch, tmp_path) -> None:
+    """The first of several ranks saves the last step while the GPU waits for a rank that has failed."""
+    arrive_late()
+    read: list[int] = []
+
+    class Save(Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+            if trainer.global_step == 2:
+                pl_module.configure_gradient_clipping = self.save
+                self.trainer = trainer
+
+        def save(self, *of_step, **clipping) -> None:
+            if self.trainer.global_step == 2:
+                with monkeypatch.context() as patch:
+                    patch.setattr(Late, "read", lambda copy: read.append(2))
+                    self.trainer.save_checkpoint(tmp_path / "step.ckpt")
+
+    found = fit(Save())
+    assert (tmp_path / "step.ckpt").exists()
+    assert read == []
+    assert list(found["train/loss"]) == list(range(len(found["train/loss"])))
+
+
+def test_a_trainer_gets_the_log_once(make_module, make_data, make_trainer, caplog) -> None:
+    """Lightning tells of callbacks that it replaces, at each of a trainer's commands."""
+    module, data, trainer = make_module(), make_data(), make_trainer()
+    with caplog.at_level("INFO"):
+        trainer.fit(module, data)
+        trainer.validate(module, data)
+    assert "will override" not in caplog.text
+    assert sum(isinstance(callback, StepLog) for callback in trainer.callbacks) == 1
+    assert sum(isinstance(callback, KeptObjects) for callback in trainer.callbacks) == 1
+    other = make_module()
+    trainer.validate(other, data)
+    (log,) = [callback for callback in trainer.callbacks if isinstance(callback, StepLog)]
+    assert log is other._step_log
+
+
+def test_logged_metrics_of_the_trainer_hold_the_step(fit) -> None:
+    held = []
+
+    class Hold(Callback):
+        def on_train_end(self, trainer, pl_module) -> None:
+            held.append(trainer.logged_metrics)
+
+    found = fit(Hold())
+    for tag in TAGS:
+        assert held[0][tag] == pytest.approx(list(found[tag].values())[-1])
 
 
 def test_nothing_that_lightning_reads_is_computed_by_the_model(make_module, make_data, make_trainer) -> None:
