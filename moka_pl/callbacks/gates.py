@@ -128,6 +128,7 @@ class GateMonitor(Callback):
             gates = gate_matrix(pl_module)
             assert gates is not None
             self._draw(trainer, gates)
+        self._layers = []
 
     def _board_values(self) -> dict[str, float]:
         gates = _stacked(self._layers)

@@ -1,3 +1,4 @@
+import gc
 import io
 import math
 from pathlib import Path
@@ -333,3 +334,11 @@ def test_a_large_run_logs_50_mb_at_most(tmp_path):
     pictures = 50 * sum(len(one.encoded_image_string) for one in gate_heatmaps(gates, layers).values())
     assert 30e6 < 10_000 / every * file.stat().st_size + pictures < 50e6
     assert logged_steps(200, 1000, 10) == 10  # a short run logs as often as it is asked to
+
+
+def test_a_monitor_does_not_keep_the_model_when_training_ends(make_module, make_data, make_trainer) -> None:
+    monitor, module = GateMonitor(), make_module()
+    make_trainer(monitor).fit(module, make_data())
+    layers = set(map(id, moka_layers(module.causal_lm).values()))
+    assert layers
+    assert not layers & set(map(id, gc.get_referents(*vars(monitor).values())))

@@ -1,6 +1,7 @@
 """Optimizers in few kernels, and autograd's nodes on one stream."""
 
 import gc
+import weakref
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -123,3 +124,28 @@ def test_objects_of_before_are_kept_from_the_collector_while_training(
         make_trainer(Look()).fit(make_module(), make_data())
     assert frozen[0] > before + 100_000
     assert gc.get_freeze_count() <= before
+
+
+def test_what_nobody_refers_to_does_not_keep_its_memory_while_training(
+    make_module, make_data, make_trainer
+) -> None:
+    alive = []
+
+    class Circle:
+        def __init__(self) -> None:
+            self.own = self
+
+    class Look(Callback):
+        def on_train_batch_end(self, *of_batch) -> None:
+            gc.collect()
+            alive.append(circle() is not None)
+
+    make_trainer().fit(make_module(), make_data())  # what fits import lies there already
+    gc.disable()
+    try:
+        circle = weakref.ref(Circle())
+        assert circle() is not None
+        make_trainer(Look()).fit(make_module(), make_data())
+    finally:
+        gc.enable()
+    assert not any(alive)
