@@ -231,10 +231,10 @@ class MokaAdapters:
         with self._bare():
             bases: dict[str, nn.Module] = {target: self.model.get_submodule(target) for target in targets}
             batch = self._row_batch(adapter_names, bases)
-            batch.stacks.fill()
-            for target, layer in batch.layers.items():
-                replace_module(self.model, target, layer)
             try:
+                batch.stacks.fill()
+                for target, layer in batch.layers.items():
+                    replace_module(self.model, target, layer)
                 yield
             finally:
                 for target, base in bases.items():

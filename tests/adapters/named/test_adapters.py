@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moka_pl import MokaAdapters, attach, load_model
 from moka_pl.adapters import MokaConfig, moka_layers, read_adapter
+from moka_pl.adapters.named import stacks
 from moka_pl.adapters.named.rows import RowLinear
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.errors import AdapterError
@@ -280,3 +281,22 @@ def test_an_adapter_of_another_base_is_refused(named: MokaAdapters, tmp_path: Pa
     with pytest.raises(AdapterError, match="was trained on another base"):
         MokaAdapters.from_pretrained(other, tmp_path / "prime")
     assert not moka_layers(other)
+
+
+def test_factors_that_do_not_fit_leave_nothing_behind(named: MokaAdapters, monkeypatch) -> None:
+    names = ["diverse", "servable", "diverse", "__base__", "prime"]
+    before = logits(named.model)
+    logits(named, adapter_names=names)
+    stack, made = stacks._stack, []
+
+    def fail(chunk):
+        if made:
+            raise torch.OutOfMemoryError("no memory")
+        made.append(chunk)
+        return stack(chunk)
+
+    monkeypatch.setattr(stacks, "_stack", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        logits(named, adapter_names=names)
+    assert all(one.factors.numel() == 0 for one in made[0].stacks)
+    assert torch.equal(logits(named.model), before)
