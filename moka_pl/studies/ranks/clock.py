@@ -54,7 +54,8 @@ class StepClock(Callback):
         self._begun_at = trainer.global_step
         self._position = [trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready]
         if self.profile is not None and trainer.is_global_zero:
-            self._profile = StepProfile(Path(self.profile), self.saves_at - 1 - 2 * BLOCK, BLOCK)
+            length = min(BLOCK, (self.saves_at - 2) // 2)  # a resumed training is short
+            self._profile = StepProfile(Path(self.profile), self.saves_at - 1 - 2 * length, length)
         self._times = StepTimes(pl_module.device)
         self._times.mark()
 

@@ -2,6 +2,10 @@
 
 import warnings
 
+import pytest
+
+from moka_pl.studies.ranks.cases import GROUPS
+from moka_pl.studies.ranks.clock import StepClock
 from moka_pl.studies.ranks.profile import StepProfile, Waits
 
 
@@ -35,3 +39,14 @@ def test_files_come_after_two_looks(tmp_path):
     profile.end_step(5)
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"waits.txt", "host.txt", "gpu.txt", "trace.json.gz"}
+
+
+@pytest.mark.parametrize("saves_at", [case.saves_at for group in GROUPS.values() for case in group])
+def test_both_looks_lie_within_every_training(tmp_path, make_module, make_trainer, saves_at):
+    clock = StepClock(str(tmp_path), 1, saves_at, str(tmp_path))
+    clock.on_train_start(make_trainer(), make_module())
+    profile = clock._profile
+    assert profile is not None
+    assert profile.begin >= 1
+    assert profile.steps > 0
+    assert profile.begin + 2 * profile.steps < saves_at  # a checkpoint is none of it
