@@ -119,6 +119,11 @@ def log_metrics(trainer: "Trainer", metrics: dict[str, Any], step: int) -> None:
 
     Seen in Lightning 2.5 to 2.6, whose modules can log under the number of the step at hand only. Without it
     metrics of an earlier step would be missing from ``trainer.logged_metrics``.
+
+    Args:
+        trainer: The trainer.
+        metrics: Values by name.
+        step: The number.
     """
     trainer._logger_connector.log_metrics(metrics, step)
 
