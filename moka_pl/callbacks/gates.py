@@ -111,8 +111,8 @@ class GateMonitor(Callback):
             self._log(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the heat maps, and warns about uniform or collapsed gates."""
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        """Draws the heat maps, and warns about uniform or collapsed gates, in training."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
             return
         if self._gated and (gates := gate_matrix(pl_module)) is not None:
             if trainer.global_step >= self._drawn + self._total / _MOST_PICTURES:

@@ -342,3 +342,10 @@ def test_a_monitor_does_not_keep_the_model_when_training_ends(make_module, make_
     layers = set(map(id, moka_layers(module.causal_lm).values()))
     assert layers
     assert not layers & set(map(id, gc.get_referents(*vars(monitor).values())))
+
+
+def test_a_validation_after_training_needs_no_training_data(make_module, make_data, make_trainer) -> None:
+    trainer, module = make_trainer(GateMonitor()), make_module()
+    trainer.fit(module, make_data())
+    (metrics,) = trainer.validate(module, make_data())
+    assert metrics
