@@ -1,5 +1,6 @@
 """The progress bar."""
 
+import math
 import time
 from typing import Any
 
@@ -29,6 +30,17 @@ class ProgressBar(TQDMProgressBar):
     def sanity_check_description(self) -> str:
         """Label of the validation before the first step, of the frozen base or the resumed model."""
         return "Before resuming" if self.trainer.global_step else "Frozen base, before training"
+
+    def on_train_start(self, trainer: Trainer, *of_module: Any) -> None:
+        """Begins the bar; where a run resumes in the middle of an epoch, there, which Lightning does not."""
+        super().on_train_start(trainer, *of_module)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if not done:
+            return
+        bar, total = self.train_progress_bar, self.total_train_batches
+        bar.reset(total=None if math.isinf(total) else total)
+        bar.initial = bar.n = done
+        bar.set_description(f"Epoch {trainer.current_epoch}")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Returns the shown metrics, without the logger's version."""
