@@ -68,7 +68,7 @@ ATTACKS = [
     ("trainer.plugins", [SHELL], PYTHON),
     ("trainer.profiler", SHELL, PYTHON),
     ("trainer.strategy", spec("lightning.pytorch.strategies.DDPStrategy", ddp_comm_hook="os.system"), PYTHON),
-    ("trust_config", True, "does not accept option 'trust_config'"),
+    ("trust_config", True, "trust_config is no option"),
     ("trainer", True, "trainer must be a mapping of options, not True"),
     ("config", True, "the configuration cannot be read"),
 ]

@@ -217,7 +217,8 @@ def test_unknown_backend_is_refused_by_name() -> None:
         (576, 576, 8, "structured"),
         (576, 576, 128, "structured"),
         (576, 576, 512, "dense"),
-        (192, 576, 64, "structured"),
+        (192, 576, 32, "structured"),
+        (192, 576, 64, "dense"),
         (192, 576, 256, "dense"),
     ],
 )

@@ -28,7 +28,8 @@ def test_one_kind_is_measured_and_profiled_without_generating(one_thread, capsys
     out = capsys.readouterr().out
     assert len(re.findall(r"ratio \d+\.\d\d", out)) == 1
     assert "servable, all linear: 2 adapters" in out
-    assert "aten::bmm" in out
+    assert "Self CPU total" in out.replace("time ", "")
+    assert "aten::" in out
     assert "alone" not in out
 
 

@@ -41,6 +41,8 @@ def join(trainer: "Trainer") -> None:
     """
     global _launcher
     _launcher = getattr(trainer.strategy, "launcher", None)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started all, and ends them together
+        return
     parent = os.environ.get(_VARIABLE)
     if parent is None or trainer.local_rank == 0:
         os.environ[_VARIABLE] = str(os.getpid())

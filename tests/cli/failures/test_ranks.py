@@ -133,3 +133,11 @@ def test_a_process_that_has_started_no_others_keeps_its_connections(store, monke
     monkeypatch.setenv("MOKA_PL_LAUNCHER", "1")
     ranks.end_together()
     assert "MOKA_PL_LAUNCHER" not in os.environ  # this process may train again, under other ones
+
+
+def test_a_rank_of_torchrun_does_not_take_an_earlier_run_for_its_parent(monkeypatch):
+    monkeypatch.setattr(ranks, "_launcher", None)
+    monkeypatch.setattr(os, "kill", lambda *process: pytest.fail("it ended itself"))
+    monkeypatch.setenv("MOKA_PL_LAUNCHER", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    ranks.join(SimpleNamespace(strategy=SimpleNamespace(launcher=None), local_rank=1))

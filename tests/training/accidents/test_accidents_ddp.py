@@ -20,6 +20,8 @@ from moka_pl.training.module import MokaModule
 from moka_pl.training.sharding.strategy import ShardedStrategy
 
 STEPS, SPIKE = 9, 8
+#: Losses after which one can be a spike.
+FEWEST = 4
 
 
 class Trouble(Callback):
@@ -52,7 +54,6 @@ class Trouble(Callback):
 
 def train(folder, devices=2, strategy=DDPStrategy):
     torch.manual_seed(3)
-    spikes._LEAST = 4
     module = MokaModule(
         BackboneConfig(name="tiny", weights="random"),
         MokaConfig(components=3),
@@ -86,7 +87,8 @@ def train(folder, devices=2, strategy=DDPStrategy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "sharded"])
-def test_ranks_halve_alone_and_go_back_together(strategy, tmp_path, one_thread):
+def test_ranks_halve_alone_and_go_back_together(strategy, tmp_path, one_thread, monkeypatch):
+    monkeypatch.setattr(spikes, "_LEAST", FEWEST)
     rows = [{"instruction": f"{n}?", "output": f"answer {n} " * (1 + n % 3)} for n in range(80)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
@@ -110,4 +112,5 @@ def test_ranks_halve_alone_and_go_back_together(strategy, tmp_path, one_thread):
 
 
 if __name__ == "__main__":
+    spikes._LEAST = FEWEST
     train(Path(sys.argv[1]), strategy=ShardedStrategy if sys.argv[2] == "sharded" else DDPStrategy)
