@@ -103,7 +103,7 @@ class GracefulInterrupt(Callback):
         """Saves and stops after a validation, whose results the last checkpoint lacks."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and between_steps(trainer):
             self._note_position(trainer, pl_module)
-            self._save_if_asked(trainer)
+            self._save_if_asked(trainer, pl_module.device)
             self._stop_if_saved(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,11 +222,9 @@ class GracefulInterrupt(Callback):
         question, self._question = self._question, None
         return question is not None and question.answer()
 
-    def _save_if_asked(self, trainer: Trainer) -> None:
-        asked = self.asked
-        if trainer.world_size > 1:
-            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked:
+    def _save_if_asked(self, trainer: Trainer, device: torch.device) -> None:
+        """Saves a run whose ranks are all here, if one of them is asked to end."""
+        if self.asked if trainer.world_size == 1 else AnyRank(self.asked, device).answer():
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
