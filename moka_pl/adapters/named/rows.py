@@ -39,6 +39,7 @@ class Rows:
         self.count = len(names)
         self._of = {name: [i for i, row in enumerate(names) if row == name] for name in dict.fromkeys(names)}
         self._known: dict[tuple[tuple[str, ...], torch.device, int], tuple[Tensor, Tensor]] = {}
+        self._ordered: dict[tuple[tuple[str, ...], torch.device, int], tuple[Tensor, Tensor]] = {}
 
     def used(self, adapters: Mapping[str, MokaLayer]) -> tuple[str, ...]:
         """Returns the names of those adapters that rows have."""
@@ -88,8 +89,8 @@ class Rows:
             device: Where the results lie: of shape (K R,), and of (I,) for the rows of :meth:`of`.
             times: How often each row stands in the batch, one copy after another.
         """
-        key = names, device, -times
-        if key not in self._known:
+        key = names, device, times
+        if key not in self._ordered:
             lists = [
                 [row * times + copy for row in self._of[name] for copy in range(times)] for name in names
             ]
@@ -98,8 +99,8 @@ class Rows:
             places = {row: k * most + i for k, rows in enumerate(lists) for i, row in enumerate(rows)}
             with torch.inference_mode(False):
                 back = torch.tensor([places[row] for row in sorted(places)]).to(device)
-                self._known[key] = torch.tensor(order).to(device), back
-        return self._known[key]
+                self._ordered[key] = torch.tensor(order).to(device), back
+        return self._ordered[key]
 
 
 class RowLayer(nn.Module):
