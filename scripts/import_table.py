@@ -17,6 +17,7 @@ BEGIN, END = "<!-- imports -->", "<!-- /imports -->"
 ORDER = (
     "version",
     "errors",
+    "hub",
     "utils",
     "_compat",
     "ops",

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -218,6 +219,34 @@ def kept_scores(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.getbasetemp() / f"kept-{uuid.uuid4().hex}"
     monkeypatch.setattr("moka_pl.callbacks.base_scores.cache_root", lambda override=None: folder)
     return folder / "base_scores"
+
+
+@pytest.fixture(autouse=True)
+def hub_answers(monkeypatch) -> Callable[..., object]:
+    """No test asks the hub whether it is there: it answers. Returns what asks it."""
+    import huggingface_hub
+
+    ask = huggingface_hub.get_hf_file_metadata
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
+    monkeypatch.setattr("moka_pl.hub._silence", None)
+    return ask
+
+
+@pytest.fixture
+def no_network(hub_answers, monkeypatch) -> None:
+    """Whatever opens a connection fails at once, and whoever waits to try again fails the test."""
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionRefusedError("the tests have no network")
+
+    def wait(seconds: float) -> None:
+        pytest.fail("the hub's client waits to try again")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", hub_answers)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=wait))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ LAYERS = {
     "errors": 0,
     "version": 0,
     "_compat": 1,
+    "hub": 1,
     "utils": 1,
     "ops": 2,
     "lm": 3,

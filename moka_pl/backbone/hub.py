@@ -2,9 +2,9 @@
 
 import fnmatch
 from pathlib import Path
-from typing import Literal
 
 from moka_pl.errors import BackboneError, one_line
+from moka_pl.hub import ask_hub, hub_failure
 from moka_pl.utils import space_shortage
 
 _TIMEOUT = 15  # seconds for the one request
@@ -18,12 +18,12 @@ def reach_model(name: str, revision: str | None = None) -> Path | None:
     Raises:
         BackboneError: If the model is missing, gated or private, or neither within reach nor in the cache.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_TIMEOUT)
+        ask_hub(hf_hub_url(name, "config.json", revision=revision))
     except HFValidationError as error:
         raise BackboneError(f"{name!r} is neither a folder nor a hub id: {one_line(error)}") from error
     except Exception as error:  # the transport's own errors differ between versions of its client
@@ -76,35 +76,6 @@ def download_model(name: str, revision: str | None = None) -> Path:
     if not any(folder.glob("*.safetensors")):
         snapshot_download(name, revision=revision, allow_patterns="pytorch_model*.bin")
     return folder
-
-
-HubFailure = Literal["offline", "denied", "no file", "missing", "malformed", "unreachable", "other"]
-
-
-def hub_failure(error: BaseException) -> HubFailure:
-    """Tells what an error of the hub client means, of whichever version and transport.
-
-    ``denied`` is also what it answers for a repository that is missing, to who is not logged in; ``other`` is
-    an answer that is none of these.
-    """
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-
-    # A download that nothing is cached of wraps the reason why the hub was not asked.
-    while type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, HFValidationError):
-        return "malformed"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "offline"
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if "GatedRepoError" in kinds or status in (401, 403):
-        return "denied"
-    if "EntryNotFoundError" in kinds and status == 404:
-        return "no file"
-    if "RepositoryNotFoundError" in kinds or "RevisionNotFoundError" in kinds or status == 404:
-        return "missing"
-    return "unreachable" if status is None else "other"
 
 
 def _explain(name: str, error: BaseException) -> BackboneError:

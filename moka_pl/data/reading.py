@@ -26,6 +26,7 @@ from moka_pl.data.readers import (
 )
 from moka_pl.data.sources import Shard
 from moka_pl.errors import DataError, one_line
+from moka_pl.hub import cache_if_unreachable, unasked
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -218,16 +219,28 @@ def load_hub(name: str, split: str, options: Mapping[str, Any]) -> Any:
         )
     others = dict(options)
     config = [others.pop("name")] if "name" in others else []
-    try:
-        return datasets.load_dataset(name, *config, split=split, **others)
-    # Whatever goes wrong in there (network, rights, unknown names), the user needs the same advice.
-    except Exception as error:
-        known = f" (known names: {', '.join([*CORPORA, *CHOICE_TASKS])})" if "/" not in name else ""
-        raise DataError(
+    with cache_if_unreachable() as reason:
+        try:
+            return datasets.load_dataset(name, *config, split=split, **others)
+        # Whatever goes wrong in there (network, rights, unknown names), the user needs the same advice.
+        except Exception as error:
+            raise _hub_error(name, split, error, reason) from error
+
+
+def _hub_error(name: str, split: str, error: Exception, reason: Exception | None) -> DataError:
+    """Returns what a failed load says; ``datasets`` raises a ConnectionError where its cache has nothing."""
+    known = f" (known names: {', '.join([*CORPORA, *CHOICE_TASKS])})" if "/" not in name else ""
+    instead = f"or download the data and give the path of a {', '.join(READERS)} file"
+    if reason is None or not isinstance(error, ConnectionError):
+        return DataError(
             f"{name!r} is not a local file and cannot be loaded from the hub (split {split!r}): "
-            f"{one_line(error)}. Check the spelling{known} and the network, or download the data and give "
-            f"the path of a {', '.join(READERS)} file"
-        ) from error
+            f"{one_line(error).rstrip('.')}. Check the spelling{known} and the network, {instead}"
+        )
+    why, remedy = unasked(reason)
+    return DataError(
+        f"{name!r} is neither a local file nor in the cache of `datasets` (split {split!r}), and {why}. "
+        f"Check the spelling{known}, {remedy}, {instead}"
+    )
 
 
 def _reader_names() -> list[str]:

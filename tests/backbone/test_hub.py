@@ -1,7 +1,6 @@
 """Hub models: refusals in one message, and the local hub cache without a network."""
 
 import shutil
-import socket
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -48,15 +47,7 @@ FAILURES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever opens a connection fails at once."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionRefusedError("the tests have no network")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 from moka_pl.data.formats.instruction import instruction_features, parse_instruction
 from moka_pl.data.readers import READERS
-from moka_pl.data.reading import is_local, read_rows
+from moka_pl.data.reading import is_local, load_hub, read_rows
 from moka_pl.data.samples import sample_path
 from moka_pl.data.sources import Shard, find_shards
 from moka_pl.errors import DataError
@@ -198,6 +198,36 @@ def test_failing_hub_gives_one_message(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     message = refuse("someone/corpus", "'someone/corpus'", "Couldn't reach the hub", "network", ".jsonl")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True}])
+def test_a_hub_out_of_reach_is_told_at_once(options, no_network):
+    with pytest.raises(DataError, match=r"'some/corpus' is neither .* cache .* the hub cannot be reached \("):
+        load_hub("some/corpus", "train", options)
+
+
+def test_offline_mode_is_told(no_network, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    refuse("some/corpus", "'some/corpus'", "HF_HUB_OFFLINE is set", "unset it")
+
+
+def test_without_the_hub_its_cache_is_used(no_network, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    def load(name, split):
+        assert constants.is_offline_mode()
+        assert datasets.config.HF_HUB_OFFLINE
+        return datasets.Dataset.from_list([GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(load_hub("some/corpus", "train", {})) == 1
+    assert not constants.is_offline_mode()
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_hub_rows_are_checked(monkeypatch):

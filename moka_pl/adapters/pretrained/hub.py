@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moka_pl.backbone.hub import hub_failure
 from moka_pl.errors import AdapterError, one_line
+from moka_pl.hub import ask_hub, cache_if_unreachable, hub_failure
+from moka_pl.utils import expanded
 
 #: ``owner/name``, as the hub allows them.
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -15,7 +16,7 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def is_hub_id(name: str) -> bool:
     """Whether this is an id of the hub: ``owner/name`` where neither it nor ``owner`` is a path here."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     return bool(_ID.fullmatch(name)) and not folder.exists() and not folder.parent.exists()
 
 
@@ -34,7 +35,7 @@ def download(name: str, files: Sequence[str], revision: str | None = None) -> Pa
     """
     from huggingface_hub import hf_hub_download
 
-    with _explained(name, _reading(name, files)):
+    with cache_if_unreachable() as reason, _explained(name, _reading(name, files), reason):
         folder = Path(hf_hub_download(name, files[0], revision=revision)).parent
         for file in files[1:]:  # of the same commit, though somebody may be uploading another one
             hf_hub_download(name, file, revision=folder.name)
@@ -65,6 +66,7 @@ def upload(
     from huggingface_hub import HfApi
 
     with _explained(name, _writing(name)):
+        ask_hub()
         api = HfApi(token=token)
         repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
         commit = api.upload_folder(
@@ -74,11 +76,18 @@ def upload(
 
 
 @contextmanager
-def _explained(name: str, messages: dict[str, str]) -> Iterator[None]:
-    """Runs the body; turns errors of the hub client into one line with a remedy."""
+def _explained(name: str, messages: dict[str, str], reason: Exception | None = None) -> Iterator[None]:
+    """Runs the body; turns errors of the hub client into one line with a remedy.
+
+    Args:
+        name: The hub id.
+        messages: By what an error means.
+        reason: Why the hub was not asked at all.
+    """
     try:
         yield
-    except Exception as error:  # the transport's own errors differ between versions of its client
+    except Exception as raised:  # the transport's own errors differ between versions of its client
+        error = raised if reason is None or hub_failure(raised) != "offline" else reason
         kind = hub_failure(error)
         if kind == "malformed":
             raise AdapterError(f"{name!r} is no hub id ({one_line(error)}); give owner/name") from error

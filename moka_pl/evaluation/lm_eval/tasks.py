@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import ConfigError, MokaError, listed, one_line
 from moka_pl.evaluation.lm_eval.local_data import local_tasks, write_task_files
+from moka_pl.hub import cache_if_unreachable, unasked
 from moka_pl.utils import silenced
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def select_tasks(
         write_task_files(local, Path(folder))
         ours = TaskManager(include_path=folder, include_defaults=False)
         managers = dict(pair for name in wanted for pair in _match(name, ours, local))
-        return Selection(list(managers), _load(managers), ours)
+        return Selection(list(managers), _load(managers, ours), ours)
 
 
 @cache
@@ -102,20 +104,11 @@ def _listing(local: dict[str, Any]) -> str:
     return f" (the local data has {listed(list(local), _LISTED)})"
 
 
-def _load(managers: "dict[str, TaskManager]") -> list[Any]:
+def _load(managers: "dict[str, TaskManager]", ours: "TaskManager") -> list[Any]:
     loaded: list[Any] = []
     chosen_by: dict[str, str] = {}
     for name, manager in managers.items():
-        try:
-            content = manager.load([name])
-        except MokaError:
-            raise
-        # The hub's client, `datasets` and tasks of others raise whatever they like.
-        except Exception as error:
-            raise ConfigError(
-                f"lm_eval cannot load the task {name}: {one_line(error)}. Connect to the network, or "
-                "give local data with --data"
-            ) from error
+        content = _content(name, manager, local=manager is ours)
         for task in content["tasks"]:
             if task in chosen_by:
                 raise ConfigError(
@@ -125,3 +118,21 @@ def _load(managers: "dict[str, TaskManager]") -> list[Any]:
         groups = content.get("groups", {})
         loaded += [groups[name]] if name in groups else content["tasks"].values()
     return loaded
+
+
+def _content(name: str, manager: "TaskManager", local: bool) -> dict[str, Any]:
+    """Loads a task; unless it is local, its data are on the hub or in the cache of ``datasets``."""
+    with nullcontext(None) if local else cache_if_unreachable() as reason:
+        try:
+            return dict(manager.load([name]))
+        except MokaError:
+            raise
+        # The hub's client, `datasets` and tasks of others raise whatever they like.
+        except Exception as error:
+            failure, remedy = one_line(error), "connect to the network"
+            if reason is not None and isinstance(error, ConnectionError):
+                why, remedy = unasked(reason)
+                failure = f"its data are not in the cache of `datasets`, and {why}"
+            raise ConfigError(
+                f"lm_eval cannot load the task {name}: {failure}; {remedy}, or give local data with --data"
+            ) from error

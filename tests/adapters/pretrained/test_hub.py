@@ -171,6 +171,33 @@ def test_a_refused_upload_is_explained(failure: Exception, message: str, hub, mo
         model.push_to_hub("me/x")
 
 
+@pytest.mark.usefixtures("no_network")
+def test_a_hub_out_of_reach_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    nowhere = r"someone/adapter is no folder .* the hub cannot be reached \(.*no network\); connect"
+    with pytest.raises(AdapterError, match=nowhere):
+        read_adapter(NAME)
+    files = {"adapter_config.json": "{}", "adapter_model.safetensors": ""}
+    folder = tmp_path / "hub" / "models--someone--adapter"
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    for name, text in files.items():
+        (folder / "snapshots" / COMMIT / name).write_text(text)
+    assert local_adapter(NAME) == folder / "snapshots" / COMMIT
+
+
+@pytest.mark.usefixtures("no_network")
+def test_an_upload_does_not_wait_for_a_hub_out_of_reach(model) -> None:
+    with pytest.raises(AdapterError, match=r"cannot be uploaded: the hub cannot be reached \(.*no network\)"):
+        model.push_to_hub("me/x")
+
+
+def test_an_unknown_home_folder_is_a_name_like_others(hub) -> None:
+    with pytest.raises(AdapterError, match="no such folder"):
+        read_adapter("~nobody-of-that-name/adapter")
+
+
 def test_a_damaged_adapter_is_not_uploaded(hub, model) -> None:
     model.save_pretrained("here")
     file = Path("here/adapter_model.safetensors")

@@ -56,8 +56,27 @@ def test_data_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ConfigError, match=r"lm_eval cannot load the task arc_easy: no route. Connect"):
+    with pytest.raises(ConfigError, match=r"lm_eval cannot load the task arc_easy: no route; connect"):
         select_tasks(["arc_easy"])
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_out_of_reach_is_told_at_once(offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    why = "HF_HUB_OFFLINE is set; unset it" if offline else r".* reached \(.*no network\); connect"
+    with pytest.raises(ConfigError, match=f"arc_easy: its data are not in the cache .*, and {why}"):
+        select_tasks(["arc_easy"])
+
+
+@pytest.mark.usefixtures("no_network")
+def test_local_data_ask_no_hub(questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moka_pl.hub.ask_hub", lambda: pytest.fail("the hub was asked"))
+    assert select_tasks(["physical"], questions).names == ["physical"]
 
 
 def test_local_data_of_no_use(questions: Path) -> None:
