@@ -9,6 +9,7 @@ Nothing is imported at the top: every function works on objects that it is given
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,17 @@ def without_sigterm_broadcast(trainer: "Trainer") -> Iterator[None]:
         yield
     finally:
         delattr(loop, name)
+
+
+def without_process_observer() -> None:
+    """Has the thread of Lightning's that kills this process when one that it has started fails look at none.
+
+    Seen in Lightning 2.5 to 2.6. Without it the first process would be killed before it has saved the run and
+    told what has happened.
+    """
+    for thread in threading.enumerate():
+        if hasattr(thread, "_child_processes"):
+            thread._child_processes = []
 
 
 def rendezvous_store() -> Any:

@@ -2,6 +2,8 @@
 
 import ast
 import csv
+import subprocess
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -345,3 +348,15 @@ def test_the_event_writer_opens_again_after_it_was_closed(tmp_path: Path) -> Non
     experiment.close()
     assert _compat.event_writer(experiment).get_logdir() == str(tmp_path)
     experiment.close()
+
+
+def test_lightning_s_observer_kills_nobody_any_more() -> None:
+    child = subprocess.Popen(["false"])
+    child.wait()
+    observer = _ChildProcessObserver(main_pid=0, child_processes=[child], sleep_period=0)
+    threads = [observer, threading.current_thread()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "enumerate", lambda: threads)
+        _compat.without_process_observer()
+        patch.setattr(observer, "_terminate_all", lambda: pytest.fail("killed"))
+        assert observer._run()

@@ -34,7 +34,7 @@ from moka_pl.callbacks.interrupt import signals_stop
 from moka_pl.cli.class_paths import names_kind, restrict_class_paths, split_trust
 from moka_pl.cli.config_files import named_model, read_config
 from moka_pl.cli.configs import find_config
-from moka_pl.cli.failures import ranks
+from moka_pl.cli.failures import ranks, watch
 from moka_pl.cli.failures.log_writers import log_writers
 from moka_pl.cli.parsing.messages import told
 from moka_pl.cli.parsing.parser import MokaParser
@@ -261,6 +261,7 @@ class MokaCLI(LightningCLI):
         if self.subcommand is not None:
             check_launcher(self.trainer)
             ranks.join(self.trainer)
+            watch.begin(self.trainer)
             options = self._options(self.config)
             resumed = options.get("ckpt_path") is not None
             if resumed and hasattr(self, "_given_version"):  # the saved configuration is for other runs, too

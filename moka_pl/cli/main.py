@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from moka_pl.cli.configs import configs
 from moka_pl.cli.evaluate import evaluate
 from moka_pl.cli.export import export
-from moka_pl.cli.failures import ranks
+from moka_pl.cli.failures import ranks, watch
 from moka_pl.cli.generate import generate
 from moka_pl.cli.inspect import inspect
 from moka_pl.cli.predict import predict
 from moka_pl.errors import (
+    INTERRUPTED,
     ConfigError,
     MokaError,
     MokaWarning,
@@ -30,6 +31,7 @@ from moka_pl.errors import (
     printable,
     system_failure,
 )
+from moka_pl.training.accidents.lifeline import LOST
 from moka_pl.utils import expanded
 from moka_pl.version import __version__
 
@@ -176,6 +178,7 @@ def _run(args: Sequence[str] | None) -> None:
             from moka_pl.cli.lightning import run
 
             run(None if args is None else arguments)
+            watch.end(0)
             ranks.end_together()
         else:
             known = ", ".join([*LIGHTNING, *FUNCTIONS, *PLAN])
@@ -186,7 +189,11 @@ def _run(args: Sequence[str] | None) -> None:
             )
     except Exception as error:
         _end(error)
+    except SystemExit as end:  # training, on a signal
+        watch.end(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
     except KeyboardInterrupt:  # outside of training, which sees to its own
+        watch.end(INTERRUPTED)
         end_interrupted()
 
 
@@ -194,20 +201,27 @@ def _end(error: Exception) -> NoReturn:
     """Ends a process that fails, and the others of its run; one of them tells why, if it can in one line."""
     message: str | None
     lost = ranks.is_lost_rank(error)
-    if lost:
-        message, status = ranks.lost_rank_message(error), 1
+    ended = watch.heard() if lost else None
+    by_another = False
+    if ended is not None and ended.status != LOST:
+        by_another, message, status = True, None, ended.status
+    elif lost:
+        message, status = ranks.lost_rank_message(error if ended is None else f"rank {ended.rank}"), 1
     elif isinstance(error, MokaError):
         message, status = str(error), error.status
     else:
         message = system_failure(error)
         status = 1 if message is None else 2
-    told = ranks.tells(status, lost)
+    told = not by_another and ranks.tells(status, lost)
     if told and message is not None:
         print(f"moka_pl: error: {printable(message)}", file=sys.stderr, flush=True)
     ranks.end_others(at_once=told)
+    if not told:
+        status = ranks.status_of_others(status)
+    watch.end(status)
     if told and message is None:
         raise error
-    sys.exit(status if told else ranks.status_of_others(status))
+    sys.exit(status)
 
 
 def _format_warning(

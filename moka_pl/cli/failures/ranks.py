@@ -52,9 +52,13 @@ def join(trainer: "Trainer") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def lost_rank_message(error: BaseException) -> str:
-    """Returns one line on a process that cannot be reached any more, and may have said nothing."""
-    reason = one_line(_cause(error)).partition(". This is typically")[0]
+def lost_rank_message(lost: BaseException | str) -> str:
+    """Returns one line on a process that has ended without a word.
+
+    Args:
+        lost: Which one, or an error that says that it cannot be reached any more.
+    """
+    reason = lost if isinstance(lost, str) else one_line(_cause(lost)).partition(". This is typically")[0]
     return (
         f"another process of this run has ended without a word, perhaps out of memory ({reason}). What was "
         "saved is whole: --ckpt_path last goes on from it"
@@ -70,17 +74,18 @@ def is_lost_rank(error: BaseException) -> bool:
 
     if distributed.is_available() and isinstance(error, distributed.DistNetworkError):  # of the store
         return True
-    return _store() is not None and any(words in str(error) for words in _GONE)
+    return run_store() is not None and any(words in str(error) for words in _GONE)
 
 
-def tells(status: int, lost: bool = False) -> bool:
+def tells(status: int, lost: bool = False, store: Any = None) -> bool:
     """Whether this process is the one to tell what has ended the run; one of several is.
 
     Args:
         status: The status that it ends with.
         lost: Whether it only knows that another one is gone.
+        store: The processes' store, if not by the connection that the main thread uses.
     """
-    store = _store()
+    store = store or run_store()
     if store is None:
         return True
     try:
@@ -96,11 +101,16 @@ def tells(status: int, lost: bool = False) -> bool:
 
 def status_of_others(default: int) -> int:
     """The status that the first process to fail has ended with, as far as it is known."""
-    store = _store()
+    store = run_store()
     with suppress(RuntimeError):
         if store is not None and store.check([_STATUS]):
             return int(store.get(_STATUS))
     return default
+
+
+def started() -> "list[subprocess.Popen[bytes]]":
+    """The processes that this one has started, or that Lightning has for it."""
+    return [process for process in getattr(_launcher, "procs", []) if hasattr(process, "poll")]
 
 
 def end_together() -> None:
@@ -109,7 +119,7 @@ def end_together() -> None:
     NCCL takes its connections down on all of them at a time: their end would be waited for in vain before
     this process has let go of its own.
     """
-    if getattr(_launcher, "procs", []):
+    if started():
         from torch import distributed
 
         if distributed.is_available() and distributed.is_initialized():
@@ -124,7 +134,7 @@ def end_others(at_once: bool) -> None:
         at_once: Whether they are not to end by themselves first, such as after they have told why.
     """
     os.environ.pop(_VARIABLE, None)
-    for process in getattr(_launcher, "procs", []):
+    for process in started():
         if not at_once:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_PATIENCE)
@@ -136,7 +146,7 @@ def _cause(error: BaseException) -> BaseException:
     return (error.__cause__ if isinstance(error, MokaError) else None) or error
 
 
-def _store() -> Any:
+def run_store() -> Any:
     """The store of the processes that run together; None of a single one."""
     if "torch" not in sys.modules:
         return None

@@ -21,6 +21,7 @@ from moka_pl._compat import dump_checkpoint, rendezvous_store
 _EVERY, _PATIENCE = 0.5, 15.0
 
 _fits = 0
+_running: "FirstRank | None" = None
 
 
 class FirstRank:
@@ -33,8 +34,8 @@ class FirstRank:
     """
 
     def __init__(self, trainer: Trainer, save: Callable[[int], bool]) -> None:
-        global _fits
-        _fits += 1  # the store may know of an earlier fit's end
+        global _fits, _running
+        _fits, _running = _fits + 1, self  # the store may know of an earlier fit's end
         self._failed, self._answered = f"moka_pl/failed/{_fits}", f"moka_pl/answered/{_fits}"
         self._store: Any = rendezvous_store()
         self._save, self._over = save, threading.Event()
@@ -71,9 +72,22 @@ class FirstRank:
             while not self._store.check([self._answered]) and time.monotonic() < until:
                 time.sleep(_EVERY / 5)
 
+    def save_now(self) -> None:
+        """Saves the run as of the last step that the first rank has come to."""
+        if self._first and not self._over.is_set():
+            self._save(0)
+
     def end(self) -> None:
         """Ends the thread."""
+        global _running
         self._over.set()
+        _running = None
+
+
+def save_now() -> None:
+    """Saves the run that this process trains, if it is the first and another one is gone without a word."""
+    if _running is not None:
+        _running.save_now()
 
 
 def copied_checkpoint(trainer: Trainer, since: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Sharded runs of two processes that are killed at random moments, and go on.
+"""Runs of two processes that are killed at random moments, or fail on purpose, and go on.
 
 Run as a script, this file forks the processes of all runs: they import nothing anew.
 """
@@ -19,14 +19,15 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-import yaml
 from lightning.pytorch.strategies.launchers import subprocess_script
+from shared import failing_rank
+from shared.failing_rank import FAILS_IN, LIMIT
 
 from moka_pl.adapters.reading import read_adapter_state
+from moka_pl.cli.failures import watch
 from moka_pl.cli.main import main
 from moka_pl.errors import DataError
 from moka_pl.training.checkpoint_files import unusable_reason
-from moka_pl.training.module import MokaModule
 
 pytestmark = pytest.mark.slow
 
@@ -34,20 +35,8 @@ MOMENTS = 3
 WHO = ([0], [1], [0, 1])  # ranks that are killed, in turn
 STEPS = 16
 RAISING = ("raises-data-0", "raises-other-1")
-LIMIT = 30.0  # seconds in which all processes have to end
-
-
-def configuration(folder):
-    """A run of ``STEPS`` steps in two epochs, with a checkpoint after each, of an adapter with momentum."""
-    from shared.runs import instruction_run  # which the script does not find
-
-    rows = [{"instruction": f"{n}?", "output": "word " * (1 + n % 4)} for n in range(2 * STEPS)]
-    for name, some in (("train", rows), ("heldout", rows[:3])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    config = instruction_run(folder, max_length=256)
-    config["trainer"] |= {"devices": 2, "strategy": "sharded"}
-    config["checkpoint"] = {"every_n_train_steps": 1}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+#: Of plain DDP, where the rank that does not fail waits for the other one for ever, as GPUs do.
+STUCK = {"stuck-raises-data-0": 2, "stuck-raises-data-1": 2, "stuck-killed-1": 1, "stuck-killed-0": -9}
 
 
 class Started:
@@ -107,17 +96,8 @@ def fit(name, arguments):
 
 
 def spoil(name, rank):
-    """Has a rank fail in its third step, where a run's name says so."""
-    compute, steps = MokaModule.training_step, []
-
-    def training_step(self, *args):
-        steps.append(args)
-        if len(steps) == 3 and rank == int(name[-1]):
-            raise (DataError if "data" in name else KeyError)("failed on purpose")
-        return compute(self, *args)
-
-    if name.startswith("raises"):
-        MokaModule.training_step = training_step
+    """Has a rank fail, where a run's name says so."""
+    failing_rank.spoil(name, name[-1] == str(rank), DataError if "data" in name else KeyError)
 
 
 def start(name, arguments):
@@ -193,15 +173,20 @@ def try_moments(count, seed):
         found["again"] = run(name, *(["--ckpt_path", "last"] if files else []))[0]
         record["runs"].append(found)
     record |= {name: run(name) for name in RAISING}
+    watch._GRACE = 2.0
+    for name in STUCK:
+        code, *_ = run(name, "--trainer.strategy", "ddp", "--checkpoint.every_n_train_steps", "100")
+        record[name] = code, time.time() - float(Path(failing_rank.TIME).read_text())
     Path("record.json").write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    configuration(folder)
+    failing_rank.write_run(folder, STEPS, every=1, strategy="sharded")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
     environment = clean | {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path]))
     ended = subprocess.run(
         [sys.executable, __file__, str(MOMENTS), "0"],
         env=environment,
@@ -270,6 +255,21 @@ def test_a_process_that_raises_ends_all_with_its_own_error_alone(folder, record,
     assert seconds < LIMIT
     assert text.count("moka_pl: error: failed on purpose") == text.count("moka_pl: error: ") == known
     assert text.count("Traceback") == text.count("KeyError: 'failed on purpose'") == (not known)
+
+
+@pytest.mark.parametrize("name", STUCK)
+def test_who_waits_for_a_process_that_has_failed_is_ended_and_the_run_saved(folder, record, name):
+    code, seconds = record[name]
+    text = (folder / f"{name}.txt").read_text()
+    assert code == STUCK[name]
+    assert seconds < LIMIT
+    told = "failed on purpose" if "raises" in name else "another process of this run has ended without a word"
+    assert text.count(f"moka_pl: error: {told}") == text.count("moka_pl: error: ") == (code > 0)
+    assert "Traceback" not in text
+    (saved,) = (folder / "lightning_logs" / name).rglob("*.ckpt") if code > 0 else (None,)
+    if saved is not None:
+        assert torch.load(saved, weights_only=True)["global_step"] == FAILS_IN - 1
+        assert f"Ended after step {FAILS_IN - 1}; checkpoint saved in" in text
 
 
 if __name__ == "__main__":

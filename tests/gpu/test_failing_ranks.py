@@ -1,0 +1,98 @@
+"""Two ranks on GPUs of which one fails, and the other waits for it in NCCL; run with ``pytest -m gpu``."""
+
+import socket
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import pytest
+import torch
+from shared.failing_rank import FAILS_IN, LIMIT, PURPOSE, FailingRun, write_run
+
+pytestmark = pytest.mark.gpu
+
+STEPS = 6
+LOST = "another process of this run has ended without a word"
+MISSING = "missing.jsonl does not exist"
+
+
+class Case(NamedTuple):
+    """A rank that fails.
+
+    Attributes:
+        how: How it does.
+        rank: Which one.
+        code: What the first process ends with.
+        error: What the one line says.
+    """
+
+    how: str
+    rank: int
+    code: int
+    error: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.how}-{self.rank}"
+
+
+CASES = [
+    Case("raises", 1, 2, PURPOSE),
+    Case("raises", 0, 2, PURPOSE),
+    Case("killed", 1, 1, LOST),
+    Case("no-data", 1, 2, MISSING),
+]
+SAVED = [case for case in CASES if case.how != "no-data"]
+
+
+def finish_all(started):
+    return {name: run.finish(200) for name, run in started.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All runs at once, then all that can go on at once: the most of each is the start of its processes."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    folder = tmp_path_factory.mktemp("failing")
+    started, ports = {}, {}
+    with ExitStack() as sockets:  # held together, so that all are different
+        for case in CASES:
+            free = sockets.enter_context(socket.socket())
+            free.bind(("127.0.0.1", 0))
+            ports[case.name] = str(free.getsockname()[1])
+    for case in CASES:
+        place = folder / case.name
+        place.mkdir()
+        write_run(place, STEPS, every=1, accelerator="gpu", strategy="ddp")
+        started[case.name] = FailingRun(place, case.rank, case.how, port=ports[case.name])
+    failed = finish_all(started)
+    started = {
+        case.name: FailingRun(folder / case.name, -1, "resumed", "--ckpt_path", "last", port=ports[case.name])
+        for case in SAVED
+    }
+    return failed, finish_all(started), folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_all_processes_end_with_the_one_error(runs, case):
+    code, seconds, left, text = runs[0][case.name]
+    assert not left
+    assert 0 < seconds < LIMIT, text[-3000:]
+    assert code == case.code, text[-3000:]
+    assert text.count("moka_pl: error: ") == 1, text[-3000:]
+    assert case.error in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("case", SAVED, ids=lambda case: case.name)
+def test_the_first_rank_saves_the_run_as_of_its_last_step(runs, case):
+    assert f"Ended after step {FAILS_IN - 1}; checkpoint saved in" in runs[0][case.name][3]
+
+
+@pytest.mark.parametrize("case", SAVED, ids=lambda case: case.name)
+def test_the_run_goes_on(runs, case):
+    code, _, left, text = runs[1][case.name]
+    assert code == 0, text[-3000:]
+    assert not left
+    stored = (runs[2] / case.name).rglob("last.ckpt")
+    assert max(torch.load(path, weights_only=True)["global_step"] for path in stored) == STEPS
