@@ -31,6 +31,13 @@ def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
             logger.setLevel(level)
 
 
+def warn(message: str) -> None:
+    """Warns the user in one line, on the first process of several."""
+    from lightning.pytorch.utilities import rank_zero_warn
+
+    rank_zero_warn(message, category=MokaWarning, stacklevel=5)
+
+
 def expanded(path: str | os.PathLike[str]) -> Path:
     """Puts the home folder in the place of a leading ``~``; one of an unknown user is a name like others."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib's raises an error there

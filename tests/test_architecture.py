@@ -164,3 +164,25 @@ def undescribed(path: Path) -> Iterator[str]:
 
 def test_three_and_more_arguments_are_described() -> None:
     assert not [wrong for path in modules() for wrong in undescribed(path)]
+
+
+def nameless_warnings(path: Path) -> Iterator[str]:
+    for node in nodes(path):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called.endswith("rank_zero_warn") or called == "warnings.warn":
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            if "MokaWarning" not in map(ast.unparse, given):
+                yield f"{path}:{node.lineno}: not a MokaWarning, which is told in one line"
+
+
+def test_warnings_are_told_in_one_line() -> None:
+    assert not [wrong for path in modules() for wrong in nameless_warnings(path)]
+
+
+def test_home_folders_are_expanded_alike() -> None:
+    """``Path.expanduser`` raises an error where nobody is known by the name; ``utils.expanded`` does not."""
+    for path in modules():
+        called = [node.attr for node in nodes(path) if isinstance(node, ast.Attribute)]
+        assert "expanduser" not in called or path.name == "utils.py", path

@@ -5,19 +5,23 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 
 from moka_pl import utils
+from moka_pl.errors import MokaWarning
 from moka_pl.utils import (
     expanded,
     recover_folder,
     replaced_file,
     replaced_folder,
     unwritable_reason,
+    warn,
     write_failure,
 )
 
@@ -229,3 +233,13 @@ def test_a_file_is_replaced_once_it_is_whole(tmp_path):
     (tmp_path / "b").touch()
     assert target.stat().st_mode == (tmp_path / "b").stat().st_mode  # others may read it, too
     assert {file.name for file in tmp_path.iterdir()} == {"a.json", "b"}
+
+
+def test_a_warning_is_ours_and_of_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(MokaWarning, match="^careful$") as told:
+        warn("careful")
+    assert told[0].filename == __file__
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn("careful")

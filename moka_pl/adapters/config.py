@@ -23,6 +23,7 @@ from moka_pl.lm.architecture import QUERY_VALUE
 from moka_pl.ops.dispatch import BACKENDS, Backend
 from moka_pl.ops.gating import GATINGS, Gating
 from moka_pl.ops.layout import Shape, exact_rank
+from moka_pl.utils import expanded
 
 Start = Literal["zero", "zero_left", "gradient"]
 
@@ -123,7 +124,7 @@ class MokaConfig(AdapterConfig):
         # A layer of any size reveals an unknown name or a malformed list; whether a listed filter fits
         # the real layers is checked once the model is loaded.
         if isinstance(self.filters, str) and self.filters.endswith(".json"):
-            self.filters = _read_filters(Path(self.filters))
+            self.filters = _read_filters(expanded(self.filters))
         if isinstance(self.filters, dict):
             for name, filters in self.filters.items():
                 try:

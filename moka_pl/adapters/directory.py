@@ -38,7 +38,7 @@ from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.backbone import weight_samples
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.ops.finite import non_finite_names
-from moka_pl.utils import replaced_folder, sync_file, write_failure
+from moka_pl.utils import expanded, replaced_folder, sync_file, write_failure
 from moka_pl.version import __version__
 
 
@@ -72,7 +72,7 @@ def save_adapter(
     """
     from safetensors.torch import save
 
-    path = Path(path)
+    path = expanded(path)
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     if not state:
         raise AdapterError("the model has no adapters to save")

@@ -1,8 +1,6 @@
 """The README.md of an adapter directory."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from moka_pl.adapters.layer import MokaLayer
 from moka_pl.adapters.methods.base import AdapterMethod, name_ranks
 from moka_pl.adapters.metric_table import metric_table
 from moka_pl.ops.gating import can_move, normalised_entropy
+from moka_pl.utils import expanded
 
 _USAGE = """```python
 from moka_pl import load_model
@@ -29,9 +28,7 @@ model, image_processor = load_classifier("path/to/this/folder")
 
 def public_name(base: str) -> str:
     """Returns what others may know a base by: of a path its last part, else the name itself."""
-    path = Path(base)
-    with suppress(RuntimeError):  # the home of nobody known here
-        path = path.expanduser()
+    path = expanded(base)
     inside = base.startswith((".", "~")) or base.count("/") > 1 or base.endswith(".gguf")
     return path.resolve().name if inside or path.is_absolute() or path.is_dir() else base
 

@@ -17,7 +17,7 @@ from moka_pl.adapters.schema import check_value, check_values, shown
 from moka_pl.backbone import BackboneConfig, check_samples
 from moka_pl.errors import AdapterError, ConfigError, one_line
 from moka_pl.ops.finite import non_finite_names
-from moka_pl.utils import recover_folder
+from moka_pl.utils import expanded, recover_folder
 from moka_pl.version import __version__
 
 FORMAT_VERSION = 5
@@ -148,7 +148,7 @@ def local_adapter(path: str | Path, revision: str | None = None) -> Path:
         return download(name, (CONFIG_NAME, WEIGHTS_NAME), revision)
     if revision is not None:
         raise AdapterError(f"{path} is a path on this machine, without revision {revision!r}; leave that out")
-    return Path(path)
+    return expanded(path)
 
 
 def read_adapter(path: str | Path) -> AdapterInfo:

@@ -4,26 +4,27 @@ import math
 import operator
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl._compat import save_last_checkpoint
 from moka_pl.adapters import adapter_state, read_adapter, save_adapter
 from moka_pl.callbacks.monitors import check_monitor
 from moka_pl.data.types import data_of
-from moka_pl.errors import AdapterError, MokaError, NonFiniteError
+from moka_pl.errors import AdapterError, MokaError, NonFiniteError, listed
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.accidents.memory import StepMemoryError, release
-from moka_pl.training.checkpoint import VERSION_KEY
+from moka_pl.training.checkpoint import LAST_NAME, VERSION_KEY
 from moka_pl.training.checkpoint_files import is_remote, same_moment
 from moka_pl.training.course import main_settings
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import Kept
-from moka_pl.utils import replaced_folder, write_failure
+from moka_pl.utils import expanded, replaced_folder, warn, write_failure
 
 
 class AdapterCheckpoint(Callback):
@@ -58,7 +59,7 @@ class AdapterCheckpoint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder (on every rank: the log folder's name is broadcast)."""
         log_dir = trainer.log_dir
-        self._folder = Path(self.dirpath or Path(log_dir or trainer.default_root_dir, "adapters"))
+        self._folder = expanded(self.dirpath or Path(log_dir or trainer.default_root_dir, "adapters"))
         self._log_dir = Path(log_dir) if log_dir and trainer.is_global_zero and trainer.loggers else None
         self._validation = validation_name(trainer) if stage == "fit" else None
 
@@ -76,7 +77,7 @@ class AdapterCheckpoint(Callback):
         score = float(trainer.callback_metrics[self.monitor])
         self.last_path = self._save(trainer, pl_module, "last")
         if not math.isfinite(score):
-            rank_zero_warn(
+            warn(
                 f"{self.monitor} is {score} after step {trainer.global_step}, which never counts as the best"
             )
             return
@@ -121,7 +122,7 @@ class AdapterCheckpoint(Callback):
         """Makes the run's log folder again if it was deleted: TensorBoard's writer would fail without it."""
         if self._log_dir is not None and not self._log_dir.is_dir():
             self._log_dir.mkdir(parents=True, exist_ok=True)
-            rank_zero_warn(f"{self._log_dir} was deleted during the run; it is made again")
+            warn(f"{self._log_dir} was deleted during the run; it is made again")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves the last adapter of a run that was interrupted or failed.
@@ -208,7 +209,7 @@ class AdapterCheckpoint(Callback):
         assert self._folder is not None
         path = self._folder / name
         if bad := non_finite_names(adapter_state(pl_module.causal_lm)):
-            rank_zero_warn(
+            warn(
                 f"the adapter of step {trainer.global_step} is not saved in {path}: {len(bad)} of its "
                 f"tensors are not finite (first {bad[0]}). An older one stays"
             )
@@ -253,7 +254,10 @@ class RunCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder, and notes the version of the logs."""
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():
+            # Whose it is shows once a checkpoint is loaded.
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
         self._version = trainer.logger.version if trainer.logger is not None else None
         self._validation = validation_name(trainer) if stage == "fit" else None
 
@@ -263,6 +267,17 @@ class RunCheckpoint(ModelCheckpoint):
             return None
         best = max(self.save_top_k, 0) if self.monitor is not None else min(abs(self.save_top_k), 1)
         return Kept("checkpoint.dirpath", Path(self.dirpath), checkpoints=best + bool(self.save_last) + 1)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns of what another run has left in the folder; that of a run which goes on is its own."""
+        folder = None if not self.dirpath or is_remote(self.dirpath) else Path(self.dirpath)
+        if trainer.ckpt_path is not None or folder is None or is_trial(trainer):
+            return
+        if names := sorted(file.name for file in folder.glob("*.ckpt")):
+            warn(
+                f"checkpoint.dirpath {folder} holds another run's {listed(names, 2)}: files of the same name "
+                "are replaced. To keep them, choose another folder"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns Lightning's state and the version of the logs."""
@@ -327,7 +342,27 @@ def between_steps(trainer: Trainer) -> bool:
     return _epoch_ends(trainer) and not trainer.strategy.handles_gradient_accumulation
 
 
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether the optimizer step that has just ended was the last one of the run."""
+    if not between_steps(trainer):
+        return False
+    if -1 < trainer.max_steps <= trainer.global_step:
+        return True
+    return _epoch_ends(trainer) and -1 < (trainer.max_epochs or -1) <= trainer.current_epoch + 1
+
+
 def _epoch_ends(trainer: Trainer) -> bool:
     """Whether the batch at hand is the last one of its epoch."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     return bool(progress.is_last_batch or progress.current.ready == trainer.num_training_batches)
+
+
+def last_path(trainer: Trainer) -> str:
+    """Returns the path of the run's ``last.ckpt``: beside its other checkpoints, if any."""
+    saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    # Ours before the user's: ``--ckpt_path last`` looks there.
+    saving.sort(key=lambda callback: not isinstance(callback, RunCheckpoint))
+    folder = (
+        saving[0].dirpath if saving else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    )
+    return f"{folder}/{LAST_NAME}"  # not a Path: it may be a remote address

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from moka_pl.adapters import MokaLayer, moka_layers
@@ -20,6 +19,7 @@ from moka_pl.callbacks.throughput import log_interval
 from moka_pl.ops.gating import can_move, gates_of, normalised_entropy
 from moka_pl.training.launches import HostCopy
 from moka_pl.training.module import MokaModule
+from moka_pl.utils import warn
 
 #: Most bytes of a run's gate curves.
 _MOST_BYTES = 40e6
@@ -187,7 +187,7 @@ class GateMonitor(Callback):
     def _warn_once(self, reason: str, message: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
-            rank_zero_warn(message)
+            warn(message)
 
 
 def gate_matrix(pl_module: LightningModule) -> Tensor | None:

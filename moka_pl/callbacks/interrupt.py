@@ -7,22 +7,26 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl._compat import without_sigterm_broadcast
-from moka_pl.callbacks.checkpoints import RunCheckpoint, between_steps, is_trial
+from moka_pl.callbacks.checkpoints import (
+    AdapterCheckpoint,
+    between_steps,
+    is_last_step,
+    is_trial,
+    last_path,
+)
 from moka_pl.errors import MokaError, NonFiniteError
 from moka_pl.training.accidents.first_rank import FirstRank, copied_checkpoint, moment
 from moka_pl.training.accidents.memory import StepMemoryError, release
-from moka_pl.training.checkpoint import LAST_NAME, rng_state, set_rng_state
+from moka_pl.training.checkpoint import rng_state, set_rng_state
 from moka_pl.training.launches import AnyRank
 
 #: With several processes, ranks check for an interrupt every this many optimizer steps.
@@ -40,7 +44,8 @@ class GracefulInterrupt(Callback):
     """On Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, finishes the optimizer step, writes ``last.ckpt`` and stops.
 
     Only a checkpoint between two optimizer steps can be resumed exactly. A second Ctrl-C stops at once. In a
-    trial run (``fast_dev_run``), the first one does, and no file is written. A signal that somebody else
+    trial run (``fast_dev_run``), the first one does, and no file is written. After the last step the run ends
+    as it would without: nothing is left to be resumed. A signal that somebody else
     handles is left to them: ``nohup`` to ignore SIGHUP, Lightning to requeue a SLURM job on SIGUSR1.
 
     A run that fails, such as by a loader's error or a lack of memory, writes it, too, as of its last step.
@@ -57,6 +62,7 @@ class GracefulInterrupt(Callback):
         self._process = os.getpid()
         self._begun_at = 0
         self._trainer: Trainer | None = None
+        self._told_last = False
         self._looking = threading.Event()
         self._over = threading.Event()
         self._stuck = False
@@ -89,7 +95,9 @@ class GracefulInterrupt(Callback):
     ) -> None:
         """Saves the run between two optimizer steps, the same on all ranks."""
         self._note_position(trainer, pl_module)
-        if between_steps(trainer) and self._any_asked(trainer, pl_module.device):
+        if is_last_step(trainer):
+            self._say_last()
+        elif between_steps(trainer) and self._any_asked(trainer, pl_module.device):
             self._save(trainer)
 
     def on_train_batch_start(
@@ -101,7 +109,9 @@ class GracefulInterrupt(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves and stops after a validation, whose results the last checkpoint lacks."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and between_steps(trainer):
+        if trainer.state.fn != "fit" or trainer.sanity_checking or is_last_step(trainer):
+            return
+        if between_steps(trainer):
             self._note_position(trainer, pl_module)
             self._save_if_asked(trainer, pl_module.device)
             self._stop_if_saved(trainer)
@@ -118,6 +128,14 @@ class GracefulInterrupt(Callback):
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old.clear()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says that a run which was asked to stop is complete, and where its adapter is."""
+        if self.asked:
+            savers: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            paths = [c.last_path for c in savers if isinstance(c, AdapterCheckpoint) and c.last_path]
+            place = "".join(f"; its adapter is {path}" for path in paths)
+            rank_zero_info(f"\nTraining was complete after step {trainer.global_step}{place}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves what can be resumed, and gives the signals back."""
@@ -231,7 +249,7 @@ class GracefulInterrupt(Callback):
         """Writes the checkpoint, unless it would hold a NaN or an infinity."""
         path = self._saved = last_path(trainer)
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             self._kept = f"checkpoint saved in {path}"
         except NonFiniteError as error:
             self._kept = str(error)
@@ -266,9 +284,17 @@ class GracefulInterrupt(Callback):
                 raise KeyboardInterrupt
             return
         self.asked = True
+        if self._trainer is not None and is_last_step(self._trainer):
+            self._say_last()
+            return
         if hasattr(signal, "pthread_kill"):
             threading.Thread(target=self._watch_loader, args=[threading.get_ident()], daemon=True).start()
         _say("\nStopping after this step (press Ctrl-C again to stop immediately) ...")
+
+    def _say_last(self) -> None:
+        if self.asked and not self._told_last:
+            self._told_last = True
+            _say("\nThe last step: the run ends as usual (press Ctrl-C again to stop immediately) ...")
 
     def _watch_loader(self, main: int) -> None:
         """Has the main thread look whether it waits in a loader that is stuck: no step would ever end."""
@@ -340,13 +366,13 @@ def signals_stop() -> Iterator[None]:
 def _in_loader(frame: FrameType | None) -> bool:
     """Whether a frame waits for a batch of a PyTorch loader."""
     while frame is not None:
-        if frame.f_code.co_name == "__next__" and frame.f_globals.get("__name__") == _LOADER:
+        if (
+            frame.f_code.co_name == "__next__"
+            and frame.f_globals.get("__name__") == "torch.utils.data.dataloader"
+        ):
             return True
         frame = frame.f_back
     return False
-
-
-_LOADER = "torch.utils.data.dataloader"
 
 
 def _say(text: str) -> None:
@@ -363,14 +389,3 @@ def _leave_terminal() -> None:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, number)
                 os.close(nowhere)
-
-
-def last_path(trainer: Trainer) -> str:
-    """Returns the path of the run's ``last.ckpt``: beside its other checkpoints, if any."""
-    saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-    # Ours before the user's: ``--ckpt_path last`` looks there.
-    saving.sort(key=lambda callback: not isinstance(callback, RunCheckpoint))
-    folder = (
-        saving[0].dirpath if saving else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-    )
-    return f"{folder}/{LAST_NAME}"  # not a Path: it may be a remote address

@@ -48,7 +48,7 @@ from moka_pl.training.checkpoint_files import read_checkpoint
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import check_launcher, check_options
 from moka_pl.training.trial_optimizer import check_learns
-from moka_pl.utils import make_folder
+from moka_pl.utils import expanded, make_folder
 from moka_pl.vision import ImageData, VisionModule
 
 _LOGGER = {
@@ -210,6 +210,8 @@ class MokaCLI(LightningCLI):
         if not isinstance(seed, bool | None) and not 0 <= seed < 1 << 32:
             raise ConfigError(f"seed_everything must be from 0 to {(1 << 32) - 1}, not {seed}")
         path = options.get("ckpt_path")
+        if path is not None and path.startswith("~"):
+            path = options.ckpt_path = str(expanded(path))
         if path is not None and Path(path).is_file():
             read_checkpoint(Path(path))
 
@@ -241,7 +243,7 @@ class MokaCLI(LightningCLI):
             # Lightning would write config.yaml into the current folder.
             self.save_config_callback = None
         elif folder is not None and "://" not in str(folder) and not config.trainer.get("fast_dev_run"):
-            make_folder(Path(folder), "--trainer.logger.init_args.save_dir")
+            make_folder(expanded(folder), "--trainer.logger.init_args.save_dir")
         path = config.get("ckpt_path")
         special = path in (None, "best", "last", "hpc") or "://" in path or path.startswith("registry")
         if not special and not Path(path).is_file():

@@ -11,9 +11,8 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from moka_pl.errors import DataError, one_line
+from moka_pl.utils import warn
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +62,7 @@ def _cached(build: Callable[[Path, bool], "Dataset"], base: Path, label: str) ->
                 raise
             damaged = one_line(error)
     if rows is None:
-        rank_zero_warn(f"the cache of {label} in {base} is damaged ({damaged}); it is built again")
+        warn(f"the cache of {label} in {base} is damaged ({damaged}); it is built again")
         for file in files:
             file.unlink(missing_ok=True)
         shutil.rmtree(base, ignore_errors=True)

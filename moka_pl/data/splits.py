@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from moka_pl._compat import rows_fingerprint
 from moka_pl.errors import DataError
+from moka_pl.utils import warn
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,7 +89,7 @@ def warn_of_overlap(name: str, train: "Dataset | None", held: "Dataset") -> int:
     shared = [(location, known[content]) for content, location in _contents(held) if content in known]
     if shared:
         here, there = shared[0]
-        rank_zero_warn(
+        warn(
             f"{name}: {len(shared):,} of {len(held):,} evaluation items are also in the training data "
             f"(first: {here}, trained on as {there}). Their scores are not meaningful; remove them from one "
             "of the two"

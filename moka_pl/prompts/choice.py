@@ -11,6 +11,7 @@ from typing import Any, Literal
 from moka_pl.errors import DataError
 from moka_pl.prompts.segments import Segment
 from moka_pl.prompts.templates import PromptName, alpaca_prompt, cloze_prompt
+from moka_pl.utils import warn
 
 ChoicePromptName = Literal["cloze", "letters", "llm_adapters"]
 """The formats of a multiple-choice question: the names of ``CHOICE_PROMPTS``."""
@@ -178,10 +179,8 @@ def resolve_prompt(
     if chosen is None:
         return adapters or default
     if adapters is not None and adapters != chosen and adapters not in warned:
-        from lightning.pytorch.utilities import rank_zero_warn  # the command line needs the names only
-
         warned.add(adapters)
-        rank_zero_warn(
+        warn(
             f"the adapter was trained with `prompt: {adapters}`, but the data use `prompt: {chosen}`; remove "
             "the option to use the adapter's prompt"
         )

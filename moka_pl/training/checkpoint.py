@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl.adapters import method_of
 from moka_pl.adapters.filters import describe_filters
@@ -34,6 +34,7 @@ from moka_pl.training.course import (
     quantization_of,
 )
 from moka_pl.training.learning_rates import LearningRateRatios
+from moka_pl.utils import expanded, warn
 
 if TYPE_CHECKING:
     from moka_pl.training.module import MokaModule
@@ -218,14 +219,10 @@ def say_differences(stored: StoredRun, changed: Changed, module: "MokaModule", t
         return
     prompt = data_of(module.trainer).prompt
     if stored.prompt is not None and prompt is not None and prompt != stored.prompt:
-        rank_zero_warn(
-            f"the checkpoint was trained with the prompt {stored.prompt!r}, these data have {prompt!r}"
-        )
+        warn(f"the checkpoint was trained with the prompt {stored.prompt!r}, these data have {prompt!r}")
     was = stored.course.get("quantization", {})
     if different := differences(was, quantization_of(module.backbone.options())):
-        rank_zero_warn(
-            f"the checkpoint was trained on a base quantised in another way: {describe(different)}"
-        )
+        warn(f"the checkpoint was trained on a base quantised in another way: {describe(different)}")
 
 
 def check_same_factors(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -296,7 +293,7 @@ def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str 
     options: Any = getattr(logger, "init_args", None)
     versions = options is not None and hasattr(options, "save_dir") and hasattr(options, "version")
     if dirpath is not None:
-        checkpoint = _newest_usable([Path(dirpath).expanduser()])
+        checkpoint = _newest_usable([expanded(dirpath)])
         if checkpoint is None:
             raise ConfigError(
                 f"--ckpt_path last: {dirpath} (checkpoint.dirpath) has no {LAST_NAME}. Start without "
@@ -308,7 +305,7 @@ def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str 
             "--ckpt_path last needs the version_<k> folders of a TensorBoardLogger, but trainer.logger is "
             f"{logger!r}; give the path of the checkpoint instead"
         )
-    folder = Path(options.save_dir) / (options.name or "")
+    folder = expanded(options.save_dir) / (options.name or "")
     runs = {}
     for run in folder.glob("version_*/checkpoints"):
         number = run.parent.name.removeprefix("version_")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl._compat import leave_out_of_ddp, trainer_of
 from moka_pl.adapters import (
@@ -53,6 +53,7 @@ from moka_pl.training.schedule import WarmupDecay
 from moka_pl.training.sharding.strategy import ShardedStrategy, check_shardable
 from moka_pl.training.steps import TrainedModule
 from moka_pl.training.trial_optimizer import build_trial, state_bytes
+from moka_pl.utils import warn
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -330,7 +331,7 @@ class MokaModule(TrainedModule):
         if data_of(self.trainer).packing:
             self._prepare_packing()
         if self.trainer.precision in ("bf16-true", "16-true"):
-            rank_zero_warn(
+            warn(
                 f"--trainer.precision {self.trainer.precision} rounds the adapters and their optimizer "
                 "state; set it to 32-true, and set the base's dtype with backbone.compute_dtype"
             )

@@ -6,10 +6,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from moka_pl.errors import DataError
-from moka_pl.utils import expanded
+from moka_pl.utils import expanded, warn
 from moka_pl.vision.data import ImageData, ImageSet
 from moka_pl.vision.images import ENDINGS, check_header, is_hidden, open_image
 
@@ -88,9 +86,7 @@ class ImageFolderData(ImageData):
             files += own
             labels += [number] * len(own)
         if ignored:
-            rank_zero_warn(
-                f"{folder}: {len(ignored)} files are no images by their names (first {ignored[0]})"
-            )
+            warn(f"{folder}: {len(ignored)} files are no images by their names (first {ignored[0]})")
         digest = sha256()
         for file in files:
             digest.update(f"{file.relative_to(folder)}\n{check_header(file)}\n".encode())

@@ -96,6 +96,12 @@ def test_best_survives_a_resumed_run(train, tmp_path):
     assert same(second.last_path, fake.states[0])
 
 
+def test_the_folder_may_be_below_the_home_folder(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train(AdapterCheckpoint(dirpath="~/mine"), max_epochs=1, limit_val_batches=0)
+    assert (tmp_path / "mine" / "last" / "adapter_config.json").is_file()
+
+
 def test_without_validation(train, tmp_path):
     saved = AdapterCheckpoint()
     run = train(saved, max_epochs=1, limit_val_batches=0)

@@ -96,6 +96,7 @@ def test_stops_at_the_next_step_and_goes_on_exactly(
     assert "Stopping after this step" in capsys.readouterr().out
     said = f"Interrupted after step {stopped}; checkpoint saved in {path}. To resume, add --ckpt_path last to"
     assert said in caplog.text
+    assert "weights_only" not in caplog.text
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == stopped
     # What the validation has shown is in it, so that a worse adapter cannot take the place of the best.
@@ -106,6 +107,38 @@ def test_stops_at_the_next_step_and_goes_on_exactly(
     assert_continues(resumed, whole, stopped)
     # Of the uninterrupted run's validations, those before the stop are done, and only those.
     assert resumed.validations == {k: v for k, v in whole.validations.items() if k > stopped}
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 8}])
+@pytest.mark.parametrize(
+    ("hook", "times", "number"),
+    [
+        ("on_before_backward", 14, signal.SIGINT),  # in the last step
+        ("on_train_batch_end", 14, signal.SIGTERM),
+        ("on_validation_batch_start", 4, signal.SIGINT),  # in the validation after it
+        ("on_train_epoch_end", 2, signal.SIGINT),
+    ],
+)
+def test_asked_in_the_last_step_it_ends_as_usual(
+    train, whole, tmp_path, capsys, caplog, hook, times, number, limit
+):
+    saved = AdapterCheckpoint()
+    with caplog.at_level("INFO"):
+        run = train(Kill(hook, times, number), saved, GracefulInterrupt(), **limit)
+    assert run.losses == whole.losses
+    assert run.validations == whole.validations
+    assert "The last step: the run ends as usual" in capsys.readouterr().out
+    assert f"Training was complete after step 8; its adapter is {saved.last_path}" in caplog.text
+    assert "To resume" not in caplog.text
+    assert not (tmp_path / "checkpoints").exists()
+    assert (tmp_path / "adapters" / "best").is_dir()
+
+
+def test_in_the_last_step_a_second_ctrl_c_stops_at_once(train, tmp_path, caplog):
+    with pytest.raises(SystemExit), caplog.at_level("INFO"):
+        train(Kill("on_validation_batch_start", 4, repeat=2), AdapterCheckpoint(), GracefulInterrupt())
+    assert f"Adapter of step 8 saved in {tmp_path / 'adapters' / 'last'}" in caplog.text
+    assert "To resume" not in caplog.text
 
 
 def test_validation_in_the_middle_of_an_accumulated_batch(train, assert_continues, tmp_path):

@@ -4,9 +4,12 @@ from lightning.pytorch import Callback
 
 from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
 from moka_pl.callbacks.interrupt import between_steps
+from moka_pl.errors import MokaWarning
 from moka_pl.training.schedule import WarmupDecay
 
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using", "ignore:Checkpoint directory")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Be aware that when using", "error:.*not empty", "error:checkpoint.dirpath"
+)
 ON = {"max_epochs": 2}
 STEPS = {"max_epochs": -1, "max_steps": 8}
 
@@ -140,3 +143,11 @@ def test_the_best_checkpoints_are_those_that_are_there_and_of_the_same_data(tmp_
     assert set(load(str(kept), here=None).best_k_models) == {
         str(kept)
     }  # an evaluation, which chooses nothing
+
+
+def test_another_runs_folder_is_told(train, tmp_path):
+    train(saving(tmp_path / "mine"), max_epochs=1)
+    told = r"checkpoint.dirpath .*mine holds another run's epoch=0-step=4.ckpt, last.ckpt: files of the same"
+    with pytest.warns(MokaWarning, match=told):
+        train(saving(tmp_path / "mine"), max_epochs=1)
+    train(saving(tmp_path / "mine"), max_epochs=2, ckpt_path=tmp_path / "mine" / "last.ckpt")  # its own

@@ -503,7 +503,7 @@ def whole(cli, made):
     return made[0]
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("error:.*not empty", "error:checkpoint.dirpath")
 @pytest.mark.parametrize(
     ("batch", "number", "stopped"),
     [
@@ -543,7 +543,7 @@ def test_interrupted_and_resumed(cli, whole, interrupt, caplog, batch, number, s
     assert "last.ckpt" in (RUN / "config_resumed.yaml").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("error:.*not empty", "error:checkpoint.dirpath")
 def test_interrupted_and_resumed_with_a_folder_of_the_users(cli, interrupt):
     saving = ("--checkpoint.dirpath", "mine")
     interrupt(3, signal.SIGINT)
@@ -558,7 +558,7 @@ def test_interrupted_and_resumed_with_a_folder_of_the_users(cli, interrupt):
     assert not (RUN / "checkpoints").exists()
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("error:.*not empty", "error:checkpoint.dirpath")
 def test_finished_run_goes_on_from_its_end(cli):
     saving = ("--checkpoint.every_n_train_steps", 3)
     cli("fit", *saving, "--trainer.max_epochs", 1)

@@ -98,6 +98,15 @@ def test_newest_run_with_a_checkpoint(tmp_path):
     assert find_last(logger(tmp_path)) == (newest, 10)
 
 
+def test_home_folders_are_found_and_unknown_ones_are_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    newest = run_folder(tmp_path, "version_1")
+    assert find_last(logger("~")) == (newest, 1)
+    assert find_last(False, "~/" + str(newest.parent.relative_to(tmp_path)))[0] == newest
+    with pytest.raises(ConfigError, match=r"~no_such_user/x \(checkpoint.dirpath\) has no last.ckpt"):
+        find_last(False, "~no_such_user/x")
+
+
 @pytest.mark.parametrize(("kept", "version"), [({"moka_log_version": 3}, 3), ({}, None)])
 def test_checkpoints_in_a_folder_of_the_users(tmp_path, kept, version):
     run_folder(tmp_path, "version_9")

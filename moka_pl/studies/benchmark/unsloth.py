@@ -23,6 +23,7 @@ from moka_pl.studies.benchmark.bench import Bench, Record, Setting, Values
 from moka_pl.studies.benchmark.cases import FIVE, QV, Preset
 from moka_pl.studies.benchmark.steps import Batch, time_steps
 from moka_pl.studies.common import first_line, free_memory, versions
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +83,7 @@ class Home(NamedTuple):
         """
         if not place:
             return cls()
-        path = Path(place).expanduser().absolute()  # not resolved: the links of environments matter
+        path = expanded(place).absolute()  # not resolved: the links of environments matter
         if path.is_file():
             return cls(python=str(path))
         if (path / "unsloth").is_dir():

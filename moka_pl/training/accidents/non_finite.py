@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from moka_pl._compat import skip_on_device
@@ -17,6 +16,7 @@ from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.accidents.naming import diagnosing, gathered, rows_clause
 from moka_pl.training.accidents.spikes import LossSpikes
 from moka_pl.training.launches import HostCopy
+from moka_pl.utils import warn
 
 if TYPE_CHECKING:
     from moka_pl.training.steps import TrainedModule
@@ -166,9 +166,7 @@ class NonFiniteSteps:
         where = gathered(self._module, self._find(step))
         # One such step may be its rows', several are the weights', which are kept where spikes are undone.
         undone = self._spikes.undo(optimizer) if self.in_a_row > 1 else ""
-        rank_zero_warn(
-            f"step {step.number} is skipped: its {what}{where}{undone}. Skipped so far: {len(self.numbers)}"
-        )
+        warn(f"step {step.number} is skipped: its {what}{where}{undone}. Skipped so far: {len(self.numbers)}")
         if self.in_a_row >= self._patience:
             first = step.number - self.in_a_row + 1
             self.error = self._ending(

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from moka_pl.data.types import Batch
@@ -29,6 +28,7 @@ from moka_pl.errors import ConfigError, listed
 from moka_pl.lm.scoring import IGNORE_INDEX
 from moka_pl.training.accidents.naming import diagnosing, gathered
 from moka_pl.training.accidents.snapshot import Snapshot
+from moka_pl.utils import warn
 
 if TYPE_CHECKING:
     from moka_pl.training.steps import TrainedModule
@@ -136,7 +136,7 @@ class LossSpikes:
         if self.rolls_back:
             then = f". It is skipped{self.undo(optimizer)}"
         rows = gathered(self._module, self._find(batches))
-        rank_zero_warn(
+        warn(
             f"step {number}: the loss of {loss:.3g} is a spike, the running median is {median:.3g}"
             f"{rows}{then}"
         )
