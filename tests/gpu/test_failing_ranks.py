@@ -1,7 +1,9 @@
 """Two ranks on GPUs of which one fails, and the other waits for it in NCCL; run with ``pytest -m gpu``."""
 
+import shutil
 import socket
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -44,8 +46,15 @@ CASES = [
 SAVED = [case for case in CASES if case.how != "no-data"]
 
 
-def finish_all(started):
-    return {name: run.finish(200) for name, run in started.items()}
+#: Bytes of shared memory that NCCL may take for all runs at once.
+SHARED_MEMORY = 2**30
+
+
+def finish_all(begin):
+    """Begins runs, all at once where NCCL finds the memory, and waits for them; returns what each was."""
+    together = shutil.disk_usage("/dev/shm").free > SHARED_MEMORY
+    begun = {name: run() if together else run for name, run in begin.items()}
+    return {name: (run if together else run()).finish(200) for name, run in begun.items()}
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +63,25 @@ def runs(tmp_path_factory):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("failing")
-    started, ports = {}, {}
+    ports = {}
     with ExitStack() as sockets:  # held together, so that all are different
         for case in CASES:
             free = sockets.enter_context(socket.socket())
             free.bind(("127.0.0.1", 0))
             ports[case.name] = str(free.getsockname()[1])
     for case in CASES:
-        place = folder / case.name
-        place.mkdir()
-        write_run(place, STEPS, every=1, accelerator="gpu", strategy="ddp")
-        started[case.name] = FailingRun(place, case.rank, case.how, port=ports[case.name])
-    failed = finish_all(started)
-    started = {
-        case.name: FailingRun(folder / case.name, -1, "resumed", "--ckpt_path", "last", port=ports[case.name])
+        (folder / case.name).mkdir()
+        write_run(folder / case.name, STEPS, every=1, accelerator="gpu", strategy="ddp")
+    failing = {
+        case.name: partial(FailingRun, folder / case.name, case.rank, case.how, port=ports[case.name])
+        for case in CASES
+    }
+    last = ("--ckpt_path", "last")
+    resumed = {
+        case.name: partial(FailingRun, folder / case.name, -1, "resumed", *last, port=ports[case.name])
         for case in SAVED
     }
-    return failed, finish_all(started), folder
+    return finish_all(failing), finish_all(resumed), folder
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
