@@ -22,7 +22,8 @@ _USUAL = 0.95
 _SAMPLES, _MOST_PROMPTS, _MOST_TOKENS = "instruction_heldout.jsonl", 8, 96
 #: Bounds of a file of prompts.
 _MOST_LINES, _MOST_BYTES = 64, 1 << 20
-#: Largest difference of logits, as a share of the largest logit, and of losses, by the coarsest dtype.
+#: Largest difference of logits, as a share of the largest logit, and of losses, by the coarsest dtype. What
+#: rounding alone makes of the logits depends on the model; float32's bound holds where that is known.
 BOUNDS = {
     torch.float32: (1e-4, 1e-4),
     torch.float16: (1e-2, 2e-3),
@@ -147,6 +148,7 @@ def check(
     found: Measured,
     reader: str,
     *dtypes: torch.dtype,
+    rounded: Measured | None = None,
     routed: bool = False,
     what: str = "prompts",
 ) -> str:
@@ -157,6 +159,9 @@ def check(
         found: The export's.
         reader: Name and version of what read it.
         *dtypes: Of the export and of the computation; the coarsest decides on the bounds of ``BOUNDS``.
+        rounded: The adapter's where its merged weights are rounded as the export's, the first of
+            ``dtypes``, and both compute in float32: the logits are compared with these, by float32's bound,
+            and that of the coarsest is for the loss alone, which says what rounding costs.
         routed: Whether tokens choose experts: rounding has a few of them choose others, so that in half
             precision one token in twenty may differ by more.
         what: What both were given.
@@ -164,20 +169,30 @@ def check(
     Raises:
         AdapterError: If the logits or the loss differ by more.
     """
-    routed = routed and max(dtypes, key=BOUNDS.__getitem__) != torch.float32
     share, loss_share = max(BOUNDS[dtype] for dtype in dtypes)
+    finer = [name for dtype, name in _FINER.items() if BOUNDS[dtype] < (share, loss_share)]
     largest = max(float(one.abs().max()) for one in expected.logits)
+    difference, most, beyond = largest_difference(expected, found), "", ""
+    if rounded is not None:
+        share = BOUNDS[torch.float32][0]
+        beyond = f"; beyond rounding to {_name(dtypes[0])} {largest_difference(rounded, found):.2g}"
+    elif routed and max(dtypes, key=BOUNDS.__getitem__) != torch.float32:
+        difference, most = usual_difference(expected, found), " of 95% of the tokens"
+    decisive = difference if rounded is None else largest_difference(rounded, found)
     bound, loss_bound = share * largest, loss_share * max(expected.loss, 1.0)
-    difference = (usual_difference if routed else largest_difference)(expected, found)
-    loss = abs(expected.loss - found.loss)
-    most = " of 95% of the tokens" if routed else ""
     told = (
-        f"{reader}, {len(expected.logits)} {what}: largest logit difference{most} {difference:.2g} "
+        f"{reader}, {len(expected.logits)} {what}: largest logit difference{most} {difference:.2g}{beyond} "
         f"(bound {bound:.2g}, largest logit {largest:.1f}); "
         f"loss {expected.loss:.5f} before, {found.loss:.5f} after"
     )
-    if difference > bound or not loss <= loss_bound:
-        finer = [name for dtype, name in _FINER.items() if BOUNDS[dtype] < (share, loss_share)]
-        remedy = f"Export in {' or '.join(finer)}, or report it" if finer else "Report it"
+    differs = not decisive <= bound
+    if differs or not abs(expected.loss - found.loss) <= loss_bound:
+        # What rounding does not explain stays in another dtype.
+        names = [] if differs and rounded is not None else finer
+        remedy = f"Export in {' or '.join(names)}, or report it" if names else "Report it"
         raise AdapterError(f"the export is not what was trained, and nothing was written: {told}. {remedy}")
     return told
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

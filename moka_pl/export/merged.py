@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from moka_pl.adapters import adapted_layers
-from moka_pl.adapters.methods.registry import is_untied, untie
+from moka_pl.adapters.methods.registry import is_untied, outer_modules, untie
 from moka_pl.adapters.vocabulary.token_rows import TokenRows
 from moka_pl.backbone.linear_layers import conv1d_names, is_conv1d
 from moka_pl.backbone.loading import loading, progress_bars
@@ -25,6 +24,7 @@ from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.errors import AdapterError
 from moka_pl.export.check import Measured, check, measure
 from moka_pl.export.folder import mebibytes, written_folder
+from moka_pl.export.rounding import round_weights, rounds_alone
 from moka_pl.export.source import Source, say
 from moka_pl.lm.experts import SplitExperts, has_experts, stored
 from moka_pl.utils import silenced
@@ -68,17 +68,13 @@ def merged_parts(model: "PreTrainedModel") -> list[Part]:
     Args:
         model: A model with adapters of any method, or without.
     """
-    layers, kept = adapted_layers(model), set(model.state_dict())
+    kept = set(model.state_dict())
     parts: list[Part] = []
     seen: set[int] = set()
-    inside = ""
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if name in layers:
-            inside = f"{name}."
-            if getattr(layers[name], "owns_factors", True):  # else it is tied, as the base is
-                parts += _adapted(name.removesuffix(_PEFT_ROWS), layers[name])
+    for name, module, layer in outer_modules(model):
+        if layer is not None:
+            if getattr(layer, "owns_factors", True):  # else it is tied, as the base is
+                parts += _adapted(name.removesuffix(_PEFT_ROWS), layer)
             continue
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             full = f"{name}.{own}" if name else own
@@ -270,15 +266,20 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
     with written_folder(out) as new:
         write_weights(new, parts, dtype)
         write_description(new, source.model, source.tokenizer, dtype)
-        say(f"{reader} reads it back ...")
         reading = dtype if device.type == "cuda" else compute
         entries, routed = _entries(parts), has_experts(source.model)
-        # What it computes is known, and the written model takes as much memory once more.
         parts.clear()
+        rounded = None
+        if rounds_alone(dtype, compute, reading):
+            say("computing them with rounded weights ...")
+            round_weights(source.model, dtype)
+            rounded = measure(source.model, source.prompts)
+        # What it computes is known, and the written model takes as much memory once more.
         del source.model
         gc.collect()
+        say(f"{reader} reads it back ...")
         found = reloaded(new, source, device, reading, entries)
-        say(check(source.expected, found, reader, dtype, compute, routed=routed))
+        say(check(source.expected, found, reader, dtype, compute, rounded=rounded, routed=routed))
     say_size(out, entries)
 
 

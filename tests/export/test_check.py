@@ -54,6 +54,30 @@ def test_the_coarsest_dtype_decides() -> None:
         check(model_of(logits), model_of(logits + 0.1), "X 1", torch.float32)
 
 
+def test_where_rounding_is_known_float32_s_bound_holds_beyond_it() -> None:
+    logits = torch.full((3, 5), 8.0)
+    other = logits + torch.tensor([[0.0], [0.0], [1.0]])  # the last row decides on no token
+    pair = model_of(logits), model_of(other)
+    told = check(*pair, "X 1", torch.bfloat16, rounded=model_of(other + 7e-4))
+    assert "largest logit difference 1; beyond rounding to bfloat16 0.0007 (bound 0.0008, largest" in told
+    for rounded, dtype in ((other + 9e-4, torch.bfloat16), (logits, torch.float16)):
+        with pytest.raises(AdapterError, match=r"after\. Report it$"):
+            check(*pair, "X 1", dtype, rounded=model_of(rounded))
+
+
+def test_rounding_that_costs_too_much_of_the_loss_is_refused() -> None:
+    logits = torch.zeros(3, 5)
+    for shift, passes in ((0.01, True), (0.1, False)):
+        other = logits.clone()
+        other[:2, 4] += shift
+        pair = model_of(logits), model_of(other)
+        if passes:
+            check(*pair, "X 1", torch.bfloat16, rounded=pair[1])
+        else:
+            with pytest.raises(AdapterError, match=r"Export in float16 or float32, or report it$"):
+                check(*pair, "X 1", torch.bfloat16, rounded=pair[1])
+
+
 def test_in_half_precision_a_few_tokens_may_choose_other_experts() -> None:
     logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     ids = [torch.arange(40) % 5]

@@ -44,6 +44,21 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {name: layer for method in METHODS for name, layer in method.layers(model).items()}
 
 
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdaptedLayer | None]]:
+    """Yields a model's modules by name, but for what lies within adapted layers.
+
+    Beside each stands the adapted layer that it is, or None.
+    """
+    layers, inside = adapted_layers(model), ""
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        layer = layers.get(name)
+        if layer is not None:
+            inside = f"{name}."
+        yield name, module, layer
+
+
 def config_from(stored: Mapping[str, Any]) -> Any:
     """Builds a configuration from the contents of ``adapter_config.json``.
 

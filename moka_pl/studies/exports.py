@@ -1,0 +1,245 @@
+"""What rounding costs an export, whether its check tells that from mistakes, and what a large export takes.
+
+``scripts/exports.py`` runs it.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, moka_layers, save_adapter
+from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, shape_config
+from moka_pl.export.check import Measured, largest_difference, measure
+from moka_pl.export.merged import Part, merged_parts, write_description, write_weights
+from moka_pl.export.rounding import round_weights
+from moka_pl.studies.common import Parser
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DESCRIPTION = """\
+Measures merged exports of models with random weights.
+
+    python scripts/exports.py [--layers 2 32] [--hidden 256 512]
+    python scripts/exports.py --large FOLDER [--shape llama2-7b] [--dtype float16]
+
+The first form compares what small models with adapters compute, merged and rounded, with the adapters, and
+with the frozen base rounded alike; and it makes mistakes in the merged weights. All differences are shares of
+the largest logit. The second form writes a base and an adapter of a shape into FOLDER, and runs
+`python -m moka_pl export` on it: with the times of its lines, and the largest memory between them.
+"""
+
+#: Numbers of the adapters' factors, normal with this deviation: an update of some percent of the weight.
+_FACTORS = 0.02
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PROMPTS, _TOKENS, _VOCABULARY = 8, 96, 2000
+#: Seconds between two looks at a process.
+_EVERY = 2.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints.
+
+    Args:
+        arguments: Default: the process's.
+    """
+    parser = Parser("exports", DESCRIPTION)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 32], help="layers of small models")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512], help="hidden sizes of them")
+    parser.add_argument("--large", type=Path, metavar="FOLDER", help="export a large model, in this folder")
+    parser.add_argument("--shape", default="llama2-7b", choices=SHAPES, help="its shape")
+    parser.add_argument("--dtype", default="float16", help="the export's dtype")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if args.large:
+        write_large(args.large, args.shape)
+        watch(args.large, args.dtype)
+        return
+    for layers in args.layers:
+        for hidden in args.hidden:
+            print("\n".join(small(layers, hidden)), flush=True)
+
+
+# Small models.
+
+
+def small(layers: int, hidden: int) -> Iterator[str]:
+    """Measures a small model; yields lines.
+
+    Its weights are random with a deviation that gives the layers the gain of LLaMA2-7B's random ones.
+
+    Args:
+        layers: Blocks of the model.
+        hidden: Its hidden size.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    heads, std = hidden // 64, 0.02 * (4096 / hidden) ** 0.5
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 43 // 16,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=_VOCABULARY,
+        initializer_range=std,
+    )
+    torch.manual_seed(0)
+
+    def made() -> "PreTrainedModel":
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    def computed(tensors: dict[str, Tensor]) -> Measured:
+        model = made()
+        model.load_state_dict(tensors)
+        return measure(model, prompts)
+
+    model = made()
+    prompts = list(torch.randint(0, _VOCABULARY, (_PROMPTS, _TOKENS)))
+    base, frozen = measure(model, prompts), {key: t.clone() for key, t in model.state_dict().items()}
+    inject_adapter(model, MokaConfig(components=10))
+    randomize(model)
+    expected = measure(model, prompts)
+    largest = max(float(logits.abs().max()) for logits in expected.logits)
+    merged = {part.name: part.make().clone() for part in merged_parts(model)}
+    yield f"{layers} layers, hidden size {hidden}: largest logit {largest:.1f}, loss {expected.loss:.5f}"
+    yield f"  the update itself           {largest_difference(base, expected) / largest:.2g}"
+    for dtype in _DTYPES:
+        found = computed(_rounded(merged, dtype))
+        alone = largest_difference(base, computed(_rounded(frozen, dtype))) / largest
+        yield (
+            f"  {str(dtype).removeprefix('torch.'):<9} the base alone {alone:.2g}, the merged model "
+            f"{largest_difference(expected, found) / largest:.2g}, its loss {found.loss:.5f}"
+        )
+    round_weights(model, torch.bfloat16)
+    reference = measure(model, prompts)
+    for name, tensors in {"none": merged, **_mistakes(frozen, merged)}.items():
+        found = computed(_rounded(tensors, torch.bfloat16))
+        yield (
+            f"  mistake: {name:<34} in bfloat16 {largest_difference(expected, found) / largest:.2g}, beyond "
+            f"rounding {largest_difference(reference, found) / largest:.2g}"
+        )
+
+
+def randomize(model: "PreTrainedModel") -> None:
+    """Gives factors and gates random numbers."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in moka_layers(model).values():
+        for name, parameter in layer.named_parameters():
+            if name.startswith("moka_"):
+                std = 1.0 if name == "moka_gate" else _FACTORS
+                parameter.data.normal_(0, std, generator=generator)
+
+
+def _rounded(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype).float() for name, tensor in tensors.items()}
+
+
+def _mistakes(frozen: dict[str, Tensor], merged: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Wrong merged weights, by what is wrong."""
+    adapted = [name for name in merged if not torch.equal(frozen[name], merged[name])]
+    first, last = adapted[0], adapted[-1]
+    wrong: dict[str, Callable[[str], Tensor]] = {
+        "scaling 1% too large": lambda name: frozen[name] + 1.01 * (merged[name] - frozen[name]),
+        "the update of one layer forgotten": lambda name: (frozen if name == last else merged)[name],
+        "the update of one layer transposed": lambda name: (
+            frozen[name] + (merged[name] - frozen[name]).T if name == first else merged[name]
+        ),
+    }
+    return {what: merged | {name: made(name) for name in adapted} for what, made in wrong.items()}
+
+
+# A large model.
+
+
+def write_large(folder: Path, shape: str) -> None:
+    """Writes ``base`` and ``adapter`` into a folder, unless they are there.
+
+    Args:
+        folder: The folder.
+        shape: The base's shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = folder / "base", folder / "adapter"
+    if not base.exists():
+        base.mkdir(parents=True)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(shape_config(shape))
+        generator = torch.Generator().manual_seed(0)
+        parts = [_drawn(part, generator) for part in merged_parts(model)]
+        write_weights(base, parts, torch.bfloat16)
+        write_description(base, model, byte_tokenizer(), torch.bfloat16)
+    if not adapter.exists():
+        backbone = BackboneConfig(str(base))
+        model, config = load_backbone(backbone).model, MokaConfig(components=10)
+        frozen = BaseModel(backbone.name, None, fingerprint(model), backbone.options())
+        inject_adapter(model, config)
+        randomize(model)
+        save_adapter(adapter, model, config, frozen, {"prompt": "alpaca"})
+
+
+def _drawn(part: Part, generator: torch.Generator) -> Part:
+    def make() -> Tensor:
+        if len(part.shape) == 1:
+            return torch.ones(part.shape)
+        return torch.empty(part.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+    return Part(part.name, part.shape, make)
+
+
+def watch(folder: Path, dtype: str) -> None:
+    """Exports the adapter of a folder, and prints what that takes.
+
+    Args:
+        folder: The folder of :func:`write_large`.
+        dtype: The export's dtype.
+    """
+    command = [sys.executable, "-m", "moka_pl", "export", str(folder / "adapter"), "--to", "merged"]
+    command += ["--dtype", dtype, "--out", str(folder / "merged")]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    peaks = {"RssAnon": 0.0, "VmHWM": 0.0}
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_EVERY):
+            for name, value in _memory(process.pid).items():
+                peaks[name] = max(peaks[name], value)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(
+            f"{time.monotonic() - started:6.0f} s, since the last line at most {peaks['RssAnon']:4.1f} GB "
+            f"anonymous (peak of all {peaks['VmHWM']:.1f}): {line.rstrip()}",
+            flush=True,
+        )
+        peaks["RssAnon"] = 0.0
+    _, status, used = os.wait4(process.pid, 0)
+    ended.set()
+    watcher.join()
+    print(
+        f"exit {os.waitstatus_to_exitcode(status)}: {time.monotonic() - started:.0f} s, of the processor "
+        f"{used.ru_utime + used.ru_stime:.0f} s"
+    )
+
+
+def _memory(process: int) -> dict[str, float]:
+    """Memory of a process, GB; nothing once it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":") for line in lines if line.startswith(("RssAnon:", "VmHWM:")))
+    return {name: int(value.split()[0]) * 1024 / 1e9 for name, value in pairs}
