@@ -1,7 +1,7 @@
 """What a model computes once its merged weights are rounded: the reference of an export in half precision.
 
-The difference that rounding makes grows with a model's depth and falls with its width. No bound on it lets
-every correct export pass and stops mistakes, which may cost less. So the adapter itself computes, layer by
+The difference that rounding makes grows with a model's depth, and a mistake may make a smaller one: no bound
+on the whole passes every correct export and refuses the wrong ones. So the adapter itself computes, layer by
 layer, what rounding is to make of it:
 
     y = W x + ΔW x + (round(M) - M) x,    M the merged weight as it is written.
