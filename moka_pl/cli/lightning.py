@@ -272,7 +272,7 @@ class MokaCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Tells the module whether a checkpoint follows; Lightning (2.6) says so only when it is built."""
-        check_learns(self.model)
+        check_learns(self.model, self.trainer.strategy.root_device)
         self.model.resumes = self._options(self.config).get("ckpt_path") is not None
         trainer_options = vars(self._options(self.config).trainer)
 

@@ -52,7 +52,7 @@ from moka_pl.training.resume import adjust_optimizer, begin_epoch_anew, begins_e
 from moka_pl.training.schedule import WarmupDecay
 from moka_pl.training.sharding.strategy import ShardedStrategy, check_shardable
 from moka_pl.training.steps import TrainedModule
-from moka_pl.training.trial_optimizer import build_trial, state_bytes
+from moka_pl.training.trial_optimizer import build_trial, refused_options, state_bytes
 from moka_pl.utils import warn
 
 if TYPE_CHECKING:
@@ -298,7 +298,8 @@ class MokaModule(TrainedModule):
     def configure_optimizers(self) -> "OptimizerLRScheduler":
         """Builds optimizer and scheduler over the trainable parameters."""
         trainable = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        optimizer = make_optimizer(self.optimizer, trainable, self.learning_rate_ratios)
+        with refused_options():
+            optimizer = make_optimizer(self.optimizer, trainable, self.learning_rate_ratios)
         if getattr(getattr(trainer_of(self), "precision_plugin", None), "scaler", None) is None:
             optimizer = fuse_on_gpu(optimizer)
         rates = [group["lr"] for group in optimizer.param_groups]

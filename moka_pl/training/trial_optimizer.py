@@ -2,15 +2,18 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from moka_pl.adapters import MokaConfig
 from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.training.learning_rates import check_scheduler, make_optimizer
 
@@ -24,42 +27,85 @@ _USUAL = "such as 2e-4 to 4e-3 for AdamW"
 _NAMES = ("layer.moka_A", "layer.moka_B", "layer.moka_gate")
 
 
-def build_trial(module: "MokaModule") -> tuple[Optimizer, Any]:
+def build_trial(module: "MokaModule", device: torch.device | str = "cpu") -> tuple[Optimizer, Any]:
     """Builds them as ``configure_optimizers`` does, on a parameter of each kind, and checks their numbers.
+
+    Args:
+        module: The module that has them.
+        device: Where the parameters are, whatever the default device is.
 
     Raises:
         ConfigError: They refuse their options, or the options cannot train anything.
     """
-    # Two dimensions, as some optimizers want; on the CPU, whatever the default device is.
-    parts = [(name, nn.Parameter(torch.zeros(2, 2, device="cpu"))) for name in _NAMES]
-    try:
+    # MoKA's factors and gates are vectors; of other methods matrices are the rule, as some optimizers want.
+    shape = (4,) if isinstance(module.adapter, MokaConfig) else (2, 2)
+    parts = [(name, nn.Parameter(torch.zeros(shape, device=device))) for name in _NAMES]
+    with refused_options():
         optimizer = make_optimizer(module.optimizer, parts, module.learning_rate_ratios)
         rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
         _check_numbers(optimizer)
         scheduler: Any = module.lr_scheduler(optimizer)
-    except MokaError:
-        raise
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise ConfigError(f"the optimizer or its schedule refuses its options: {one_line(error)}") from error
     if not module.learning_rate_ratios.alike:
         check_scheduler(scheduler, optimizer, rates)
     _check_rates(optimizer, scheduler)
     return optimizer, scheduler
 
 
-def check_learns(module: "MokaModule") -> None:
-    """Refuses an optimizer that :func:`build_trial` refuses, or that has no learning rate.
+@contextmanager
+def refused_options() -> Iterator[None]:
+    """Runs the body, which builds an optimizer and a scheduler, and tells in one line what they refuse."""
+    try:
+        yield
+    except MokaError:
+        raise
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ConfigError(f"the optimizer or its schedule refuses its options: {one_line(error)}") from error
+
+
+def check_learns(module: "MokaModule", device: torch.device | str = "cpu") -> None:
+    """Refuses an optimizer that :func:`build_trial` refuses, has no learning rate, or cannot take a step.
+
+    Args:
+        module: The module that has it.
+        device: Where it will train.
 
     Raises:
         ConfigError: They refuse their options, or the options cannot train anything.
     """
     optimizer, scheduler = build_trial(module)
+    failure = _failure(optimizer)
+    if failure is not None and torch.device(device).type != "cpu":  # some are for GPUs only
+        failure = _failure(build_trial(module, device)[0])
+    if failure is not None:
+        raise ConfigError(
+            f"{type(optimizer).__name__} fails at its first step: {one_line(failure)}. Choose another "
+            "optimizer, such as torch.optim.AdamW"
+        ) from failure
     _step(scheduler)
     rates = _base_rates(optimizer, scheduler)
     if rates and not any(rates):
         raise ConfigError(
             f"{type(optimizer).__name__}: with a learning rate of 0 nothing is trained; set lr, {_USUAL}"
         )
+
+
+def _failure(optimizer: Optimizer) -> Exception | None:
+    """Takes a step as in training, with gradients of a loss; returns why it cannot."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def loss() -> Any:
+        optimizer.zero_grad()
+        total = torch.stack([(p - 1).square().sum() for p in parameters]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    try:
+        with isolate_rng(include_cuda=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the optimizer's, which training shows
+            optimizer.step(torch.enable_grad()(loss))
+    except Exception as error:  # whatever an optimizer of others raises
+        return error
+    return None
 
 
 def _step(scheduler: Any) -> None:

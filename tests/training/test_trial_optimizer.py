@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from moka_pl.errors import ConfigError
@@ -12,6 +13,24 @@ from moka_pl.training.trial_optimizer import check_learns
 
 def adam(**options):
     return {"optimizer": lambda parameters: torch.optim.AdamW(parameters, **options)}
+
+
+class NeedsGPU(torch.optim.SGD):
+    """An optimizer that has no kernel for CPUs."""
+
+    def step(self, closure=None):
+        closure()
+        for group in self.param_groups:
+            if any(p.device.type == "cpu" for p in group["params"]):
+                raise NotImplementedError("no kernel\nfor cpu")
+
+
+class Draws(torch.optim.SGD):
+    """An optimizer that draws random numbers."""
+
+    def step(self, closure=None):
+        torch.rand(3)
+        super().step(closure)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +47,12 @@ def adam(**options):
         (adam(betas=(0.9, math.nan)), "Invalid beta parameter at index 1"),
         (adam(eps=math.inf), "eps must be finite"),
         (adam(momentum=1), "unexpected keyword argument 'momentum'"),
+        (
+            {"optimizer": torch.optim.SparseAdam},
+            "SparseAdam fails at its first step: .* dense grad.*such as torch.optim.AdamW",
+        ),
+        ({"optimizer": torch.optim.Muon}, "refuses its options: Muon only supports 2D parameters"),
+        ({"optimizer": NeedsGPU}, "NeedsGPU fails at its first step: no kernel for cpu. Choose another"),
         ({"lr_scheduler": lambda o: WarmupDecay(o, warmup=math.nan)}, "warmup must be 0 or more, not nan"),
         ({"lr_scheduler": lambda o: WarmupDecay(o, warmup=math.inf)}, "warmup must be 0 or more, not inf"),
         ({"lr_scheduler": lambda o: WarmupDecay(o, total_steps=0)}, "total_steps must be at least 1"),
@@ -52,6 +77,8 @@ def test_what_cannot_train_is_refused_without_a_model(make_module, options, mess
         {"optimizer": lambda p: torch.optim.SGD(p, lr=10.0, momentum=0.9)},
         {"optimizer": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1))},
         {"optimizer": torch.optim.Adafactor},
+        {"optimizer": torch.optim.LBFGS},
+        {"optimizer": Draws},
         {"lr_scheduler": lambda o: ReduceLROnPlateau(o)},
         {"lr_scheduler": lambda o: OneCycleLR(o, 0.1, total_steps=5)},
     ],
@@ -60,3 +87,13 @@ def test_what_can_train_passes(make_module, options):
     state = torch.get_rng_state()
     check_learns(make_module(**options))
     assert torch.equal(torch.get_rng_state(), state)  # a run draws the same numbers with it
+
+
+def test_an_optimizer_for_gpus_is_tried_there(make_module):
+    check_learns(make_module(optimizer=NeedsGPU), "meta")
+
+
+def test_matrices_are_tried_as_such(make_module):
+    module = make_module(optimizer=torch.optim.Muon)
+    module.adapter = LoraConfig(r=2)
+    check_learns(module)
