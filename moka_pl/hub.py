@@ -53,7 +53,7 @@ def cache_if_unreachable() -> Iterator[Exception | None]:
     except Exception as error:
         failure = hub_failure(error)
         reason = error if failure in ("unreachable", "offline") else None
-    with _offline_mode() if failure == "unreachable" else nullcontext():
+    with offline_mode() if failure == "unreachable" else nullcontext():
         yield reason
 
 
@@ -69,8 +69,8 @@ def unasked(reason: Exception) -> tuple[str, str]:
 
 
 @contextmanager
-def _offline_mode() -> Iterator[None]:
-    """Runs the body as with ``HF_HUB_OFFLINE``."""
+def offline_mode() -> Iterator[None]:
+    """Runs the body as with ``HF_HUB_OFFLINE``: the hub's client and ``datasets`` read their caches only."""
     from datasets import config  # imported in the body, it would stay offline
     from huggingface_hub import constants
 

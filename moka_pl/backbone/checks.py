@@ -3,12 +3,10 @@
 Model folders come from strangers. What a ``config.json`` asks for is compared with its weight files.
 """
 
-import json
 import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +19,6 @@ from moka_pl.lm.scoring import score_tokens
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 #: Entries of a configuration that say how many parts are built one by one, and how large they are.
 _PARTS = re.compile(r"(layer|block|expert|head|stage)s?$|depth$")
 _SIZES = re.compile(r"hidden|intermediate|dim|size|rank|width|embd|inner|d_model|ff|channel|state|group")
@@ -29,35 +26,6 @@ _UNBOUNDED = re.compile(r"vocab|position|length|token|param|chunk|window|block_s
 _MOST_PARTS, _LARGEST, _MOST_BUFFERED = 4096, 2**20, 2**29
 #: Relative difference of two computations of a loss, in full and in half precision.
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 3e-2
-
-
-def check_folder(folder: Path) -> None:
-    """Refuses a model folder that holds an adapter, too, or an index that names files elsewhere.
-
-    Raises:
-        BackboneError: Naming the file and the value.
-    """
-    if not (folder / "config.json").is_file():
-        raise BackboneError(f"{folder} is not a model folder: it has no config.json")
-    if (folder / "adapter_config.json").exists():
-        raise BackboneError(
-            f"{folder} holds an adapter beside the model (adapter_config.json), which transformers would put "
-            "into it; merge it into the model, or move it elsewhere"
-        )
-    for name in _INDEXES:
-        if not (folder / name).is_file():
-            continue
-        try:
-            files = set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
-            outside = [file for file in files if PurePath(file).name != file or "\\" in file]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BackboneError(
-                f"{folder} cannot be loaded: {name} is damaged ({one_line(error)}); copy the model again"
-            ) from error
-        if outside:
-            raise BackboneError(
-                f"{folder} cannot be loaded: {name} names {min(outside)!r}, outside of the folder"
-            )
 
 
 def read_config(name: str, **location: Any) -> "PretrainedConfig":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +16,6 @@ from moka_pl._compat import unused_tensors
 from moka_pl.backbone.blocks.filling import is_complete, read_blocks
 from moka_pl.backbone.blocks.frozen_tensors import BlockStore, decoder_blocks
 from moka_pl.backbone.checks import (
-    check_folder,
     check_loss,
     check_numbers,
     check_size,
@@ -24,6 +24,7 @@ from moka_pl.backbone.checks import (
 )
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.description import Description, build_empty, describe
+from moka_pl.backbone.folder import check_folder, check_weights, tokenizer_fault
 from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.hub import check_download, download_model, reach_model
 from moka_pl.backbone.linear_layers import linearise, quantise_rest
@@ -206,10 +207,14 @@ class _Settling:
         self.blocks.add(block)
 
 
-def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
+def load_tokenizer(config: BackboneConfig, weights: bool = True) -> "PreTrainedTokenizerBase":
     """Loads the base model's tokenizer alone, with :func:`load_backbone`'s errors.
 
     It has a padding token, and puts nothing but a beginning-of-sequence token around a text.
+
+    Args:
+        config: The model's options.
+        weights: Whether to look at the weight files in a folder, too, which are loaded later.
 
     Raises:
         BackboneError: As :func:`load_backbone`.
@@ -222,9 +227,17 @@ def load_tokenizer(config: BackboneConfig) -> "PreTrainedTokenizerBase":
         add_new_tokens(tokenizer, config.new_tokens)
         return tokenizer
     location = model_location(config)
+    folder = Path(location["pretrained_model_name_or_path"])
+    if weights and config.weights == "pretrained" and folder.is_dir():
+        check_weights(folder, config.name)
     with loading(config.name):
         _check_stored(location, config.name)
-        tokenizer = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises Exception itself
+            if (fault := tokenizer_fault(folder) if folder.is_dir() else None) is None:
+                raise
+            raise BackboneError(f"{config.name} cannot be loaded: {fault}") from error
     if tokenizer.pad_token is None:
         # Padding is never attended to nor trained on, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -1,5 +1,6 @@
 """Weight files, which are compared with the model that ``config.json`` describes before any is read."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+#: How a file begins that stands for one of Git LFS.
+_POINTER = b"version https://git-lfs"
 
 
 class Stored(NamedTuple):
@@ -97,19 +100,49 @@ def read_weight_files(folder: Path) -> WeightFiles | None:
     Raises:
         BackboneError: If one is damaged.
     """
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
+    tensors = {name: stored for file in files for name, stored in read_head(file).items()}
+    others = list(folder.glob("*.bin"))
+    for file in others:
+        if (reason := unfetched_reason(file)) is not None:
+            raise BackboneError(f"{folder} cannot be loaded: {reason}")
+    size = sum(file.stat().st_size for file in [*files, *others])
+    return WeightFiles(folder, size, tensors) if size else None
+
+
+def read_head(file: Path) -> dict[str, Stored]:
+    """Reads what a safetensors file says that it holds, by name; again only once it has changed.
+
+    Raises:
+        BackboneError: If it is damaged.
+    """
+    state = file.stat()
+    return _read_head(file, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _read_head(file: Path, size: int, modified: int) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
-    files = [file for file in sorted(folder.glob("*.safetensors")) if file.is_file()]
     tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    part = opened.get_slice(name)
-                    tensors[name] = Stored(file.name, str(part.get_dtype()), tuple(part.get_shape()))
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise BackboneError(
-                f"{folder} cannot be loaded: {file.name} is damaged ({one_line(error)}). Copy the model again"
-            ) from error
-    size = sum(file.stat().st_size for file in [*files, *folder.glob("*.bin")])
-    return WeightFiles(folder, size, tensors) if size else None
+    try:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                tensors[name] = Stored(file.name, str(part.get_dtype()), tuple(part.get_shape()))
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = unfetched_reason(file) or f"{file.name} is damaged ({one_line(error)}). Copy the model again"
+        raise BackboneError(f"{file.parent} cannot be loaded: {reason}") from error
+    return tensors
+
+
+def unfetched_reason(file: Path) -> str | None:
+    """Tells of a file of which ``git clone`` without Git LFS has left a pointer in its place; else None."""
+    try:
+        with file.open("rb") as opened:
+            begun = opened.read(len(_POINTER))
+    except OSError:  # reading it as a whole will tell
+        return None
+    if begun != _POINTER:
+        return None
+    return f"{file.name} is only Git LFS's pointer to the file; run git lfs pull in {file.parent}"

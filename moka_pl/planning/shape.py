@@ -1,14 +1,14 @@
 """The sizes of a base model: from local files, known ones, or ``config.json`` alone."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moka_pl.backbone import BackboneConfig
-from moka_pl.backbone.checks import check_folder, read_config
+from moka_pl.backbone.checks import read_config
 from moka_pl.backbone.description import Description, build_empty
+from moka_pl.backbone.folder import check_folder
 from moka_pl.backbone.hub import reach_model
 from moka_pl.backbone.linear_layers import linearise
 from moka_pl.backbone.load import load_tokenizer
@@ -16,6 +16,7 @@ from moka_pl.backbone.loading import cache_root
 from moka_pl.backbone.random_weights import SHAPES, shape_config
 from moka_pl.backbone.smollm2 import SHORT_NAME, local_gguf
 from moka_pl.errors import BackboneError
+from moka_pl.hub import offline_mode
 from moka_pl.lm.experts import split_experts
 from moka_pl.utils import expanded
 
@@ -72,26 +73,9 @@ def tokenizer_at_hand(config: BackboneConfig) -> "PreTrainedTokenizerBase | None
     """Returns the base's tokenizer if it can be read without a download, else None."""
     if config.name == SHORT_NAME and local_gguf(cache_root(config.cache_dir)) is None:
         return None
-    with suppress(BackboneError), offline():
-        return load_tokenizer(config)
+    with suppress(BackboneError), offline_mode():
+        return load_tokenizer(config, weights=False)
     return None
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """Lets the hub's client and ``datasets`` read nothing but their caches within the block."""
-    import datasets
-    import huggingface_hub
-
-    places: list[Any] = [huggingface_hub.constants, datasets.config]
-    before = [place.HF_HUB_OFFLINE for place in places]
-    for place in places:
-        place.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
 
 
 def stored_bytes(config: BackboneConfig, parameters: int) -> int:
@@ -128,7 +112,7 @@ def _shape(config: BackboneConfig, notes: list[str]) -> "PretrainedConfig":
         raise BackboneError(f"{name!r} is a shape without weights; set weights: random, or give a hub id")
     known = KNOWN.get(name.rpartition("/")[2].lower())
     if name != SHORT_NAME:
-        with suppress(BackboneError), offline():
+        with suppress(BackboneError), offline_mode():
             if (cached := reach_model(name, config.revision)) is not None:
                 return _read(name, pretrained_model_name_or_path=str(cached))
     if known is not None:

@@ -11,7 +11,7 @@ from moka_pl.data import MokaDataModule
 from moka_pl.data.batching.collate import padded
 from moka_pl.data.batching.order import train_sampler
 from moka_pl.errors import DataError
-from moka_pl.planning.shape import offline
+from moka_pl.hub import offline_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ def plan_work(
         return Work(largest, steps=bounded[0], tokens=bounded[1], unknown=reason)
     data.connect(tokenizer, trained_prompt)
     try:
-        with offline():
+        with offline_mode():
             encoded = data.encode("train")
     except DataError as error:
         return Work(largest, steps=bounded[0], tokens=bounded[1], unknown=str(error))

@@ -1,6 +1,8 @@
 """Base models in a local folder."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -125,7 +127,7 @@ def test_truncated_weights(size: int, model_folder: Path) -> None:
 
 def test_absent_weights(model_folder: Path) -> None:
     (model_folder / "model.safetensors").unlink()
-    assert "no file named model.safetensors" in failure(model_folder)
+    assert "it has no weights (model.safetensors or pytorch_model.bin)" in failure(model_folder)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -154,7 +156,84 @@ def test_damaged_json(file: str, model_folder: Path) -> None:
 def test_no_tokenizer(model_folder: Path) -> None:
     for file in model_folder.glob("tokenizer*"):
         file.unlink()
-    assert failure(model_folder).startswith(f"{model_folder} cannot be loaded: ")
+    told = f"{model_folder} cannot be loaded: it has no tokenizer.json (or tokenizer.model); copy it from"
+    assert failure(model_folder).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"version": "1.0", "tru', r"tokenizer.json is damaged \(Unterminated string .*\); copy it again$"),
+        ("[]", r"tokenizer.json is damaged \(it holds no object\)"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid",
+            "tokenizer.json is only Git LFS's pointer .*git lfs",
+        ),
+    ],
+)
+def test_a_damaged_tokenizer(text: str, told: str, model_folder: Path) -> None:
+    (model_folder / "tokenizer.json").write_text(text)
+    assert re.search(told, failure(model_folder))
+
+
+@pytest.fixture
+def shards(model_folder: Path, dense: LlamaForCausalLM) -> list[Path]:
+    """The weight files of the folder, now several with an index."""
+    (model_folder / "model.safetensors").unlink()
+    dense.save_pretrained(model_folder, max_shard_size="100KB")
+    found = sorted(model_folder.glob("model-*.safetensors"))
+    assert len(found) > 2
+    return found
+
+
+def lose(shards: list[Path]) -> None:
+    shards[1].unlink()
+
+
+def cut(shards: list[Path]) -> None:
+    shards[1].write_bytes(shards[1].read_bytes()[:-10])
+
+
+def swap(shards: list[Path]) -> None:
+    shards[1].write_bytes(shards[0].read_bytes())
+
+
+def leave_pointer(shards: list[Path]) -> None:
+    shards[1].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lose, "model-00002-of-.*, which model.safetensors.index.json names, is not there; copy or download"),
+        (cut, "model-00002-of-.* is damaged"),
+        (swap, "model-00002-of-.* has no model.*, which model.safetensors.index.json says it has"),
+        (
+            leave_pointer,
+            "model-00002-of-.* is only Git LFS's pointer to the file; run git lfs pull in .*model$",
+        ),
+    ],
+)
+def test_damaged_weights_show_before_anything_is_encoded(
+    damage: Callable, told: str, shards: list[Path]
+) -> None:
+    config = BackboneConfig(str(shards[0].parent))
+    assert load_tokenizer(config)
+    damage(shards)
+    with pytest.raises(BackboneError, match=f"cannot be loaded: {told}"):
+        load_tokenizer(config)
+    assert load_tokenizer(config, weights=False)  # to plan, they need not be here
+
+
+def test_an_index_beside_the_one_file_says_nothing(model_folder: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00009.safetensors"}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert load_tokenizer(BackboneConfig(str(model_folder)))
+
+
+def test_random_weights_need_no_files(model_folder: Path) -> None:
+    (model_folder / "model.safetensors").unlink()
+    assert load_tokenizer(BackboneConfig(str(model_folder), weights="random"))
 
 
 def test_a_model_of_another_kind(model_folder: Path) -> None:
