@@ -15,7 +15,7 @@ from moka_pl.adapters.methods.registry import config_from, method_of
 from moka_pl.adapters.pretrained.hub import download, is_hub_id
 from moka_pl.adapters.schema import check_value, check_values, shown
 from moka_pl.backbone import BackboneConfig, check_samples
-from moka_pl.errors import AdapterError, ConfigError, one_line
+from moka_pl.errors import AdapterError, ConfigError, listed, one_line
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.utils import expanded, recover_folder
 from moka_pl.version import __version__
@@ -284,12 +284,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     """Reads ``adapter_config.json``, a mapping of anything."""
     file = path / CONFIG_NAME
     try:
-        if not path.is_dir():
-            beside = sorted(file.parent.name for file in path.parent.glob(f"*/{CONFIG_NAME}"))
-            instead = f"; found {', '.join(beside)} beside it" if beside else ""
-            raise AdapterError(f"{path} is not an adapter directory: no such folder{instead}")
         if not file.is_file():
-            raise AdapterError(f"{path} is not an adapter directory: it has no {CONFIG_NAME}")
+            raise AdapterError(f"{path} is not an adapter directory: {_instead(path)}")
         if (size := file.stat().st_size) > _LONGEST_CONFIG:
             raise AdapterError(
                 f"{file} has {size:,} bytes; that of an adapter has at most {_LONGEST_CONFIG:,}"
@@ -307,6 +303,31 @@ def _read_config(path: Path) -> dict[str, Any]:
             "Give a folder that moka_pl saved"
         )
     return stored
+
+
+def _instead(path: Path) -> str:
+    """Tells what is at a path that is no adapter directory, and which ones are near."""
+    if not path.exists():
+        beside = sorted(file.parent.name for file in path.parent.glob(f"*/{CONFIG_NAME}"))
+        return "no such folder" + (f"; found {listed(beside, 5)} beside it" if beside else "")
+    if not path.is_dir():
+        # A file of an adapter, or a checkpoint in the folder beside the adapters.
+        near = [path.parent, *_below(path.parent.parent / "adapters")]
+        near = [folder for folder in near if (folder / CONFIG_NAME).is_file()]
+        return "it is a file" + (f"; give the folder {near[0]}" if near else "")
+    if found := _below(path):
+        return f"it has no {CONFIG_NAME}; give a folder in it, such as {found[0]}"
+    whole = "; it holds a whole model" if (path / "config.json").is_file() else ""
+    return f"it has no {CONFIG_NAME}{whole}"
+
+
+def _below(folder: Path) -> list[Path]:
+    """Returns the adapter directories in a run's folder, or in that of the newest run, the best one first."""
+    for pattern in ("*", "adapters/*", "*/adapters/*", "*/*/adapters/*"):
+        if files := list(folder.glob(f"{pattern}/{CONFIG_NAME}")):
+            newest = max(files, key=lambda file: file.stat().st_mtime).parent.parent
+            return sorted(file.parent for file in files if file.parent.parent == newest)
+    return []
 
 
 @contextmanager

@@ -406,10 +406,10 @@ def test_a_damaged_adapter_is_refused_and_the_model_stays_plain(
     assert torch.equal(logits(tiny_llama, token_ids), expected)
 
 
-@pytest.mark.parametrize("place", ["nowhere", "file"])
-def test_what_is_no_folder_is_told(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("place", "told"), [("nowhere", "no such folder"), ("file", "it is a file")])
+def test_what_is_no_folder_is_told(place: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(AdapterError, match=f"{place} is not an adapter directory: no such folder"):
+    with pytest.raises(AdapterError, match=f"{place} is not an adapter directory: {told}$"):
         read_adapter(tmp_path / place)
 
 
@@ -610,3 +610,44 @@ def test_an_adapter_whose_replacement_was_killed_is_found(adapter: Path) -> None
     with pytest.warns(UserWarning, match="a killed process had left it"):
         assert read_adapter(adapter).config == config()
     assert contents(adapter) == before
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run with the usual files, the second of two."""
+    for number in (0, 1):
+        for name in ("best", "last"):
+            folder = tmp_path / "moka" / f"version_{number}" / "adapters" / name
+            folder.mkdir(parents=True)
+            (folder / CONFIG_NAME).write_text("{}")
+            os.utime(folder / CONFIG_NAME, (number, number))
+    run = tmp_path / "moka" / "version_1"
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    (run / "adapters" / "best" / WEIGHTS_NAME).touch()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (".", "it has no adapter_config.json; give a folder in it, such as {run}/adapters/best"),
+        ("adapters", "it has no adapter_config.json; give a folder in it, such as {run}/adapters/best"),
+        ("..", "it has no adapter_config.json; give a folder in it, such as {run}/adapters/best"),
+        ("../..", "it has no adapter_config.json; give a folder in it, such as {run}/adapters/best"),
+        ("adapters/best/adapter_model.safetensors", "it is a file; give the folder {run}/adapters/best"),
+        ("checkpoints/last.ckpt", "it is a file; give the folder {run}/adapters/best"),
+        ("checkpoints", "it has no adapter_config.json"),
+    ],
+)
+def test_what_is_near_is_named(given: str, told: str, run: Path) -> None:
+    path = Path(os.path.normpath(run / given))
+    with pytest.raises(AdapterError) as refused:
+        read_adapter(path)
+    assert str(refused.value) == f"{path} is not an adapter directory: {told.format(run=run)}"
+
+
+def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    with pytest.raises(AdapterError, match=r"it has no adapter_config.json; it holds a whole model$"):
+        read_adapter(tmp_path)

@@ -163,8 +163,8 @@ def test_real_process(make_adapter, tmp_path):
     assert "peft" not in fitted
 
     assert errors[:3] == ["", "", ""]
-    no_adapter = f"moka_pl: error: {tmp_path} is not an adapter directory: it has no adapter_config.json\n"
-    assert errors[3] == errors[6] == no_adapter
+    no_adapter = f"moka_pl: error: {tmp_path} is not an adapter directory: it has no adapter_config.json; "
+    assert errors[3] == errors[6] == f"{no_adapter}give a folder in it, such as {tmp_path}/adapter\n"
     wrong = "model.adapter.component is no option of moka_pl.MokaConfig; did you mean components?"
     assert errors[5].startswith(f"moka_pl fit: error: {wrong} (all options")
     assert "Traceback" not in run.stderr
