@@ -5,8 +5,8 @@ as many as for one adapter, however many adapters a batch has. Components of one
 side, as in :mod:`moka_pl.ops.structured`; the second product adds itself to those of the shapes before.
 
 A small batch on a GPU takes the time of its launches and not of its numbers. With one token a row a shape
-takes two, and with more four: what lies between the products is then put in order. One more gathers the
-factors of the rows for all shapes, which lie in one matrix.
+takes two, and with more four: what lies between the products is then put in order. The factors of the rows
+lie side by side, those of all shapes in one matrix.
 """
 
 from collections.abc import Sequence
@@ -88,28 +88,42 @@ def stack_factors(left: Tensor, right: Tensor, weights: Tensor, shapes: Sequence
     return torch.cat(parts, 1)
 
 
-def rows_update(x: Tensor, stacked: Tensor, adapter: Tensor, shapes: tuple[Shape, ...], m: int) -> Tensor:
+def rows_update(
+    x: Tensor, factors: Tensor, shapes: tuple[Shape, ...], m: int, out: Tensor | None = None
+) -> Tensor:
     """Computes the update of each row by its own adapter, shape (N, T, m), in the dtype of x.
 
     Args:
         x: Input, shape (N, T, n).
-        stacked: The factors of K adapters from :func:`stack_factors`.
-        adapter: Which of them each row has, shape (N,).
+        factors: Those of each row's adapter, of :func:`stack_factors`, shape (N, entries), in the dtype of x.
         shapes: Their r shapes.
         m: Output features.
+        out: What the update is added to, in place, and returned: contiguous, of the update's shape and dtype.
     """
     rows, tokens, n = x.shape
     x = x.contiguous()
-    factors = stacked.index_select(0, adapter).to(x.dtype)  # (N, entries)
     groups = _groups(shapes, m)
     parts = torch.split(factors, _part_sizes(shapes, m), 1)
-    fills = groups[0].shape.rows == m
-    out = x.new_empty(rows, tokens, m) if fills else x.new_zeros(rows, tokens, m)
+    begun = out is not None
+    if out is None:
+        begun = groups[0].shape.rows != m
+        out = x.new_zeros(rows, tokens, m) if begun else x.new_empty(rows, tokens, m)
     for k, group in enumerate(groups):
         cols = group.shape.cols
         grid = x if cols == n else F.pad(x, (0, cols - n))  # a negative pad cuts
-        _add_group_(out, grid, parts[2 * k], parts[2 * k + 1], group, keeps=k > 0 or not fills)
+        _add_group_(out, grid, parts[2 * k], parts[2 * k + 1], group, keeps=k > 0 or begun)
     return out
+
+
+def rounds_once(shapes: tuple[Shape, ...], m: int) -> bool:
+    """Whether :func:`rows_update` adds to its ``out`` once, in one product, and so rounds it once.
+
+    Args:
+        shapes: r shapes.
+        m: Output features.
+    """
+    first, *others = _groups(shapes, m)
+    return not others and first.shape.rows == m and (first.left_first or first.shape.identity)
 
 
 @cache
@@ -125,7 +139,7 @@ def batched_cost(shapes: tuple[Shape, ...], m: int, n: int, token_bytes: int) ->
     groups = _groups(shapes, m)
     hidden = (g.shape.m_a * g.shape.n_b if g.left_first else g.shape.n_a * g.shape.m_b for g in groups)
     numbers = sum(2 * n + 3 * m + 4 * len(g.members) * h for g, h in zip(groups, hidden, strict=True))
-    return token_bytes * numbers + (4 * len(groups) + 3) * _LAUNCH
+    return token_bytes * numbers + (4 * len(groups) + 1) * _LAUNCH
 
 
 def merged_cost(adapters: int, m: int, n: int, tokens: int, itemsize: int, launches: int) -> float:

@@ -13,7 +13,7 @@ from moka_pl.adapters.named.stacks import LayerStacks, Stack
 from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.errors import AdapterError
 from moka_pl.ops.kronecker import kronecker_linear
-from moka_pl.ops.rows import batched_cost, merged_cost, rows_update
+from moka_pl.ops.rows import batched_cost, merged_cost, rounds_once, rows_update
 
 #: Tokens of a row from which on each adapter's rows are computed by themselves: then its own backend is
 #: faster than batched products with small factors.
@@ -218,12 +218,21 @@ class RowLinear(RowLayer):
         dtype, m = total.dtype, self.out_features
         for stack in self.stacks:
             rows, adapter = self.rows.of(stack.names, x.device, times)
-            chosen = x if len(rows) == len(x) else x.index_select(0, rows)
+            every = len(rows) == len(x)
+            chosen = x if every else x.index_select(0, rows)
             if x.shape[1] < _MANY_TOKENS:
                 dtype = torch.promote_types(dtype, stack.factors.dtype)
             with _without_autocast(x.device.type):
-                update = rows_update(chosen.to(dtype), stack.factors, adapter, stack.shapes, m)
-                total = _added(total, rows, update)
+                inputs = chosen.to(dtype), stack.of_rows(adapter, dtype), stack.shapes, m
+                if (
+                    every
+                    and not torch.is_grad_enabled()
+                    and _takes(total, dtype)
+                    and rounds_once(*inputs[2:])
+                ):
+                    rows_update(*inputs, out=total)
+                else:
+                    total = _added(total, rows, rows_update(*inputs))
         return total
 
     def _separate(self, x: Tensor, times: int) -> Tensor:
@@ -365,6 +374,11 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
 def _merges(layer: MokaLayer) -> bool:
     """Whether a layer by itself computes what it should here, where nothing is dropped out."""
     return isinstance(layer, MokaLinear) and not (layer.training and layer.dropout.p > 0)
+
+
+def _takes(total: Tensor, dtype: torch.dtype) -> bool:
+    """Whether updates of a dtype can be added to the layer's output where it lies."""
+    return total.dtype == dtype and total.is_contiguous() and not torch.is_grad_enabled()
 
 
 def _added(total: Tensor, rows: Tensor, update: Tensor) -> Tensor:

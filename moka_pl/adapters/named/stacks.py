@@ -19,6 +19,49 @@ from moka_pl.ops.rows import stack_factors
 #: Bytes of packed factors that are put side by side at once: what is needed meanwhile is several times that.
 _CHUNK = 2**28
 
+#: Bytes of the factors of a batch's rows that are gathered for several layers at once, at most.
+_GATHERED = 2**29
+
+
+class RowFactors:
+    """The factors of a batch's rows, gathered once for all layers whose adapters have the same shapes.
+
+    Attributes:
+        factors: Those of the adapters of all layers, layer by layer, shape (L K, entries), while a batch is
+            computed; None where layers have others' adapters, and so other rows.
+    """
+
+    def __init__(self) -> None:
+        self.factors: Tensor | None = None
+        self._known: dict[tuple[torch.dtype, int], tuple[Tensor, tuple[Tensor, ...]]] = {}
+
+    def of(self, number: int, count: int, adapter: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Returns the factors of a layer's rows, (N, entries), or None where each layer does so by itself.
+
+        Args:
+            number: Which of the layers it is.
+            count: K, its adapters.
+            adapter: Which of them each row has, shape (N,).
+            dtype: Of the result.
+        """
+        if self.factors is None:
+            return None
+        layers, rows = len(self.factors) // count, len(adapter)
+        if layers * rows * self.factors.shape[1] * dtype.itemsize > _GATHERED:
+            return None
+        key = dtype, id(adapter)
+        if key not in self._known:
+            first = torch.arange(0, len(self.factors), count, device=adapter.device)  # (L,)
+            which = (first[:, None] + adapter).flatten()  # (L N,)
+            factors = self.factors.to(dtype).index_select(0, which)  # (L N, entries)
+            self._known[key] = adapter, torch.split(factors, rows)
+        return self._known[key][1][number]
+
+    def clear(self) -> None:
+        """Drops what was gathered."""
+        self.factors = None
+        self._known.clear()
+
 
 @dataclass(eq=False)
 class Stack:
@@ -27,7 +70,9 @@ class Stack:
     Attributes:
         names: Their names.
         shapes: Their r shapes.
-        factors: Their factors as :func:`moka_pl.ops.rows.rows_update` takes them, shape (K, entries), while
+        shared: The factors of the rows of all layers that are stacked with this one.
+        number: Which of them it is.
+        factors: Their factors as :func:`moka_pl.ops.rows.stack_factors` makes them, shape (K, entries), while
             a batch is computed.
         packed: Their packed left and right factors, (K, entries), and the weights of their components,
             (K, r), likewise.
@@ -35,8 +80,20 @@ class Stack:
 
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
+    shared: RowFactors
+    number: int
     factors: Tensor
     packed: tuple[Tensor, Tensor, Tensor]
+
+    def of_rows(self, adapter: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the factors of a batch's rows, shape (N, entries).
+
+        Args:
+            adapter: Which of the adapters each row has, shape (N,).
+            dtype: Of the result.
+        """
+        gathered = self.shared.of(self.number, len(self.names), adapter, dtype)
+        return self.factors.to(dtype).index_select(0, adapter) if gathered is None else gathered
 
 
 class _Kind(NamedTuple):
@@ -60,12 +117,19 @@ class _Chunk(NamedTuple):
         members: The layers.
         tensors: Their tensors.
         stacks: The stack of each frozen layer.
+        shared: What these have in common.
     """
 
     kind: _Kind
     members: list[MokaLayer]
     tensors: list[_Tensors]
     stacks: list[Stack]
+    shared: RowFactors
+
+    @property
+    def even(self) -> bool:
+        """Whether all frozen layers have the same adapters."""
+        return len({stack.names for stack in self.stacks}) == 1
 
 
 class LayerStacks:
@@ -93,10 +157,12 @@ class LayerStacks:
             nothing = torch.empty(0, device=kind.device)
             for chunk in _chunks(targets, layers):
                 members = [layers[target][name] for target in chunk for name in targets[target]]
+                shared = RowFactors()
                 stacks = [
-                    Stack(tuple(targets[target]), kind.shapes, nothing, (nothing,) * 3) for target in chunk
+                    Stack(tuple(targets[target]), kind.shapes, shared, number, nothing, (nothing,) * 3)
+                    for number, target in enumerate(chunk)
                 ]
-                self._chunks.append(_Chunk(kind, members, list(map(_tensors, members)), stacks))
+                self._chunks.append(_Chunk(kind, members, list(map(_tensors, members)), stacks, shared))
                 for target, stack in zip(chunk, stacks, strict=True):
                     self.of[target].append(stack)
 
@@ -115,7 +181,10 @@ class LayerStacks:
         """Copies the factors."""
         for chunk in self._chunks:
             sizes = [len(stack.names) for stack in chunk.stacks]
-            parts = (torch.split(part, sizes) for part in _stack(chunk))
+            stacked = _stack(chunk)
+            chunk.shared.clear()
+            chunk.shared.factors = stacked[0] if chunk.even else None
+            parts = (torch.split(part, sizes) for part in stacked)
             for stack, factors, *packed in zip(chunk.stacks, *parts, strict=True):
                 left, right, weights = packed
                 stack.factors, stack.packed = factors, (left, right, weights)
@@ -123,6 +192,7 @@ class LayerStacks:
     def clear(self) -> None:
         """Drops the copies."""
         for chunk in self._chunks:
+            chunk.shared.clear()
             for stack in chunk.stacks:
                 nothing = stack.factors.new_empty(0)
                 stack.factors, stack.packed = nothing, (nothing,) * 3
