@@ -20,7 +20,7 @@ from moka_pl._compat import copy_all_, multiplied
 from moka_pl.errors import MokaWarning, one_line
 from moka_pl.lm.architecture import causal_unsupported_reason, sliding_window
 from moka_pl.lm.attention import VARLEN, varlen_inputs
-from moka_pl.lm.causal import CAUSAL, causal
+from moka_pl.lm.causal import CAUSAL, causal, without_waiting
 from moka_pl.lm.checkpointing import draws
 from moka_pl.lm.experts import SplitExperts
 from moka_pl.lm.scoring import IGNORE_INDEX, nll_at
@@ -164,7 +164,8 @@ class StepCapture:
             self._record(batch)
         recorded = self._graphs.get(size)
         if recorded is None:
-            return self._compute(*batch.tensors)
+            with without_waiting(self.model) if batch.starts is None else nullcontext():
+                return self._compute(*batch.tensors)
         for kept, new in zip(recorded.inputs, batch.tensors, strict=True):
             kept.copy_(new, non_blocking=True)
         recorded.graph.replay()

@@ -1,6 +1,7 @@
 """Batches of few sizes, and the way without CUDA graphs."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from itertools import chain, pairwise
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.data.batching.collate import collate_packs
+from moka_pl.lm import cuda_graphs
 from moka_pl.lm.attention import VARLEN
 from moka_pl.lm.causal import CAUSAL, causal
 from moka_pl.lm.cuda_graphs import (
@@ -107,6 +109,24 @@ def test_padding_changes_no_loss(model, attention: str) -> None:
             found = capture(fixed)
         assert model.config._attn_implementation == before
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_what_is_not_recorded_does_not_wait_for_a_mask(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    within = []
+
+    @contextmanager
+    def note(model):
+        within.append(True)
+        yield
+        within.pop()
+
+    def scores(model, row, *args, **inputs):
+        return torch.tensor([float(bool(within))])
+
+    monkeypatch.setattr(cuda_graphs, "without_waiting", note)
+    monkeypatch.setattr(cuda_graphs, "nll_at", scores)
+    assert StepCapture(model)(fix_size(_batch([[True] * 9]))).item() == 1
+    assert within == []
 
 
 def test_gradients_of_fresh_leaves_are_those_of_the_parameters_that_come_back() -> None:
