@@ -32,7 +32,7 @@ lost, it would show here. Without a GPU, "rounded" computes in float32 but with 
 the kernels round it:
 
     python scripts/backend_agreement.py --device cpu --dtype float32 --backends dense rounded \\
-        --batch_size 4 --max_length 96
+        --batch-size 4 --max-length 96
 """
 #: Steps at a run's end whose mean loss is shown; and steps that make one point of a curve.
 _LAST, _WINDOW = 50, 20
@@ -189,9 +189,9 @@ def _parser() -> Parser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
-    parser.add_argument("--batch_size", type=int, default=8, help="examples")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens")
-    parser.add_argument("--cuda_graphs", action="store_true", help="replay the steps as CUDA graphs")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay the steps as CUDA graphs")
     parser.add_argument(
         "--json", type=Path, help="file for curves, versions and device; runs that it holds are not repeated"
     )

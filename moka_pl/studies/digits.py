@@ -286,7 +286,7 @@ def main() -> None:
     parser = Parser("digits", DESCRIPTION)
     parser.add_argument("--seeds", type=int, default=5, help="seeds, each with a base of its own (5)")
     parser.add_argument("--epochs", type=int, default=30, help="passes over the new digits' images (30)")
-    parser.add_argument("--base_epochs", type=int, default=30, help="passes over the old ones' (30)")
+    parser.add_argument("--base-epochs", type=int, default=30, help="passes over the old ones' (30)")
     parser.add_argument("--json", type=Path, help="a file for all runs, and one beside it for the table")
     args = parser.parse_args()
     if min(args.seeds, args.epochs, args.base_epochs) < 1:

@@ -170,11 +170,11 @@ def _parser() -> Parser:
     parser.add_argument("commonsense", type=Path, help="folder with TASK/test.json")
     parser.add_argument("mmlu", type=Path, help="folder with dev/ and test/")
     parser.add_argument("--items", type=int, default=60, help="questions of each task")
-    parser.add_argument("--mmlu_items", type=int, default=8, help="questions of each MMLU subject")
+    parser.add_argument("--mmlu-items", type=int, default=8, help="questions of each MMLU subject")
     parser.add_argument(
         "--repeats", type=int, default=3, help="number of measurements with and without sharing"
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="questions of a batch")
+    parser.add_argument("--batch-size", type=int, default=16, help="questions of a batch")
     parser.add_argument("--prompt", default="cloze", help="prompt of the commonsense tasks")
     parser.add_argument("--tasks", nargs="*", default=["arc_easy", "arc_challenge", "openbookqa", "boolq"])
     parser.add_argument("--subjects", nargs="*", default=["astronomy", "marketing", "global_facts"])

@@ -9,7 +9,7 @@ from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers
 from moka_pl.studies.backends import distance, finished_runs, main, rounding
 
 TINY = ["--model", "tiny", "--random", "--device", "cpu", "--dtype", "float32"]
-TINY += ["--steps", "2", "--batch_size", "1", "--max_length", "320"]
+TINY += ["--steps", "2", "--batch-size", "1", "--max-length", "320"]
 
 
 @pytest.mark.slow

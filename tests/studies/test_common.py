@@ -1,7 +1,10 @@
+import ast
 import json
+from pathlib import Path
 
 import pytest
 
+from moka_pl import studies
 from moka_pl.studies.common import (
     Parser,
     device_name,
@@ -38,3 +41,17 @@ def test_json_is_there_whole_with_paths_as_text(tmp_path) -> None:
     assert list(file.parent.iterdir()) == [file]
     with pytest.raises(TypeError):
         write_json(file, {"α": object()})
+
+
+def test_options_of_scripts_are_spelled_with_dashes() -> None:
+    """As argparse's users know them; only the package's own command line has Lightning's names."""
+    options = [
+        (file.name, given.value)
+        for file in sorted(Path(studies.__file__).parent.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("add_argument")
+        for given in node.args
+        if isinstance(given, ast.Constant) and str(given.value).startswith("--")
+    ]
+    assert ("backends.py", "--batch-size") in options
+    assert not [option for option in options if "_" in option[1]]

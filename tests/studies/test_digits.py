@@ -65,7 +65,7 @@ def test_adapts_a_base_of_its_own(monkeypatch, tmp_path, capsys, one_thread):
     monkeypatch.setattr(digits, "pick_rate", lambda rates, loss_at: (rates[0], loss_at(rates[0]) < 0))
     file = tmp_path / "digits.json"
     monkeypatch.setattr(
-        "sys.argv", ["digits.py", "--seeds", "1", "--epochs", "2", "--base_epochs", "1", "--json", str(file)]
+        "sys.argv", ["digits.py", "--seeds", "1", "--epochs", "2", "--base-epochs", "1", "--json", str(file)]
     )
     digits.main()
     found = json.loads(file.read_text())

@@ -126,10 +126,10 @@ def _parser() -> Parser:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="base model, as in BackboneConfig")
     parser.add_argument("--random", action="store_true", help="use random weights of that shape")
     parser.add_argument("--adapter", type=Path, help="adapter directory; its base replaces --model")
-    parser.add_argument("--batch_size", type=int, default=8, help="questions (package), sequences (harness)")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions (package), sequences (harness)")
     parser.add_argument(
-        "--max_length", type=int, default=4096, help="maximum number of tokens of a question with an option"
+        "--max-length", type=int, default=4096, help="maximum number of tokens of a question with an option"
     )
-    parser.add_argument("--no_test", action="store_true", help="skip the comparison with Lightning's test")
+    parser.add_argument("--no-test", action="store_true", help="skip the comparison with Lightning's test")
     parser.add_argument("--json", type=Path, help="JSON file for the results")
     return parser

@@ -21,7 +21,7 @@ def test_the_real_model_agrees(
     test.write_text("".join(test.read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
     file = tmp_path / "agreement.json"
     options = ["--data", questions, "--tasks", "science_easy", "boolean", "--items", 2, "--skip", 1]
-    options += ["--mmlu", mmlu, "--subjects", "astronomy", "--json", file, "--no_test"]
+    options += ["--mmlu", mmlu, "--subjects", "astronomy", "--json", file, "--no-test"]
     main([str(option) for option in options])
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| ")][2:]
@@ -54,7 +54,7 @@ def test_disagreement_is_status_1(
         return [items[0], replace(items[1], log_likelihoods=scores), *items[2:]]
 
     monkeypatch.setattr(sides, "package_items", shifted)
-    options = ["--data", questions, "--tasks", "boolean", "--items", 3, "--adapter", adapter, "--no_test"]
+    options = ["--data", questions, "--tasks", "boolean", "--items", 3, "--adapter", adapter, "--no-test"]
     with pytest.raises(SystemExit) as caught:
         main([str(option) for option in options])
     assert caught.value.code == 1
