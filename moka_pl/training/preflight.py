@@ -1,5 +1,6 @@
 """What a fit would refuse only after its model is loaded, refused before."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.adapters.filters import AUTO
-from moka_pl.data.types import HasEpochs
+from moka_pl.data.types import HasEpochs, data_of
 from moka_pl.errors import ConfigError
-from moka_pl.utils import existing_folder, space_shortage
+from moka_pl.utils import existing_folder, space_shortage, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +40,8 @@ _LEAST = {
 _NOTHING = {"max_epochs": 0, "max_steps": 0, "val_check_interval": 0, "limit_train_batches": 0}
 
 _MOST_DEVICES = 128
+#: Optimizer steps of a whole run below which it is told that they are few.
+_FEW_STEPS = 10
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -86,7 +89,7 @@ def check_launcher(trainer: Trainer) -> None:
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuses a validation interval that no epoch reaches, and epochs without a batch.
+    """Refuses a validation interval that no epoch reaches, and epochs without a batch; warns of few steps.
 
     Raises:
         ConfigError: Naming the option and the number of batches.
@@ -99,6 +102,7 @@ def check_trainer(trainer: Trainer) -> None:
         raise ConfigError(
             f"trainer.limit_train_batches {limit:g} of an epoch is less than one batch; raise it"
         )
+    _warn_of_few_steps(trainer, data)
     if not isinstance(interval, int) or interval == 1 or trainer.check_val_every_n_epoch is None:
         return
     if trainer.limit_val_batches == 0:
@@ -110,6 +114,26 @@ def check_trainer(trainer: Trainer) -> None:
             f"{batches} at most, to a share such as 0.5, or set trainer.check_val_every_n_epoch to null to "
             "count the batches of all epochs"
         )
+
+
+def _warn_of_few_steps(trainer: Trainer, data: HasEpochs) -> None:
+    """Warns where the data make few steps, unless it was the number of steps or batches that was chosen."""
+    chosen = trainer.max_steps != -1 or trainer.limit_train_batches != 1.0
+    if chosen or getattr(trainer, "fast_dev_run", False) or (trainer.max_epochs or -1) < 0:
+        return
+    accumulated = trainer.accumulate_grad_batches
+    steps = math.ceil(data.epoch_length() / accumulated)
+    if (total := steps * (trainer.max_epochs or 0)) >= _FEW_STEPS:
+        return
+    remedies = [f"lower trainer.accumulate_grad_batches ({accumulated})"] if accumulated > 1 else []
+    if data_of(trainer).packing:
+        remedies.append("lower data.init_args.batch_size or max_tokens, which packing fills with examples")
+    else:
+        remedies.append("lower data.init_args.batch_size")
+    warn(
+        f"the data make only {steps} optimizer step{'s' * (steps > 1)} an epoch, {total} in the whole run, "
+        f"which hardly train an adapter: {', '.join(remedies)}, or raise trainer.max_epochs"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,5 @@
+import warnings
+
 import peft
 import pytest
 import torch
@@ -6,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from moka_pl.adapters import FullFineTuning, MokaConfig
 from moka_pl.backbone import BackboneConfig
 from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, MokaWarning
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import Kept, check_launcher, check_options, check_room
 
@@ -62,6 +64,69 @@ def test_intervals_that_no_epoch_reaches(make_module, make_data, make_trainer, m
     monkeypatch.setattr(type(module), "load_base", lambda self: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=message):
         make_trainer(**options).fit(module, make_data())
+
+
+class LoadedError(Exception):
+    """The model would be loaded now."""
+
+
+@pytest.fixture
+def unloaded(make_module, monkeypatch) -> MokaModule:
+    """A module whose fit ends where it would load its model."""
+
+    def load(self):
+        raise LoadedError
+
+    module = make_module()
+    monkeypatch.setattr(type(module), "load_base", load)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "told"),
+    [
+        (
+            {},
+            {},
+            "only 7 optimizer steps an epoch, 7 in the whole run, .*: lower data.init_args.batch_size",
+        ),
+        (
+            {"accumulate_grad_batches": 4, "max_epochs": 3},
+            {},
+            r"only 2 .* epoch, 6 in .*: lower trainer.accumulate_grad_batches \(4\), lower data.init",
+        ),
+        (
+            {"max_epochs": 9},
+            {"packing": True, "batch_size": 16},
+            "only 1 optimizer step an epoch, 9 in .*batch_size or max_tokens, which packing fills",
+        ),
+    ],
+    ids=str,
+)
+def test_few_steps_are_told_before_the_model_is_loaded(
+    unloaded, make_data, make_trainer, options, batches, told
+):
+    with pytest.warns(MokaWarning, match=told), pytest.raises(LoadedError):
+        make_trainer(**options).fit(unloaded, make_data(**batches))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_epochs": 2},
+        {"max_steps": 3, "max_epochs": -1},
+        {"limit_train_batches": 3},
+        {"limit_train_batches": 0.5},
+        {"fast_dev_run": 2},
+        {"max_epochs": -1},
+    ],
+    ids=str,
+)
+def test_few_steps_that_were_chosen_are_not_told(unloaded, make_data, make_trainer, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MokaWarning)
+        with pytest.raises(LoadedError):
+            make_trainer(**options).fit(unloaded, make_data())
 
 
 @pytest.mark.parametrize(
