@@ -46,7 +46,7 @@ class Plan:
         names: Only these rows; all for none.
         liger: Whether rows are without Liger's kernels, but for two more with them.
         unsloth: Where unsloth is; None for no rows of it.
-        cards: Sizes of the cards, GiB, on which to search the longest row of tokens.
+        search: How to search the longest row of tokens; None for not at all.
         profiled: Whether to count launches.
         offload: Whether checkpointing keeps the layers' inputs in the host's memory.
         turns: How many times the rows of ``steps`` are measured in turns; 0 for one after another.
@@ -59,7 +59,7 @@ class Plan:
     names: tuple[str, ...]
     liger: bool
     unsloth: Home | None
-    cards: tuple[int, ...]
+    search: context.Search | None
     profiled: bool
     offload: bool
     turns: int
@@ -129,7 +129,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         tuple(args.rows),
         args.liger,
         None if args.unsloth is None else Home.parse(args.unsloth),
-        tuple(args.context),
+        _search(args, preset),
         args.profile,
         args.offload,
         args.turns,
@@ -230,12 +230,11 @@ def records(plan: Plan) -> Iterator[Record | str]:
         yield from steps.measure_decode(bench, preset, cases.choose(steps.decode_rows(), names))
         bench.close()
         yield from bench.notes
-    if plan.cards:
+    if plan.search is not None:
         bench = Bench(preset.shape, preset.device, checkpointing=True, offload=True)
-        search = plan.cards, preset.context_seconds, names
-        yield from context.measure_context(bench, *search)
+        yield from context.measure_context(bench, plan.search, names)
         if plan.unsloth is not None:
-            yield from unsloth.measure_unsloth_context(bench, *search, plan.unsloth)
+            yield from unsloth.measure_unsloth_context(bench, plan.search, names, plan.unsloth)
         bench.close()
         yield from bench.notes
 
@@ -273,6 +272,24 @@ def _step_rows(device: str, with_liger: bool, named: bool) -> list[cases.Row]:
     return cases.beside_liger(rows) if with_liger else rows
 
 
+def _search(args: argparse.Namespace, preset: Preset) -> context.Search | None:
+    """How to search the longest row of tokens.
+
+    Raises:
+        ConfigError: For options of a search that is not asked for, or out of range.
+    """
+    for name in ("seconds", "layers"):
+        value = getattr(args, name)
+        if value is not None and not args.context:
+            raise ConfigError(f"--{name} is an option of --context; give the sizes of cards, or leave it out")
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name} must be above 0, not {value}")
+    if not args.context:
+        return None
+    seconds = preset.context_seconds if args.seconds is None else args.seconds
+    return context.Search(tuple(args.context), seconds, args.layers)
+
+
 def _measures(args: argparse.Namespace) -> list[str]:
     """What to measure besides the context; unless told, steps if that is not asked for."""
     return args.measure or ([] if args.context else _MEASURE)
@@ -300,6 +317,8 @@ def _command(args: argparse.Namespace) -> str:
     parts += [f"--{name}" for name, wanted in asked.items() if wanted]
     if args.context:
         parts += ["--context", *map(str, args.context)]
+        parts += ["--seconds", f"{args.seconds:g}"] if args.seconds is not None else []
+        parts += ["--layers", str(args.layers)] if args.layers is not None else []
     if args.rows:
         parts += ["--rows", *args.rows]
     return shlex.join(parts)
@@ -358,6 +377,19 @@ def _parser() -> Parser:
         metavar="GIB",
         help="search the longest row of tokens that a step with checkpointing fits into cards of these sizes "
         "(without --measure: only that)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="with --context: time for each row's search "
+        f"(default {Preset.context_seconds:g}), after which lengths are predicted",
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="with --context: run the first N layers only, all of them for the smallest card's longest row; "
+        "with checkpointing the memory of a step hardly depends on their number, and its time does",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values, versions and the device")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw growth as PNG files")

@@ -2,6 +2,11 @@ r"""The longest row of tokens that a training step fits into a card's memory.
 
 A smaller card is this one with the rest of its memory taken, so that libraries which ask for the free memory
 see the smaller card's. A step is forward, backward and AdamW on one row, with checkpointing.
+
+Steps of so long rows take minutes. With checkpointing that keeps the layers' inputs in the host's memory, a
+GPU holds those of a few layers at a time, however many there are. So a search may run the first few layers
+only, with all layers' weights, adapters and optimizer state on the card, and run all for what it found on
+the smallest card.
 """
 
 import time
@@ -27,7 +32,7 @@ MEASURE = "context"
 
 GIB = 2**30
 #: Lengths are multiples of this many tokens, and tried up to the other.
-STEP, MOST = 256, 2**17
+STEP, MOST = 256, 2**20
 #: The length that is tried first, and the share of a length to which the longest one is found.
 _PROBE, _TOLERANCE = 8192, 0.03
 #: A step's time grows with this power of its tokens: products linearly, attention with the square.
@@ -36,6 +41,21 @@ _GROWTH = 1.6
 _WORTH = 1.5
 #: Share of a card's memory that may be missing in what it reports: an 80 GB card has 79.2 GiB.
 _REPORTED = 0.95
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to search.
+
+    Attributes:
+        cards: Sizes of cards in GiB.
+        seconds: How long to search for each row of the table.
+        layers: How many of the model's layers to run; None for all.
+    """
+
+    cards: tuple[int, ...]
+    seconds: float
+    layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,8 @@ class Longest:
     Attributes:
         fits: The longest attempt that fits; None if not even the shortest length does.
         too_long: The shortest length that does not; None if time or lengths ended before one was tried.
-        predicted: The longest length by the memory that a token of the last attempt took.
+        predicted: The longest length: what fits, if one little longer does not, else by the memory that a
+            token of the last attempt took.
         trials: How many steps were tried.
     """
 
@@ -70,6 +91,11 @@ class Longest:
     too_long: int | None
     predicted: int
     trials: int
+
+
+def is_close(tokens: float, too_long: float) -> bool:
+    """Whether a length that fits and one that does not are so close that the first is the longest."""
+    return too_long - tokens <= max(STEP, _TOLERANCE * tokens)
 
 
 def search(
@@ -103,7 +129,7 @@ def search(
             # Some losses use what memory there is: then a token seems to need less from attempt to attempt.
             trend = expected / last.tokens if trials > 1 else 1.0
             guess = max(_whole(expected * trend), _whole(lowest * (1 + _TOLERANCE)), lowest + STEP)
-        elif too_long - lowest <= max(STEP, _TOLERANCE * lowest):
+        elif is_close(lowest, too_long):
             break
         else:
             guess = max(_whole((lowest + too_long) / 2), _whole(too_long * (1 - shrink)) if lowest else 0)
@@ -111,7 +137,16 @@ def search(
         if lowest >= MOST:
             break
         guess = guess if known is None else _affordable(known, min(guess, MOST), left)
-    return Longest(fits, too_long, _predict(fits, free) if fits else 0, trials)
+    return Longest(fits, too_long, _longest(fits, too_long, free) if fits else 0, trials)
+
+
+def _longest(fits: Attempt, too_long: int | None, free: float) -> int:
+    """The longest length, as far as it is known."""
+    if too_long is None:
+        return max(_predict(fits, free), fits.tokens)
+    if is_close(fits.tokens, too_long):
+        return fits.tokens
+    return min(max(_predict(fits, free), fits.tokens), too_long - STEP)
 
 
 def _affordable(known: Attempt, wanted: int, seconds: float) -> int:
@@ -132,20 +167,20 @@ def _predict(attempt: Attempt, free: float) -> int:
 
 
 def find_limits(
-    model: "PreTrainedModel", make_loss: "MakeLoss", cards: Sequence[int], seconds: float
+    model: "PreTrainedModel", make_loss: "MakeLoss", wanted: Search
 ) -> Iterator[tuple[int, Values]]:
     """Searches the longest row of tokens on cards of several sizes, small to large.
 
     Args:
         model: The model with its adapters and checkpointing, on a GPU.
         make_loss: Makes the loss of a batch.
-        cards: Sizes in GiB.
-        seconds: How long to search in all.
+        wanted: What to search.
 
     Yields:
         A card and ``tokens`` (the longest row that fits), ``too_long`` (the shortest that does not, if one
-        was tried), ``predicted`` (by the memory that a token takes), ``step_ms`` and ``peak_gib`` at
-        ``tokens``, ``trials`` and ``trainable``.
+        was tried), ``predicted`` (the longest, by the memory that a token takes if need be), ``step_ms`` and
+        ``peak_gib`` at ``tokens``, ``trials`` and ``trainable``; of the smallest card, where not all layers
+        were run, ``peak_gib_all_layers`` at ``tokens``, or ``too_long_all_layers`` if that does not fit.
     """
     import torch
 
@@ -154,14 +189,21 @@ def find_limits(
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5)
     known: Attempt | None = None
+    seconds = wanted.seconds
     _try_step(model, make_loss, optimizer, STEP)  # compiles kernels, and makes the optimizer's state
-    for card in sorted(cards):
+    for card in sorted(wanted.cards):
         begun = time.perf_counter()
         with smaller_card(card, device) as free:
-            found = search(lambda n: _try_step(model, make_loss, optimizer, n), free, seconds, known)
+            with first_layers(model, wanted.layers):
+                found = search(lambda n: _try_step(model, make_loss, optimizer, n), free, seconds, known)
+            if found.fits is None:
+                raise ConfigError(f"not even {STEP} tokens fit into {card} GiB")
+            whole: Values = {}
+            if wanted.layers is not None and card == min(wanted.cards):
+                all_layers = _try_step(model, make_loss, optimizer, found.fits.tokens)
+                peak = {"peak_gib_all_layers": card - free + all_layers.used}
+                whole = peak if all_layers.fits else {"too_long_all_layers": found.fits.tokens}
         seconds -= time.perf_counter() - begun
-        if found.fits is None:
-            raise ConfigError(f"not even {STEP} tokens fit into {card} GiB")
         known = found.fits
         bound: Values = {} if found.too_long is None else {"too_long": found.too_long}
         yield (
@@ -169,13 +211,29 @@ def find_limits(
             bound
             | {
                 "tokens": known.tokens,
-                "predicted": max(found.predicted, known.tokens) if found.too_long is None else known.tokens,
+                "predicted": found.predicted,
                 "step_ms": 1e3 * known.seconds,
                 "peak_gib": card - free + known.used,
                 "trials": found.trials,
                 "trainable": sum(p.numel() for p in trainable),
-            },
+            }
+            | whole,
         )
+
+
+@contextmanager
+def first_layers(model: "PreTrainedModel", count: int | None) -> Iterator[None]:
+    """Leaves the rest of a model's layers out, which stay where they are in memory; None leaves none out."""
+    from torch import nn
+
+    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    left_out = list(blocks[count:]) if count is not None else []
+    if left_out:
+        del blocks[count:]
+    try:
+        yield
+    finally:
+        blocks.extend(left_out)
 
 
 @contextmanager
@@ -228,15 +286,12 @@ def _try_step(
     return Attempt(tokens, fits, seconds, max(peak_gib(device) - before, 1e-6))
 
 
-def measure_context(
-    bench: Bench, cards: Sequence[int], seconds: float, names: Sequence[str]
-) -> Iterator[Record]:
+def measure_context(bench: Bench, wanted: Search, names: Sequence[str]) -> Iterator[Record]:
     """Searches the longest rows of tokens of this package's adapters.
 
     Args:
         bench: The model, with checkpointing.
-        cards: Sizes in GiB.
-        seconds: How long to search for each row.
+        wanted: What to search.
         names: Only these rows, or all for none.
 
     Yields:
@@ -246,11 +301,11 @@ def measure_context(
         found: dict[int, Values] = {}
 
         def work(model: "PreTrainedModel", found: dict[int, Values] = found) -> Values:
-            found |= find_limits(model, plain_loss, cards, seconds)
+            found |= find_limits(model, plain_loss, wanted)
             return {}
 
         _, error = bench.measure(row, work)
-        for card in sorted(cards):
+        for card in sorted(wanted.cards):
             values = found.get(card, {})
             problem = None if values else error or "not measured"
             yield Record(MEASURE, row.name, bench.checkpointing, {"gib": card}, values, problem)

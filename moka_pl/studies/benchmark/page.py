@@ -131,6 +131,7 @@ def _about(results: Results) -> str:
                 _WIDTH,
             ),
             context_table(searched),
+            *_by_all_layers(searched),
         ]
     if generated := results.of("decode"):
         parts += ["Greedy generation at batch 1 with a key-value cache, nothing merged:", _decode(generated)]
@@ -162,6 +163,22 @@ def _step_cells(record: Record | None, columns: Sequence[Column]) -> list[str]:
     if record.error is not None:
         return [failure(record), *[""] * (len(columns) - 1)]
     return [column.cell(record) for column in columns]
+
+
+def _by_all_layers(searched: Sequence[Record]) -> list[str]:
+    """A sentence on searches that ran the first layers only."""
+    told = [
+        f"{record.row} {record.values['peak_gib_all_layers']:.1f} in place of {record.values['peak_gib']:.1f}"
+        if "peak_gib_all_layers" in record.values
+        else f"{record.row} more than there is"
+        for record in searched
+        if {"peak_gib_all_layers", "too_long_all_layers"} & set(record.values)
+    ]
+    text = (
+        "The first layers alone were run, with the weights, adapters and optimizer state of all on the card. "
+        f"Run by all layers, the longest row of the smallest card takes so many GiB: {'; '.join(told)}."
+    )
+    return [textwrap.fill(text, _WIDTH)] if told else []
 
 
 def _fit(record: Record) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from moka_pl.studies.benchmark.bench import Record, Results
 from moka_pl.studies.benchmark.cases import peer
+from moka_pl.studies.benchmark.context import is_close
 
 
 class Column(NamedTuple):
@@ -181,7 +182,7 @@ def growth_table(records: Sequence[Record], setting: str) -> str:
 
 
 def context_table(records: Sequence[Record]) -> str:
-    """A line a row, a column a card; ``≈`` marks what is predicted, the bound before it was measured."""
+    """A line a row, a column a card; ``≈`` marks what is predicted, the bounds before it were measured."""
     cards = sorted({record.setting["gib"] for record in records})
     found = {(r.row, r.setting["gib"]): r for r in records}
     lines = []
@@ -190,8 +191,8 @@ def context_table(records: Sequence[Record]) -> str:
         for card in cards:
             record, other = found.get((name, card)), found.get((peer(name) or "", card))
             cell = "" if record is None else longest(record)
-            if record is not None and other is not None and record.values and other.values:
-                exact = "too_long" in record.values and "too_long" in other.values
+            if record is not None and other is not None and _is_known(record) and _is_known(other):
+                exact = _is_measured(record) and _is_measured(other)
                 ratio = record.values["predicted"] / other.values["predicted"]
                 cell += f" ({'' if exact else '≈ '}{ratio:.2f})"
             line.append(cell)
@@ -203,8 +204,28 @@ def longest(record: Record) -> str:
     """The longest row of tokens that was found."""
     if record.error is not None:
         return failure(record)
-    tokens, predicted = record.values["tokens"], record.values["predicted"]
-    return f"{tokens:,.0f}" if "too_long" in record.values else f"≥ {tokens:,.0f}, ≈ {predicted:,.0f}"
+    values = record.values
+    if _is_measured(record):
+        return f"{values['tokens']:,.0f}"
+    bounds = [f"≥ {values['tokens']:,.0f}"]
+    if "too_long" in values:
+        bounds.append(f"< {values['too_long']:,.0f}")
+    if values["predicted"] > values["tokens"]:
+        bounds.append(f"≈ {values['predicted']:,.0f}")
+    return ", ".join(bounds)
+
+
+def _is_measured(record: Record) -> bool:
+    """Whether a length that fits and one that does not are close."""
+    values = record.values
+    return "too_long" in values and is_close(values["tokens"], values["too_long"])
+
+
+def _is_known(record: Record) -> bool:
+    """Whether there is a longest length, measured or predicted."""
+    return bool(record.values) and (
+        _is_measured(record) or record.values["predicted"] > record.values["tokens"]
+    )
 
 
 def _growth_cell(record: Record) -> str:

@@ -126,14 +126,13 @@ def measure_unsloth(
 
 
 def measure_unsloth_context(
-    bench: Bench, cards: Sequence[int], seconds: float, names: Sequence[str], home: Home
+    bench: Bench, search: context.Search, names: Sequence[str], home: Home
 ) -> Iterator[Record | str]:
     """Searches the longest rows of tokens of unsloth's LoRA, with its own checkpointing.
 
     Args:
         bench: As in :func:`measure_unsloth`.
-        cards: Sizes of cards in GiB.
-        seconds: How long to search for each row.
+        search: What to search.
         names: Only these rows, or all for none.
         home: Where unsloth is installed.
 
@@ -141,8 +140,10 @@ def measure_unsloth_context(
         A note; a record a row and card.
     """
     rows = _chosen(CONTEXT_ROWS, names)
-    wanted = [_asked(row, context.MEASURE, True, {"gib": card}) for row in rows for card in sorted(cards)]
-    request = {"cards": list(cards), "seconds": seconds, "length": context.MOST}
+    wanted = [
+        _asked(row, context.MEASURE, True, {"gib": card}) for row in rows for card in sorted(search.cards)
+    ]
+    request = {"search": asdict(search), "length": context.MOST}
     yield from _measure(bench, home, request, wanted)
 
 
@@ -286,7 +287,7 @@ def answer_all(request: Mapping[str, Any]) -> Iterator[Answer]:
     Args:
         request: ``folder`` of the model, ``length`` (most tokens of a row) and ``rows``, each with ``name``,
             ``rank``, ``modules`` and ``checkpointing``; ``pace`` (arguments of ``time_steps``) and
-            ``profiled``, or ``cards`` and ``seconds`` (those of ``find_limits``).
+            ``profiled``, or ``search`` (the options of a ``context.Search``).
 
     Yields:
         Versions and settings; then ``row``, ``checkpointing``, ``setting``, ``values`` and ``error`` of what
@@ -315,7 +316,7 @@ def _work(model: "PreTrainedModel", request: Mapping[str, Any]) -> Iterator[tupl
     if "pace" in request:
         yield {}, time_steps(model, **request["pace"], make_loss=own_loss, profiled=request["profiled"])
         return
-    for card, values in context.find_limits(model, own_loss, request["cards"], request["seconds"]):
+    for card, values in context.find_limits(model, own_loss, context.Search(**request["search"])):
         yield {"gib": card}, values
 
 

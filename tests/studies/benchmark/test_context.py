@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moka_pl.studies.benchmark import command, context
 from moka_pl.studies.benchmark.bench import Bench, Record
-from moka_pl.studies.benchmark.context import STEP, Attempt, search
+from moka_pl.studies.benchmark.context import STEP, Attempt, Search, find_limits, first_layers, search
 from moka_pl.studies.benchmark.steps import plain_loss
 from moka_pl.studies.benchmark.tables import context_table
 
@@ -29,7 +29,7 @@ def made_up(a_token: float, free: float, seconds: float = 1e-9, greedy: bool = F
 
 
 @example(768, 30.391720662761447, False)
-@given(st.integers(STEP, 2**17 - 1), st.floats(5, 80), st.booleans())
+@given(st.integers(STEP, context.MOST - 1), st.floats(5, 80), st.booleans())
 def test_a_search_closes_in_on_the_longest(longest: int, free: float, greedy: bool) -> None:
     # Half a token more than fits: the rounding of free / longest * longest must not decide.
     attempt, made = made_up(free / (longest + 0.5), free, greedy=greedy)
@@ -61,6 +61,19 @@ def test_time_ends_a_search_with_a_prediction() -> None:
     assert later.predicted == 117_504
 
 
+def test_a_search_that_ends_early_stays_below_what_failed() -> None:
+    made = []
+
+    def attempt(tokens: int) -> Attempt:
+        made.append(tokens)  # a token takes more from 40,000 on
+        return Attempt(tokens, tokens < 40_000, 1.0 if tokens < 40_000 else 30.0, 0.001 * tokens)
+
+    found = search(attempt, 60.0, 31.0)
+    assert found.fits is not None
+    assert (found.fits.tokens, found.too_long) == (made[0], made[1])
+    assert found.predicted == made[1] - STEP
+
+
 @pytest.fixture
 def gpu(monkeypatch) -> list[int]:
     """Cards of which each GiB takes 300 tokens; returns the lengths that were tried."""
@@ -84,7 +97,7 @@ def gpu(monkeypatch) -> list[int]:
 
 def test_the_rows_of_this_package(gpu, preset) -> None:
     bench = Bench("tiny", "cpu", checkpointing=True)
-    records = list(context.measure_context(bench, [8, 4], 60.0, []))
+    records = list(context.measure_context(bench, Search((8, 4), 60.0), []))
     assert [(r.row, r.setting["gib"], r.checkpointing) for r in records] == [
         ("MoKA r10", 4, True),
         ("MoKA r10", 8, True),
@@ -99,6 +112,38 @@ def test_the_rows_of_this_package(gpu, preset) -> None:
         assert record.values["too_long"] - record.values["tokens"] == STEP
         assert record.values["trainable"] > 0
     assert gpu[0] == STEP  # a short step first, which compiles
+
+
+def test_a_few_layers_are_run_and_all_of_them_for_the_smallest_card(gpu, bench, monkeypatch) -> None:
+    model = bench.built()
+    model.get_input_embeddings().requires_grad_(True)
+    counted, original = [], context._try_step
+
+    def count(model, make_loss, optimizer, tokens):
+        counted.append((len(model.get_decoder().layers), tokens))
+        return original(model, make_loss, optimizer, tokens)
+
+    monkeypatch.setattr(context, "_try_step", count)
+    found = dict(find_limits(model, plain_loss, Search((8, 4), 60.0, layers=1)))
+    every = len(model.get_decoder().layers)
+    assert every > 1
+    whole = [tokens for layers, tokens in counted if layers == every]
+    assert whole == [STEP, found[4]["tokens"]]  # what compiles, and the longest
+    assert {layers for layers, _ in counted} == {1, every}
+    assert found[4]["peak_gib_all_layers"] == pytest.approx(found[4]["peak_gib"])
+    assert not {"peak_gib_all_layers", "too_long_all_layers"} & set(found[8])
+
+
+def test_layers_come_back(bench) -> None:
+    model = bench.built()
+    before = list(model.get_decoder().layers)
+    for count in (1, None):
+        with first_layers(model, count):
+            assert list(model.get_decoder().layers) == before[:count]
+        assert list(model.get_decoder().layers) == before
+    with pytest.raises(ZeroDivisionError), first_layers(model, 1):
+        1 / 0  # noqa: B018
+    assert list(model.get_decoder().layers) == before
 
 
 def test_a_step_out_of_memory_leaves_nothing_behind(bench) -> None:
@@ -129,15 +174,17 @@ def test_a_table_of_bounds_and_predictions() -> None:
         [
             record("MoKA r10", 24, 10240, 10240, too_long=10496),
             record("MoKA r10", 40, 10240, 20480),
+            record("MoKA r10", 80, 10240, 30720, too_long=40960),
             record("unsloth LoRA r8 q,v", 24, 8192, 8192, too_long=8448),
             record("unsloth LoRA r8 q,v", 40, 16384, 16384, too_long=16640),
+            record("unsloth LoRA r8 q,v", 80, 16384, 16384, too_long=40960),
             Record("context", "MoKA r2 all linear", True, {"gib": 24}, error="it failed"),
         ]
     )
     assert table.splitlines()[2:] == [
-        "| MoKA r10 | 10,240 (1.25) | ≥ 10,240, ≈ 20,480 (≈ 1.25) |",
-        "| unsloth LoRA r8 q,v | 8,192 | 16,384 |",
-        "| MoKA r2 all linear | failed: it failed |  |",
+        "| MoKA r10 | 10,240 (1.25) | ≥ 10,240, ≈ 20,480 (≈ 1.25) | ≥ 10,240, < 40,960, ≈ 30,720 |",
+        "| unsloth LoRA r8 q,v | 8,192 | 16,384 | ≥ 16,384, < 40,960 |",
+        "| MoKA r2 all linear | failed: it failed |  |  |",
     ]
 
 
@@ -148,10 +195,30 @@ def test_only_a_gpu_s_memory_is_searched(preset, monkeypatch, capsys) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     arguments = ["--preset", "llama3-8b-h100", "--context", "24", "40", "--unsloth"]
     plan = command.make_plan(command._parser().parse_args([*arguments, "--rows", "unsloth LoRA r8 q,v"]))
-    assert (plan.measures, plan.cards) == ((), (24, 40))
+    assert (plan.measures, plan.search) == ((), Search((24, 40), 35.0))
     assert plan.command.endswith(
         "--preset llama3-8b-h100 --unsloth --context 24 40 --rows 'unsloth LoRA r8 q,v'"
     )
     plan = command.make_plan(command._parser().parse_args([*arguments, "--measure", "steps"]))
-    assert (plan.measures, plan.cards) == (("steps",), (24, 40))
+    assert plan.measures == ("steps",)
+    assert plan.search == Search((24, 40), 35.0)
     assert plan.command.endswith("--preset llama3-8b-h100 --measure steps --unsloth --context 24 40")
+    more = ["--seconds", "90", "--layers", "4"]
+    plan = command.make_plan(command._parser().parse_args([*arguments, *more]))
+    assert plan.search == Search((24, 40), 90.0, 4)
+    assert plan.command.endswith("--unsloth --context 24 40 --seconds 90 --layers 4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--layers", "4"], "--layers is an option of --context"),
+        (["--context", "24", "--layers", "0"], "--layers must be above 0, not 0"),
+        (["--context", "24", "--seconds", "-1"], "--seconds must be above 0, not -1.0"),
+    ],
+)
+def test_options_of_a_search_are_checked(arguments, told, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        command.main(["--preset", "llama3-8b-h100", *arguments])
+    assert told in capsys.readouterr().err

@@ -15,6 +15,7 @@ import torch
 from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark import command, unsloth
 from moka_pl.studies.benchmark.bench import Bench, Record, linear_weights
+from moka_pl.studies.benchmark.context import Search
 from moka_pl.studies.benchmark.tables import beside_unsloth, markdown
 
 HOME = unsloth.Home(python="another")
@@ -110,15 +111,16 @@ def test_a_run_with_rows_of_unsloth(preset, in_process, tmp_path, capsys) -> Non
 
 
 def test_the_longest_context_of_its_rows(bench, in_process, monkeypatch) -> None:
-    def find_limits(model, make_loss, cards, seconds):
-        assert seconds == 5.0
+    def find_limits(model, make_loss, wanted):
+        assert (wanted.seconds, wanted.layers) == (5.0, 4)
         yield 24, {"tokens": 512, "predicted": 512, "peak_gib": 20.0, "step_ms": 1.0}
         if model.peft_config["default"].r == 16:
             raise RuntimeError("an illegal address")
         yield 40, {"tokens": 1024, "predicted": 1024, "peak_gib": 30.0, "step_ms": 2.0}
 
     monkeypatch.setattr("moka_pl.studies.benchmark.context.find_limits", find_limits)
-    note, *records = unsloth.measure_unsloth_context(bench, [40, 24], 5.0, [], unsloth.Home())
+    wanted = Search((40, 24), 5.0, layers=4)
+    note, *records = unsloth.measure_unsloth_context(bench, wanted, [], unsloth.Home())
     assert note.startswith("rows of unsloth")
     found = [(r.row, r.checkpointing, r.setting["gib"], r.values.get("tokens"), r.error) for r in records]
     assert found == [
