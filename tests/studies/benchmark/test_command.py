@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moka_pl.studies.benchmark import command
+from moka_pl.studies.benchmark import arguments, command
 from moka_pl.studies.benchmark.bench import load_results
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
@@ -54,8 +54,8 @@ def test_growth_is_drawn(preset, results, tmp_path, monkeypatch, capsys) -> None
 
 
 def test_all_measures_are_made_in_turn(preset, monkeypatch) -> None:
-    parser = command._parser()
-    plan = command.make_plan(parser.parse_args(["--preset", preset.name, "--measure", "all"]))
+    parser = arguments.make_parser()
+    plan = arguments.make_plan(parser.parse_args(["--preset", preset.name, "--measure", "all"]))
     for module, name in (("growth", "grow_components"), ("growth", "grow_tokens"), ("growth", "grow_sizes")):
         monkeypatch.setattr(f"moka_pl.studies.benchmark.{module}.{name}", lambda *args, name=name: [name])
     monkeypatch.setattr(command, "measure_steps", lambda *args: ["steps"])
@@ -112,12 +112,12 @@ def test_mistakes_are_refused_at_once_in_one_line(arguments, message: str, monke
 
 
 def test_rows_with_liger_can_be_named() -> None:
-    names = command.row_names("cpu", ("steps",), with_liger=True)
+    names = arguments.row_names("cpu", ("steps",), with_liger=True)
     assert names[-2:] == ["frozen base + Liger", "MoKA r10 + Liger"]
 
 
 def test_rows_on_other_quantisers_are_measured_by_name_alone(preset, monkeypatch) -> None:
-    parser = command._parser()
+    parser = arguments.make_parser()
     chosen: list[list[str]] = []
     monkeypatch.setattr(
         command,
@@ -126,7 +126,7 @@ def test_rows_on_other_quantisers_are_measured_by_name_alone(preset, monkeypatch
     )
     named = ["MoKA r2 all linear, quantization int8", "MoKA r2 all linear, quantization none"]
     for rows in ([], ["--rows", *named]):
-        list(command.records(command.make_plan(parser.parse_args(["--preset", preset.name, *rows]))))
+        list(command.records(arguments.make_plan(parser.parse_args(["--preset", preset.name, *rows]))))
     every, by_name = chosen
     assert not [name for name in every if "quantization" in name]
     assert by_name == named

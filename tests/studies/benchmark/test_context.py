@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moka_pl.studies.benchmark import command, context
+from moka_pl.studies.benchmark.arguments import make_parser, make_plan
 from moka_pl.studies.benchmark.bench import Bench, Record
 from moka_pl.studies.benchmark.context import STEP, Attempt, Search, find_limits, first_layers, search
 from moka_pl.studies.benchmark.steps import plain_loss
@@ -194,17 +195,17 @@ def test_only_a_gpu_s_memory_is_searched(preset, monkeypatch, capsys) -> None:
     assert "searches a GPU's memory, but preset tiny-cpu runs on the CPU" in capsys.readouterr().err
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     arguments = ["--preset", "llama3-8b-h100", "--context", "24", "40", "--unsloth"]
-    plan = command.make_plan(command._parser().parse_args([*arguments, "--rows", "unsloth LoRA r8 q,v"]))
+    plan = make_plan(make_parser().parse_args([*arguments, "--rows", "unsloth LoRA r8 q,v"]))
     assert (plan.measures, plan.search) == ((), Search((24, 40), 35.0))
     assert plan.command.endswith(
         "--preset llama3-8b-h100 --unsloth --context 24 40 --rows 'unsloth LoRA r8 q,v'"
     )
-    plan = command.make_plan(command._parser().parse_args([*arguments, "--measure", "steps"]))
+    plan = make_plan(make_parser().parse_args([*arguments, "--measure", "steps"]))
     assert plan.measures == ("steps",)
     assert plan.search == Search((24, 40), 35.0)
     assert plan.command.endswith("--preset llama3-8b-h100 --measure steps --unsloth --context 24 40")
     more = ["--seconds", "90", "--layers", "4"]
-    plan = command.make_plan(command._parser().parse_args([*arguments, *more]))
+    plan = make_plan(make_parser().parse_args([*arguments, *more]))
     assert plan.search == Search((24, 40), 90.0, 4)
     assert plan.command.endswith("--unsloth --context 24 40 --seconds 90 --layers 4")
 
