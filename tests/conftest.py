@@ -1,5 +1,6 @@
 """Fixtures that several test folders share."""
 
+import gc
 import json
 import os
 import random
@@ -32,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from moka_pl.adapters import MokaConfig, adapter_state, moka_layers
 from moka_pl.backbone import BackboneConfig
 from moka_pl.data import CommonsenseData, InstructionData
+from moka_pl.training import launches
 from moka_pl.training.module import MokaModule
 
 #: Files that take ten seconds or more begin first, so that neither of pytest's processes ends with one alone.
@@ -247,6 +249,12 @@ def no_network(hub_answers, monkeypatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=wait))
+
+
+@pytest.fixture(autouse=True)
+def uncollected(monkeypatch) -> None:
+    """Has runs not look through all objects before they lay them aside: pytest has a million."""
+    monkeypatch.setattr(launches, "gc", SimpleNamespace(collect=int, freeze=gc.freeze, unfreeze=gc.unfreeze))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
+from moka_pl.training import launches
 from moka_pl.training.launches import (
     AnyRank,
     HostCopy,
@@ -107,9 +108,15 @@ def test_a_rank_alone_agrees_with_itself(tmp_path: Path, flag: bool) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def collected(uncollected, monkeypatch) -> None:
+    """Runs look through all objects, as outside of pytest."""
+    monkeypatch.setattr(launches, "gc", gc)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_objects_of_before_are_kept_from_the_collector_while_training(
-    make_module, make_data, make_trainer, fails: bool
+    collected, make_module, make_data, make_trainer, fails: bool
 ) -> None:
     frozen = []
 
@@ -127,7 +134,7 @@ def test_objects_of_before_are_kept_from_the_collector_while_training(
 
 
 def test_what_nobody_refers_to_does_not_keep_its_memory_while_training(
-    make_module, make_data, make_trainer
+    collected, make_module, make_data, make_trainer
 ) -> None:
     alive = []
 
