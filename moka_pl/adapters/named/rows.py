@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.forward import plan_forward
 from moka_pl.adapters.layer import MokaLayer, MokaLinear
+from moka_pl.adapters.named.grouping import Rows
 from moka_pl.adapters.named.stacks import LayerStacks, Stack
 from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.errors import AdapterError
+from moka_pl.ops.dispatch import can_fuse
 from moka_pl.ops.kronecker import kronecker_linear
 from moka_pl.ops.rows import batched_cost, merged_cost, rounds_once, rows_update
 
@@ -20,87 +22,16 @@ from moka_pl.ops.rows import batched_cost, merged_cost, rounds_once, rows_update
 _MANY_TOKENS = 16
 
 
-#: How a layer computes its rows: the updates of all adapters at once, with W + ΔW of each built in one
-#: launch, each adapter by itself with W + ΔW, or each update by itself.
-Path = Literal["batched", "built", "merged", "separate"]
+#: How a layer computes its rows: the updates of all adapters at once, by the kernels for generating or in
+#: batched products, with W + ΔW of each built in one launch, each adapter by itself with W + ΔW, or each
+#: update by itself.
+Path = Literal["decoded", "batched", "built", "merged", "separate"]
+
+#: Rows of one token from which on batched products take less time than the kernels for generating.
+_MANY_ROWS = 128
 
 #: Bytes of W + ΔW of all adapters that a layer builds at once at most.
 _BUILT = 2**31
-
-
-class Rows:
-    """The rows of a batch, by adapter: the same for all layers, and so made once.
-
-    Args:
-        names: The adapter's name of each row.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.count = len(names)
-        self._of = {name: [i for i, row in enumerate(names) if row == name] for name in dict.fromkeys(names)}
-        self._known: dict[tuple[tuple[str, ...], torch.device, int], tuple[Tensor, Tensor]] = {}
-        self._ordered: dict[tuple[tuple[str, ...], torch.device, int], tuple[Tensor, Tensor]] = {}
-
-    def used(self, adapters: Mapping[str, MokaLayer]) -> tuple[str, ...]:
-        """Returns the names of those adapters that rows have."""
-        return tuple(name for name in self._of if name in adapters)
-
-    def of(self, names: tuple[str, ...], device: torch.device, times: int = 1) -> tuple[Tensor, Tensor]:
-        """Returns the rows that some adapters have, ascending, and which of the adapters each has.
-
-        Args:
-            names: The adapters.
-            device: Where the two lie, of shape (I,).
-            times: How often each row stands in the batch, one copy after another.
-        """
-        key = names, device, times
-        if key not in self._known:
-            pairs = sorted((row, k) for k, name in enumerate(names) for row in self._of[name])
-            pairs = [(row * times + copy, k) for row, k in pairs for copy in range(times)]
-            with torch.inference_mode(False):  # what an evaluation makes first serves others, too
-                table = torch.tensor(pairs, dtype=torch.long).view(-1, 2).mT.contiguous().to(device)
-            self._known[key] = table[0], table[1]  # (I,), (I,)
-        return self._known[key]
-
-    def others(self, names: tuple[str, ...], device: torch.device, times: int = 1) -> Tensor:
-        """Returns the rows that have none of some adapters, ascending, shape (I,).
-
-        Args:
-            names: The adapters.
-            device: Where the result lies.
-            times: How often each row stands in the batch, one copy after another.
-        """
-        return self.of(tuple(name for name in self._of if name not in names), device, times)[0]
-
-    def is_even(self, names: tuple[str, ...]) -> bool:
-        """Whether some adapters have so equally many rows that filling up to the most costs little."""
-        counts = [len(self._of[name]) for name in names]
-        return len(counts) * max(counts) <= 1.25 * sum(counts)
-
-    def by_adapter(
-        self, names: tuple[str, ...], device: torch.device, times: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Returns where the rows of some adapters are, adapter by adapter, and how to put them back.
-
-        Each adapter has R places, as many as the most of them have rows; some row stands in those left over.
-
-        Args:
-            names: K adapters.
-            device: Where the results lie: of shape (K R,), and of (I,) for the rows of :meth:`of`.
-            times: How often each row stands in the batch, one copy after another.
-        """
-        key = names, device, times
-        if key not in self._ordered:
-            lists = [
-                [row * times + copy for row in self._of[name] for copy in range(times)] for name in names
-            ]
-            most = max(map(len, lists))
-            order = [row for rows in lists for row in rows + rows[:1] * (most - len(rows))]
-            places = {row: k * most + i for k, rows in enumerate(lists) for i, row in enumerate(rows)}
-            with torch.inference_mode(False):
-                back = torch.tensor([places[row] for row in sorted(places)]).to(device)
-                self._ordered[key] = torch.tensor(order).to(device), back
-        return self._ordered[key]
 
 
 class RowLayer(nn.Module):
@@ -178,6 +109,7 @@ class RowLinear(RowLayer):
         times = _times(self.name, x, self.rows.count, 3)
         flat = x.reshape(len(x), -1, self.in_features)  # (N, T, n)
         compute = {
+            "decoded": self._decoded,
             "batched": self._batched,
             "built": self._built,
             "merged": self._merged,
@@ -189,6 +121,8 @@ class RowLinear(RowLayer):
     def choose_path(self, x: Tensor) -> Path:
         """Chooses how x, (N, T, n), is computed: what its updates take, not its numbers, decides on a GPU."""
         rows, tokens, n = x.shape
+        if tokens == 1 and self._decodes(x):
+            return "decoded"
         if tokens < _MANY_TOKENS:
             return "batched"
         if not x.is_cuda:
@@ -207,6 +141,32 @@ class RowLinear(RowLayer):
         """Whether W + ΔW of a stack's adapters fit into memory, and these have about as many rows each."""
         size = 2 * len(stack.names) * self.out_features * self.in_features
         return size <= _BUILT and self.rows.is_even(stack.names)
+
+    def _decodes(self, x: Tensor) -> bool:
+        """Whether the kernels for generating serve x, (N, 1, n): on a GPU, without gradients."""
+        if torch.is_grad_enabled() or not 0 < len(x) < _MANY_ROWS:
+            return False
+        backends = ("auto", "fused") if x.is_cuda else ("fused",)
+        return all(layer.backend in backends for layer in self.adapters) and all(
+            can_fuse(x, stack.factors.dtype, stack.shapes, self.out_features) for stack in self.stacks
+        )
+
+    def _decoded(self, x: Tensor, times: int) -> Tensor:
+        """Adds updates of all adapters at once to one token a row, (N, 1, m)."""
+        from moka_pl.ops.triton import Gates, add_decode_update_, make_plan
+
+        total: Tensor = self.base_layer(x).contiguous()  # (N, 1, m)
+        for stack in self.stacks:
+            rows, adapter = self.rows.of(stack.names, x.device, times)
+            every = len(rows) == len(x)
+            chosen, out = (x, total) if every else (x.index_select(0, rows), total.index_select(0, rows))
+            plan = make_plan(stack.shapes, self.out_features, self.in_features, x.device)
+            left, right, weights = stack.packed
+            parts = chosen.contiguous().view(-1, self.in_features), left, right, Gates(weights)
+            add_decode_update_(plan, out.view(-1, self.out_features), *parts, adapter)
+            if not every:
+                total.index_copy_(0, rows, out)
+        return total
 
     def _batched(self, x: Tensor, times: int) -> Tensor:
         """Adds updates of all adapters at once, (N, T, m).

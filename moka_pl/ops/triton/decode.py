@@ -23,16 +23,24 @@ _OUT = 256
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows_kernel(  # type: ignore[no-untyped-def]
-    parts, x, left, right, values, scaling, work, m, n,
-    R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr,
+    parts, x, left, right, values, scaling, work, adapter, left_step, right_step, m, n,
+    R: tl.constexpr, PADDED: tl.constexpr, GATING: tl.constexpr, OWN: tl.constexpr,
     ROWS: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """Rows of every ``w_i (A_i ⊗ B_i) x``, parts of (T, r, m); reference: ``add_update_`` (see above)."""
+    """Rows of every ``w_i (A_i ⊗ B_i) x``, parts of (T, r, m); reference: ``add_update_`` (see above).
+
+    If OWN, each token's factors and weights are those of its own adapter.
+    """
     item = work + tl.program_id(0) * 9
     component, a, first = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     n_a, m_b, n_b = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
     identity, left_at, right_at = tl.load(item + 6), tl.load(item + 7), tl.load(item + 8)
     token = tl.program_id(1)
+    if OWN:
+        which = tl.load(adapter + token)
+        left += which * left_step
+        right += which * right_step
+        values += which * R
     highest, sum_ = softmax_parts(values, R, PADDED, GATING)
     b = first + tl.arange(0, ROWS)
     total = tl.zeros((ROWS,), tl.float32)
@@ -74,7 +82,13 @@ def _add_kernel(  # type: ignore[no-untyped-def]
 
 
 def add_decode_update_(
-    plan: Plan, out: Tensor, x: Tensor, left: Tensor, right: Tensor, gates: Gates
+    plan: Plan,
+    out: Tensor,
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    gates: Gates,
+    adapter: Tensor | None = None,
 ) -> Tensor:
     """Adds ``Σ_i w_i (A_i ⊗ B_i) x`` to ``out`` and returns that; no gradients.
 
@@ -84,18 +98,20 @@ def add_decode_update_(
         plan: The layer's plan.
         out: The frozen layer's output, shape (T, m), contiguous; changed in place.
         x: Its input, shape (T, n), contiguous.
-        left: Packed left factors, float32.
-        right: Packed right factors, float32.
-        gates: The weights w.
+        left: Packed left factors, float32; of K adapters (K, entries), contiguous, if ``adapter`` is given.
+        right: Packed right factors, likewise.
+        gates: The weights w; their values are (K, r) if ``adapter`` is given.
+        adapter: Which of K adapters each token has, (T,), int64; None where there is one.
     """
     values, scaling, gating = gates
-    tokens, r = len(x), len(plan.shapes)
+    tokens, r, own = len(x), len(plan.shapes), adapter is not None
     parts = torch.empty(tokens, r, plan.m, dtype=torch.float32, device=x.device)  # (T, r, m)
+    steps = (adapter, left.shape[-1], right.shape[-1]) if own else (plan.ends, 0, 0)
     launch(
-        _rows_kernel, plan.compiled, ("rows", x.dtype, gating), (len(plan.decode), tokens, 1),
-        (x, left, right, values),
-        (parts, x, left, right, values, scaling, plan.decode, plan.m, plan.n,
-         r, plan.padded, gating, DECODE_ROWS, _P, _Q),
+        _rows_kernel, plan.compiled, ("rows", x.dtype, gating, own), (len(plan.decode), tokens, 1),
+        (x, left, right, values) if adapter is None else (x, left, right, values, adapter),
+        (parts, x, left, right, values, scaling, plan.decode, *steps, plan.m, plan.n,
+         r, plan.padded, gating, own, DECODE_ROWS, _P, _Q),
         num_warps=4,
     )  # fmt: skip
     launch(

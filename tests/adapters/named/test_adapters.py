@@ -129,6 +129,35 @@ def test_launches_do_not_grow_with_the_adapters(
     assert counts[0][0] <= 100  # two sizes of layers, however many layers there are
 
 
+def test_single_tokens_go_through_the_kernels_for_generating(
+    monkeypatch: pytest.MonkeyPatch, randomize
+) -> None:
+    pytest.importorskip("triton")
+    named = MokaAdapters(load_backbone(BackboneConfig("tiny", weights="random")).model)
+    two = MokaConfig(components=2, backend="fused", target_modules=["v_proj", "up_proj"])
+    thin = MokaConfig(1, filters="servable", rank=4, backend="fused", target_modules="all-linear")
+    prime = MokaConfig(components=2, filters="prime", backend="fused", target_modules=["v_proj"])
+    configs = {"a": two, "b": two, "c": thin, "d": prime}
+    for seed, (name, config) in enumerate(configs.items()):
+        named.add_adapter(name, config)
+        named.set_adapter(name)
+        randomize(named.model, seed=seed)
+    decoded, original = [], RowLinear._decoded
+    monkeypatch.setattr(
+        RowLinear, "_decoded", lambda self, x, times: decoded.append(len(x)) or original(self, x, times)
+    )
+    for names in (["b", "a", "b", "a", "b"], ["d", "a", "__base__", "c", "a"], ["c"] * 5):
+        before = len(decoded)
+        mixed = logits(named, IDS[:, :1], adapter_names=names)
+        assert len(decoded) > before
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row], alone(named, name, IDS[:, :1])[row], atol=1e-4, rtol=1e-4)
+    before = len(decoded)
+    logits(named, adapter_names=["a"] * 5)  # several tokens
+    named(IDS[:, :1], adapter_names=["a"] * 5)  # gradients may be wanted
+    assert len(decoded) == before
+
+
 def test_weights_of_all_adapters_are_built_at_once(monkeypatch: pytest.MonkeyPatch, randomize) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(RowLinear, "choose_path", lambda self, x: "built")

@@ -184,6 +184,23 @@ def test_decoding(problem, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_tokens_with_adapters_of_their_own(problem, dtype: torch.dtype) -> None:
+    factors, weights, shapes, m, n = problem
+    plan = kernels.make_plan(shapes, m, n, DEVICE)
+    left, right = pack(factors)
+    scales, adapter = torch.tensor([[1.0], [-2.0], [0.5]]), torch.tensor([2, 0, 2, 1])
+    lefts, rights, every = left * scales, right + scales, weights * scales
+    x, base = torch.randn(4, n).to(dtype), torch.randn(4, m).to(dtype)
+    found = kernels.add_decode_update_(plan, base.clone(), x, lefts, rights, kernels.Gates(every), adapter)
+    for token, k in enumerate(adapter.tolist()):
+        alone = base[token : token + 1].clone()
+        kernels.add_decode_update_(
+            plan, alone, x[token : token + 1], lefts[k], rights[k], kernels.Gates(every[k])
+        )
+        assert torch.equal(found[token], alone[0])
+
+
 def test_rounding_is_that_of_its_reference(problem) -> None:
     factors, weights, shapes, m, n = problem
     plan = kernels.make_plan(shapes, m, n, DEVICE)
