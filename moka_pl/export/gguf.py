@@ -303,6 +303,13 @@ def _write(writer: Any, tensors: Iterable[GgufTensor], file: Path, kind: GgufTyp
         writer.close()
 
 
+def read_back(tensor: Tensor, kind: GgufType) -> Tensor:
+    """Returns what a file holds of a tensor, in float32; its rows may be in any order."""
+    gguf, one = import_gguf(), _stored(tuple(tensor.shape), kind)[0]
+    values = gguf.quants.quantize(tensor.float().cpu().contiguous().numpy(), one)
+    return torch.from_numpy(gguf.quants.dequantize(values, one).copy()).reshape(tensor.shape)
+
+
 def _stored(shape: tuple[int, ...], kind: GgufType) -> tuple[Any, Any, int]:
     """How a tensor is stored: its type, its dtype before that, and its bytes."""
     import numpy as np

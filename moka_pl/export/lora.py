@@ -6,7 +6,7 @@ factor has a lower rank of its own. Components lie side by side; gates and scali
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,16 @@ class LoraForm:
     def size(self, dtype: torch.dtype) -> int:
         """Returns the bytes of the factors in a dtype."""
         return sum(a.numel() + b.numel() for a, b in self.factors.values()) * dtype.itemsize
+
+    def rounded(self, dtype: torch.dtype) -> "LoraForm":
+        """Returns the same with factors as a dtype holds them."""
+        factors = {name: (a.to(dtype).float(), b.to(dtype).float()) for name, (a, b) in self.factors.items()}
+        return replace(self, factors=factors)
+
+    def negative(self) -> "LoraForm":
+        """Returns the LoRA of the opposite update."""
+        factors = {name: (lora_a, -lora_b) for name, (lora_a, lora_b) in self.factors.items()}
+        return replace(self, factors=factors)
 
 
 def needed_rank(layer: MokaLayer) -> int:
@@ -183,13 +193,14 @@ def _resized(lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, Tensor]
 
 @contextmanager
 def lora_applied(model: nn.Module, form: LoraForm) -> Iterator[None]:
-    """Adds a LoRA to the layers of a frozen model within the block."""
+    """Adds a LoRA to the layers of a frozen or an adapted model within the block."""
 
     def hook_of(lora_a: Tensor, lora_b: Tensor) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if isinstance(layer, nn.Embedding):
+            frozen = getattr(layer, "base_layer", layer)
+            if isinstance(frozen, nn.Embedding):
                 rows = F.embedding(inputs[0], lora_b) @ lora_a  # (..., d)
-                return output + scaled_rows(layer, rows).to(output.dtype)
+                return output + scaled_rows(frozen, rows).to(output.dtype)
             x = inputs[0].to(lora_a.dtype)  # (..., n)
             return output + F.linear(F.linear(x, lora_a), lora_b).to(output.dtype)  # (..., m)
 

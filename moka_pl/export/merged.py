@@ -24,7 +24,7 @@ from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.errors import AdapterError
 from moka_pl.export.check import Measured, check, measure
 from moka_pl.export.folder import mebibytes, written_folder
-from moka_pl.export.rounding import round_weights, rounds_alone
+from moka_pl.export.rounding import round_weights, rounds_alone, to_dtype
 from moka_pl.export.source import Source, say
 from moka_pl.lm.experts import SplitExperts, has_experts, stored
 from moka_pl.utils import silenced
@@ -272,7 +272,7 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
         rounded = None
         if rounds_alone(dtype, compute, reading):
             say("computing them with rounded weights ...")
-            round_weights(source.model, dtype)
+            round_weights(source.model, to_dtype(dtype))
             rounded = measure(source.model, source.prompts)
         # What it computes is known, and the written model takes as much memory once more.
         del source.model

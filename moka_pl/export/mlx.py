@@ -90,18 +90,18 @@ def export_mlx(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) ->
         AdapterError: If mlx-lm cannot read it, or computes something else; nothing is written then.
         ConfigError: If ``out`` cannot be written.
     """
-    reader, expected, model = import_mlx(), lora_reference(source, form), source.model
+    reader, model = import_mlx(), source.model
+    compute = base_dtype(merged_parts(model))
+    expected, rounded = lora_reference(source, form, dtype, compute)
     with written_folder(out) as new:
         write_mlx(new, form, model.config.get_text_config().num_hidden_layers, dtype)
         base = new.parent / "base"  # removed with the folder of the unfinished export
         base.mkdir()
-        parts = merged_parts(model)
-        compute = base_dtype(parts)
-        write_weights(base, parts, compute)
+        write_weights(base, merged_parts(model), compute)
         write_description(base, model, source.tokenizer, compute)
         say(f"{reader} reads it back onto the same base ...")
         found, dtypes = measure_mlx(base, new, source.prompts), (dtype, compute, model.dtype)
-        say(check(expected, found, reader, *dtypes, routed=has_experts(model)))
+        say(check(expected, found, reader, *dtypes, rounded=rounded, routed=has_experts(model)))
     say(f"{out}: rank {form.rank}, {mebibytes(out):.1f} MiB")
 
 

@@ -17,6 +17,7 @@ from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export.check import Measured, check, measure
 from moka_pl.export.folder import mebibytes, written_folder
 from moka_pl.export.lora import LoraForm, lora_applied
+from moka_pl.export.rounding import rounds_alone
 from moka_pl.export.source import Source, say
 from moka_pl.lm.experts import has_experts
 
@@ -57,34 +58,50 @@ def export_lora(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) -
         ConfigError: If ``out`` cannot be written.
     """
     reader = import_peft()
-    expected = lora_reference(source, form)
+    expected, rounded = lora_reference(source, form, dtype)
     with written_folder(out) as new:
         write_peft(new, form, source.model, source.base_name, source.revision, dtype)
         say(f"{reader} reads it back ...")
         served = read_peft(source.model, new)
         _check_layers(served, form, reader)
-        routed, dtypes = has_experts(source.model), (dtype, source.model.dtype)
-        say(check(expected, measure(served, source.prompts), reader, *dtypes, routed=routed))
+        found, dtypes = measure(served, source.prompts), (dtype, source.model.dtype)
+        routed = has_experts(source.model)
+        say(check(expected, found, reader, *dtypes, rounded=rounded, routed=routed))
     say(f"{out}: rank {form.rank}, {mebibytes(out):.1f} MiB; {_vllm(form.rank)}")
 
 
-def lora_reference(source: Source, form: LoraForm) -> Measured:
-    """Takes the adapter out and returns what its LoRA is to compute: the adapter's own logits if it is exact.
+def lora_reference(
+    source: Source, form: LoraForm, dtype: torch.dtype, *compute: torch.dtype
+) -> tuple[Measured, Measured | None]:
+    """Takes the adapter out; returns what its LoRA is to compute, and what its tensors in a dtype are to.
+
+    The first is the adapter's own if the LoRA is exact. To that the second adds the errors of rounding; it is
+    None where rounding is not all that tells the two apart.
 
     Args:
         source: The adapter in its model, which is the frozen base afterwards.
         form: Its LoRA; if that is truncated, the loss before and after is printed.
+        dtype: Dtype of the exported tensors.
+        *compute: In what the reader computes, and further roundings of its.
     """
-    unload(source.model)
+    model, written, rounded = source.model, form.rounded(dtype), None
+    known = rounds_alone(dtype, model.dtype, *compute)
+    if known and not form.lost:
+        with lora_applied(model, written), lora_applied(model, form.negative()):
+            rounded = measure(model, source.prompts)
+    unload(model)
     if not form.lost:
-        return source.expected
-    with lora_applied(source.model, form):
-        cut = measure(source.model, source.prompts)
+        return source.expected, rounded
+    with lora_applied(model, form):
+        cut = measure(model, source.prompts)
+    if known:
+        with lora_applied(model, written):
+            rounded = measure(model, source.prompts)
     say(f"rank {form.rank} of {form.needed}; share of the update's energy lost, by layer:")
     for name, lost in form.lost.items():
         say(f"  {name:<44} {lost:.3%}")
     say(f"loss {source.expected.loss:.5f} before, {cut.loss:.5f} truncated")
-    return cut
+    return cut, rounded
 
 
 def read_peft(model: "PreTrainedModel", folder: Path) -> Any:

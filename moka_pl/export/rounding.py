@@ -25,6 +25,9 @@ from moka_pl.backbone.quantization import dense_weight, is_quantised
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: Rounds a tensor, which keeps its dtype.
+Rounding = Callable[[Tensor], Tensor]
+
 
 def rounds_alone(dtype: torch.dtype, *compute: torch.dtype) -> bool:
     """Whether rounding its weights is all that tells an export from its adapter: both compute in float32.
@@ -36,34 +39,39 @@ def rounds_alone(dtype: torch.dtype, *compute: torch.dtype) -> bool:
     return dtype != torch.float32 and all(one == torch.float32 for one in compute)
 
 
-def round_weights(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+def to_dtype(dtype: torch.dtype) -> Rounding:
+    """Returns what a dtype makes of numbers."""
+    return lambda tensor: tensor.to(dtype).to(tensor.dtype)
+
+
+def round_weights(model: "PreTrainedModel", rounding: Rounding) -> None:
     """Lets a model compute with its merged weights rounded; there is no way back.
 
     Args:
         model: A model with adapters of any method, or without, that computes in float32.
-        dtype: What its weights are rounded to.
+        rounding: Rounds a tensor as the export does.
     """
     kept = set(model.state_dict())
     places: dict[int, list[tuple[nn.Module, str]]] = {}  # of each plain tensor; tied ones have several
     for name, module, layer in list(outer_modules(model)):
         if layer is not None:
-            module.register_forward_hook(_AddedError(partial(_merged, layer), dtype))
+            module.register_forward_hook(_AddedError(partial(_merged, layer), rounding))
             continue
         if is_quantised(module):
-            module.register_forward_hook(_AddedError(partial(_dense, module), dtype))
+            module.register_forward_hook(_AddedError(partial(_dense, module), rounding))
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             written = (f"{name}.{own}" if name else own) in kept and tensor.dtype.is_floating_point
             if written and not (is_quantised(module) and tensor is module.weight):
                 places.setdefault(id(tensor), []).append((module, own))
     for tied in places.values():
         # In a tensor of its own: the old one may be an adapted layer's, too.
-        rounded = _rounded(getattr(*tied[0]), dtype)
+        rounded = _rounded(getattr(*tied[0]), rounding)
         for module, own in tied:
             setattr(module, own, rounded)
 
 
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = tensor.detach().to(dtype).to(tensor.dtype)
+def _rounded(tensor: Tensor, rounding: Rounding) -> Tensor:
+    rounded = rounding(tensor.detach())
     return nn.Parameter(rounded, requires_grad=False) if isinstance(tensor, nn.Parameter) else rounded
 
 
@@ -88,11 +96,11 @@ class _AddedError:
 
     Args:
         make: Makes the dense layer, which is linear in its weights as all layers with weights are.
-        dtype: What it is rounded to.
+        rounding: How its weights are rounded.
     """
 
-    def __init__(self, make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
-        self.make, self.dtype = make, dtype
+    def __init__(self, make: Callable[[], nn.Module], rounding: Rounding) -> None:
+        self.make, self.rounding = make, rounding
         self._making = False
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -104,7 +112,7 @@ class _AddedError:
         finally:
             self._making = False
         errors = {
-            id(parameter): nn.Parameter(_rounded(parameter, self.dtype) - parameter, requires_grad=False)
+            id(parameter): nn.Parameter(_rounded(parameter, self.rounding) - parameter, requires_grad=False)
             for parameter in dense.parameters()
         }
         added: Tensor = copy.deepcopy(dense, errors)(*inputs)

@@ -76,7 +76,8 @@ def export_adapter(source: Source, out: Path, form: LoraForm, dtype: torch.dtype
         AdapterError: If llama.cpp computes something else; nothing is written then.
         ConfigError: If ``out`` cannot be written.
     """
-    expected, model = lora_reference(source, form), source.model
+    # llama.cpp rounds what it multiplies by half-precision factors, too.
+    (expected, _), model = lora_reference(source, form, dtype, dtype), source.model
     with written_folder(out) as new:
         write_adapter(new / _ADAPTER, model, form, dtype)
         prompt = source.info.extra.get("prompt")

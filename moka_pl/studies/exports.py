@@ -20,7 +20,7 @@ from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, shape_config
 from moka_pl.export.check import Measured, largest_difference, measure
 from moka_pl.export.merged import Part, merged_parts, write_description, write_weights
-from moka_pl.export.rounding import round_weights
+from moka_pl.export.rounding import round_weights, to_dtype
 from moka_pl.studies.common import Parser
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def small(layers: int, hidden: int) -> Iterator[str]:
             f"  {str(dtype).removeprefix('torch.'):<9} the base alone {alone:.2g}, the merged model "
             f"{largest_difference(expected, found) / largest:.2g}, its loss {found.loss:.5f}"
         )
-    round_weights(model, torch.bfloat16)
+    round_weights(model, to_dtype(torch.bfloat16))
     reference = measure(model, prompts)
     for name, tensors in {"none": merged, **_mistakes(frozen, merged)}.items():
         found = computed(_rounded(tensors, torch.bfloat16))

@@ -16,7 +16,7 @@ from moka_pl.export.folder import check_space, mebibytes, written_folder
 from moka_pl.export.lora import lora_applied, lora_form
 from moka_pl.export.merged import merged_parts, plain_config, say_size, weights_size, write_weights
 from moka_pl.export.peft import import_peft, read_peft, write_peft
-from moka_pl.export.rounding import round_weights, rounds_alone
+from moka_pl.export.rounding import round_weights, rounds_alone, to_dtype
 from moka_pl.export.run import Request
 from moka_pl.export.source import say
 from moka_pl.vision.classifier import load_classifier
@@ -74,7 +74,7 @@ def _merged(request: Request, model: "PreTrainedModel", processor: Any, pixels: 
         found, rounded = _measure(read.eval(), pixels, expected), None
         reader, compute = f"transformers {transformers.__version__}", model.dtype
         if rounds_alone(dtype, compute):
-            round_weights(model, dtype)
+            round_weights(model, to_dtype(dtype))
             rounded = _measure(model, pixels, expected)
         say(check(expected, found, reader, dtype, compute, rounded=rounded, what="images"))
     say_size(request.out, sum(part.entries for part in parts))

@@ -65,11 +65,11 @@ def test_without_its_reader_nothing_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "others", "passes"),
+    ("compute", "others", "passes"),
     [(torch.float16, 2, True), (torch.float16, 4, False), (torch.float32, 2, False)],
 )
-def test_in_half_precision_a_few_tokens_may_choose_other_experts(
-    dtype: torch.dtype,
+def test_where_mlx_computes_in_half_precision_a_few_tokens_may_choose_other_experts(
+    compute: torch.dtype,
     others: int,
     passes: bool,
     randomize: Callable,
@@ -90,14 +90,15 @@ def test_in_half_precision_a_few_tokens_may_choose_other_experts(
         logits[-others:, 0] += 100.0  # as a token has them that other experts computed
         return Measured([logits], expected.loss)
 
+    monkeypatch.setattr("moka_pl.export.mlx.base_dtype", lambda parts: compute)
     monkeypatch.setattr("moka_pl.export.mlx.import_mlx", lambda: "mlx-lm 0")
     monkeypatch.setattr("moka_pl.export.mlx.measure_mlx", rounded)
     if passes:
-        export_mlx(source, tmp_path / "out", form, dtype)
+        export_mlx(source, tmp_path / "out", form, torch.float16)
         assert "largest logit difference of 95% of the tokens 0 (" in capsys.readouterr().out
     else:
         with pytest.raises(AdapterError, match="the export is not what was trained"):
-            export_mlx(source, tmp_path / "out", form, dtype)
+            export_mlx(source, tmp_path / "out", form, torch.float16)
     assert (tmp_path / "out").exists() == passes
 
 

@@ -1,6 +1,7 @@
 """The PEFT directory, read by PEFT."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,17 +41,32 @@ def test_peft_computes_what_the_adapter_does(
         assert (other - without).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("layers", [["q_proj", "v_proj"], ["embed_tokens", "q_proj"]], ids=str)
+def test_what_rounding_makes_of_the_lora_is_known(
+    layers: list[str], dtype: str, make_adapter: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = make_adapter(target_modules=layers)
+    main(["export", str(adapter), "--to", "lora", "--dtype", dtype])
+    whole, beyond = re.findall(
+        rf"difference (\S+); beyond rounding to {dtype} (\S+) ", capsys.readouterr().out
+    )[0]
+    assert 20 * float(beyond) < float(whole)
+
+
 def unload_and_measure(source):
     unload(source.model)
     return measure(source.model, source.prompts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [None, 8])
 def test_a_lora_that_computes_something_else_is_not_left(
-    make_adapter: Callable, monkeypatch: pytest.MonkeyPatch
+    rank: int | None, dtype: torch.dtype, make_adapter: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(quantization="none")
     source, out = open_source(adapter), adapter.with_name("out")
-    form = lora_form(moka_layers(source.model))
+    form = lora_form(moka_layers(source.model), rank)
     written = export_peft.write_peft
 
     def damaged(folder: Path, *arguments: object) -> None:
@@ -62,7 +78,7 @@ def test_a_lora_that_computes_something_else_is_not_left(
 
     monkeypatch.setattr(export_peft, "write_peft", damaged)
     with pytest.raises(AdapterError, match="the export is not what was trained, and nothing was written"):
-        export_peft.export_lora(source, out, form, torch.float32)
+        export_peft.export_lora(source, out, form, dtype)
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 

@@ -23,7 +23,7 @@ from moka_pl.errors import AdapterError
 from moka_pl.export import merged
 from moka_pl.export.check import largest_difference, measure
 from moka_pl.export.merged import export_merged, merged_parts, write_description, write_weights
-from moka_pl.export.rounding import round_weights
+from moka_pl.export.rounding import round_weights, to_dtype
 from moka_pl.export.source import Source, open_source
 from moka_pl.studies.architectures.families import FAMILIES, tiny_model
 
@@ -37,7 +37,7 @@ def check_reference(model: PreTrainedModel, dtype: torch.dtype, out: Path) -> No
     write_weights(out, merged_parts(model), dtype)
     write_description(out, model, byte_tokenizer(), dtype)
     found = measure(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), PROMPTS)
-    round_weights(model, dtype)
+    round_weights(model, to_dtype(dtype))
     reference = measure(model, PROMPTS)
     largest = max(float(logits.abs().max()) for logits in before.logits)
     assert largest_difference(reference, found) < 2e-5 * largest
