@@ -149,6 +149,7 @@ def check(
     reader: str,
     *dtypes: torch.dtype,
     rounded: Measured | None = None,
+    reader_rounds: float = 0.0,
     routed: bool = False,
     what: str = "prompts",
 ) -> str:
@@ -162,6 +163,8 @@ def check(
         rounded: The adapter's where its merged weights are rounded as the export's, the first of
             ``dtypes``, and both compute in float32: the logits are compared with these, by float32's bound,
             and that of the coarsest is for the loss alone, which says what rounding costs.
+        reader_rounds: Where ``rounded`` is given, how much more the reader may differ because it rounds what
+            the weights multiply, too: as a share of the difference that rounding the weights makes.
         routed: Whether tokens choose experts: rounding has a few of them choose others, so that in half
             precision one token in twenty may differ by more.
         what: What both were given.
@@ -173,13 +176,15 @@ def check(
     finer = [name for dtype, name in _FINER.items() if BOUNDS[dtype] < (share, loss_share)]
     largest = max(float(one.abs().max()) for one in expected.logits)
     difference, most, beyond = largest_difference(expected, found), "", ""
+    decisive, bound = difference, share * largest
     if rounded is not None:
-        share = BOUNDS[torch.float32][0]
-        beyond = f"; beyond rounding to {_name(dtypes[0])} {largest_difference(rounded, found):.2g}"
+        decisive = largest_difference(rounded, found)
+        bound = BOUNDS[torch.float32][0] * largest + reader_rounds * largest_difference(expected, rounded)
+        beyond = f"; beyond rounding to {_name(dtypes[0])} {decisive:.2g}"
     elif routed and max(dtypes, key=BOUNDS.__getitem__) != torch.float32:
-        difference, most = usual_difference(expected, found), " of 95% of the tokens"
-    decisive = difference if rounded is None else largest_difference(rounded, found)
-    bound, loss_bound = share * largest, loss_share * max(expected.loss, 1.0)
+        decisive = difference = usual_difference(expected, found)
+        most = " of 95% of the tokens"
+    loss_bound = loss_share * max(expected.loss, 1.0)
     told = (
         f"{reader}, {len(expected.logits)} {what}: largest logit difference{most} {difference:.2g}{beyond} "
         f"(bound {bound:.2g}, largest logit {largest:.1f}); "
@@ -195,4 +200,4 @@ def check(
 
 
 def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return "q8_0" if dtype == torch.int8 else str(dtype).removeprefix("torch.")

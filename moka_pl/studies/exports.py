@@ -3,13 +3,16 @@
 ``scripts/exports.py`` runs it.
 """
 
+import copy
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +22,8 @@ from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, moka_layers,
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, shape_config
 from moka_pl.export.check import Measured, largest_difference, measure
+from moka_pl.export.gguf import GgufType, read_back, write_model
+from moka_pl.export.llama_cpp import LlamaCpp
 from moka_pl.export.merged import Part, merged_parts, write_description, write_weights
 from moka_pl.export.rounding import round_weights, to_dtype
 from moka_pl.studies.common import Parser
@@ -29,13 +34,15 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Measures merged exports of models with random weights.
 
-    python scripts/exports.py [--layers 2 32] [--hidden 256 512]
+    python scripts/exports.py [--layers 2 32] [--hidden 256 512] [--llama_cpp]
     python scripts/exports.py --large FOLDER [--shape llama2-7b] [--dtype float16]
 
 The first form compares what small models with adapters compute, merged and rounded, with the adapters, and
-with the frozen base rounded alike; and it makes mistakes in the merged weights. All differences are shares of
-the largest logit. The second form writes a base and an adapter of a shape into FOLDER, and runs
-`python -m moka_pl export` on it: with the times of its lines, and the largest memory between them.
+with the frozen base rounded alike; and it makes mistakes in the merged weights. With --llama_cpp it compares
+what llama.cpp makes of GGUF files. All differences are shares of the largest logit.
+
+The second form writes a base and an adapter of a shape into FOLDER, and exports the adapter by
+`python -m moka_pl export`: with the times of its lines, and the largest memory between them.
 """
 
 #: Numbers of the adapters' factors, normal with this deviation: an update of some percent of the weight.
@@ -55,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("exports", DESCRIPTION)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 32], help="layers of small models")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512], help="hidden sizes of them")
+    parser.add_argument("--llama_cpp", action="store_true", help="compare GGUF files of the small models")
     parser.add_argument("--large", type=Path, metavar="FOLDER", help="export a large model, in this folder")
     parser.add_argument("--shape", default="llama2-7b", choices=SHAPES, help="its shape")
     parser.add_argument("--dtype", default="float16", help="the export's dtype")
@@ -66,16 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for layers in args.layers:
         for hidden in args.hidden:
-            print("\n".join(small(layers, hidden)), flush=True)
+            model, prompts = small_model(layers, hidden)
+            print(f"{layers} layers, hidden size {hidden}:")
+            for line in (gguf_files if args.llama_cpp else merged_models)(model, prompts):
+                print(f"  {line}", flush=True)
 
 
 # Small models.
 
 
-def small(layers: int, hidden: int) -> Iterator[str]:
-    """Measures a small model; yields lines.
-
-    Its weights are random with a deviation that gives the layers the gain of LLaMA2-7B's random ones.
+def small_model(layers: int, hidden: int) -> tuple["PreTrainedModel", list[Tensor]]:
+    """Makes a frozen model and prompts; the layers have the gain of LLaMA2-7B's random ones.
 
     Args:
         layers: Blocks of the model.
@@ -83,7 +92,7 @@ def small(layers: int, hidden: int) -> Iterator[str]:
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    heads, std = hidden // 64, 0.02 * (4096 / hidden) ** 0.5
+    heads = hidden // 64
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 43 // 16,
@@ -91,43 +100,68 @@ def small(layers: int, hidden: int) -> Iterator[str]:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         vocab_size=_VOCABULARY,
-        initializer_range=std,
+        initializer_range=0.02 * (4096 / hidden) ** 0.5,
     )
     torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    return model, list(torch.randint(0, _VOCABULARY, (_PROMPTS, _TOKENS)))
 
-    def made() -> "PreTrainedModel":
-        return AutoModelForCausalLM.from_config(config).eval()
+
+def merged_models(model: "PreTrainedModel", prompts: list[Tensor]) -> Iterator[str]:
+    """Gives a model an adapter, and compares merged weights of each dtype, right and wrong; yields lines."""
+    plain = copy.deepcopy(model)
 
     def computed(tensors: dict[str, Tensor]) -> Measured:
-        model = made()
-        model.load_state_dict(tensors)
-        return measure(model, prompts)
+        plain.load_state_dict(tensors)
+        return measure(plain, prompts)
 
-    model = made()
-    prompts = list(torch.randint(0, _VOCABULARY, (_PROMPTS, _TOKENS)))
     base, frozen = measure(model, prompts), {key: t.clone() for key, t in model.state_dict().items()}
-    inject_adapter(model, MokaConfig(components=10))
-    randomize(model)
-    expected = measure(model, prompts)
-    largest = max(float(logits.abs().max()) for logits in expected.logits)
+    expected, share = _adapted(model, prompts)
     merged = {part.name: part.make().clone() for part in merged_parts(model)}
-    yield f"{layers} layers, hidden size {hidden}: largest logit {largest:.1f}, loss {expected.loss:.5f}"
-    yield f"  the update itself           {largest_difference(base, expected) / largest:.2g}"
+    yield f"loss {expected.loss:.5f}, the update itself {share(base, expected)}"
     for dtype in _DTYPES:
-        found = computed(_rounded(merged, dtype))
-        alone = largest_difference(base, computed(_rounded(frozen, dtype))) / largest
+        found, alone = computed(_rounded(merged, dtype)), computed(_rounded(frozen, dtype))
         yield (
-            f"  {str(dtype).removeprefix('torch.'):<9} the base alone {alone:.2g}, the merged model "
-            f"{largest_difference(expected, found) / largest:.2g}, its loss {found.loss:.5f}"
+            f"{str(dtype).removeprefix('torch.'):<9} the base alone {share(base, alone)}, the merged model "
+            f"{share(expected, found)}, its loss {found.loss:.5f}"
         )
     round_weights(model, to_dtype(torch.bfloat16))
     reference = measure(model, prompts)
     for name, tensors in {"none": merged, **_mistakes(frozen, merged)}.items():
         found = computed(_rounded(tensors, torch.bfloat16))
         yield (
-            f"  mistake: {name:<34} in bfloat16 {largest_difference(expected, found) / largest:.2g}, beyond "
-            f"rounding {largest_difference(reference, found) / largest:.2g}"
+            f"mistake: {name:<34} in bfloat16 {share(expected, found)}, beyond rounding "
+            f"{share(reference, found)}"
         )
+
+
+def gguf_files(model: "PreTrainedModel", prompts: list[Tensor]) -> Iterator[str]:
+    """Gives a model an adapter, and compares what llama.cpp makes of it; yields lines."""
+    frozen = copy.deepcopy(model)
+    kinds: tuple[GgufType, ...] = ("f32", "f16", "q8_0")
+    for kind in kinds:
+        model = copy.deepcopy(frozen)
+        expected, share = _adapted(model, prompts)
+        with TemporaryDirectory() as folder:
+            write_model(Path(folder) / "model.gguf", model, merged_parts(model), kind)
+            found = LlamaCpp(Path(folder) / "model.gguf").measure(prompts)
+        round_weights(model, partial(read_back, kind=kind))
+        rounded = measure(model, prompts)
+        yield (
+            f"{kind:<4} rounding the weights {share(expected, rounded)}, llama.cpp {share(expected, found)}, "
+            f"beyond rounding {share(rounded, found)}"
+        )
+
+
+def _adapted(
+    model: "PreTrainedModel", prompts: list[Tensor]
+) -> tuple[Measured, Callable[[Measured, Measured], str]]:
+    """Adds a random adapter; returns what it computes, and what says differences as shares of its logits."""
+    inject_adapter(model, MokaConfig(components=10))
+    randomize(model)
+    expected = measure(model, prompts)
+    largest = max(float(logits.abs().max()) for logits in expected.logits)
+    return expected, lambda one, other: f"{largest_difference(one, other) / largest:.2g}"
 
 
 def randomize(model: "PreTrainedModel") -> None:

@@ -1,6 +1,7 @@
 """GGUF files: orders and names of tensors, read by transformers, gguf, and llama.cpp where installed."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,21 @@ from moka_pl.adapters import MokaConfig, inject_adapter, moka_layers, unload
 from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export import llama_cpp
-from moka_pl.export.gguf import check_architecture, llama_rows, model_size, write_adapter, write_model
+from moka_pl.export.check import largest_difference, measure
+from moka_pl.export.gguf import (
+    check_architecture,
+    llama_rows,
+    model_size,
+    read_back,
+    write_adapter,
+    write_model,
+)
 from moka_pl.export.gguf_tokenizer import _LLAMA3
 from moka_pl.export.llama_cpp import LlamaCpp, greedy
 from moka_pl.export.lora import lora_form
 from moka_pl.export.merged import merged_parts
 from moka_pl.export.modelfile import modelfile
+from moka_pl.export.rounding import round_weights
 
 gguf = pytest.importorskip("gguf")
 IDS = torch.tensor([5, 60, 7, 9, 33, 21, 90, 2])
@@ -62,6 +72,29 @@ def test_transformers_reads_the_merged_model(
         unload(model)
         assert (model(IDS[None]).logits - expected).abs().max() > 1.5 * tolerance
     assert difference < tolerance
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("reader", ["transformers", "llama.cpp"])
+def test_what_rounding_makes_of_a_file_is_known(
+    reader: str, kind: str, make_llama: Callable, randomize: Callable, tmp_path: Path
+) -> None:
+    if reader == "llama.cpp":
+        pytest.importorskip("llama_cpp")
+    model = make_llama(hidden_size=64, intermediate_size=96)
+    inject_adapter(model, MokaConfig(components=2, filters="square"))
+    randomize(model)
+    file, before = tmp_path / "model.gguf", measure(model, [IDS])
+    write_model(file, model, merged_parts(model), kind, make_tokenizer(BYTES))
+    round_weights(model, partial(read_back, kind=kind))
+    rounded = measure(model, [IDS])
+    cost, largest = largest_difference(before, rounded), float(before.logits[0].abs().max())
+    assert cost > 1e-4 * largest
+    if reader == "llama.cpp":
+        assert largest_difference(rounded, LlamaCpp(file).measure([IDS])) < 1.5 * cost
+        return
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    assert largest_difference(rounded, measure(found, [IDS])) < 2e-5 * largest
 
 
 @pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
