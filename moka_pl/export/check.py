@@ -149,7 +149,6 @@ def check(
     reader: str,
     *dtypes: torch.dtype,
     rounded: Measured | None = None,
-    reader_rounds: float = 0.0,
     routed: bool = False,
     what: str = "prompts",
 ) -> str:
@@ -163,8 +162,6 @@ def check(
         rounded: The adapter's where its merged weights are rounded as the export's, the first of
             ``dtypes``, and both compute in float32: the logits are compared with these, by float32's bound,
             and that of the coarsest is for the loss alone, which says what rounding costs.
-        reader_rounds: Where ``rounded`` is given, how much more the reader may differ because it rounds what
-            the weights multiply, too: as a share of the difference that rounding the weights makes.
         routed: Whether tokens choose experts: rounding has a few of them choose others, so that in half
             precision one token in twenty may differ by more.
         what: What both were given.
@@ -179,7 +176,7 @@ def check(
     decisive, bound = difference, share * largest
     if rounded is not None:
         decisive = largest_difference(rounded, found)
-        bound = BOUNDS[torch.float32][0] * largest + reader_rounds * largest_difference(expected, rounded)
+        bound = BOUNDS[torch.float32][0] * largest
         beyond = f"; beyond rounding to {_name(dtypes[0])} {decisive:.2g}"
     elif routed and max(dtypes, key=BOUNDS.__getitem__) != torch.float32:
         decisive = difference = usual_difference(expected, found)

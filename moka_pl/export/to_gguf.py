@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 _ADAPTER = "adapter.gguf"
 #: What decides on the bounds.
 _AS_DTYPE = {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.int8}
-#: llama.cpp rounds what half-precision and 8-bit weights multiply, too. That makes at most 0.9 times the
-#: difference that rounding the weights makes: ``scripts/exports.py --llama_cpp`` measures it.
-_READER_ROUNDS = 1.5
 #: Prompts that are continued greedily.
 _CONTINUED = 2
 
@@ -48,29 +45,27 @@ def export_model(source: Source, out: Path, kind: GgufType) -> None:
         AdapterError: If the reader computes something else; nothing is written then.
         ConfigError: If the tokenizer or the model cannot be written, or ``out`` cannot.
     """
-    name, dtypes, model = f"model-{kind}.gguf", (_AS_DTYPE[kind], source.model.dtype), source.model
+    name, dtypes = f"model-{kind}.gguf", (_AS_DTYPE[kind], source.model.dtype)
     with written_folder(out) as new:
-        write_model(new / name, model, merged_parts(model), kind, source.tokenizer)
+        write_model(new / name, source.model, merged_parts(source.model), kind, source.tokenizer)
         prompt = source.info.extra.get("prompt")
         text = modelfile(f"./{name}", None, source.tokenizer, prompt)
         (new / "Modelfile").write_text(text, encoding="utf-8")
-        engine = LlamaCpp(new / name) if llama_cpp.version() else None
-        ours = _greedy(model, source.prompts) if engine else []
-        rounded = None
-        if rounds_alone(*dtypes):
-            say("computing them with rounded weights ...")
-            round_weights(model, partial(read_back, kind=kind))
-            rounded = measure(model, source.prompts)
-        if engine is not None:
-            reader = f"{llama_cpp.version()}"
+        if reader := llama_cpp.version():
             say(f"{reader} reads it back ...")
+            engine = LlamaCpp(new / name)
             _check_tokens(engine, source)
-            found = engine.measure(source.prompts)
-            say(check(source.expected, found, reader, *dtypes, rounded=rounded, reader_rounds=_READER_ROUNDS))
-            _say_greedy(engine, ours, source.prompts)
+            # It rounds what half-precision and 8-bit weights multiply, too: what the weights' rounding makes
+            # is not all.
+            say(check(source.expected, engine.measure(source.prompts), reader, *dtypes))
+            _say_greedy(engine, source.model, source.prompts)
             del engine
         else:
             found, reader = _by_transformers(new / name, source)
+            rounded = None
+            if rounds_alone(*dtypes):
+                round_weights(source.model, partial(read_back, kind=kind))
+                rounded = measure(source.model, source.prompts)
             say(check(source.expected, found, reader, *dtypes, rounded=rounded))
             say("llama-cpp-python is not installed: the file's tokenizer was not compared")
     _say_size(out)
@@ -106,8 +101,7 @@ def export_adapter(source: Source, out: Path, form: LoraForm, dtype: torch.dtype
             dtypes = (dtype, _AS_DTYPE[kind], model.dtype)
             say(check(expected, engine.measure(source.prompts), reader, *dtypes))
             with lora_applied(model, form):
-                ours = _greedy(model, source.prompts)
-            _say_greedy(engine, ours, source.prompts)
+                _say_greedy(engine, model, source.prompts)
             del engine
         else:
             _read_back(new / _ADAPTER, model, form, dtype)
@@ -132,14 +126,10 @@ def _check_tokens(engine: LlamaCpp, source: Source) -> None:
         )
 
 
-def _greedy(model: "PreTrainedModel", prompts: list[Tensor]) -> list[list[int]]:
-    return [greedy(model, ids) for ids in prompts[:_CONTINUED]]
-
-
-def _say_greedy(engine: LlamaCpp, ours: list[list[int]], prompts: list[Tensor]) -> None:
-    pairs = [(tokens, engine.greedy(ids)) for tokens, ids in zip(ours, prompts, strict=False)]
-    alike = sum(one == other for tokens, theirs in pairs for one, other in zip(tokens, theirs, strict=True))
-    say(f"greedy tokens: {alike} of {sum(map(len, ours))} alike")
+def _say_greedy(engine: LlamaCpp, model: "PreTrainedModel", prompts: list[Tensor]) -> None:
+    pairs = [(greedy(model, ids), engine.greedy(ids)) for ids in prompts[:_CONTINUED]]
+    alike = sum(one == other for ours, theirs in pairs for one, other in zip(ours, theirs, strict=True))
+    say(f"greedy tokens: {alike} of {sum(len(ours) for ours, _ in pairs)} alike")
 
 
 def _by_transformers(file: Path, source: Source) -> tuple[Measured, str]:
