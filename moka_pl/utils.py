@@ -16,6 +16,9 @@ from typing import IO
 
 from moka_pl.errors import ConfigError, MokaWarning
 
+#: How a file begins that stands for one of Git LFS.
+LFS_POINTER = b"version https://git-lfs"
+
 
 @contextmanager
 def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
@@ -41,6 +44,18 @@ def warn(message: str) -> None:
 def expanded(path: str | os.PathLike[str]) -> Path:
     """Puts the home folder in the place of a leading ``~``; one of an unknown user is a name like others."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib's raises an error there
+
+
+def unfetched_reason(file: Path) -> str | None:
+    """Tells of a file of which ``git clone`` without Git LFS has left a pointer in its place; else None."""
+    try:
+        with file.open("rb") as opened:
+            begun = opened.read(len(LFS_POINTER))
+    except OSError:  # reading it as a whole will tell
+        return None
+    if begun != LFS_POINTER:
+        return None
+    return f"{file.name} is only Git LFS's pointer to the file; run git lfs pull in {file.parent}"
 
 
 def make_folder(folder: Path, option: str) -> None:

@@ -17,7 +17,7 @@ from moka_pl.adapters.schema import check_value, check_values, shown
 from moka_pl.backbone import BackboneConfig, check_samples
 from moka_pl.errors import AdapterError, ConfigError, listed, one_line
 from moka_pl.ops.finite import non_finite_names
-from moka_pl.utils import expanded, recover_folder
+from moka_pl.utils import expanded, recover_folder, unfetched_reason
 from moka_pl.version import __version__
 
 FORMAT_VERSION = 5
@@ -286,6 +286,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         if not file.is_file():
             raise AdapterError(f"{path} is not an adapter directory: {_instead(path)}")
+        if (reason := unfetched_reason(file)) is not None:
+            raise AdapterError(f"{path} cannot be read: {reason}")
         if (size := file.stat().st_size) > _LONGEST_CONFIG:
             raise AdapterError(
                 f"{file} has {size:,} bytes; that of an adapter has at most {_LONGEST_CONFIG:,}"
@@ -339,6 +341,8 @@ def _open_weights(path: Path) -> Iterator[Any]:
     try:
         if not file.is_file():
             raise AdapterError(f"{path} is not an adapter directory: it has no {WEIGHTS_NAME}")
+        if (reason := unfetched_reason(file)) is not None:
+            raise AdapterError(f"{path} cannot be read: {reason}")
         with file.open("rb") as start:
             header = int.from_bytes(start.read(8), "little")
         if header > _LONGEST_CONFIG:

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from moka_pl.backbone.weight_files import read_head, read_weight_files, unfetched_reason
+from moka_pl.backbone.weight_files import read_head, read_weight_files
 from moka_pl.errors import BackboneError, one_line
+from moka_pl.utils import unfetched_reason
 
 #: Each kind of weight files: the one file that is taken where it is there, and the index of several.
 _WEIGHTS = {

@@ -15,7 +15,7 @@ from moka_pl.backbone.gguf_tokenizer import (
 )
 from moka_pl.backbone.loading import check_room, loading, progress_bars, writable
 from moka_pl.errors import BackboneError
-from moka_pl.utils import replaced_folder
+from moka_pl.utils import replaced_folder, unfetched_reason
 
 _LAYOUT = 2  # raise when a conversion of the same file would come out differently
 _FLOAT32 = 4  # bytes of a converted weight
@@ -58,6 +58,8 @@ def _convert(file: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if (reason := unfetched_reason(file)) is not None:
+        raise BackboneError(f"{file} cannot be loaded: {reason}")
     with loading(str(file)):
         check_room(target, _FLOAT32 * count_weights(file))
     print(f"Converting {file.name} once (cached in {target}) ...", flush=True)

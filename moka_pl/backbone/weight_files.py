@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from moka_pl.errors import BackboneError, one_line
+from moka_pl.utils import unfetched_reason
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-#: How a file begins that stands for one of Git LFS.
-_POINTER = b"version https://git-lfs"
 
 
 class Stored(NamedTuple):
@@ -134,15 +133,3 @@ def _read_head(file: Path, size: int, modified: int) -> dict[str, Stored]:
         reason = unfetched_reason(file) or f"{file.name} is damaged ({one_line(error)}). Copy the model again"
         raise BackboneError(f"{file.parent} cannot be loaded: {reason}") from error
     return tensors
-
-
-def unfetched_reason(file: Path) -> str | None:
-    """Tells of a file of which ``git clone`` without Git LFS has left a pointer in its place; else None."""
-    try:
-        with file.open("rb") as opened:
-            begun = opened.read(len(_POINTER))
-    except OSError:  # reading it as a whole will tell
-        return None
-    if begun != _POINTER:
-        return None
-    return f"{file.name} is only Git LFS's pointer to the file; run git lfs pull in {file.parent}"

@@ -43,7 +43,7 @@ from moka_pl.data import MokaDataModule
 from moka_pl.data.batching.loader import killed_worker
 from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.evaluation.memory import is_out_of_memory
-from moka_pl.training.checkpoint import find_last
+from moka_pl.training.checkpoint import LAST_NAME, find_last
 from moka_pl.training.checkpoint_files import read_checkpoint
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import check_launcher, check_options
@@ -247,7 +247,7 @@ class MokaCLI(LightningCLI):
         path = config.get("ckpt_path")
         special = path in (None, "best", "last", "hpc") or "://" in path or path.startswith("registry")
         if not special and not Path(path).is_file():
-            raise ConfigError(f"--ckpt_path {path}: no such file; give a .ckpt file, or last")
+            raise ConfigError(f"--ckpt_path {path}: {_no_checkpoint(Path(path))}")
         if path == "last":
             keeping = config.trainer.enable_checkpointing is not False
             checkpoint, version = find_last(logger, config.checkpoint.dirpath if keeping else None)
@@ -315,6 +315,15 @@ class MokaCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = configured + [c for c in ours if type(c) not in kinds]
         with _without_tips():
             return super().instantiate_trainer(**kwargs)
+
+
+def _no_checkpoint(path: Path) -> str:
+    """Tells what is at a path that is no checkpoint, and where one is near."""
+    if not path.is_dir():
+        return "no such file; give a .ckpt file, or last"
+    near = [path, path / "checkpoints", path.parent / "checkpoints", path.parent.parent / "checkpoints"]
+    found = next((file for folder in near if (file := folder / LAST_NAME).is_file()), None)
+    return f"it is a folder; give a .ckpt file, or last{f', or {found}' if found else ''}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from moka_pl.data.files.json import json_lines, json_list
 from moka_pl.data.files.parquet import parquet_rows
 from moka_pl.data.files.text import COMPRESSIONS, MAX_RECORD, check_expansion, pieces, shown, too_long
 from moka_pl.errors import DataError, one_line
-from moka_pl.utils import expanded
+from moka_pl.utils import LFS_POINTER, expanded
 
 Located = tuple[str, dict[str, Any]]
 """A location such as ``"train.jsonl, line 7"`` and the record that stands there."""
@@ -42,7 +42,7 @@ _OTHER_FILES = {
     b"PAR1": ("a Parquet file", "Name it .parquet"),
     b"ARROW1": ("an Arrow file", "Write it as Parquet"),
     b"%PDF": ("a PDF file", "Write its text to another file"),
-    b"version https://git-lfs": ("a pointer of Git LFS, not the data", "Run `git lfs pull`"),
+    LFS_POINTER: ("a pointer of Git LFS, not the data", "Run `git lfs pull`"),
 }
 """What files may be whatever their names say, by their first bytes, and what to do then."""
 
@@ -121,10 +121,7 @@ def suffix_of(path: Path) -> str | None:
 
 def local_path(source: str | Path) -> Path:
     """Returns the path that a source means if it is a local one; ``~`` is the home folder."""
-    try:
-        return expanded(source)
-    except RuntimeError:  # there is no such user
-        return Path(source)
+    return expanded(source)
 
 
 def path_exists(source: str | Path) -> bool:

@@ -58,7 +58,7 @@ def refused_options() -> Iterator[None]:
         yield
     except MokaError:
         raise
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except Exception as error:  # whatever an optimizer of others raises
         raise ConfigError(f"the optimizer or its schedule refuses its options: {one_line(error)}") from error
 
 
@@ -78,8 +78,8 @@ def check_learns(module: "MokaModule", device: torch.device | str = "cpu") -> No
         failure = _failure(build_trial(module, device)[0])
     if failure is not None:
         raise ConfigError(
-            f"{type(optimizer).__name__} fails at its first step: {one_line(failure)}. Choose another "
-            "optimizer, such as torch.optim.AdamW"
+            f"{type(optimizer).__name__} fails at its first step: {one_line(failure).rstrip('.')}. Correct "
+            "its options, or choose another optimizer, such as torch.optim.AdamW"
         ) from failure
     _step(scheduler)
     rates = _base_rates(optimizer, scheduler)
@@ -117,7 +117,7 @@ def _step(scheduler: Any) -> None:
             warnings.simplefilter("ignore")  # torch would have the optimizer step first
             scheduler.step()
             scheduler.step()
-    except (ArithmeticError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # whatever a scheduler of others raises
         raise ConfigError(f"{type(scheduler).__name__} refuses its options: {one_line(error)}") from error
 
 

@@ -33,6 +33,7 @@ from moka_pl.adapters import (
 )
 from moka_pl.adapters.reading import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME
 from moka_pl.errors import AdapterError
+from moka_pl.utils import LFS_POINTER
 
 BASE = BaseModel("someone/tiny-llama", "v1.2", "abc123", {"quantization": "nf4"})
 VARIANTS = {
@@ -358,6 +359,11 @@ DAMAGES = {
     "config cut": (keep(CONFIG_NAME, 0.5), "adapter_config.json is damaged"),
     "config not JSON": (put(CONFIG_NAME, b"components: 3\n"), "adapter_config.json is damaged"),
     "config not UTF-8": (put(CONFIG_NAME, b'{"peft_type": "\xff"}'), "adapter_config.json is damaged"),
+    "config a pointer": (put(CONFIG_NAME, LFS_POINTER), "adapter_config.json is only Git LFS's pointer"),
+    "tensors a pointer": (
+        put(WEIGHTS_NAME, LFS_POINTER),
+        "is only Git LFS's pointer .*; run git lfs pull in",
+    ),
     "config a list": (put(CONFIG_NAME, b"[]"), "is not a moka_pl adapter .*'list'"),
     "other method": (lambda a: change_config(a, peft_type="LORA"), "is not a moka_pl adapter .*'LORA'"),
     "no method": (lambda a: change_config(a, peft_type=None), "is not a moka_pl adapter .*None"),

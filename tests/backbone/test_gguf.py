@@ -18,6 +18,7 @@ from moka_pl.backbone import BackboneConfig, gguf, gguf_tokenizer, load_backbone
 from moka_pl.backbone.gguf import convert_gguf
 from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import BackboneError
+from moka_pl.utils import LFS_POINTER
 
 
 def converted(cache: Path) -> list[Path]:
@@ -98,6 +99,14 @@ def test_a_truncated_file_leaves_nothing_half_written(share: float, gguf_file: P
     assert not converted(cache)
     gguf_file.write_bytes(whole)
     load_backbone(BackboneConfig(str(gguf_file)))
+
+
+def test_a_pointer_of_git_lfs(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(LFS_POINTER + b".github.com/spec/v1\n")
+    with pytest.raises(
+        BackboneError, match=r"model\.gguf is only Git LFS's pointer to the file; run git lfs"
+    ):
+        load_backbone(BackboneConfig(str(tmp_path / "model.gguf")))
 
 
 def test_a_text_file_named_gguf(tmp_path: Path, cache: Path) -> None:

@@ -238,6 +238,16 @@ def test_wrong_keys_in_a_file(refused, config, key, value, message):
     assert message in refused("fit")
 
 
+@pytest.mark.parametrize("given", ["run", "run/checkpoints", "run/adapters", "run/adapters/best"])
+def test_a_folder_is_no_checkpoint(refused, given):
+    Path("run/adapters/best").mkdir(parents=True)
+    Path("run/checkpoints").mkdir()
+    told = f"--ckpt_path {given}: it is a folder; give a .ckpt file, or last"
+    assert refused("fit", "--ckpt_path", given).endswith(f"{told}\n")
+    Path("run/checkpoints/last.ckpt").touch()
+    assert refused("fit", "--ckpt_path", given).endswith(f"{told}, or run/checkpoints/last.ckpt\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
 from moka_pl.errors import ConfigError
 from moka_pl.training.learning_rates import LearningRateRatios
@@ -51,11 +51,19 @@ class Draws(torch.optim.SGD):
             {"optimizer": torch.optim.SparseAdam},
             "SparseAdam fails at its first step: .* dense grad.*such as torch.optim.AdamW",
         ),
+        (
+            adam(fused=True, foreach=True),
+            "options: `fused` and `foreach` cannot be `True` together",
+        ),
         ({"optimizer": torch.optim.Muon}, "refuses its options: Muon only supports 2D parameters"),
-        ({"optimizer": NeedsGPU}, "NeedsGPU fails at its first step: no kernel for cpu. Choose another"),
+        (
+            {"optimizer": NeedsGPU},
+            "NeedsGPU fails at its first step: no kernel for cpu. Correct its",
+        ),
         ({"lr_scheduler": lambda o: WarmupDecay(o, warmup=math.nan)}, "warmup must be 0 or more, not nan"),
         ({"lr_scheduler": lambda o: WarmupDecay(o, warmup=math.inf)}, "warmup must be 0 or more, not inf"),
         ({"lr_scheduler": lambda o: WarmupDecay(o, total_steps=0)}, "total_steps must be at least 1"),
+        ({"lr_scheduler": lambda o: LambdaLR(o, {0: 1.0}.__getitem__)}, "LambdaLR refuses its options: 1$"),
         ({"lr_scheduler": lambda o: StepLR(o, 0)}, "StepLR refuses its options"),
         ({"lr_scheduler": lambda o: CosineAnnealingLR(o, 0)}, "CosineAnnealingLR refuses its options"),
         ({"lr_scheduler": lambda o: OneCycleLR(o, -1, total_steps=5)}, "a learning rate of -0.04 cannot"),
