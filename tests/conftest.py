@@ -225,11 +225,15 @@ def kept_scores(tmp_path_factory, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def hub_answers(monkeypatch) -> Callable[..., object]:
-    """No test asks the hub whether it is there: it answers. Returns what asks it."""
+    """No test asks the hub: unless it is to be offline, it answers. Returns what would ask it."""
     import huggingface_hub
 
+    def answer(url: str, **_: object) -> None:
+        if huggingface_hub.constants.is_offline_mode():
+            raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
     ask = huggingface_hub.get_hf_file_metadata
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answer)
     monkeypatch.setattr("moka_pl.hub._silence", None)
     return ask
 
