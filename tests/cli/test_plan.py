@@ -99,7 +99,7 @@ def test_known_models_need_no_network(
 
 
 def test_an_unknown_model_out_of_reach_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    no_network: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
