@@ -226,10 +226,8 @@ def load_tokenizer(config: BackboneConfig, weights: bool = True) -> "PreTrainedT
         tokenizer = byte_tokenizer()
         add_new_tokens(tokenizer, config.new_tokens)
         return tokenizer
-    location = model_location(config)
+    location = model_location(config, weights=weights)
     folder = Path(location["pretrained_model_name_or_path"])
-    if weights and config.weights == "pretrained" and folder.is_dir():
-        check_weights(folder, config.name)
     with loading(config.name):
         _check_stored(location, config.name)
         try:
@@ -349,11 +347,15 @@ def _check_stored(location: dict[str, Any], name: str) -> None:
     check_numbers(PretrainedConfig.get_config_dict(**location)[0], name)
 
 
-def model_location(config: BackboneConfig, whole: bool = True) -> dict[str, Any]:
+def model_location(config: BackboneConfig, whole: bool = True, weights: bool = True) -> dict[str, Any]:
     """Arguments that tell transformers what to load; GGUF files are converted, hub models looked up first.
 
-    What is not to be loaded as a whole is downloaded here.
+    Args:
+        config: The model's options.
+        whole: Whether transformers loads it as a whole; otherwise it is downloaded here.
+        weights: Whether to look at the weight files that are here, unless they are random.
     """
+    weights = weights and config.weights == "pretrained"
     name, cache = config.name, cache_root(config.cache_dir)
     if name == SHORT_NAME or name.endswith(".gguf"):
         file = bundled_gguf(cache) if name == SHORT_NAME else expanded(name)
@@ -361,12 +363,16 @@ def model_location(config: BackboneConfig, whole: bool = True) -> dict[str, Any]
     folder = expanded(name)
     if folder.is_dir():
         check_folder(folder)
+        if weights:
+            check_weights(folder, name)
         return {"pretrained_model_name_or_path": str(folder)}
     if name in SHAPES:
         raise BackboneError(f"{name!r} is a shape without weights; set weights: random, or give a hub id")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise BackboneError(f"{name}: no such model folder; check the path")
     if (cached := reach_model(name, config.revision)) is not None:
+        if weights:
+            check_weights(cached, name)
         return {"pretrained_model_name_or_path": str(cached)}
     if not whole:
         return {"pretrained_model_name_or_path": str(download_model(name, config.revision))}

@@ -59,6 +59,17 @@ def test_takes_a_base_without_head_and_refuses_one_without_weights(vit, tmp_path
         load(tmp_path)
 
 
+def test_damaged_weights_show_before_any_image_is_read(vit, tmp_path):
+    shutil.copytree(vit, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(BackboneError, match=r"model\.safetensors is damaged"):
+        load_processor(BackboneConfig(str(tmp_path)))
+    weights.unlink()
+    with pytest.raises(BackboneError, match="it has no weights"):
+        load_processor(BackboneConfig(str(tmp_path)))
+
+
 def test_quantises_linear_layers_and_leaves_convolutions_and_head(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 64}  # bitsandbytes misreads smaller rows on some CPUs
     ViTForImageClassification(ViTConfig(**(SIZES | sizes))).save_pretrained(tmp_path)
@@ -110,7 +121,8 @@ def test_the_processor_is_the_models_own(vit, tmp_path):
         (lambda path: None, "is not a model folder: it has no config.json"),
     ],
 )
-def test_refuses_what_classifies_no_images(make, error, tmp_path):
+def test_refuses_what_classifies_no_images(make, error, vit, tmp_path):
+    shutil.copy(vit / "model.safetensors", tmp_path)
     make(tmp_path)
     with pytest.raises(BackboneError, match=error):
         load(tmp_path)
