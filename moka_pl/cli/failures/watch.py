@@ -26,13 +26,15 @@ _EVERY, _HEARING = 0.5, 1.5
 _GRACE, _SAVING, _TELLING = 8.0, 12.0, 3.0
 
 _watch: "_Watch | None" = None
+_runs = 0
 
 
 def begin(trainer: "Trainer") -> None:
     """Watches over the processes that a trainer starts, or that run beside this one."""
-    global _watch
+    global _watch, _runs
     end(0)
     if trainer.world_size > 1:
+        _runs += 1
         _watch = _Watch(trainer)
         _watch.start()
 
@@ -70,6 +72,7 @@ class _Watch(threading.Thread):
         self.ended: Ended | None = None
         self.found = threading.Event()
         self._trainer = trainer
+        self._run = _runs
         self._store: Any = None
         self._lifeline: Lifeline | None = None
         self._over, self._using = threading.Event(), threading.Lock()
@@ -113,7 +116,7 @@ class _Watch(threading.Thread):
             if self._lifeline is None and (store := ranks.run_store()) is not None:
                 self._store = store.clone()  # the main thread may wait in the other one
                 host = self._trainer.strategy.cluster_environment.main_address  # type: ignore[attr-defined]
-                self._lifeline = Lifeline(self._store, self._trainer.global_rank, host)
+                self._lifeline = Lifeline(self._store, self._trainer.global_rank, host, self._run)
             if self._lifeline is not None and self._lifeline.connect():
                 return self._lifeline.look(_EVERY)
         self._over.wait(_EVERY)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-_KEY = "moka_pl/lifeline"
+_KEY = "moka_pl/lifeline"  # with the number of a run
 #: Of one machine only.
 _LOOPBACK = ("127.0.0.1", "localhost")
 #: The status of a process that has ended without a word.
@@ -45,10 +45,12 @@ class Lifeline:
         store: The store that has brought the processes together, for this object alone.
         rank: This process's rank.
         host: The first process's machine, as the others know it.
+        run: Number of the run, of those that the same processes do one after the other.
     """
 
-    def __init__(self, store: Any, rank: int, host: str) -> None:
+    def __init__(self, store: Any, rank: int, host: str, run: int = 1) -> None:
         self._store, self._rank, self._host = store, rank, host
+        self._key = f"{_KEY}/{run}"
         self._selector = selectors.DefaultSelector()
         self._others: list[_Other] = []
         self._token = b""
@@ -57,7 +59,7 @@ class Lifeline:
             self._token = secrets.token_hex(16).encode()  # anybody can reach the port
             self._server = _listen(host)
             self._selector.register(self._server, selectors.EVENT_READ)
-            store.set(_KEY, f"{self._server.getsockname()[1]} {self._token.decode()}")
+            store.set(self._key, f"{self._server.getsockname()[1]} {self._token.decode()}")
         mine = weakref.ref(self)
 
         def let_go() -> None:
@@ -72,8 +74,8 @@ class Lifeline:
         Raises:
             OSError: It cannot be reached.
         """
-        if self._rank != 0 and not self._others and self._store.check([_KEY]):
-            port, token = self._store.get(_KEY).decode().split()
+        if self._rank != 0 and not self._others and self._store.check([self._key]):
+            port, token = self._store.get(self._key).decode().split()
             connection = socket.create_connection((self._host, int(port)), _CONNECTING)
             connection.settimeout(None)
             connection.sendall(f"{token} {self._rank}\n".encode())

@@ -29,6 +29,7 @@ def processes(monkeypatch):
         monkeypatch.setattr(watch, name, 0.05)
     monkeypatch.setattr(ranks, "run_store", lambda: shared)
     monkeypatch.setattr(ranks, "_launcher", None)
+    monkeypatch.setattr(watch, "_runs", 0)
     monkeypatch.setattr(watch.os, "_exit", leave)
     monkeypatch.setattr(watch.signal, "alarm", done.alarms.append)
     environment = SimpleNamespace(main_address="127.0.0.1")
@@ -83,6 +84,17 @@ def test_a_process_that_is_done_ends_nobody(processes, other):
     assert other.look(SOON) is None
     assert not processes.statuses
     assert not processes.alarms
+
+
+def test_a_run_after_another_is_not_taken_for_it(processes, other):
+    early = Lifeline(processes.store, 1, "127.0.0.1", run=2)
+    assert not early.connect()
+    watch.begin(processes.trainer)
+    while not early.connect():
+        pass
+    assert other.look(SOON) is None  # the first run is done
+    early.close()
+    assert processes.left.wait(SOON)
 
 
 def test_a_process_that_fails_tells_the_others_and_is_sure_to_end(processes, other, monkeypatch):
