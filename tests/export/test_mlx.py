@@ -127,6 +127,24 @@ def test_mlx_computes_the_same(
         assert (model(IDS[None]).logits[0] - expected).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mlx_computes_in_float32_with_factors_in_half_precision(
+    dtype: torch.dtype,
+    make_llama: Callable,
+    randomize: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("mlx.core")
+    model = make_llama(max_position_embeddings=128)
+    inject_adapter(model, MokaConfig(components=2, filters="square"))
+    randomize(model)
+    prompts, info = [IDS], SimpleNamespace(base=None, extra={})
+    source = Source(info, model, byte_tokenizer(), prompts, measure(model, prompts), "base", "base")
+    export_mlx(source, tmp_path / "out", lora_form(moka_layers(model)), dtype)
+    assert f"beyond rounding to {str(dtype).removeprefix('torch.')}" in capsys.readouterr().out
+
+
 def test_what_mlx_does_not_know_is_said(make_llama: Callable, tmp_path: Path) -> None:
     pytest.importorskip("mlx.core")
     (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
