@@ -48,8 +48,9 @@ def test_nobody_looks_what_the_contract_offers_up_by_name():
     for file in Path(moka_pl.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
-            if called in ("getattr", "hasattr") and isinstance(node.args[1], ast.Constant):
-                assert node.args[1].value not in OFFERED | {"datamodule"}, f"{file}, line {node.lineno}"
+            name = node.args[1:2] if called in ("getattr", "hasattr") else []
+            if name and isinstance(name[0], ast.Constant):
+                assert name[0].value not in OFFERED | {"datamodule"}, f"{file}, line {node.lineno}"
 
 
 @pytest.mark.parametrize("kind", [CommonsenseData, InstructionData, MmluData, TextData])

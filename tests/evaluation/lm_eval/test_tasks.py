@@ -53,10 +53,10 @@ def test_data_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def fail(**options: object) -> None:
-        raise ConnectionError("no\nroute")
+        raise RuntimeError("no\nsuch split")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(ConfigError, match=r"lm_eval cannot load the task arc_easy: no route; connect"):
+    with pytest.raises(ConfigError, match=r"lm_eval cannot load the task arc_easy: no such split; connect"):
         select_tasks(["arc_easy"])
 
 
