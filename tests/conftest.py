@@ -38,26 +38,35 @@ from moka_pl.training.module import MokaModule
 
 #: Files that take ten seconds or more begin first, so that neither of pytest's processes ends with one alone.
 LONG = (
-    "test_end_to_end.py",
-    "cli/test_main.py",
-    "ops/triton/test_kernels.py",
-    "training/test_ddp.py",
-    "training/test_module.py",
+    "training/sharding/test_two_ranks.py",
+    "training/sharding/test_killed.py",
+    "training/sharding/test_nodes.py",
     "docs/test_readme.py",
+    "ops/triton/test_kernels.py",
+    "cli/test_main.py",
+    "test_end_to_end.py",
+    "training/test_ddp.py",
+    "cli/test_run_folders.py",
+    "evaluation/test_memory.py",
+    "training/test_module.py",
+    "callbacks/test_interrupt.py",
     "callbacks/test_run_checkpoint.py",
+    "cli/parsing/test_parser.py",
+    "adapters/named/test_adapters.py",
+    "adapters/test_forward.py",
+    "cli/test_evaluate.py",
     "training/test_resume.py",
     "training/accidents/test_non_finite.py",
-    "training/test_auto_filters.py",
-    "callbacks/test_interrupt.py",
     "callbacks/test_gates.py",
-    "cli/test_parser.py",
-    "cli/test_evaluate.py",
+    "lm/test_compiled.py",
+    "training/test_auto_filters.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests of long files first."""
     rank = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    assert all(path.is_file() for path in rank), "a file of LONG has moved"
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
