@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Measures merged exports of models with random weights.
 
-    python scripts/exports.py [--layers 2 32] [--hidden 256 512] [--llama_cpp]
+    python scripts/exports.py [--layers 2 32] [--hidden 256 512] [--llama-cpp]
     python scripts/exports.py --large FOLDER [--shape llama2-7b] [--dtype float16]
 
 The first form compares what small models with adapters compute, merged and rounded, with the adapters, and
-with the frozen base rounded alike; and it makes mistakes in the merged weights. With --llama_cpp it compares
+with the frozen base rounded alike; and it makes mistakes in the merged weights. With --llama-cpp it compares
 what llama.cpp makes of GGUF files. All differences are shares of the largest logit.
 
 The second form writes a base and an adapter of a shape into FOLDER, and exports the adapter by
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("exports", DESCRIPTION)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 32], help="layers of small models")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512], help="hidden sizes of them")
-    parser.add_argument("--llama_cpp", action="store_true", help="compare GGUF files of the small models")
+    parser.add_argument("--llama-cpp", action="store_true", help="compare GGUF files of the small models")
     parser.add_argument("--large", type=Path, metavar="FOLDER", help="export a large model, in this folder")
     parser.add_argument("--shape", default="llama2-7b", choices=SHAPES, help="its shape")
     parser.add_argument("--dtype", default="float16", help="the export's dtype")
