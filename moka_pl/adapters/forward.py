@@ -30,7 +30,7 @@ from moka_pl.ops.merged_forward import DenseUpdates
 from moka_pl.ops.thin import ThinUpdates, is_thin
 
 if TYPE_CHECKING:
-    from moka_pl.adapters.layer import MokaLinear
+    from moka_pl.adapters.layer import MokaLayer, MokaLinear
     from moka_pl.ops.triton import WeightSource
 
 
@@ -188,5 +188,11 @@ def is_decoding(adapted: "MokaLinear", x: Tensor) -> bool:
     n = x.shape[-1]
     if torch.is_grad_enabled() or not 0 < x.numel() // n < DECODE_TOKENS:
         return False
-    asked = adapted.backend == "fused" or (adapted.backend == "auto" and x.is_cuda)
-    return asked and can_fuse(x, adapted.moka_B.dtype, adapted.shapes, adapted.out_features)
+    return asks_for_kernels(adapted, x) and can_fuse(
+        x, adapted.moka_B.dtype, adapted.shapes, adapted.out_features
+    )
+
+
+def asks_for_kernels(adapted: "MokaLayer", x: Tensor) -> bool:
+    """Whether an adapted layer's backend means the kernels for x, where they can run."""
+    return adapted.backend == "fused" or (adapted.backend == "auto" and x.is_cuda)

@@ -10,13 +10,13 @@ from moka_pl.data.encoding.choices import ChoiceEncoder
 from moka_pl.data.encoding.examples import Encoded
 from moka_pl.data.formats.choice import choice_features
 from moka_pl.data.formats.mmlu import mmlu_groups, parse_mmlu
-from moka_pl.data.readers import local_path
 from moka_pl.data.reading import is_local, read_rows
 from moka_pl.data.sources import Shard, refuse_unknown
 from moka_pl.data.splits import subsample
 from moka_pl.errors import DataError
 from moka_pl.prompts.choice import MMLU_PROMPTS, FewShot
 from moka_pl.prompts.ends import adds_bos
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -140,7 +140,7 @@ class MmluData(MokaDataModule):
     def _read_folder(self, split: str) -> "Dataset":
         from datasets import concatenate_datasets
 
-        folder = local_path(self.path)
+        folder = expanded(self.path)
         ending = f"_{split}.csv"
         known = sorted(file.name.removesuffix(ending) for file in (folder / split).glob(f"*{ending}"))
         if not known:

@@ -119,14 +119,9 @@ def suffix_of(path: Path) -> str | None:
     return max(known, key=len, default=None)
 
 
-def local_path(source: str | Path) -> Path:
-    """Returns the path that a source means if it is a local one; ``~`` is the home folder."""
-    return expanded(source)
-
-
 def path_exists(source: str | Path) -> bool:
     """Returns whether there is something at a local path, be it a link to nowhere."""
-    return os.path.lexists(local_path(source))
+    return os.path.lexists(expanded(source))
 
 
 def is_folder(path: Path) -> bool:

@@ -18,7 +18,6 @@ from moka_pl.data.readers import (
     Located,
     check_source,
     described,
-    local_path,
     located,
     path_exists,
     stream,
@@ -27,6 +26,7 @@ from moka_pl.data.readers import (
 from moka_pl.data.sources import Shard
 from moka_pl.errors import DataError, one_line
 from moka_pl.hub import cache_if_unreachable, unasked
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -129,7 +129,7 @@ def progress_bars(show: bool) -> Iterator[None]:
 
 def is_local(source: str | Path) -> bool:
     """Returns whether a source is a local file or folder rather than a hub dataset id."""
-    path = local_path(source)
+    path = expanded(source)
     return (
         isinstance(source, Path)
         or path_exists(source)
@@ -173,7 +173,7 @@ def read_rows(
     arguments: dict[str, Any] = {"parse": parse, "context": shard.context, "columns": columns or {}}
     arguments |= {"gather": gather, "version": READING_VERSION, "skip_blank": skip_blank}
     if is_local(shard.source):
-        path = local_path(shard.source)
+        path = expanded(shard.source)
         check_source(path)
         state = path.stat()
         label = shown(path)

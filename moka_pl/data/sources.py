@@ -8,9 +8,10 @@ from typing import Any
 
 from moka_pl.data.catalog import CHOICE_TASKS, COMMONSENSE_170K, HubData, find_corpus, task_name
 from moka_pl.data.formats.llm_adapters import SCIENCE
-from moka_pl.data.readers import READERS, check_file, is_folder, local_path, path_exists, suffix_of
+from moka_pl.data.readers import READERS, check_file, is_folder, path_exists, suffix_of
 from moka_pl.data.samples import sample_path
 from moka_pl.errors import DataError
+from moka_pl.utils import expanded
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -115,7 +116,7 @@ def _shards(source: Source, split: str, hub_split: str | None) -> list[Shard]:
     if corpus is not None:
         name = hub_split or corpus.splits.get(split)
         return [] if name is None else [Shard(corpus.hub, name, corpus.options)]
-    folder = local_path(source)
+    folder = expanded(source)
     if is_folder(folder):
         return [Shard(path) for path in split_files(folder, split)]
     if hub_split is not None:
@@ -138,7 +139,7 @@ def find_choice_shards(sources: Sources, split: str, wanted: list[str] | None) -
 def _choice_shards(source: Source, split: str, wanted: list[str] | None) -> list[Shard]:
     if source == "sample":
         return [Shard(sample_path("commonsense_train" if split == "train" else "commonsense_heldout"))]
-    path = local_path(source)
+    path = expanded(source)
     if is_folder(path):
         return _folder_shards(path, split, wanted)
     named = not isinstance(source, Path) and not path_exists(source)
@@ -187,7 +188,7 @@ def refuse_unknown(wanted: list[str], known: Collection[str], source: object, ki
 
 def _file_shard(source: Source) -> Shard:
     """Returns a file of the task that its folder or its own name says, else of its folder's name."""
-    path = local_path(source).absolute()
+    path = expanded(source).absolute()
     words = re.split(r"[_\-. ]", path.stem)
     # arc_easy_train, arc_easy, arc
     beginnings = ["_".join(words[:count]) for count in range(len(words), 0, -1)]

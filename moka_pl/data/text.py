@@ -7,9 +7,9 @@ from moka_pl.data.base import SplitDataModule, check_at_least
 from moka_pl.data.encoding.examples import Encoded
 from moka_pl.data.encoding.windows import WindowEncoder
 from moka_pl.data.formats.text import parse_text, read_text_file, text_features
-from moka_pl.data.readers import local_path
 from moka_pl.data.reading import read_rows
 from moka_pl.data.sources import Shard
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,7 +83,7 @@ class TextData(SplitDataModule):
         return [Shard(self.validation_path, self.validation_split, options, self.column)]
 
     def _read(self, shard: Shard) -> "Dataset":
-        path = local_path(shard.source)
+        path = expanded(shard.source)
         if path.suffix.lower() == ".txt":
             return read_text_file(path)
         return read_rows(shard, parse_text, text_features(), skip_blank=False)

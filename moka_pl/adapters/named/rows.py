@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moka_pl.adapters.forward import plan_forward
+from moka_pl.adapters.forward import asks_for_kernels, plan_forward
 from moka_pl.adapters.layer import MokaLayer, MokaLinear
 from moka_pl.adapters.named.grouping import Rows
 from moka_pl.adapters.named.stacks import LayerStacks, Stack
@@ -146,8 +146,7 @@ class RowLinear(RowLayer):
         """Whether the kernels for generating serve x, (N, 1, n): on a GPU, without gradients."""
         if torch.is_grad_enabled() or not 0 < len(x) < _MANY_ROWS:
             return False
-        backends = ("auto", "fused") if x.is_cuda else ("fused",)
-        return all(layer.backend in backends for layer in self.adapters) and all(
+        return all(asks_for_kernels(layer, x) for layer in self.adapters) and all(
             can_fuse(x, stack.factors.dtype, stack.shapes, self.out_features) for stack in self.stacks
         )
 
@@ -184,12 +183,7 @@ class RowLinear(RowLayer):
                 dtype = torch.promote_types(dtype, stack.factors.dtype)
             with _without_autocast(x.device.type):
                 inputs = chosen.to(dtype), stack.of_rows(adapter, dtype), stack.shapes, m
-                if (
-                    every
-                    and not torch.is_grad_enabled()
-                    and _takes(total, dtype)
-                    and rounds_once(*inputs[2:])
-                ):
+                if every and _takes(total, dtype) and rounds_once(stack.shapes, m):
                     rows_update(*inputs, out=total)
                 else:
                     total = _added(total, rows, rows_update(*inputs))

@@ -35,7 +35,7 @@ from moka_pl.data.encoding.report import (
 )
 from moka_pl.data.formats.instruction import parse_instruction
 from moka_pl.data.formats.trees import is_tree_message
-from moka_pl.data.readers import described, local_path, located, stream, suffix_of
+from moka_pl.data.readers import described, located, stream, suffix_of
 from moka_pl.data.reading import (
     ARROW,
     Columns,
@@ -50,6 +50,7 @@ from moka_pl.data.sources import Shard
 from moka_pl.data.types import Batch
 from moka_pl.errors import DataError
 from moka_pl.lm.scoring import IGNORE_INDEX
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from datasets import IterableDataset as HFIterableDataset
@@ -88,7 +89,7 @@ class StreamedRecords:
         if not is_local(self.shards[0].source):
             shard = self.shards[0]
             return load_hub(str(shard.source), shard.split, {**shard.options, "streaming": True})
-        files = [str(local_path(shard.source)) for shard in self.shards]
+        files = [str(expanded(shard.source)) for shard in self.shards]
         order = numpy.random.default_rng([self.seed, epoch]).permutation(len(files))
         return HFIterableDataset.from_generator(_items, gen_kwargs={"files": [files[i] for i in order]})
 

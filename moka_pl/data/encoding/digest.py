@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.data.readers import local_path
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +30,7 @@ def sources_digest(shards: Iterable["Shard"]) -> str:
     """Returns a hash of streamed corpora: size and both ends of files, names of hub datasets."""
     digest = blake2b(digest_size=8)
     for shard in shards:
-        path = local_path(shard.source)
+        path = expanded(shard.source)
         if not path.is_file():
             digest.update(json.dumps([str(shard.source), shard.split, shard.options], default=str).encode())
             continue

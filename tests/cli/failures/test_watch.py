@@ -105,23 +105,17 @@ def test_a_process_that_fails_tells_the_others_and_is_sure_to_end(processes, oth
     assert processes.alarms == [8]
 
 
-def test_a_child_that_ends_before_it_has_connected_is_missed(processes, monkeypatch):
-    child = subprocess.Popen(["sh", "-c", "kill -9 $$"])
+@pytest.mark.parametrize(("ends", "status", "told"), [("kill -9 $$", 1, True), ("exit 2", 2, False)])
+def test_a_child_that_ends_before_it_has_connected_is_missed(
+    ends, status, told, processes, monkeypatch, capsys
+):
+    child = subprocess.Popen(["sh", "-c", ends])
     monkeypatch.setattr(ranks, "_launcher", SimpleNamespace(procs=[child]))
     monkeypatch.setattr(ranks, "run_store", lambda: None)
     watch.begin(processes.trainer)
     assert processes.left.wait(SOON)
-    assert processes.statuses == [1]
-
-
-def test_a_child_that_has_told_why_gives_its_status(processes, monkeypatch, capsys):
-    child = subprocess.Popen(["sh", "-c", "exit 2"])
-    monkeypatch.setattr(ranks, "_launcher", SimpleNamespace(procs=[child]))
-    monkeypatch.setattr(ranks, "run_store", lambda: None)
-    watch.begin(processes.trainer)
-    assert processes.left.wait(SOON)
-    assert processes.statuses == [2]
-    assert "error" not in capsys.readouterr().err
+    assert processes.statuses == [status]
+    assert ("error" in capsys.readouterr().err) == told  # one that exits has told why
 
 
 @pytest.mark.parametrize("status", [LOST, 2])
