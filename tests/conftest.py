@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from shared.interpreter import quicken
 from shared.tiny import SHAPE, VOCABULARY
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -35,6 +36,8 @@ from moka_pl.backbone import BackboneConfig
 from moka_pl.data import CommonsenseData, InstructionData
 from moka_pl.training import launches
 from moka_pl.training.module import MokaModule
+
+quicken()
 
 #: Files that take ten seconds or more begin first, so that neither of pytest's processes ends with one alone.
 LONG = (
