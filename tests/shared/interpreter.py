@@ -9,10 +9,10 @@ from typing import Any
 def quicken() -> None:
     """Has the interpreter, where it is loaded, not do what has no effect.
 
-    - For every sum and product of integers it computes in 64 bits whether 32 were too few, and then asserts it
-      only with ``debug``, which is off.
-    - At every call of a function under ``triton.jit`` in a kernel, such as ``tl.sum``, it searches the modules
-      of the language for what is to be replaced. A launch's first call of a module's function leaves nothing.
+    - For every sum and product of integers it computes in 64 bits whether 32 were too few, and then asserts
+      it only with ``debug``, which is off.
+    - At every call of a function under ``triton.jit`` in a kernel, such as ``tl.sum``, it searches the
+      language's modules for what is to be replaced. After a launch's first call nothing is left.
     """
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None:
