@@ -1,18 +1,20 @@
-"""Triton's interpreter (seen in 3.6 and 3.9) without half of its work; it computes and refuses the same."""
+"""Triton's interpreter (seen in 3.6 and 3.9) without most of its work; it computes and refuses the same."""
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 
 def quicken() -> None:
-    """Has the interpreter, where it is loaded, not do what has no effect.
+    """Has the interpreter, where it is loaded, not do what has no effect, and not again what it has done.
 
     - For every sum and product of integers it computes in 64 bits whether 32 were too few, and then asserts
       it only with ``debug``, which is off.
     - At every call of a function under ``triton.jit`` in a kernel, such as ``tl.sum``, it searches the
       language's modules for what is to be replaced. After a launch's first call nothing is left.
+    - It describes the shape of every block of numbers and every type of NumPy anew; there are few of them.
     """
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None:
@@ -22,6 +24,8 @@ def quicken() -> None:
         builder = interpreter.interpreter_builder
         if not builder.options.debug:
             builder.options = replace(builder.options, sanitize_overflow=False)
+        _describe_once(interpreter.tl.core)
+        interpreter._get_np_dtype = _numpy_types(interpreter._get_np_dtype)
 
 
 def _search_once_a_launch(interpreter: Any, executor: Any) -> None:
@@ -42,3 +46,45 @@ def _search_once_a_launch(interpreter: Any, executor: Any) -> None:
             done.clear()  # the launch has put everything back
 
     interpreter._patch_lang, executor.__call__ = search_once, launch_anew
+
+
+def _describe_once(core: Any) -> None:
+    """Has blocks of one shape share its description, which nothing changes."""
+    make_block, make_tensor = core.block_type.__init__, core.tensor.__init__
+    blocks: dict[Any, dict[str, Any]] = {}
+    shapes: dict[Any, tuple[Any, Any]] = {}
+
+    def describe_block(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(shape)
+        if not all(type(size) is int for size in sizes):
+            make_block(self, element_ty, shape)
+            return
+        key = (type(element_ty), element_ty.name, getattr(element_ty, "address_space", None), sizes)
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def describe_tensor(self: Any, handle: Any, type: Any) -> None:
+        sizes = tuple(type.shape) if type.is_block() else ()
+        if sizes not in shapes:
+            make_tensor(self, handle, type)
+            if vars(self).keys() != {"handle", "shape", "numel", "type", "dtype"}:
+                return
+            shapes[sizes] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[sizes]
+
+    core.block_type.__init__, core.tensor.__init__ = describe_block, describe_tensor
+
+
+def _numpy_types(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    known: dict[str, Any] = {}
+
+    def find_once(kind: Any) -> Any:
+        name = kind.scalar.name
+        if name not in known:
+            known[name] = find(kind)
+        return known[name]
+
+    return find_once

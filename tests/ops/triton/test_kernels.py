@@ -1,4 +1,4 @@
-"""The Triton kernels, under Triton's interpreter where there is no GPU (see conftest)."""
+"""The Triton kernels, under Triton's interpreter where there is no GPU (see shared/fixtures)."""
 
 import pytest
 import torch

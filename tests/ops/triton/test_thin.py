@@ -1,4 +1,4 @@
-"""The kernels of thin products, under Triton's interpreter where there is no GPU (see conftest)."""
+"""The kernels of thin products, under Triton's interpreter where there is no GPU (see shared/fixtures)."""
 
 from dataclasses import replace
 
