@@ -347,7 +347,8 @@ class SplitDataModule(MokaDataModule):
     def _read_all(self, shards: list[Shard]) -> "Dataset":
         from datasets import concatenate_datasets
 
-        return concatenate_datasets([self._read(shard) for shard in shards])
+        rows = [self._read(shard) for shard in shards]
+        return rows[0] if len(rows) == 1 else concatenate_datasets(rows)
 
     def _split_rows(self, split: str) -> "Dataset | None":
         """The checked rows of a split; None if there are none."""

@@ -2,10 +2,12 @@
 
 Beside every file of ours stands its seal: its size, its times and a hash of its content. A file that still
 has its size and times is taken as it is; any other is hashed, and built again unless it has its content.
+A run asks for the same rows several times. Those asked for last stay open while their files stay as they are.
 """
 
 import json
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from hashlib import file_digest
 from pathlib import Path
@@ -16,6 +18,12 @@ from moka_pl.utils import warn
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_MOST_OPEN = 32
+"""Datasets of which this process remembers that they are open; a dataset is a map of its files, not a copy."""
+
+_open: "OrderedDict[Path, tuple[Dataset, dict[Path, list[int]]]]" = OrderedDict()
+"""Rows by their path, with the states of their files; those asked for last stand at the end."""
 
 
 def cache_folder() -> Path:
@@ -40,14 +48,35 @@ def cached(build: Callable[[Path, bool], "Dataset"], kind: str, key: str, label:
     from filelock import FileLock
 
     base = cache_folder() / kind / key
+    if (rows := _still_open(base)) is not None:
+        return rows
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{base}.lock"):
-            return _cached(build, base, label)
+            rows = _cached(build, base, label)
+            _open[base] = rows, {file: _state(file) for file in _all_files(base)}
+            while len(_open) > _MOST_OPEN:
+                _open.popitem(last=False)
+            return rows
     except DataError:
         raise
     except Exception as error:
         raise _one_line(error, label) from error
+
+
+def _still_open(base: Path) -> "Dataset | None":
+    """Returns the rows of a path if this process has them open, and nobody has touched their files."""
+    if base not in _open:
+        return None
+    rows, states = _open[base]
+    try:
+        if states and all(_state(file) == state for file, state in states.items()):
+            _open.move_to_end(base)
+            return rows
+    except OSError:  # a file is gone
+        pass
+    del _open[base]
+    return None
 
 
 def _cached(build: Callable[[Path, bool], "Dataset"], base: Path, label: str) -> "Dataset":
@@ -77,6 +106,13 @@ def _files(base: Path) -> Iterator[Path]:
     """Yields the files of rows whose paths begin with ``base``, or that lie in a folder of that name."""
     for path in (*base.parent.glob(f"{base.name}*.arrow"), *base.rglob("*.arrow")):
         if not any(part.endswith(".incomplete") for part in path.parts):
+            yield path
+
+
+def _all_files(base: Path) -> Iterator[Path]:
+    """Yields all that belongs to the rows of a path: seals and notes of ``datasets``, too."""
+    for path in (*base.parent.glob(f"{base.name}*"), *base.rglob("*")):
+        if path.suffix != ".lock" and path.is_file():
             yield path
 
 
