@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _MOST_OPEN = 32
-"""Datasets of which this process remembers that they are open; a dataset is a map of its files, not a copy."""
+"""Datasets of which this process remembers that they are open: maps of their files, no copies."""
 
 _open: "OrderedDict[Path, tuple[Dataset, dict[Path, list[int]]]]" = OrderedDict()
 """Rows by their path, with the states of their files; those asked for last stand at the end."""

@@ -39,8 +39,10 @@ from moka_pl.training import launches
 from moka_pl.training.module import MokaModule
 
 quicken()
-# The garbage collector need not look through half a million objects of the modules above again and again.
+# The garbage collector need not look through half a million objects of the modules above again and again,
+# nor through all others after each 10 MB of new ones.
 gc.freeze()
+gc.set_threshold(*gc.get_threshold()[:2], 50)
 atexit.register(gc.unfreeze)  # else nanobind complains of what is left
 
 
