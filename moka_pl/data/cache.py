@@ -54,7 +54,8 @@ def cached(build: Callable[[Path, bool], "Dataset"], kind: str, key: str, label:
         base.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{base}.lock"):
             rows = _cached(build, base, label)
-            _open[base] = rows, {file: _state(file) for file in _all_files(base)}
+            if rows.cache_files:  # else they are in memory, where nothing tells whether the files have changed
+                _open[base] = rows, {file: _state(file) for file in _all_files(base)}
             while len(_open) > _MOST_OPEN:
                 _open.popitem(last=False)
             return rows

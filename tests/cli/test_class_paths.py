@@ -18,6 +18,13 @@ class Mine(torch.optim.SGD): pass
 def made(parameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters)
 """
+SAVING = """
+from moka_pl.data import InstructionData
+class Data(InstructionData):
+    def __init__(self, path: str = "sample", batch_size: int = 3):
+        super().__init__(path, batch_size=batch_size)
+        self.save_hyperparameters()
+"""
 
 
 def spec(path, **options):
@@ -116,6 +123,14 @@ def test_nothing_is_imported_or_called(own, build_cli, write, capsys, option, va
     assert "Traceback" not in error
     assert not (own / "imported").exists()
     assert not (own / "called").exists()
+
+
+def test_only_classes_of_others_find_their_hyperparameters(own, build_cli):
+    (own / "own_module.py").write_text(SAVING)
+    given = ("--data.batch_size=5", "--trust_config", "true", "--trainer.logger=false")
+    cli = build_cli("fit", "--data=own_module.Data", *given)
+    assert {"path": "sample", "batch_size": 5}.items() <= cli.datamodule.hparams.items()
+    assert build_cli("fit", "--data=moka_pl.data.InstructionData", *given).config_dump == {}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from moka_pl.data import InstructionData, TextData
+from moka_pl.data import InstructionData, TextData, cache
 from moka_pl.data.cache import cache_folder
 from moka_pl.data.formats.instruction import instruction_features, parse_instruction
 from moka_pl.data.readers import READERS
@@ -55,6 +55,38 @@ def test_damaged_rows_are_built_again(write_jsonl, shared_tokenizer, kind, damag
         assert encode(path, shared_tokenizer) == whole
     assert "\n" not in str(warned[0].message)
     assert encode(path, shared_tokenizer) == whole
+
+
+def test_a_run_opens_each_file_once(write_jsonl, shared_tokenizer, monkeypatch):
+    import datasets
+
+    opened = []
+    generate = datasets.Dataset.from_generator
+    monkeypatch.setattr(
+        datasets.Dataset,
+        "from_generator",
+        lambda *args, **options: opened.append(1) or generate(*args, **options),
+    )
+    paths = [write_jsonl("a.jsonl", RECORDS), write_jsonl("b.jsonl", RECORDS[:3])]
+    data = InstructionData(paths[0], paths[1], prompt="alpaca")
+    data.connect(shared_tokenizer)
+    data.prepare_data()
+    data.setup("fit")
+    assert len(opened) == len(paths)
+
+
+def test_rows_stay_open_while_their_files_stay_as_they_are(write_jsonl, monkeypatch):
+    monkeypatch.setattr(cache, "_MOST_OPEN", 2)
+    paths = [write_jsonl(f"{name}.jsonl", RECORDS) for name in "abc"]
+    first, second, third = map(read, paths)
+    assert read(paths[1]) is second
+    assert read(paths[2]) is third
+    assert read(paths[0]) is not first  # the oldest of three
+    assert len(cache._open) == 2
+    for file in cache_files("read"):
+        os.utime(file, (1, 1))
+    assert read(paths[2]) is not third
+    assert read(paths[2]).to_list() == third.to_list()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]"])

@@ -120,19 +120,34 @@ def test_of_conv1d(randomize: Callable, tmp_path: Path) -> None:
 # What the check makes of mistakes, in a shallow model and in a deep one whose rounding costs much.
 
 
+@pytest.fixture(scope="module")
+def adapters() -> dict[int, Path]:
+    """The adapters that ``source`` has made, by their numbers of layers; nothing writes to them."""
+    return {}
+
+
 @pytest.fixture(params=[2, 32], ids=["shallow", "deep"])
-def source(request: pytest.FixtureRequest, tmp_path: Path, randomize: Callable, one_thread: None) -> Source:
+def source(
+    request: pytest.FixtureRequest,
+    adapters: dict[int, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    randomize: Callable,
+    one_thread: None,
+) -> Source:
     """A small adapter of a random model of layers with the gain of LLaMA2-7B's random ones."""
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
-    shape = LlamaConfig(vocab_size=320, num_hidden_layers=request.param, initializer_range=0.16, **sizes)
-    shape.save_pretrained(tmp_path / "shape")
-    base = BackboneConfig(str(tmp_path / "shape"), weights="random")
-    model, config = load_backbone(base).model, MokaConfig(components=3, filters="square")
-    inject_adapter(model, config)
-    randomize(model, std=0.05)
-    remembered = BaseModel(base.name, None, fingerprint(model), base.options())
-    save_adapter(tmp_path / "adapter", model, config, remembered, {"prompt": "alpaca"})
-    return open_source(tmp_path / "adapter")
+    if request.param not in adapters:
+        folder = tmp_path_factory.mktemp("source")
+        sizes = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
+        shape = LlamaConfig(vocab_size=320, num_hidden_layers=request.param, initializer_range=0.16, **sizes)
+        shape.save_pretrained(folder / "shape")
+        base = BackboneConfig(str(folder / "shape"), weights="random")
+        model, config = load_backbone(base).model, MokaConfig(components=3, filters="square")
+        inject_adapter(model, config)
+        randomize(model, std=0.05)
+        remembered = BaseModel(base.name, None, fingerprint(model), base.options())
+        save_adapter(folder / "adapter", model, config, remembered, {"prompt": "alpaca"})
+        adapters[request.param] = folder / "adapter"
+    return open_source(adapters[request.param])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
