@@ -54,7 +54,7 @@ def cached(build: Callable[[Path, bool], "Dataset"], kind: str, key: str, label:
         base.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{base}.lock"):
             rows = _cached(build, base, label)
-            if rows.cache_files:  # else they are in memory, where nothing tells whether the files have changed
+            if rows.cache_files:  # else they are in memory, and take it
                 _open[base] = rows, {file: _state(file) for file in _all_files(base)}
             while len(_open) > _MOST_OPEN:
                 _open.popitem(last=False)
