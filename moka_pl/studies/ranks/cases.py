@@ -23,6 +23,7 @@ class Case:
         resumes: Strategy and number of GPUs of a training of as many steps that this one resumes; None where
             it begins anew.
         cuda_graphs: Whether steps are replayed as CUDA graphs.
+        offload: Whether checkpointing keeps the inputs of the layers in the host's memory.
     """
 
     shape: str = "llama2-7b"
@@ -34,6 +35,7 @@ class Case:
     memory_limit: float | None = None
     resumes: tuple[str, int] | None = None
     cuda_graphs: bool = False
+    offload: bool = False
 
     @property
     def saves_at(self) -> int:
@@ -51,7 +53,8 @@ class Case:
         parts = [Path(self.shape).name, self.strategy, f"{self.devices}x{self.batch_size}"]
         parts += [] if self.memory_limit is None else [f"{self.memory_limit:g}gib"]
         parts += [] if self.resumes is None else ["resumed"]
-        return "-".join([*parts, *(["graphs"] if self.cuda_graphs else [])])
+        parts += ["graphs"] if self.cuda_graphs else []
+        return "-".join([*parts, *(["offload"] if self.offload else [])])
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the options that JSON holds."""

@@ -20,7 +20,7 @@ DESCRIPTION = f"""\
 Measures trainings on several GPUs, through the command line that users run.
 
     python scripts/data_parallel_speed.py --devices 1 2 4 --cuda-graphs --json ddp.json
-    python scripts/data_parallel_speed.py --shape llama2-13b --strategy ddp sharded --devices 2
+    python scripts/data_parallel_speed.py --shape llama2-13b --strategy ddp sharded --devices 2 --offload
     python scripts/data_parallel_speed.py --groups ddp limited 13b 70b resume --json gpus.json
 
 Each trains a 4-bit model of a known shape with random weights (nothing is downloaded) on rows of 512 tokens,
@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--cuda-graphs", action="store_true", help="replay the steps as CUDA graphs (ddp only)"
     )
     parser.add_argument(
+        "--offload", action="store_true", help="keep the inputs of checkpointed layers in the host's memory"
+    )
+    parser.add_argument(
         "--groups", nargs="+", choices=GROUPS, help="trainings in place of those of the options"
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a training is ended")
@@ -78,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             blocks=args.blocks,
             memory_limit=args.memory_limit,
             cuda_graphs=args.cuda_graphs,
+            offload=args.offload,
         )
         cases = [replace(base, strategy=s, devices=n) for n in args.devices for s in args.strategy]
     rows: list[dict[str, Any]] = []
@@ -177,6 +181,7 @@ def _options(case: Case, folder: Path, begun: int) -> dict[str, Any]:
         "model.backbone.name": case.shape,
         "model.backbone.weights": "random",
         "model.cuda_graphs": str(case.cuda_graphs).lower(),
+        "model.gradient_checkpointing": "offload" if case.offload else "true",
         "data": "moka_pl.data.TextData",
         "data.init_args.path": folder / "texts.jsonl",
         "data.init_args.batch_size": case.batch_size,

@@ -46,6 +46,7 @@ def plain_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str
     if row["resumes"] is not None:
         strategy = f"{row['resumes'][0]} x {row['resumes'][1]} → {strategy}"
     strategy += ", CUDA graphs" if row["cuda_graphs"] else ""
+    strategy += ", offload" if row.get("offload") else ""  # which older results do not tell
     known = [row["shape"], strategy + limit, str(row["devices"]), str(row["batch_size"])]
     if "error" in row:
         return [*known, row["error"]]
@@ -70,9 +71,9 @@ def plain_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str
 
 def _beside(row: dict[str, Any], rows: Sequence[dict[str, Any]], **other: Any) -> dict[str, Any] | None:
     """Returns the row that differs in the given options alone."""
-    same = ("shape", "batch_size", "memory_limit", "resumes", "strategy", "devices", "cuda_graphs")
-    wanted = {name: other.get(name, row[name]) for name in same}
-    found = (r for r in rows if "error" not in r and all(r[name] == wanted[name] for name in same))
+    same = ("shape", "batch_size", "memory_limit", "resumes", "strategy", "devices", "cuda_graphs", "offload")
+    wanted = {name: other.get(name, row.get(name, False)) for name in same}
+    found = (r for r in rows if "error" not in r and all(r.get(n, False) == wanted[n] for n in same))
     return next(found, None)
 
 

@@ -8,6 +8,7 @@ import pytest
 from moka_pl.errors import ConfigError
 from moka_pl.studies.ranks import command
 from moka_pl.studies.ranks.cases import BLOCK, GROUPS, Case
+from moka_pl.studies.ranks.tables import plain_cells
 
 
 def clock(speed: float, **changes):
@@ -57,6 +58,32 @@ def test_the_median_of_all_ranks_and_their_highest_peak(runs, tmp_path, capsys) 
     assert [row["losses"] for row in rows] == [[3.0], [3.0], [2.0], [2.0]]  # over all ranks' tokens
     assert rows[2]["stages"]["built"] == 10
     assert all(options["trainer.max_steps"] == "41" for options in runs)
+
+
+def test_inputs_of_layers_are_offloaded_where_it_is_asked_for(runs, tmp_path, capsys) -> None:
+    file = tmp_path / "rows.json"
+    options = "--shape llama2-13b --strategy ddp sharded --devices 2 --batch-size 4 --offload --blocks 4"
+    command.main([*options.split(), "--json", str(file)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines[0][:5] == ["llama2-13b", "ddp,", "offload", "2", "4"]
+    assert lines[1][1:3] == ["sharded,", "offload"]
+    assert "1.00, 1.00" in " ".join(lines[1])  # beside the row of ddp
+    assert [options["model.gradient_checkpointing"] for options in runs] == ["offload", "offload"]
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["offload"] for row in rows] == [True, True]
+    other = Case(shape="llama2-13b", devices=2, batch_size=4)
+    found = plain_cells(command.measured(other, 9), rows)
+    assert found[1:3] == ["ddp", "2"]
+    assert found[7] == ""  # rows that offload are no comparison
+    assert runs[-1]["model.gradient_checkpointing"] == "true"
+
+
+def test_rows_of_older_results_have_not_offloaded() -> None:
+    row = Case(devices=2).as_dict() | {"tokens_per_second": 90.0, "peak_gib": 3.0, "first_step_seconds": 1.0}
+    row |= {"checkpoint_mb": 1.0, "checkpoint_seconds": None}
+    older = {name: value for name, value in row.items() if name != "offload"} | {"tokens_per_second": 100.0}
+    sharded = row | {"strategy": "sharded"}
+    assert plain_cells(sharded, [older, sharded])[7] == "0.90, 1.00"
 
 
 def test_a_training_that_fails_is_a_row(runs, capsys) -> None:
