@@ -119,7 +119,7 @@ def load_backbone(
         device: Where it lives.
         before: Is given the model before any weight is loaded, to refuse what cannot work with it.
         blocks: Takes each decoder block as soon as that is loaded, so that the model is never there as a
-            whole; None leaves all where they are.
+            whole, then embedding and head; None leaves all where they are.
 
     Raises:
         QuantisedError: If the checkpoint is quantised already in another way than ``config`` says.
@@ -153,6 +153,8 @@ def load_backbone(
     keep_weights(model)
     stop_at_ends(model, tokenizer)
     model.requires_grad_(False)
+    if blocks is not None:
+        blocks.add_ends(model)
     model.config.use_cache = False
     model.eval()
     check_loss(model, config.name)
@@ -205,6 +207,9 @@ class _Settling:
     def add(self, block: nn.Module) -> None:
         self.settle(block)
         self.blocks.add(block)
+
+    def add_ends(self, model: nn.Module) -> None:
+        self.blocks.add_ends(model)
 
 
 def load_tokenizer(config: BackboneConfig, weights: bool = True) -> "PreTrainedTokenizerBase":

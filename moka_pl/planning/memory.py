@@ -20,8 +20,10 @@ time, ``4 d T + 2 e d N + (4 + e) V C``. Then
     peak = weights + P\,(8 + s) + n\,e\,d\,T + max(head, a)      % with it
 
 for n blocks (3 where their inputs are offloaded) and P trained numbers (float32, with a gradient) of which
-the optimizer keeps s bytes each. Where the blocks' B bytes are spread over R ranks, each holds ``B / R`` of
-them (in the host's memory if they are offloaded) and two whole blocks, ``2 B / n``.
+the optimizer keeps s bytes each. Where the B bytes of the blocks and the E of embedding and output head are
+spread over R ranks, each holds ``(B + E) / R`` of them (in the host's memory if they are offloaded), two
+whole blocks, ``2 B / n``, beside a, and the whole head, H bytes, beside *head*: the last term becomes
+``max(head + H, a + 2 B / n)``, and without checkpointing ``max(head + H, 2 B / n)`` for *head*.
 
 On a CPU glibc's heap does not give back all that is freed: without checkpointing a fifth of the activations
 and the head comes on top; with it ``n (3 e f T - 2 e w)``, w the largest layer's weights where these are
@@ -79,6 +81,8 @@ class Sizes:
         vocabulary: V.
         linear: Parameters of linear layers without the output head.
         other: All other parameters; tied ones count once.
+        ends: Those of them that are the embedding's and the head's matrices.
+        head: Those of these that are the head's.
         largest: Parameters of the largest linear layer.
         known: Whether the blocks are LLaMA's, as far as their sizes tell.
     """
@@ -92,6 +96,8 @@ class Sizes:
     linear: int
     other: int
     largest: int
+    ends: int = 0
+    head: int = 0
     known: bool = True
 
 
@@ -113,7 +119,7 @@ class Setup:
         fused: Whether norms, rotary embeddings and gated MLPs are Liger's.
         by_parts: Whether the head sees a part of the tokens at a time.
         offloaded: Whether the inputs of checkpointed blocks leave the GPU; it holds ``_ON_GPU`` of them.
-        spread: R, ranks over which the blocks' weights are spread; None where each rank has all of them.
+        spread: R, ranks over which the weights are spread; None where each rank has all of them.
         base_offloaded: Whether a rank's part of them is kept in the host's memory.
     """
 
@@ -175,7 +181,8 @@ def sizes_of(model: "PreTrainedModel") -> Sizes:
         raise BackboneError(
             f"memory cannot be planned: {config.model_type} names no hidden_size; give a LLaMA-like model"
         )
-    head = output_head(model)
+    head, embedding = output_head(model), model.get_input_embeddings()
+    matrices = [end.weight for end in (head, embedding) if isinstance(end, nn.Linear | nn.Embedding)]
     weights = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     inner = getattr(config, "intermediate_size", None)
     heads = getattr(config, "num_attention_heads", 1)
@@ -191,6 +198,8 @@ def sizes_of(model: "PreTrainedModel") -> Sizes:
         linear=sum(weights),
         other=sum(p.numel() for p in model.parameters()) - sum(weights),
         largest=max(weights, default=0),
+        ends=sum({id(matrix): matrix.numel() for matrix in matrices}.values()),
+        head=head.weight.numel() if isinstance(head, nn.Linear) else 0,
         known=isinstance(inner, int) and not experts,
     )
 
@@ -222,12 +231,6 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products:
     e, tokens, trained = setup.itemsize, setup.tokens, setup.trained
     linear = e if setup.linear is None else setup.linear
     dequantised = 0 if setup.linear is None else setup.dequantised or e
-    blocks, host = sizes.linear * linear, 0.0
-    if setup.spread is not None:
-        part, whole = blocks / setup.spread, min(_WHOLE, sizes.blocks) * blocks / sizes.blocks
-        host = part if setup.base_offloaded and setup.stored is None else 0.0
-        blocks = part - host + whole
-    weights = blocks + sizes.other * e + sizes.largest * dequantised
     attention = 2 * sizes.queries + 2 * sizes.keys
     norms, inner = (2 * e, 2) if setup.fused else (8, 3)
     kept -= products if setup.fused and not setup.checkpointing else 0
@@ -240,6 +243,13 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products:
         logits += 12 * sizes.vocabulary * trained
     activations = sizes.blocks * block
     on_gpu = setup.stored is None
+    weights, host = sizes.linear * linear + sizes.other * e, 0.0
+    if setup.spread is not None:
+        spread = sizes.linear * linear + sizes.ends * e
+        host = spread / setup.spread if setup.base_offloaded and on_gpu else 0.0
+        weights += spread / setup.spread - spread - host
+        weights += _gathered(sizes, linear, e, block if setup.checkpointing else 0, logits)
+    weights += sizes.largest * dequantised
     gaps = 1 if on_gpu or setup.checkpointing else _CPU_GAPS
     if setup.checkpointing:
         inputs = min(_ON_GPU, sizes.blocks) if setup.offloaded else sizes.blocks
@@ -255,6 +265,20 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products:
         process=0 if setup.stored is None else _PROCESS + setup.stored,
         host=host,
     )
+
+
+def _gathered(sizes: Sizes, linear: float, itemsize: int, block: float, logits: float) -> float:
+    """What weights that are gathered for a while add to the peak.
+
+    Args:
+        sizes: The model.
+        linear: Bytes of a linear weight.
+        itemsize: Bytes of one of the head.
+        block: What the activations take beside two whole blocks.
+        logits: What they take beside the whole head, but for what they take beside both.
+    """
+    blocks = min(_WHOLE, sizes.blocks) * sizes.linear * linear / sizes.blocks
+    return max(logits + sizes.head * itemsize, block + blocks) - max(logits, block)
 
 
 def _holes(sizes: Sizes, column: int, dequantised: float) -> float:

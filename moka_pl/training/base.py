@@ -1,6 +1,7 @@
 """Which base a run trains on, as its adapters and checkpoints tell."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moka_pl.training.module import MokaModule
+    from moka_pl.training.sharding.blocks import ShardedBlocks
 
 #: New tokens that a line names.
 _NAMED = 8
@@ -77,7 +79,7 @@ def describe_base(
     loaded: Backbone,
     asked: BackboneConfig,
     device: torch.device,
-    ready: Callable[[str], None] | None = None,
+    blocks: "ShardedBlocks | None" = None,
 ) -> BaseModel:
     """Describes a base that has no adapters yet, with the options that were applied.
 
@@ -85,14 +87,16 @@ def describe_base(
         loaded: The base.
         asked: The options that were asked for.
         device: Where it lives.
-        ready: Called with each parameter's name before that is read; None where all are there.
+        blocks: What keeps its weights; None where all are there. All ranks describe it together.
     """
     options = (loaded.config or asked).options()
     options["compute_dtype"] = str(compute_dtype(asked, device)).removeprefix("torch.")
-    return BaseModel(
-        name=asked.name,
-        revision=asked.revision,
-        fingerprint=fingerprint(loaded.model),
-        options=options,
-        samples=weight_samples(loaded.model, ready=ready),
-    )
+    ready = None if blocks is None else blocks.reading(loaded.model)
+    with nullcontext() if blocks is None else blocks.whole_ends():
+        return BaseModel(
+            name=asked.name,
+            revision=asked.revision,
+            fingerprint=fingerprint(loaded.model),
+            options=options,
+            samples=weight_samples(loaded.model, ready=ready),
+        )

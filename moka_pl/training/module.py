@@ -205,9 +205,7 @@ class MokaModule(TrainedModule):
         loaded = self.load_base()
         model = loaded.model
         self.tokenizer = loaded.tokenizer
-        blocks = self._blocks()
-        ready = None if blocks is None else blocks.reading(model)
-        self.base = describe_base(loaded, self.backbone, self.device, ready)
+        self.base = describe_base(loaded, self.backbone, self.device, self._blocks())
         storage = describe_storage(model, self.base.options["quantization"])
         if self.adapter_path is not None:
             stored = read_adapter(self.adapter_path)

@@ -1,6 +1,7 @@
 """The estimated peak against every measured one of the repository that the estimate speaks of."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -211,17 +212,36 @@ def test_offloaded_inputs_are_not_counted_but_for_three() -> None:
     assert plain - offloaded == (32 - 3) * 2 * 4096 * 4096
 
 
-def test_a_spread_base_is_held_in_part_but_for_two_blocks() -> None:
-    sizes, trained, kept, _ = adapted("llama3-8b", "MoKA r10", torch.bfloat16)
-    whole, both, one = (
-        estimate(sizes, Setup(512, 512, spread=ranks, base_offloaded=offloaded), trained, kept)
-        for ranks, offloaded in ((None, False), (4, False), (1, True))
-    )
-    blocks = one.host
-    assert whole.peak - both.peak == pytest.approx(blocks * (1 - 1 / 4 - 2 / sizes.blocks))
-    assert whole.peak - one.peak == pytest.approx(blocks * (1 - 2 / sizes.blocks))
-    assert 0.49 * sizes.linear < blocks < 0.54 * sizes.linear  # 4 bits and the scales
-    assert both.host == 0
+@pytest.mark.parametrize("shape", ["llama3-8b", "llama3-1b"])  # the second one's head is tied
+def test_a_spread_base_is_held_in_part_but_for_two_blocks_or_the_head(shape: str) -> None:
+    sizes, trained, kept, _ = adapted(shape, "MoKA r10", torch.bfloat16)
+    head = 2 * sizes.vocabulary * sizes.hidden
+    assert 2 * sizes.ends == head * (1 if shape == "llama3-1b" else 2)
+    for checkpointing in (False, True):
+        whole, both, one = (
+            estimate(
+                sizes,
+                Setup(512, 512, checkpointing=checkpointing, spread=ranks, base_offloaded=off),
+                trained,
+                kept,
+            )
+            for ranks, off in ((None, False), (4, False), (1, True))
+        )
+        spread = one.host
+        # The logits of 512 tokens, and the head, take more than two blocks and what one of them computes.
+        assert whole.peak - both.peak == pytest.approx(spread * (1 - 1 / 4) - head)
+        assert whole.peak - one.peak == pytest.approx(spread - head)
+        assert 0.49 * sizes.linear < spread - 2 * sizes.ends < 0.54 * sizes.linear  # 4 bits and the scales
+        assert (both.host, both.activations, both.logits) == (0, whole.activations, whole.logits)
+
+
+def test_two_blocks_are_whole_beside_what_one_computes() -> None:
+    sizes, trained, kept, _ = adapted("llama2-70b", "MoKA r10", torch.bfloat16)
+    setup = Setup(4096, 1, checkpointing=True)  # one token is predicted: no logits to speak of
+    whole, spread = (estimate(sizes, replace(setup, spread=ranks), trained, kept) for ranks in (None, 2))
+    blocks = sizes.linear * setup.linear
+    held = (blocks + 2 * sizes.ends) / 2
+    assert whole.peak - spread.peak == pytest.approx(held - blocks * 2 / sizes.blocks)
 
 
 def test_what_is_larger_while_it_is_dequantised_is_counted() -> None:

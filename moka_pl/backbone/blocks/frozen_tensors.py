@@ -99,7 +99,7 @@ def block_ends(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class BlockStore(Protocol):
-    """Keeps the frozen tensors of blocks elsewhere, or a part of them."""
+    """Keeps the frozen tensors of blocks, embedding and head elsewhere, or a part of them."""
 
     @property
     def share(self) -> float:
@@ -107,3 +107,6 @@ class BlockStore(Protocol):
 
     def add(self, block: nn.Module) -> None:
         """Takes the next block, whose weights are all there, and leaves it without."""
+
+    def add_ends(self, model: nn.Module) -> None:
+        """Takes embedding and output head of the model, which is there as a whole but for its blocks."""

@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class ShardedStrategy(DDPStrategy):
-    """Data-parallel training, with 1/N of every decoder block of the frozen base on each of N ranks.
+    """Data-parallel training, with 1/N of the frozen base's blocks, embedding and head on each of N ranks.
 
     Adapters are replicated, and their gradients averaged by ``DistributedDataParallel``: losses and
     checkpoints are those of ``ddp``. What is frozen has no gradient, so that sharding it takes nothing but
-    gathering each block's bytes before it computes. Embeddings, head and vectors stay whole on every rank.
+    gathering each block's bytes before it computes. Vectors stay whole on every rank.
 
     Args:
         offload: Whether each rank's part is kept in the CPU's memory and copied to the device block by block.
@@ -55,6 +55,7 @@ class ShardedStrategy(DDPStrategy):
             assert self.lightning_module is not None
             for block in decoder_blocks(self.lightning_module).values():
                 self.blocks.add(block)
+            self.blocks.add_ends(self.lightning_module)
         super().setup(trainer)
 
     def model_to_device(self) -> None:

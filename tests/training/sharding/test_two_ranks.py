@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from moka_pl.adapters import MokaConfig, adapter_state
 from moka_pl.backbone import BackboneConfig
 from moka_pl.backbone.quantization import is_quantised, weight_count
+from moka_pl.backbone.random_weights import SHAPES
 from moka_pl.callbacks import AdapterCheckpoint
 from moka_pl.data import CommonsenseData, InstructionData, MixtureData
 from moka_pl.training.module import MokaModule
@@ -26,6 +27,8 @@ from moka_pl.training.sharding.strategy import ShardedStrategy
 pytestmark = pytest.mark.slow
 
 GLOBAL_BATCH = 4
+#: Adapters of embedding and head, and heads that are tied.
+ENDS = ("ends", "tied", "tied_ends_checkpointed", "rows", "tied_rows")
 
 
 class Watch(Callback):
@@ -93,6 +96,17 @@ def quantization_of(name):
     return "none" if "dense" in name else "int8" if "int8" in name else "nf4"
 
 
+def adapter_of(name):
+    """LoRA; an adapted head, and one that is tied to the adapted embedding; rows of new tokens."""
+    if "lora" in name:
+        return LoraConfig(r=2, target_modules="all-linear")
+    targets = ["q_proj", "embed_tokens"] if "tied" in name else ["up_proj", "lm_head"]
+    if "ends" in name:
+        return MokaConfig(components=2, target_modules=targets, ensure_weight_tying="tied" in name)
+    tokens = [7, SHAPES["tiny"]["vocab_size"]] if "rows" in name else None
+    return MokaConfig(components=3, target_modules="all-linear", trainable_token_indices=tokens)
+
+
 def fit(folder, name):
     """Two epochs, or what is left of them, and a record of each step.
 
@@ -127,10 +141,11 @@ def fit(folder, name):
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    adapter = LoraConfig(r=2, target_modules="all-linear") if "lora" in name else None
+    SHAPES["tied"] = SHAPES["tiny"] | {"tie_word_embeddings": True}
+    shape = "tied" if "tied" in name else "tiny"
     module = MokaModule(
-        BackboneConfig("tiny", weights="random", quantization=quantization_of(name)),
-        adapter or MokaConfig(components=3, target_modules="all-linear"),
+        BackboneConfig(shape, weights="random", quantization=quantization_of(name)),
+        adapter_of(name),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
         gradient_checkpointing="checkpointed" in name,
@@ -140,12 +155,14 @@ def fit(folder, name):
     if resumed is None:
         trainer.save_checkpoint(folder / f"{name}.ckpt")
     layers = [layer.weight for layer in module.modules() if is_quantised(layer)]
+    model = module.causal_lm
+    ends = {end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     record = {
         "steps": watch.steps,
         "validations": watch.validations,
         "held": watch.held,
         "base": module.base.samples,
-        "bytes": sum(map(weight_count, layers)) // 2,
+        "bytes": sum(map(weight_count, layers)) // 2 + 4 * sum(map(weight_count, ends)),
         "sums": {k: float(v.double().sum()) for k, v in adapter_state(module.causal_lm).items()},
     }
     (folder / f"{name}-{trainer.global_rank}.json").write_text(json.dumps(record))
@@ -226,6 +243,26 @@ def test_so_are_those_of_other_bases_and_methods(variants, kind):
     ddp, sharded = read(variants, f"ddp_{kind}_half"), read(variants, f"sharded_{kind}_half")
     assert sharded["steps"] == ddp["steps"]
     assert sharded["sums"] == ddp["sums"]
+
+
+@pytest.fixture(scope="module")
+def ends(folder):
+    """Runs whose embedding and head are adapted, or tied."""
+    ended = start(folder, *(f"{strategy}_{kind}_half" for kind in ENDS for strategy in ("ddp", "sharded")))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_so_are_those_of_embeddings_and_heads_of_which_each_rank_holds_its_part(ends, kind):
+    ddp, sharded = read(ends, f"ddp_{kind}_half"), read(ends, f"sharded_{kind}_half")
+    for name in ("steps", "sums", "base"):
+        assert sharded[name] == ddp[name]
+    for mine, theirs in zip(sharded["validations"], ddp["validations"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6)
+    for rank in range(2):
+        run = read(ends, f"sharded_{kind}_half", rank)
+        assert run["bytes"] / 2 < min(run["held"]) <= max(run["held"]) < 0.6 * run["bytes"] + 8 * 2 * 256
 
 
 def test_parts_in_host_memory_are_the_same(variants):
