@@ -5,21 +5,23 @@ in L and w_c vec(B_c) in R, ``Lᵀ R`` is their part of ΔW in another order of 
 order, P, the gradients are ``R Pᵀ`` and ``L P``. Identities need no product: their right factors lie on the
 diagonal.
 
-Small layers on a CPU spend as long on calling operations as in them. Components of one shape mostly stand at
-equal distances in the packed factors; L and R are then views of those, and gradients are written in place.
+Small layers on a CPU spend as long on calling operations as in them, views included, and on memory that is
+new. Components of one shape mostly stand at equal distances in the packed factors; L and R are then views of
+those, and gradients are written in place. All layers of one size share buffers, whose views are made once.
 
 Putting the entries of ``Lᵀ R`` in order takes longer than the product. So ΔW is made row by row of the right
 factors, which leaves whole rows of ΔW in order, and where these factors are narrow, without disorder at all.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moka_pl.ops.layout import ComponentIndex, Shape, group_equal, left_sizes, right_sizes, starts
+from moka_pl.ops.workspaces import Workspaces
 
 #: Right factors of fewer columns are narrow; and the most columns of all of them, side by side.
 _NARROW, _MOST = 8, 32
@@ -88,6 +90,99 @@ def _even_runs(members: list[int], begins: list[list[int]]) -> list[list[int]]:
     return runs
 
 
+class _Factors(NamedTuple):
+    """A group's factors as the products take them.
+
+    Attributes:
+        shape: Their shape.
+        left: Left factors as rows, (C, m_a n_a); empty for identities.
+        right: Right factors as rows, (C, m_b n_b).
+        columns: Left factors as columns, for each row of the right ones, (m_b, m_a n_a, C).
+        rows: The rows of the right factors, (m_b, C, n_b).
+    """
+
+    shape: Shape
+    left: Tensor
+    right: Tensor
+    columns: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, group: _Group, left: Tensor, right: Tensor) -> Self:
+        """Views a group's factors in the packed vectors."""
+        shape, lefts, rights = group
+        b = rights.of(right)
+        rows = b.view(-1, shape.m_b, shape.n_b).transpose(0, 1)
+        if shape.identity:
+            return cls(shape, left[:0], b, left[:0], rows)
+        a = lefts.of(left)
+        return cls(shape, a, b, a.mT.expand(shape.m_b, -1, -1), rows)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether rows of ΔW come in order by spreading left factors over diagonals."""
+        return self.shape.n_b < _NARROW and len(self.right) * self.shape.n_b <= _MOST
+
+
+class _Buffers(NamedTuple):
+    """Where intermediates of a group lie.
+
+    Attributes:
+        part: The group's part of ΔW by rows of the right factors, (m_b, m_a n_a, n_b).
+        ordered: The same in ΔW's order, (m_a, m_b, n_a n_b).
+        spread: Rows of A over diagonals, (m_a, C n_b, n_a n_b), 0 elsewhere, and these diagonals, (m_a, C,
+            n_a, n_b); of narrow right factors only.
+        paired: D by pairs, (m_a, n_a, m_b, n_b).
+        pairs: The same as a matrix, (m_a n_a, m_b n_b).
+        pairs_t: Its transpose.
+    """
+
+    part: Tensor
+    ordered: Tensor
+    spread: tuple[Tensor, Tensor] | None
+    paired: Tensor
+    pairs: Tensor
+    pairs_t: Tensor
+
+    @classmethod
+    def of(cls, factors: _Factors, block: Tensor) -> Self:
+        """Views the buffer that all groups share."""
+        m_a, n_a, m_b, n_b, _ = factors.shape
+        block = block[: m_a * n_a * m_b * n_b]
+        part, paired = block.view(m_b, m_a * n_a, n_b), block.view(m_a, n_a, m_b, n_b)
+        pairs = paired.view(m_a * n_a, -1)
+        ordered = part.view(m_b, m_a, -1).transpose(0, 1)
+        return cls(part, ordered, _spread(factors) if factors.narrow else None, paired, pairs, pairs.mT)
+
+
+class _Workspace:
+    """Buffers for the layers of one size, and views of them.
+
+    Attributes:
+        left: For the packed left factors.
+        right: For the packed right factors.
+        grad_left: For the gradient of the left factors, but for their weights.
+        grad_right: Likewise for the right ones.
+        factors: Views of the factors, a group each.
+        gradients: Those of the gradients as rows, (C, m_a n_a) and (C, m_b n_b), a group each.
+        buffers: Those of a buffer as large as ΔW, a group each.
+        entries: Numbers that this holds.
+    """
+
+    def __init__(self, shapes: tuple[Shape, ...], m: int, n: int, like: Tensor) -> None:
+        self.left, self.grad_left = like.new_empty(2, sum(left_sizes(shapes)))
+        self.right, self.grad_right = like.new_empty(2, sum(right_sizes(shapes)))
+        block = like.new_empty(max(shape.rows * shape.cols for shape in shapes))
+        groups = _layout(shapes, like.device).groups
+        self.factors = [_Factors.of(group, self.left, self.right) for group in groups]
+        self.gradients = [(g.left.of(self.grad_left), g.right.of(self.grad_right)) for g in groups]
+        self.buffers = [_Buffers.of(group, block) for group in self.factors]
+        self.entries = len(block)
+
+
+_WORKSPACES = Workspaces(_Workspace)
+
+
 def add_delta_(
     total: Tensor, left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ...]
 ) -> Tensor:
@@ -103,43 +198,56 @@ def add_delta_(
     m, n = total.shape
     layout = _layout(shapes, right.device)
     scaled = layout.right.scale(right, weights)
-    for shape, lefts, rights in layout.groups:
-        fits = (shape.rows, shape.cols) == (m, n)
-        # What does not fit is built beside and then cut.
-        block = total if fits else total.new_zeros(shape.rows, shape.cols)
-        blocks = block.view(shape.m_a, shape.m_b, shape.n_a, shape.n_b)
-        if shape.identity:
-            shared = rights.of(scaled).sum(0).view(shape.m_b, shape.n_b, 1)
-            blocks.diagonal(dim1=0, dim2=2).add_(shared)  # (m_b, n_b, k)
-        else:
-            _add_group_(block, shape, lefts.of(left), rights.of(scaled))
-        if not fits:
-            total[: shape.rows, : shape.cols] += block[:m, :n]
+    if torch.is_grad_enabled():
+        for group in layout.groups:
+            _add_group_(total, _Factors.of(group, left, scaled), None)
+        return total
+    workspace = _WORKSPACES.of(shapes, m, n, like=scaled)
+    workspace.left.copy_(left)
+    workspace.right.copy_(scaled)
+    for factors, buffers in zip(workspace.factors, workspace.buffers, strict=True):
+        _add_group_(total, factors, buffers)
     return total
 
 
-def _add_group_(total: Tensor, shape: Shape, left: Tensor, right: Tensor) -> None:
-    """Adds the components of one shape to a matrix of its size.
+def _add_group_(total: Tensor, factors: _Factors, buffers: _Buffers | None) -> None:
+    """Adds the components of one shape, the right factors times their weights, to a matrix.
 
     Args:
-        total: What is changed in place, (m_a m_b, n_a n_b), contiguous.
-        shape: Their shape.
-        left: Their left factors as rows, (C, m_a n_a).
-        right: Their right factors as rows, times their weights, (C, m_b n_b).
+        total: What is changed in place, (m, n), contiguous.
+        factors: Their factors.
+        buffers: Where intermediates may lie; None for new memory, as gradients need it.
     """
-    m_a, n_a, m_b, n_b, _ = shape
-    members = len(left)
-    right = right.view(members, m_b, n_b).transpose(0, 1)  # (m_b, C, n_b)
-    if n_b < _NARROW and members * n_b <= _MOST:
+    (m_a, n_a, m_b, n_b, identity), (m, n) = factors.shape, total.shape
+    block, fits = total, (m_a * m_b, n_a * n_b) == (m, n)
+    if not fits:  # it is built beside and then cut
+        block = total.new_zeros(m_a * m_b, n_a * n_b)
+    if identity:
+        shared = factors.right.sum(0).view(m_b, n_b, 1)
+        block.view(m_a, m_b, n_a, n_b).diagonal(dim1=0, dim2=2).add_(shared)  # (m_b, n_b, k)
+    elif factors.narrow:
         # Each block of rows of ΔW is B, (m_b, C n_b), times a row of A of which every entry is a diagonal.
-        spread = left.new_zeros(m_a, members, n_b, n_a, n_b)
-        a = left.view(members, m_a, 1, n_a).transpose(0, 1)  # (m_a, C, 1, n_a)
-        spread.diagonal(dim1=2, dim2=4).copy_(a.mT)  # (m_a, C, n_a, n_b)
-        right = right.reshape(m_b, -1).expand(m_a, -1, -1)  # (m_a, m_b, C n_b)
-        total.view(m_a, m_b, -1).baddbmm_(right, spread.view(m_a, members * n_b, -1))
-        return
-    part = torch.bmm(left.mT.expand(m_b, -1, -1), right)  # (m_b, m_a n_a, n_b)
-    total.view(m_a, m_b, -1).add_(part.view(m_b, m_a, -1).transpose(0, 1))  # (m_a, m_b, n_a n_b)
+        kept = None if buffers is None else buffers.spread
+        spread, diagonals = _spread(factors) if kept is None else kept
+        diagonals.copy_(factors.left.view(-1, m_a, 1, n_a).transpose(0, 1).mT)  # (m_a, C, n_a, n_b)
+        rows = factors.rows.reshape(m_b, -1).expand(m_a, -1, -1)  # (m_a, m_b, C n_b)
+        block.view(m_a, m_b, -1).baddbmm_(rows, spread)
+    elif buffers is None:
+        part = torch.bmm(factors.columns, factors.rows)  # (m_b, m_a n_a, n_b)
+        block.view(m_a, m_b, -1).add_(part.view(m_b, m_a, -1).transpose(0, 1))  # (m_a, m_b, n_a n_b)
+    else:
+        torch.bmm(factors.columns, factors.rows, out=buffers.part)
+        block.view(m_a, m_b, -1).add_(buffers.ordered)
+    if not fits:
+        total[: m_a * m_b, : n_a * n_b] += block[:m, :n]
+
+
+def _spread(factors: _Factors) -> tuple[Tensor, Tensor]:
+    """Zeros for rows of A over diagonals, (m_a, C n_b, n_a n_b), and the diagonals, (m_a, C, n_a, n_b)."""
+    m_a, n_a, _, n_b, _ = factors.shape
+    members = len(factors.right)
+    spread = factors.right.new_zeros(m_a, members, n_b, n_a, n_b)
+    return spread.view(m_a, members * n_b, -1), spread.diagonal(dim1=2, dim2=4)
 
 
 def project(
@@ -159,20 +267,22 @@ def project(
     """
     m, n = grad.shape
     grad = grad.to(right.dtype)
-    layout = _layout(shapes, right.device)
-    grad_left, grad_right = torch.empty_like(left), torch.empty_like(right)
-    for shape, lefts, rights in layout.groups:
-        full = grad
-        if (shape.rows, shape.cols) != (m, n):
-            full = F.pad(full, (0, shape.cols - n, 0, shape.rows - m))  # negative pads cut
-        blocks = full.reshape(shape.m_a, shape.m_b, shape.n_a, shape.n_b)  # D[a, b, p, q]
-        if shape.identity:
+    layout, workspace = _layout(shapes, right.device), _WORKSPACES.of(shapes, m, n, like=grad)
+    workspace.left.copy_(left)
+    workspace.right.copy_(right)
+    groups = zip(workspace.factors, workspace.gradients, workspace.buffers, strict=True)
+    for factors, (grad_left, grad_right), buffers in groups:
+        (m_a, n_a, m_b, n_b, identity), full = factors.shape, grad
+        if (m_a * m_b, n_a * n_b) != (m, n):
+            full = F.pad(full, (0, n_a * n_b - n, 0, m_a * m_b - m))  # negative pads cut
+        blocks = full.reshape(m_a, m_b, n_a, n_b)  # D[a, b, p, q]
+        if identity:
             # Only the diagonal blocks count, and all components of this shape share them.
-            rights.of(grad_right).copy_(blocks.diagonal(dim1=0, dim2=2).sum(-1).flatten())
+            grad_right.copy_(blocks.diagonal(dim1=0, dim2=2).sum(-1).flatten())
             continue
-        paired = blocks.transpose(1, 2).reshape(shape.m_a * shape.n_a, -1)  # (m_a n_a, m_b n_b)
-        torch.mm(rights.of(right), paired.mT, out=lefts.of(grad_left))
-        torch.mm(lefts.of(left), paired, out=rights.of(grad_right))
-        del paired  # as above
+        buffers.paired.copy_(blocks.transpose(1, 2))
+        torch.mm(factors.right, buffers.pairs_t, out=grad_left)
+        torch.mm(factors.left, buffers.pairs, out=grad_right)
+    grad_left, grad_right = workspace.grad_left, workspace.grad_right
     grad_weights = layout.right.sums(grad_right * right, len(shapes))
     return layout.left.scale(grad_left, weights), layout.right.scale(grad_right, weights), grad_weights

@@ -28,7 +28,7 @@ from moka_pl.ops.dense import add_delta_, project
 from moka_pl.ops.gating import Gating, gates_of, logits_gradient
 from moka_pl.ops.layout import Shape
 from moka_pl.ops.shared_input import Held, add_product_, new_link
-from moka_pl.ops.structured import Sides, add_update_, gather, transposed, update_backward
+from moka_pl.ops.structured import Sides, gather, structured_products, to_rows
 
 #: Tokens above which bitsandbytes dequantises a 4-bit weight for its product, too; for fewer it has a kernel.
 DEQUANTISED_TOKENS = 1536
@@ -188,12 +188,15 @@ class StructuredUpdates(DenseUpdates):
         wide = torch.promote_types(x.dtype, right.dtype)
         factors = self._gather(left, right, self._alpha(gate, right), wide)
         keep(*(factors if self._keeps(x) else ()))
+        products = structured_products.of(self.shapes, self.m, self.n, len(x), like=factors.right)
         if self.base_weight is None:
-            out = torch.zeros(self.m, len(x), dtype=wide, device=x.device)  # (m, T)
+            products.out.zero_()
         else:
             # The frozen layer's own product: W xᵀ rounds otherwise on some CPUs, and step 0 would differ.
-            out = transposed(F.linear(x, self.base_weight().to(x.dtype), bias), wide)  # (m, T)
-        return transposed(add_update_(out, transposed(x, wide), factors, self.shapes), x.dtype)
+            products.out.copy_(F.linear(x, self.base_weight().to(x.dtype), bias).mT)  # (m, T)
+        products.x.copy_(x.mT)  # (n, T)
+        products.add_update_(factors)
+        return to_rows(products.out, x.dtype)  # (T, m)
 
     def backward(
         self,
@@ -208,17 +211,20 @@ class StructuredUpdates(DenseUpdates):
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """As :meth:`DenseUpdates.backward`."""
         dtype, wide = x.dtype, torch.promote_types(x.dtype, right.dtype)
-        grad, x, grad_x = transposed(grad, wide), transposed(x, wide), None  # (m, T), (n, T)
-        if needs_x and self.base_weight is None:
-            grad_x = torch.zeros_like(x)  # (n, T)
-        elif needs_x and self.base_weight is not None:
-            grad_x = self.base_weight().to(wide).mT @ grad  # (n, T)
         alpha = self._alpha(gate, right)  # (r,)
         factors = Sides(*kept) if kept else self._gather(left, right, alpha, wide)
+        products = structured_products.of(self.shapes, self.m, self.n, len(x), like=factors.right)
+        products.out.copy_(grad.mT)  # (m, T)
+        products.x.copy_(x.mT)  # (n, T)
+        if needs_x and self.base_weight is None:
+            products.to_x.zero_()  # (n, T)
+        elif needs_x and self.base_weight is not None:
+            torch.mm(self.base_weight().to(wide).mT, products.out, out=products.to_x)  # (n, T)
         parts = right.to(wide), (alpha * self.scaling).to(wide), factors
-        grad_left, grad_right, grad_weights = update_backward(grad, x, *parts, self.shapes, grad_x)
-        if grad_x is not None:
-            grad_x = transposed(grad_x, dtype)  # (T, n)
+        grad_left, grad_right, grad_weights = products.backward(*parts, needs_x)
+        grad_x = None
+        if needs_x:
+            grad_x = to_rows(products.to_x, dtype)  # (T, n)
             grad_x = grad_x if total is None else grad_x.add_(total)
         return grad_x, grad_left, grad_right, self._gate_gradient(gate, alpha, grad_weights)
 

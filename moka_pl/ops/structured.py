@@ -6,16 +6,20 @@ products. Which of the two comes first is what costs less.
 
 Components of one shape share these products: the step that comes first yields all their results side by
 side, and the second adds them up. Factors are gathered into the order of rows and columns that this takes.
+
+For few tokens the calls take as long as the products. So inputs, factors and intermediates lie in buffers
+that layers of one size share, with views of them made once (:mod:`moka_pl.ops.workspaces`).
 """
 
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moka_pl.ops.layout import ComponentIndex, Shape, group_equal, left_sizes, right_sizes, starts
+from moka_pl.ops.workspaces import Workspaces
 
 
 class _Matrix(NamedTuple):
@@ -51,6 +55,18 @@ class _Group(NamedTuple):
     left_first: bool
     left: _Matrix
     right: _Matrix
+
+    @property
+    def hidden(self) -> int:
+        """Numbers that the first step makes of a token."""
+        s = self.shape
+        return self.members * (s.m_a * s.n_b if self.left_first else s.n_a * s.m_b)
+
+    @property
+    def sums(self) -> int:
+        """Numbers that are summed up to the right factors' gradient."""
+        s = self.shape
+        return self.members * s.m_b * s.n_b * (s.m_a if self.left_first else s.n_a)
 
 
 class _Order(NamedTuple):
@@ -123,145 +139,261 @@ def gather(left: Tensor, right: Tensor, weights: Tensor, shapes: tuple[Shape, ..
     return Sides(left.index_select(0, layout.left.gather), scaled.index_select(0, layout.right.gather))
 
 
-def add_update_(out: Tensor, x: Tensor, factors: Sides, shapes: tuple[Shape, ...]) -> Tensor:
-    """Adds ``Σ_i w_i (A_i ⊗ B_i) x`` to ``out`` and returns that, all in one dtype.
+class _Buffers(NamedTuple):
+    """Where all groups compute: tokens lie in columns.
+
+    Attributes:
+        x: Input, (n, T), or as a group's factors have it.
+        out: Output or its gradient, (m, T), likewise.
+        to_x: Gradient of the input, (n, T), likewise.
+        factors: The gathered factors.
+        grads: Their gradients.
+        hidden: What the first step makes, of all groups the largest, flat.
+        back: Its gradient, likewise.
+        sums: What is summed up to a gradient, likewise.
+    """
+
+    x: Tensor
+    out: Tensor
+    to_x: Tensor
+    factors: Sides
+    grads: Sides
+    hidden: Tensor
+    back: Tensor
+    sums: Tensor
+
+
+class _Products(ABC):
+    """The products of one group, all of them between views of the same buffers.
 
     Args:
-        out: What is changed in place, shape (m, T), contiguous.
-        x: Input, tokens in columns, shape (n, T), contiguous.
-        factors: The gathered factors.
-        shapes: r shapes.
+        group: The group.
+        buffers: The buffers, of sizes that fit the group.
     """
-    (n, tokens), m = x.shape, out.shape[0]
-    layout = _layout(shapes, x.device)
-    left, right = factors
-    for (m_a, n_a, m_b, n_b, identity), members, left_first, lefts, rights in layout.groups:
-        rows, columns = m_a * m_b, n_a * n_b
-        grid = x if columns == n else _fit(x, columns)  # (n_a n_b, T)
-        total = out if rows == m else out.new_zeros(rows, tokens)  # (m_a m_b, T)
-        if left_first:
-            hidden = torch.mm(lefts.of(left), grid.view(n_a, n_b * tokens))  # (m_a C, n_b T)
-            hidden = hidden.view(m_a, members * n_b, tokens)
-            total.view(m_a, m_b, tokens).baddbmm_(rights.repeated(right, m_a), hidden)
-        elif identity:
-            b = _shared(rights.of(right), members)  # (m_b, n_b)
-            total.view(m_a, m_b, tokens).baddbmm_(b.expand(m_a, -1, -1), grid.view(n_a, n_b, tokens))
-        else:
-            hidden = torch.bmm(rights.repeated(right, n_a), grid.view(n_a, n_b, tokens))  # (n_a, C m_b, T)
-            hidden = hidden.view(n_a * members, m_b * tokens)
-            total.view(m_a, m_b * tokens).addmm_(lefts.of(left), hidden)
-        if rows != m:
-            out[:rows] += total[:m]
-    return out
+
+    def __init__(self, group: _Group, buffers: _Buffers) -> None:
+        self.group = group
+        self.x, self.out, self.to_x = buffers.x, buffers.out, buffers.to_x
+        self.b, self.grad_b = (group.right.of(side.right) for side in (buffers.factors, buffers.grads))
+
+    @abstractmethod
+    def add_(self) -> None:
+        """Adds the group's update of the input to the output."""
+
+    @abstractmethod
+    def backward(self, needs_x: bool) -> None:
+        """Computes the gradients of the factors, and adds that of the input to it where it is needed."""
 
 
-def update_backward(
-    grad: Tensor,
-    x: Tensor,
-    right: Tensor,
-    weights: Tensor,
-    factors: Sides,
-    shapes: tuple[Shape, ...],
-    grad_x: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of left factors, ``right`` and ``weights`` in :func:`add_update_`.
+class _LeftFirst(_Products):
+    """Left factors come first: they mix blocks of rows, and right ones add these up."""
 
-    With X and G of one token as matrices: ``dA = w Σ_t G B Xᵀ``, ``dB = w Σ_t Gᵀ A X``, ``dX = w Aᵀ G B``,
-    and since the product is linear in B, ``dw_i = <dB_i / w_i, B_i>`` needs no second forward.
+    def __init__(self, group: _Group, buffers: _Buffers) -> None:
+        super().__init__(group, buffers)
+        self.a, self.grad_a = (group.left.of(side.left) for side in (buffers.factors, buffers.grads))
+        (m_a, n_a, m_b, n_b, _), members = group.shape, group.members
+        tokens = self.x.shape[1]
+        self.grid, self.to_grid = self.x.view(n_a, -1), self.to_x.view(n_a, -1)  # (n_a, n_b T)
+        self.blocks = self.out.view(m_a, m_b, tokens)
+        self.rights = group.right.repeated(buffers.factors.right, m_a)  # (m_a, m_b, C n_b)
+        size = (m_a * members, n_b * tokens)
+        self.hidden, self.back = _matrix(buffers.hidden, *size), _matrix(buffers.back, *size)
+        self.hidden_blocks, self.back_blocks = (
+            part.view(m_a, members * n_b, tokens) for part in (self.hidden, self.back)
+        )
+        self.sums = _matrix(buffers.sums, m_a * m_b, members * n_b).view(m_a, m_b, -1)
+        self.turned = self.a.mT, self.rights.mT, self.grid.mT, self.hidden_blocks.mT
+
+    def add_(self) -> None:
+        torch.mm(self.a, self.grid, out=self.hidden)
+        self.blocks.baddbmm_(self.rights, self.hidden_blocks)
+
+    def backward(self, needs_x: bool) -> None:
+        a_t, rights_t, grid_t, hidden_t = self.turned
+        torch.bmm(rights_t, self.blocks, out=self.back_blocks)
+        torch.mm(self.back, grid_t, out=self.grad_a)
+        if needs_x:
+            self.to_grid.addmm_(a_t, self.back)
+        torch.mm(self.a, self.grid, out=self.hidden)
+        torch.bmm(self.blocks, hidden_t, out=self.sums)
+        torch.sum(self.sums, 0, out=self.grad_b)
+
+
+class _RightFirst(_Products):
+    """Right factors come first: they map each block of rows, and left ones mix the results."""
+
+    def __init__(self, group: _Group, buffers: _Buffers) -> None:
+        super().__init__(group, buffers)
+        self.a, self.grad_a = (group.left.of(side.left) for side in (buffers.factors, buffers.grads))
+        (m_a, n_a, m_b, n_b, _), members = group.shape, group.members
+        tokens = self.x.shape[1]
+        self.grid, self.to_grid = (part.view(n_a, n_b, tokens) for part in (self.x, self.to_x))
+        self.blocks = self.out.view(m_a, -1)  # (m_a, m_b T)
+        self.rights = group.right.repeated(buffers.factors.right, n_a)  # (n_a, C m_b, n_b)
+        size = (n_a * members, m_b * tokens)
+        self.hidden, self.back = _matrix(buffers.hidden, *size), _matrix(buffers.back, *size)
+        self.hidden_blocks, self.back_blocks = (
+            part.view(n_a, members * m_b, tokens) for part in (self.hidden, self.back)
+        )
+        self.sums = _matrix(buffers.sums, n_a * members * m_b, n_b).view(n_a, -1, n_b)
+        self.turned = self.a.mT, self.rights.mT, self.grid.mT, self.hidden.mT
+
+    def add_(self) -> None:
+        torch.bmm(self.rights, self.grid, out=self.hidden_blocks)
+        self.blocks.addmm_(self.a, self.hidden)
+
+    def backward(self, needs_x: bool) -> None:
+        a_t, rights_t, grid_t, hidden_t = self.turned
+        torch.mm(a_t, self.blocks, out=self.back)
+        torch.bmm(self.back_blocks, grid_t, out=self.sums)
+        torch.sum(self.sums, 0, out=self.grad_b)
+        if needs_x:
+            self.to_grid.baddbmm_(rights_t, self.back_blocks)
+        torch.bmm(self.rights, self.grid, out=self.hidden_blocks)
+        torch.mm(self.blocks, hidden_t, out=self.grad_a)
+
+
+class _Identities(_Products):
+    """Identities on the left: their right factors share blocks."""
+
+    def __init__(self, group: _Group, buffers: _Buffers) -> None:
+        super().__init__(group, buffers)
+        _, k, m_b, n_b, _ = group.shape
+        self.grid, self.to_grid = (part.view(k, n_b, -1) for part in (self.x, self.to_x))
+        self.blocks = self.out.view(k, m_b, -1)
+        self.rights = self.b.view(-1, m_b, n_b)  # (C, m_b, n_b)
+        self.grad_rights = self.grad_b.view(-1, m_b, n_b)
+
+    def add_(self) -> None:
+        self.blocks.baddbmm_(self.rights.sum(0).expand(len(self.grid), -1, -1), self.grid)
+
+    def backward(self, needs_x: bool) -> None:
+        self.grad_rights.copy_(torch.bmm(self.blocks, self.grid.mT).sum(0))
+        if needs_x:
+            self.to_grid.baddbmm_(self.rights.sum(0).mT.expand(len(self.grid), -1, -1), self.blocks)
+
+
+class _Padded(_Products):
+    """The products of a group that does not fit the layer, in buffers of its own."""
+
+    def __init__(self, group: _Group, buffers: _Buffers) -> None:
+        super().__init__(group, buffers)
+        rows, columns, tokens = group.shape.rows, group.shape.cols, self.x.shape[1]
+        x, out, to_x = (self.x.new_zeros(size, tokens) for size in (columns, rows, columns))
+        self.inner = _products(group, buffers._replace(x=x, out=out, to_x=to_x))
+
+    def add_(self) -> None:
+        _fit_(self.inner.x, self.x)
+        self.inner.out.zero_()
+        self.inner.add_()
+        rows = len(self.inner.out)
+        self.out[:rows] += self.inner.out[: len(self.out)]
+
+    def backward(self, needs_x: bool) -> None:
+        _fit_(self.inner.x, self.x)
+        _fit_(self.inner.out, self.out)
+        self.inner.to_x.zero_()
+        self.inner.backward(needs_x)
+        if needs_x:
+            self.to_x[: len(self.inner.to_x)] += self.inner.to_x[: len(self.to_x)]
+
+
+def _products(group: _Group, buffers: _Buffers) -> _Products:
+    """The products of a group."""
+    shape = group.shape
+    if (shape.rows, shape.cols) != (len(buffers.out), len(buffers.x)):
+        return _Padded(group, buffers)
+    if shape.identity:
+        return _Identities(group, buffers)
+    return (_LeftFirst if group.left_first else _RightFirst)(group, buffers)
+
+
+class StructuredProducts:
+    """The products of a layer's size and number of tokens, and the buffers of their operands.
 
     Args:
-        grad: Gradient of the sum, shape (m, T), contiguous.
-        x: Its input, shape (n, T), contiguous.
-        right: Packed right factors.
-        weights: w, shape (r,).
-        factors: The gathered factors.
         shapes: r shapes.
-        grad_x: What to add the gradient of ``x`` to, shape (n, T), contiguous; None where nobody needs it.
+        m: Output features.
+        n: Input features.
+        tokens: T.
+        like: Tensor of their dtype and device.
+
+    Attributes:
+        x: Input, tokens in columns, (n, T).
+        out: Output, or its gradient, (m, T).
+        to_x: Gradient of the input, (n, T).
+        entries: Numbers that the buffers hold.
     """
-    (n, tokens), m = x.shape, grad.shape[0]
-    layout = _layout(shapes, x.device)
-    grads = Sides(torch.empty_like(factors.left), torch.empty_like(factors.right))
-    for group in layout.groups:
-        m_a, n_a, m_b, n_b, identity = group.shape
-        rows, columns = m_a * m_b, n_a * n_b
-        grid = x if columns == n else _fit(x, columns)  # (n_a n_b, T)
-        out = (grad if rows == m else _fit(grad, rows)).view(m_a, m_b, tokens)
-        to_x = grad_x if grad_x is None or columns == n else grad_x.new_zeros(columns, tokens)
-        if group.left_first:
-            _left_first_backward(group, out, grid, factors, grads, to_x)
-        elif identity:
-            _identity_backward(group, out, grid, factors, grads, to_x)
-        else:
-            _right_first_backward(group, out, grid, factors, grads, to_x)
-        if grad_x is not None and to_x is not None and columns != n:
-            grad_x[:columns] += to_x[:n]
-    # The left factors' gradients hold w already, through the scaled right factors.
-    grad_left = grads.left.index_select(0, layout.left.scatter)
-    grad_right = grads.right.index_select(0, layout.right.scatter)
-    grad_weights = layout.component_index.sums(grad_right * right, len(shapes))
-    return grad_left, layout.component_index.scale(grad_right, weights), grad_weights
+
+    def __init__(self, shapes: tuple[Shape, ...], m: int, n: int, tokens: int, like: Tensor) -> None:
+        self._layout = _layout(shapes, like.device)
+        self.x, self.out, self.to_x = (like.new_empty(size, tokens) for size in (n, m, n))
+        sizes = len(self._layout.left.gather), len(self._layout.right.gather)
+        self._factors, self._grads = (Sides(*map(like.new_empty, sizes)) for _ in range(2))
+        hidden = tokens * max(group.hidden for group in self._layout.groups)
+        inner = hidden, hidden, max(group.sums for group in self._layout.groups)
+        buffers = _Buffers(
+            self.x, self.out, self.to_x, self._factors, self._grads, *map(like.new_empty, inner)
+        )
+        self._products = [_products(group, buffers) for group in self._layout.groups]
+        self.entries = tokens * (m + 2 * n) + sum(inner)
+
+    def add_update_(self, factors: Sides) -> None:
+        """Adds ``Σ_i w_i (A_i ⊗ B_i) x`` to the output.
+
+        Args:
+            factors: The gathered factors.
+        """
+        self._take(factors)
+        for products in self._products:
+            products.add_()
+
+    def backward(
+        self, right: Tensor, weights: Tensor, factors: Sides, needs_x: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients of left factors, ``right`` and ``weights`` in :meth:`add_update_`.
+
+        With X and G of one token as matrices: ``dA = w Σ_t G B Xᵀ``, ``dB = w Σ_t Gᵀ A X``,
+        ``dX = w Aᵀ G B``, and since the product is linear in B, ``dw_i = <dB_i / w_i, B_i>`` needs no second
+        forward.
+
+        Args:
+            right: Packed right factors.
+            weights: w, shape (r,).
+            factors: The gathered factors.
+            needs_x: Whether the gradient of the input is to be added to it.
+        """
+        self._take(factors)
+        for products in self._products:
+            products.backward(needs_x)
+        # The left factors' gradients hold w already, through the scaled right factors.
+        grad_left = self._grads.left.index_select(0, self._layout.left.scatter)
+        grad_right = self._grads.right.index_select(0, self._layout.right.scatter)
+        index = self._layout.component_index
+        grad_weights = index.sums(grad_right * right, len(weights))
+        return grad_left, index.scale(grad_right, weights), grad_weights
+
+    def _take(self, factors: Sides) -> None:
+        for own, other in zip(self._factors, factors, strict=True):
+            own.copy_(other)
 
 
-def _left_first_backward(
-    group: _Group, grad: Tensor, grid: Tensor, factors: Sides, grads: Sides, to_x: Tensor | None
-) -> None:
-    """Puts into ``grads`` what ∂L/∂(its sum), (m_a, m_b, T), and its input, (n_a n_b, T), give for a group.
-
-    Left factors come first here. The right ones hold w already. ``to_x``: what to add ∂L/∂input to, or None.
-    """
-    (m_a, n_a, _, n_b, _), members, _, lefts, rights = group
-    tokens = grid.shape[1]
-    grid = grid.view(n_a, n_b * tokens)
-    a = lefts.of(factors.left)  # (m_a C, n_a)
-    back = torch.bmm(rights.repeated(factors.right, m_a).mT, grad)  # (m_a, C n_b, T)
-    back = back.view(m_a * members, n_b * tokens)
-    torch.mm(back, grid.mT, out=lefts.of(grads.left))
-    if to_x is not None:
-        to_x.view(n_a, n_b * tokens).addmm_(a.mT, back)
-    hidden = torch.mm(a, grid).view(m_a, members * n_b, tokens)
-    torch.sum(torch.bmm(grad, hidden.mT), 0, out=rights.of(grads.right))
+#: Those of every size, for the arguments of :class:`StructuredProducts`.
+structured_products = Workspaces(StructuredProducts)
 
 
-def _identity_backward(
-    group: _Group, grad: Tensor, grid: Tensor, factors: Sides, grads: Sides, to_x: Tensor | None
-) -> None:
-    """As :func:`_left_first_backward`, with identities on the left."""
-    (_, n_a, m_b, n_b, _), members, _, _, rights = group
-    grid = grid.view(n_a, n_b, -1)  # (n_a, n_b, T)
-    shared = torch.bmm(grad, grid.mT).sum(0)  # (m_b, n_b)
-    rights.of(grads.right).view(members, m_b, n_b).copy_(shared)
-    if to_x is not None:
-        b = _shared(rights.of(factors.right), members)  # (m_b, n_b)
-        to_x.view(n_a, n_b, -1).baddbmm_(b.mT.expand(n_a, -1, -1), grad)
+def _matrix(flat: Tensor, rows: int, columns: int) -> Tensor:
+    """The beginning of a flat buffer as a matrix."""
+    return flat[: rows * columns].view(rows, columns)
 
 
-def _right_first_backward(
-    group: _Group, grad: Tensor, grid: Tensor, factors: Sides, grads: Sides, to_x: Tensor | None
-) -> None:
-    """As :func:`_left_first_backward`, with right factors first."""
-    (m_a, n_a, m_b, n_b, _), members, _, lefts, rights = group
-    tokens = grid.shape[1]
-    grid = grid.view(n_a, n_b, tokens)
-    b = rights.repeated(factors.right, n_a)  # (n_a, C m_b, n_b)
-    grad = grad.view(m_a, m_b * tokens)
-    back = torch.mm(lefts.of(factors.left).mT, grad).view(n_a, members * m_b, tokens)
-    torch.sum(torch.bmm(back, grid.mT), 0, out=rights.of(grads.right))
-    if to_x is not None:
-        to_x.view(n_a, n_b, tokens).baddbmm_(b.mT, back)
-    hidden = torch.bmm(b, grid).view(n_a * members, m_b * tokens)
-    torch.mm(grad, hidden.mT, out=lefts.of(grads.left))
+def _fit_(fitted: Tensor, x: Tensor) -> None:
+    """Copies rows of x as far as there are any, and fills further ones with zeros."""
+    rows = min(len(fitted), len(x))
+    fitted[:rows].copy_(x[:rows])
+    fitted[rows:].zero_()
 
 
-def transposed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns tokens in rows as columns, (T, n) to (n, T), or the reverse: contiguous, in ``dtype``."""
-    return x.to(dtype).mT.contiguous()
-
-
-def _fit(x: Tensor, rows: int) -> Tensor:
-    """Cuts or zero-fills x of (n, T) to (rows, T)."""
-    return F.pad(x, (0, 0, 0, rows - len(x)))  # a negative pad cuts
-
-
-def _shared(b: Tensor, members: int) -> Tensor:
-    """The sum of C right factors on top of each other, (m_b, n_b): identities of one size share blocks."""
-    return b.view(members, len(b) // members, b.shape[1]).sum(0)
+def to_rows(columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Copies tokens in columns to rows, (m, T) to (T, m), in ``dtype``; never a view of a buffer."""
+    return torch.empty_like(columns.mT, dtype=dtype, memory_format=torch.contiguous_format).copy_(columns.mT)

@@ -57,11 +57,13 @@ def test_sums_and_gradients_are_those_of_the_kronecker_products(case) -> None:
 
 def test_what_an_evaluation_builds_first_serves_training() -> None:
     shapes = (Shape(8, 8, 5, 7), Shape(4, 8, 10, 7))  # right factors of different sizes
-    factors = [(torch.randn(s.m_a, s.n_a), torch.randn(s.m_b, s.n_b)) for s in shapes]
+    factors = [(torch.randn(s.m_a, s.n_a).double(), torch.randn(s.m_b, s.n_b).double()) for s in shapes]
     left, right = pack(factors)
-    weights = torch.tensor([0.3, 0.7], requires_grad=True)
+    weights = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
     with torch.inference_mode():
-        add_delta_(torch.zeros(40, 56), left.clone(), right.clone(), weights.detach().clone(), shapes)
-    add_delta_(torch.zeros(40, 56), left, right, weights, shapes).sum().backward()
+        add_delta_(
+            torch.zeros(40, 56).double(), left.clone(), right.clone(), weights.detach().clone(), shapes
+        )
+    add_delta_(torch.zeros(40, 56).double(), left, right, weights, shapes).sum().backward()
     expected = [torch.kron(a, b).sum() for a, b in factors]
     torch.testing.assert_close(weights.grad, torch.stack(expected))
