@@ -22,8 +22,9 @@ time, ``4 d T + 2 e d N + (4 + e) V C``. Then
 for n blocks (3 where their inputs are offloaded) and P trained numbers (float32, with a gradient) of which
 the optimizer keeps s bytes each. Where the B bytes of the blocks and the E of embedding and output head are
 spread over R ranks, each holds ``(B + E) / R`` of them (in the host's memory if they are offloaded), two
-whole blocks, ``2 B / n``, beside a, and the whole head, H bytes, beside *head*: the last term becomes
-``max(head + H, a + 2 B / n)``, and without checkpointing ``max(head + H, 2 B / n)`` for *head*.
+whole blocks, ``2 B / n``, beside a, and the rest of the head, H bytes, beside *head*: the last term becomes
+``max(head + H, a + 2 B / n)``, and without checkpointing ``max(head + H, 2 B / n)`` for *head*. Where
+embedding and head are one weight, several ranks keep it whole.
 
 On a CPU glibc's heap does not give back all that is freed: without checkpointing a fifth of the activations
 and the head comes on top; with it ``n (3 e f T - 2 e w)``, w the largest layer's weights where these are
@@ -245,10 +246,12 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products:
     on_gpu = setup.stored is None
     weights, host = sizes.linear * linear + sizes.other * e, 0.0
     if setup.spread is not None:
-        spread = sizes.linear * linear + sizes.ends * e
+        stays = sizes.ends == sizes.head and setup.spread > 1  # both are one weight
+        spread = sizes.linear * linear + (0 if stays else sizes.ends * e)
         host = spread / setup.spread if setup.base_offloaded and on_gpu else 0.0
         weights += spread / setup.spread - spread - host
-        weights += _gathered(sizes, linear, e, block if setup.checkpointing else 0, logits)
+        head = 0 if stays else sizes.head * e * (1 if setup.base_offloaded else 1 - 1 / setup.spread)
+        weights += _gathered(sizes, linear, head, block if setup.checkpointing else 0, logits)
     weights += sizes.largest * dequantised
     gaps = 1 if on_gpu or setup.checkpointing else _CPU_GAPS
     if setup.checkpointing:
@@ -267,18 +270,18 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products:
     )
 
 
-def _gathered(sizes: Sizes, linear: float, itemsize: int, block: float, logits: float) -> float:
+def _gathered(sizes: Sizes, linear: float, head: float, block: float, logits: float) -> float:
     """What weights that are gathered for a while add to the peak.
 
     Args:
         sizes: The model.
         linear: Bytes of a linear weight.
-        itemsize: Bytes of one of the head.
+        head: Bytes of the head without the rank's own part, where its device has that.
         block: What the activations take beside two whole blocks.
         logits: What they take beside the whole head, but for what they take beside both.
     """
     blocks = min(_WHOLE, sizes.blocks) * sizes.linear * linear / sizes.blocks
-    return max(logits + sizes.head * itemsize, block + blocks) - max(logits, block)
+    return max(logits + head, block + blocks) - max(logits, block)
 
 
 def _holes(sizes: Sizes, column: int, dequantised: float) -> float:

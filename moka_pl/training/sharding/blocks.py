@@ -24,8 +24,9 @@ class ShardedBlocks:
 
     The embedding is gathered before the decoder's forward pass, and the output head after it: its weight is
     also read without a call, by the loss. It stays until another block is needed, as that of the backward
-    pass is. Where both are one weight, that is gathered twice. Nothing is gathered ahead beside the head: it
-    is larger than a block, and would make the peak together with what a block or the loss computes.
+    pass is. Where both are one weight, that is gathered twice, or stays whole on several ranks. Nothing is
+    gathered ahead beside the head: it is larger than a block, and would make the peak together with what a
+    block or the loss computes.
 
     In a training step all ranks go through the same blocks in the same order: the next one is gathered while
     this one computes. Everywhere else they may not: batches of an evaluation are uneven, and the first rank
@@ -92,6 +93,8 @@ class ShardedBlocks:
         ends = find_ends(model)
         if ends is None or self._ends:
             return
+        if ends.tied and self._group is not None:
+            return  # while it is gathered, which both need, a rank's part would come on top of the whole
         inside = set(ends.decoder.modules())
         first = next((number for number, block in enumerate(self._modules) if block in inside), None)
         number = None
@@ -106,11 +109,11 @@ class ShardedBlocks:
 
     def _take_end(self, layer: nn.Module) -> int:
         self._ends += 1
-        return self._take(layer)
+        return self._take(layer, lends=True)
 
-    def _take(self, block: nn.Module) -> int:
+    def _take(self, block: nn.Module, lends: bool = False) -> int:
         """Takes the frozen tensors out of a block, and returns its number."""
-        self._shards.append(BlockShard(block, self._group, self._offload, self._stream))
+        self._shards.append(BlockShard(block, self._group, self._offload, self._stream, lends))
         self._modules.append(block)
         return len(self._shards) - 1
 

@@ -24,6 +24,8 @@ class BlockShard:
         group: The ranks; None for one rank alone.
         offload: Whether the part is kept in the CPU's memory, page-locked where there is a GPU.
         stream: The stream of copies to the GPU.
+        lends: Whether the part leaves its device while the whole is there, which holds it, too. It is copied
+            back from there: worth it for what is large and gathered once or twice a step.
 
     Attributes:
         kept: This rank's part.
@@ -35,6 +37,7 @@ class BlockShard:
         group: dist.ProcessGroup | None,
         offload: bool,
         stream: "torch.cuda.Stream | None",
+        lends: bool = False,
     ) -> None:
         self._group, self._stream = group, stream
         self._places = list(frozen_tensors(block))
@@ -52,12 +55,14 @@ class BlockShard:
             tensor = place.tensor
             view = self._whole[start : start + size].view(tensor.dtype).view(tensor.shape)
             self._views.append(view.copy_(tensor))
-        own = self._whole[rank * share : (rank + 1) * share]
+        self._own = slice(rank * share, (rank + 1) * share)
+        own = self._whole[self._own]
         if offload and device.type != "cpu":
             # Lightning builds models with the device as the default one, whose memory cannot be pinned.
             self.kept = torch.empty(share, dtype=torch.uint8, device="cpu", pin_memory=True).copy_(own)
         else:
             self.kept = own.clone()
+        self._lends = lends and group is not None and not offload
         self._work: dist.Work | None = None
         self._staged: Tensor | None = None
         self._under_way = self.gathered = False
@@ -66,7 +71,7 @@ class BlockShard:
     @property
     def held(self) -> int:
         """Bytes of the block that this rank holds now."""
-        return self.kept.nbytes + self._whole.untyped_storage().nbytes()
+        return self.kept.untyped_storage().nbytes() + self._whole.untyped_storage().nbytes()
 
     @property
     def reserved(self) -> bool:
@@ -121,11 +126,17 @@ class BlockShard:
         for place, view in zip(self._places, self._views, strict=True):
             place.put(view)
         self._under_way, self.gathered = False, True
+        if self._lends:
+            self.kept.untyped_storage().resize_(0)
 
     def release(self) -> None:
         """Takes the tensors out of the block and gives the whole's memory back."""
         if self._under_way:
             self.finish()
+        if self._lends and self.gathered:
+            if self.kept.untyped_storage().nbytes() == 0:  # a lack of memory leaves the whole as it is
+                self.kept.untyped_storage().resize_(self.kept.nbytes)
+            self.kept.copy_(self._whole.data[self._own])
         for place, view in zip(self._places, self._views, strict=True):
             place.withdraw(view)
         self._staged = None

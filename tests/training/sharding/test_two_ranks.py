@@ -157,6 +157,7 @@ def fit(folder, name):
     layers = [layer.weight for layer in module.modules() if is_quantised(layer)]
     model = module.causal_lm
     ends = {end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    ends = ends if len(ends) == 2 else set()  # a tied one stays whole
     record = {
         "steps": watch.steps,
         "validations": watch.validations,
