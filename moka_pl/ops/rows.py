@@ -126,6 +126,17 @@ def rounds_once(shapes: tuple[Shape, ...], m: int) -> bool:
     return not others and first.shape.rows == m and (first.left_first or first.shape.identity)
 
 
+def alike(shapes: tuple[Shape, ...], m: int) -> bool:
+    """Whether the factors of :func:`stack_factors` are those of one shape, left ones first.
+
+    Args:
+        shapes: r shapes.
+        m: Output features.
+    """
+    first, *others = _groups(shapes, m)
+    return first.left_first and not others
+
+
 @cache
 def batched_cost(shapes: tuple[Shape, ...], m: int, n: int, token_bytes: int) -> float:
     """Estimates the time of :func:`rows_update` with many tokens on a GPU, in bytes moved meanwhile.

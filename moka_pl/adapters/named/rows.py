@@ -13,19 +13,19 @@ from moka_pl.adapters.named.grouping import Rows
 from moka_pl.adapters.named.stacks import LayerStacks, Stack
 from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.errors import AdapterError
-from moka_pl.ops.dispatch import can_fuse
+from moka_pl.ops.dispatch import can_fuse, can_fuse_thin
 from moka_pl.ops.kronecker import kronecker_linear
-from moka_pl.ops.rows import batched_cost, merged_cost, rounds_once, rows_update
+from moka_pl.ops.rows import alike, batched_cost, merged_cost, rounds_once, rows_update
 
 #: Tokens of a row from which on each adapter's rows are computed by themselves: then its own backend is
 #: faster than batched products with small factors.
 _MANY_TOKENS = 16
 
 
-#: How a layer computes its rows: the updates of all adapters at once, by the kernels for generating or in
-#: batched products, with W + ΔW of each built in one launch, each adapter by itself with W + ΔW, or each
-#: update by itself.
-Path = Literal["decoded", "batched", "built", "merged", "separate"]
+#: How a layer computes its rows: the updates of all adapters at once, by the kernels for generating, by the
+#: one for thin products or in batched products, with W + ΔW of each built in one launch, each adapter by
+#: itself with W + ΔW, or each update by itself.
+Path = Literal["decoded", "thin", "batched", "built", "merged", "separate"]
 
 #: Rows of one token from which on batched products take less time than the kernels for generating.
 _MANY_ROWS = 128
@@ -110,6 +110,7 @@ class RowLinear(RowLayer):
         flat = x.reshape(len(x), -1, self.in_features)  # (N, T, n)
         compute = {
             "decoded": self._decoded,
+            "thin": self._thin,
             "batched": self._batched,
             "built": self._built,
             "merged": self._merged,
@@ -123,6 +124,8 @@ class RowLinear(RowLayer):
         rows, tokens, n = x.shape
         if tokens == 1 and self._decodes(x):
             return "decoded"
+        if not torch.is_grad_enabled() and self._is_thin(x):
+            return "thin"
         if tokens < _MANY_TOKENS:
             return "batched"
         if not x.is_cuda:
@@ -150,6 +153,14 @@ class RowLinear(RowLayer):
             can_fuse(x, stack.factors.dtype, stack.shapes, self.out_features) for stack in self.stacks
         )
 
+    def _is_thin(self, x: Tensor) -> bool:
+        """Whether the kernel for thin products serves x, (N, T, n), on its GPU."""
+        return all(asks_for_kernels(layer, x) for layer in self.adapters) and all(
+            alike(stack.shapes, self.out_features)
+            and can_fuse_thin(x, x.dtype, stack.factors.dtype, stack.shapes, self.out_features)
+            for stack in self.stacks
+        )
+
     def _decoded(self, x: Tensor, times: int) -> Tensor:
         """Adds updates of all adapters at once to one token a row, (N, 1, m)."""
         from moka_pl.ops.triton import Gates, add_decode_update_, make_plan
@@ -167,13 +178,30 @@ class RowLinear(RowLayer):
                 total.index_copy_(0, rows, out)
         return total
 
+    def _thin(self, x: Tensor, times: int) -> Tensor:
+        """Adds the updates of all adapters of a shape in one launch, (N, T, m)."""
+        from moka_pl.ops.triton import add_thin_rows_, make_plan
+
+        total: Tensor = self.base_layer(x).contiguous()  # (N, T, m)
+        if total.dtype != x.dtype:  # under autocast
+            return self._added_in_batches(total, x, times)
+        x = x.contiguous()
+        for stack in self.stacks:
+            plan = make_plan(stack.shapes, self.out_features, self.in_features, x.device)
+            rows = self.rows.of(stack.names, x.device, times)
+            add_thin_rows_(plan, total, x, stack.factors, stack.shapes[0], *rows)
+        return total
+
     def _batched(self, x: Tensor, times: int) -> Tensor:
         """Adds updates of all adapters at once, (N, T, m).
 
         Those of few tokens are computed in single precision at least, as that takes no time; others in the
         dtype of the layer's output.
         """
-        total: Tensor = self.base_layer(x)  # (N, T, m)
+        return self._added_in_batches(self.base_layer(x), x, times)
+
+    def _added_in_batches(self, total: Tensor, x: Tensor, times: int) -> Tensor:
+        """The same, given the frozen layer's output, (N, T, m)."""
         dtype, m = total.dtype, self.out_features
         for stack in self.stacks:
             rows, adapter = self.rows.of(stack.names, x.device, times)

@@ -15,8 +15,9 @@ from moka_pl.ops.triton.gates import Gates, layer_gates
 from moka_pl.ops.triton.merged_forward import FusedThinUpdates, FusedUpdates
 from moka_pl.ops.triton.plan import Plan, make_plan
 from moka_pl.ops.triton.projection import fused_projection
-from moka_pl.ops.triton.thin_factors import thin_matrices
-from moka_pl.ops.triton.thin_plan import ThinPlan, make_thin_plan
+from moka_pl.ops.triton.thin.matrices import thin_matrices
+from moka_pl.ops.triton.thin.plan import ThinPlan, make_thin_plan
+from moka_pl.ops.triton.thin.rows import add_thin_rows_
 
 __all__ = [
     "FusedThinUpdates",
@@ -26,6 +27,7 @@ __all__ = [
     "ThinPlan",
     "WeightSource",
     "add_decode_update_",
+    "add_thin_rows_",
     "can_dequantise",
     "dequantise",
     "fused_projection",

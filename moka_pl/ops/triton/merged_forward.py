@@ -15,9 +15,9 @@ from moka_pl.ops.triton.factor_gradients import factor_gradients, make_factor_pl
 from moka_pl.ops.triton.gates import layer_gates
 from moka_pl.ops.triton.periods import choice
 from moka_pl.ops.triton.plan import Plan
-from moka_pl.ops.triton.thin import thin_backward, thin_factor_gradients, thin_forward
-from moka_pl.ops.triton.thin_factors import thin_matrices
-from moka_pl.ops.triton.thin_plan import ThinPlan
+from moka_pl.ops.triton.thin.matrices import thin_matrices
+from moka_pl.ops.triton.thin.plan import ThinPlan
+from moka_pl.ops.triton.thin.products import thin_backward, thin_factor_gradients, thin_forward
 
 
 @dataclass(frozen=True, eq=False)

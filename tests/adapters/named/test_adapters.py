@@ -10,10 +10,11 @@ from torch import Tensor
 
 from moka_pl import MokaAdapters, attach, load_model
 from moka_pl.adapters import MokaConfig, moka_layers, read_adapter
-from moka_pl.adapters.named import stacks
+from moka_pl.adapters.named import rows, stacks
 from moka_pl.adapters.named.rows import RowLinear
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.errors import AdapterError
+from moka_pl.ops.dispatch import can_fuse
 
 IDS = torch.randint(4, 260, (5, 3), generator=torch.Generator().manual_seed(4))
 LONG = torch.randint(4, 260, (5, 20), generator=torch.Generator().manual_seed(5))
@@ -156,6 +157,34 @@ def test_single_tokens_go_through_the_kernels_for_generating(
     logits(named, adapter_names=["a"] * 5)  # several tokens
     named(IDS[:, :1], adapter_names=["a"] * 5)  # gradients may be wanted
     assert len(decoded) == before
+
+
+def test_thin_updates_of_all_adapters_take_one_launch(monkeypatch: pytest.MonkeyPatch, randomize) -> None:
+    pytest.importorskip("triton")
+    # Where there is no GPU, these kernels are not chosen otherwise.
+    monkeypatch.setattr(rows, "can_fuse_thin", lambda x, compute, *rest: can_fuse(x, *rest))
+    named = MokaAdapters(load_backbone(BackboneConfig("tiny", weights="random")).model)
+    thin = MokaConfig(1, filters="servable", rank=4, backend="fused", target_modules="all-linear")
+    wider = MokaConfig(1, filters="servable", rank=16, backend="fused", target_modules=["v_proj", "up_proj"])
+    wide = MokaConfig(components=2, backend="fused", target_modules=["v_proj"])
+    for seed, (name, config) in enumerate({"a": thin, "b": thin, "c": wider, "d": wide}.items()):
+        named.add_adapter(name, config)
+        named.set_adapter(name)
+        randomize(named.model, seed=seed)
+    taken, original = [], RowLinear._thin
+    monkeypatch.setattr(
+        RowLinear, "_thin", lambda self, x, times: taken.append(self.name) or original(self, x, times)
+    )
+    for names in (["b", "a", "b", "a", "b"], ["c", "a", "__base__", "c", "b"], ["d", "a", "c", "d", "a"]):
+        taken.clear()
+        mixed = logits(named, LONG, adapter_names=names)
+        assert any("q_proj" in layer for layer in taken)
+        assert any("v_proj" in layer for layer in taken) == ("d" not in names)
+        for row, name in enumerate(names):
+            torch.testing.assert_close(mixed[row], alone(named, name, LONG)[row], atol=1e-4, rtol=1e-4)
+    taken.clear()
+    named(LONG, adapter_names=["a"] * 5)  # gradients may be wanted
+    assert not taken
 
 
 def test_weights_of_all_adapters_are_built_at_once(monkeypatch: pytest.MonkeyPatch, randomize) -> None:

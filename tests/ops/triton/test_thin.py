@@ -176,7 +176,7 @@ def test_programs_may_take_several_tiles_of_tokens(monkeypatch: pytest.MonkeyPat
     x, upstream = torch.randn(150, n), torch.randn(150, m)
     runs = []
     for blocks in (64, 2):
-        monkeypatch.setattr("moka_pl.ops.triton.thin_plan._BLOCKS", blocks)
+        monkeypatch.setattr("moka_pl.ops.triton.thin.plan._BLOCKS", blocks)
         plan = kernels.ThinPlan(shapes, m, n, DEVICE)
         assert (plan.grids(150, x.itemsize).times > 1) == (blocks == 2)
         updates = replace(_updates(shapes, m, n, "none"), plan=plan)

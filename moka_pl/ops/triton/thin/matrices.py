@@ -14,7 +14,7 @@ from moka_pl.ops.triton.dequantise import as_words, dequantise_words
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.plan import WORDS
-from moka_pl.ops.triton.thin_plan import COLUMNS, ThinPlan
+from moka_pl.ops.triton.thin.plan import COLUMNS, ThinPlan
 
 
 @triton.jit  # type: ignore[untyped-decorator]

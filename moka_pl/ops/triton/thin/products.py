@@ -22,21 +22,21 @@ from torch import Tensor
 
 from moka_pl.ops.triton.gates import Gates, logits_gradient, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
-from moka_pl.ops.triton.thin_plan import CHUNK, ThinPlan
+from moka_pl.ops.triton.thin.plan import CHUNK, ThinPlan
 
 #: Entries that a program of the sum over shares takes, and parts that one of the last step takes at once.
 _SIZE, _TERMS = 512, 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _product(a, b, total, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def product(a, b, total, UPCAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """``total + a @ b``; Triton's interpreter would take bfloat16 factors for whole numbers."""
     kind: tl.constexpr = tl.float32 if UPCAST else a.dtype
     return tl.dot(a.to(kind), b.to(kind), total, input_precision="tf32x3")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_tile(pointer, i, j, rows, columns, stride, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_tile(pointer, i, j, rows, columns, stride, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows i and columns j of a matrix, zeros beyond its end; FULL: there are none."""
     at = pointer + i[:, None].to(tl.int64) * stride + j[None, :]
     inside = (i < rows)[:, None] & (j < columns)[None, :]
@@ -44,8 +44,8 @@ def _load_tile(pointer, i, j, rows, columns, stride, FULL: tl.constexpr):  # typ
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_tile(pointer, tile, i, j, rows, columns, stride, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Stores what :func:`_load_tile` loads."""
+def store_tile(pointer, tile, i, j, rows, columns, stride, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Stores what :func:`load_tile` loads."""
     at = pointer + i[:, None].to(tl.int64) * stride + j[None, :]
     if FULL:
         tl.store(at, tile)
@@ -65,20 +65,20 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros((TOKENS, PADDED), tl.float32)
     for first in range(0, n, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
-        tile = _load_tile(x, t, j, tokens, n, n, FULL)
-        down = _load_tile(thin, r, j, R, n, n, FULL)
-        total = _product(tile, tl.trans(down), total, UPCAST)
+        tile = load_tile(x, t, j, tokens, n, n, FULL)
+        down = load_tile(thin, r, j, R, n, n, FULL)
+        total = product(tile, tl.trans(down), total, UPCAST)
     numbers = total.to(x.dtype.element_ty)
-    _store_tile(hidden, numbers, t, r, tokens, R, R, FULL)
+    store_tile(hidden, numbers, t, r, tokens, R, R, FULL)
     up = thin + R * n
     for first in range(0, m, COLUMNS):
         j = first + tl.arange(0, COLUMNS)
         if ADD:
-            y = _load_tile(out, t, j, tokens, m, m, FULL).to(tl.float32)
+            y = load_tile(out, t, j, tokens, m, m, FULL).to(tl.float32)
         else:
             y = tl.zeros((TOKENS, COLUMNS), tl.float32)
-        y = _product(numbers, _load_tile(up, r, j, R, m, m, FULL), y, UPCAST)
-        _store_tile(out, y.to(out.dtype.element_ty), t, j, tokens, m, m, FULL)
+        y = product(numbers, load_tile(up, r, j, R, m, m, FULL), y, UPCAST)
+        store_tile(out, y.to(out.dtype.element_ty), t, j, tokens, m, m, FULL)
 
 
 @triton.jit(do_not_specialize=["tokens", "times"])  # type: ignore[untyped-decorator]
@@ -97,22 +97,22 @@ def _outputs_kernel(  # type: ignore[no-untyped-def]
     to_up = up_parts + tl.program_id(0).to(tl.int64) * kept
     for time in range(times):
         t = (tl.program_id(0) * times + time) * TOKENS + tl.arange(0, TOKENS)
-        numbers = _load_tile(hidden, t, r, tokens, R, R, FULL)
+        numbers = load_tile(hidden, t, r, tokens, R, R, FULL)
         flat = tl.trans(numbers)  # (R, T)
         total = tl.zeros((TOKENS, PADDED), tl.float32)
         for first in range(begin, tl.minimum(begin + share, m), COLUMNS):
             j = first + tl.arange(0, COLUMNS)
-            g = _load_tile(grad, t, j, tokens, m, m, FULL)
-            up = _load_tile(thin + R * n, r, j, R, m, m, FULL)
-            total = _product(g, tl.trans(up), total, UPCAST)
+            g = load_tile(grad, t, j, tokens, m, m, FULL)
+            up = load_tile(thin + R * n, r, j, R, m, m, FULL)
+            total = product(g, tl.trans(up), total, UPCAST)
             sums = tl.zeros((PADDED, COLUMNS), tl.float32)
-            sums = _product(flat, g, sums, UPCAST)
+            sums = product(flat, g, sums, UPCAST)
             j = j[None, :]
             met = (j >= low) & (j < high) & (j < m)
             if AGAIN:
                 sums += tl.load(to_up + at + j, mask=met & (j * 0 + time > 0), other=0.0)
             tl.store(to_up + at + j, sums, mask=met)
-        _store_tile(to_hidden, total, t, r, tokens, R, R, FULL)
+        store_tile(to_hidden, total, t, r, tokens, R, R, FULL)
 
 
 @triton.jit(do_not_specialize=["size", "parts"])  # type: ignore[untyped-decorator]
@@ -135,21 +135,21 @@ def _inputs_kernel(  # type: ignore[no-untyped-def]
     """Some columns of ∂L/∂x, and their sums of ∂L/∂L over a share of the tokens."""
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.arange(0, PADDED)
-    down = _load_tile(thin, r, j, R, n, n, FULL)
+    down = load_tile(thin, r, j, R, n, n, FULL)
     total = tl.zeros((PADDED, COLUMNS), tl.float32)
     begin = tl.program_id(1) * share
     for first in range(begin, tl.minimum(begin + share, tokens), TOKENS):
         t = first + tl.arange(0, TOKENS)
-        back = _load_tile(grad_hidden, t, r, tokens, R, R, FULL)
-        tile = _load_tile(x, t, j, tokens, n, n, FULL)
-        total = _product(tl.trans(back), tile, total, UPCAST)
+        back = load_tile(grad_hidden, t, r, tokens, R, R, FULL)
+        tile = load_tile(x, t, j, tokens, n, n, FULL)
+        total = product(tl.trans(back), tile, total, UPCAST)
         if WRITE:
             if ADD:
-                dx = _load_tile(grad_x, t, j, tokens, n, n, FULL).to(tl.float32)
+                dx = load_tile(grad_x, t, j, tokens, n, n, FULL).to(tl.float32)
             else:
                 dx = tl.zeros((TOKENS, COLUMNS), tl.float32)
-            dx = _product(back, down, dx, UPCAST)
-            _store_tile(grad_x, dx.to(grad_x.dtype.element_ty), t, j, tokens, n, n, FULL)
+            dx = product(back, down, dx, UPCAST)
+            store_tile(grad_x, dx.to(grad_x.dtype.element_ty), t, j, tokens, n, n, FULL)
     r, j = r[:, None], j[None, :]
     n_a = tl.load(rows + R + r, mask=r < R, other=0)
     n_b = tl.load(rows + 2 * R + r, mask=r < R, other=1)
@@ -234,7 +234,7 @@ def thin_forward(plan: ThinPlan, x: Tensor, thin: Tensor, out: Tensor | None = N
     Args:
         plan: The layer's plan.
         x: Input, shape (T, n), contiguous.
-        thin: L and Uᵀ (see :func:`moka_pl.ops.triton.thin_factors.thin_matrices`), in the dtype of x.
+        thin: L and Uᵀ (see :func:`moka_pl.ops.triton.thin.matrices.thin_matrices`), in the dtype of x.
         out: What to add the update to in place, shape (T, m), contiguous; None for the update alone.
     """
     tokens, m, n = x.shape[0], plan.plan.m, plan.plan.n

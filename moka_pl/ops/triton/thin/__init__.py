@@ -1,0 +1,1 @@
+"""Kernels of updates that are two thin products: an adapter's, and those of a batch with several."""
