@@ -191,7 +191,7 @@ class GracefulInterrupt(Callback):
             try:
                 set_rng_state(position.rng, pl_module.device, 0)
                 checkpoint = copied_checkpoint(trainer, position.event)
-                if unchanged():  # still, after the copy
+                if checkpoint is not None and unchanged():  # still, after the copy
                     path = last_path(trainer)
                     trainer.strategy.save_checkpoint(checkpoint, path)
                     self._saved, self._kept = path, f"checkpoint saved in {path}"

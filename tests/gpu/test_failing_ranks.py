@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.gpu
 
 STEPS = 6
 LOST = "another process of this run has ended without a word"
+WITHIN = "The first process is within a step, of which there is no checkpoint"
 MISSING = "missing.jsonl does not exist"
 
 
@@ -54,7 +56,10 @@ def finish_all(begin):
     """Begins runs, all at once where NCCL finds the memory, and waits for them; returns what each was."""
     together = shutil.disk_usage("/dev/shm").free > SHARED_MEMORY
     begun = {name: run() if together else run for name, run in begin.items()}
-    return {name: (run if together else run()).finish(200) for name, run in begun.items()}
+    if not together:
+        return {name: run().finish(200) for name, run in begun.items()}
+    with ThreadPoolExecutor(len(begun)) as waiting:  # each sees the end of its own run
+        return dict(zip(begun, waiting.map(lambda run: run.finish(200), begun.values()), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +101,10 @@ def test_all_processes_end_with_the_one_error(runs, case):
 
 
 @pytest.mark.parametrize("case", SAVED, ids=lambda case: case.name)
-def test_the_first_rank_saves_the_run_as_of_its_last_step(runs, case):
-    assert f"Ended after step {FAILS_IN - 1}; checkpoint saved in" in runs[0][case.name][3]
+def test_the_first_rank_saves_the_run_or_says_that_its_gpu_is_within_a_step(runs, case):
+    text = runs[0][case.name][3]
+    saved = f"Ended after step {FAILS_IN - 1}; checkpoint saved in" in text
+    assert saved or (case.rank != 0 and WITHIN in text)
 
 
 @pytest.mark.parametrize("case", SAVED, ids=lambda case: case.name)

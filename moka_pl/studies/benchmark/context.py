@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark.bench import Bench, Record, Values
 from moka_pl.studies.benchmark.cases import ALL, choose, moka
-from moka_pl.studies.benchmark.steps import plain_loss, random_batch, synchronise
+from moka_pl.studies.benchmark.steps import device_of, plain_loss, random_batch, synchronise
 from moka_pl.studies.common import free_memory, peak_gib, reset_peak
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def find_limits(
     import torch
 
     model.train()
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5)
     known: Attempt | None = None
@@ -266,7 +266,7 @@ def _try_step(
 ) -> Attempt:
     import torch
 
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     free_memory()
     reset_peak(device)
     before = peak_gib(device)

@@ -62,6 +62,12 @@ def random_batch(vocabulary: int, batch: int, length: int, device: "torch.device
     return Batch(labels[:, :-1].contiguous(), labels)
 
 
+def device_of(model: "PreTrainedModel") -> "torch.device":
+    """Where a model computes; its embeddings alone may lie in the host's memory, as unsloth's do."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "cpu"), model.device)
+
+
 def synchronise(device: "torch.device") -> None:
     """Waits for the GPU."""
     if device.type == "cuda":
@@ -104,7 +110,7 @@ def time_steps(
     from moka_pl.lm.cuda_graphs import PATIENCE
 
     model.train()
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     data = random_batch(model.config.vocab_size, batch, length, device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     captured = make_loss is captured_loss
@@ -347,7 +353,7 @@ def time_decode(model: "PreTrainedModel", new_tokens: int) -> Values:
     import torch
 
     model.eval()
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT), device=device)
     with torch.no_grad():
         _generate(model, prompt, new_tokens)
@@ -368,7 +374,7 @@ def time_decode(model: "PreTrainedModel", new_tokens: int) -> Values:
 
 def _generate(model: "PreTrainedModel", ids: "Tensor", new_tokens: int) -> list[float]:
     """Milliseconds of the prompt, and then of each of the further tokens."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     times, cache = [], None
     for _ in range(new_tokens + 1):
         synchronise(device)

@@ -1,9 +1,10 @@
 """A run of several processes, saved by the first of them when another one fails.
 
-A rank that fails takes no more part in collectives: all others wait in one, on their GPUs or in the main
-thread, with the weights of the last step. So a thread of the first rank saves the run, once the rank that
-fails has left a word in the store that has brought the processes together; and that rank waits until it is
-done.
+A rank that fails takes no more part in collectives: all others wait in one. Where the main thread waits, as
+with gloo, the weights are those of the last step. So a thread of the first rank saves the run, once the rank
+that fails has left a word in the store that has brought the processes together; and that rank waits until it
+is done. Where the GPU waits (NCCL), the main thread is a step ahead of the weights: of such a moment there is
+no checkpoint, and the run goes on from the last one.
 """
 
 import threading
@@ -14,11 +15,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl._compat import dump_checkpoint, rendezvous_store
 
 #: Seconds between two looks for a word, and that a rank which fails waits for the first one.
-_EVERY, _PATIENCE = 0.5, 15.0
+_EVERY, _PATIENCE = 0.5, 6.0
+#: Seconds that a GPU has to come to the end of its last step, and between two looks.
+_LAST_STEP, _LOOK = 2.0, 0.02
+
+_UNSAVED = (
+    "\nThe first process is within a step, of which there is no checkpoint; "
+    "--ckpt_path last goes on from the last one"
+)
 
 _fits = 0
 _running: "FirstRank | None" = None
@@ -39,7 +48,7 @@ class FirstRank:
         self._failed, self._answered = f"moka_pl/failed/{_fits}", f"moka_pl/answered/{_fits}"
         self._store: Any = rendezvous_store()
         self._save, self._over = save, threading.Event()
-        self._first = trainer.is_global_zero
+        self._first, self._unsaid = trainer.is_global_zero, threading.Lock()
         if self._first:
             threading.Thread(target=self._look, daemon=True).start()
 
@@ -49,10 +58,17 @@ class FirstRank:
                 if not self._store.check([self._failed]):
                     continue
                 step, until = int(self._store.get(self._failed)), time.monotonic() + _PATIENCE
-                while not self._over.is_set() and not self._save(step) and time.monotonic() < until:
-                    time.sleep(_EVERY)
+                while not (saved := self._save(step)) and time.monotonic() < until:
+                    if self._over.wait(_EVERY):
+                        break
+                self._say(saved)
                 self._answer()
                 return
+
+    def _say(self, saved: bool) -> None:
+        """Says once what there is to go on from, if it is not the last step."""
+        if not saved and not self._over.is_set() and self._unsaid.acquire(blocking=False):
+            rank_zero_info(_UNSAVED)
 
     def _answer(self) -> None:
         self._store.set(self._answered, "")
@@ -75,7 +91,7 @@ class FirstRank:
     def save_now(self) -> None:
         """Saves the run as of the last step that the first rank has come to."""
         if self._first and not self._over.is_set():
-            self._save(0)
+            self._say(self._save(0))
 
     def end(self) -> None:
         """Ends the thread."""
@@ -90,18 +106,31 @@ def save_now() -> None:
         _running.save_now()
 
 
-def copied_checkpoint(trainer: Trainer, since: Any) -> dict[str, Any]:
+def copied_checkpoint(trainer: Trainer, since: Any) -> dict[str, Any] | None:
     """Returns a checkpoint in the host's memory, copied while the GPU may wait for other ranks.
 
     Args:
         trainer: The trainer.
-        since: An event of the GPU's after the last change of the weights; None on a CPU.
+        since: An event of the GPU's after the last change of the weights; None on a CPU. If the GPU does not
+            come to it, as it waits for a rank that is gone, there is no checkpoint.
     """
+    if not _reached(since):
+        return None
     with _beside(trainer.strategy.root_device, since) as stream:
         found: dict[str, Any] = _copied(dump_checkpoint(trainer))
         if stream is not None:
             stream.synchronize()
     return found
+
+
+def _reached(since: Any) -> bool:
+    """Whether a GPU comes to an event soon; one that waits for a rank which is gone never does."""
+    until = time.monotonic() + _LAST_STEP
+    while since is not None and not since.query():
+        if time.monotonic() > until:
+            return False
+        time.sleep(_LOOK)
+    return True
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 from moka_pl.studies.benchmark import cases, steps
 from moka_pl.studies.benchmark.bench import linear_weights as bench_weights
 from moka_pl.studies.benchmark.bench import quartiles
-from moka_pl.studies.benchmark.steps import measure_steps
+from moka_pl.studies.benchmark.steps import device_of, measure_steps
 from moka_pl.studies.common import free_memory, peak_gib, reset_peak
 
 
@@ -163,3 +163,13 @@ def test_steps_in_turns_are_timed(bench, preset) -> None:
     assert base.values["ratio"] == 1
     assert adapted.values["trainable"] > 0
     assert "lora_ratio" not in adapted.values
+
+
+def test_a_model_computes_where_it_lies_without_its_embeddings() -> None:
+    class Model(torch.nn.ModuleList):
+        device = torch.device("cpu")  # as transformers has it: that of the first parameter
+
+    model = Model([torch.nn.Embedding(3, 2)])
+    assert device_of(model) == torch.device("cpu")
+    model.append(torch.nn.Linear(2, 2, device="meta"))
+    assert device_of(model) == torch.device("meta")

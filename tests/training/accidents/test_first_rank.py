@@ -100,25 +100,70 @@ class Store(dict):
     get = dict.__getitem__
 
 
-def test_a_rank_waits_until_the_first_one_has_saved(monkeypatch):
-    store, asked = Store(), []
+class Rank:
+    def __init__(self, first):
+        self.is_global_zero = first
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Makes the first rank and another one, in one process, given what saves."""
+    store, made = Store(), []
     monkeypatch.setattr(first_rank, "rendezvous_store", lambda: store)
     monkeypatch.setattr(first_rank, "_EVERY", 0.001)
+
+    def make(save):
+        made.append(FirstRank(Rank(True), save))
+        monkeypatch.setattr(first_rank, "_fits", first_rank._fits - 1)  # as many as in the other process
+        return made[0], FirstRank(Rank(False), save)
+
+    yield make
+    made[0].end()
+
+
+def test_a_rank_waits_until_the_first_one_has_saved(ranks):
+    asked = []
 
     def save(step):
         asked.append(step)
         return len(asked) == 3  # its own step has not ended before
 
-    class Rank:
-        is_global_zero = True
-
-    first, other = FirstRank(Rank, save), Rank()
-    other.is_global_zero = False
-    monkeypatch.setattr(first_rank, "_fits", first_rank._fits - 1)  # as many as in the other process
-    second = FirstRank(other, save)
-    second.fails(7)
+    ranks(save)[1].fails(7)
     assert asked == [7, 7, 7]
-    first.end()
+
+
+def test_a_first_rank_that_cannot_save_says_so_once_and_soon(ranks, monkeypatch, caplog):
+    monkeypatch.setattr(first_rank, "_PATIENCE", 0.05)
+    first, second = ranks(lambda step: False)
+    with caplog.at_level("INFO"):
+        second.fails(7)
+        monkeypatch.setattr(first_rank, "_running", first)
+        first_rank.save_now()
+    assert caplog.text.count("--ckpt_path last goes on from the last one") == 1
+
+
+class Event:
+    """Of a GPU that waits for another rank, for some looks or for ever."""
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    def query(self):
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_no_checkpoint_is_copied_of_a_gpu_that_does_not_come_to_its_end(monkeypatch):
+    monkeypatch.setattr(first_rank, "_LAST_STEP", 0.2)
+    monkeypatch.setattr(first_rank, "dump_checkpoint", lambda trainer: {"epoch": 3})
+
+    class Plain:
+        class strategy:  # noqa: N801
+            root_device = torch.device("cpu")
+
+    assert first_rank.copied_checkpoint(Plain, None) == {"epoch": 3}
+    assert first_rank.copied_checkpoint(Plain, Event(3)) == {"epoch": 3}
+    assert first_rank.copied_checkpoint(Plain, Event(10**9)) is None
 
 
 if __name__ == "__main__":
