@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moka_pl._compat import hook_count
+from moka_pl.ops.dispatch import on_gpu_with_triton
 
 IGNORE_INDEX = -100
 #: Logits of a part, but no fewer tokens than these: smaller products waste a GPU. Adapted heads do more
@@ -89,6 +90,31 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
+def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
+    """-log p of tokens, (P,), float32, without gradients."""
+    if not on_gpu_with_triton(logits):
+        return token_nll(logits, wanted)
+    from moka_pl.ops.triton import nll_of_logits
+
+    return nll_of_logits(logits.contiguous(), wanted, IGNORE_INDEX)
+
+
+def _nll_and_errors_(logits: Tensor, wanted: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """-log p of tokens, (P,), float32, and its gradient to their logits, (P, V), which may overwrite these.
+
+    Args:
+        logits: The logits, (P, V), contiguous.
+        wanted: The tokens, (P,).
+        factor: What each token's gradient is multiplied by, (P,), float32; None for 1.
+    """
+    if on_gpu_with_triton(logits):
+        from moka_pl.ops.triton import nll_of_logits
+
+        return nll_of_logits(logits, wanted, IGNORE_INDEX, logits, factor), logits
+    nll, errors = _nll_and_errors(logits, wanted)
+    return nll, (errors if factor is None else errors.mul_(factor[:, None])).to(logits.dtype)
+
+
 def _nll_and_errors(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """-log p of tokens, (P,), and its gradient to their logits, p - e_y or 0, (P, V); both in float32."""
     known = wanted != IGNORE_INDEX  # (P,)
@@ -117,12 +143,11 @@ class _LinearNll(torch.autograd.Function):
             part = slice(start, start + size)
             logits = F.linear(hidden[part], weight, bias)  # (P, V)
             if grad is None:
-                nll[part] = token_nll(logits, wanted[part])
+                nll[part] = _nll(logits, wanted[part])
                 continue
-            dtype = logits.dtype
-            nll[part], errors = _nll_and_errors(logits, wanted[part])
+            nll[part], errors = _nll_and_errors_(logits, wanted[part])
             del logits
-            grad[part] = errors.to(dtype) @ weight  # (P, d)
+            grad[part] = errors @ weight  # (P, d)
             del errors
         ctx.save_for_backward(grad)
         return nll
@@ -142,7 +167,7 @@ class _LogitsNll(torch.autograd.Function):
         ctx.save_for_backward(logits, wanted)
         ctx.size = size
         parts = zip(torch.split(logits, size), torch.split(wanted, size), strict=True)
-        return torch.cat([token_nll(part, ids) for part, ids in parts])
+        return torch.cat([_nll(part, ids) for part, ids in parts])
 
     @staticmethod
     @once_differentiable
@@ -151,5 +176,6 @@ class _LogitsNll(torch.autograd.Function):
         errors = torch.empty_like(logits)  # (N, V)
         for start in range(0, len(logits), ctx.size):
             part = slice(start, start + ctx.size)
-            errors[part] = _nll_and_errors(logits[part], wanted[part])[1].mul_(grad[part, None])
+            errors[part].copy_(logits[part])
+            errors[part] = _nll_and_errors_(errors[part], wanted[part], grad[part])[1]
         return errors, None, None

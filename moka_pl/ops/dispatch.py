@@ -133,6 +133,11 @@ def updates_alone(
     return UPDATES[resolved](*alone)
 
 
+def on_gpu_with_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels can run where a tensor lies."""
+    return x.is_cuda and _HAS_TRITON
+
+
 def can_fuse(x: Tensor, factors: torch.dtype, shapes: Sequence[Shape], m: int) -> bool:
     """Whether the Triton kernels can run: on CUDA (or under Triton's interpreter), with float32 factors.
 

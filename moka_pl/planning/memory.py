@@ -239,7 +239,8 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products:
     logits = norms / 2 * sizes.hidden * tokens + e * sizes.hidden * trained
     if setup.by_parts:
         part = part_size(trained, sizes.vocabulary)
-        logits += e * sizes.hidden * trained + (4 + e) * sizes.vocabulary * part
+        entry = e if setup.stored is None else e + 4  # a GPU's kernel needs no copy in float32
+        logits += e * sizes.hidden * trained + entry * sizes.vocabulary * part
     else:
         logits += 12 * sizes.vocabulary * trained
     activations = sizes.blocks * block

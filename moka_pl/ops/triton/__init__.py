@@ -13,6 +13,7 @@ from moka_pl.ops.triton.delta import fused_weight, fused_weights
 from moka_pl.ops.triton.dequantise import can_dequantise, dequantise
 from moka_pl.ops.triton.gates import Gates, layer_gates
 from moka_pl.ops.triton.merged_forward import FusedThinUpdates, FusedUpdates
+from moka_pl.ops.triton.nll import nll_of_logits
 from moka_pl.ops.triton.plan import Plan, make_plan
 from moka_pl.ops.triton.projection import fused_projection
 from moka_pl.ops.triton.thin.matrices import thin_matrices
@@ -36,5 +37,6 @@ __all__ = [
     "layer_gates",
     "make_plan",
     "make_thin_plan",
+    "nll_of_logits",
     "thin_matrices",
 ]

@@ -64,8 +64,9 @@ def random_batch(vocabulary: int, batch: int, length: int, device: "torch.device
 
 def device_of(model: "PreTrainedModel") -> "torch.device":
     """Where a model computes; its embeddings alone may lie in the host's memory, as unsloth's do."""
+    where: torch.device = model.device
     devices = (parameter.device for parameter in model.parameters())
-    return next((device for device in devices if device.type != "cpu"), model.device)
+    return next((device for device in devices if device.type != "cpu"), where)
 
 
 def synchronise(device: "torch.device") -> None:
