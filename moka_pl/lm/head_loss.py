@@ -173,7 +173,7 @@ class _LogitsNll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, wanted = ctx.saved_tensors
-        errors = torch.empty_like(logits)  # (N, V)
+        errors = torch.empty_like(logits, memory_format=torch.contiguous_format)  # (N, V)
         for start in range(0, len(logits), ctx.size):
             part = slice(start, start + ctx.size)
             errors[part].copy_(logits[part])

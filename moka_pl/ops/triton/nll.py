@@ -73,17 +73,17 @@ def nll_of_logits(
 
     Args:
         logits: Their logits, shape (P, V), contiguous.
-        wanted: The tokens, shape (P,), int64.
+        wanted: The tokens, shape (P,), int64, contiguous.
         ignored: Instead of a token: its loss is 0.
         errors: Where to put the gradient of each loss, shape (P, V), contiguous; it may be ``logits``.
-        factor: What that gradient is multiplied by, shape (P,), float32; None for 1.
+        factor: What that gradient is multiplied by, shape (P,), float32, of any strides; None for 1.
     """
     tokens, vocabulary = logits.shape
     nll = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     if not tokens:
         return nll
     write, scaled = errors is not None, factor is not None
-    out, factors = logits if errors is None else errors, nll if factor is None else factor
+    out, factors = logits if errors is None else errors, nll if factor is None else factor.contiguous()
     block = min(_BLOCK, triton.next_power_of_2(vocabulary))
     launch(
         _nll_kernel, _compiled, (logits.device, vocabulary, logits.dtype, out.dtype, write, scaled),

@@ -66,6 +66,15 @@ def test_half_precision_is_rounded_once() -> None:
     torch.testing.assert_close(logits.float(), gradient, atol=4e-3, rtol=8e-3)  # the interpreter cuts off
 
 
+def test_one_factor_may_stand_for_all_tokens() -> None:
+    torch.manual_seed(0)
+    logits, wanted = torch.randn(4, 9), torch.randint(9, (4,))
+    alone, together = torch.empty_like(logits), torch.empty_like(logits)
+    nll_of_logits(logits, wanted, IGNORED, alone, torch.full((4,), 0.5))
+    nll_of_logits(logits, wanted, IGNORED, together, torch.tensor(0.5).expand(4))  # as a sum's gradient is
+    assert torch.equal(alone, together)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_shows(value: float) -> None:
     logits = torch.zeros(2, 5)
