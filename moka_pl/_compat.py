@@ -115,6 +115,31 @@ def dump_checkpoint(trainer: "Trainer") -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def dumped_once(trainer: "Trainer") -> Iterator[None]:
+    """Has all checkpoints that the calling thread makes in the body hold what the first of them holds.
+
+    Seen in Lightning 2.5 to 2.6, whose ModelCheckpoint makes another one for each name of the same moment.
+    Without it a step that saves would take twice as long.
+    """
+    connector, thread = trainer._checkpoint_connector, threading.get_ident()
+    dump = connector.dump_checkpoint
+    known: dict[Any, dict[str, Any]] = {}
+
+    def dump_once(weights_only: bool | None = None) -> dict[str, Any]:
+        if threading.get_ident() != thread:
+            return dump(weights_only)
+        if weights_only not in known:
+            known[weights_only] = dump(weights_only)
+        return known[weights_only]
+
+    connector.dump_checkpoint = dump_once  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del connector.dump_checkpoint
+
+
 def log_metrics(trainer: "Trainer", metrics: dict[str, Any], step: int) -> None:
     """Gives metrics to the loggers and to ``trainer.logged_metrics`` under a step's number.
 

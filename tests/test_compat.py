@@ -192,6 +192,32 @@ def test_a_checkpoint_is_made_and_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_a_moments_checkpoints_are_made_once(tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *of_batch: object) -> None:
+            with _compat.dumped_once(trainer):
+                for name in "ab":
+                    trainer.save_checkpoint(tmp_path / name)
+                trainer.save_checkpoint(tmp_path / "c", weights_only=True)
+                other = threading.Thread(target=_compat.dump_checkpoint, args=[trainer])
+                other.start()
+                other.join()
+            trainer.save_checkpoint(tmp_path / "d")
+
+        def on_save_checkpoint(self, *of_checkpoint: object) -> None:
+            made.append(threading.current_thread() is threading.main_thread())
+
+    made: list[bool] = []
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar"], False)
+    Trainer(accelerator="cpu", max_steps=1, callbacks=[Save()], default_root_dir=tmp_path, **quiet).fit(
+        BoringModel()
+    )
+    assert made == [True, False, True]  # none for weights only
+    a, c = (torch.load(tmp_path / name, weights_only=True) for name in "ac")
+    assert "optimizer_states" in a
+    assert "optimizer_states" not in c
+
+
 def test_metrics_are_logged_under_the_number_of_an_earlier_step(tmp_path: Path) -> None:
     class Late(Callback):
         def on_train_batch_end(self, trainer: Trainer, *of_batch: object) -> None:

@@ -5,11 +5,13 @@ import operator
 import os
 import shutil
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl._compat import save_last_checkpoint
@@ -20,10 +22,11 @@ from moka_pl.errors import AdapterError, MokaError, NonFiniteError, listed
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import LAST_NAME, VERSION_KEY
-from moka_pl.training.checkpoint_files import is_remote, same_moment
+from moka_pl.training.checkpoint_files import is_remote
 from moka_pl.training.course import main_settings
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import Kept
+from moka_pl.training.writing.whole_files import check_writing, finish_writing, same_moment
 from moka_pl.utils import expanded, replaced_folder, warn, write_failure
 
 
@@ -304,28 +307,52 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves at the chosen interval, but only between optimizer steps, and after the last step."""
+        check_writing(trainer)
         # In a resumed run Lightning would save again in the middle of the first accumulated batch.
         if between_steps(trainer):
-            with same_moment(trainer):
+            with self._moment(trainer):
                 super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._save_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves after a validation; after the last step it saves again, with the metrics."""
-        with same_moment(trainer):
+        check_writing(trainer)
+        with self._moment(trainer):
             super().on_validation_end(trainer, pl_module)
         self._save_end(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves at the end of an epoch, unless the run stops within it."""
         if _epoch_ends(trainer):
-            with same_moment(trainer):
+            with self._moment(trainer):
                 super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes no file in a trial run (``fast_dev_run``), unlike Lightning."""
+        """Waits until all is written. In a trial run (``fast_dev_run``) nothing is, unlike Lightning's."""
         if not is_trial(trainer):
             super().on_train_end(trainer, pl_module)
+        finish_writing(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Waits until all is written that an interrupted or failed run has begun to write."""
+        try:
+            finish_writing(trainer)
+        except (MokaError, OSError):
+            if isinstance(exception, KeyboardInterrupt):
+                raise
+        super().on_exception(trainer, pl_module, exception)
+
+    def file_exists(self, filepath: str | Path, trainer: Trainer) -> bool:
+        """Tells whether a file is there, or will be once all is written."""
+        finish_writing(trainer)
+        return super().file_exists(filepath, trainer)
+
+    def _moment(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Writes while training goes on, unless Lightning or a logger expects the file to be there."""
+        hooks = {type(logger).after_save_checkpoint for logger in trainer.loggers}
+        idle = hooks <= {Logger.after_save_checkpoint, TensorBoardLogger.after_save_checkpoint}
+        local = self.dirpath is not None and not is_remote(self.dirpath)
+        return same_moment(trainer, background=idle and local and self.save_last != "link")
 
     def _save_end(self, trainer: Trainer) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or is_trial(trainer):

@@ -28,6 +28,7 @@ from moka_pl.training.accidents.first_rank import FirstRank, copied_checkpoint, 
 from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import rng_state, set_rng_state
 from moka_pl.training.launches import AnyRank
+from moka_pl.training.writing.whole_files import finish_writing
 
 #: With several processes, ranks check for an interrupt every this many optimizer steps.
 _AGREE_EVERY = 10
@@ -180,6 +181,8 @@ class GracefulInterrupt(Callback):
             position = self._position
             if self._saved is not None or position is None or position.step < max(step, self._begun_at + 1):
                 return self._saved is not None
+            with contextlib.suppress(MokaError, OSError):  # this process may be ended soon
+                finish_writing(trainer)
 
             def unchanged() -> bool:
                 updating = getattr(pl_module, "updating", False)

@@ -7,13 +7,11 @@ import secrets
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Trainer
 
 from moka_pl.errors import CheckpointError, ConfigError, listed, one_line
 from moka_pl.ops.finite import named_tensors, non_finite_names
@@ -24,78 +22,6 @@ _PART = ".part"
 
 #: What is written for the pickled part of a checkpoint and the archive's own structure, at least.
 _OVERHEAD = 1 << 16
-
-
-class WholeFiles(TorchCheckpointIO):
-    """Writes a local checkpoint beside its target and then renames it; remote ones are Lightning's to write.
-
-    After a crash at any moment the target is the old file or the new one. Lightning (2.6) writes to the
-    system's temporary folder and moves the file, which is a copy where that is another file system.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._moment = False
-        self._written: Path | None = None
-
-    @contextmanager
-    def same_moment(self) -> Iterator[None]:
-        """Writes the checkpoints of the body once, under all their names: nothing is trained in between."""
-        self._moment = True
-        try:
-            yield
-        finally:
-            self._moment, self._written = False, None
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Writes a checkpoint.
-
-        Args:
-            checkpoint: What to write.
-            path: Where to.
-            storage_options: For remote addresses.
-
-        Raises:
-            CheckpointError: It cannot be written; an older file is as it was.
-        """
-        if is_remote(path) or storage_options is not None:
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        if self._written is None or not link_whole(self._written, Path(path)):
-            write_whole(checkpoint, Path(path))
-            self._written = Path(path) if self._moment else None
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Reads a checkpoint into the CPU's memory.
-
-        Args:
-            path: The file.
-            map_location: For remote addresses.
-            weights_only: For remote addresses; from a local file nothing is ever unpickled but plain values.
-
-        Raises:
-            ConfigError: The file is damaged, no checkpoint, or holds values that are not finite.
-        """
-        if is_remote(path):
-            return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
-        # Not mapped into memory: the optimizer goes on with the very tensors.
-        return read_checkpoint(Path(path), mmap=False)
-
-
-def write_whole_files(trainer: Trainer) -> None:
-    """Has a trainer write its checkpoints by :class:`WholeFiles`, unless it was given another way."""
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = WholeFiles()
-
-
-def same_moment(trainer: Trainer) -> AbstractContextManager[None]:
-    """Has a trainer write the checkpoints of one moment once (:meth:`WholeFiles.same_moment`)."""
-    files = trainer.strategy.checkpoint_io
-    return files.same_moment() if isinstance(files, WholeFiles) else nullcontext()
 
 
 def is_remote(path: str | Path) -> bool:
@@ -113,11 +39,8 @@ def write_whole(checkpoint: Mapping[str, Any], path: Path) -> None:
         CheckpointError: It cannot be written; an older file is as it was.
     """
     needed = size_of(checkpoint)
+    make_room(path, needed)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
-        if shutil.disk_usage(path.parent).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with _replacing(path) as file:
             sink = _Sink(file)
             torch.save(checkpoint, cast(IO[bytes], sink))
@@ -125,6 +48,36 @@ def write_whole(checkpoint: Mapping[str, Any], path: Path) -> None:
                 raise sink.error
     except OSError as error:
         raise CheckpointError(_unwritten(path, needed, error)) from error
+
+
+def make_room(path: Path, needed: int) -> None:
+    """Makes the folder of a file that is to be written, and sees that there is room for it.
+
+    Raises:
+        CheckpointError: There is not.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise CheckpointError(_unwritten(path, needed, error)) from error
+
+
+def write_again(written: Path | None, checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Gives a file another name, or writes its checkpoint there where that is not possible.
+
+    Args:
+        written: The file; None if there is none yet.
+        checkpoint: What it holds.
+        path: The name.
+
+    Raises:
+        CheckpointError: It cannot be written; an older file is as it was.
+    """
+    if written is None or not link_whole(written, path):
+        write_whole(checkpoint, path)
 
 
 def link_whole(written: Path, path: Path) -> bool:
@@ -156,11 +109,9 @@ def remove_leftovers(folder: Path) -> None:
 
 def size_of(checkpoint: Any) -> int:
     """Returns about how many bytes a checkpoint takes on the disk."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for _, tensor in named_tensors(checkpoint)
-    }
-    return sum(storages.values()) + _OVERHEAD
+    storages = (tensor.untyped_storage() for _, tensor in named_tensors(checkpoint))
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(sizes.values()) + _OVERHEAD
 
 
 class _Sink:

@@ -43,7 +43,7 @@ from moka_pl.training.checkpoint import (
     say_differences,
     set_rng_state,
 )
-from moka_pl.training.checkpoint_files import peek, write_whole_files
+from moka_pl.training.checkpoint_files import peek
 from moka_pl.training.course import Change, Course, check_allowed, course_of, optimizer_course
 from moka_pl.training.launches import compute_as, fuse_on_gpu, gradient_nodes
 from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler, make_optimizer
@@ -53,6 +53,7 @@ from moka_pl.training.schedule import WarmupDecay
 from moka_pl.training.sharding.strategy import ShardedStrategy, check_shardable
 from moka_pl.training.steps import TrainedModule
 from moka_pl.training.trial_optimizer import build_trial, refused_options, state_bytes
+from moka_pl.training.writing.whole_files import write_whole_files
 from moka_pl.utils import warn
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
 from moka_pl.callbacks.interrupt import between_steps
 from moka_pl.errors import MokaWarning
 from moka_pl.training.schedule import WarmupDecay
+from moka_pl.training.writing.whole_files import finish_writing
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Be aware that when using", "error:.*not empty", "error:checkpoint.dirpath"
@@ -87,6 +88,7 @@ class Look(Callback):
         self.steps, self.between = [], []
 
     def on_train_batch_start(self, trainer, *args):
+        finish_writing(trainer)
         if self.file.exists():
             self.steps.append(load(self.file.parent)["global_step"])
 

@@ -15,13 +15,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from moka_pl.errors import CheckpointError, ConfigError
 from moka_pl.training import checkpoint_files
 from moka_pl.training.checkpoint import find_last
-from moka_pl.training.checkpoint_files import (
-    WholeFiles,
-    read_checkpoint,
-    unusable_reason,
-    write_whole,
-    write_whole_files,
-)
+from moka_pl.training.checkpoint_files import read_checkpoint, unusable_reason, write_whole
+from moka_pl.training.writing.whole_files import WholeFiles, write_whole_files
 
 
 def content(value=1.0, step=1):
