@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import Strategy
 
 from moka_pl._compat import dumped_once
 from moka_pl.errors import CheckpointError
-from moka_pl.ops.host_copy import host_copy
 from moka_pl.training.checkpoint_files import is_remote, make_room, read_checkpoint, size_of, write_again
+from moka_pl.training.writing.host_copy import host_copy
 from moka_pl.training.writing.jobs import Jobs
 
 

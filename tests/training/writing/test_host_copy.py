@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from moka_pl.ops import host_copy as module
 from moka_pl.ops.finite import named_tensors
-from moka_pl.ops.host_copy import host_copy
+from moka_pl.training.writing import host_copy as module
+from moka_pl.training.writing.host_copy import host_copy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.int64, torch.complex64]
 
