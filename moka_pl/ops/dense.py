@@ -166,7 +166,7 @@ class _Workspace:
         factors: Views of the factors, a group each.
         gradients: Those of the gradients as rows, (C, m_a n_a) and (C, m_b n_b), a group each.
         buffers: Those of a buffer as large as ΔW, a group each.
-        entries: Numbers that this holds.
+        entries: Numbers that its large buffer holds.
     """
 
     def __init__(self, shapes: tuple[Shape, ...], m: int, n: int, like: Tensor) -> None:

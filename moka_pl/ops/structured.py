@@ -185,23 +185,31 @@ class _Products(ABC):
         """Computes the gradients of the factors, and adds that of the input to it where it is needed."""
 
 
-class _LeftFirst(_Products):
-    """Left factors come first: they mix blocks of rows, and right ones add these up."""
+class _Steps(_Products):
+    """Products in two steps, which mix blocks of rows and map within blocks, in one order or the other."""
 
     def __init__(self, group: _Group, buffers: _Buffers) -> None:
         super().__init__(group, buffers)
         self.a, self.grad_a = (group.left.of(side.left) for side in (buffers.factors, buffers.grads))
-        (m_a, n_a, m_b, n_b, _), members = group.shape, group.members
-        tokens = self.x.shape[1]
-        self.grid, self.to_grid = self.x.view(n_a, -1), self.to_x.view(n_a, -1)  # (n_a, n_b T)
-        self.blocks = self.out.view(m_a, m_b, tokens)
-        self.rights = group.right.repeated(buffers.factors.right, m_a)  # (m_a, m_b, C n_b)
-        size = (m_a * members, n_b * tokens)
+        (m_a, n_a, m_b, n_b, _), tokens = group.shape, self.x.shape[1]
+        blocks, rows = (m_a, n_b) if group.left_first else (n_a, m_b)  # of what lies between the steps
+        self.rights = group.right.repeated(buffers.factors.right, blocks)
+        size = (blocks * group.members, rows * tokens)
         self.hidden, self.back = _matrix(buffers.hidden, *size), _matrix(buffers.back, *size)
         self.hidden_blocks, self.back_blocks = (
-            part.view(m_a, members * n_b, tokens) for part in (self.hidden, self.back)
+            part.view(blocks, group.members * rows, tokens) for part in (self.hidden, self.back)
         )
-        self.sums = _matrix(buffers.sums, m_a * m_b, members * n_b).view(m_a, m_b, -1)
+        self.sums = buffers.sums[: group.sums].view(blocks, *self.rights.shape[1:])
+
+
+class _LeftFirst(_Steps):
+    """Left factors come first: they mix blocks of rows, and right ones add these up."""
+
+    def __init__(self, group: _Group, buffers: _Buffers) -> None:
+        super().__init__(group, buffers)
+        m_a, n_a, m_b, *_ = group.shape
+        self.grid, self.to_grid = self.x.view(n_a, -1), self.to_x.view(n_a, -1)  # (n_a, n_b T)
+        self.blocks = self.out.view(m_a, m_b, -1)
         self.turned = self.a.mT, self.rights.mT, self.grid.mT, self.hidden_blocks.mT
 
     def add_(self) -> None:
@@ -219,23 +227,14 @@ class _LeftFirst(_Products):
         torch.sum(self.sums, 0, out=self.grad_b)
 
 
-class _RightFirst(_Products):
+class _RightFirst(_Steps):
     """Right factors come first: they map each block of rows, and left ones mix the results."""
 
     def __init__(self, group: _Group, buffers: _Buffers) -> None:
         super().__init__(group, buffers)
-        self.a, self.grad_a = (group.left.of(side.left) for side in (buffers.factors, buffers.grads))
-        (m_a, n_a, m_b, n_b, _), members = group.shape, group.members
-        tokens = self.x.shape[1]
-        self.grid, self.to_grid = (part.view(n_a, n_b, tokens) for part in (self.x, self.to_x))
+        m_a, n_a, _, n_b, _ = group.shape
+        self.grid, self.to_grid = (part.view(n_a, n_b, -1) for part in (self.x, self.to_x))
         self.blocks = self.out.view(m_a, -1)  # (m_a, m_b T)
-        self.rights = group.right.repeated(buffers.factors.right, n_a)  # (n_a, C m_b, n_b)
-        size = (n_a * members, m_b * tokens)
-        self.hidden, self.back = _matrix(buffers.hidden, *size), _matrix(buffers.back, *size)
-        self.hidden_blocks, self.back_blocks = (
-            part.view(n_a, members * m_b, tokens) for part in (self.hidden, self.back)
-        )
-        self.sums = _matrix(buffers.sums, n_a * members * m_b, n_b).view(n_a, -1, n_b)
         self.turned = self.a.mT, self.rights.mT, self.grid.mT, self.hidden.mT
 
     def add_(self) -> None:
@@ -322,7 +321,7 @@ class StructuredProducts:
         x: Input, tokens in columns, (n, T).
         out: Output, or its gradient, (m, T).
         to_x: Gradient of the input, (n, T).
-        entries: Numbers that the buffers hold.
+        entries: Numbers that its large buffers hold.
     """
 
     def __init__(self, shapes: tuple[Shape, ...], m: int, n: int, tokens: int, like: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moka_pl.ops.layout import Shape
 
-#: Entries of a workspace up to which it is kept: 4 MB in float32.
+#: Entries of its large buffers up to which a workspace is kept: 4 MB in float32.
 _LARGEST = 2**20
 
 #: Workspaces of a kind that a thread keeps: more than a model has sizes of layers.
@@ -21,7 +21,11 @@ _MOST = 8
 
 
 class _Workspace(Protocol):
-    """Buffers and views of them."""
+    """Buffers and views of them.
+
+    Attributes:
+        entries: Numbers that the large ones hold.
+    """
 
     entries: int
 

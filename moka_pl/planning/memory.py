@@ -13,7 +13,7 @@ read the same tensor share, and attention's result is there already. With Liger'
 inputs as they are, and the MLP its two factors: ``T (2 e d + e (2 h c + 2 k c + 2 f + Σx))``, where Σx leaves
 out the product of these, which is computed again, but in checkpointed blocks. The head keeps, with the last
 norm, ``4 d T + e d N + 12 V N``: log-probabilities and two gradients in float32; where it sees C tokens at a
-time, ``4 d T + 2 e d N + (4 + e) V C``. Then
+time, ``4 d T + 2 e d N + e V C`` on a GPU, and on a CPU ``4 V C`` more. Then
 
 .. math::
     peak = weights + P\,(8 + s) + n\,a + head                    % without checkpointing

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from moka_pl.errors import CheckpointError, ConfigError, listed, one_line
 from moka_pl.ops.finite import named_tensors, non_finite_names
@@ -30,6 +31,11 @@ def is_remote(path: str | Path) -> bool:
 
 
 # Writing
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the trainable tensors by name: checkpoints hold no others, and to collect those takes long."""
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def write_whole(checkpoint: Mapping[str, Any], path: Path) -> None:

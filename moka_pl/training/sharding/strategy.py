@@ -5,11 +5,12 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from moka_pl.backbone.blocks.frozen_tensors import decoder_blocks
 from moka_pl.errors import ConfigError
+from moka_pl.training.checkpoint_files import stored_tensors
 from moka_pl.training.sharding.blocks import ShardedBlocks
 
 T = TypeVar("T")
@@ -67,10 +68,10 @@ class ShardedStrategy(DDPStrategy):
             self._blocks.end_step()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Returns the trainable tensors: checkpoints hold no others."""
+        """Returns what checkpoints hold."""
         module = self.lightning_module
-        assert isinstance(module, nn.Module)
-        return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        assert module is not None
+        return stored_tensors(module)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Computes a micro-batch, on all ranks at once; in parts, each rank as many as it needs."""

@@ -14,7 +14,14 @@ from lightning.pytorch.strategies import Strategy
 
 from moka_pl._compat import dumped_once
 from moka_pl.errors import CheckpointError
-from moka_pl.training.checkpoint_files import is_remote, make_room, read_checkpoint, size_of, write_again
+from moka_pl.training.checkpoint_files import (
+    is_remote,
+    make_room,
+    read_checkpoint,
+    size_of,
+    stored_tensors,
+    write_again,
+)
 from moka_pl.training.writing.host_copy import host_copy
 from moka_pl.training.writing.jobs import Jobs
 
@@ -71,6 +78,25 @@ class WholeFiles(TorchCheckpointIO):
             self._jobs.add(write_again, moment.written, moment.copy, path)
         moment.written = path
 
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint into the CPU's memory.
+
+        Args:
+            path: The file.
+            map_location: For remote addresses.
+            weights_only: For remote addresses; from a local file nothing is ever unpickled but plain values.
+
+        Raises:
+            ConfigError: The file is damaged, no checkpoint, or holds values that are not finite.
+        """
+        self.finish()
+        if is_remote(path):
+            return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+        # Not mapped into memory: the optimizer goes on with the very tensors.
+        return read_checkpoint(Path(path), mmap=False)
+
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a checkpoint, after all that was to be written before is there.
 
@@ -122,25 +148,6 @@ class WholeFiles(TorchCheckpointIO):
         if failed is not None:
             raise failed
 
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Reads a checkpoint into the CPU's memory.
-
-        Args:
-            path: The file.
-            map_location: For remote addresses.
-            weights_only: For remote addresses; from a local file nothing is ever unpickled but plain values.
-
-        Raises:
-            ConfigError: The file is damaged, no checkpoint, or holds values that are not finite.
-        """
-        self.finish()
-        if is_remote(path):
-            return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
-        # Not mapped into memory: the optimizer goes on with the very tensors.
-        return read_checkpoint(Path(path), mmap=False)
-
 
 @dataclass
 class _Moment:
@@ -174,9 +181,7 @@ def write_whole_files(trainer: Trainer) -> None:
 def _stored(strategy: Strategy) -> dict[str, Any]:
     module = strategy.lightning_module
     assert module is not None
-    if module.strict_loading:
-        return module.state_dict()
-    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    return module.state_dict() if module.strict_loading else stored_tensors(module)
 
 
 @contextmanager
