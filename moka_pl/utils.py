@@ -1,8 +1,9 @@
-"""Small helpers: silencing other libraries, checking output folders, and replacing what is there whole."""
+"""Small helpers: other libraries' messages and environment, output folders, and replacing what is there whole."""
 
 import errno
 import logging
 import os
+import platform
 import re
 import shutil
 import sys
@@ -18,6 +19,23 @@ from moka_pl.errors import ConfigError, MokaWarning
 
 #: How a file begins that stands for one of Git LFS.
 LFS_POINTER = b"version https://git-lfs"
+
+
+#: Variables that set the allocator of GPU memory; the later ones are older names of the first.
+_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
+
+
+def set_environment() -> None:
+    """Sets what other libraries read from the environment, unless the user has; before they are imported.
+
+    Threads of tokenisation and of data loading workers would warn about each other. Pieces of GPU memory grow
+    where they lie: free memory between pieces of fixed sizes is of no use to long rows. On Windows, also
+    within its Linux, drivers do not let them grow.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.platform == "linux" and "microsoft" not in platform.release().lower():
+        if not any(name in os.environ for name in _ALLOCATOR):
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 @contextmanager

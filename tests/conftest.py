@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from moka_pl.utils import set_environment
+
+set_environment()  # as commands do; before anything imports PyTorch
+
 #: Files that take ten seconds or more begin first, so that neither of pytest's processes ends with one alone.
 LONG = (
     "training/sharding/test_two_ranks.py",

@@ -14,12 +14,15 @@ import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
 from moka_pl import utils
+from moka_pl.cli.main import main
 from moka_pl.errors import MokaWarning
+from moka_pl.studies.benchmark.arguments import make_parser
 from moka_pl.utils import (
     expanded,
     recover_folder,
     replaced_file,
     replaced_folder,
+    set_environment,
     unwritable_reason,
     warn,
     write_failure,
@@ -243,3 +246,49 @@ def test_a_warning_is_ours_and_of_the_first_rank(monkeypatch: pytest.MonkeyPatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn("careful")
+
+
+@pytest.fixture
+def bare_environment(monkeypatch):
+    """An environment without what :func:`set_environment` sets, which a test cannot change for others."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("platform.release", lambda: "6.8.0-generic")
+    return os.environ
+
+
+def test_the_environment_lets_gpu_memory_grow(bare_environment) -> None:
+    set_environment()
+    assert bare_environment["TOKENIZERS_PARALLELISM"] == "false"
+    assert bare_environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "TOKENIZERS_PARALLELISM"],
+)
+def test_the_environment_of_the_user_stays(name, bare_environment) -> None:
+    bare_environment[name] = "theirs"
+    set_environment()
+    assert bare_environment[name] == "theirs"
+    assert ("PYTORCH_ALLOC_CONF" in bare_environment) == (
+        name in ("PYTORCH_ALLOC_CONF", "TOKENIZERS_PARALLELISM")
+    )
+
+
+@pytest.mark.parametrize(
+    ("system", "release"), [("win32", "11"), ("linux", "5.15.90.1-microsoft-standard-WSL2")]
+)
+def test_gpu_memory_does_not_grow_on_windows(system, release, bare_environment, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr("platform.release", lambda: release)
+    set_environment()
+    assert bare_environment["TOKENIZERS_PARALLELISM"] == "false"
+    assert "PYTORCH_ALLOC_CONF" not in bare_environment
+
+
+@pytest.mark.parametrize("command", [main, make_parser])
+def test_commands_and_scripts_set_the_environment(command, bare_environment) -> None:
+    with suppress(SystemExit):
+        command(*[["--version"]] * (command is main))
+    assert bare_environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

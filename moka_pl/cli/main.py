@@ -32,7 +32,7 @@ from moka_pl.errors import (
     system_failure,
 )
 from moka_pl.training.accidents.lifeline import LOST
-from moka_pl.utils import expanded
+from moka_pl.utils import expanded, set_environment
 from moka_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -161,8 +161,7 @@ def _run(args: Sequence[str] | None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     command = arguments[0] if arguments else ""
     warnings.formatwarning = _format_warning
-    # Threads of tokenisation and of data loading workers would otherwise warn about each other.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_environment()
     try:
         if command in FUNCTIONS:
             FUNCTIONS[command](**parse_function(command, arguments[1:]))

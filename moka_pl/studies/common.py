@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moka_pl.errors import ConfigError
-from moka_pl.utils import silenced
+from moka_pl.utils import set_environment, silenced
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,8 @@ def silenced_lightning() -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
     """A command line whose description keeps its lines, and whose errors are one line: usage would hide them.
 
+    The environment is set up as for the package's own commands.
+
     Args:
         name: The command's name, as errors begin with.
         description: What it does.
@@ -61,6 +63,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.name = name
+        set_environment()
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""

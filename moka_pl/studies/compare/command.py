@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -38,7 +37,6 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser(suites)
     args = parser.parse_args(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if args.jobs < 1:
             raise MokaError(f"--jobs must be at least 1, not {args.jobs}")
