@@ -1,4 +1,4 @@
-"""Small helpers: other libraries' messages and environment, output folders, and replacing what is there whole."""
+"""Small helpers: what other libraries say and read, checking folders, and replacing what is there whole."""
 
 import errno
 import logging
