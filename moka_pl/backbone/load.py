@@ -130,7 +130,7 @@ def load_backbone(
     dtype = compute_dtype(config, device)
     import_quantiser(config.quantization)
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
-    random, whole = config.weights == "random", blocks is None and not quantises_layers(config.quantization)
+    random, whole = config.weights == "random", blocks is None and not _by_layers(config, device)
     with loading(config.name):
         described = describe(config, {} if random else model_location(config, whole))
         config, notes = described.settle(config)
@@ -161,6 +161,14 @@ def load_backbone(
     if config.compile == "none" and device.type == "cuda":
         notes += _computed_fast(config, model)
     return Backbone(model, tokenizer, config, notes)
+
+
+def _by_layers(config: BackboneConfig, device: torch.device) -> bool:
+    """Whether a model is read and quantised here, layer by layer, and not by transformers.
+
+    On a CPU that would take several times the memory of a layer.
+    """
+    return quantises_layers(config.quantization) or (config.quantization != "none" and device.type == "cpu")
 
 
 def _computed_fast(config: BackboneConfig, model: "PreTrainedModel") -> list[str]:
@@ -272,7 +280,7 @@ def _filled(
     tensors = {} if files is None else files.tensors
     stored = stored_layers(described.quantization, config.quantization, tensors)
     whole = is_complete(files, empty, described.quantization, stored)
-    if files is not None and whole and (store is not None or quantises_layers(config.quantization)):
+    if files is not None and whole and (store is not None or _by_layers(config, device)):
         names = set(tensors) if stored is None else stored.names
         unused = set(unused_tensors(empty, names)) - (set() if stored is None else stored.biases)
         _judge_unused(unused, empty, config.name, notes)

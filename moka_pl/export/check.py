@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moka_pl.backbone.quantization import without_kept_scales
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.prompts.ends import prompt_ids
 from moka_pl.prompts.templates import alpaca_prompt, chat_prompt, cloze_prompt
@@ -114,7 +115,8 @@ def measure(model: "PreTrainedModel | Any", prompts: list[Tensor]) -> Measured:
     device = torch.device("cpu") if model.device.type == "meta" else model.device  # whose weights are on disk
     ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (I, T)
     mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]  # (I, T)
-    logits = model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits  # (I, T, V)
+    with without_kept_scales():
+        logits = model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits  # (I, T, V)
     rows = zip(logits, lengths, strict=True)
     return measured([row[:length].float().cpu() for row, length in rows], prompts)
 

@@ -1,6 +1,6 @@
 """A merged model as a plain transformers folder, written shard by shard.
 
-Only one shard is dense in memory at a time: a 7B model in 4 bits takes its own 4 GB and a little more.
+Only one tensor is dense in memory at a time: a 7B model in 4 bits takes its own 4 GB and a little more.
 """
 
 import copy
@@ -9,11 +9,11 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from moka_pl.adapters.methods.registry import is_untied, outer_modules, untie
@@ -24,7 +24,9 @@ from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.errors import AdapterError
 from moka_pl.export.check import Measured, check, measure
 from moka_pl.export.folder import mebibytes, written_folder
-from moka_pl.export.rounding import round_weights, rounds_alone, to_dtype
+from moka_pl.export.memory.placement import largest_layer, placement
+from moka_pl.export.memory.shard import Planned, write_safetensors
+from moka_pl.export.rounding import pieces, round_weights, rounds_alone, to_dtype
 from moka_pl.export.source import Source, say
 from moka_pl.lm.experts import SplitExperts, has_experts, stored
 from moka_pl.utils import silenced
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 _PEFT_ROWS = ".token_adapter"
 #: Bytes of a shard.
 _SHARD = 2**30
-#: Bytes of a model up to which a check holds it in memory, or another engine's has its base in float32.
+#: Bytes of a model up to which another engine's check has its base in float32.
 _SMALL = 2**32
 #: Bytes that a tokenizer's file takes for each of its tokens, about: SmolLM2's 71, LLaMA3's 134.
 BYTES_OF_TOKEN = 100
@@ -50,11 +52,13 @@ class Part:
         name: Its name in transformers' folder.
         shape: Its sizes.
         make: Makes it, dense.
+        integers: Its dtype if it holds no floating-point numbers, which are written in the export's.
     """
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    integers: torch.dtype | None = None
 
     @property
     def entries(self) -> int:
@@ -111,7 +115,10 @@ def _stack(name: str, parts: list[Part], block: SplitExperts, shape: tuple[int, 
     """One parameter of fused experts, of the parts (m, n) of each, or (m) of a bias."""
 
     def make() -> Tensor:
-        made = torch.stack([part.make() for part in parts])  # (E, m, n) or (E, m)
+        first = parts[0].make()
+        made = first.new_empty(shape)  # (E, m, n) or (E, m)
+        for i, part in enumerate(parts):
+            made[i] = part.make() if i else first
         return stored(block.shell, made) if made.dim() == 3 else made
 
     empty = torch.empty(shape, device="meta")
@@ -120,13 +127,14 @@ def _stack(name: str, parts: list[Part], block: SplitExperts, shape: tuple[int, 
 
 def _turned(part: Part) -> Part:
     """The weight of a linear layer, (m, n), as a Conv1D has it."""
-    return Part(part.name, part.shape[::-1], lambda: part.make().t())
+    return Part(part.name, part.shape[::-1], lambda: part.make().t(), part.integers)
 
 
 def _plain(name: str, module: nn.Module, tensor: Tensor) -> Part:
     if is_quantised(module) and tensor is module.weight:
         return Part(name, (module.out_features, module.in_features), lambda: dense_weight(module))
-    return Part(name, tuple(tensor.shape), lambda: tensor.detach())
+    integers = None if tensor.is_floating_point() else tensor.dtype
+    return Part(name, tuple(tensor.shape), lambda: tensor.detach(), integers)
 
 
 def _adapted(name: str, layer: Any) -> Iterator[Part]:
@@ -158,7 +166,7 @@ def converted(part: Part, dtype: torch.dtype) -> Tensor:
     tensor = part.make()
     if tensor.dtype.is_floating_point:
         tensor = tensor.to(dtype)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all(bool(torch.isfinite(piece).all()) for piece in pieces(tensor)):
             raise AdapterError(
                 f"{part.name} holds numbers beyond {str(dtype).removeprefix('torch.')}; export with "
                 "another --dtype"
@@ -189,10 +197,13 @@ def write_weights(folder: Path, parts: list[Part], dtype: torch.dtype) -> None:
         file = (
             "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
-        tensors = {part.name: converted(part, dtype) for part in shard}
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        names |= dict.fromkeys(tensors, file)
-        (folder / file).write_bytes(save(tensors, metadata={"format": "pt"}))
+        tensors = [
+            Planned(part.name, part.integers or dtype, part.shape, partial(converted, part, dtype))
+            for part in shard
+        ]
+        total += sum(tensor.bytes for tensor in tensors)
+        names |= {part.name: file for part in shard}
+        write_safetensors(folder / file, tensors, {"format": "pt"})
         say(f"wrote {file} ({number} of {len(shards)}, {total / 2**20:,.0f} MiB so far)")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": names}
@@ -268,6 +279,7 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
         write_description(new, source.model, source.tokenizer, dtype)
         reading = dtype if device.type == "cuda" else compute
         entries, routed = _entries(parts), has_experts(source.model)
+        layer = largest_layer((part.name, part.entries) for part in parts)
         parts.clear()
         rounded = None
         if rounds_alone(dtype, compute, reading):
@@ -278,7 +290,7 @@ def export_merged(source: Source, out: Path, dtype: torch.dtype) -> None:
         del source.model
         gc.collect()
         say(f"{reader} reads it back ...")
-        found = reloaded(new, source, device, reading, entries)
+        found = reloaded(new, source, device, reading, entries, layer)
         say(check(source.expected, found, reader, dtype, compute, rounded=rounded, routed=routed))
     say_size(out, entries)
 
@@ -314,7 +326,7 @@ def base_dtype(parts: Iterable[Part]) -> torch.dtype:
 
 
 def reloaded(
-    folder: Path, source: Source, device: torch.device, compute: torch.dtype, entries: int
+    folder: Path, source: Source, device: torch.device, compute: torch.dtype, entries: int, layer: int
 ) -> Measured:
     """Loads a written folder and measures it; what does not fit into memory is read as it is computed with.
 
@@ -324,6 +336,7 @@ def reloaded(
         device: Where to compute.
         compute: Dtype of the computation.
         entries: How many numbers the folder holds.
+        layer: How many its largest layer holds.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -335,7 +348,7 @@ def reloaded(
             raise AdapterError(
                 f"the written tokenizer reads {text!r} into other tokens; nothing was written. Report it"
             )
-    placed = _placement(folder, device, entries * compute.itemsize)
+    placed = placement(folder, device, entries * compute.itemsize, layer * compute.itemsize)
     with (
         progress_bars(show=False),
         loading(str(folder)),
@@ -343,24 +356,3 @@ def reloaded(
     ):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **placed)
     return measure(model.eval(), source.prompts)
-
-
-def _placement(folder: Path, device: torch.device, size: int) -> dict[str, Any]:
-    """Tells transformers where to put a model beside the one that it came from.
-
-    What has no room stays in its files: every layer is read when it computes. As all prompts are computed at
-    once, that takes no longer than loading the model.
-    """
-    import psutil
-
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        room = 3 * torch.cuda.mem_get_info(device)[0] // 4  # the rest is for activations
-        memory: dict[int | str, int] = {device.index or 0: room, "cpu": 0}
-    else:
-        room = min(psutil.virtual_memory().available // 2, _SMALL)
-        # accelerate before 1.15 takes no model that stays in its files as a whole.
-        memory = {"cpu": room}
-    if size <= room:
-        return {"device_map": {"": device}}
-    return {"device_map": "auto", "max_memory": memory, "offload_folder": str(folder.parent / "offload")}

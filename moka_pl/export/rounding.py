@@ -11,7 +11,7 @@ wrong M is still small, and the export differs by what is wrong.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Rounds a tensor, which keeps its dtype.
 Rounding = Callable[[Tensor], Tensor]
+#: Numbers that are rounded in one go.
+_PIECE = 2**22
 
 
 def rounds_alone(dtype: torch.dtype, *compute: torch.dtype) -> bool:
@@ -49,12 +51,14 @@ def round_weights(model: "PreTrainedModel", rounding: Rounding) -> None:
 
     Args:
         model: A model with adapters of any method, or without, that computes in float32.
-        rounding: Rounds a tensor as the export does.
+        rounding: Rounds a tensor as the export does, its rows by themselves.
     """
     kept = set(model.state_dict())
     places: dict[int, list[tuple[nn.Module, str]]] = {}  # of each plain tensor; tied ones have several
+    adapted: set[int] = set()
     for name, module, layer in list(outer_modules(model)):
         if layer is not None:
+            adapted |= {_storage(tensor) for tensor in [*module.parameters(), *module.buffers()]}
             module.register_forward_hook(_AddedError(partial(_merged, layer), rounding))
             continue
         if is_quantised(module):
@@ -64,15 +68,30 @@ def round_weights(model: "PreTrainedModel", rounding: Rounding) -> None:
             if written and not (is_quantised(module) and tensor is module.weight):
                 places.setdefault(id(tensor), []).append((module, own))
     for tied in places.values():
-        # In a tensor of its own: the old one may be an adapted layer's, too.
-        rounded = _rounded(getattr(*tied[0]), rounding)
-        for module, own in tied:
-            setattr(module, own, rounded)
+        tensor = getattr(*tied[0])
+        if _storage(tensor) in adapted:  # it is an adapted layer's, too, which rounds what it is merged with
+            tensor = _copied(tensor)
+            for module, own in tied:
+                setattr(module, own, tensor)
+        for piece in pieces(tensor.detach()):
+            piece.copy_(rounding(piece))
 
 
-def _rounded(tensor: Tensor, rounding: Rounding) -> Tensor:
-    rounded = rounding(tensor.detach())
-    return nn.Parameter(rounded, requires_grad=False) if isinstance(tensor, nn.Parameter) else rounded
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Views of some rows each: what is made of one after another is never as large as the tensor."""
+    if tensor.dim() < 2:
+        yield tensor
+        return
+    yield from torch.split(tensor, max(1, _PIECE * len(tensor) // max(1, tensor.numel())))
 
 
 def _dense(module: Any) -> nn.Linear:
@@ -91,6 +110,14 @@ def _merged(layer: AdaptedLayer) -> nn.Module:
     return merged
 
 
+def _error(tensor: Tensor, rounding: Rounding) -> nn.Parameter:
+    """round(M) - M."""
+    error = torch.empty_like(tensor)
+    for piece, exact in zip(pieces(error), pieces(tensor.detach()), strict=True):
+        torch.sub(rounding(exact), exact, out=piece)
+    return nn.Parameter(error, requires_grad=False)
+
+
 class _AddedError:
     """A forward hook that adds what a layer makes of its input with the errors of rounding for weights.
 
@@ -106,14 +133,15 @@ class _AddedError:
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self._making:  # some layers are merged by asking what they compute
             return None
+        added: Tensor = self._errors()(*inputs)
+        return output + added.to(output.dtype)
+
+    def _errors(self) -> nn.Module:
+        """The dense layer with its errors for weights; the weights are gone."""
         self._making = True
         try:
             dense = self.make()
         finally:
             self._making = False
-        errors = {
-            id(parameter): nn.Parameter(_rounded(parameter, self.rounding) - parameter, requires_grad=False)
-            for parameter in dense.parameters()
-        }
-        added: Tensor = copy.deepcopy(dense, errors)(*inputs)
-        return output + added.to(output.dtype)
+        errors = {id(parameter): _error(parameter, self.rounding) for parameter in dense.parameters()}
+        return copy.deepcopy(dense, errors)

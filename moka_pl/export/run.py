@@ -3,16 +3,20 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from moka_pl.adapters import AdapterInfo, MokaConfig, moka_layers, read_adapter
 from moka_pl.adapters.reading import read_adapter_state
+from moka_pl.backbone.quantization import quantization_of
 from moka_pl.errors import ConfigError
 from moka_pl.export import llama_cpp
 from moka_pl.export.folder import check_space
 from moka_pl.export.gguf import GgufType, base_type, check_adapter, check_model, import_gguf, model_size
 from moka_pl.export.lora import LoraForm, check_rank, lora_form, stored_rank
+from moka_pl.export.memory.allocator import return_freed_memory
+from moka_pl.export.memory.on_disk import put_on_disk
 from moka_pl.export.merged import base_dtype, export_merged, folder_size, merged_parts
 from moka_pl.export.mlx import check_layers, export_mlx, import_mlx
 from moka_pl.export.peft import export_lora, import_peft
@@ -27,6 +31,10 @@ from moka_pl.export.source import (
 )
 from moka_pl.export.to_gguf import export_adapter, export_model
 from moka_pl.inference import Preview
+from moka_pl.utils import existing_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,10 @@ def run_merged(request: Request) -> None:
     """Exports a merged transformers folder."""
     dtype = request.torch_dtype(torch.bfloat16)
 
-    def fits(preview: Preview) -> None:
-        check_space(request.out, folder_size(merged_parts(preview.model), dtype, preview.tokenizer))
+    def size(preview: Preview) -> int:
+        return folder_size(merged_parts(preview.model), dtype, preview.tokenizer)
 
-    export_merged(_opened(request, fits), request.out, dtype)
+    export_merged(_opened(request, size), request.out, dtype)
 
 
 def run_lora(request: Request) -> None:
@@ -85,10 +93,10 @@ def run_gguf(request: Request) -> None:
     import_gguf()
     kind = request.gguf_type
 
-    def fits(preview: Preview) -> None:
+    def size(preview: Preview) -> int:
         parts = merged_parts(preview.model)
         check_model(preview.model, parts, kind, preview.tokenizer)
-        check_space(request.out, model_size(parts, kind, preview.tokenizer))
+        return model_size(parts, kind, preview.tokenizer)
 
     def takes_lora(preview: Preview) -> int:
         check_adapter(preview.model, moka_layers(preview.model, shared=True))
@@ -102,7 +110,7 @@ def run_gguf(request: Request) -> None:
         source, form = _with_lora(request, takes_lora)
         export_adapter(source, request.out, form, request.torch_dtype(torch.float32))
     else:
-        export_model(_opened(request, fits), request.out, kind)
+        export_model(_opened(request, size), request.out, kind)
 
 
 def run_mlx(request: Request) -> None:
@@ -126,19 +134,30 @@ FORMATS: dict[str, Callable[[Request], None]] = {
 }
 
 
-def _opened(request: Request, before: Callable[[Preview], None] | None = None) -> Source:
-    """Loads the adapter on the weights that it is to be merged into."""
-    info = read_adapter(request.adapter)
+def _opened(request: Request, size: Callable[[Preview], int]) -> Source:
+    """Loads the adapter on the weights that it is to be merged into.
+
+    Args:
+        request: What is to be exported.
+        size: Refuses what the format cannot hold, and returns the bytes that it writes.
+    """
+    info, written = read_adapter(request.adapter), 0
 
     def look(preview: Preview) -> None:
+        nonlocal written
         if request.original and preview.quantised:
             raise stored_quantised(request.base or info.base.name)
-        if before is not None:
-            before(preview)
+        written = size(preview)
+        check_space(request.out, written)
+
+    def lighten(model: "PreTrainedModel") -> None:
+        if quantization_of(model)[0] != "none":
+            put_on_disk(model, existing_folder(request.out.absolute().parent), written)
 
     if request.original:
         check_original(info)
-    source = open_source(request.adapter, request.base, request.prompts, before=look)
+    return_freed_memory()
+    source = open_source(request.adapter, request.base, request.prompts, look, lighten)
     if not request.original:
         return source
     trained = source.expected.loss

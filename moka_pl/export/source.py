@@ -54,6 +54,7 @@ def open_source(
     base: str | None = None,
     prompts: Path | None = None,
     before: Callable[[Preview], None] | None = None,
+    loaded: "Callable[[PreTrainedModel], None] | None" = None,
 ) -> Source:
     """Loads an adapter with its base and measures it.
 
@@ -62,6 +63,7 @@ def open_source(
         base: Name or folder of the base; None is the stored one.
         prompts: A text file with a prompt a line; None takes the package's own.
         before: Is called before the base's weights are loaded, to refuse what cannot work.
+        loaded: Is given the model before it computes.
 
     Raises:
         ConfigError: If ``prompts`` cannot be used.
@@ -76,6 +78,8 @@ def open_source(
         say(f"loading {base or info.base.name} ...")
 
     model, tokenizer = load_model(adapter, base=base, before=look)
+    if loaded is not None:
+        loaded(model)
     say(f"computing {len(ids)} prompts with the adapter ...")
     name = base or info.base.name
     own = name == SHORT_NAME or name.endswith(".gguf")  # which only this package converts

@@ -56,6 +56,7 @@ def fill(
             weight = source(module, name, "weight", module.weight)
             options = config.quantization, config.double_quantization, dtype
             quantised: Any = quantised_linear(module, weight, *options)
+            del weight  # before the next is made
             if module.bias is not None:
                 quantised.bias.data.copy_(source(module, name, "bias", module.bias))
             model.set_submodule(name, quantised)

@@ -16,6 +16,7 @@ from moka_pl.backbone.quantization.four_bit import (
     forget_scales,
     is_four_bit,
     keep_weights,
+    without_kept_scales,
 )
 from moka_pl.backbone.quantization.kinds import (
     Quantization,
@@ -86,4 +87,5 @@ __all__ = [
     "weight_bytes",
     "weight_count",
     "weight_scales",
+    "without_kept_scales",
 ]

@@ -1,6 +1,9 @@
 """bitsandbytes' 4-bit linear layers, which quantise, compute and move themselves."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +38,9 @@ _ABOVE = (
 #: The levels of NF4, relative to the largest entry of a block.
 NF4_LEVELS = _BELOW + _ABOVE
 
+#: Entries of a weight that are quantised in one go.
+_PIECE = 2**20
+
 #: Bytes of a 4-bit weight from which on bitsandbytes' own kernel reads uneven layers faster, launch included.
 _LARGE = 2**20
 
@@ -65,12 +71,38 @@ def four_bit_linear(
     bias = layer.bias is not None
     with torch.device("meta"):
         quantised = Linear4bit(layer.in_features, layer.out_features, bias=bias, compute_dtype=dtype)
-    quantised.weight = Params4bit(
-        weight, requires_grad=False, quant_type=quantization, compress_statistics=double, module=quantised
-    ).to(weight.device)
+    options: dict[str, Any] = {"quant_type": quantization, "compress_statistics": double, "module": quantised}
+    if weight.device.type == "cpu":
+        codes, quantised.quant_state = _quantised_in_pieces(weight, quantization, double)
+        options |= {"quant_state": quantised.quant_state, "bnb_quantized": True}
+        quantised.weight = Params4bit(codes, requires_grad=False, **options)
+    else:
+        quantised.weight = Params4bit(weight, requires_grad=False, **options).to(weight.device)
     if bias:
         quantised.bias = nn.Parameter(torch.zeros_like(layer.bias, device=weight.device), requires_grad=False)
     return quantised  # type: ignore[no-any-return]
+
+
+def _quantised_in_pieces(weight: Tensor, quantization: Quantization, double: bool) -> tuple[Tensor, Any]:
+    """The codes of W, (m, n), and their ``QuantState``: bitsandbytes' own, bit for bit.
+
+    On a CPU bitsandbytes takes three times the memory of W in float32 for what it makes between; here that is
+    of a piece.
+    """
+    from bitsandbytes import functional
+
+    codes, scales = [], []
+    for piece in torch.split(weight.flatten(), _PIECE):  # of whole blocks
+        data, state = functional.quantize_4bit(piece, quant_type=quantization)
+        codes.append(data)
+        scales.append(state.absmax)
+    absmax, nested = torch.cat(scales), {}
+    if double:
+        offset = absmax.mean()
+        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=256)
+        nested = {"offset": offset, "state2": state2}
+    parts = weight.shape, state.code, state.blocksize, quantization, weight.dtype
+    return torch.cat(codes), functional.QuantState(absmax, *parts, **nested)
 
 
 def is_four_bit(layer: nn.Module) -> "TypeGuard[Linear4bit]":
@@ -164,6 +196,20 @@ def _plainly_scaled(layer: nn.Module, weight: Tensor, state: Any) -> tuple[Tenso
     return known.data, known.state
 
 
+#: Whether block scales are kept once they are dequantised.
+_KEPT = ContextVar("_KEPT", default=True)
+
+
+@contextmanager
+def without_kept_scales() -> Iterator[None]:
+    """Keeps no block scales within the block: where each weight is asked for once, they are memory alone."""
+    before = _KEPT.set(False)
+    try:
+        yield
+    finally:
+        _KEPT.reset(before)
+
+
 def forget_scales(layer: nn.Module) -> None:
     """Drops what :func:`dense_weight` keeps of a layer."""
     _PLAINLY_SCALED.pop(layer, None)
@@ -185,7 +231,7 @@ def four_bit_weight(layer: "Linear4bit", often: bool) -> Tensor:
     state = weight.quant_state
     if state is None:
         raise AdapterError("a 4-bit layer is not quantised yet; move the model to its device first")
-    if often and state.nested and state.absmax.device.type == "cpu":
+    if often and _KEPT.get() and state.nested and state.absmax.device.type == "cpu":
         return bnb.functional.dequantize_4bit(*_plainly_scaled(layer, weight, state))  # type: ignore[no-any-return]
     return bnb.functional.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
 
