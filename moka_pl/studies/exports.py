@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, moka_layers, save_adapter
-from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
+from moka_pl.backbone import BackboneConfig, fingerprint
 from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, shape_config
+from moka_pl.backbone.weight_files import read_weight_files
 from moka_pl.export.check import Measured, largest_difference, measure
 from moka_pl.export.gguf import GgufType, read_back, write_model
 from moka_pl.export.llama_cpp import LlamaCpp
@@ -214,8 +215,12 @@ def write_large(folder: Path, shape: str) -> None:
         write_weights(base, parts, torch.bfloat16)
         write_description(base, model, byte_tokenizer(), torch.bfloat16)
     if not adapter.exists():
-        backbone = BackboneConfig(str(base))
-        model, config = load_backbone(backbone).model, MokaConfig(components=10)
+        backbone, config = BackboneConfig(str(base)), MokaConfig(components=10)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape_config(shape))
+        files = read_weight_files(base)
+        assert files is not None
+        files.map_into(model)  # nothing of it is computed with
         frozen = BaseModel(backbone.name, None, fingerprint(model), backbone.options())
         inject_adapter(model, config)
         randomize(model)
