@@ -141,12 +141,35 @@ def _opened(request: Request, size: Callable[[Preview], int]) -> Source:
         request: What is to be exported.
         size: Refuses what the format cannot hold, and returns the bytes that it writes.
     """
-    info, written = read_adapter(request.adapter), 0
+    info = read_adapter(request.adapter)
+
+    def look(preview: Preview) -> int:
+        if request.original and preview.quantised:
+            raise stored_quantised(request.base or info.base.name)
+        return size(preview)
+
+    if request.original:
+        check_original(info)
+    source = _lightly(request, look)
+    if not request.original:
+        return source
+    trained = source.expected.loss
+    source = onto_original(request.adapter, source, request.base)
+    say(f"loss {trained:.5f} on the weights of training, {source.expected.loss:.5f} on the original ones")
+    return source
+
+
+def _lightly(request: Request, size: Callable[[Preview], int]) -> Source:
+    """Loads the adapter with as little memory as there is to a quantised base.
+
+    Args:
+        request: What is to be exported.
+        size: Refuses what cannot be written, and returns the bytes that are.
+    """
+    written = 0
 
     def look(preview: Preview) -> None:
         nonlocal written
-        if request.original and preview.quantised:
-            raise stored_quantised(request.base or info.base.name)
         written = size(preview)
         check_space(request.out, written)
 
@@ -154,16 +177,8 @@ def _opened(request: Request, size: Callable[[Preview], int]) -> Source:
         if quantization_of(model)[0] != "none":
             put_on_disk(model, existing_folder(request.out.absolute().parent), written)
 
-    if request.original:
-        check_original(info)
     return_freed_memory()
-    source = open_source(request.adapter, request.base, request.prompts, look, lighten)
-    if not request.original:
-        return source
-    trained = source.expected.loss
-    source = onto_original(request.adapter, source, request.base)
-    say(f"loss {trained:.5f} on the weights of training, {source.expected.loss:.5f} on the original ones")
-    return source
+    return open_source(request.adapter, request.base, request.prompts, look, lighten)
 
 
 def _with_lora(
@@ -179,15 +194,15 @@ def _with_lora(
     known = _stored_rank(request, info)
     forms: list[LoraForm] = []
 
-    def look(preview: Preview) -> None:
+    def look(preview: Preview) -> int:
         beside = before(preview)
         layers = moka_layers(preview.model, shared=True)
         check_no_experts(preview.model, layers)
         form = lora_form(layers, request.rank, request.energy, request.max_rank)
-        check_space(request.out, form.size(request.torch_dtype(torch.float32)) + beside)
         forms.append(form)
+        return form.size(request.torch_dtype(torch.float32)) + beside
 
-    source = open_source(request.adapter, request.base, request.prompts, before=look)
+    source = _lightly(request, look)
     if not known:
         say(f"{request.adapter} is exactly a LoRA of rank {forms[0].needed}")
     return source, forms[0]

@@ -1,5 +1,6 @@
 """The adapter to export, in its model, and what it makes of the prompts."""
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,7 +93,7 @@ def onto_original(adapter: Path, source: Source, base: str | None) -> Source:
 
     Args:
         adapter: The adapter directory.
-        source: The adapter on the weights that it was trained on.
+        source: The adapter on the weights that it was trained on, which are given up.
         base: Name or folder of the base; None is the stored one.
 
     Raises:
@@ -102,8 +103,11 @@ def onto_original(adapter: Path, source: Source, base: str | None) -> Source:
     check_original(source.info)
     options = stored.options | {"quantization": "none", "compute_dtype": "auto"}
     config = BackboneConfig(base or stored.name, None if base else stored.revision, **options)
+    device = source.model.device
+    del source.model
+    gc.collect()
     try:
-        loaded = load_backbone(config, source.model.device)
+        loaded = load_backbone(config, device)
     except QuantisedError as error:
         raise stored_quantised(config.name) from error
     load_adapter(loaded.model, adapter, fingerprint(loaded.model))

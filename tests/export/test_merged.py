@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +19,7 @@ from moka_pl.cli.main import main
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export import merged
 from moka_pl.export.check import Measured, measure
+from moka_pl.export.memory import on_disk
 from moka_pl.export.merged import (
     Part,
     converted,
@@ -116,6 +117,18 @@ def test_8_bit_weights_are_merged_as_they_are(make_adapter: Callable) -> None:
         if not name.endswith(".base_layer"):
             assert torch.equal(written[f"{name}.weight"], dense_weight(layer))
     assert len(layers) == 14
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_files_are_what_safetensors_writes_of_whole_shards(
+    dtype: str, make_adapter: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_disk, "_LARGE", 1000)  # the embedding and the head lie on disk meanwhile
+    adapter = make_adapter(target_modules="all-linear")
+    main(["export", str(adapter), "--to", "merged", "--dtype", dtype])
+    parts = merged_parts(open_source(adapter).model)
+    whole = save({part.name: converted(part, getattr(torch, dtype)) for part in parts}, {"format": "pt"})
+    assert (adapter.with_name("adapter-merged") / "model.safetensors").read_bytes() == whole
 
 
 def test_an_adapted_head_is_not_tied_any_more(

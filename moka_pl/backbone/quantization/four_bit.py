@@ -91,18 +91,24 @@ def _quantised_in_pieces(weight: Tensor, quantization: Quantization, double: boo
     """
     from bitsandbytes import functional
 
-    codes, scales = [], []
-    for piece in torch.split(weight.flatten(), _PIECE):  # of whole blocks
-        data, state = functional.quantize_4bit(piece, quant_type=quantization)
-        codes.append(data)
-        scales.append(state.absmax)
-    absmax, nested = torch.cat(scales), {}
+    entries = weight.numel()
+    codes, absmax = torch.empty(0), torch.empty(0)
+    for start in range(0, entries, _PIECE):  # whole blocks
+        data, state = functional.quantize_4bit(
+            weight.flatten()[start : start + _PIECE], quant_type=quantization
+        )
+        if start == 0:  # once, and not in pieces, between which other things would lie
+            codes = data.new_empty(-(-entries // 2), 1)
+            absmax = state.absmax.new_empty(-(-entries // state.blocksize))
+        codes[start // 2 :][: len(data)] = data
+        absmax[start // state.blocksize :][: len(state.absmax)] = state.absmax
+    nested = {}
     if double:
         offset = absmax.mean()
         absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=256)
         nested = {"offset": offset, "state2": state2}
     parts = weight.shape, state.code, state.blocksize, quantization, weight.dtype
-    return torch.cat(codes), functional.QuantState(absmax, *parts, **nested)
+    return codes, functional.QuantState(absmax, *parts, **nested)
 
 
 def is_four_bit(layer: nn.Module) -> "TypeGuard[Linear4bit]":

@@ -6,7 +6,7 @@ import platform
 #: ``M_MMAP_THRESHOLD`` of glibc's ``malloc.h``.
 _MMAP_THRESHOLD = -3
 #: Bytes of a block that has pages of its own.
-_LARGE = 2**20
+_LARGE = 2**17
 
 
 def return_freed_memory() -> None:
