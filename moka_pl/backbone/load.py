@@ -108,6 +108,7 @@ def load_backbone(
     device: torch.device | str = "cpu",
     before: Callable[[Unloaded], None] | None = None,
     blocks: BlockStore | None = None,
+    by_layers: bool = False,
 ) -> Backbone:
     """Loads the base model and its tokenizer onto one device, and quantises the linear layers.
 
@@ -120,6 +121,9 @@ def load_backbone(
         before: Is given the model before any weight is loaded, to refuse what cannot work with it.
         blocks: Takes each decoder block as soon as that is loaded, so that the model is never there as a
             whole, then embedding and head; None leaves all where they are.
+        by_layers: Whether what transformers would quantise on a CPU is read and quantised here, layer by
+            layer. That takes less memory, and gives the same codes; the model has none of transformers' marks
+            (``hf_quantizer``, ``is_quantized``, ``config.quantization_config``), by which others know it.
 
     Raises:
         QuantisedError: If the checkpoint is quantised already in another way than ``config`` says.
@@ -130,9 +134,10 @@ def load_backbone(
     dtype = compute_dtype(config, device)
     import_quantiser(config.quantization)
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
-    random, whole = config.weights == "random", blocks is None and not _by_layers(config, device)
+    random, here = config.weights == "random", blocks is not None or quantises_layers(config.quantization)
+    here = here or (by_layers and config.quantization != "none" and device.type == "cpu")
     with loading(config.name):
-        described = describe(config, {} if random else model_location(config, whole))
+        described = describe(config, {} if random else model_location(config, not here))
         config, notes = described.settle(config)
         empty, config = build_empty(described.shape, config, dtype, notes)
         check_tokens(tokenizer, described.shape, _rows(empty), config.name, random, config.new_tokens)
@@ -147,7 +152,7 @@ def load_backbone(
     config = _settled_products(config, device, notes)
     settle = partial(_settle, config, dtype, described.quantization is None)
     store = None if blocks is None else _Settling(blocks, settle)
-    model = _filled(empty, config, described, device, notes, store)
+    model = _filled(empty, config, described, device, notes, store, here)
     check_special_tokens(model.generation_config, "generation_config.json", _rows(model), config.name)
     settle(model)
     keep_weights(model)
@@ -161,14 +166,6 @@ def load_backbone(
     if config.compile == "none" and device.type == "cuda":
         notes += _computed_fast(config, model)
     return Backbone(model, tokenizer, config, notes)
-
-
-def _by_layers(config: BackboneConfig, device: torch.device) -> bool:
-    """Whether a model is read and quantised here, layer by layer, and not by transformers.
-
-    On a CPU that would take several times the memory of a layer.
-    """
-    return quantises_layers(config.quantization) or (config.quantization != "none" and device.type == "cpu")
 
 
 def _computed_fast(config: BackboneConfig, model: "PreTrainedModel") -> list[str]:
@@ -270,8 +267,12 @@ def _filled(
     device: torch.device,
     notes: list[str],
     store: BlockStore | None,
+    here: bool,
 ) -> "PreTrainedModel":
-    """Returns the model with its weights; the blocks' are handed over as early as their files allow."""
+    """Returns the model with its weights; the blocks' are handed over as early as their files allow.
+
+    With ``here`` they are read by this package and not by transformers, if their files allow that.
+    """
     dtype, files = empty.dtype, described.files
     if config.weights == "random":
         linearise(empty)
@@ -280,7 +281,7 @@ def _filled(
     tensors = {} if files is None else files.tensors
     stored = stored_layers(described.quantization, config.quantization, tensors)
     whole = is_complete(files, empty, described.quantization, stored)
-    if files is not None and whole and (store is not None or _by_layers(config, device)):
+    if files is not None and whole and here:
         names = set(tensors) if stored is None else stored.names
         unused = set(unused_tensors(empty, names)) - (set() if stored is None else stored.biases)
         _judge_unused(unused, empty, config.name, notes)

@@ -71,6 +71,7 @@ def export(
         raise ConfigError("rank and energy exclude each other; give one of them")
     from moka_pl.adapters import read_adapter
     from moka_pl.export.folder import check_output
+    from moka_pl.export.memory.allocator import return_freed_memory
     from moka_pl.export.run import FORMATS, Request
 
     out = out or _beside(adapter, to)
@@ -82,6 +83,7 @@ def export(
 
         export_images(request, to)
         return
+    return_freed_memory()  # the process is the command's own
     FORMATS[to](request)
 
 

@@ -15,7 +15,6 @@ from moka_pl.export import llama_cpp
 from moka_pl.export.folder import check_space
 from moka_pl.export.gguf import GgufType, base_type, check_adapter, check_model, import_gguf, model_size
 from moka_pl.export.lora import LoraForm, check_rank, lora_form, stored_rank
-from moka_pl.export.memory.allocator import return_freed_memory
 from moka_pl.export.memory.on_disk import put_on_disk
 from moka_pl.export.merged import base_dtype, export_merged, folder_size, merged_parts
 from moka_pl.export.mlx import check_layers, export_mlx, import_mlx
@@ -84,7 +83,7 @@ def run_merged(request: Request) -> None:
 def run_lora(request: Request) -> None:
     """Exports a PEFT directory."""
     import_peft()
-    source, form = _with_lora(request)
+    source, form = _with_lora(request, by_layers=False)  # PEFT looks for transformers' marks on the base
     export_lora(source, request.out, form, request.torch_dtype(torch.float32))
 
 
@@ -159,12 +158,13 @@ def _opened(request: Request, size: Callable[[Preview], int]) -> Source:
     return source
 
 
-def _lightly(request: Request, size: Callable[[Preview], int]) -> Source:
+def _lightly(request: Request, size: Callable[[Preview], int], by_layers: bool = True) -> Source:
     """Loads the adapter with as little memory as there is to a quantised base.
 
     Args:
         request: What is to be exported.
         size: Refuses what cannot be written, and returns the bytes that are.
+        by_layers: As of :func:`~moka_pl.inference.load_model`.
     """
     written = 0
 
@@ -177,18 +177,18 @@ def _lightly(request: Request, size: Callable[[Preview], int]) -> Source:
         if quantization_of(model)[0] != "none":
             put_on_disk(model, existing_folder(request.out.absolute().parent), written)
 
-    return_freed_memory()
-    return open_source(request.adapter, request.base, request.prompts, look, lighten)
+    return open_source(request.adapter, request.base, request.prompts, look, lighten, by_layers)
 
 
 def _with_lora(
-    request: Request, before: Callable[[Preview], int] = lambda preview: 0
+    request: Request, before: Callable[[Preview], int] = lambda preview: 0, by_layers: bool = True
 ) -> tuple[Source, LoraForm]:
     """Writes the adapter as a LoRA, which takes no weights of its base, then loads it.
 
     Args:
         request: What is to be exported.
         before: Refuses what the format cannot hold, and returns the bytes that it writes beside the LoRA.
+        by_layers: As of :func:`~moka_pl.inference.load_model`.
     """
     info = read_adapter(request.adapter)
     known = _stored_rank(request, info)
@@ -202,7 +202,7 @@ def _with_lora(
         forms.append(form)
         return form.size(request.torch_dtype(torch.float32)) + beside
 
-    source = _lightly(request, look)
+    source = _lightly(request, look, by_layers)
     if not known:
         say(f"{request.adapter} is exactly a LoRA of rank {forms[0].needed}")
     return source, forms[0]

@@ -54,6 +54,7 @@ def load_model(
     base: str | None = None,
     revision: str | None = None,
     before: Callable[[Preview], None] | None = None,
+    by_layers: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Loads an adapter together with its base model.
 
@@ -69,6 +70,8 @@ def load_model(
             ignored if ``base`` is given.
         revision: Branch, tag or commit of the adapter on the hub.
         before: Is called before the base's weights are loaded, to refuse what cannot work.
+        by_layers: As of :func:`~moka_pl.backbone.load_backbone`: loading a 4-bit base on a CPU takes less
+            memory, and nothing tells other libraries that it is quantised.
 
     Returns:
         The model with its adapters, in evaluation mode, and the tokenizer.
@@ -97,7 +100,7 @@ def load_model(
         if before is not None:
             before(preview)
 
-    loaded = load_base(config, device, look)
+    loaded = load_base(config, device, look, by_layers)
     for note in loaded.notes:
         warnings.warn(note, MokaWarning, stacklevel=2)
     load_adapter(loaded.model, path, fingerprint(loaded.model))
@@ -188,6 +191,7 @@ def load_base(
     config: BackboneConfig,
     device: torch.device | str,
     before: Callable[[Unloaded], None] | None = None,
+    by_layers: bool = False,
 ) -> Backbone:
     """Loads a base as ``config`` says, or if it is quantised already, as it is.
 
@@ -195,8 +199,10 @@ def load_base(
         config: Its options.
         device: Where it lives.
         before: Is given the model before its weights are loaded.
+        by_layers: As of :func:`~moka_pl.backbone.load_backbone`.
     """
     try:
-        return load_backbone(config, device, before)
+        return load_backbone(config, device, before, by_layers=by_layers)
     except QuantisedError as error:
-        return load_backbone(replace(config, quantization=error.stored), device, before)
+        stored = replace(config, quantization=error.stored)
+        return load_backbone(stored, device, before, by_layers=by_layers)

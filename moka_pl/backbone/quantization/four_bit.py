@@ -91,12 +91,10 @@ def _quantised_in_pieces(weight: Tensor, quantization: Quantization, double: boo
     """
     from bitsandbytes import functional
 
-    entries = weight.numel()
+    flat, entries = weight.flatten(), weight.numel()
     codes, absmax = torch.empty(0), torch.empty(0)
     for start in range(0, entries, _PIECE):  # whole blocks
-        data, state = functional.quantize_4bit(
-            weight.flatten()[start : start + _PIECE], quant_type=quantization
-        )
+        data, state = functional.quantize_4bit(flat[start : start + _PIECE], quant_type=quantization)
         if start == 0:  # once, and not in pieces, between which other things would lie
             codes = data.new_empty(-(-entries // 2), 1)
             absmax = state.absmax.new_empty(-(-entries // state.blocksize))
@@ -237,7 +235,7 @@ def four_bit_weight(layer: "Linear4bit", often: bool) -> Tensor:
     state = weight.quant_state
     if state is None:
         raise AdapterError("a 4-bit layer is not quantised yet; move the model to its device first")
-    if often and _KEPT.get() and state.nested and state.absmax.device.type == "cpu":
+    if often and state.nested and state.absmax.device.type == "cpu" and _KEPT.get():
         return bnb.functional.dequantize_4bit(*_plainly_scaled(layer, weight, state))  # type: ignore[no-any-return]
     return bnb.functional.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
 
