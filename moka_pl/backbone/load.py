@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moka_pl._compat import unused_tensors
-from moka_pl.backbone.blocks.filling import is_complete, read_blocks
+from moka_pl.backbone.blocks.filling import is_complete, read_blocks, reads_here
 from moka_pl.backbone.blocks.frozen_tensors import BlockStore, decoder_blocks
 from moka_pl.backbone.checks import (
     check_loss,
@@ -36,7 +36,6 @@ from moka_pl.backbone.quantization import (
     import_quantiser,
     keep_weights,
     loading_options,
-    quantises_layers,
     stored_layers,
     weight_bytes,
 )
@@ -122,8 +121,7 @@ def load_backbone(
         blocks: Takes each decoder block as soon as that is loaded, so that the model is never there as a
             whole, then embedding and head; None leaves all where they are.
         by_layers: Whether what transformers would quantise on a CPU is read and quantised here, layer by
-            layer. That takes less memory, and gives the same codes; the model has none of transformers' marks
-            (``hf_quantizer``, ``is_quantized``, ``config.quantization_config``), by which others know it.
+            layer: to the same codes in less memory, but without transformers' marks of a quantised model.
 
     Raises:
         QuantisedError: If the checkpoint is quantised already in another way than ``config`` says.
@@ -134,8 +132,7 @@ def load_backbone(
     dtype = compute_dtype(config, device)
     import_quantiser(config.quantization)
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
-    random, here = config.weights == "random", blocks is not None or quantises_layers(config.quantization)
-    here = here or (by_layers and config.quantization != "none" and device.type == "cpu")
+    random, here = config.weights == "random", reads_here(config, device, blocks, by_layers)
     with loading(config.name):
         described = describe(config, {} if random else model_location(config, not here))
         config, notes = described.settle(config)
@@ -161,8 +158,7 @@ def load_backbone(
     if blocks is not None:
         blocks.add_ends(model)
     model.config.use_cache = False
-    model.eval()
-    check_loss(model, config.name)
+    check_loss(model.eval(), config.name)
     if config.compile == "none" and device.type == "cuda":
         notes += _computed_fast(config, model)
     return Backbone(model, tokenizer, config, notes)
@@ -271,7 +267,7 @@ def _filled(
 ) -> "PreTrainedModel":
     """Returns the model with its weights; the blocks' are handed over as early as their files allow.
 
-    With ``here`` they are read by this package and not by transformers, if their files allow that.
+    With ``here`` transformers loads them only where they are in no such files.
     """
     dtype, files = empty.dtype, described.files
     if config.weights == "random":

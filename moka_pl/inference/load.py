@@ -70,8 +70,7 @@ def load_model(
             ignored if ``base`` is given.
         revision: Branch, tag or commit of the adapter on the hub.
         before: Is called before the base's weights are loaded, to refuse what cannot work.
-        by_layers: As of :func:`~moka_pl.backbone.load_backbone`: loading a 4-bit base on a CPU takes less
-            memory, and nothing tells other libraries that it is quantised.
+        by_layers: As of :func:`~moka_pl.backbone.load_backbone`: less memory, fewer marks for others.
 
     Returns:
         The model with its adapters, in evaluation mode, and the tokenizer.
