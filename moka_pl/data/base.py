@@ -110,6 +110,7 @@ class MokaDataModule(DataDefaults, LoadingModule, ABC):
             )
         self.report: dict[str, EncodingReport] = {}
         self._encoded: dict[str, Encoded | None] = {}
+        self._prepared: dict[tuple[str, str | None], Encoded | None] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._trained_prompt: str | None = None
         self._encoded_prompt: str | None = None
@@ -172,6 +173,7 @@ class MokaDataModule(DataDefaults, LoadingModule, ABC):
         """Sets the tokenizer; needed only without a trainer, whose module has one."""
         if tokenizer is not self._tokenizer:
             self._encoded.clear()
+            self._prepared.clear()
             self.report.clear()
             self.__dict__.pop("digest", None)
         self._tokenizer = tokenizer
@@ -199,7 +201,7 @@ class MokaDataModule(DataDefaults, LoadingModule, ABC):
         """Encodes what the run needs into the cache (Lightning calls this on one rank)."""
         stage = self.trainer.state.fn if self.trainer is not None else None
         for split in _SPLITS[stage]:
-            self.encode(split)
+            self._prepared[split, self.prompt_key] = self.encode(split)
 
     def setup(self, stage: str | None = None) -> None:
         """Loads the splits of a stage and reports them once."""
@@ -210,11 +212,15 @@ class MokaDataModule(DataDefaults, LoadingModule, ABC):
         for split in _SPLITS[stage]:
             if split in self._encoded:
                 continue
-            encoded = self._encoded[split] = self.encode(split)
+            prepared = (split, self.prompt_key)
+            # What this process has prepared it need not look up again.
+            encoded = self._prepared[prepared] if prepared in self._prepared else self.encode(split)
+            self._encoded[split] = encoded
             if encoded is not None:
                 self.report[split] = encoded.report
                 rank_zero_info(f"{self.name} {split}: {encoded.report}")
                 ignored[rows_fingerprint(encoded.rows)] = encoded.report.ignored
+        self._prepared.clear()
         if counts := sum_ignored(ignored.values()):
             rank_zero_info(f"{self.name}: {ignored_fields(counts)}")
         if "train" in _SPLITS[stage] and self._rank_and_world()[0] == 0:

@@ -14,7 +14,7 @@ def quicken() -> None:
       it only with ``debug``, which is off.
     - At every call of a function under ``triton.jit`` in a kernel, such as ``tl.sum``, it searches the
       language's modules for what is to be replaced. After a launch's first call nothing is left.
-    - It describes the shape of every block of numbers and every type of NumPy anew; there are few of them.
+    - It describes every block of numbers anew, and what type two of them make; there are few of either.
     """
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None:
@@ -26,6 +26,8 @@ def quicken() -> None:
             builder.options = replace(builder.options, sanitize_overflow=False)
         _describe_once(interpreter.tl.core)
         interpreter._get_np_dtype = _numpy_types(interpreter._get_np_dtype)
+        semantic = interpreter.TritonSemantic
+        semantic.computation_type_impl = _computation_types(semantic.computation_type_impl)
 
 
 def _search_once_a_launch(interpreter: Any, executor: Any) -> None:
@@ -76,6 +78,25 @@ def _describe_once(core: Any) -> None:
         self.shape, self.numel = shapes[sizes]
 
     core.block_type.__init__, core.tensor.__init__ = describe_block, describe_tensor
+    compare = core.tuple.__eq__
+
+    def equal(self: Any, other: Any) -> Any:
+        plain = type(other) is list and all(type(item) is int for item in (*self.values, *other))
+        return core.constexpr(self.values == other) if plain else compare(self, other)
+
+    core.tuple.__eq__ = equal
+
+
+def _computation_types(find: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    def find_once(self: Any, one: Any, one_scalar: Any, other: Any, other_scalar: Any, divides: Any) -> Any:
+        key = (one.name, one_scalar, other.name, other_scalar, divides)
+        if key not in known:
+            known[key] = find(self, one, one_scalar, other, other_scalar, divides)
+        return known[key]
+
+    return find_once
 
 
 def _numpy_types(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
