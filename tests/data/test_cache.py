@@ -75,6 +75,28 @@ def test_a_run_opens_each_file_once(write_jsonl, shared_tokenizer, monkeypatch):
     assert len(opened) == len(paths)
 
 
+def test_what_is_prepared_is_taken_once(write_jsonl, shared_tokenizer, monkeypatch):
+    encoded = []
+    encode = InstructionData.encode
+    monkeypatch.setattr(
+        InstructionData,
+        "encode",
+        lambda self, split: encoded.append((split, self.prompt)) or encode(self, split),
+    )
+    path = write_jsonl("a.jsonl", RECORDS)
+    data = InstructionData(path, path)
+    data.connect(shared_tokenizer, "alpaca")
+    data.prepare_data()
+    data.setup("fit")
+    assert encoded == [("train", "alpaca"), ("validation", "alpaca"), ("test", "alpaca")]
+    data.setup("test")
+    assert encoded[3:] == [("test", "alpaca")]
+    data.prepare_data()
+    data.connect(shared_tokenizer, "chat")  # another adapter, with which nothing is prepared
+    data.setup("fit")
+    assert encoded[7:] == [("train", "chat"), ("validation", "chat")]
+
+
 def test_rows_stay_open_while_their_files_stay_as_they_are(write_jsonl, monkeypatch):
     monkeypatch.setattr(cache, "_MOST_OPEN", 2)
     paths = [write_jsonl(f"{name}.jsonl", RECORDS) for name in "abc"]
