@@ -14,8 +14,10 @@ from moka_pl.ops.triton import (
     can_dequantise,
     layer_gates,
     make_thin_plan,
+    merged_weight,
     thin_matrices,
 )
+from moka_pl.ops.triton.reference import round_by_thresholds
 
 pytestmark = pytest.mark.gpu
 
@@ -114,8 +116,34 @@ def test_weights_are_dequantised_as_bitsandbytes_does(
     assert torch.equal(found, dense_weight(base).to(dtype))
 
 
-def test_a_captured_step_is_the_step_itself() -> None:
-    m, n, tokens, options = LAYERS["GQA's k"]
+@pytest.mark.parametrize("rank", [4, 16, 32])
+@pytest.mark.parametrize(("m", "n"), [(4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (192, 576)])
+def test_merged_weights_are_their_reference_bit_for_bit(m: int, n: int, rank: int) -> None:
+    layer = _layer(m, n, torch.bfloat16, {"rank": rank})
+    plan = make_thin_plan(layer.shapes, m, n, torch.device("cuda", 0))
+    gates = layer_gates(plan.plan, None, layer.scaling)
+    source = kernel_weight(layer.base_layer, torch.bfloat16, even=True)
+    assert plan.merged
+    parts = layer.moka_A.detach(), layer.moka_B.detach()
+    weight = dense_weight(layer.base_layer).to(torch.bfloat16)
+    found = merged_weight(plan, *parts, gates, torch.bfloat16, source)
+    (shape,) = layer.shapes
+    delta = torch.kron(
+        parts[0].view(shape.m_a, shape.n_a), (parts[1] * layer.scaling).view(shape.m_b, shape.n_b)
+    )
+    assert torch.equal(found, round_by_thresholds(weight.float() + delta))
+    assert torch.equal(merged_weight(plan, parts[0], parts[1] * 0, gates, torch.bfloat16, source), weight)
+    bad = parts[0].clone()
+    bad[5], bad[7] = float("nan"), float("inf")
+    shown = merged_weight(plan, bad, parts[1], gates, torch.bfloat16, source)
+    delta = torch.kron(bad.view(shape.m_a, shape.n_a), parts[1].view(shape.m_b, shape.n_b))
+    assert torch.equal(shown.isnan(), delta.isnan())
+    assert torch.equal(shown.isinf(), delta.isinf())
+
+
+@pytest.mark.parametrize("case", ["7B's q", "GQA's k"])
+def test_a_captured_step_is_the_step_itself(case: str) -> None:
+    m, n, tokens, options = LAYERS[case]
     layer = _layer(m, n, torch.bfloat16, options)
     x = torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     wanted = [x, layer.moka_A, layer.moka_B]

@@ -16,7 +16,7 @@ from moka_pl.ops.triton.merged_forward import FusedThinUpdates, FusedUpdates
 from moka_pl.ops.triton.nll import nll_of_logits
 from moka_pl.ops.triton.plan import Plan, make_plan
 from moka_pl.ops.triton.projection import fused_projection
-from moka_pl.ops.triton.thin.matrices import thin_matrices
+from moka_pl.ops.triton.thin.matrices import merged_weight, thin_matrices
 from moka_pl.ops.triton.thin.plan import ThinPlan, make_thin_plan
 from moka_pl.ops.triton.thin.rows import add_thin_rows_
 
@@ -37,6 +37,7 @@ __all__ = [
     "layer_gates",
     "make_plan",
     "make_thin_plan",
+    "merged_weight",
     "nll_of_logits",
     "thin_matrices",
 ]

@@ -3,6 +3,8 @@
 Reference: :func:`moka_pl.ops.dense.add_delta_`.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -31,28 +33,83 @@ def round_sum(total, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr):  # type: 
     return rounded
 
 
+#: Of two entries at once: W's to bfloat16, plus ΔW's, plus the thresholds, and the upper halves of both. The
+#: minimum keeps thresholds from turning a NaN into a number. Pairs are converted at twice the rate.
+_ROUND_PAIR = tl.constexpr("""{
+.reg .b32 p, x, y;
+.reg .f32 f, g;
+cvt.rn.bf16x2.f32 p, $4, $3;
+shl.b32 x, p, 16;
+and.b32 y, p, 0xffff0000;
+mov.b32 f, x;
+mov.b32 g, y;
+add.rn.f32 f, f, $1;
+add.rn.f32 g, g, $2;
+mov.b32 x, f;
+mov.b32 y, g;
+min.s32 x, x, 0x7fff0000;
+min.s32 y, y, 0x7fff0000;
+shr.u32 p, $5, 16;
+add.u32 x, x, p;
+shr.u32 p, $6, 16;
+add.u32 y, y, p;
+prmt.b32 $0, x, y, 0x7632;
+}""")
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def add_frozen(  # type: ignore[no-untyped-def]
+    total, number, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr, PAIRWISE: tl.constexpr
+):
+    """W + ΔW of rows i and columns j in DTYPE: W's entries, unrounded, and ΔW's, float32.
+
+    DITHER: with thresholds, to bfloat16. PAIRWISE: by instructions of NVIDIA's GPUs, with the same result.
+    """
+    if DITHER and PAIRWISE:
+        row = i.to(tl.uint32) * 0x9E3779B1
+        row = (row ^ (row >> 15)) * 0x85EBCA77
+        column = j.to(tl.uint32) * 0xC2B2AE3D
+        column = (column ^ (column >> 13)) * 0x27D4EB2F
+        mixed = (row ^ column) * 0x9E3779B1
+        rounded = tl.inline_asm_elementwise(
+            _ROUND_PAIR, "=r,f,f,f,f,r,r", [total, number, mixed], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        rounded = round_sum(number.to(DTYPE).to(tl.float32) + total, i, j, DTYPE, DITHER)
+    return rounded
+
+
+@cache
+def rounds_pairwise(device: torch.device) -> bool:
+    """Whether a GPU has the instructions of :func:`add_frozen`."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _put_words(  # type: ignore[no-untyped-def]
     out, total, i, j, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
     WORDWISE: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-    DITHER: tl.constexpr,
+    DITHER: tl.constexpr, PAIRWISE: tl.constexpr,
 ):  # fmt: skip
     """Adds W to eight entries a word of a row of ΔW, (WORDS, 8), rounds and stores them."""
     word = i * (n // 8) + j // 8
     flat = word[:, None] * 8 + tl.arange(0, 8)[None, :]
     kind: tl.constexpr = out.dtype.element_ty
+    column = j[:, None] + tl.arange(0, 8)[None, :]
     if WORDWISE:
         numbers = tl.load(data + word, mask=inside, other=0)
         largest = scales(absmax, outer_code, outer_absmax, offset, word, inside, BLOCKSIZE, NESTED)
-        total += entries(numbers, largest, code).to(kind).to(tl.float32)
-    elif READ:
-        held = tl.where(inside[:, None], flat, 0)
-        run = tl.where(inside, word * 8, 0)[:, None]
-        total += frozen_weight(
-            data, absmax, code, outer_code, outer_absmax, offset, held, run, kind, BLOCKSIZE, NESTED
-        )
-    column = j[:, None] + tl.arange(0, 8)[None, :]
-    tl.store(out + flat, round_sum(total, i, column, kind, DITHER), mask=inside[:, None])
+        rounded = add_frozen(total, entries(numbers, largest, code), i, column, kind, DITHER, PAIRWISE)
+    else:
+        if READ:
+            held = tl.where(inside[:, None], flat, 0)
+            run = tl.where(inside, word * 8, 0)[:, None]
+            total += frozen_weight(
+                data, absmax, code, outer_code, outer_absmax, offset, held, run, kind, BLOCKSIZE, NESTED
+            )
+        rounded = round_sum(total, i, column, kind, DITHER)
+    tl.store(out + flat, rounded, mask=inside[:, None])
 
 
 @triton.jit
@@ -69,7 +126,7 @@ def _words_kernel(  # type: ignore[no-untyped-def]
     COMPONENTS: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr,
     GATING: tl.constexpr, PERIOD: tl.constexpr, REPEATS: tl.constexpr, WORDS: tl.constexpr,
     WORDWISE: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-    DITHER: tl.constexpr,
+    DITHER: tl.constexpr, PAIRWISE: tl.constexpr,
 ):  # fmt: skip
     """W + ΔW or ΔW, (m, n), by words of eight entries; reference: :func:`moka_pl.ops.dense.add_delta_`.
 
@@ -116,17 +173,17 @@ def _words_kernel(  # type: ignore[no-untyped-def]
             total_2 = _add_product(entry + 2 * step, held & in_2[:, None], value, total_2)
             total_3 = _add_product(entry + 3 * step, held & in_3[:, None], value, total_3)
     _put_words(out, total_0, top, j, inside, n, data, absmax, code, outer_code, outer_absmax, offset,
-               WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+               WORDWISE, READ, BLOCKSIZE, NESTED, DITHER, PAIRWISE)  # fmt: skip
     if REPEATS > 1:
         top += PERIOD
         _put_words(out, total_1, top, j, inside & in_1, n, data, absmax, code, outer_code, outer_absmax,
-                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER, PAIRWISE)  # fmt: skip
         top += PERIOD
         _put_words(out, total_2, top, j, inside & in_2, n, data, absmax, code, outer_code, outer_absmax,
-                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER, PAIRWISE)  # fmt: skip
         top += PERIOD
         _put_words(out, total_3, top, j, inside & in_3, n, data, absmax, code, outer_code, outer_absmax,
-                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER)  # fmt: skip
+                   offset, WORDWISE, READ, BLOCKSIZE, NESTED, DITHER, PAIRWISE)  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -277,7 +334,7 @@ def _build(
         launch(
             _words_kernel, plan.compiled, ("words", read, wordwise, *key), grid, outside,
             (out, *pointers, plan.m, plan.n, *steps, plan.components, plan.aligned, r, plan.padded, gating,
-             period, repeats, words, wordwise, *frozen),
+             period, repeats, words, wordwise, *frozen, rounds_pairwise(out.device)),
             num_warps=words // 32, enable_fp_fusion=False,
         )  # fmt: skip
     else:

@@ -5,19 +5,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moka_pl.ops.merged_forward import DEQUANTISED_TOKENS, DenseUpdates, Keep
+from moka_pl.ops.shared_input import add_product_
 from moka_pl.ops.thin import ThinUpdates
 from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.delta import fused_weights
 from moka_pl.ops.triton.dequantise import can_dequantise
 from moka_pl.ops.triton.factor_gradients import factor_gradients, make_factor_plan
-from moka_pl.ops.triton.gates import layer_gates
+from moka_pl.ops.triton.gates import Gates, layer_gates
 from moka_pl.ops.triton.periods import choice
 from moka_pl.ops.triton.plan import Plan
-from moka_pl.ops.triton.thin.matrices import thin_matrices
+from moka_pl.ops.triton.thin.matrices import merged_weight, thin_matrices
 from moka_pl.ops.triton.thin.plan import ThinPlan
-from moka_pl.ops.triton.thin.products import thin_backward, thin_factor_gradients, thin_forward
+from moka_pl.ops.triton.thin.products import (
+    thin_backward,
+    thin_factor_gradients,
+    thin_forward,
+    thin_hidden,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +85,9 @@ class FusedUpdates(DenseUpdates):
 class FusedThinUpdates(ThinUpdates):
     """The thin products in one pass forward and two backward; reference: :class:`ThinUpdates`.
 
-    With many tokens the frozen layer's product adds itself to the update, which costs no pass of its own.
+    With many tokens ΔW is added to a 4-bit W where that is dequantised, if the plan can: the layer is one
+    product then, forward and backward, and the passes are those of the factors' gradients. Else the frozen
+    layer's product adds itself to the update, which costs no pass of its own.
 
     Args:
         plan: The layer's plan.
@@ -97,7 +106,12 @@ class FusedThinUpdates(ThinUpdates):
             return super().product(x, bias, left, right, gate, keep)
         x = x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
-        own = self._own_weight() if bias is None and x.shape[0] > DEQUANTISED_TOKENS else None
+        own = self._own_weight() if x.shape[0] > DEQUANTISED_TOKENS else None
+        if own is not None and self.plan.merged:
+            keep()
+            total = merged_weight(self.plan, left, right, gates, x.dtype, own)  # (m, n)
+            return F.linear(x, total, bias)
+        own = own if bias is None else None
         thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own)
         if weight is not None:
             update, hidden = thin_forward(self.plan, x, thin)
@@ -124,6 +138,8 @@ class FusedThinUpdates(ThinUpdates):
             return super().backward(grad, x, left, right, gate, kept, needs_x, total)
         grad, x = grad.contiguous(), x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
+        if not kept:
+            return self._merged_backward(grad, x, left, right, gate, gates, needs_x, total)
         frozen = self._frozen_gradient(grad) if needs_x else None  # (T, n)
         own = self._own_weight() if needs_x and frozen is None else None
         thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own)
@@ -134,6 +150,25 @@ class FusedThinUpdates(ThinUpdates):
             grad_x.addmm_(grad, self.base_weight().to(grad.dtype) if weight is None else weight)
         grads = thin_factor_gradients(self.plan, parts, right, gates, gate is not None)
         return grad_x, *grads
+
+    def _merged_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        left: Tensor,
+        right: Tensor,
+        gate: Tensor | None,
+        gates: Gates,
+        needs_x: bool,
+        total: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """As :meth:`backward` where ΔW was added to W."""
+        own = self._own_weight() if needs_x else None
+        thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own, merged=own is not None)
+        grad_x = None if weight is None else add_product_(total, grad, weight)  # (T, n)
+        hidden = thin_hidden(self.plan, x, thin)  # (T, R)
+        _, parts = thin_backward(self.plan, grad, x, hidden, thin, False)
+        return grad_x, *thin_factor_gradients(self.plan, parts, right, gates, gate is not None)
 
     def _own_weight(self) -> WeightSource | None:
         """The frozen weight, where the kernels dequantise it."""

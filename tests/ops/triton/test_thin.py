@@ -151,10 +151,11 @@ def test_the_frozen_product_adds_itself_to_the_update(monkeypatch: pytest.Monkey
     m, n, tokens = 64, 128, 40
     monkeypatch.setattr("moka_pl.ops.triton.merged_forward.DEQUANTISED_TOKENS", tokens - 1)
     layer = quantised_linear(nn.Linear(n, m, bias=False), torch.randn(m, n), "nf4", True, torch.float32)
-    shapes = (Shape(2, 64, 32, 2),)
+    shapes = (Shape(3, 64, 22, 2),)
     left, right = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes)))
     x, upstream = torch.randn(tokens, n).requires_grad_(), torch.randn(tokens, m)
     updates = _updates(shapes, m, n, "none", layer)
+    assert not updates.plan.merged  # it stands out of the layer
     kept = []
     out = updates.product(x.detach(), None, left, right, None, lambda *parts: kept.extend(parts))
     total = dense_weight(layer).double() + SCALING * delta_weight(
@@ -167,6 +168,96 @@ def test_the_frozen_product_adds_itself_to_the_update(monkeypatch: pytest.Monkey
     grad_x, grad_left, _, _ = updates.backward(upstream, x.detach(), left, right, None, tuple(kept), False)
     assert grad_x is None
     assert grad_left.isfinite().all()
+
+
+#: Shape and number of components that are added to W, m, n and gating.
+MERGED = {
+    "servable filters": (Shape(4, 32, 16, 4), 1, 64, 128, "softmax"),
+    "three components": (Shape(2, 32, 20, 2), 3, 40, 64, "softmax"),
+    "words with one left entry": (Shape(8, 8, 3, 8), 2, 24, 64, "none"),
+    "a single row of left factors": (Shape(1, 64, 7, 1), 2, 7, 64, "sigmoid"),
+}
+
+
+@pytest.fixture(params=MERGED, ids=str)
+def merged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Updates that are added to a 4-bit W, W, factors and gate logits."""
+    torch.manual_seed(len(request.param))
+    shape, count, m, n, gating = MERGED[request.param]
+    monkeypatch.setattr("moka_pl.ops.triton.merged_forward.DEQUANTISED_TOKENS", 8)
+    layer = quantised_linear(nn.Linear(n, m, bias=False), torch.randn(m, n), "nf4", True, torch.float32)
+    shapes = (shape,) * count
+    updates = _updates(shapes, m, n, gating, layer)
+    assert updates.plan.merged
+    parts = torch.randn(sum(left_sizes(shapes))), torch.randn(sum(right_sizes(shapes))), torch.randn(count)
+    return updates, dense_weight(layer), *parts
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_layer_with_merged_components_is_one_product(merged, biased: bool) -> None:
+    updates, weight, left, right, gate = merged
+    m, n = weight.shape
+    x, upstream, total = torch.randn(33, n), torch.randn(33, m), torch.randn(33, n)
+    bias = torch.randn(m) if biased else None
+    kept: list[torch.Tensor] = []
+    out = updates.product(x, bias, left, right, gate, lambda *parts: kept.extend(parts))
+    found = updates.backward(upstream, x, left, right, gate, (), True, total.clone())
+    assert not kept
+
+    exact = [part.double().requires_grad_() for part in (x, left, right, gate)]
+    weights = gates_of(exact[3], updates.gating) * SCALING
+    delta = delta_weight(weights, exact[1], exact[2], updates.shapes, m, n)
+    target = exact[0] @ (weight.double() + delta).mT + (0 if bias is None else bias)
+    expected = torch.autograd.grad(target, exact, upstream.double())
+    assert _error(out, target) < 1e-5
+    assert _error(found[0], expected[0] + total) < 1e-5
+    for value, reference in zip(found[1:3], expected[1:3], strict=True):
+        assert _error(value, reference) < 1e-5
+    if len(updates.shapes) == 1:
+        assert found[3].tolist() == [0.0]
+    else:
+        assert _error(found[3], expected[3]) < 1e-5
+    unneeded = updates.backward(upstream, x, left, right, gate, (), False)
+    assert unneeded[0] is None
+    assert all(torch.equal(one, other) for one, other in zip(unneeded[1:], found[1:], strict=True))
+
+
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_components_are_merged_where_tokens_are_many(merged, tokens: int) -> None:
+    updates, weight, left, right, gate = merged
+    kept: list[torch.Tensor] = []
+    x = torch.randn(tokens, weight.shape[1])
+    updates.product(x, None, left, right, gate, lambda *parts: kept.extend(parts))
+    assert len(kept) == (tokens == 8)
+
+
+def test_merged_weights_are_their_reference(merged) -> None:
+    updates, weight, left, right, gate = merged
+    gates = kernels.Gates(gate, SCALING, updates.gating)
+    found = kernels.merged_weight(updates.plan, left, right, gates, torch.float32, updates.source())
+    weights = gates_of(gate, updates.gating) * SCALING
+    expected = weight + delta_weight(weights, left, right, updates.shapes, *weight.shape)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
+    zeros = torch.zeros_like(right)
+    unchanged = kernels.merged_weight(updates.plan, left, zeros, gates, torch.float32, updates.source())
+    assert torch.equal(unchanged, weight)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "m", "n"),
+    [
+        ((Shape(4, 32, 16, 4),), 60, 128),  # cut
+        ((Shape(4, 32, 16, 4),), 64, 136),  # filled up
+        ((Shape(4, 31, 16, 4),), 64, 124),  # rows that are no whole words
+        ((Shape(3, 32, 16, 4),), 48, 128),  # no power of two
+        ((Shape(4, 8, 16, 16),), 64, 128),  # a word meets a part of the right entries
+        ((Shape(4, 32, 16, 4), Shape(2, 64, 32, 2)), 64, 128),
+        ((Shape(4, 32, 16, 4),) * 5, 64, 128),
+    ],
+    ids=str,
+)
+def test_other_components_are_not_merged(shapes: tuple[Shape, ...], m: int, n: int) -> None:
+    assert not kernels.make_thin_plan(shapes, m, n, DEVICE).merged
 
 
 def test_programs_may_take_several_tiles_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments
-from moka_pl.ops.triton.delta import round_sum
+from moka_pl.ops.triton.delta import add_frozen, rounds_pairwise
 from moka_pl.ops.triton.dequantise import as_words, entries, scales
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
@@ -32,6 +32,7 @@ def _build_kernel(  # type: ignore[no-untyped-def]
     ACROSS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr, WIDE: tl.constexpr,
     SPLITS: tl.constexpr, PAIRS: tl.constexpr, MEMBERS: tl.constexpr, R: tl.constexpr, PADDED: tl.constexpr,
     GATING: tl.constexpr, UPCAST: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    PAIRWISE: tl.constexpr,
 ):  # fmt: skip
     """W + ΔW of a tile in PAIRS periods of rows and a share of those of columns.
 
@@ -74,10 +75,11 @@ def _build_kernel(  # type: ignore[no-untyped-def]
         total = add_product(high_left, low, total, UPCAST)
         total = add_product(high_left, high, total, UPCAST)
         total = tl.reshape(total, (PAIRS * DOWN * WIDE // 8, 8))
-        total += entries(numbers, largest, code).to(kind).to(tl.float32)
         column = j[:, None] + tl.arange(0, 8)[None, :]
         flat = word[:, None] * 8 + tl.arange(0, 8)[None, :]
-        tl.store(out + flat, round_sum(total, i[:, None], column, kind, True), mask=inside[:, None])
+        number = entries(numbers, largest, code)
+        rounded = add_frozen(total, number, i[:, None], column, kind, True, PAIRWISE)
+        tl.store(out + flat, rounded, mask=inside[:, None])
 
 
 def weight_by_periods(
@@ -103,7 +105,7 @@ def weight_by_periods(
         (right, left, gates.values, *pointers[:2]),
         (out, left, right, *gates[:2], *as_words(pointers), table, plan.n, below, across,
          group.rows, group.columns, *group.tile, SPLITS, PAIRS, MEMBERS, len(plan.shapes), plan.padded,
-         gates.gating, not out.is_cuda, blocksize, nested),
+         gates.gating, not out.is_cuda, blocksize, nested, rounds_pairwise(out.device)),
         **OPTIONS, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""What the thin products multiply with, filled in by one launch: L and Uᵀ, and the frozen weight beside them.
+"""What the thin products multiply with, filled in by one launch: L and Uᵀ, and W or W + ΔW beside them.
 
 References: ``lora_left`` and ``lora_right`` of :mod:`moka_pl.ops.thin`, and
 :func:`moka_pl.backbone.quantization.dense_weight`, bit for bit.
@@ -10,10 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moka_pl.ops.triton.base_weight import WeightSource, frozen_arguments
+from moka_pl.ops.triton.delta import rounds_pairwise
 from moka_pl.ops.triton.dequantise import as_words, dequantise_words
 from moka_pl.ops.triton.gates import Gates, softmax_parts, weight
 from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.plan import WORDS
+from moka_pl.ops.triton.thin.merged import STEPS, merged_rows
 from moka_pl.ops.triton.thin.plan import COLUMNS, ThinPlan
 
 
@@ -60,19 +62,23 @@ def _fill_up(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _fill_kernel(  # type: ignore[no-untyped-def]
     w, thin, left, right, values, scaling, rows, data, absmax, code, outer_code, outer_absmax, offset,
-    programs, size, m, n,
+    stripes, programs, size, m, n,
     R: tl.constexpr, PADDED: tl.constexpr, COMPONENTS: tl.constexpr, COMPONENTS_PADDED: tl.constexpr,
     GATING: tl.constexpr, READ: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-    COLUMNS: tl.constexpr, WORDS: tl.constexpr,
+    MERGED: tl.constexpr, OWN: tl.constexpr, PAIRWISE: tl.constexpr,
+    COLUMNS: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """L and Uᵀ by the first programs, W by the others."""
+    """L by the first programs, Uᵀ by the next, W or W + ΔW by the others."""
     program = tl.program_id(0)
-    stripes = tl.cdiv(n, COLUMNS)
     if program < stripes:
         _fill_down(thin, left, rows, n, program, R, PADDED, COLUMNS)
     elif program < programs:
         _fill_up(thin + R * n, right, values, scaling, rows, m, program - stripes,
                  R, PADDED, COMPONENTS, COMPONENTS_PADDED, GATING, COLUMNS)  # fmt: skip
+    elif MERGED:
+        merged_rows(w, left, right, values, scaling, data, absmax, code, outer_code, outer_absmax, offset,
+                    program - programs, OWN[0], OWN[1], OWN[2], OWN[3], OWN[4],
+                    COMPONENTS_PADDED, GATING, BLOCKSIZE, NESTED, PAIRWISE, STEPS, WORDS)  # fmt: skip
     elif READ:
         dequantise_words(w, data, absmax, code, outer_code, outer_absmax, offset, program - programs, size,
                          BLOCKSIZE, NESTED, WORDS)  # fmt: skip
@@ -85,6 +91,7 @@ def thin_matrices(
     gates: Gates,
     dtype: torch.dtype,
     source: WeightSource | None = None,
+    merged: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns L, (R, n), and Uᵀ, (R, m), in one vector, and the frozen weight W, (m, n), where asked for.
 
@@ -95,22 +102,60 @@ def thin_matrices(
         gates: The weights w.
         dtype: Dtype of the results.
         source: A frozen 4-bit weight that :func:`can_dequantise`; None for L and Uᵀ alone.
+        merged: Whether W + ΔW is asked for in the place of W, by a plan that has ``merged``.
     """
+    thin = torch.empty(plan.hidden * (plan.plan.m + plan.plan.n), dtype=dtype, device=right.device)
+    return thin, _fill(plan, thin, left, right, gates, source, merged)
+
+
+def merged_weight(
+    plan: ThinPlan, left: Tensor, right: Tensor, gates: Gates, dtype: torch.dtype, source: WeightSource
+) -> Tensor:
+    """Returns W + ΔW, (m, n).
+
+    Args:
+        plan: A layer's plan that has ``merged``.
+        left: Packed left factors, float32.
+        right: Packed right factors, float32.
+        gates: The weights w.
+        dtype: Dtype of the result, bfloat16 (see :mod:`moka_pl.ops.triton.delta` on its rounding) or float32.
+        source: The frozen 4-bit weight, which :func:`can_dequantise`.
+    """
+    weight = _fill(plan, None, left, right, gates, source, True, dtype)
+    assert weight is not None
+    return weight
+
+
+def _fill(
+    plan: ThinPlan,
+    thin: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    gates: Gates,
+    source: WeightSource | None,
+    merged: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor | None:
+    """Fills L and Uᵀ in, if there is room for them, and returns W or W + ΔW, in their dtype unless told."""
     m, n = plan.plan.m, plan.plan.n
-    thin = torch.empty(plan.hidden * (m + n), dtype=dtype, device=right.device)
+    dtype = thin.dtype if thin is not None else dtype
     w = None if source is None else torch.empty(m, n, dtype=dtype, device=right.device)
     frozen_pointers, blocksize, nested = frozen_arguments(source, right)
     if w is not None:
         frozen_pointers = as_words(frozen_pointers)
     size = 0 if w is None else m * n // 8
-    programs = -(-n // COLUMNS) - (-m // COLUMNS)
+    stripes, programs = (0, 0) if thin is None else (-(-n // COLUMNS), -(-n // COLUMNS) - (-m // COLUMNS))
+    own = plan.merged if merged else ()
+    for_weight = -(-own[2] // STEPS) * -(-n // (8 * WORDS)) if own else -(-size // (4 * WORDS))
     values, scaling, gating = gates
+    filler = w if thin is None else thin
     launch(
-        _fill_kernel, plan.compiled, ("fill", dtype, gating, blocksize, nested),
-        (programs - (-size // (4 * WORDS)), 1, 1), (right, left, values, *frozen_pointers[:2]),
-        (thin if w is None else w, thin, left, right, values, scaling, plan.rows, *frozen_pointers,
-         programs, size, m, n, plan.hidden, plan.padded, len(plan.plan.shapes), plan.plan.padded, gating,
-         w is not None, blocksize, nested, COLUMNS, WORDS),
+        _fill_kernel, plan.compiled, ("fill", dtype, gating, blocksize, nested, merged, thin is None),
+        (programs + for_weight, 1, 1), (right, left, values, *frozen_pointers[:2]),
+        (filler if w is None else w, filler, left, right, values, scaling, plan.rows, *frozen_pointers,
+         stripes, programs, size, m, n, plan.hidden, plan.padded, len(plan.plan.shapes), plan.plan.padded,
+         gating, w is not None, blocksize, nested, merged, own, rounds_pairwise(right.device), COLUMNS, STEPS,
+         WORDS),
         num_warps=WORDS // 32, enable_fp_fusion=False,
     )  # fmt: skip
-    return thin, w
+    return w

@@ -13,6 +13,8 @@ from moka_pl.ops.triton.plan import Plan, make_plan
 NARROWEST = 16
 #: Columns that one program fills of L and U, and packed entries of which one program adds up the gradient.
 COLUMNS, CHUNK = 128, 32
+#: Rows of left factors, each of which is a row of W + ΔW that a program adds up, and the most components.
+ROWS, _FEW = (1, 2, 4, 8), 4
 #: Programs that keep a large GPU busy, twice over, and the most programs that share the tokens of G.
 _PROGRAMS, _BLOCKS = 264, 64
 
@@ -77,6 +79,8 @@ class ThinPlan:
         rows: For every hidden number where its row of A begins, n_a, n_b, q, a, where its column of B begins,
             m_b, its component, its first row in U and the one after the last, and where what is kept of its
             columns of L and its rows of U, counted from the first of all, begins, (12, R).
+        merged: m_a, n_a, m_b, n_b and the number of components, where
+            :mod:`moka_pl.ops.triton.thin.merged` adds them to W; else nothing.
         kept: Entries that are kept of L and of U.
         left_size: Entries of all left factors.
         work: Of every stretch of packed entries its side (0 left, 1 right), component, first entry, m_a, n_a,
@@ -90,6 +94,7 @@ class ThinPlan:
         self.plan: Plan = make_plan(shapes, m, n, device)
         self.hidden = hidden_size(shapes)
         self.padded = max(NARROWEST, 1 << (self.hidden - 1).bit_length())
+        self.merged = _merged(shapes, m, n)
         left_at, right_at = starts(left_sizes(shapes)), starts(right_sizes(shapes))
         kept = [s.m_a * s.cols for s in shapes], [s.n_b * s.rows for s in shapes]
         down_at, up_at = starts(kept[0]), starts(kept[1])
@@ -142,6 +147,15 @@ class ThinPlan:
             forward, outputs, inputs, (full[0], full[1], full[2]),
             times, blocks, columns, -(-m // columns), stretch, -(-tokens // stretch),
         )  # fmt: skip
+
+
+def _merged(shapes: tuple[Shape, ...], m: int, n: int) -> tuple[int, ...]:
+    """:attr:`ThinPlan.merged`: few components of one shape, as large as the layer, in whole words."""
+    first = shapes[0]
+    even = first.rows == m and first.cols == n and n % 8 == 0 and 8 % first.n_b == 0
+    if set(shapes) != {first} or not even or first.m_a not in ROWS or len(shapes) > _FEW:
+        return ()
+    return (*first[:4], len(shapes))
 
 
 @cache

@@ -56,10 +56,13 @@ def store_tile(pointer, tile, i, j, rows, columns, stride, FULL: tl.constexpr): 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _forward_kernel(  # type: ignore[no-untyped-def]
     out, hidden, x, thin, tokens, m, n,
-    R: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr, FULL: tl.constexpr, UPCAST: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    R: tl.constexpr, PADDED: tl.constexpr, WRITE: tl.constexpr, ADD: tl.constexpr, FULL: tl.constexpr,
+    UPCAST: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Hidden numbers, (T, R), and the update, (T, m), of some tokens; reference: ``down`` and ``add_up_``."""
+    """Hidden numbers, (T, R), and the update, (T, m), of some tokens; reference: ``down`` and ``add_up_``.
+
+    WRITE: the update is asked for.
+    """
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     r = tl.arange(0, PADDED)
     total = tl.zeros((TOKENS, PADDED), tl.float32)
@@ -70,15 +73,16 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         total = product(tile, tl.trans(down), total, UPCAST)
     numbers = total.to(x.dtype.element_ty)
     store_tile(hidden, numbers, t, r, tokens, R, R, FULL)
-    up = thin + R * n
-    for first in range(0, m, COLUMNS):
-        j = first + tl.arange(0, COLUMNS)
-        if ADD:
-            y = load_tile(out, t, j, tokens, m, m, FULL).to(tl.float32)
-        else:
-            y = tl.zeros((TOKENS, COLUMNS), tl.float32)
-        y = product(numbers, load_tile(up, r, j, R, m, m, FULL), y, UPCAST)
-        store_tile(out, y.to(out.dtype.element_ty), t, j, tokens, m, m, FULL)
+    if WRITE:
+        up = thin + R * n
+        for first in range(0, m, COLUMNS):
+            j = first + tl.arange(0, COLUMNS)
+            if ADD:
+                y = load_tile(out, t, j, tokens, m, m, FULL).to(tl.float32)
+            else:
+                y = tl.zeros((TOKENS, COLUMNS), tl.float32)
+            y = product(numbers, load_tile(up, r, j, R, m, m, FULL), y, UPCAST)
+            store_tile(out, y.to(out.dtype.element_ty), t, j, tokens, m, m, FULL)
 
 
 @triton.jit(do_not_specialize=["tokens", "times"])  # type: ignore[untyped-decorator]
@@ -237,20 +241,38 @@ def thin_forward(plan: ThinPlan, x: Tensor, thin: Tensor, out: Tensor | None = N
         thin: L and Uᵀ (see :func:`moka_pl.ops.triton.thin.matrices.thin_matrices`), in the dtype of x.
         out: What to add the update to in place, shape (T, m), contiguous; None for the update alone.
     """
-    tokens, m, n = x.shape[0], plan.plan.m, plan.plan.n
-    grids = plan.grids(tokens, x.itemsize)
-    tile, full, add = grids.forward, grids.full[0], out is not None
+    add = out is not None
     if out is None:
-        out = x.new_empty(tokens, m)
+        out = x.new_empty(x.shape[0], plan.plan.m)
+    return out, _forward(plan, x, thin, out, add)
+
+
+def thin_hidden(plan: ThinPlan, x: Tensor, thin: Tensor) -> Tensor:
+    """Computes the hidden numbers of :func:`thin_forward` alone, (T, R).
+
+    Args:
+        plan: The layer's plan.
+        x: Input, shape (T, n), contiguous.
+        thin: L and Uᵀ, in the dtype of x.
+    """
+    return _forward(plan, x, thin, None, False)
+
+
+def _forward(plan: ThinPlan, x: Tensor, thin: Tensor, out: Tensor | None, add: bool) -> Tensor:
+    """Returns the hidden numbers, and writes the update to ``out`` or adds it there."""
+    tokens, m, n = x.shape[0], plan.plan.m, plan.plan.n
+    grids, write = plan.grids(tokens, x.itemsize), out is not None
+    tile, full = grids.forward, grids.full[0]
     hidden = x.new_empty(tokens, plan.hidden)
+    to = x if out is None else out
     launch(
-        _forward_kernel, plan.compiled, ("forward", x.dtype, add, full), (-(-tokens // tile.tokens), 1, 1),
-        (x, out),
-        (out, hidden, x, thin, tokens, m, n, plan.hidden, plan.padded, add, full, not x.is_cuda,
+        _forward_kernel, plan.compiled, ("forward", x.dtype, write, add, full),
+        (-(-tokens // tile.tokens), 1, 1), (x, to),
+        (to, hidden, x, thin, tokens, m, n, plan.hidden, plan.padded, write, add, full, not x.is_cuda,
          tile.tokens, tile.columns),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out, hidden
+    return hidden
 
 
 class Parts(NamedTuple):
