@@ -4,7 +4,7 @@ Both store the transpose of W, with groups of a column's entries. Their scales h
 the codes few, so that ``(c - z) s`` is exact in float32 and is rounded once, to the compute dtype.
 """
 
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -49,10 +49,11 @@ class GptqWeight(ReadWeight):
     @classmethod
     def read_layer(cls, layer: LayerTensors) -> tuple[Tensor, Self]:
         """As :meth:`ReadWeight.read_layer`."""
-        parts, config = layer.tensors, layer.config
-        bits, (m, n) = config["bits"], layer.shape
+        parts, config, (m, n) = layer.tensors, layer.config, layer.shape
         groups = len(parts["scales"])
         qweight, qzeros = parts["qweight"], parts["qzeros"]
+        bits = 32 * len(qweight) / n  # GPTQModel's ``dynamic`` gives some layers others than config.json names
+        bits = int(bits) if bits in _ONES else config["bits"]
         layer.check(
             {"qweight": (n * bits // 32, m), "qzeros": (groups, m * bits // 32), "scales": (groups, m)}
         )
@@ -94,18 +95,14 @@ class AwqWeight(ReadWeight):
 
     kind = "awq"
     parts = ("qweight", "qzeros", "scales")
-    #: Which of a word's eight codes belongs to each of eight neighbouring outputs.
-    _ORDER: ClassVar[list[int]] = [0, 4, 1, 5, 2, 6, 3, 7]
 
     @classmethod
     def unreadable_reason(cls, config: QuantConfig) -> str | None:
-        """Refuses other layouts than ``gemm`` with zero points."""
+        """Refuses other layouts than ``gemm``; one without ``zero_point`` has zero points of 8."""
         bits, version = config.get("bits", config.get("w_bit", 4)), str(config.get("version", "gemm")).lower()
         if bits != 4:
             return f"of {bits} bits; only 4 are read"
-        if version != "gemm":
-            return f"in the layout {version}"
-        return None if config.get("zero_point", True) else "without zero points"
+        return None if version == "gemm" else f"in the layout {version}"
 
     @classmethod
     def read_layer(cls, layer: LayerTensors) -> tuple[Tensor, Self]:
@@ -127,4 +124,7 @@ class AwqWeight(ReadWeight):
         return numbers.float().sub_(zeros).mul_(scales).to(self.dtype).view(n, m).t().contiguous()  # (m, n)
 
     def _unpacked(self, words: Tensor) -> Tensor:
-        return unpack_words(words, 4)[..., self._ORDER].flatten(1)
+        codes = unpack_words(words, 4)  # (k, m / 8, 8)
+        # Of eight neighbouring outputs the first, third, ... come first. A list of indices would be copied to
+        # the GPU each time, which CUDA graphs do not allow.
+        return codes.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(1)  # (k, m)

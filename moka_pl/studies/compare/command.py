@@ -71,6 +71,7 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     if args.methods is not None:
         suites = keep_methods(suites, args.methods)
     for suite in suites:
+        _check_data(suite)
         check_suite(suite)
         if args.jobs > 1 and suite.data.get("init_args", {}).get("num_workers"):
             raise MokaError(
@@ -152,12 +153,16 @@ def _read(folder: Path, args: argparse.Namespace) -> list[Suite]:
         except MokaError as error:
             raise MokaError(f"--suite {error}") from None
         suites.append(read_suite(file, changes, args.data, folder))
-        if names_data([suites[-1].data, suites[-1].test, suites[-1].forgetting]):
-            raise MokaError(f"suite {name} needs data; set --data to the folder that it calls {DATA}")
     names = [suite.name for suite in suites]
     if len(set(names)) < len(names):
         raise MokaError(f"--suite names a suite twice: {', '.join(names)}")
     return suites
+
+
+def _check_data(suite: Suite) -> None:
+    bases = [suite.backbone, *(method.backbone for method in suite.methods)]
+    if names_data([suite.data, suite.test, suite.forgetting, *bases]):
+        raise MokaError(f"suite {suite.name} needs data; set --data to the folder that it calls {DATA}")
 
 
 def _stored(args: argparse.Namespace) -> list[Suite]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from moka_pl.backbone import BackboneConfig, load_backbone, weight_samples
@@ -102,11 +105,59 @@ def test_awq_is_read_exactly(sizes: tuple[int, int], seed: int) -> None:
         (GptqWeight, {"bits": 4, "is_marlin_format": True}, "in the layout marlin"),
         (AwqWeight, {"bits": 8}, "of 8 bits; only 4 are read"),
         (AwqWeight, {"bits": 4, "version": "GEMV"}, "in the layout gemv"),
-        (AwqWeight, {"zero_point": False}, "without zero points"),
     ],
 )
 def test_other_layouts_are_not_read(kind: type, config: dict, said: str) -> None:
     assert kind.unreadable_reason(config) == said
+
+
+def test_awq_without_zero_point_has_the_zero_points_of_its_file() -> None:
+    """As GPTQModel writes symmetric ones: all of them 8."""
+    groups = Groups(16, 64)
+    groups.zeros[:] = 8
+    config = {"bits": 4, "version": "gemm", "zero_point": False}
+    assert AwqWeight.unreadable_reason(config) is None
+    codes, stored = AwqWeight.read_layer(LayerTensors(groups.awq(), (16, 64), torch.float32, config))
+    exact = (groups.codes - 8) * groups.scales.double().numpy()[groups.group]
+    assert torch.equal(stored.read(codes.reshape(-1, 1)), torch.from_numpy(exact.T.copy()).float())
+
+
+def test_a_layer_of_gptq_may_have_other_bits_than_the_others() -> None:
+    """As GPTQModel's ``dynamic`` asks for: config.json names the bits of the others."""
+    groups = Groups(16, 64, bits=8)
+    parts, config = groups.gptq(8, order=True), {"bits": 4, "group_size": 64, "checkpoint_format": "gptq"}
+    codes, stored = GptqWeight.read_layer(LayerTensors(parts, (16, 64), torch.float32, config))
+    assert torch.equal(stored.read(codes.reshape(-1, 1)), groups.weight)
+    parts["qweight"] = parts["qweight"][:12]
+    with pytest.raises(BackboneError, match=r"qweight is \(12, 16\), not \(8, 16\)"):
+        GptqWeight.read_layer(LayerTensors(parts, (16, 64), torch.float32, config))
+
+
+class NoHostTensors(TorchDispatchMode):
+    """Refuses tensors that nothing computed: made of Python's numbers, they would be copied to a GPU.
+
+    Such a copy makes the GPU wait, and a CUDA graph cannot hold it.
+    """
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.known = list(given)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        assert all(any(tensor is one for one in self.known) for tensor in tensors), func
+        out = func(*args, **(kwargs or {}))
+        self.known += [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        return out
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_dequantising_takes_nothing_from_the_host(layout: str) -> None:
+    groups, reader = Groups(16, 64), GptqWeight if layout == "gptq" else AwqWeight
+    parts = groups.gptq(order=True) if layout == "gptq" else groups.awq()
+    codes, stored = reader.read_layer(LayerTensors(parts, (16, 64), torch.bfloat16, {"bits": 4}))
+    with NoHostTensors(codes, *stored.scales.values()):
+        stored.dequantise(codes)
 
 
 def test_the_last_group_of_gptq_may_be_smaller() -> None:

@@ -48,6 +48,14 @@ def test_data_that_are_not_there_are_refused_before_anything_is_written(capsys, 
     assert (out / "tiny" / "suite.json").read_text() == "what was"
 
 
+def test_a_base_out_of_the_data_needs_their_folder(capsys, tmp_path):
+    """A method's own base, too; without that method nothing is missing."""
+    options = "--suite=quantisers-smollm2", f"--out={tmp_path}", "--plan"
+    assert "suite quantisers-smollm2 needs data; set --data" in refused(capsys, *options)
+    run(*options, "--methods", "nf4", "none")
+    assert "to do  nf4" in capsys.readouterr().out
+
+
 def test_a_method_that_a_layer_refuses_is_named_before_any_run(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(drive, "_run_here", lambda *arguments: pytest.fail("something ran"))
     adapter = "{components: 16, rank: 16, filters: servable}"

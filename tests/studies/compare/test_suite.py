@@ -65,7 +65,7 @@ def test_every_suite_builds_what_it_compares(file, build_once, monkeypatch):
                 assert module.adapter.components == value
         if "class_path" in method.adapter:
             assert method.adapter["class_path"].endswith(type(module.adapter).__name__)
-        assert module.backbone.name == suite.backbone["name"]
+        assert module.backbone.name == method.backbone.get("name", suite.backbone["name"])
 
 
 def test_the_budgets_of_components_are_alike():
