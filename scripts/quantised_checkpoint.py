@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Writes a model as a GPTQ or AWQ checkpoint by GPTQModel, which is not part of this package.
+
+pip install 'moka_pl[demo]' gptqmodel
+python scripts/quantised_checkpoint.py gptq --texts alpaca.json --out smollm2-135m-gptq
+
+The texts calibrate the rounding: GPTQ by the inputs of every layer, AWQ by their sizes. Each is the
+instruction and the answer of a row, in the model's chat template where it has one. Minutes on a CPU for
+SmolLM2-135M.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def calibration(
+    rows: Sequence[Mapping[str, str]], tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> list[dict[str, list[int]]]:
+    """Tokenises rows as the model would be shown them.
+
+    Args:
+        rows: Alpaca's: ``instruction``, perhaps ``input``, and ``output``.
+        tokenizer: The model's.
+        max_length: Most tokens of a row; the rest is cut off.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` of each.
+    """
+    examples = []
+    for row in rows:
+        asked = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        if tokenizer.chat_template is None:
+            text = f"{asked}\n{row['output']}"
+        else:
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        plain = tokenizer.chat_template is None  # a template has the special tokens in its text
+        encoded = tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=plain)
+        examples.append({name: list(encoded[name]) for name in ("input_ids", "attention_mask")})
+    return examples
+
+
+def options(kind: str, group_size: int, desc_act: bool) -> dict[str, Any]:
+    """Options of GPTQModel's ``QuantizeConfig``: its defaults of GPTQ, and AWQ as AutoAWQ writes it.
+
+    Args:
+        kind: ``gptq`` or ``awq``.
+        group_size: Neighbouring entries of a row that share a scale.
+        desc_act: Whether GPTQ takes the inputs in the order of their activations.
+    """
+    chosen: dict[str, Any] = {"bits": 4, "group_size": group_size, "device": "cpu", "offload_to_disk": False}
+    if kind == "awq":
+        return chosen | {"method": "awq", "format": "gemm", "sym": False}
+    return chosen | {"desc_act": desc_act}
+
+
+def write(args: argparse.Namespace) -> None:
+    """Quantises the model and saves it."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # by default too few for it on two cores
+    import torch
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    from moka_pl.backbone import BackboneConfig
+    from moka_pl.backbone.load import load_tokenizer, model_location
+
+    base = BackboneConfig(args.model, quantization="none")
+    tokenizer = load_tokenizer(base)
+    rows = json.loads(args.texts.read_text(encoding="utf-8"))[: args.samples]
+    texts = calibration(rows, tokenizer, args.max_length)
+    print(f"{len(texts)} texts of {sum(len(text['input_ids']) for text in texts):,} tokens")
+    folder = model_location(base, whole=False)["pretrained_model_name_or_path"]
+    config = QuantizeConfig(**options(args.kind, args.group_size, args.desc_act))
+    model = GPTQModel.load(folder, config, dtype=torch.bfloat16)
+    model.quantize(texts, batch_size=1)
+    model.save(str(args.out))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("kind", choices=["gptq", "awq"])
+    made.add_argument("--model", default="smollm2-135m-instruct", help="as backbone.name, unquantised")
+    made.add_argument("--texts", type=Path, required=True, help="JSON file of rows as Alpaca's")
+    made.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    made.add_argument("--samples", type=int, default=128, help="rows that are taken (default: 128)")
+    made.add_argument("--max_length", type=int, default=512, help="tokens of a row (default: 512)")
+    made.add_argument("--group_size", type=int, default=64, help="entries that share a scale (default: 64)")
+    made.add_argument("--desc_act", action="store_true", help="GPTQ in the order of activations")
+    return made
+
+
+if __name__ == "__main__":
+    write(parser().parse_args())
