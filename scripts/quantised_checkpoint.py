@@ -84,9 +84,7 @@ def write(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Makes the parser of the command."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("kind", choices=["gptq", "awq"])
     made.add_argument("--model", default="smollm2-135m-instruct", help="as backbone.name, unquantised")
     made.add_argument("--texts", type=Path, required=True, help="JSON file of rows as Alpaca's")

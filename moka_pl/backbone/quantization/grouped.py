@@ -52,7 +52,7 @@ class GptqWeight(ReadWeight):
         parts, config, (m, n) = layer.tensors, layer.config, layer.shape
         groups = len(parts["scales"])
         qweight, qzeros = parts["qweight"], parts["qzeros"]
-        bits = 32 * len(qweight) / n  # GPTQModel's ``dynamic`` gives some layers others than config.json names
+        bits = 32 * len(qweight) / n  # ``dynamic`` of GPTQModel gives layers others than config.json
         bits = int(bits) if bits in _ONES else config["bits"]
         layer.check(
             {"qweight": (n * bits // 32, m), "qzeros": (groups, m * bits // 32), "scales": (groups, m)}
