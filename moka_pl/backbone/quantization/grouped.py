@@ -127,4 +127,4 @@ class AwqWeight(ReadWeight):
         codes = unpack_words(words, 4)  # (k, m / 8, 8)
         # Of eight neighbouring outputs the first, third, ... come first. A list of indices would be copied to
         # the GPU each time, which CUDA graphs do not allow.
-        return codes.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(1)  # (k, m)
+        return codes.view(*words.shape, 2, 4).transpose(-1, -2).flatten(1)  # (k, m)
