@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moka_pl._compat import unused_tensors
-from moka_pl.backbone.blocks.filling import is_complete, read_blocks, reads_here
+from moka_pl.backbone.blocks.filling import is_complete, read_blocks
 from moka_pl.backbone.blocks.frozen_tensors import BlockStore, decoder_blocks
 from moka_pl.backbone.checks import (
     check_loss,
@@ -36,6 +36,7 @@ from moka_pl.backbone.quantization import (
     import_quantiser,
     keep_weights,
     loading_options,
+    quantises_layers,
     stored_layers,
     weight_bytes,
 )
@@ -107,7 +108,6 @@ def load_backbone(
     device: torch.device | str = "cpu",
     before: Callable[[Unloaded], None] | None = None,
     blocks: BlockStore | None = None,
-    by_layers: bool = False,
 ) -> Backbone:
     """Loads the base model and its tokenizer onto one device, and quantises the linear layers.
 
@@ -120,8 +120,6 @@ def load_backbone(
         before: Is given the model before any weight is loaded, to refuse what cannot work with it.
         blocks: Takes each decoder block as soon as that is loaded, so that the model is never there as a
             whole, then embedding and head; None leaves all where they are.
-        by_layers: Whether what transformers would quantise on a CPU is read and quantised here, layer by
-            layer: to the same codes in less memory, but without transformers' marks of a quantised model.
 
     Raises:
         QuantisedError: If the checkpoint is quantised already in another way than ``config`` says.
@@ -132,9 +130,9 @@ def load_backbone(
     dtype = compute_dtype(config, device)
     import_quantiser(config.quantization)
     tokenizer = load_tokenizer(config)  # loads at once, and fails before the model has been waited for
-    random, here = config.weights == "random", reads_here(config, device, blocks, by_layers)
+    random, whole = config.weights == "random", blocks is None and not quantises_layers(config.quantization)
     with loading(config.name):
-        described = describe(config, {} if random else model_location(config, not here))
+        described = describe(config, {} if random else model_location(config, whole))
         config, notes = described.settle(config)
         empty, config = build_empty(described.shape, config, dtype, notes)
         check_tokens(tokenizer, described.shape, _rows(empty), config.name, random, config.new_tokens)
@@ -149,7 +147,7 @@ def load_backbone(
     config = _settled_products(config, device, notes)
     settle = partial(_settle, config, dtype, described.quantization is None)
     store = None if blocks is None else _Settling(blocks, settle)
-    model = _filled(empty, config, described, device, notes, store, here)
+    model = _filled(empty, config, described, device, notes, store)
     check_special_tokens(model.generation_config, "generation_config.json", _rows(model), config.name)
     settle(model)
     keep_weights(model)
@@ -158,7 +156,8 @@ def load_backbone(
     if blocks is not None:
         blocks.add_ends(model)
     model.config.use_cache = False
-    check_loss(model.eval(), config.name)
+    model.eval()
+    check_loss(model, config.name)
     if config.compile == "none" and device.type == "cuda":
         notes += _computed_fast(config, model)
     return Backbone(model, tokenizer, config, notes)
@@ -263,12 +262,8 @@ def _filled(
     device: torch.device,
     notes: list[str],
     store: BlockStore | None,
-    here: bool,
 ) -> "PreTrainedModel":
-    """Returns the model with its weights; the blocks' are handed over as early as their files allow.
-
-    With ``here`` transformers loads them only where they are in no such files.
-    """
+    """Returns the model with its weights; the blocks' are handed over as early as their files allow."""
     dtype, files = empty.dtype, described.files
     if config.weights == "random":
         linearise(empty)
@@ -277,7 +272,7 @@ def _filled(
     tensors = {} if files is None else files.tensors
     stored = stored_layers(described.quantization, config.quantization, tensors)
     whole = is_complete(files, empty, described.quantization, stored)
-    if files is not None and whole and here:
+    if files is not None and whole and (store is not None or quantises_layers(config.quantization)):
         names = set(tensors) if stored is None else stored.names
         unused = set(unused_tensors(empty, names)) - (set() if stored is None else stored.biases)
         _judge_unused(unused, empty, config.name, notes)

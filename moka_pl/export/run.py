@@ -83,7 +83,7 @@ def run_merged(request: Request) -> None:
 def run_lora(request: Request) -> None:
     """Exports a PEFT directory."""
     import_peft()
-    source, form = _with_lora(request, by_layers=False)  # PEFT looks for transformers' marks on the base
+    source, form = _with_lora(request)
     export_lora(source, request.out, form, request.torch_dtype(torch.float32))
 
 
@@ -158,13 +158,12 @@ def _opened(request: Request, size: Callable[[Preview], int]) -> Source:
     return source
 
 
-def _lightly(request: Request, size: Callable[[Preview], int], by_layers: bool = True) -> Source:
+def _lightly(request: Request, size: Callable[[Preview], int]) -> Source:
     """Loads the adapter with as little memory as there is to a quantised base.
 
     Args:
         request: What is to be exported.
         size: Refuses what cannot be written, and returns the bytes that are.
-        by_layers: As of :func:`~moka_pl.inference.load_model`.
     """
     written = 0
 
@@ -177,18 +176,17 @@ def _lightly(request: Request, size: Callable[[Preview], int], by_layers: bool =
         if quantization_of(model)[0] != "none":
             put_on_disk(model, existing_folder(request.out.absolute().parent), written)
 
-    return open_source(request.adapter, request.base, request.prompts, look, lighten, by_layers)
+    return open_source(request.adapter, request.base, request.prompts, look, lighten)
 
 
 def _with_lora(
-    request: Request, before: Callable[[Preview], int] = lambda preview: 0, by_layers: bool = True
+    request: Request, before: Callable[[Preview], int] = lambda preview: 0
 ) -> tuple[Source, LoraForm]:
     """Writes the adapter as a LoRA, which takes no weights of its base, then loads it.
 
     Args:
         request: What is to be exported.
         before: Refuses what the format cannot hold, and returns the bytes that it writes beside the LoRA.
-        by_layers: As of :func:`~moka_pl.inference.load_model`.
     """
     info = read_adapter(request.adapter)
     known = _stored_rank(request, info)
@@ -202,7 +200,7 @@ def _with_lora(
         forms.append(form)
         return form.size(request.torch_dtype(torch.float32)) + beside
 
-    source = _lightly(request, look, by_layers)
+    source = _lightly(request, look)
     if not known:
         say(f"{request.adapter} is exactly a LoRA of rank {forms[0].needed}")
     return source, forms[0]

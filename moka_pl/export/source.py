@@ -56,7 +56,6 @@ def open_source(
     prompts: Path | None = None,
     before: Callable[[Preview], None] | None = None,
     loaded: "Callable[[PreTrainedModel], None] | None" = None,
-    by_layers: bool = False,
 ) -> Source:
     """Loads an adapter with its base and measures it.
 
@@ -66,7 +65,6 @@ def open_source(
         prompts: A text file with a prompt a line; None takes the package's own.
         before: Is called before the base's weights are loaded, to refuse what cannot work.
         loaded: Is given the model before it computes.
-        by_layers: As of :func:`~moka_pl.inference.load_model`.
 
     Raises:
         ConfigError: If ``prompts`` cannot be used.
@@ -80,7 +78,7 @@ def open_source(
             before(preview)
         say(f"loading {base or info.base.name} ...")
 
-    model, tokenizer = load_model(adapter, base=base, before=look, by_layers=by_layers)
+    model, tokenizer = load_model(adapter, base=base, before=look)
     if loaded is not None:
         loaded(model)
     say(f"computing {len(ids)} prompts with the adapter ...")

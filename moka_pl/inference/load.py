@@ -54,7 +54,6 @@ def load_model(
     base: str | None = None,
     revision: str | None = None,
     before: Callable[[Preview], None] | None = None,
-    by_layers: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Loads an adapter together with its base model.
 
@@ -70,7 +69,6 @@ def load_model(
             ignored if ``base`` is given.
         revision: Branch, tag or commit of the adapter on the hub.
         before: Is called before the base's weights are loaded, to refuse what cannot work.
-        by_layers: As of :func:`~moka_pl.backbone.load_backbone`: less memory, fewer marks for others.
 
     Returns:
         The model with its adapters, in evaluation mode, and the tokenizer.
@@ -99,7 +97,7 @@ def load_model(
         if before is not None:
             before(preview)
 
-    loaded = load_base(config, device, look, by_layers)
+    loaded = load_base(config, device, look)
     for note in loaded.notes:
         warnings.warn(note, MokaWarning, stacklevel=2)
     load_adapter(loaded.model, path, fingerprint(loaded.model))
@@ -190,7 +188,6 @@ def load_base(
     config: BackboneConfig,
     device: torch.device | str,
     before: Callable[[Unloaded], None] | None = None,
-    by_layers: bool = False,
 ) -> Backbone:
     """Loads a base as ``config`` says, or if it is quantised already, as it is.
 
@@ -198,10 +195,8 @@ def load_base(
         config: Its options.
         device: Where it lives.
         before: Is given the model before its weights are loaded.
-        by_layers: As of :func:`~moka_pl.backbone.load_backbone`.
     """
     try:
-        return load_backbone(config, device, before, by_layers=by_layers)
+        return load_backbone(config, device, before)
     except QuantisedError as error:
-        stored = replace(config, quantization=error.stored)
-        return load_backbone(stored, device, before, by_layers=by_layers)
+        return load_backbone(replace(config, quantization=error.stored), device, before)

@@ -110,7 +110,7 @@ def test_the_revision_belongs_to_the_remembered_name(
     _, adapter = train(BackboneConfig("tiny", "v1", "random"))
     seen = []
 
-    def load(config: BackboneConfig, device: str, before: object, **options: object) -> None:
+    def load(config: BackboneConfig, device: str, before: object) -> None:
         seen.append((config.name, config.revision))
         raise BackboneError("far enough")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moka_pl.backbone.blocks.frozen_tensors import BlockStore, block_ends
 from moka_pl.backbone.config import BackboneConfig
 from moka_pl.backbone.linear_layers import is_conv1d
-from moka_pl.backbone.quantization import StoredLayers, quantised_linear, quantises_layers
+from moka_pl.backbone.quantization import StoredLayers, quantised_linear
 from moka_pl.backbone.weight_files import WeightFiles
 from moka_pl.errors import BackboneError
 
@@ -73,26 +73,6 @@ def fill(
     model.tie_weights()
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     return left[0] if left else None
-
-
-def reads_here(
-    config: BackboneConfig, device: torch.device, blocks: BlockStore | None, by_layers: bool
-) -> bool:
-    """Whether :func:`read_blocks` is to load a model, if its files allow that, and not transformers.
-
-    What transformers quantises it marks for others: ``is_quantized``, ``is_loaded_in_4bit``, ``hf_quantizer``
-    and ``config.quantization_config``, at which PEFT and the HF Trainer look. But on a CPU it takes three
-    times a weight's memory in float32 beside it, as bitsandbytes does.
-
-    Args:
-        config: The model's options.
-        device: Where it is to live.
-        blocks: Takes each block as soon as it is filled, if it is to.
-        by_layers: Whether the marks may be missing.
-    """
-    if blocks is not None or quantises_layers(config.quantization):
-        return True
-    return by_layers and config.quantization != "none" and device.type == "cpu"
 
 
 def is_complete(

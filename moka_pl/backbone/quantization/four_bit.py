@@ -38,9 +38,6 @@ _ABOVE = (
 #: The levels of NF4, relative to the largest entry of a block.
 NF4_LEVELS = _BELOW + _ABOVE
 
-#: Entries of a weight that are quantised in one go.
-_PIECE = 2**20
-
 #: Bytes of a 4-bit weight from which on bitsandbytes' own kernel reads uneven layers faster, launch included.
 _LARGE = 2**20
 
@@ -71,42 +68,12 @@ def four_bit_linear(
     bias = layer.bias is not None
     with torch.device("meta"):
         quantised = Linear4bit(layer.in_features, layer.out_features, bias=bias, compute_dtype=dtype)
-    options: dict[str, Any] = {"quant_type": quantization, "compress_statistics": double, "module": quantised}
-    if weight.device.type == "cpu":
-        codes, quantised.quant_state = _quantised_in_pieces(weight, quantization, double)
-        options |= {"quant_state": quantised.quant_state, "bnb_quantized": True}
-        quantised.weight = Params4bit(codes, requires_grad=False, **options)
-    else:
-        quantised.weight = Params4bit(weight, requires_grad=False, **options).to(weight.device)
+    quantised.weight = Params4bit(
+        weight, requires_grad=False, quant_type=quantization, compress_statistics=double, module=quantised
+    ).to(weight.device)
     if bias:
         quantised.bias = nn.Parameter(torch.zeros_like(layer.bias, device=weight.device), requires_grad=False)
     return quantised  # type: ignore[no-any-return]
-
-
-def _quantised_in_pieces(weight: Tensor, quantization: Quantization, double: bool) -> tuple[Tensor, Any]:
-    """The codes of W, (m, n), and their ``QuantState``: bitsandbytes' own, bit for bit.
-
-    On a CPU bitsandbytes takes three times the memory of W in float32 for what it makes between; here that is
-    of a piece.
-    """
-    from bitsandbytes import functional
-
-    flat, entries = weight.flatten(), weight.numel()
-    codes, absmax = torch.empty(0), torch.empty(0)
-    for start in range(0, entries, _PIECE):  # whole blocks
-        data, state = functional.quantize_4bit(flat[start : start + _PIECE], quant_type=quantization)
-        if start == 0:  # once, and not in pieces, between which other things would lie
-            codes = data.new_empty(-(-entries // 2), 1)
-            absmax = state.absmax.new_empty(-(-entries // state.blocksize))
-        codes[start // 2 :][: len(data)] = data
-        absmax[start // state.blocksize :][: len(state.absmax)] = state.absmax
-    nested = {}
-    if double:
-        offset = absmax.mean()
-        absmax, state2 = functional.quantize_blockwise(absmax - offset, blocksize=256)
-        nested = {"offset": offset, "state2": state2}
-    parts = weight.shape, state.code, state.blocksize, quantization, weight.dtype
-    return codes, functional.QuantState(absmax, *parts, **nested)
 
 
 def is_four_bit(layer: nn.Module) -> "TypeGuard[Linear4bit]":

@@ -154,32 +154,3 @@ def test_no_scales_are_kept_where_a_weight_is_asked_for_once() -> None:
         assert layer not in four_bit._PLAINLY_SCALED
     assert torch.equal(once, dense_weight(layer, often=True))
     assert layer in four_bit._PLAINLY_SCALED
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
-@pytest.mark.parametrize("sizes", [(48, 64), (33, 70), (7, 9), (1, 1)], ids=str)
-def test_pieces_are_quantised_as_the_whole(
-    sizes: tuple[int, int], quantization, double: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(four_bit, "_PIECE", 256)
-    torch.manual_seed(0)
-    (m, n), weight = sizes, torch.randn(sizes).to(dtype)
-    ours = quantised_linear(nn.Linear(n, m, bias=False), weight, quantization, double, torch.float32)
-    with torch.device("meta"):
-        theirs = bnb.nn.Linear4bit(n, m, bias=False, compute_dtype=torch.float32)
-    theirs.weight = bnb.nn.Params4bit(
-        weight.clone(), False, compress_statistics=double, quant_type=quantization, module=theirs
-    ).to("cpu")
-    assert torch.equal(ours.weight.data, theirs.weight.data)
-    one, other = (layer.weight.quant_state.as_dict() for layer in (ours, theirs))
-    assert one.keys() == other.keys()
-    for name, value in other.items():
-        assert torch.equal(one[name], value) if isinstance(value, torch.Tensor) else one[name] == value
-    mine, own = vars(ours.weight), vars(theirs.weight)
-    assert mine.keys() == own.keys()
-    assert mine["module"] is ours
-    assert ours.quant_state is mine["quant_state"]
-    plain = own.keys() - {"module", "quant_state"}
-    assert all(mine[name] == own[name] for name in plain)
