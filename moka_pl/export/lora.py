@@ -17,6 +17,9 @@ from moka_pl.adapters.layer import MokaLayer
 from moka_pl.adapters.vocabulary.embedding import scaled_rows
 from moka_pl.errors import ConfigError
 
+#: What is left to do with a LoRA of too high a rank.
+_MERGED = "export the merged model (--to merged, or --to gguf --gguf_type q8_0)"
+
 
 @dataclass(frozen=True)
 class LoraForm:
@@ -98,7 +101,7 @@ def check_rank(needed: int, rank: int | None, energy: float | None, max_rank: in
     if asked > max_rank and energy is None:
         raise ConfigError(
             f"this adapter is a LoRA of rank {asked}, above --max_rank {max_rank}; truncate it by --rank "
-            f"{max_rank} or --energy 0.99, raise --max_rank if the reader takes it, or export --to merged"
+            f"{max_rank} or --energy 0.99, raise --max_rank if the reader takes it, or {_MERGED}"
         )
 
 
@@ -180,7 +183,7 @@ def _rank_for(energy: float, values: Mapping[str, Tensor], max_rank: int) -> int
     if rank > max_rank:
         raise ConfigError(
             f"--energy {energy:g} needs rank {rank}, above --max_rank {max_rank}; lower --energy, raise "
-            "--max_rank if the reader takes it, or export --to merged"
+            f"--max_rank if the reader takes it, or {_MERGED}"
         )
     return rank
 
