@@ -135,6 +135,19 @@ def in_8_bits() -> list[str]:
     return found
 
 
+def quantisers() -> list[str]:
+    """A row a way to store the base, of the best learning rate."""
+    of, found = report("quantisers-smollm2"), []
+    for row in of["rows"]:
+        seeds = len(row["seeds"])
+        fewer = "" if seeds == len(of["suite"]["seeds"]) else f" ({seeds} seed{'s' if seeds > 1 else ''})"
+        memory = f"{median(row['base_mib']):.1f}", f"{median(row['peak_gib']):.2f}"
+        found.append(
+            line(f"`{row['name']}`{fewer}", share(row["mean"], 1, 100), share(row["nll"], 3), *memory)
+        )
+    return found
+
+
 def minutes() -> list[dict[str, Any]]:
     text = (RESULTS / "long_run/llama2-7b-h200.jsonl").read_text(encoding="utf-8")
     return [found for found in map(json.loads, text.splitlines()) if "minutes" in found]
@@ -182,6 +195,7 @@ TABLES = {
     QWEN: ("results.md", lambda: one_model(QWEN)),
     "pairs": ("results.md", pairs),
     "8 bits": ("results.md", in_8_bits),
+    "quantisers": ("results.md", quantisers),
     "twenty minutes": ("benchmarks.md", long_run),
     "their time": ("benchmarks.md", time_of_the_run),
 }
