@@ -136,8 +136,8 @@ class RunWatch(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes what logging costs, or the last line."""
         if self._switch is not None:
+            self._switch.restore(trainer)  # the folder of the events is the logger's
             self._write(self._switch.result() | {"events_mb": events_bytes(trainer) / 1e6})
-            self._switch.restore(trainer)
         elif self._times:
             self._write(self._line(trainer, pl_module.device, time.perf_counter()))
 

@@ -55,10 +55,12 @@ def test_a_line_after_each_while_and_one_in_the_end(watched) -> None:
     assert all(loggers == 1 for _, loggers in logged)
 
 
-def test_logging_is_switched_off_and_on_in_turn(watched) -> None:
+def test_logging_is_switched_off_and_on_in_turn(watched, monkeypatch) -> None:
+    monkeypatch.setattr(watch, "events_bytes", lambda trainer: 1e6 * len(trainer.loggers))
     (line,), logged = watched(8, turns=2)
     assert line["pairs"] == 1
     assert line["logged_ms"] > 0
+    assert line["events_mb"] == 1  # of the loggers, though the run ends while they are off
     # The gates' callback is still called in the step that switches.
     assert [step for step, _ in logged] == [1, 2, 5, 6]
     assert {step for step, loggers in logged if loggers} == {1, 5}
