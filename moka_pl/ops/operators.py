@@ -22,7 +22,7 @@ from torch import Tensor
 from moka_pl.ops.dispatch import Backend, fixed_backend, updates_alone
 from moka_pl.ops.layout import Shape
 from moka_pl.ops.merged_forward import DenseUpdates
-from moka_pl.ops.thin import count_hidden
+from moka_pl.ops.thin import ThinUpdates, count_hidden
 
 
 class Layer(Protocol):
@@ -116,8 +116,9 @@ def _product(
     kept: list[Tensor] = []
     with torch.autocast(x.device.type, cast, enabled=False):
         out = updates.product(x.reshape(-1, x.shape[-1]), bias, left, right, gate, lambda *t: kept.extend(t))
-    # A compiler is told the size of what thin products keep; what others keep on a CPU is computed again.
-    return out.view(*x.shape[:-1], m), kept[0] if hidden else nothing
+    # A compiler is told the size of what thin products keep, which do not where they are merged with many
+    # tokens; what others keep on a CPU is computed again.
+    return out.view(*x.shape[:-1], m), kept[0] if hidden and kept else nothing
 
 
 @_product.register_fake
@@ -146,7 +147,8 @@ def _product_backward(
         updates, _ = _updates(x, gate, left, right, layer, sizes, m, backend)
     parts = grad.reshape(-1, m).contiguous(), x.reshape(-1, n), left, right, gate
     with torch.autocast(x.device.type, cast, enabled=False):
-        kept_parts = (kept,) if kept.shape[1] else ()
+        merged = isinstance(updates, ThinUpdates) and updates.merges(len(parts[1]))
+        kept_parts = (kept,) if kept.shape[1] and not merged else ()
         grad_x, grad_left, grad_right, grad_gate = updates.backward(*parts, kept_parts, needs_x)
     return (
         x.new_empty(0) if grad_x is None else grad_x.contiguous().view(x.shape),

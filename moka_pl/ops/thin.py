@@ -330,6 +330,10 @@ class ThinUpdates(DenseUpdates):
     frozen_gradient: Callable[[Tensor], Tensor | None] | None = None
     room: Rooms = field(default_factory=dict)
 
+    def merges(self, tokens: int) -> bool:
+        """Whether the update of so many tokens is added to W, and no hidden numbers are kept."""
+        return False
+
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None, keep: Keep
     ) -> Tensor:

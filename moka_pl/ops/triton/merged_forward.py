@@ -98,6 +98,11 @@ class FusedThinUpdates(ThinUpdates):
     plan: ThinPlan
     source: Callable[[], WeightSource | None] | None = None
 
+    def merges(self, tokens: int) -> bool:
+        """As :meth:`ThinUpdates.merges`."""
+        many = tokens > DEQUANTISED_TOKENS and bool(self.plan.merged)
+        return many and self._own_weight() is not None
+
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None, keep: Keep
     ) -> Tensor:
@@ -107,7 +112,7 @@ class FusedThinUpdates(ThinUpdates):
         x = x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
         own = self._own_weight() if x.shape[0] > DEQUANTISED_TOKENS else None
-        if own is not None and self.plan.merged:
+        if own is not None and self.plan.merged:  # as merges says
             keep()
             total = merged_weight(self.plan, left, right, gates, x.dtype, own)  # (m, n)
             return F.linear(x, total, bias)

@@ -12,6 +12,7 @@ from moka_pl.ops.gating import Gating, gates_of
 from moka_pl.ops.kronecker import delta_weight
 from moka_pl.ops.layout import Shape, left_sizes, right_sizes
 from moka_pl.ops.merged_forward import MergedForward
+from moka_pl.ops.operators import number_layer
 from moka_pl.ops.thin import down, hidden_size, lora_left, lora_right
 
 pytest.importorskip("triton")
@@ -229,6 +230,39 @@ def test_components_are_merged_where_tokens_are_many(merged, tokens: int) -> Non
     x = torch.randn(tokens, weight.shape[1])
     updates.product(x, None, left, right, gate, lambda *parts: kept.extend(parts))
     assert len(kept) == (tokens == 8)
+
+
+class Layer:
+    """A layer as operators ask it."""
+
+    def __init__(self, updates: kernels.FusedThinUpdates) -> None:
+        self.updates = updates
+
+    def decode(self, x: Tensor) -> None:
+        """Serves no tokens."""
+
+    def updates_for(self, x: Tensor) -> tuple[kernels.FusedThinUpdates, None]:
+        return self.updates, None
+
+
+@pytest.mark.parametrize("tokens", [8, 9])  # thin products, and merged
+def test_a_compiler_is_told_the_same_sizes_where_components_are_merged(merged, tokens: int) -> None:
+    updates, weight, *parts = merged
+    m, n = weight.shape
+    layer = Layer(updates)
+    own = [part.requires_grad_() for part in (torch.randn(tokens, n), *parts)]
+    x, left, right, gate = own
+    number = number_layer(layer)
+    sizes = [int(size) for shape in updates.shapes for size in shape]
+    hidden = hidden_size(updates.shapes)
+    out, kept = torch.ops.moka_pl.product(x, gate, left, right, number, sizes, m, "thin", None, hidden, False)
+    assert kept.shape == (tokens, hidden)
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, own, upstream)
+    plain = MergedForward.apply(x, gate, left, right, None, updates, True)
+    expected = torch.autograd.grad(plain, own, upstream)
+    assert torch.equal(out, plain)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_merged_weights_are_their_reference(merged) -> None:
