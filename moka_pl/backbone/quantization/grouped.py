@@ -1,7 +1,7 @@
 """Weights of GPTQ and AWQ checkpoints, read as they are: packed codes, scales and zero points of groups.
 
-Both store the transpose of W, with groups of a column's entries. Their scales have 11 significant bits and
-the codes few, so that ``(c - z) s`` is exact in float32 and is rounded once, to the compute dtype.
+Both store the transpose of W, with groups of a column's entries. Their scales have at most 11 significant bits
+and the codes few, so that ``(c - z) s`` is exact in float32 and is rounded once, to the compute dtype.
 """
 
 from typing import Self
@@ -15,6 +15,11 @@ from moka_pl.errors import BackboneError
 
 #: One in each code of a word, by bits.
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+
+
+def _half(scales: Tensor) -> Tensor:
+    """Scales in 16 bits, as they are: those in bfloat16 may lie beyond float16."""
+    return scales if scales.dtype == torch.bfloat16 else scales.to(torch.float16)
 
 
 class GptqWeight(ReadWeight):
@@ -73,7 +78,7 @@ class GptqWeight(ReadWeight):
                 f"g_idx does not name one of {groups} groups for each input; copy the model again"
             )
         own = {"zeros": qzeros, "group": index.to(torch.int32)}
-        scales = {"scales": parts["scales"].to(torch.float16), **own}
+        scales = {"scales": _half(parts["scales"]), **own}
         return qweight, cls(layer.shape, layer.dtype, scales, bits)
 
     def dequantise(self, codes: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ class AwqWeight(ReadWeight):
         layer.check({"qweight": (n, m // 8), "qzeros": (groups, m // 8), "scales": (groups, m)})
         if n % groups:
             raise BackboneError(f"{groups} groups do not divide {n} inputs; copy the model again")
-        scales = {"scales": parts["scales"].to(torch.float16), "zeros": parts["qzeros"]}
+        scales = {"scales": _half(parts["scales"]), "zeros": parts["qzeros"]}
         return parts["qweight"], cls(layer.shape, layer.dtype, scales)
 
     def dequantise(self, codes: Tensor) -> Tensor:

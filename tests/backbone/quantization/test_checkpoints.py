@@ -85,6 +85,19 @@ def test_a_layer_of_gptq_may_have_other_bits_than_the_others() -> None:
         GptqWeight.read_layer(LayerTensors(parts, (16, 64), torch.float32, config))
 
 
+@pytest.mark.parametrize("factor", [1e-6, 1e7])
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_scales_in_bfloat16_may_lie_beyond_float16(layout: str, factor: float) -> None:
+    """GPTQModel stores those of AWQ in the model's dtype."""
+    groups, reader = Groups(16, 64), GptqWeight if layout == "gptq" else AwqWeight
+    parts = groups.gptq(order=True) if layout == "gptq" else groups.awq()
+    scales = (groups.scales.double() * factor).bfloat16()
+    layer = LayerTensors(parts | {"scales": scales}, (16, 64), torch.float32, {"bits": 4})
+    codes, stored = reader.read_layer(layer)
+    exact = (groups.codes - groups.zeros[groups.group]) * scales.double().numpy()[groups.group]
+    assert torch.equal(stored.read(codes.reshape(-1, 1)), torch.from_numpy(exact.T.copy()).float())
+
+
 class NoHostTensors(TorchDispatchMode):
     """Refuses tensors that nothing computed: made of Python's numbers, they would be copied to a GPU.
 
