@@ -1,7 +1,7 @@
 """Weights of GPTQ and AWQ checkpoints, read as they are: packed codes, scales and zero points of groups.
 
-Both store the transpose of W, with groups of a column's entries. Their scales have at most 11 significant bits
-and the codes few, so that ``(c - z) s`` is exact in float32 and is rounded once, to the compute dtype.
+Both store the transpose of W, with groups of a column's entries. Their scales have at most 11 significant
+bits and the codes few, so that ``(c - z) s`` is exact in float32 and is rounded once, to the compute dtype.
 """
 
 from typing import Self
