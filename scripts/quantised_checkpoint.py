@@ -6,8 +6,7 @@ python scripts/quantised_checkpoint.py gptq --texts alpaca.json --out smollm2-13
 python scripts/quantised_checkpoint.py awq --texts alpaca.json --samples 10 --out smollm2-135m-awq
 
 The texts calibrate the rounding. Each is the instruction and the answer of a row, in the model's chat
-template where it has one; for AWQ they are joined and cut to windows. Minutes on a CPU for SmolLM2-135M:
-GPTQ runs each text twice, AWQ some twenty times, and needs fewer.
+template where it has one; for AWQ, whose search takes longer, they are joined and cut to windows.
 """
 
 import argparse
