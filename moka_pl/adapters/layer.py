@@ -237,7 +237,7 @@ class MokaLinear(MokaLayer):
 
     Raises:
         ConfigError: Where a listed filter does not fit into the layer.
-        BackboneError: Where bitsandbytes misreads the layer's rows on this CPU.
+        BackboneError: Where the layer's weight is a tensor of torchao's own.
     """
 
     base_layer: nn.Linear

@@ -123,8 +123,8 @@ def load_backbone(
 
     Raises:
         QuantisedError: If the checkpoint is quantised already in another way than ``config`` says.
-        BackboneError: If the model is missing, gated, unreadable, or misread by bitsandbytes on this CPU;
-            does not fit its tokenizer; or computes its loss in a way that is not known here.
+        BackboneError: If the model is missing, gated or unreadable; does not fit its tokenizer; or computes
+            its loss in a way that is not known here.
     """
     device = torch.device(device)
     dtype = compute_dtype(config, device)

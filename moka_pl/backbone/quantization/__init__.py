@@ -15,9 +15,9 @@ from moka_pl.backbone.quantization.four_bit import (
     NF4_LEVELS,
     forget_scales,
     is_four_bit,
-    keep_weights,
     without_kept_scales,
 )
+from moka_pl.backbone.quantization.keeping import keep_weights
 from moka_pl.backbone.quantization.kinds import (
     Quantization,
     dequantising_bytes,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.backbone.quantization.kinds import Quantization
-from moka_pl.errors import AdapterError, BackboneError
+from moka_pl.errors import AdapterError
 from moka_pl.utils import silenced
 
 if TYPE_CHECKING:
@@ -90,51 +90,6 @@ def is_four_bit_kind(kind: type) -> bool:
 _is_four_bit_kind = cache(is_four_bit_kind)
 
 
-def keep_weights(model: nn.Module) -> None:
-    """Keeps the 4-bit layers of a model, or a single one, from changing between training and evaluation.
-
-    On CPUs with bfloat16 instructions bitsandbytes stores a layer anew at its first evaluation, with scales
-    rounded to bfloat16: the same layer then computes something else than in training, and what was trained
-    beside it fits a little less. Such storage is switched off.
-
-    Raises:
-        BackboneError: Where bitsandbytes reads the rows of a layer wrongly on this CPU, or a weight is a
-            tensor of torchao's own, of which only torchao's operations can make anything.
-    """
-    for name, layer in model.named_modules():
-        if type(getattr(layer, "weight", None)).__module__.startswith("torchao."):
-            raise BackboneError(
-                f"{name or 'the layer'}: {type(layer.weight).__name__} of torchao cannot be adapted; load "
-                "the model unquantised, or by moka_pl with quantization int4 or float8"
-            )
-        if not is_four_bit(layer):
-            continue
-        layer.support_avx512bf16_for_cpu = False
-        state = layer.weight.quant_state
-        if getattr(state, "packing_format_for_cpu", False):
-            layer.state_dict()  # undoes that storage
-        if state is None or layer.weight.device.type != "cpu" or layer.in_features % state.blocksize == 0:
-            continue
-        if not _reads_rows(layer.in_features, state.blocksize, state.quant_type):
-            raise BackboneError(
-                f"{name or 'the layer'}: bitsandbytes misreads 4-bit rows of {layer.in_features} entries on "
-                f"this CPU (not a multiple of the block size {state.blocksize}); set quantization: none "
-                "or int8, or use a GPU"
-            )
-
-
-@cache
-def _reads_rows(entries: int, blocksize: int, quant_type: str) -> bool:
-    """Whether rows of this size are dequantised as the same numbers in a single long row."""
-    from bitsandbytes import functional
-
-    rows = torch.randn(blocksize, entries, generator=torch.Generator().manual_seed(0))
-    data, state = functional.quantize_4bit(rows, blocksize=blocksize, quant_type=quant_type)
-    by_rows = functional.dequantize_4bit(data, state)
-    state.shape = torch.Size([1, rows.numel()])
-    return torch.equal(by_rows, functional.dequantize_4bit(data, state).view_as(rows))
-
-
 class _PlainlyScaled(NamedTuple):
     """A 4-bit weight whose block scales are not quantised, and the quantised ones that these were.
 
@@ -196,15 +151,36 @@ def four_bit_weight(layer: "Linear4bit", often: bool) -> Tensor:
     Raises:
         AdapterError: If the layer is not quantised yet.
     """
-    import bitsandbytes as bnb
-
     weight = layer.weight
     state = weight.quant_state
     if state is None:
         raise AdapterError("a 4-bit layer is not quantised yet; move the model to its device first")
     if often and state.nested and state.absmax.device.type == "cpu" and _KEPT.get():
-        return bnb.functional.dequantize_4bit(*_plainly_scaled(layer, weight, state))  # type: ignore[no-any-return]
-    return bnb.functional.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
+        return _dequantise(*_plainly_scaled(layer, weight, state))
+    return _dequantise(weight.data, state)
+
+
+def has_uneven_rows(state: Any) -> bool:
+    """Whether rows of a matrix end within blocks of one scale, which run on over the next row."""
+    return bool(state.shape[-1] % state.blocksize)
+
+
+def _dequantise(data: Tensor, state: Any) -> Tensor:
+    """W, (m, n), of its codes.
+
+    For uneven rows bitsandbytes' AVX-512 kernel takes scales of other blocks (0.50.2, if n is also a multiple
+    of 16 or so). The matrix as a single row comes out right everywhere: as its generic implementation has it,
+    bit for bit.
+    """
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    if not has_uneven_rows(state) or data.device.type != "cpu":
+        return dequantize_4bit(data, state)  # type: ignore[no-any-return]
+    nested = {"offset": state.offset, "state2": state.state2} if state.nested else {}
+    row = torch.Size((1, state.shape.numel()))
+    kept = state.code, state.blocksize, state.quant_type, state.dtype
+    flat: Tensor = dequantize_4bit(data, QuantState(state.absmax, row, *kept, **nested))
+    return flat.view(state.shape)
 
 
 def four_bit_source(

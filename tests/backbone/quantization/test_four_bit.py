@@ -1,4 +1,4 @@
-"""That 4-bit layers keep their weights, and that rows which bitsandbytes misreads are refused."""
+"""bitsandbytes' 4-bit layers: which W they hold, and what of it is kept."""
 
 import gc
 import logging
@@ -7,90 +7,19 @@ import weakref
 import bitsandbytes as bnb
 import pytest
 import torch
+from shared.four_bits import quantised, read_by_hand
 from torch import nn
 
-from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.backbone.quantization import (
     base_bytes,
     dense_weight,
     four_bit,
     frozen_output,
-    is_quantised,
-    keep_weights,
     kernel_weight,
     quantised_linear,
     weight_bytes,
     without_kept_scales,
 )
-from moka_pl.errors import BackboneError
-
-
-def quantised(n: int, m: int = 64, **options) -> bnb.nn.Linear4bit:
-    torch.manual_seed(0)
-    dense = nn.Linear(n, m)
-    layer = bnb.nn.Linear4bit(n, m, compute_dtype=torch.float32, quant_type="nf4", **options)
-    layer.load_state_dict(dense.state_dict())
-    layer.to("cpu").requires_grad_(False)
-    # As on a CPU with bfloat16 instructions, whatever this one has.
-    layer.support_avx512bf16_for_cpu = True
-    return layer
-
-
-@pytest.mark.parametrize("double", [False, True])
-def test_evaluation_leaves_the_weights_as_they_are(double: bool) -> None:
-    layer = quantised(128, compress_statistics=double)
-    before = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    keep_weights(layer)
-    with torch.no_grad():
-        layer.eval()(torch.randn(3, 128))
-    after = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    assert after.dtype is torch.float32
-    assert torch.equal(before, after)
-
-
-def test_storage_of_an_earlier_evaluation_is_undone() -> None:
-    layer = quantised(128)
-    before = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    data, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
-    layer.weight.data, layer.weight.quant_state = data, state
-    keep_weights(layer)
-    after = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    # The scales were rounded to bfloat16 on the way.
-    torch.testing.assert_close(after, before, atol=1e-3, rtol=2e-2)
-
-
-def test_adapters_switch_it_off_in_layers_that_come_from_elsewhere() -> None:
-    model = nn.Sequential(nn.Linear(128, 128), quantised(128))
-    inject_adapter(model, MokaConfig(target_modules=["1"]))
-    assert model[1].base_layer.support_avx512bf16_for_cpu is False
-
-
-def test_rows_that_are_misread_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(four_bit, "_reads_rows", lambda *_: False)
-    keep_weights(nn.Sequential(quantised(128)))  # rows of whole blocks are not asked about
-    with pytest.raises(BackboneError, match=r"0: .* rows of 96 entries .* block size 64.*quantization: none"):
-        keep_weights(nn.Sequential(quantised(96)))
-    monkeypatch.setattr(four_bit, "_reads_rows", lambda *_: True)
-    keep_weights(nn.Sequential(quantised(96)))
-
-
-@pytest.mark.parametrize("entries", [64, 96])
-def test_the_trial_says_what_a_layer_does(entries: int) -> None:
-    four_bit._reads_rows.cache_clear()
-    layer = quantised(entries)
-    state = layer.weight.quant_state
-    scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    numbers = torch.stack([layer.weight.data.flatten() >> 4, layer.weight.data.flatten() & 15], 1).flatten()
-    expected = (state.code[numbers.long()] * scales.float().repeat_interleave(64)).view(64, entries)
-    found = bnb.functional.dequantize_4bit(layer.weight.data, state)
-    assert four_bit._reads_rows(entries, 64, "nf4") == torch.allclose(found, expected, atol=1e-5)
-
-
-def test_other_layers_are_left_alone() -> None:
-    layer = nn.Linear(96, 8)
-    assert not is_quantised(layer)
-    keep_weights(layer)
-    assert not hasattr(layer, "support_avx512bf16_for_cpu")
 
 
 def test_its_hint_at_another_package_is_kept_back(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
@@ -154,3 +83,13 @@ def test_no_scales_are_kept_where_a_weight_is_asked_for_once() -> None:
         assert layer not in four_bit._PLAINLY_SCALED
     assert torch.equal(once, dense_weight(layer, often=True))
     assert layer in four_bit._PLAINLY_SCALED
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(("m", "n"), [(40, 48), (40, 96), (24, 16), (7, 80), (3, 33), (40, 56), (24, 64)])
+def test_weights_are_codes_times_scales(m: int, n: int, kind: str, double: bool) -> None:
+    layer = quantised(n, m, quant_type=kind, compress_statistics=double)
+    by_hand = read_by_hand(layer)
+    assert torch.equal(dense_weight(layer), by_hand)
+    assert torch.equal(dense_weight(layer, often=True), by_hand)
