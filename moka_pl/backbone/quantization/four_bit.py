@@ -157,7 +157,7 @@ def four_bit_weight(layer: "Linear4bit", often: bool) -> Tensor:
         raise AdapterError("a 4-bit layer is not quantised yet; move the model to its device first")
     if often and state.nested and state.absmax.device.type == "cpu" and _KEPT.get():
         return _dequantise(*_plainly_scaled(layer, weight, state))
-    return _dequantise(weight.data, state)
+    return _dequantise(weight.data.as_subclass(Tensor), state)
 
 
 def has_uneven_rows(state: Any) -> bool:

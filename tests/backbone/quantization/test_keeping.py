@@ -133,6 +133,17 @@ def test_copies_read_right(copied: Any) -> None:
     assert torch.equal(copied(layer)(x), layer(x))
 
 
+@MISREAD
+def test_compiled_models_read_right() -> None:
+    layer = quantised(48, 40)
+    keep_weights(layer)
+    x = torch.randn(3, 48, requires_grad=True)
+    out = torch.compile(nn.Sequential(layer, nn.ReLU()), backend="aot_eager")(x)
+    expected = F.linear(x, read_by_hand(layer), layer.bias).relu()
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (out, expected)))
+
+
 @pytest.fixture
 def pair(make_llama: Callable, tmp_path: Path) -> tuple[Any, LlamaForCausalLM]:
     """A tiny model of uneven rows in nf4, and its dense twin with weights that are read by hand."""
