@@ -73,4 +73,5 @@ def _reading_right(kind: Any) -> Any:
         weight = partial(dense_weight, layer, often=True)
         return call_sharing(FrozenProduct, x.to(compute), bias, weight).to(x.dtype)
 
-    return torch.compiler.disable(forward)  # tracing bitsandbytes' subclass of tensors recurses without end
+    # Tracing what is asked of bitsandbytes' subclass of tensors recurses without end.
+    return torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
