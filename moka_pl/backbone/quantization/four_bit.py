@@ -168,9 +168,8 @@ def has_uneven_rows(state: Any) -> bool:
 def _dequantise(data: Tensor, state: Any) -> Tensor:
     """W, (m, n), of its codes.
 
-    For uneven rows bitsandbytes' AVX-512 kernel takes scales of other blocks (0.50.2, if n is also a multiple
-    of 16 or so). The matrix as a single row comes out right everywhere: as its generic implementation has it,
-    bit for bit.
+    For uneven rows bitsandbytes' AVX-512 kernel takes scales of other blocks (0.50.2, for n a multiple of
+    16). The matrix as a single row comes out right: as its generic implementation has it, bit for bit.
     """
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
