@@ -331,10 +331,15 @@ def train(make_module, make_data, make_trainer) -> Callable[..., SimpleNamespace
     """
 
     def run(
-        *callbacks: Callback, ckpt_path: Path | None = None, adapter: dict | None = None, **options: object
+        *callbacks: Callback,
+        ckpt_path: Path | None = None,
+        adapter: dict | None = None,
+        backbone: BackboneConfig | None = None,
+        **options: object,
     ) -> SimpleNamespace:
         steps, validations = StepLog(), Validations()
-        module = make_module(lr=1e-2, adapter={"dropout": 0.1} if adapter is None else adapter)
+        own = {} if backbone is None else {"backbone": backbone}
+        module = make_module(lr=1e-2, adapter={"dropout": 0.1} if adapter is None else adapter, **own)
         keeping = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
         defaults = {"max_epochs": 2, "accumulate_grad_batches": 2, "enable_checkpointing": keeping}
         trainer = make_trainer(steps, validations, *callbacks, **(defaults | options))

@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moka_pl.adapters import moka_layers
+from moka_pl.backbone import BackboneConfig
+from moka_pl.backbone.random_weights import byte_tokenizer
 from moka_pl.errors import ConfigError
 from moka_pl.ops.thin import is_thin
 from moka_pl.training.checkpoint import find_last
@@ -49,6 +51,16 @@ def test_a_run_of_thin_products_resumes(train, assert_continues, tmp_path):
     layers = moka_layers(whole.module.causal_lm).values()
     assert all(is_thin(layer.shapes, layer.out_features, layer.in_features) for layer in layers)
     assert_continues(train(ckpt_path=tmp_path / "2.ckpt", adapter=adapter, max_epochs=1), whole, 2)
+
+
+def test_a_run_on_uneven_rows_resumes(train, assert_continues, make_llama, tmp_path):
+    base = tmp_path / "base"
+    sizes = {"vocab_size": 261, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1}
+    make_llama(**sizes, max_position_embeddings=512).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    options = {"backbone": BackboneConfig(str(base), quantization="nf4"), "max_epochs": 1}
+    whole = train(saving(tmp_path / "kept", every_n_train_steps=1), **options)
+    assert_continues(train(ckpt_path=tmp_path / "kept/2.ckpt", **options), whole, 2)
 
 
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 4}], ids=str)
