@@ -1,5 +1,6 @@
 """What all processes of a run load. Only those that run tests load the fixtures, and with them PyTorch."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,10 @@ import pytest
 from moka_pl.utils import set_environment
 
 set_environment()  # as commands do; before anything imports PyTorch
+# Where there is surely no GPU. Other conftest.py files may import Triton, which reads this then, before the
+# fixtures can ask PyTorch.
+if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 #: Files that take ten seconds or more begin first, so that neither of pytest's processes ends with one alone.
 LONG = (
