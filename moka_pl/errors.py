@@ -120,6 +120,15 @@ def listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + more
 
 
+class Terminated(KeyboardInterrupt):
+    """Another signal than Ctrl-C has asked for the end, of which no part of a command makes anything else."""
+
+
+def terminate(number: int, frame: object) -> None:
+    """A handler of signals that ends a command as Ctrl-C does, so that it leaves nothing half-written."""
+    raise Terminated
+
+
 def end_interrupted(kept: str = "") -> NoReturn:
     """Ends the process after Ctrl-C with one line that says what was saved, and where."""
     print(f"\ninterrupted{'; ' if kept else ''}{kept}", file=sys.stderr)

@@ -6,7 +6,6 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import rng_state, set_rng_state
 from moka_pl.training.launches import AnyRank
 from moka_pl.training.writing.whole_files import finish_writing
+from moka_pl.utils import handled_signals
 
 #: With several processes, ranks check for an interrupt every this many optimizer steps.
 _AGREE_EVERY = 10
@@ -348,22 +348,12 @@ def stop_at_once(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def signals_stop() -> Iterator[None]:
+def signals_stop() -> contextlib.AbstractContextManager[None]:
     """Ends the body on SIGTERM, SIGHUP and SIGUSR1 as on Ctrl-C, where they have no other meaning."""
-    numbers = [number for number in _SIGNALS if number != signal.SIGINT]
-    if SLURMEnvironment.detect():  # Lightning's, to requeue the job
-        numbers = [number for number in numbers if number != getattr(signal, "SIGUSR1", None)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, stop_at_once)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+    names = ["SIGTERM", "SIGHUP"]
+    if not SLURMEnvironment.detect():  # Lightning's, to requeue the job
+        names.append("SIGUSR1")
+    return handled_signals(names, stop_at_once)
 
 
 def _in_loader(frame: FrameType | None) -> bool:

@@ -30,9 +30,10 @@ from moka_pl.errors import (
     end_interrupted,
     printable,
     system_failure,
+    terminate,
 )
 from moka_pl.training.accidents.lifeline import LOST
-from moka_pl.utils import expanded, set_environment
+from moka_pl.utils import expanded, handled_signals, set_environment
 from moka_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
 #: How warnings are formatted without us.
 _formatted = warnings.formatwarning
 
+#: Signals that end a command as Ctrl-C does: a scheduler's, and a terminal's that is closed.
+_ENDING = "SIGTERM", "SIGHUP"
 _STDOUT = 1
 #: The status that a shell reports of programs that, unlike Python, are ended by writing to a closed pipe.
 _KILLED_BY_SIGPIPE = 128 + 13
@@ -164,7 +167,8 @@ def _run(args: Sequence[str] | None) -> None:
     set_environment()
     try:
         if command in FUNCTIONS:
-            FUNCTIONS[command](**parse_function(command, arguments[1:]))
+            with handled_signals(_ENDING, terminate):
+                FUNCTIONS[command](**parse_function(command, arguments[1:]))
         elif command in ("-h", "--help"):
             _print_help()
         elif command == "--version":

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 from moka_pl.cli.answering.printing import print_tokens
 from moka_pl.cli.answering.session import Session
-from moka_pl.errors import MokaError
+from moka_pl.errors import MokaError, Terminated
 from moka_pl.prompts.asked import chat_row, text_row
 
 _HELP = "/reset begins anew, /exit ends; Ctrl-C stops an answer"
@@ -58,6 +58,8 @@ def _answer(session: Session, turns: list[dict[str, str]], text: str) -> str | N
     except MokaError as error:
         remedy = "; /reset begins anew" if len(turns) > 1 else ""
         print(f"moka_pl: error: {error}{remedy}", file=sys.stderr)
+    except Terminated:  # which is no wish for another prompt
+        raise
     except KeyboardInterrupt:
         print("\n(stopped)", file=sys.stderr)
     return None
