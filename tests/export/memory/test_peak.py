@@ -1,4 +1,4 @@
-"""What an export takes beside its base, watched in a process of its own."""
+"""What an export takes beside its loaded base, watched in a process of its own."""
 
 import subprocess
 import sys
@@ -11,14 +11,15 @@ from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, save_adapter
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.backbone.random_weights import byte_tokenizer
 
-#: Prints by how many MiB a process grew at the most while it exported; it has imported everything before.
+#: Prints by how many MiB a process grew at the most once it had its base, for which older versions of
+#: transformers need more. It has imported everything before.
 EXPORT = """
 import sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import psutil
 from moka_pl.__main__ import main
-import moka_pl.export.run
+import moka_pl.export.run as run
 from moka_pl.backbone import BackboneConfig, load_backbone
 
 def anonymous():
@@ -32,8 +33,15 @@ def look():
 
 psutil.virtual_memory = lambda: SimpleNamespace(available=2 * 2**20)  # what is written is read layer by layer
 load_backbone(BackboneConfig("tiny", weights="random"))
-peak = before = anonymous()
-threading.Thread(target=look, daemon=True).start()
+export = run.export_merged
+
+def watched(*arguments):
+    global peak, before
+    peak = before = anonymous()
+    threading.Thread(target=look, daemon=True).start()
+    export(*arguments)
+
+run.export_merged = watched
 main(sys.argv[1:])
 print(peak - before)
 """
