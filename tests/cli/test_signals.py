@@ -27,15 +27,17 @@ def test_a_command_that_is_ended_leaves_nothing_behind(number, tmp_path, monkeyp
             os.kill(os.getpid(), number)
             pytest.fail("it went on")
 
-    before = signal.getsignal(number)
-    assert before is signal.SIG_DFL
-    monkeypatch.setitem(module.FUNCTIONS, "export", write)
-    with pytest.raises(SystemExit) as ended:
-        main(["export", str(tmp_path / "out")])
+    before = signal.signal(number, signal.SIG_DFL)  # nohup has its processes ignore SIGHUP
+    try:
+        monkeypatch.setitem(module.FUNCTIONS, "export", write)
+        with pytest.raises(SystemExit) as ended:
+            main(["export", str(tmp_path / "out")])
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert ended.value.code == INTERRUPTED
     assert capsys.readouterr().err.strip() == "interrupted"
     assert not list(tmp_path.iterdir())
-    assert signal.getsignal(number) is before
 
 
 def test_a_chat_ends_in_the_middle_of_an_answer(monkeypatch) -> None:
