@@ -12,18 +12,17 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
-from moka_pl.errors import ConfigError, MokaWarning
+from moka_pl.errors import ConfigError, MokaWarning, terminate
 
+#: Signals that ask for an end, beside Ctrl-C's: a scheduler's, and those of a terminal that is closed.
+ENDING = "SIGTERM", "SIGHUP", "SIGUSR1"
 #: How a file begins that stands for one of Git LFS.
 LFS_POINTER = b"version https://git-lfs"
-
-
 #: Variables that set the allocator of GPU memory; the later ones are older names of the first.
 _ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
 
@@ -56,19 +55,18 @@ def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
 
 
 @contextmanager
-def handled_signals(names: Iterable[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Has a handler for some signals within the body, of those that have no other meaning to the process.
+def ended_by_signals(but: Collection[str] = ()) -> Iterator[None]:
+    """Ends the body on :data:`ENDING` signals as on Ctrl-C, where they have no other meaning to the process.
 
     Args:
-        names: Their names; those that the system does not have are passed by.
-        handler: As :func:`signal.signal` takes it.
+        but: Names of those that are left alone.
     """
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name) and name not in but]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
     for number in ours:
-        signal.signal(number, handler)
+        signal.signal(number, terminate)
     try:
         yield
     finally:

@@ -22,23 +22,20 @@ from moka_pl.callbacks.checkpoints import (
     is_trial,
     last_path,
 )
-from moka_pl.errors import MokaError, NonFiniteError
+from moka_pl.errors import MokaError, NonFiniteError, terminate
 from moka_pl.training.accidents.first_rank import FirstRank, copied_checkpoint, moment
 from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import rng_state, set_rng_state
 from moka_pl.training.launches import AnyRank
 from moka_pl.training.writing.whole_files import finish_writing
-from moka_pl.utils import handled_signals
+from moka_pl.utils import ENDING, ended_by_signals
 
 #: With several processes, ranks check for an interrupt every this many optimizer steps.
 _AGREE_EVERY = 10
 #: Seconds without a batch after which a loader counts as stuck, once a run is asked to stop.
 _STUCK_AFTER = 10.0
 
-#: Signals that ask for an end. Those beside Ctrl-C come from a scheduler, or from a terminal that is closed.
-_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
-]
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", *ENDING) if hasattr(signal, name)]
 
 
 class GracefulInterrupt(Callback):
@@ -85,7 +82,7 @@ class GracefulInterrupt(Callback):
         for number in _SIGNALS:
             if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) in (
                 signal.SIG_DFL,
-                stop_at_once,
+                terminate,  # there was nothing to save before
             ):
                 self._old[number] = signal.signal(number, self._ask)
         if trainer.world_size > 1:  # the ranks agree on SIGTERM by :meth:`_any_asked`
@@ -343,17 +340,10 @@ class _Position(NamedTuple):
     event: Any
 
 
-def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """A handler of signals for as long as there is nothing to save."""
-    raise KeyboardInterrupt
-
-
 def signals_stop() -> contextlib.AbstractContextManager[None]:
     """Ends the body on SIGTERM, SIGHUP and SIGUSR1 as on Ctrl-C, where they have no other meaning."""
-    names = ["SIGTERM", "SIGHUP"]
-    if not SLURMEnvironment.detect():  # Lightning's, to requeue the job
-        names.append("SIGUSR1")
-    return handled_signals(names, stop_at_once)
+    requeues = SLURMEnvironment.detect()  # Lightning does, on SIGUSR1
+    return ended_by_signals(but=("SIGUSR1",) if requeues else ())
 
 
 def _in_loader(frame: FrameType | None) -> bool:

@@ -30,10 +30,9 @@ from moka_pl.errors import (
     end_interrupted,
     printable,
     system_failure,
-    terminate,
 )
 from moka_pl.training.accidents.lifeline import LOST
-from moka_pl.utils import expanded, handled_signals, set_environment
+from moka_pl.utils import ended_by_signals, expanded, set_environment
 from moka_pl.version import __version__
 
 if TYPE_CHECKING:
@@ -62,8 +61,6 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
 #: How warnings are formatted without us.
 _formatted = warnings.formatwarning
 
-#: Signals that end a command as Ctrl-C does: a scheduler's, and a terminal's that is closed.
-_ENDING = "SIGTERM", "SIGHUP"
 _STDOUT = 1
 #: The status that a shell reports of programs that, unlike Python, are ended by writing to a closed pipe.
 _KILLED_BY_SIGPIPE = 128 + 13
@@ -167,7 +164,7 @@ def _run(args: Sequence[str] | None) -> None:
     set_environment()
     try:
         if command in FUNCTIONS:
-            with handled_signals(_ENDING, terminate):
+            with ended_by_signals():
                 FUNCTIONS[command](**parse_function(command, arguments[1:]))
         elif command in ("-h", "--help"):
             _print_help()

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 
 from moka_pl.callbacks import AdapterCheckpoint, GracefulInterrupt, RunCheckpoint, interrupt
 from moka_pl.callbacks.checkpoints import between_steps
-from moka_pl.callbacks.interrupt import _leave_terminal, signals_stop, stop_at_once
+from moka_pl.callbacks.interrupt import _leave_terminal, signals_stop
 from moka_pl.data.batching.loader import ResumableDataLoader
-from moka_pl.errors import DataError
+from moka_pl.errors import DataError, terminate
 
 
 @pytest.fixture(autouse=True)
@@ -264,7 +264,7 @@ def test_leaves_the_requeueing_signal_to_slurm(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
     with signals_stop():
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
-        assert signal.getsignal(signal.SIGTERM) is stop_at_once
+        assert signal.getsignal(signal.SIGTERM) is terminate
 
 
 def test_prints_nowhere_once_the_terminal_is_gone(monkeypatch):

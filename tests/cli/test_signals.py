@@ -13,7 +13,7 @@ from moka_pl.errors import INTERRUPTED, Terminated
 from moka_pl.utils import replaced_folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_command_that_is_ended_leaves_nothing_behind(number, tmp_path, monkeypatch, capsys) -> None:
     def write(out: Path) -> None:
         """Writes a folder.

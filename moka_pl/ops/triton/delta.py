@@ -17,17 +17,22 @@ from moka_pl.ops.triton.launch import launch
 from moka_pl.ops.triton.plan import TILE, Plan
 
 
+@triton.jit
+def _mixed(i, j):  # type: ignore[no-untyped-def]
+    """Numbers of 32 bits for rows i and columns j, whose upper halves are the thresholds of rounding."""
+    row = i.to(tl.uint32) * 0x9E3779B1
+    row = (row ^ (row >> 15)) * 0x85EBCA77
+    column = j.to(tl.uint32) * 0xC2B2AE3D
+    column = (column ^ (column >> 13)) * 0x27D4EB2F
+    return (row ^ column) * 0x9E3779B1
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def round_sum(total, i, j, DTYPE: tl.constexpr, DITHER: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rounds to DTYPE; reference: :func:`moka_pl.ops.triton.reference.round_by_thresholds`."""
     rounded = total.to(DTYPE)
     if DITHER:
-        row = i.to(tl.uint32) * 0x9E3779B1
-        row = (row ^ (row >> 15)) * 0x85EBCA77
-        column = j.to(tl.uint32) * 0xC2B2AE3D
-        column = (column ^ (column >> 13)) * 0x27D4EB2F
-        threshold = ((row ^ column) * 0x9E3779B1) >> 16
-        high = (total.to(tl.uint32, bitcast=True) + threshold) >> 16
+        high = (total.to(tl.uint32, bitcast=True) + (_mixed(i, j) >> 16)) >> 16
         # A NaN must not overflow into a number.
         rounded = tl.where(total == total, high.to(tl.uint16).to(DTYPE, bitcast=True), rounded)
     return rounded
@@ -66,13 +71,9 @@ def add_frozen(  # type: ignore[no-untyped-def]
     DITHER: with thresholds, to bfloat16. PAIRWISE: by instructions of NVIDIA's GPUs, with the same result.
     """
     if DITHER and PAIRWISE:
-        row = i.to(tl.uint32) * 0x9E3779B1
-        row = (row ^ (row >> 15)) * 0x85EBCA77
-        column = j.to(tl.uint32) * 0xC2B2AE3D
-        column = (column ^ (column >> 13)) * 0x27D4EB2F
-        mixed = (row ^ column) * 0x9E3779B1
+        parts = [total, number, _mixed(i, j)]
         rounded = tl.inline_asm_elementwise(
-            _ROUND_PAIR, "=r,f,f,f,f,r,r", [total, number, mixed], dtype=tl.bfloat16, is_pure=True, pack=2
+            _ROUND_PAIR, "=r,f,f,f,f,r,r", parts, dtype=tl.bfloat16, is_pure=True, pack=2
         )
     else:
         rounded = round_sum(number.to(DTYPE).to(tl.float32) + total, i, j, DTYPE, DITHER)

@@ -14,7 +14,7 @@ from moka_pl.ops.triton.base_weight import WeightSource
 from moka_pl.ops.triton.delta import fused_weights
 from moka_pl.ops.triton.dequantise import can_dequantise
 from moka_pl.ops.triton.factor_gradients import factor_gradients, make_factor_plan
-from moka_pl.ops.triton.gates import Gates, layer_gates
+from moka_pl.ops.triton.gates import layer_gates
 from moka_pl.ops.triton.periods import choice
 from moka_pl.ops.triton.plan import Plan
 from moka_pl.ops.triton.thin.matrices import merged_weight, thin_matrices
@@ -100,8 +100,7 @@ class FusedThinUpdates(ThinUpdates):
 
     def merges(self, tokens: int) -> bool:
         """As :meth:`ThinUpdates.merges`."""
-        many = tokens > DEQUANTISED_TOKENS and bool(self.plan.merged)
-        return many and self._own_weight() is not None
+        return self._merged_source(tokens) is not None
 
     def product(
         self, x: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, gate: Tensor | None, keep: Keep
@@ -111,12 +110,11 @@ class FusedThinUpdates(ThinUpdates):
             return super().product(x, bias, left, right, gate, keep)
         x = x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
-        own = self._own_weight() if x.shape[0] > DEQUANTISED_TOKENS else None
-        if own is not None and self.plan.merged:  # as merges says
+        if (source := self._merged_source(len(x))) is not None:
             keep()
-            total = merged_weight(self.plan, left, right, gates, x.dtype, own)  # (m, n)
+            total = merged_weight(self.plan, left, right, gates, x.dtype, source)  # (m, n)
             return F.linear(x, total, bias)
-        own = own if bias is None else None
+        own = self._own_weight() if bias is None and x.shape[0] > DEQUANTISED_TOKENS else None
         thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own)
         if weight is not None:
             update, hidden = thin_forward(self.plan, x, thin)
@@ -143,37 +141,26 @@ class FusedThinUpdates(ThinUpdates):
             return super().backward(grad, x, left, right, gate, kept, needs_x, total)
         grad, x = grad.contiguous(), x.contiguous()
         gates = layer_gates(self.plan.plan, gate, self.scaling, self.gating)
-        if not kept:
-            return self._merged_backward(grad, x, left, right, gate, gates, needs_x, total)
-        frozen = self._frozen_gradient(grad) if needs_x else None  # (T, n)
+        merged = not kept
+        frozen = self._frozen_gradient(grad) if needs_x and not merged else None  # (T, n)
         own = self._own_weight() if needs_x and frozen is None else None
-        thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own)
-        if frozen is not None:
-            total = frozen if total is None else frozen.add_(total)
-        grad_x, parts = thin_backward(self.plan, grad, x, kept[0], thin, needs_x, total if needs_x else None)
-        if grad_x is not None and frozen is None and self.base_weight is not None:
-            grad_x.addmm_(grad, self.base_weight().to(grad.dtype) if weight is None else weight)
+        thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own, merged and needs_x)
+        if merged:
+            grad_x = None if weight is None else add_product_(total, grad, weight)  # (T, n)
+            _, parts = thin_backward(self.plan, grad, x, thin_hidden(self.plan, x, thin), thin, False)
+        else:
+            if frozen is not None:
+                total = frozen if total is None else frozen.add_(total)
+            ours = total if needs_x else None
+            grad_x, parts = thin_backward(self.plan, grad, x, kept[0], thin, needs_x, ours)
+            if grad_x is not None and frozen is None and self.base_weight is not None:
+                grad_x.addmm_(grad, self.base_weight().to(grad.dtype) if weight is None else weight)
         grads = thin_factor_gradients(self.plan, parts, right, gates, gate is not None)
         return grad_x, *grads
 
-    def _merged_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        left: Tensor,
-        right: Tensor,
-        gate: Tensor | None,
-        gates: Gates,
-        needs_x: bool,
-        total: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """As :meth:`backward` where ΔW was added to W."""
-        own = self._own_weight() if needs_x else None
-        thin, weight = thin_matrices(self.plan, left, right, gates, x.dtype, own, merged=own is not None)
-        grad_x = None if weight is None else add_product_(total, grad, weight)  # (T, n)
-        hidden = thin_hidden(self.plan, x, thin)  # (T, R)
-        _, parts = thin_backward(self.plan, grad, x, hidden, thin, False)
-        return grad_x, *thin_factor_gradients(self.plan, parts, right, gates, gate is not None)
+    def _merged_source(self, tokens: int) -> WeightSource | None:
+        """The frozen weight, where the update of so many tokens is added to it."""
+        return self._own_weight() if self.plan.merged and tokens > DEQUANTISED_TOKENS else None
 
     def _own_weight(self) -> WeightSource | None:
         """The frozen weight, where the kernels dequantise it."""

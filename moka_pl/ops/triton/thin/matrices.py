@@ -105,7 +105,7 @@ def thin_matrices(
         merged: Whether W + ΔW is asked for in the place of W, by a plan that has ``merged``.
     """
     thin = torch.empty(plan.hidden * (plan.plan.m + plan.plan.n), dtype=dtype, device=right.device)
-    return thin, _fill(plan, thin, left, right, gates, source, merged)
+    return thin, _fill(plan, dtype, left, right, gates, source, merged, thin)
 
 
 def merged_weight(
@@ -121,24 +121,23 @@ def merged_weight(
         dtype: Dtype of the result, bfloat16 (see :mod:`moka_pl.ops.triton.delta` on its rounding) or float32.
         source: The frozen 4-bit weight, which :func:`can_dequantise`.
     """
-    weight = _fill(plan, None, left, right, gates, source, True, dtype)
+    weight = _fill(plan, dtype, left, right, gates, source, True)
     assert weight is not None
     return weight
 
 
 def _fill(
     plan: ThinPlan,
-    thin: Tensor | None,
+    dtype: torch.dtype,
     left: Tensor,
     right: Tensor,
     gates: Gates,
     source: WeightSource | None,
     merged: bool,
-    dtype: torch.dtype | None = None,
+    thin: Tensor | None = None,
 ) -> Tensor | None:
-    """Fills L and Uᵀ in, if there is room for them, and returns W or W + ΔW, in their dtype unless told."""
+    """Returns W or W + ΔW of a source, and fills in L and Uᵀ where there is room for them."""
     m, n = plan.plan.m, plan.plan.n
-    dtype = thin.dtype if thin is not None else dtype
     w = None if source is None else torch.empty(m, n, dtype=dtype, device=right.device)
     frozen_pointers, blocksize, nested = frozen_arguments(source, right)
     if w is not None:
@@ -148,14 +147,13 @@ def _fill(
     own = plan.merged if merged else ()
     for_weight = -(-own[2] // STEPS) * -(-n // (8 * WORDS)) if own else -(-size // (4 * WORDS))
     values, scaling, gating = gates
-    filler = w if thin is None else thin
     launch(
         _fill_kernel, plan.compiled, ("fill", dtype, gating, blocksize, nested, merged, thin is None),
         (programs + for_weight, 1, 1), (right, left, values, *frozen_pointers[:2]),
-        (filler if w is None else w, filler, left, right, values, scaling, plan.rows, *frozen_pointers,
-         stripes, programs, size, m, n, plan.hidden, plan.padded, len(plan.plan.shapes), plan.plan.padded,
-         gating, w is not None, blocksize, nested, merged, own, rounds_pairwise(right.device), COLUMNS, STEPS,
-         WORDS),
+        (thin if w is None else w, w if thin is None else thin, left, right, values, scaling, plan.rows,
+         *frozen_pointers, stripes, programs, size, m, n, plan.hidden, plan.padded, len(plan.plan.shapes),
+         plan.plan.padded, gating, w is not None, blocksize, nested, merged, own,
+         rounds_pairwise(right.device), COLUMNS, STEPS, WORDS),
         num_warps=WORDS // 32, enable_fp_fusion=False,
     )  # fmt: skip
     return w

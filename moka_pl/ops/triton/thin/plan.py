@@ -14,7 +14,7 @@ NARROWEST = 16
 #: Columns that one program fills of L and U, and packed entries of which one program adds up the gradient.
 COLUMNS, CHUNK = 128, 32
 #: Rows of left factors, each of which is a row of W + ΔW that a program adds up, and the most components.
-ROWS, _FEW = (1, 2, 4, 8), 4
+_ROWS, _FEW = (1, 2, 4, 8), 4
 #: Programs that keep a large GPU busy, twice over, and the most programs that share the tokens of G.
 _PROGRAMS, _BLOCKS = 264, 64
 
@@ -153,7 +153,7 @@ def _merged(shapes: tuple[Shape, ...], m: int, n: int) -> tuple[int, ...]:
     """:attr:`ThinPlan.merged`: few components of one shape, as large as the layer, in whole words."""
     first = shapes[0]
     even = first.rows == m and first.cols == n and n % 8 == 0 and 8 % first.n_b == 0
-    if set(shapes) != {first} or not even or first.m_a not in ROWS or len(shapes) > _FEW:
+    if set(shapes) != {first} or not even or first.m_a not in _ROWS or len(shapes) > _FEW:
         return ()
     return (*first[:4], len(shapes))
 
