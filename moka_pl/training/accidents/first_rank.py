@@ -48,7 +48,7 @@ class FirstRank:
         self._failed, self._answered = f"moka_pl/failed/{_fits}", f"moka_pl/answered/{_fits}"
         self._store: Any = rendezvous_store()
         self._save, self._over = save, threading.Event()
-        self._first, self._unsaid = trainer.is_global_zero, threading.Lock()
+        self._first, self._saying, self._said = trainer.is_global_zero, threading.Lock(), False
         if self._first:
             threading.Thread(target=self._look, daemon=True).start()
 
@@ -66,9 +66,14 @@ class FirstRank:
                 return
 
     def _say(self, saved: bool) -> None:
-        """Says once what there is to go on from, if it is not the last step."""
-        if not saved and not self._over.is_set() and self._unsaid.acquire(blocking=False):
-            rank_zero_info(_UNSAVED)
+        """Says once what there is to go on from, if it is not the last step.
+
+        Whoever comes second waits: the process may end as soon as it goes on.
+        """
+        with self._saying:
+            if not saved and not self._said and not self._over.is_set():
+                rank_zero_info(_UNSAVED)
+                self._said = True
 
     def _answer(self) -> None:
         self._store.set(self._answered, "")

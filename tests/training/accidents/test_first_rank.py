@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -132,14 +133,23 @@ def test_a_rank_waits_until_the_first_one_has_saved(ranks):
     assert asked == [7, 7, 7]
 
 
-def test_a_first_rank_that_cannot_save_says_so_once_and_soon(ranks, monkeypatch, caplog):
+def test_a_first_rank_that_cannot_save_says_so_once_and_before_it_ends(ranks, monkeypatch):
+    begun, go_on, said = threading.Event(), threading.Event(), []
+
+    def say(text):
+        begun.set()
+        assert go_on.wait(60)
+        said.append(text)
+
     monkeypatch.setattr(first_rank, "_PATIENCE", 0.05)
+    monkeypatch.setattr(first_rank, "rank_zero_info", say)
     first, second = ranks(lambda step: False)
-    with caplog.at_level("INFO"):
-        second.fails(7)
-        monkeypatch.setattr(first_rank, "_running", first)
-        first_rank.save_now()
-    assert caplog.text.count("--ckpt_path last goes on from the last one") == 1
+    second.fails(7)
+    assert begun.wait(60)  # by the thread, while the main thread comes to its own end
+    threading.Timer(0.05, go_on.set).start()
+    first.save_now()
+    assert len(said) == 1
+    assert "--ckpt_path last goes on from the last one" in said[0]
 
 
 class Event:
