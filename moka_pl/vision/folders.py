@@ -12,7 +12,11 @@ from moka_pl.vision.data import ImageData, ImageSet
 from moka_pl.vision.images import ENDINGS, check_header, is_hidden, open_image
 
 #: Folders of the splits, of which ``train`` has to be there.
-_SPLITS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test",)}
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 
 
 class ImageFolderData(ImageData):
@@ -28,7 +32,8 @@ class ImageFolderData(ImageData):
             ImageData).
 
     Raises:
-        DataError: There are no images, fewer than two classes, or other classes in ``val`` and ``test``.
+        DataError: There are no images, fewer than two classes, other classes in ``val`` and ``test``, or
+            these without ``train``.
     """
 
     name = "images"
@@ -55,10 +60,13 @@ class ImageFolderData(ImageData):
         root = expanded(self.path)
         if not root.is_dir():
             raise DataError(f"{root} is no folder; give one with a folder of images for each class")
-        found = {
-            split: root / name for split, names in _SPLITS.items() for name in names if (root / name).is_dir()
-        }
-        return found if "train" in found else {"train": root}
+        found = _split_folders(root)
+        if found and "train" not in found:
+            raise DataError(
+                f"{root} has a folder {next(iter(found.values())).name} and none called train, so that they "
+                "could be splits or classes; call the training images' folder train, or rename that class"
+            )
+        return found or {"train": root}
 
     def load(self) -> Mapping[str, ImageSet]:
         """Finds the images of every split, and looks at the beginning of each file."""
@@ -92,3 +100,35 @@ class ImageFolderData(ImageData):
             digest.update(f"{file.relative_to(folder)}\n{check_header(file)}\n".encode())
         names = [file.relative_to(folder).as_posix() for file in files]
         return ImageSet(names, labels, digest.hexdigest(), files, open_image)
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """Returns the folder of each split, whatever case its name has; none where there are only classes.
+
+    Beside other folders, one that is called train and holds images alone is a class like these.
+
+    Raises:
+        DataError: If two folders are called after one split.
+    """
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry))
+    known = {name for names in _SPLITS.values() for name in names}
+    others = [folder.name for folder in folders if folder.name.lower() not in known]
+    found: dict[str, Path] = {}
+    for split, names in _SPLITS.items():
+        named = [folder for folder in folders if folder.name.lower() in names]
+        named = [folder for folder in named if not others or _holds_folders(folder)]
+        if len(named) > 1:
+            raise DataError(
+                f"{root} has two folders for one split, "
+                f"{named[0].name} and {named[1].name}; remove one of them"
+            )
+        if named:
+            found[split] = named[0]
+    if "train" in found and others:
+        splits = ", ".join(folder.name for folder in found.values())
+        warn(f"{root}: images are taken from {splits} alone, not from the folders beside (first {others[0]})")
+    return found
+
+
+def _holds_folders(folder: Path) -> bool:
+    return any(entry.is_dir() and not is_hidden(entry) for entry in folder.iterdir())

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: Endings of the files that count as images, in small letters.
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
+#: Formats whose 16 bits Pillow reads as 32; those of PGM files fill them, whatever their largest value is.
+_WIDENED = ("PNG", "PPM")
+
 
 def is_hidden(path: Path) -> bool:
     """Whether a file or folder is left out by its name, as what file managers leave behind."""
@@ -33,9 +36,10 @@ def open_image(file: Path) -> "Image":
     from PIL import Image, ImageOps
 
     with _reading(file), Image.open(io.BytesIO(file.read_bytes())) as image:
+        bits = _bits(image)
         upright: Image.Image = ImageOps.exif_transpose(image)
         upright.load()
-        return upright
+        return upright if bits == 8 else _halved(upright)
 
 
 def channels_of(processor: Any) -> int:
@@ -61,12 +65,33 @@ def check_header(file: Path) -> int:
     """Returns the size of an image file in bytes, whose beginning is looked at.
 
     Raises:
-        DataError: Naming the file, if it is no image.
+        DataError: Naming the file, if it is no image, or one whose pixels have no known range.
     """
     from PIL import Image
 
-    with _reading(file), Image.open(file):
+    with _reading(file), Image.open(file) as image:
+        _bits(image)
         return file.stat().st_size
+
+
+def _bits(image: "Image") -> int:
+    """Returns the bits of a pixel's channel, 8 or 16.
+
+    Raises:
+        ValueError: If they are numbers of no known range, of which Pillow would cut off all above 255.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _WIDENED):
+        return 16
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers, of which no range is known; use 8 or 16 bits")
+    return 8
+
+
+def _halved(image: "Image") -> "Image":
+    """Makes 8 bits of 16, which Pillow's ``convert`` does not: it makes all above 255 white."""
+    from PIL import Image
+
+    return Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
 
 
 @contextmanager

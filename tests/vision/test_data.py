@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from moka_pl.backbone import BackboneConfig
-from moka_pl.errors import DataError
+from moka_pl.errors import DataError, MokaWarning
 from moka_pl.vision import DigitsData, ImageFolderData
 from moka_pl.vision.backbone import load_processor
 from moka_pl.vision.data import hold_out
+from moka_pl.vision.images import check_header, open_image
 
 
 @pytest.fixture
@@ -101,6 +102,58 @@ def test_folders_of_splits_are_used(connected, squares, tmp_path):
     (tmp_path / "test/red").mkdir(parents=True)
     with pytest.raises(DataError, match="test has no such class: blue; give every split the same classes"):
         connected(path=str(tmp_path))
+
+
+def test_splits_are_known_in_any_case_and_never_taken_for_classes(connected, squares, tmp_path):
+    (tmp_path / "Test").symlink_to(squares)
+    with pytest.raises(
+        DataError, match=r"has a folder Test and none called train, .*; call the training images'"
+    ):
+        connected(path=str(tmp_path))
+    (tmp_path / "Train").symlink_to(squares)
+    data = connected(path=str(tmp_path))
+    assert data.classes == ["blue", "red"]
+    assert len(names(data.test_dataloader())) == 18
+    (tmp_path / "other").symlink_to(squares)
+    with pytest.warns(MokaWarning, match=r"taken from Train, Test alone, not from .* \(first other\)"):
+        connected(path=str(tmp_path))
+    (tmp_path / "training").symlink_to(squares)
+    with pytest.raises(DataError, match="two folders for one split, Train and training; remove one of them"):
+        connected(path=str(tmp_path))
+
+
+def test_a_class_may_be_called_train(connected, squares, tmp_path):
+    for name in ("bus", "train"):
+        (tmp_path / name).symlink_to(squares / "red/more")
+    assert connected(path=str(tmp_path)).classes == ["bus", "train"]
+    (tmp_path / "bus").rename(tmp_path / "val")
+    with pytest.raises(DataError, match="train has no folders of classes"):
+        connected(path=str(tmp_path))
+
+
+SHADES = numpy.linspace(0, 65535, 64).astype(numpy.uint16).reshape(8, 8)
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
+def test_sixteen_bits_are_not_cut_off_at_eight(ending, tmp_path):
+    file = tmp_path / f"grey.{ending}"
+    if ending == "pgm":
+        file.write_bytes(b"P5 8 8 65535 " + SHADES.astype(">u2").tobytes())
+    else:
+        Image.fromarray(SHADES).save(file)
+    check_header(file)
+    image = open_image(file)
+    numpy.testing.assert_array_equal(numpy.asarray(image.convert("L")), SHADES >> 8)
+    numpy.testing.assert_array_equal(numpy.asarray(image.convert("RGB"))[..., 1], SHADES >> 8)
+
+
+@pytest.mark.parametrize("dtype", [numpy.float32, numpy.int32])
+def test_pixels_without_a_range_are_refused_before_training(dtype, tmp_path):
+    file = tmp_path / "grey.tiff"
+    Image.fromarray(SHADES.astype(dtype)).save(file)
+    for read in (check_header, open_image):
+        with pytest.raises(DataError, match=r"grey.tiff .* 32-bit numbers, .*; use 8 or 16 bits"):
+            read(file)
 
 
 @pytest.mark.parametrize(
