@@ -75,10 +75,11 @@ def export(
     from moka_pl.export.run import FORMATS, Request
 
     out = out or _beside(adapter, to)
-    check_output(out, adapter, overwrite)
+    info = read_adapter(adapter)
+    check_output(out, adapter, overwrite, base or info.base.name)
     original = onto == "original"
     request = Request(adapter, out, dtype, base, original, rank, energy, max_rank, prompts, gguf_type)
-    if read_adapter(adapter).labels:
+    if info.labels:
         from moka_pl.vision.export import export_images
 
         export_images(request, to)

@@ -64,13 +64,13 @@ def predict(
 
     kept = [file, *(adapter / name for name in (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME))]
     if read_adapter(adapter).labels:
-        from moka_pl.vision.predict import predict_images
+        from moka_pl.vision.predict import find_images, predict_images
 
         if prompt_format or system or chosen != Sampling():
             raise ConfigError(
                 f"options of prompts and answers are for texts, and {adapter} classifies images"
             )
-        check_output(output, overwrite, kept)
+        check_output(output, overwrite, [*kept, *find_images(file)])
         predict_images(adapter, file, output, batch_size, base, merge)
         return
     rows = read_prompts(file)

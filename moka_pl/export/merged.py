@@ -23,7 +23,7 @@ from moka_pl.backbone.loading import loading, progress_bars
 from moka_pl.backbone.quantization import dense_weight, is_quantised
 from moka_pl.errors import AdapterError
 from moka_pl.export.check import Measured, check, measure
-from moka_pl.export.folder import mebibytes, written_folder
+from moka_pl.export.folder import marked, mebibytes, written_folder
 from moka_pl.export.memory.placement import largest_layer, placement
 from moka_pl.export.memory.shard import Planned, write_safetensors
 from moka_pl.export.rounding import pieces, round_weights, rounds_alone, to_dtype
@@ -203,7 +203,7 @@ def write_weights(folder: Path, parts: list[Part], dtype: torch.dtype) -> None:
         ]
         total += sum(tensor.bytes for tensor in tensors)
         names |= {part.name: file for part in shard}
-        write_safetensors(folder / file, tensors, {"format": "pt"})
+        write_safetensors(folder / file, tensors, marked("pt"))
         say(f"wrote {file} ({number} of {len(shards)}, {total / 2**20:,.0f} MiB so far)")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": names}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from moka_pl.errors import AdapterError, ConfigError, one_line
 from moka_pl.export.check import Measured, check, measured
-from moka_pl.export.folder import mebibytes, written_folder
+from moka_pl.export.folder import marked, mebibytes, written_folder
 from moka_pl.export.lora import LoraForm
+from moka_pl.export.memory.shard import write_tensors
 from moka_pl.export.merged import base_dtype, merged_parts, write_description, write_weights
 from moka_pl.export.peft import lora_reference
 from moka_pl.export.source import Source, say
@@ -74,7 +74,7 @@ def write_mlx(folder: Path, form: LoraForm, blocks: int, dtype: torch.dtype) -> 
         "lora_parameters": {"rank": form.rank, "scale": 1.0, "dropout": 0.0, "keys": keys},
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "adapters.safetensors").write_bytes(save(tensors, metadata={"format": "mlx"}))
+    write_tensors(folder / "adapters.safetensors", tensors, marked("mlx"))
 
 
 def export_mlx(source: Source, out: Path, form: LoraForm, dtype: torch.dtype) -> None:

@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING
 
 from moka_pl.errors import MokaError
+from moka_pl.export.folder import MARK
 from moka_pl.prompts.ends import adds_bos, end_tokens, template_tail
 from moka_pl.prompts.rendering import render_chat
 from moka_pl.prompts.templates import alpaca_prompt, cloze_prompt
+from moka_pl.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +34,7 @@ def modelfile(
         lines.append(f'TEMPLATE """{template}"""')
     ends = (tokenizer.convert_ids_to_tokens(one) for one in end_tokens(tokenizer))
     lines += [f'PARAMETER stop "{end}"' for end in ends]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, f"# {MARK} {__version__}"]) + "\n"
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase", prompt_format: str | None) -> str | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from moka_pl.adapters import unload
@@ -15,8 +14,9 @@ from moka_pl.backbone.linear_layers import conv1d_names
 from moka_pl.backbone.quantization import import_quantiser
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.export.check import Measured, check, measure
-from moka_pl.export.folder import mebibytes, written_folder
+from moka_pl.export.folder import marked, mebibytes, written_folder
 from moka_pl.export.lora import LoraForm, lora_applied
+from moka_pl.export.memory.shard import write_tensors
 from moka_pl.export.rounding import rounds_alone
 from moka_pl.export.source import Source, say
 from moka_pl.lm.experts import has_experts
@@ -185,7 +185,7 @@ def write_peft(
         tensors[f"{layer}.lora_A.weight"] = lora_a.to(dtype).contiguous()  # (r, n)
         tensors[f"{layer}.lora_B.weight"] = lora_b.to(dtype).contiguous()  # (m, r)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    write_tensors(folder / "adapter_model.safetensors", tensors, marked("pt"))
 
 
 def target_modules(model: nn.Module, layers: list[str]) -> list[str]:

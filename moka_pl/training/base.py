@@ -10,7 +10,7 @@ import torch
 from moka_pl.adapters import AdapterInfo, BaseModel, MokaConfig
 from moka_pl.adapters.filters import AUTO
 from moka_pl.backbone import Backbone, BackboneConfig, compute_dtype, fingerprint, weight_samples
-from moka_pl.errors import ConfigError, listed
+from moka_pl.errors import AdapterError, ConfigError, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,16 +22,27 @@ if TYPE_CHECKING:
 _NAMED = 8
 
 
-def take_new_tokens(module: "MokaModule", stored: AdapterInfo | None) -> None:
-    """Checks the new tokens of a run's base, which are those of the adapter that it starts from, if any.
+def take_stored(module: "MokaModule", stored: AdapterInfo | None) -> None:
+    """Checks the adapter that a run starts from, if any, and takes over its new tokens.
 
     Args:
         module: The module, with its options.
         stored: What the directory of that adapter says.
 
     Raises:
-        ConfigError: If they are others, or do not go with the adapter.
+        AdapterError: If it is of an image classifier, and the module is not; those refuse others themselves.
+        ConfigError: If the new tokens are others, or do not go with the adapter.
     """
+    if stored is not None and stored.labels and not module.classifies:
+        raise AdapterError(
+            f"adapter_path {module.adapter_path} classifies images; give --model moka_pl.VisionModule and "
+            "images, or an adapter of a language model"
+        )
+    _take_new_tokens(module, stored)
+
+
+def _take_new_tokens(module: "MokaModule", stored: AdapterInfo | None) -> None:
+    """Checks the new tokens of a run's base, which are those of the adapter that it starts from, if any."""
     own, config = module.backbone.new_tokens, module.adapter
     if stored is not None:
         theirs = stored.base.options.get("new_tokens", [])

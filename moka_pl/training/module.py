@@ -34,7 +34,7 @@ from moka_pl.lm.checkpointing import checkpoint_layers
 from moka_pl.prompts.new_tokens import new_token_pieces
 from moka_pl.training.accidents.spikes import SpikeOptions
 from moka_pl.training.auto_filters import DeferredFilters
-from moka_pl.training.base import describe_base, name_new_tokens, number_new_tokens, take_new_tokens
+from moka_pl.training.base import describe_base, name_new_tokens, number_new_tokens, take_stored
 from moka_pl.training.checkpoint import (
     StoredRun,
     check_checkpoint,
@@ -105,6 +105,7 @@ class MokaModule(TrainedModule):
         course: What decides the course of a fit, as its checkpoints hold it.
         checkpoint_path: The checkpoint that will be loaded, so that its run can be compared before the model
             is loaded.
+        classifies: Whether it is a model of images.
         next_command: What to do with a trained adapter, as a command without the program.
         resumes: Whether the next fit resumes from a checkpoint, so that ``filters: auto`` need not choose.
             (If False, the choice is made, and a loaded checkpoint's choice replaces it.)
@@ -112,6 +113,7 @@ class MokaModule(TrainedModule):
 
     resumes: bool = False
     checkpoint_path: Path | None = None
+    classifies: bool = False
     next_command: str = "generate {adapter} 'Why does bread rise?'"
 
     def __init__(
@@ -140,7 +142,7 @@ class MokaModule(TrainedModule):
         stored = None if adapter_path is None else read_adapter(adapter_path)  # a damaged folder shows now
         if stored is not None:
             self.adapter, self.adapter_prompt = stored.config, stored.extra.get("prompt")
-        take_new_tokens(self, stored)
+        take_stored(self, stored)
         learning_rate_ratios.check_fits(self.adapter)
         if gradient_checkpointing not in (True, False, "offload"):
             raise ConfigError(

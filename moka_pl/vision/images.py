@@ -96,10 +96,12 @@ def _halved(image: "Image") -> "Image":
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         yield
+    except UnidentifiedImageError as error:  # which names what was read: bytes, not the file
+        raise DataError(f"{file} is no image of a format that Pillow knows; repair or remove it") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{file} cannot be read as an image ({one_line(error)}); repair or remove it"

@@ -65,6 +65,7 @@ class VisionModule(MokaModule):
     """
 
     tokenizer = cast(Any, None)  # there is no text
+    classifies = True
     next_command = "export {adapter} --to merged"
 
     def __init__(

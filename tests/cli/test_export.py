@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save
 from transformers import GemmaConfig, LlamaConfig, PretrainedConfig
 
 from moka_pl.backbone.random_weights import shape_config
 from moka_pl.cli.export import _beside, export
 from moka_pl.cli.main import main
 from moka_pl.errors import ConfigError
+from moka_pl.export.folder import marked
 
 
 @pytest.mark.parametrize(
@@ -142,6 +144,7 @@ def test_an_older_export_is_replaced_on_request_only(
     out = adapter.with_name("adapter-lora")
     out.mkdir()
     (out / "adapter_config.json").write_text("{}")
+    (out / "adapter_model.safetensors").write_bytes(save({}, metadata=marked("pt")))
     with pytest.raises(SystemExit):
         main(["export", str(adapter), "--to", "lora"])
     assert "is not empty; choose another folder, or add --overwrite" in capsys.readouterr().err

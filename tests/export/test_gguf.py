@@ -28,6 +28,7 @@ from moka_pl.export.lora import lora_form
 from moka_pl.export.merged import merged_parts
 from moka_pl.export.modelfile import modelfile
 from moka_pl.export.rounding import round_weights
+from moka_pl.version import __version__
 
 gguf = pytest.importorskip("gguf")
 IDS = torch.tensor([5, 60, 7, 9, 33, 21, 90, 2])
@@ -193,7 +194,7 @@ def test_the_template_of_a_chat() -> None:
     assert modelfile("./m.gguf", None, tokenizer, "chat") == (
         'FROM ./m.gguf\nTEMPLATE """{{ if .System }}<s>system\n{{ .System }}</s>\n<s>user\n'
         "{{ else }}<s>system\nBe kind</s>\n<s>user\n{{ end }}{{ .Prompt }}</s>\n<s>assistant\n"
-        '{{ .Response }}</s>"""\nPARAMETER stop "</s>"\n'
+        f'{{{{ .Response }}}}</s>"""\nPARAMETER stop "</s>"\n# moka_pl_version {__version__}\n'
     )
 
 

@@ -68,14 +68,25 @@ def test_predict_names_the_likeliest_class_of_each_image(adapter, squares, tmp_p
         logits = model(processor(image, return_tensors="pt")["pixel_values"]).logits[0]
         assert row["probability"] == pytest.approx(logits.softmax(0).max().item(), abs=1e-5)
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    image = squares / "red/1.png"
     for given, error in (
         (["--file", str(tmp_path / "nothing")], "holds no images"),
         (["--file", str(squares), "--system", "be kind"], "options of prompts and answers are for texts"),
+        (
+            ["--file", str(tmp_path / "text.png")],
+            "text.png is no image of a format that Pillow knows; repair",
+        ),
+        (
+            ["--file", str(squares), "--output", str(image), "--overwrite"],
+            "red/1.png is read for the answers",
+        ),
     ):
         with pytest.raises(SystemExit):
             main(["predict", str(adapter), "--output", str(tmp_path / "none.jsonl"), *given])
         assert error in capsys.readouterr().err
     assert not list(tmp_path.glob("*none*"))
+    Image.open(image)
 
 
 def test_predict_takes_no_hidden_files(tmp_path):

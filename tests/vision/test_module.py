@@ -165,6 +165,13 @@ def test_an_adapter_directory_knows_its_classes(adapter, make_vision, make_image
     assert processor.size["height"] == 8
 
 
+def test_a_language_model_refuses_the_adapter_of_a_classifier(adapter):
+    with pytest.raises(
+        AdapterError, match=r"classifies images; give --model moka_pl\.VisionModule and images"
+    ):
+        MokaModule(BackboneConfig("tiny", weights="random"), adapter_path=str(adapter))
+
+
 def test_refuses_other_classes_and_another_base(
     adapter, vit, make_vision, make_images, make_trainer, squares, tmp_path
 ):
