@@ -146,6 +146,10 @@ def test_gradients_of_fresh_leaves_are_those_of_the_parameters_that_come_back() 
     loss, found = capture.result()
     assert loss.item() == capture(fixed).item()
     assert len(found) == len(params)
+    # Only if all are of one dtype and dense do a few launches multiply them by the loss's gradient on a GPU.
+    assert {(t.dtype, t.device) for t in (loss, *found)} == {(torch.float32, torch.device("cpu"))}
+    assert all(t.is_contiguous() for t in found)
+    assert loss.dim() == 0
     for one, other in zip(found, expected, strict=True):
         assert one.abs().sum() > 0
         torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -125,7 +125,8 @@ def time_steps(
             reset_peak(device)
         times = _repeat(lambda: _step(loss, device, trainable), steps, seconds)
         peak = peak_gib(device)
-        seen = _profile(lambda: _step(loss, device, trainable)) if profiled else {}
+        seen = _profile(lambda: _passes(loss, device)) if profiled else {}
+        _change(trainable)
     forward: Values = {} if captured else {"forward_ms": statistics.median(forward for forward, _ in times)}
     return seen | forward | _summary([step for _, step in times], batch * length, peak, trainable)
 
@@ -198,7 +199,24 @@ def captured_loss(model: "PreTrainedModel", data: Batch) -> "Loss":
 
 
 def _step(loss: "Loss", device: "torch.device", trainable: list["Tensor"]) -> _Times:
-    """One step; returns the milliseconds of forward, and of forward and backward."""
+    """One step, after which all parameters count as changed; returns the times of its passes."""
+    times = _passes(loss, device)
+    _change(trainable)
+    return times
+
+
+def _change(trainable: list["Tensor"]) -> None:
+    """Ends a step as an optimizer would, neither timed nor profiled: nothing computed before serves again."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in trainable:
+            parameter.grad = None
+            parameter.mul_(1.0)
+
+
+def _passes(loss: "Loss", device: "torch.device") -> _Times:
+    """Both passes; returns the milliseconds of forward, and of forward and backward."""
     import torch
 
     cuda = device.type == "cuda"
@@ -220,12 +238,6 @@ def _step(loss: "Loss", device: "torch.device", trainable: list["Tensor"]) -> _T
     synchronise(device)
     ended = time.perf_counter()
     forward = marks[0].elapsed_time(marks[1]) if cuda else 1e3 * (between - begun)
-    del value
-    # As after an optimizer's step: nothing that was computed from the parameters may be used again.
-    with torch.no_grad():
-        for parameter in trainable:
-            parameter.grad = None
-            parameter.mul_(1.0)
     return forward, 1e3 * (ended - begun)
 
 

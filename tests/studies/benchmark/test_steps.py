@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from moka_pl._compat import change_count
 from moka_pl.studies.benchmark import cases, steps
 from moka_pl.studies.benchmark.bench import linear_weights as bench_weights
 from moka_pl.studies.benchmark.bench import quartiles
@@ -147,6 +148,28 @@ def test_a_profiled_step_is_counted(bench) -> None:
     )
     assert error is None
     assert values["launches"] == values["gpu_ms"] == 0  # a CPU launches nothing
+
+
+def test_what_ends_a_step_is_not_profiled(bench, monkeypatch) -> None:
+    changes = []
+
+    def profile(work):
+        before = [change_count(p) for p in trained]
+        work()
+        assert all(p.grad is not None for p in trained)
+        changes.append([change_count(p) for p in trained] == before)
+        return {}
+
+    def measure(model):
+        trained.extend(p for p in model.parameters() if p.requires_grad)
+        return steps.time_steps(model, 1, 4, 0, 2, 9.0, profiled=True)
+
+    trained: list[torch.Tensor] = []
+    monkeypatch.setattr(steps, "_profile", profile)
+    _, error = bench.measure(cases.moka("MoKA r10"), measure)
+    assert error is None
+    assert changes == [True]
+    assert all(p.grad is None for p in trained)
 
 
 def test_the_rate_is_that_of_the_products_with_frozen_weights() -> None:
