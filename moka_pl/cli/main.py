@@ -10,8 +10,10 @@ import os
 import select
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -114,24 +116,53 @@ def parse_function(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Parses the arguments of a plain function's command.
 
     Positional ones may stand among the options, which argparse cannot do where their number is open.
+
+    Raises:
+        ConfigError: If a flag is given something else than true or false, or a path is empty.
     """
-    flags = {"-h", "--help", *(f"--{no}{flag}" for flag in _flags(FUNCTIONS[name]) for no in ("", "no_"))}
     options: list[str] = []
     positional: list[str] = []
-    rest = iter(arguments)
-    for word in rest:
+    without_value = False
+    rest = deque(arguments)
+    while rest:
+        word = rest.popleft()
         if word == "--":
             positional += rest
-        elif not word.startswith("-"):
+            break
+        if not word.startswith("-"):
             positional.append(word)
+        elif (flag := word.partition("=")[0].removeprefix("--")) in _flags(FUNCTIONS[name]):
+            options.append(_flag(flag, word, rest))
         else:
             options.append(word)
-            if word not in flags and "=" not in word:
-                options += [value for value in [next(rest, None)] if value is not None]
+            if "=" not in word and word not in _ALONE and not word.startswith("--no_"):
+                without_value = not rest
+                options += [rest.popleft()] if rest else []
     # Only where it is needed: a command without positional arguments takes none.
     end = ["--"] if any(word.startswith("-") for word in positional) else []
-    parsed = function_parser(name).parse_args([*options, *end, *positional]).as_dict()
-    return {key: _at_home(key, value) if isinstance(value, Path) else value for key, value in parsed.items()}
+    # An option whose value is missing would take a positional argument that follows.
+    words = [*positional, *options] if without_value else [*options, *end, *positional]
+    parsed = function_parser(name).parse_args(words).as_dict()
+    paths = {key: value for key, value in parsed.items() if isinstance(value, Path)}
+    for key, path in paths.items():
+        given = f"--{key}="
+        if path == Path() and (positional[:1] == [""] or given in options or _is_empty(f"--{key}", options)):
+            raise ConfigError(f"{key} is empty; give a path (. is the folder where you are)")
+    return parsed | {key: _at_home(key, path) for key, path in paths.items()}
+
+
+def _is_empty(option: str, words: Sequence[str]) -> bool:
+    return any(word == option and not value for word, value in pairwise(words))
+
+
+def _flag(flag: str, word: str, rest: deque[str]) -> str:
+    """Returns a flag as argparse takes it; true or false may follow it, as they do other options."""
+    _, equals, value = word.partition("=")
+    if not equals and rest and rest[0].lower() in ("true", "false"):
+        value = rest.popleft()
+    if value.lower() not in ("true", "false") and (equals or value):
+        raise ConfigError(f"--{flag} must be true or false, not {value!r}")
+    return f"--no_{flag}" if value.lower() == "false" else f"--{flag}"
 
 
 def _at_home(name: str, path: Path) -> Path:
@@ -147,6 +178,8 @@ def _at_home(name: str, path: Path) -> Path:
 
 
 _SEVERAL = str | Sequence[str]
+#: Options that no value follows, beside flags.
+_ALONE = ("-h", "--help")
 
 
 def _parameters(function: Callable[..., None]) -> list[Parameter]:

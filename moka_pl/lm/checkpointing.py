@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.errors import ConfigError
 from moka_pl.lm.offload import offload_layer_inputs
 
 if TYPE_CHECKING:
@@ -21,9 +22,18 @@ def checkpoint_layers(model: "PreTrainedModel", offload: bool = False) -> None:
     Args:
         model: A causal language model, with its adapters.
         offload: Whether the layers' inputs wait in the host's memory.
+
+    Raises:
+        ConfigError: If transformers cannot do so with this kind of model.
     """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"gradient_checkpointing: transformers has none for {type(model).__name__}; set it to false"
+        )
     options = {"use_reentrant": False, "preserve_rng_state": draws(model)}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # The older name is the only one in transformers 5.14, and warns in 5.24.
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)(options)
     if offload:
         offload_layer_inputs(model)
 

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import CTRLConfig, CTRLLMHeadModel
 
 from moka_pl.adapters import MokaConfig, inject_adapter
+from moka_pl.errors import ConfigError
 from moka_pl.lm.checkpointing import checkpoint_layers, draws
 from moka_pl.lm.scoring import score_tokens
 
@@ -53,3 +55,15 @@ def test_dropout_is_the_same_when_a_layer_is_computed_again(tiny_llama: Any, ran
         results.append(torch.autograd.grad(score_tokens(tiny_llama, ids, ids).nll.sum(), params))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_said_of_it(tiny_llama: Any) -> None:
+    checkpoint_layers(tiny_llama)
+    assert tiny_llama.is_gradient_checkpointing
+
+
+def test_a_model_that_cannot_is_refused() -> None:
+    model = CTRLLMHeadModel(CTRLConfig(vocab_size=20, n_positions=8, n_embd=8, dff=8, n_layer=1, n_head=2))
+    with pytest.raises(ConfigError, match=r"transformers has none for CTRLLMHeadModel; set it to false"):
+        checkpoint_layers(model)

@@ -1,8 +1,11 @@
 """Mistakes in the arguments of plain commands."""
 
+from pathlib import Path
+
 import pytest
 
-from moka_pl.cli.main import main
+from moka_pl.cli.main import main, parse_function
+from moka_pl.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -19,6 +22,8 @@ from moka_pl.cli.main import main
             "generate ~no_such/x hi",
             "adapter ~no_such/x: there is no user no_such; correct the path",
         ),
+        ("generate DIR hi --seed", "--seed needs a value"),
+        ("generate DIR hi --sede", "--sede is no option; did you mean --seed?"),
         ("inspect", "the following arguments are required: adapter"),
         ("generate", "the following arguments are required: adapter"),
     ],
@@ -38,3 +43,35 @@ def test_an_unknown_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert "--colour" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "merge"),
+    [
+        (["--merge", "true"], True),
+        (["--merge", "FALSE"], False),
+        (["--merge=true"], True),
+        (["--merge=False"], False),
+        (["--no_merge"], False),
+        (["--merge"], True),
+    ],
+)
+def test_a_flag_may_have_a_value_which_is_no_prompt(words: list[str], *, merge: bool) -> None:
+    for arguments in (["DIR", "hi", *words], ["DIR", *words, "hi"], [*words, "DIR", "hi"]):
+        parsed = parse_function("generate", arguments)
+        assert (parsed["merge"], parsed["prompt"]) == (merge, ["hi"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["generate", "DIR", "hi", "--merge=perhaps"], "--merge must be true or false, not 'perhaps'"),
+        (["export", "DIR", "--to", "lora", "--out", ""], "out is empty; give a path"),
+        (["export", "DIR", "--to", "lora", "--out="], "out is empty; give a path"),
+        (["export", "", "--to", "lora"], "adapter is empty; give a path"),
+    ],
+)
+def test_flags_and_paths_are_checked(arguments: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parse_function(arguments[0], arguments[1:])
+    assert parse_function("export", [".", "--to", "lora", "--out", "."])["out"] == Path()
