@@ -1,5 +1,6 @@
 """Which modules a pattern names: a list of dotted suffixes, or a regular expression, perhaps a stranger's."""
 
+import difflib
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,27 @@ def matching(names: Iterable[str], pattern: Pattern) -> list[str]:
         return list(_matched(pattern, names))
     suffixes = set(pattern or ())
     return [name for name in names if not suffixes.isdisjoint(_suffixes(name))]
+
+
+def unmatched(names: Iterable[str], pattern: Pattern) -> list[str]:
+    """Returns the entries of a list of suffixes that match none of some names, each with the nearest one.
+
+    Args:
+        names: Full names of modules.
+        pattern: A list of dotted suffixes; expressions, which are one entry, are not looked at.
+    """
+    if not isinstance(pattern, list):
+        return []
+    full = list(names)
+    known = {suffix for name in full for suffix in _suffixes(name)}
+    last = {name.rpartition(".")[2] for name in full}
+    told = []
+    for entry in pattern:
+        if entry in known:
+            continue
+        near = difflib.get_close_matches(entry, last, n=1, cutoff=0.6)
+        told.append(f"{entry} (did you mean {near[0]}?)" if near else entry)
+    return told
 
 
 def compile_pattern(pattern: str) -> "regex.Pattern[str]":

@@ -6,6 +6,7 @@ from moka_pl.errors import ConfigError
 from moka_pl.lm.offload import offload_layer_inputs
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 #: What options of models and of their layers are called by which random numbers are drawn.
@@ -36,6 +37,11 @@ def checkpoint_layers(model: "PreTrainedModel", offload: bool = False) -> None:
     (newer or model.gradient_checkpointing_enable)(options)
     if offload:
         offload_layer_inputs(model)
+
+
+def is_checkpointed(model: "nn.Module") -> bool:
+    """Returns whether layers of a model are computed again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def draws(model: "PreTrainedModel") -> bool:

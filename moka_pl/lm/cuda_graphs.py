@@ -21,7 +21,7 @@ from moka_pl.errors import MokaWarning, one_line
 from moka_pl.lm.architecture import causal_unsupported_reason, sliding_window
 from moka_pl.lm.attention import VARLEN, varlen_inputs
 from moka_pl.lm.causal import CAUSAL, causal, without_waiting
-from moka_pl.lm.checkpointing import draws
+from moka_pl.lm.checkpointing import draws, is_checkpointed
 from moka_pl.lm.experts import SplitExperts
 from moka_pl.lm.scoring import IGNORE_INDEX, nll_at
 
@@ -298,7 +298,7 @@ def capture_unsupported_reason(model: "PreTrainedModel") -> str | None:
         return "experts are computed one after another, as the tokens choose them"
     if model.get_input_embeddings().weight.device.type != "cuda":
         return "CUDA graphs need a GPU"
-    if getattr(model, "is_gradient_checkpointing", False) and draws(model):
+    if is_checkpointed(model) and draws(model):
         return "gradient checkpointing with dropout reads the state of random generators during capture"
     # Packed data have given the model their attention before; rows wider than a window are left out by size.
     return causal_unsupported_reason(model, CAUSAL, VARLEN, width=1)

@@ -20,7 +20,7 @@ from moka_pl.adapters import (
     unload,
     unmerge,
 )
-from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.errors import AdapterError, ConfigError, MokaWarning
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -264,3 +264,28 @@ def test_dtype_of_the_trainable_tensors_can_be_chosen(tiny_llama) -> None:
         assert isinstance(layer, MokaLinear)
         assert {p.dtype for p in layer.parameters() if p.requires_grad} == {torch.float32}
         assert layer.base_layer.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["moka", "peft"])
+def test_names_in_a_list_that_mean_nothing_are_told(tiny_llama, kind) -> None:
+    options = {"target_modules": ["q_proj", "v_porj"], "exclude_modules": ["0.self_attn.q_proj", "tower"]}
+    config = MokaConfig(components=2, **options) if kind == "moka" else peft.LoraConfig(**options)
+    with pytest.warns(MokaWarning) as told:
+        inject_adapter(tiny_llama, config)
+    assert [str(warning.message) for warning in told] == [
+        "target_modules: this model has no v_porj (did you mean v_proj?); correct the name, or leave it out",
+        "exclude_modules: this model has no tower; correct the name, or leave it out",
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_are_there_are_not_told(make_llama) -> None:
+    for targets in (
+        ["q_proj", "v_proj"],
+        ["layers.0.mlp.up_proj", "lm_head"],
+        "all-linear",
+        "nothing|.*q_proj",
+    ):
+        inject_adapter(
+            make_llama(), MokaConfig(components=2, target_modules=targets, exclude_modules=["mlp.gate_proj"])
+        )

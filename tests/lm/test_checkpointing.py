@@ -9,7 +9,7 @@ from transformers import CTRLConfig, CTRLLMHeadModel
 
 from moka_pl.adapters import MokaConfig, inject_adapter
 from moka_pl.errors import ConfigError
-from moka_pl.lm.checkpointing import checkpoint_layers, draws
+from moka_pl.lm.checkpointing import checkpoint_layers, draws, is_checkpointed
 from moka_pl.lm.scoring import score_tokens
 
 
@@ -59,8 +59,9 @@ def test_dropout_is_the_same_when_a_layer_is_computed_again(tiny_llama: Any, ran
 
 @pytest.mark.filterwarnings("error")
 def test_nothing_is_said_of_it(tiny_llama: Any) -> None:
+    assert not is_checkpointed(tiny_llama)
     checkpoint_layers(tiny_llama)
-    assert tiny_llama.is_gradient_checkpointing
+    assert is_checkpointed(tiny_llama)
 
 
 def test_a_model_that_cannot_is_refused() -> None:

@@ -11,6 +11,7 @@ from moka_pl.adapters import MokaConfig, adapters_disabled
 from moka_pl.backbone import BackboneConfig
 from moka_pl.data import MixtureData
 from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.lm.checkpointing import is_checkpointed
 from moka_pl.training.checkpoint import StoredRun
 from moka_pl.training.module import MokaModule
 from moka_pl.training.schedule import WarmupDecay
@@ -274,7 +275,7 @@ def test_checkpointing_gives_the_same_gradients(make_module, make_data, make_tra
             optimizer=build, gradient_checkpointing=checkpointing, adapter={"dropout": dropout}
         )
         module.configure_model()
-        assert module.causal_lm.is_gradient_checkpointing == checkpointing
+        assert is_checkpointed(module.causal_lm) == checkpointing
         randomize(module)
         make_trainer(limit_train_batches=2).fit(module, make_data())
         return built[0].seen

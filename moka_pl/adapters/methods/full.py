@@ -75,7 +75,10 @@ class FullMethod(AdapterMethod):
         every = dict(model.named_modules())
         names = [""] if targets == "all" else matching(filter(None, every), targets)
         if not names:
-            raise AdapterError(f"target_modules {shown(targets)} matches no module of this model")
+            raise AdapterError(
+                f"target_modules {shown(targets)} matches no module of this model; "
+                "set all, or name some of its modules"
+            )
         if self.in_model(model):
             raise AdapterError("the base's own weights are already trainable; load the base again")
         quantised = [

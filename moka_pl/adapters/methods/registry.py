@@ -12,8 +12,12 @@ from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod
 from moka_pl.adapters.methods.full import FullMethod
 from moka_pl.adapters.methods.moka import MokaMethod
 from moka_pl.adapters.methods.peft import PeftMethod
+from moka_pl.adapters.patterns import unmatched
 from moka_pl.backbone.linear_layers import linearise, restore
 from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.lm.architecture import QUERY_VALUE
+from moka_pl.lm.experts import split_names
+from moka_pl.utils import warn
 
 #: In the order in which they are asked; PEFT's take every kind that the others do not know.
 METHODS: tuple[type[AdapterMethod], ...] = (MokaMethod, FullMethod, PeftMethod)
@@ -91,11 +95,26 @@ def inject_adapter(
     if present := adapted_layers(model):
         raise AdapterError(f"the model already has adapters (at {next(iter(present))}); unload them first")
     linearise(model)
+    names = [*dict(model.named_modules()), *split_names(model)]
     try:
-        return method_of(config).inject(model, dtype, saved)
+        adapted = method_of(config).inject(model, dtype, saved)
     except Exception:
         restore(model)
         raise
+    if saved is None:
+        _warn_of_unmatched(names, config)
+    return adapted
+
+
+def _warn_of_unmatched(names: list[str], config: Any) -> None:
+    """Tells which entries of a list name nothing: a layer with a slip in its name is not adapted."""
+    for option in ("target_modules", "exclude_modules"):
+        entries = getattr(config, option, None)
+        pattern = sorted(entries) if isinstance(entries, set) else entries  # PEFT makes sets of lists
+        if pattern == QUERY_VALUE:  # which stand for the family's own names
+            continue
+        if missed := unmatched(names, pattern):
+            warn(f"{option}: this model has no {', '.join(missed)}; correct the name, or leave it out")
 
 
 def merge(model: nn.Module) -> None:
