@@ -5,7 +5,7 @@ A batch is a dictionary of one of three kinds, distinguished by their keys: plai
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NotRequired, Protocol, TypedDict, final, runtime_checkable
 
@@ -15,9 +15,13 @@ from torch import Tensor
 from moka_pl.data.encoding.report import EncodingReport
 from moka_pl.lm.cuda_graphs import FixedBatch
 from moka_pl.lm.scoring import Predicted
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: Sources that a model card names before it counts the rest.
+_NAMED = 4
 
 
 class TokenBatch(TypedDict):
@@ -164,14 +168,17 @@ class DataDefaults:
 
     @property
     def source(self) -> str:
-        """What the data are called in model cards: class, and file, folder without those above, or hub id.
+        """What the data are called in model cards: class, and files, folders without those above, or hub ids.
 
         It is empty where nothing is known.
         """
         path = getattr(self, "path", None)
         if path is None:
             return ""
-        return f"{type(self).__name__}: {Path(path).name if Path(path).exists() else path}"
+        paths = [path] if isinstance(path, str | PathLike) else list(path)
+        names = [expanded(each).name if expanded(each).exists() else str(each) for each in paths[:_NAMED]]
+        more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+        return f"{type(self).__name__}: {', '.join(names)}{more}"
 
     @property
     def validation_digest(self) -> str | None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.adapters.filters import AUTO
 from moka_pl.data.types import HasEpochs, data_of
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, MokaWarning
 from moka_pl.utils import existing_folder, space_shortage, warn
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ def trained_numbers(
         return None
     if isinstance(config, MokaConfig) and config.filters == AUTO:
         config = replace(config, filters="diverse", budget=None)
-    with isolate_rng(include_cuda=False), torch.device("meta"):
+    with isolate_rng(include_cuda=False), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", MokaWarning)  # the run's own adapters will say it
         inject_adapter(model, config, saved=saved)
     return sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
 

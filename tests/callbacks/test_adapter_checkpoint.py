@@ -19,6 +19,7 @@ from moka_pl.adapters import (
 )
 from moka_pl.adapters.reading import read_adapter_state
 from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
+from moka_pl.data import InstructionData
 
 
 class Fake(Callback):
@@ -58,6 +59,17 @@ def test_best_and_last(train, tmp_path, mode, values, best):
     assert read_adapter(saved.best_path).extra["step"] == 4 * (best + 1)
     assert read_adapter(saved.last_path).extra["step"] == 12
     assert not same(saved.best_path, fake.states[2])
+
+
+def test_names_all_files_of_a_list(make_module, make_trainer, tmp_path):
+    files = [tmp_path / name for name in ("some.jsonl", "more.jsonl")]
+    for file in files:
+        rows = [{"instruction": f"{file.name} {number}", "output": "yes"} for number in range(8)]
+        file.write_text("\n".join(map(json.dumps, rows)))
+    saved = AdapterCheckpoint(dirpath=str(tmp_path / "kept"))
+    data = InstructionData([str(file) for file in files], prompt="alpaca", batch_size=8)
+    make_trainer(saved, max_epochs=1).fit(make_module(), data)
+    assert read_adapter(saved.last_path).extra["data"] == "InstructionData: some.jsonl, more.jsonl"
 
 
 def test_loaded_adapter_gives_exactly_the_same_metrics(

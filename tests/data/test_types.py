@@ -104,3 +104,15 @@ def test_another_s_data_module_and_plain_loaders_are_evaluated(make_module):
     ]
     assert results[0] == results[1]
     assert results[0][0].keys() == {"val/loss"}
+
+
+@pytest.mark.parametrize("kind", [CommonsenseData, InstructionData, TextData])
+def test_sources_are_named_without_their_folders(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "private.jsonl").write_text("")
+    for path, named in [
+        ("~/private.jsonl", "private.jsonl"),
+        ([str(tmp_path / "private.jsonl"), "me/corpus"], "private.jsonl, me/corpus"),
+        (["a/b"] * 6, "a/b, a/b, a/b, a/b and 2 more"),
+    ]:
+        assert kind(path=path).source == f"{kind.__name__}: {named}"
