@@ -1,6 +1,5 @@
 """Plain text: perplexity by sliding windows, and continued pre-training."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.data.base import SplitDataModule, check_at_least
@@ -8,7 +7,7 @@ from moka_pl.data.encoding.examples import Encoded
 from moka_pl.data.encoding.windows import WindowEncoder
 from moka_pl.data.formats.text import parse_text, read_text_file, text_features
 from moka_pl.data.reading import read_rows
-from moka_pl.data.sources import Shard
+from moka_pl.data.sources import Shard, Sources, as_list
 from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ class TextData(SplitDataModule):
 
     Args:
         path: A .txt file (one text), a .json, .jsonl, .csv or .parquet file with one text per record, or a
-            hub dataset id.
+            hub dataset id; or a list of these.
         validation_path: The same for validation and test; None holds out a share of the texts.
         column: Column of the records that holds the text.
         split: Split of the hub dataset ``path``.
@@ -44,8 +43,8 @@ class TextData(SplitDataModule):
 
     def __init__(
         self,
-        path: str | Path,
-        validation_path: str | Path | None = None,
+        path: Sources,
+        validation_path: Sources | None = None,
         column: str = "text",
         split: str = "train",
         validation_split: str = "validation",
@@ -77,10 +76,11 @@ class TextData(SplitDataModule):
     def _shards(self, split: str) -> list[Shard]:
         options = {"name": self.config} if self.config else {}
         if split == "train":
-            return [Shard(self.path, self.split, options, self.column)]
+            return [Shard(source, self.split, options, self.column) for source in as_list(self.path)]
         if self.validation_path is None:
             return []
-        return [Shard(self.validation_path, self.validation_split, options, self.column)]
+        sources = as_list(self.validation_path)
+        return [Shard(source, self.validation_split, options, self.column) for source in sources]
 
     def _read(self, shard: Shard) -> "Dataset":
         path = expanded(shard.source)

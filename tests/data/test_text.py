@@ -136,3 +136,15 @@ def test_tokenizer_without_special_tokens(tiny_tokenizer, tmp_path):
     encoder = WindowEncoder(tiny_tokenizer, 8, 8, True)
     with pytest.raises(DataError, match="no end-of-sequence token"):
         encoder({"text": ["a"]})
+
+
+def test_a_list_of_files_of_any_kind_is_read_in_its_order(tiny_tokenizer, tmp_path):
+    texts = {"a.txt": "One two.", "b.jsonl": '{"text": "Three."}\n{"text": "Four."}\n', "c.txt": "Five."}
+    files = [tmp_path / name for name in texts]
+    for file in files:
+        file.write_text(texts[file.name])
+    data = ready(TextData(files, files[:2], max_length=64), tiny_tokenizer)
+    for split, expected in (("train", "Onetwo.Three.Four.Five."), ("validation", "Onetwo.Three.Four.")):
+        rows = data._encoded[split].rows
+        found = "".join(tiny_tokenizer.decode(row, skip_special_tokens=True) for row in rows["input_ids"])
+        assert found.replace(" ", "") == expected

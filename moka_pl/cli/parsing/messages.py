@@ -44,6 +44,9 @@ _SIMPLE = {
     r"'(?P<kind>\w+)' object has no attribute 'keys'": (
         "{option}.init_args must be a mapping of options, not a {kind}"
     ),
+    r"Expected a <class 'str'> - Not of type Path: expected str, .* object, not (?P<kind>\w+)": (
+        "{option} must be one path or name, not a {kind}"
+    ),
     r"the following arguments are required: (\w+\.)?data": (
         "no data are named; give --config, a file or a name that 'moka_pl configs' lists, or --data, a class"
     ),

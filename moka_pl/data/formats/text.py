@@ -38,8 +38,9 @@ def read_text_file(path: Path) -> "Dataset":
     Raises:
         DataError: The file is missing, empty, not UTF-8 or has an endless line.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features, Value
 
     texts = read_texts(path)
-    rows = {"location": [shown(path)] * len(texts), "text": texts}
-    return Dataset.from_dict(rows, features=text_features())
+    rows = {"location": [shown(path)] * len(texts), "text": texts, "ignored": [""] * len(texts)}
+    # The columns of files of records, too, which may be read beside it.
+    return Dataset.from_dict(rows, features=Features({**text_features(), "ignored": Value("large_string")}))

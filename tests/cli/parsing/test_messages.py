@@ -29,6 +29,11 @@ PATH = "\n- Expected a path but adamw either not accessible or invalid\n- "
             "trainer.max_epochs must be a whole number or null, not 1e3",
         ),
         (
+            'Parser key "data":\nProblem with given class_path \'moka_pl.Nothing\':\n  Parser key "path":\n  '
+            "Expected a <class 'str'>\n  - Not of type Path: expected str, bytes or os.PathLike object, not list",
+            "data.path must be one path or name, not a list",
+        ),
+        (
             'Parser key "data":\n'
             + union(
                 "NestedArg(key='prompt', val='chatt')",
