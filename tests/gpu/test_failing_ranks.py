@@ -23,12 +23,14 @@ class Case(NamedTuple):
     """A rank that fails.
 
     Attributes:
+        strategy: Of the run.
         how: How it does.
         rank: Which one.
         code: What the first process ends with.
         error: What the one line says.
     """
 
+    strategy: str
     how: str
     rank: int
     code: int
@@ -36,20 +38,24 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.how}-{self.rank}"
+        return f"{self.strategy}-{self.how}-{self.rank}"
 
 
 CASES = [
-    Case("raises", 1, 2, PURPOSE),
-    Case("raises", 0, 2, PURPOSE),
-    Case("killed", 1, 1, LOST),
-    Case("no-data", 1, 2, MISSING),
+    Case(strategy, *case)
+    for strategy in ("ddp", "sharded")
+    for case in (
+        ("raises", 1, 2, PURPOSE),
+        ("raises", 0, 2, PURPOSE),
+        ("killed", 1, 1, LOST),
+        ("no-data", 1, 2, MISSING),
+    )
 ]
 SAVED = [case for case in CASES if case.how != "no-data"]
 
 
 #: Bytes of shared memory that NCCL may take for all runs at once.
-SHARED_MEMORY = 2**30
+SHARED_MEMORY = 2**31
 
 
 def finish_all(begin):
@@ -76,7 +82,7 @@ def runs(tmp_path_factory):
             ports[case.name] = str(free.getsockname()[1])
     for case in CASES:
         (folder / case.name).mkdir()
-        write_run(folder / case.name, STEPS, every=1, accelerator="gpu", strategy="ddp")
+        write_run(folder / case.name, STEPS, every=1, accelerator="gpu", strategy=case.strategy)
     failing = {
         case.name: partial(FailingRun, folder / case.name, case.rank, case.how, port=ports[case.name])
         for case in CASES

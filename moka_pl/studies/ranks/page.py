@@ -64,7 +64,8 @@ def section(rows: Sequence[dict[str, Any]], versions: dict[str, str]) -> str:
         by_device.setdefault(row["device"], []).append(row)
     text = f"""\
 Rows of {LENGTH} tokens ({used}). *Ratio* compares with one GPU, *of ddp* speed and peak with `ddp` on as
-many; *first step* counts from the command; *its s* is what the training lost to writing a checkpoint.
+many; *first step* counts from the command; *its s* is what the training lost to writing a checkpoint. The
+files say each row's options, and how many steps were timed, which the groups may have changed since.
 
 ```bash
 python scripts/data_parallel_speed.py --groups ddp limited 13b 70b resume --json gpus.json

@@ -1,6 +1,7 @@
 """Runs of two processes that are killed at random moments, or fail on purpose, and go on.
 
-Run as a script, this file forks the processes of all runs: they import nothing anew.
+Run as a script, this file forks the processes of all runs: they import nothing anew. The environment's
+``KILLED_RUNS`` is how many are killed, of which the first are the same whatever their number.
 """
 
 import json
@@ -31,10 +32,11 @@ from moka_pl.training.checkpoint_files import unusable_reason
 
 pytestmark = pytest.mark.slow
 
-MOMENTS = 3
+MOMENTS = int(os.environ.get("KILLED_RUNS", "3"))
 WHO = ([0], [1], [0, 1])  # ranks that are killed, in turn
 STEPS = 16
 RAISING = ("raises-data-0", "raises-other-1")
+LACKING = ("no-data-0", "no-data-1")
 #: Of plain DDP, where the rank that does not fail waits for the other one for ever, as GPUs do.
 STUCK = {"stuck-raises-data-0": 2, "stuck-raises-data-1": 2, "stuck-killed-1": 1, "stuck-killed-0": -9}
 
@@ -50,7 +52,7 @@ class Started:
             environment = json.loads(os.fdopen(self._begin[0]).read() or os._exit(9))
             os.environ |= environment
             spoil(name, 1)
-            fit(name, arguments)
+            fit(name, given(name, 1, arguments))
         os.close(self._begin[0])
 
     def begin(self, command, env, cwd):
@@ -100,6 +102,12 @@ def spoil(name, rank):
     failing_rank.spoil(name, name[-1] == str(rank), DataError if "data" in name else KeyError)
 
 
+def given(name, rank, arguments):
+    """The arguments of a rank, which has no data where a run's name says so."""
+    missing = ("--data.init_args.path", "missing.jsonl")
+    return (*arguments, *(missing if name == f"no-data-{rank}" else ()))
+
+
 def start(name, arguments):
     """Forks both processes of a run, and returns their numbers."""
     told, tell = os.pipe()
@@ -113,7 +121,7 @@ def start(name, arguments):
         os.close(tell)
         subprocess_script.subprocess = SimpleNamespace(Popen=second.begin)
         spoil(name, 0)
-        fit(name, arguments)
+        fit(name, given(name, 0, arguments))
     os.close(tell)
     return first, int(os.read(told, 20))
 
@@ -172,7 +180,7 @@ def try_moments(count, seed):
         found["damaged"] = [reason for file in files if (reason := unusable_reason(file))]
         found["again"] = run(name, *(["--ckpt_path", "last"] if files else []))[0]
         record["runs"].append(found)
-    record |= {name: run(name) for name in RAISING}
+    record |= {name: run(name) for name in (*RAISING, *LACKING)}
     watch._GRACE = 2.0
     for name in STUCK:
         code, *_ = run(name, "--trainer.strategy", "ddp", "--checkpoint.every_n_train_steps", "100")
@@ -193,7 +201,7 @@ def folder(tmp_path_factory):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=250 + 30 * MOMENTS,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
@@ -255,6 +263,17 @@ def test_a_process_that_raises_ends_all_with_its_own_error_alone(folder, record,
     assert seconds < LIMIT
     assert text.count("moka_pl: error: failed on purpose") == text.count("moka_pl: error: ") == known
     assert text.count("Traceback") == text.count("KeyError: 'failed on purpose'") == (not known)
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_process_without_data_ends_all_with_the_one_error(folder, record, name):
+    code, until_end, after = record[name]
+    text = (folder / f"{name}.txt").read_text()
+    assert code == 2
+    assert until_end + after < LIMIT
+    assert text.count("missing.jsonl does not exist") == text.count("moka_pl: error: ") == 1
+    assert "Traceback" not in text
+    assert not list((folder / "lightning_logs").glob(f"{name}/**/*.ckpt"))
 
 
 @pytest.mark.parametrize("name", STUCK)

@@ -1,0 +1,86 @@
+"""What a rank takes of the host's memory while it reads its part, watched in processes of their own."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moka_pl.backbone.random_weights import byte_tokenizer
+
+pytestmark = pytest.mark.slow
+
+#: Prints by how many MiB a rank grew at the most while it had a base loaded.
+LOAD = """
+import datetime, sys, threading, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.training.sharding.blocks import ShardedBlocks
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+def look():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+folder, strategy, quantization, rank, store = sys.argv[1:]
+group = None  # a rank alone keeps all in its own memory
+if strategy == "sharded":
+    dist.init_process_group(
+        "gloo", f"file://{store}", rank=int(rank), world_size=2, timeout=datetime.timedelta(seconds=100)
+    )
+    group = dist.new_group()
+blocks = ShardedBlocks(group, group, group is None, torch.device("cpu"))
+load_backbone(BackboneConfig("tiny", weights="random"))  # which imports everything
+peak = before = anonymous()
+threading.Thread(target=look, daemon=True).start()
+model = load_backbone(BackboneConfig(folder, quantization=quantization), blocks=blocks).model
+print(peak - before)
+"""
+BLOCK = 16.0  # MiB of a decoder block in float32: 4 x 512 x 512 + 3 x 512 x 2048
+LAYERS = 12
+#: MiB that loading and quantising a layer takes for a while.
+MORE = 20.0
+#: Of a weight, as it is stored.
+BITS = {"none": 32, "nf4": 4.13}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of 192 MiB in float32, which are 25 MiB in four bits, in files of four blocks."""
+    folder = tmp_path_factory.mktemp("base")
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": LAYERS}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=320, num_attention_heads=8, **sizes))
+    model.save_pretrained(folder, max_shard_size="67MB")
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def peaks(folder, strategy, quantization, store):
+    """Loads the base in two processes at once; returns by how many MiB each grew at the most."""
+    # glibc then gives back what is freed, so that only what is held counts.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOAD, str(folder), strategy, quantization]
+    started = [
+        subprocess.Popen([*command, str(rank), str(store)], stdout=subprocess.PIPE, env=environment)
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=200)[0] for process in started]
+    assert not any(process.returncode for process in started)
+    return [float(some.split()[-1]) for some in told]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another")
+@pytest.mark.parametrize("quantization", BITS)
+def test_a_rank_holds_its_part_and_two_blocks(folder, tmp_path, quantization):
+    base = LAYERS * BLOCK * BITS[quantization] / 32
+    most = base / 2 + 2 * base / LAYERS + MORE
+    assert base / 2 < max(peaks(folder, "sharded", quantization, tmp_path / "store")) < most
+    assert min(peaks(folder, "alone", quantization, tmp_path / "store")) > most  # of all that is loaded
