@@ -33,7 +33,9 @@ def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
         pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("ddp")
     # Lightning leaves its seed, and its launcher a rank, in the environment of later tests.
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    variables = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
+    }
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]  # tests/shared
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     for devices, graphs in ((2, 0), (2, 1), (1, 0)):

@@ -63,7 +63,9 @@ def run(folder: Path, strategy: str, devices: int) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    variables = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
+    }
     pairs = [("auto", 1), ("sharded_offload", 1)]
     if torch.cuda.device_count() > 1:
         pairs += [("ddp", 2), ("sharded", 2), ("sharded_offload", 2)]

@@ -172,7 +172,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     write_data(folder)
     # Lightning leaves its seed, and its launcher a rank, in the environment of later tests.
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
+    }
     environment = clean | {
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",

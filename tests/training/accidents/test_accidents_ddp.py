@@ -91,7 +91,9 @@ def test_ranks_halve_alone_and_go_back_together(strategy, tmp_path, one_thread, 
     monkeypatch.setattr(spikes, "_LEAST", FEWEST)
     rows = [{"instruction": f"{n}?", "output": f"answer {n} " * (1 + n % 3)} for n in range(80)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
+    }
     environment = clean | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(tmp_path), strategy]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

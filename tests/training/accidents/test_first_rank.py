@@ -74,7 +74,9 @@ def same(one, other):
 def test_the_last_step_is_saved_as_at_its_end(tmp_path):
     rows = [{"instruction": f"{n}?", "output": f"answer {n} " * (1 + n % 3)} for n in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
+    }
     environment = clean | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

@@ -70,7 +70,9 @@ def train(folder):
 def test_both_skip_what_is_not_finite_on_one(tmp_path):
     rows = [{"instruction": f"{n}?", "output": f"answer {n}"} for n in range(16)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
+    }
     environment = clean | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(tmp_path)]
     run = subprocess.run(

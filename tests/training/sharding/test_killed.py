@@ -192,7 +192,9 @@ def try_moments(count, seed):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     failing_rank.write_run(folder, STEPS, every=1, strategy="sharded")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
+    }
     environment = clean | {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path]))
     ended = subprocess.run(

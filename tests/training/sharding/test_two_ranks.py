@@ -185,7 +185,9 @@ def write_data(folder):
 
 def start(folder, *runs, timeout=300):
     """Runs this file with the names of runs, in two processes if Lightning starts a second one."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
+    }
     environment = kept | {
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
