@@ -13,7 +13,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -122,6 +121,7 @@ def parse_function(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """
     options: list[str] = []
     positional: list[str] = []
+    empty: set[str] = set()
     without_value = False
     rest = deque(arguments)
     while rest:
@@ -134,25 +134,23 @@ def parse_function(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         elif (flag := word.partition("=")[0].removeprefix("--")) in _flags(FUNCTIONS[name]):
             options.append(_flag(flag, word, rest))
         else:
+            option, equals, value = word.partition("=")
             options.append(word)
-            if "=" not in word and word not in _ALONE and not word.startswith("--no_"):
+            if not equals and word not in _ALONE and not word.startswith("--no_"):
                 without_value = not rest
-                options += [rest.popleft()] if rest else []
+                value = rest.popleft() if rest else ""
+                options += [] if without_value else [value]
+            empty |= set() if value else {option.removeprefix("--")}
     # Only where it is needed: a command without positional arguments takes none.
     end = ["--"] if any(word.startswith("-") for word in positional) else []
     # An option whose value is missing would take a positional argument that follows.
     words = [*positional, *options] if without_value else [*options, *end, *positional]
     parsed = function_parser(name).parse_args(words).as_dict()
     paths = {key: value for key, value in parsed.items() if isinstance(value, Path)}
-    for key, path in paths.items():
-        given = f"--{key}="
-        if path == Path() and (positional[:1] == [""] or given in options or _is_empty(f"--{key}", options)):
-            raise ConfigError(f"{key} is empty; give a path (. is the folder where you are)")
+    empty |= {_parameters(FUNCTIONS[name])[0].name} if positional[:1] == [""] else set()
+    for key in empty & paths.keys():
+        raise ConfigError(f"{key} is empty; give a path (. is the folder where you are)")
     return parsed | {key: _at_home(key, path) for key, path in paths.items()}
-
-
-def _is_empty(option: str, words: Sequence[str]) -> bool:
-    return any(word == option and not value for word, value in pairwise(words))
 
 
 def _flag(flag: str, word: str, rest: deque[str]) -> str:

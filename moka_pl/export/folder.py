@@ -52,7 +52,7 @@ def check_output(out: Path, adapter: Path, overwrite: bool, base: str = "") -> N
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; give a folder")
     if out.exists() and any(out.iterdir()):
-        if base and expanded(base).exists() and out.resolve() in _with_parents(expanded(base).resolve()):
+        if base and expanded(base).exists() and expanded(base).resolve().is_relative_to(out.resolve()):
             raise ConfigError(
                 f"--out {out} holds the base {base}, which is never replaced; choose another folder"
             )
@@ -96,10 +96,6 @@ def _check_replaceable(out: Path, adapter: Path, overwrite: bool) -> None:
             f"--out {out} holds {unmarked}, which does not say that an export of moka_pl wrote it, and is "
             "not replaced; choose another folder, or remove this one"
         )
-
-
-def _with_parents(path: Path) -> list[Path]:
-    return [path, *path.parents]
 
 
 def _is_marked(file: Path) -> bool:

@@ -1,7 +1,6 @@
 """Training steps replayed as CUDA graphs on two GPUs; run with ``pytest -m gpu``."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared.environment import own_environment
 from shared.graph_fit import fit
 
 from moka_pl.adapters import adapter_state
@@ -32,15 +32,9 @@ def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("ddp")
-    # Lightning leaves its seed, and its launcher a rank, in the environment of later tests.
-    variables = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
-    }
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]  # tests/shared
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     for devices, graphs in ((2, 0), (2, 1), (1, 0)):
         command = [sys.executable, __file__, str(folder), str(devices), str(graphs)]
-        ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        ended = subprocess.run(command, env=own_environment(), capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert "AccumulateGrad node's stream" not in ended.stderr + ended.stdout
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")}

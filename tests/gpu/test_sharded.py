@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from shared.environment import own_environment
 
 from moka_pl.adapters import MokaConfig, adapter_state
 from moka_pl.backbone import BackboneConfig
@@ -63,15 +64,12 @@ def run(folder: Path, strategy: str, devices: int) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
-    variables = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
-    }
     pairs = [("auto", 1), ("sharded_offload", 1)]
     if torch.cuda.device_count() > 1:
         pairs += [("ddp", 2), ("sharded", 2), ("sharded_offload", 2)]
     for strategy, devices in pairs:
         command = [sys.executable, __file__, str(folder), strategy, str(devices)]
-        ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+        ended = subprocess.run(command, env=own_environment(), capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, ended.stdout + ended.stderr
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*rank*.json")}
 

@@ -97,14 +97,9 @@ class FailingRun:
     """
 
     def __init__(self, folder: Path, rank: int, how: str, *arguments: str, port: str | None = None) -> None:
-        clean = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("PL_", "MASTER_", "LOCAL_RANK", "SLURM_"))
-        }
-        paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        clean["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        clean |= {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        from shared.environment import own_environment
+
+        clean = own_environment(folder / "cache")
         clean |= {} if port is None else {"MASTER_PORT": port}
         self._folder, self._file = folder, folder / f"{how}-{rank}.txt"
         with self._file.open("w") as output:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from shared.environment import own_environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moka_pl.adapters import MokaConfig, adapter_state
@@ -171,15 +172,7 @@ def folder(tmp_path_factory):
     """The records of a run in two processes and of one in a single process."""
     folder = tmp_path_factory.mktemp("ddp")
     write_data(folder)
-    # Lightning leaves its seed, and its launcher a rank, in the environment of later tests.
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
-    }
-    environment = clean | {
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    environment = own_environment(folder / "cache") | {"TOKENIZERS_PARALLELISM": "false"}
     run = subprocess.run(
         [sys.executable, __file__, str(folder)], capture_output=True, text=True, env=environment, timeout=200
     )

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,14 +59,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         metadata: What the file says of itself.
     """
     planned = [
-        Planned(name, tensor.dtype, tuple(tensor.shape), partial(_itself, tensor))
+        Planned(name, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
         for name, tensor in tensors.items()
     ]
     write_safetensors(file, planned, metadata)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def write_safetensors(file: Path, tensors: list[Planned], metadata: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
 """Two processes: memory that ends on one, a spike on one. Run as a script, this file is what each does."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from shared.environment import own_environment
 
 from moka_pl.adapters import MokaConfig
 from moka_pl.backbone import BackboneConfig
@@ -91,10 +91,7 @@ def test_ranks_halve_alone_and_go_back_together(strategy, tmp_path, one_thread, 
     monkeypatch.setattr(spikes, "_LEAST", FEWEST)
     rows = [{"instruction": f"{n}?", "output": f"answer {n} " * (1 + n % 3)} for n in range(80)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
-    }
-    environment = clean | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = own_environment(tmp_path / "cache")
     command = [sys.executable, __file__, str(tmp_path), strategy]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]

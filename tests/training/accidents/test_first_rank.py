@@ -4,7 +4,6 @@ Run as a script, this file is what each process does.
 """
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from shared.environment import own_environment
 
 from moka_pl.adapters import MokaConfig
 from moka_pl.backbone import BackboneConfig
@@ -74,10 +74,7 @@ def same(one, other):
 def test_the_last_step_is_saved_as_at_its_end(tmp_path):
     rows = [{"instruction": f"{n}?", "output": f"answer {n} " * (1 + n % 3)} for n in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
-    }
-    environment = clean | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = own_environment(tmp_path / "cache")
     command = [sys.executable, __file__, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode != 0

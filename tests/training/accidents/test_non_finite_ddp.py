@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from shared.environment import own_environment
 
 from moka_pl.adapters import MokaConfig
 from moka_pl.backbone import BackboneConfig
@@ -70,10 +70,7 @@ def train(folder):
 def test_both_skip_what_is_not_finite_on_one(tmp_path):
     rows = [{"instruction": f"{n}?", "output": f"answer {n}"} for n in range(16)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
-    }
-    environment = clean | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = own_environment(tmp_path / "cache")
     command = [sys.executable, __file__, str(tmp_path)]
     run = subprocess.run(
         command,

@@ -22,6 +22,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies.launchers import subprocess_script
 from shared import failing_rank
+from shared.environment import own_environment
 from shared.failing_rank import FAILS_IN, LIMIT
 
 from moka_pl.adapters.reading import read_adapter_state
@@ -192,14 +193,9 @@ def try_moments(count, seed):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     failing_rank.write_run(folder, STEPS, every=1, strategy="sharded")
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
-    }
-    environment = clean | {"HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path]))
     ended = subprocess.run(
         [sys.executable, __file__, str(MOMENTS), "0"],
-        env=environment,
+        env=own_environment(folder / "cache"),
         cwd=folder,
         capture_output=True,
         text=True,

@@ -4,7 +4,6 @@ Run as a script, this file is each of the four processes.
 """
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import yaml
+from shared.environment import own_environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moka_pl.adapters.reading import read_adapter_state
@@ -112,8 +112,6 @@ def srun(port):
 
 
 LAUNCHERS = {"torchrun": torchrun, "srun": srun}
-#: What an own run must not inherit.
-OTHERS = ("PL_", "MASTER_", "LOCAL_", "WORLD_", "SLURM_")
 
 
 @pytest.fixture(scope="module", params=LAUNCHERS)
@@ -122,12 +120,8 @@ def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     write_data(folder)
     commands = [arguments(folder, name, 4) for name in STRATEGIES]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(OTHERS)} | {
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+    environment = own_environment(folder / "cache")
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -1,7 +1,6 @@
 """A base sharded over two processes. Run as a script, this file is what each of the two processes does."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig
 from safetensors.torch import load_file
+from shared.environment import own_environment
 from torch.optim.lr_scheduler import LambdaLR
 
 from moka_pl.adapters import MokaConfig, adapter_state
@@ -185,14 +185,7 @@ def write_data(folder):
 
 def start(folder, *runs, timeout=300):
     """Runs this file with the names of runs, in two processes if Lightning starts a second one."""
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_", "SLURM_"))
-    }
-    environment = kept | {
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    environment = own_environment(folder / "cache") | {"TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, __file__, str(folder), *runs]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
 
