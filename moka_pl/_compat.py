@@ -172,6 +172,11 @@ def without_sigterm_broadcast(trainer: "Trainer") -> Iterator[None]:
         delattr(loop, name)
 
 
+def cluster_environment(trainer: "Trainer") -> Any:
+    """What has started the processes of a run; a trainer of one device (Lightning 2.6) keeps it to itself."""
+    return trainer._accelerator_connector.cluster_environment
+
+
 def without_process_observer() -> None:
     """Has the thread of Lightning's that kills this process when one that it has started fails look at none.
 

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -55,13 +55,9 @@ def silenced(*names: str, below: int = logging.WARNING) -> Iterator[None]:
 
 
 @contextmanager
-def ended_by_signals(but: Collection[str] = ()) -> Iterator[None]:
-    """Ends the body on :data:`ENDING` signals as on Ctrl-C, where they have no other meaning to the process.
-
-    Args:
-        but: Names of those that are left alone.
-    """
-    numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name) and name not in but]
+def ended_by_signals() -> Iterator[None]:
+    """Ends the body on :data:`ENDING` signals as on Ctrl-C, where they have no other meaning to it."""
+    numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]

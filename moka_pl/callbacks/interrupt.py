@@ -6,11 +6,11 @@ import signal
 import stat
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -23,12 +23,13 @@ from moka_pl.callbacks.checkpoints import (
     last_path,
 )
 from moka_pl.errors import MokaError, NonFiniteError, terminate
+from moka_pl.training.accidents import requeue
 from moka_pl.training.accidents.first_rank import FirstRank, copied_checkpoint, moment
 from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import rng_state, set_rng_state
 from moka_pl.training.launches import AnyRank
 from moka_pl.training.writing.whole_files import finish_writing
-from moka_pl.utils import ENDING, ended_by_signals
+from moka_pl.utils import ENDING
 
 #: With several processes, ranks check for an interrupt every this many optimizer steps.
 _AGREE_EVERY = 10
@@ -43,8 +44,9 @@ class GracefulInterrupt(Callback):
 
     Only a checkpoint between two optimizer steps can be resumed exactly. A second Ctrl-C stops at once. In a
     trial run (``fast_dev_run``), the first one does, and no file is written. After the last step the run ends
-    as it would without: nothing is left to be resumed. A signal that somebody else
-    handles is left to them: ``nohup`` to ignore SIGHUP, Lightning to requeue a SLURM job on SIGUSR1.
+    as it would without: nothing is left to be resumed. A signal that somebody else handles is left to them,
+    such as ``nohup`` to ignore SIGHUP. A job of SLURM that is told to end by SIGUSR1 (``#SBATCH --signal
+    USR1@90``) is put back in the queue, and goes on when it is started again.
 
     A run that fails, such as by a loader's error or a lack of memory, writes it, too, as of its last step.
 
@@ -70,6 +72,12 @@ class GracefulInterrupt(Callback):
         self._saving = threading.Lock()
         self._question: AnyRank | None = None
         self._undo = contextlib.ExitStack()
+        self._requeue_signal: int | None = None
+        self._requeues = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sees to it that Lightning does not requeue a job of SLURM itself."""
+        self._requeue_signal = requeue.take_over(trainer) or self._requeue_signal
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs the signal handlers."""
@@ -79,7 +87,10 @@ class GracefulInterrupt(Callback):
             self._first_rank = FirstRank(trainer, lambda step: self._save_alone(trainer, pl_module, step))
         if is_trial(trainer) or threading.current_thread() is not threading.main_thread():
             return
-        for number in _SIGNALS:
+        path = last_path(trainer)
+        if self._requeue_signal is not None and trainer.is_global_zero and "://" not in path:
+            requeue.sign(Path(path).parent)
+        for number in {*_SIGNALS, self._requeue_signal or signal.SIGINT}:
             if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) in (
                 signal.SIG_DFL,
                 terminate,  # there was nothing to save before
@@ -149,6 +160,10 @@ class GracefulInterrupt(Callback):
             if trainer.is_global_zero:
                 self._save_alone(trainer, pl_module, step)
             self._first_rank.fails(step)
+        if self._requeues and self._saved is not None and trainer.is_global_zero:
+            with contextlib.suppress(MokaError, OSError):
+                finish_writing(trainer)
+            rank_zero_info(requeue.requeue())
         self.on_train_end(trainer, pl_module)
         if self.asked and self._saved is not None and not isinstance(exception, KeyboardInterrupt):
             raise KeyboardInterrupt from exception  # the signal went to the loader's workers, too
@@ -247,6 +262,8 @@ class GracefulInterrupt(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         """Writes the checkpoint, unless it would hold a NaN or an infinity."""
+        if self._requeue_signal is not None and trainer.world_size > 1:  # some may have had the signal later
+            self._requeues = AnyRank(self._requeues, trainer.strategy.root_device).answer()
         path = self._saved = last_path(trainer)
         try:
             trainer.save_checkpoint(path, weights_only=False)
@@ -260,10 +277,8 @@ class GracefulInterrupt(Callback):
             raise KeyboardInterrupt
 
     def _ending(self, how: str, trainer: Trainer) -> str:
-        return (
-            f"\n{how} after step {trainer.global_step}; {self._kept}. "
-            "To resume, add --ckpt_path last to the same command"
-        )
+        resume = "" if self._requeues else ". To resume, add --ckpt_path last to the same command"
+        return f"\n{how} after step {trainer.global_step}; {self._kept}{resume}"
 
     # Signals
 
@@ -283,16 +298,18 @@ class GracefulInterrupt(Callback):
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        self.asked = True
+        self.asked, self._requeues = True, number == self._requeue_signal
         if self._trainer is not None and is_last_step(self._trainer):
             self._say_last()
             return
         if hasattr(signal, "pthread_kill"):
             threading.Thread(target=self._watch_loader, args=[threading.get_ident()], daemon=True).start()
-        _say("\nStopping after this step (press Ctrl-C again to stop immediately) ...")
+        if self._trainer is None or self._trainer.is_global_zero:
+            _say("\nStopping after this step (press Ctrl-C again to stop immediately) ...")
 
     def _say_last(self) -> None:
-        if self.asked and not self._told_last:
+        first = self._trainer is None or self._trainer.is_global_zero
+        if self.asked and first and not self._told_last:
             self._told_last = True
             _say("\nThe last step: the run ends as usual (press Ctrl-C again to stop immediately) ...")
 
@@ -338,12 +355,6 @@ class _Position(NamedTuple):
     loop: dict[str, Any]
     rng: dict[str, Any]
     event: Any
-
-
-def signals_stop() -> contextlib.AbstractContextManager[None]:
-    """Ends the body on SIGTERM, SIGHUP and SIGUSR1 as on Ctrl-C, where they have no other meaning."""
-    requeues = SLURMEnvironment.detect()  # Lightning does, on SIGUSR1
-    return ended_by_signals(but=("SIGUSR1",) if requeues else ())
 
 
 def _in_loader(frame: FrameType | None) -> bool:

@@ -30,7 +30,6 @@ from moka_pl.callbacks import (
     RunSummary,
     Throughput,
 )
-from moka_pl.callbacks.interrupt import signals_stop
 from moka_pl.cli.class_paths import names_kind, restrict_class_paths, split_trust
 from moka_pl.cli.config_files import named_model, read_config
 from moka_pl.cli.configs import find_config
@@ -43,12 +42,13 @@ from moka_pl.data import MokaDataModule
 from moka_pl.data.batching.loader import killed_worker
 from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.evaluation.memory import is_out_of_memory
-from moka_pl.training.checkpoint import LAST_NAME, find_last
+from moka_pl.training.accidents import requeue
+from moka_pl.training.checkpoint import LAST_NAME, find_last, find_restarted
 from moka_pl.training.checkpoint_files import read_checkpoint
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import check_launcher, check_options
 from moka_pl.training.trial_optimizer import check_learns
-from moka_pl.utils import expanded, make_folder
+from moka_pl.utils import ended_by_signals, expanded, make_folder
 from moka_pl.vision import ImageData, VisionModule
 
 _LOGGER = {
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
     given, trusted = split_trust(sys.argv[1:] if arguments is None else arguments)
     restrict_class_paths(trusted)
     try:
-        with signals_stop(), log_writers(), RunFolders() as folders:
+        with ended_by_signals(), log_writers(), RunFolders() as folders:
             return MokaCLI(folders, given, save_config_kwargs={"overwrite": True}, run=not only_build)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning ends the process with status 1
@@ -256,9 +256,15 @@ class MokaCLI(LightningCLI):
         special = path in (None, "best", "last", "hpc") or "://" in path or path.startswith("registry")
         if not special and not Path(path).is_file():
             raise ConfigError(f"--ckpt_path {path}: {_no_checkpoint(Path(path))}")
+        keeping = config.trainer.enable_checkpointing is not False
+        dirpath = config.checkpoint.dirpath if keeping else None
+        found = None
         if path == "last":
-            keeping = config.trainer.enable_checkpointing is not False
-            checkpoint, version = find_last(logger, config.checkpoint.dirpath if keeping else None)
+            found = find_last(logger, dirpath)
+        elif path is None and self.config.get("subcommand") == "fit" and requeue.restarted():
+            found = find_restarted(logger, dirpath)
+        if found is not None:
+            checkpoint, version = found
             config.ckpt_path = str(checkpoint)
             if version is not None:
                 self._given_version = logger.init_args.version

@@ -21,6 +21,7 @@ from moka_pl.data.batching.order import describe, differences
 from moka_pl.data.types import data_of
 from moka_pl.errors import AdapterError, ConfigError, NonFiniteError
 from moka_pl.ops.finite import non_finite_names
+from moka_pl.training.accidents import requeue
 from moka_pl.training.accidents.non_finite import NON_FINITE_REMEDY
 from moka_pl.training.checkpoint_files import peek, step_of, unusable_reason
 from moka_pl.training.course import (
@@ -305,19 +306,52 @@ def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str 
             "--ckpt_path last needs the version_<k> folders of a TensorBoardLogger, but trainer.logger is "
             f"{logger!r}; give the path of the checkpoint instead"
         )
-    folder = expanded(options.save_dir) / (options.name or "")
-    runs = {}
-    for run in folder.glob("version_*/checkpoints"):
-        number = run.parent.name.removeprefix("version_")
-        if number.isdigit():
-            runs[run] = int(number)
-    checkpoint = _newest_usable(sorted(runs, key=lambda run: -runs[run]))
+    folder = _folder_of_runs(options)
+    runs = _runs_below(folder)
+    checkpoint = _newest_usable(list(runs))
     if checkpoint is None:
         raise ConfigError(
             f"--ckpt_path last: no run below {folder} has a checkpoints/{LAST_NAME}. Start without "
             "--ckpt_path, or give the path of a checkpoint"
         )
     return checkpoint, runs[checkpoint.parent]
+
+
+def find_restarted(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str | None] | None:
+    """Returns what :func:`find_last` does, of the run that this job of SLURM had begun before.
+
+    Args:
+        logger: As there.
+        dirpath: As there.
+
+    Returns:
+        None if the job has left no checkpoint of a run of this command.
+    """
+    options: Any = getattr(logger, "init_args", None)
+    versions = options is not None and hasattr(options, "save_dir") and hasattr(options, "version")
+    runs = _runs_below(_folder_of_runs(options)) if versions and dirpath is None else {}
+    folders = list(runs) if dirpath is None else [expanded(dirpath)]
+    checkpoint = _newest_usable([folder for folder in folders if requeue.is_ours(folder)])
+    if checkpoint is None:
+        return None
+    rank_zero_info(f"job {requeue.job()} is started again, and goes on from {checkpoint}")
+    if dirpath is not None:
+        return checkpoint, _version(checkpoint) if versions else None
+    return checkpoint, runs[checkpoint.parent]
+
+
+def _folder_of_runs(logger_options: Any) -> Path:
+    return expanded(logger_options.save_dir) / (logger_options.name or "")
+
+
+def _runs_below(folder: Path) -> dict[Path, int]:
+    """The folders of checkpoints in a logger's folder with their versions, the newest first."""
+    runs = {}
+    for run in folder.glob("version_*/checkpoints"):
+        number = run.parent.name.removeprefix("version_")
+        if number.isdigit():
+            runs[run] = int(number)
+    return dict(sorted(runs.items(), key=lambda item: -item[1]))
 
 
 def _newest_usable(folders: Sequence[Path]) -> Path | None:

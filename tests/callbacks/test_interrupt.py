@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 
 from moka_pl.callbacks import AdapterCheckpoint, GracefulInterrupt, RunCheckpoint, interrupt
 from moka_pl.callbacks.checkpoints import between_steps
-from moka_pl.callbacks.interrupt import _leave_terminal, signals_stop
+from moka_pl.callbacks.interrupt import _leave_terminal
 from moka_pl.data.batching.loader import ResumableDataLoader
-from moka_pl.errors import DataError, terminate
+from moka_pl.errors import DataError
+from moka_pl.utils import ended_by_signals
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +224,7 @@ def test_repeated_signals_of_schedulers_and_terminals_are_one(train, tmp_path, n
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_that_others_handle_is_theirs(train, number):
     seen = []
-    before = signal.signal(number, lambda *args: seen.append(number))  # nohup, or Lightning under SLURM
+    before = signal.signal(number, lambda *args: seen.append(number))  # such as nohup
     try:
         run = train(Kill("on_train_batch_end", 2, number), GracefulInterrupt(), max_epochs=1)
     finally:
@@ -252,19 +253,11 @@ def test_ranks_agree_every_ten_steps_and_those_of_gpus_a_step_later(monkeypatch,
     assert flags == [True]
 
 
-def test_signals_stop_at_once_before_there_is_something_to_save():
+def test_signals_end_a_run_at_once_before_there_is_something_to_save():
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        with pytest.raises(KeyboardInterrupt), signals_stop():
+        with pytest.raises(KeyboardInterrupt), ended_by_signals():
             os.kill(os.getpid(), number)
         assert signal.getsignal(number) is signal.SIG_DFL
-
-
-def test_leaves_the_requeueing_signal_to_slurm(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    monkeypatch.setenv("SLURM_JOB_NAME", "train")
-    with signals_stop():
-        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
-        assert signal.getsignal(signal.SIGTERM) is terminate
 
 
 def test_prints_nowhere_once_the_terminal_is_gone(monkeypatch):
