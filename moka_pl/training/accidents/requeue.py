@@ -39,7 +39,7 @@ def take_over(trainer: Trainer) -> int | None:
 
 def job() -> str | None:
     """Returns the number of this process's job, as ``scontrol`` takes it; None outside of SLURM."""
-    array, task = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
