@@ -17,6 +17,7 @@ from moka_pl.adapters.filters import (
     describe_filters,
     filter_shapes,
 )
+from moka_pl.adapters.patterns import compile_pattern
 from moka_pl.adapters.schema import check_values, shown
 from moka_pl.errors import ConfigError
 from moka_pl.lm.architecture import QUERY_VALUE
@@ -141,6 +142,9 @@ class MokaConfig(AdapterConfig):
             raise ConfigError(f"scaling must be positive and finite, not {self.scaling}")
         if not self.target_modules:
             raise ConfigError("target_modules is empty; name at least one layer, or set all-linear")
+        for pattern in (self.target_modules, self.exclude_modules):
+            if isinstance(pattern, str):
+                compile_pattern(pattern)
         self._check_start()
         tokens = self.trainable_token_indices
         if tokens is not None and (not tokens or min(tokens) < 0 or len(set(tokens)) < len(tokens)):

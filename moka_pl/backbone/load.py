@@ -40,7 +40,7 @@ from moka_pl.backbone.quantization import (
     stored_layers,
     weight_bytes,
 )
-from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model
+from moka_pl.backbone.random_weights import SHAPES, byte_tokenizer, random_model, shape_config
 from moka_pl.backbone.smollm2 import SHORT_NAME, bundled_gguf
 from moka_pl.backbone.weight_files import WeightFiles
 from moka_pl.errors import BackboneError
@@ -227,6 +227,8 @@ def load_tokenizer(config: BackboneConfig, weights: bool = True) -> "PreTrainedT
     """
     from transformers import AutoTokenizer
 
+    if config.weights == "random" and config.name not in SHAPES:
+        shape_config(config.name)  # an unknown one is refused before texts are encoded
     if config.weights == "random" and (config.name in SHAPES or not _has_tokenizer(config.name)):
         tokenizer = byte_tokenizer()
         add_new_tokens(tokenizer, config.new_tokens)
@@ -373,6 +375,10 @@ def model_location(config: BackboneConfig, whole: bool = True, weights: bool = T
         return {"pretrained_model_name_or_path": str(folder)}
     if name in SHAPES:
         raise BackboneError(f"{name!r} is a shape without weights; set weights: random, or give a hub id")
+    if "://" in name:
+        raise BackboneError(
+            f"{name}: addresses are not read; give the hub id, as in organisation/model, or a folder"
+        )
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise BackboneError(f"{name}: no such model folder; check the path")
     if (cached := reach_model(name, config.revision)) is not None:

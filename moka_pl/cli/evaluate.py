@@ -57,7 +57,7 @@ def evaluate(
     from moka_pl.evaluation.lm_eval.tasks import require_lm_eval
 
     if adapter is not None:
-        _check_adapter(adapter)
+        _check_adapter(adapter, base)
     require_lm_eval()
     from lm_eval.utils import make_table
 
@@ -88,10 +88,11 @@ def evaluate(
     print(f"Results saved in {path}", file=sys.stderr)
 
 
-def _check_adapter(adapter: Path) -> None:
-    """Refuses a damaged folder before the harness is imported and tasks are downloaded."""
+def _check_adapter(adapter: Path, base: str | None) -> None:
+    """Refuses a damaged folder, and one that scores no texts, before the harness is imported."""
     from moka_pl.adapters import read_adapter
     from moka_pl.adapters.reading import check_count, read_adapter_shapes
+    from moka_pl.inference.load import check_kind
 
-    read_adapter(adapter)
+    check_kind(read_adapter(adapter), adapter, base)
     check_count(adapter, read_adapter_shapes(adapter))

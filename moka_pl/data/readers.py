@@ -6,6 +6,7 @@ in ``files/`` and name its suffix in ``READERS``.
 """
 
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,6 +144,8 @@ def check_file(path: Path) -> None:
         hint = (
             ". Patterns are not expanded: give a list of files, or their folder" if "*" in str(path) else ""
         )
+        if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # pathlib leaves one slash of an address
+            hint = ". Addresses are not read: download the file and give its path"
         raise DataError(f"{what}. Check the spelling of the path{hint}") from error
     except OSError as error:
         raise DataError(f"{shown(path)} cannot be read ({error.strerror}). Give another path") from error

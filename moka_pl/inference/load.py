@@ -79,7 +79,7 @@ def load_model(
     """
     path = local_adapter(path, revision)
     info = read_adapter(path)
-    _check_kind(info, path, base)
+    check_kind(info, path, base)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -128,7 +128,7 @@ def check_new_tokens(info: AdapterInfo, tokenizer: "PreTrainedTokenizerBase", pa
             )
 
 
-def _check_kind(info: AdapterInfo, path: Path, base: str | None) -> None:
+def check_kind(info: AdapterInfo, path: Path, base: str | None) -> None:
     """Refuses an adapter of an image classifier, and one without a base."""
     if info.labels:
         raise AdapterError(

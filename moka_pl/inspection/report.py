@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.injection import moka_layers
@@ -220,9 +220,14 @@ def base_weights(path: Path, base: str | None) -> dict[str, tuple[Size, float]]:
         AdapterError: If the base is another one.
         BackboneError: If it cannot be loaded.
     """
-    from moka_pl.inference import load_model
+    if read_adapter(path).labels:
+        from moka_pl.vision import load_classifier
 
-    model, _ = load_model(path, "cpu", base)
+        model: nn.Module = load_classifier(path, "cpu", base)[0]
+    else:
+        from moka_pl.inference import load_model
+
+        model = load_model(path, "cpu", base)[0]
     return {
         name: (
             Size(layer.out_features, layer.in_features),

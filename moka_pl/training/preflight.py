@@ -58,7 +58,16 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, nothing in _NOTHING.items():
         if options.get(name) == nothing:
             raise ConfigError(f"trainer.{name} is {nothing}: nothing would be trained or validated; raise it")
-    devices = str(options.get("devices"))
+    if options.get("barebones"):
+        raise ConfigError("trainer.barebones is true: it forbids logs and checkpoints; leave it out")
+    devices, accelerator = str(options.get("devices")), options.get("accelerator")
+    if devices == "0":
+        raise ConfigError("trainer.devices is 0; give at least one, or leave it out")
+    if accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"trainer.accelerator is {accelerator}, but PyTorch {torch.__version__} finds no GPU; set cpu, "
+            "or leave it out"
+        )
     if devices.isdigit() and int(devices) > _MOST_DEVICES:
         raise ConfigError(f"trainer.devices is {devices}; no machine has so many, and each is a process")
 

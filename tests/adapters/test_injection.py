@@ -140,9 +140,9 @@ def test_only_linear_layers_and_embeddings_can_be_adapted(targets, tiny_llama) -
 
 
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
-def test_an_invalid_regex_is_told(option: str, tiny_llama) -> None:
+def test_an_invalid_regex_is_told_before_there_is_a_model(option: str) -> None:
     with pytest.raises(AdapterError, match=r"'\(q_proj' is not a valid regular expression.*unterminated"):
-        inject_adapter(tiny_llama, config(**{option: "(q_proj"}))
+        config(**{option: "(q_proj"})
 
 
 def test_adapters_are_not_put_upon_adapters(tiny_llama) -> None:

@@ -114,6 +114,11 @@ def test_a_folder_that_does_not_exist_is_not_looked_up(name: str) -> None:
     assert failure(name) == f"{name}: no such model folder; check the path"
 
 
+def test_an_address_is_no_name() -> None:
+    told = failure("https://huggingface.co/organisation/model")
+    assert told.endswith(": addresses are not read; give the hub id, as in organisation/model, or a folder")
+
+
 def test_the_name_of_a_shape_has_no_weights() -> None:
     assert "set weights: random" in failure("llama2-7b")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.backbone import BackboneConfig, load_backbone, load_tokenizer
 from moka_pl.backbone.blocks import filling
 from moka_pl.backbone.quantization import dense_weight
 from moka_pl.backbone.random_weights import SHAPES, shape_config
@@ -200,6 +200,8 @@ def test_building_never_holds_the_model_in_full_precision(
 def test_an_unknown_shape_lists_the_known_ones(name: str) -> None:
     with pytest.raises(BackboneError, match=r"unknown shape .*; choose one of llama2-7b, .* config\.json"):
         load_backbone(BackboneConfig(name, weights="random"))
+    with pytest.raises(BackboneError, match="unknown shape"):  # which is asked for first
+        load_tokenizer(BackboneConfig(name, weights="random"))
 
 
 def test_a_folder_below_home_is_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

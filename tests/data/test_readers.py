@@ -3,6 +3,7 @@ import gzip
 import json
 import lzma
 import os
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -94,6 +95,8 @@ def test_paths_that_are_no_files(tmp_path):
     refuse(tmp_path / f"{'x' * 300}.jsonl", "cannot be read (File name too long)")
     refuse(tmp_path / "*.jsonl", "does not exist", "Patterns are not expanded")
     refuse(tmp_path / "a\0b.jsonl", "does not exist")
+    for address in ("https://example.org/a.jsonl", "s3://bucket/a.jsonl"):
+        refuse(Path(address), "does not exist", "Addresses are not read: download the file")
     assert is_local("data/train-*")
     assert is_local("~nobody-of-this-name/x.jsonl")
     assert not is_local("x" * 5000)

@@ -29,12 +29,25 @@ from moka_pl.training.preflight import Kept, check_launcher, check_options, chec
         ({"limit_train_batches": 0.0}, "limit_train_batches is 0"),
         ({"devices": 100_000}, "trainer.devices is 100000"),
         ({"devices": "100000"}, "trainer.devices is 100000"),
+        ({"devices": 0}, "trainer.devices is 0; give at least one"),
+        ({"devices": "0"}, "trainer.devices is 0; give at least one"),
+        ({"barebones": True}, "trainer.barebones is true: it forbids logs"),
     ],
     ids=str,
 )
 def test_numbers_that_train_nothing(options, message):
     with pytest.raises(ConfigError, match=message):
         check_options(options)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda"])
+def test_an_accelerator_that_is_not_here(name, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"accelerator is {name}, but PyTorch .* finds no GPU; set cpu"):
+        check_options({"accelerator": name})
+    check_options({"accelerator": "cpu"})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    check_options({"accelerator": name})
 
 
 def test_common_options():

@@ -32,6 +32,22 @@ def test_a_merged_folder_is_a_plain_classifier(adapter, tmp_path, capsys):
     assert ", 8 images: largest logit difference" in capsys.readouterr().out
 
 
+def test_norms_are_relative_to_the_classifier(adapter, vit, capsys):
+    main(["inspect", str(adapter), "--base", "stored", "--json"])
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    weights = dict(ViTForImageClassification.from_pretrained(vit).named_parameters())
+    assert layers
+    for name, layer in layers.items():
+        norm = float(weights[f"{name}.weight"].detach().norm())
+        assert layer["relative_norm"] == pytest.approx(layer["norm"] / norm, rel=1e-4)
+
+
+def test_a_classifier_scores_no_texts(adapter, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--tasks", "arc_easy", "--adapter", str(adapter)])
+    assert "classifies images, and answers or scores no text" in capsys.readouterr().err
+
+
 def test_a_lora_is_read_by_peft_with_the_head(adapter, vit, tmp_path, capsys):
     peft = pytest.importorskip("peft")
     out = tmp_path / "lora"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moka_pl.adapters.config import AdapterConfig
 from moka_pl.adapters.methods.base import AdapterMethod, name_targets
-from moka_pl.adapters.patterns import matching
+from moka_pl.adapters.patterns import compile_pattern, matching
 from moka_pl.adapters.reach import text_reach
 from moka_pl.adapters.schema import check_fields, shown
 from moka_pl.backbone.quantization import is_quantised
@@ -36,6 +36,8 @@ class FullFineTuning(AdapterConfig):
     def __post_init__(self) -> None:
         """Refuses values of other types."""
         check_fields(self)
+        if isinstance(self.target_modules, str):
+            compile_pattern(self.target_modules)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all options as plain JSON values."""
