@@ -46,7 +46,7 @@ from moka_pl.training.accidents import requeue
 from moka_pl.training.checkpoint import LAST_NAME, find_last, find_restarted
 from moka_pl.training.checkpoint_files import read_checkpoint
 from moka_pl.training.module import MokaModule
-from moka_pl.training.preflight import check_launcher, check_options
+from moka_pl.training.preflight import check_accelerator, check_launcher, check_options
 from moka_pl.training.trial_optimizer import check_learns
 from moka_pl.utils import ended_by_signals, expanded, make_folder
 from moka_pl.vision import ImageData, VisionModule
@@ -241,6 +241,7 @@ class MokaCLI(LightningCLI):
         config = self._options(self.config)
         if self.config.get("subcommand") == "fit":
             check_options(vars(config.trainer))
+            check_accelerator(config.trainer.accelerator)
         if "weights_only" in config:
             config.weights_only = True  # nothing is unpickled from a path that the user gives
         if "verbose" in config:

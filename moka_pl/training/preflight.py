@@ -60,16 +60,24 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{name} is {nothing}: nothing would be trained or validated; raise it")
     if options.get("barebones"):
         raise ConfigError("trainer.barebones is true: it forbids logs and checkpoints; leave it out")
-    devices, accelerator = str(options.get("devices")), options.get("accelerator")
+    devices = str(options.get("devices"))
     if devices == "0":
         raise ConfigError("trainer.devices is 0; give at least one, or leave it out")
-    if accelerator in ("gpu", "cuda") and not torch.accelerator.is_available():
-        raise ConfigError(
-            f"trainer.accelerator is {accelerator}, but PyTorch {torch.__version__} finds no GPU; set cpu, "
-            "or leave it out"
-        )
     if devices.isdigit() and int(devices) > _MOST_DEVICES:
         raise ConfigError(f"trainer.devices is {devices}; no machine has so many, and each is a process")
+
+
+def check_accelerator(name: str) -> None:
+    """Refuses a GPU where there is none.
+
+    Raises:
+        ConfigError: Naming the option, and what to do.
+    """
+    if name in ("gpu", "cuda") and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"trainer.accelerator is {name}, but PyTorch {torch.__version__} finds no GPU; set cpu, "
+            "or leave it out"
+        )
 
 
 def check_launcher(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ from moka_pl.backbone import BackboneConfig
 from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
 from moka_pl.errors import ConfigError, MokaWarning
 from moka_pl.training.module import MokaModule
-from moka_pl.training.preflight import Kept, check_launcher, check_options, check_room
+from moka_pl.training.preflight import Kept, check_accelerator, check_launcher, check_options, check_room
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def test_numbers_that_train_nothing(options, message):
 def test_an_accelerator_that_is_not_here(name, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=f"accelerator is {name}, but PyTorch .* finds no GPU; set cpu"):
-        check_options({"accelerator": name})
-    check_options({"accelerator": "cpu"})
+        check_accelerator(name)
+    check_accelerator("cpu")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    check_options({"accelerator": name})
+    check_accelerator(name)
 
 
 def test_common_options():
