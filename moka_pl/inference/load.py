@@ -129,7 +129,16 @@ def check_new_tokens(info: AdapterInfo, tokenizer: "PreTrainedTokenizerBase", pa
 
 
 def check_kind(info: AdapterInfo, path: Path, base: str | None) -> None:
-    """Refuses an adapter of an image classifier, and one without a base."""
+    """Refuses an adapter of an image classifier, and one without a base.
+
+    Args:
+        info: What its directory says.
+        path: The directory.
+        base: Name or folder of the base that is given for it.
+
+    Raises:
+        AdapterError: Saying what to do instead.
+    """
     if info.labels:
         raise AdapterError(
             f"{path} classifies images, and answers or scores no text; validate or test it with "
