@@ -87,9 +87,10 @@ class GracefulInterrupt(Callback):
             self._first_rank = FirstRank(trainer, lambda step: self._save_alone(trainer, pl_module, step))
         if is_trial(trainer) or threading.current_thread() is not threading.main_thread():
             return
-        path = last_path(trainer)
-        if self._requeue_signal is not None and trainer.is_global_zero and "://" not in path:
-            requeue.sign(Path(path).parent)
+        if self._requeue_signal is not None:
+            path = last_path(trainer)  # on all ranks, which may ask each other for it
+            if trainer.is_global_zero and "://" not in path:
+                requeue.sign(Path(path).parent)
         for number in {*_SIGNALS, self._requeue_signal or signal.SIGINT}:
             if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) in (
                 signal.SIG_DFL,
