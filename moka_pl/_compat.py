@@ -173,7 +173,11 @@ def without_sigterm_broadcast(trainer: "Trainer") -> Iterator[None]:
 
 
 def cluster_environment(trainer: "Trainer") -> Any:
-    """What has started the processes of a run; a trainer of one device (Lightning 2.6) keeps it to itself."""
+    """What has started the processes of a run.
+
+    Seen in Lightning 2.5 to 2.6. Without it a run on one device would not know that it is a job of SLURM:
+    only the strategies of several devices tell.
+    """
     return trainer._accelerator_connector.cluster_environment
 
 

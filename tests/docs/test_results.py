@@ -190,7 +190,22 @@ def quantisers() -> list[str]:
     return found
 
 
+def on_a_cpu() -> list[str]:
+    """Two of these on a CPU, after fewer steps."""
+    rows = report("quantisers-smollm2-cpu")["rows"]
+    return [
+        line(
+            f"`{of['name']}`",
+            share(of["mean"], 1, 100),
+            share(of["nll"], 3),
+            f"{median(of['validation_loss']):.4f}",
+        )
+        for of in rows
+    ]
+
+
 TABLES = {
+    "on a CPU": ("results.md", on_a_cpu),
     "quantisers": ("results.md", quantisers),
     "three models": ("results.md", three_models),
     GEMMA: ("results.md", lambda: one_model(GEMMA)),

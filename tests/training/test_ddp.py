@@ -23,6 +23,8 @@ from moka_pl.data import CommonsenseData, InstructionData, MixtureData, MmluData
 from moka_pl.lm import cuda_graphs
 from moka_pl.training.module import MokaModule
 
+pytestmark = pytest.mark.slow
+
 GLOBAL_BATCH = 4
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
 

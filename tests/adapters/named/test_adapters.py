@@ -130,6 +130,7 @@ def test_launches_do_not_grow_with_the_adapters(
     assert counts[0][0] <= 100  # two sizes of layers, however many layers there are
 
 
+@pytest.mark.slow  # in the interpreter
 def test_single_tokens_go_through_the_kernels_for_generating(
     monkeypatch: pytest.MonkeyPatch, randomize
 ) -> None:
@@ -159,6 +160,7 @@ def test_single_tokens_go_through_the_kernels_for_generating(
     assert len(decoded) == before
 
 
+@pytest.mark.slow  # in the interpreter
 def test_thin_updates_of_all_adapters_take_one_launch(monkeypatch: pytest.MonkeyPatch, randomize) -> None:
     pytest.importorskip("triton")
     # Where there is no GPU, these kernels are not chosen otherwise.

@@ -62,6 +62,7 @@ def adapter(tmp_path: Path, randomize, one_thread: None) -> Path:
     return save_adapter(tmp_path / "adapter", model, config, remembered, {"prompt": "raw"})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells anonymous memory")
 @pytest.mark.parametrize("options", [["--dtype", "float32"], ["--dtype", "bfloat16"]], ids="-".join)
 def test_a_shard_is_never_in_memory(options: list[str], adapter: Path) -> None:
