@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.expressions import expressions
 
 from moka_pl.adapters import MokaConfig
 from moka_pl.errors import ConfigError
@@ -20,7 +21,7 @@ def configs(draw: st.DrawFn) -> MokaConfig:
     listed = st.lists(sizes, min_size=1, max_size=1) | st.lists(
         sizes, min_size=components, max_size=components
     )
-    names = st.lists(st.text(min_size=1), min_size=1, max_size=3) | st.text(min_size=1)
+    names = st.lists(st.text(min_size=1), min_size=1, max_size=3) | expressions(st.text(min_size=1))
     return MokaConfig(
         components=components,
         filters=draw(st.sampled_from(["diverse", "square", "prime", "servable"]) | listed),

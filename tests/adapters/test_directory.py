@@ -16,6 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from shared.expressions import expressions
 from torch import nn
 
 from moka_pl.adapters import (
@@ -31,7 +32,6 @@ from moka_pl.adapters import (
     read_adapter,
     save_adapter,
 )
-from moka_pl.adapters.patterns import compile_pattern
 from moka_pl.adapters.reading import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME
 from moka_pl.errors import AdapterError
 from moka_pl.utils import LFS_POINTER
@@ -469,18 +469,6 @@ def test_tensors_that_do_not_fit_leave_the_model_s_own(change, adapted: nn.Modul
 words = st.text(min_size=1, max_size=8)
 
 
-def is_expression(text: str) -> bool:
-    """Whether a text is a regular expression, which patterns of layers must be."""
-    try:
-        compile_pattern(text)
-    except AdapterError:
-        return False
-    return True
-
-
-expressions = words.filter(is_expression)
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     options=st.fixed_dictionaries(
@@ -490,8 +478,8 @@ expressions = words.filter(is_expression)
             | st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=2), min_size=1, max_size=1),
             "scaling": st.none() | st.floats(1e-9, 1e9),
             "dropout": st.floats(0, 1, exclude_max=True),
-            "target_modules": expressions | st.lists(words, min_size=1),
-            "exclude_modules": st.none() | expressions | st.lists(words),
+            "target_modules": expressions(words) | st.lists(words, min_size=1),
+            "exclude_modules": st.none() | expressions(words) | st.lists(words),
         }
     ),
     name=words,

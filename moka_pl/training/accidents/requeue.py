@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -49,9 +50,10 @@ def restarted() -> bool:
 
 
 def sign(folder: Path) -> None:
-    """Notes in a run's folder of checkpoints which job and command it belongs to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _NAME).write_text(json.dumps(_signature()), encoding="utf-8")
+    """Notes in a run's folder of checkpoints which job and command it belongs to, if it can be written to."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _NAME).write_text(json.dumps(_signature()), encoding="utf-8")
 
 
 def is_ours(folder: Path) -> bool:
@@ -71,7 +73,8 @@ def requeue() -> str:
     number = str(job())
     try:
         done = subprocess.run(["scontrol", "requeue", number], capture_output=True, text=True, check=False)
-        refused = (done.stderr.strip() or f"status {done.returncode}") if done.returncode else None
+        words = " ".join(done.stderr.split()) or f"status {done.returncode}"
+        refused = words if done.returncode else None
     except OSError as error:
         refused = one_line(error)
     if refused is None:
