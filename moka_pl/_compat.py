@@ -172,6 +172,20 @@ def without_sigterm_broadcast(trainer: "Trainer") -> Iterator[None]:
         delattr(loop, name)
 
 
+def without_sigterm_notifier(trainer: "Trainer", instead: Callable[[int, Any], None]) -> None:
+    """Has a rank that gets SIGTERM outside of training steps end, where Lightning asks the other ranks first.
+
+    Seen in Lightning 2.6, whose handler sends the others a tensor. Without it a rank that gets the signal
+    alone would wait for them in one collective, and they for it in another, for ever.
+
+    Args:
+        trainer: The trainer, before it installs signal handlers.
+        instead: The handler that takes its place.
+    """
+    connector: Any = trainer._signal_connector
+    connector._sigterm_notifier_fn = instead
+
+
 def cluster_environment(trainer: "Trainer") -> Any:
     """What has started the processes of a run.
 

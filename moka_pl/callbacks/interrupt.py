@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from moka_pl._compat import without_sigterm_broadcast
+from moka_pl._compat import without_sigterm_broadcast, without_sigterm_notifier
 from moka_pl.callbacks.checkpoints import (
     AdapterCheckpoint,
     between_steps,
@@ -76,8 +76,10 @@ class GracefulInterrupt(Callback):
         self._requeues = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Sees to it that Lightning does not requeue a job of SLURM itself."""
+        """Keeps Lightning's handlers of signals from waiting for other ranks, and from requeueing a job."""
         self._requeue_signal = requeue.take_over(trainer) or self._requeue_signal
+        if trainer.world_size > 1:
+            without_sigterm_notifier(trainer, terminate)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs the signal handlers."""

@@ -2,8 +2,9 @@
 
 As a script, this file is each of the processes: its arguments are the rank that fails, how it does, and the
 command's. Lightning starts the others with the same ones. How: ``raises`` or ``killed`` in the third training
-step, or ``no-data`` to read. With ``stuck`` the others stand still in that step, in a call that nothing
-interrupts, as where a GPU waits for another one.
+step, ``no-data`` to read, or ``terminated`` (SIGTERM) in the base's validation before training. With
+``stuck`` the others stand still in that step, in a call that nothing interrupts, as where a GPU waits for
+another one.
 """
 
 import ctypes
@@ -74,8 +75,18 @@ def spoil(how: str, fails: bool, error: Callable[[str], Exception]) -> None:
             _stand_still()
         return compute(self, *args)
 
+    validate = MokaModule.validation_step
+
+    def validation_step(self: MokaModule, *args: Any) -> Any:
+        if fails and not Path(TIME).exists():
+            Path(TIME).write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, *args)
+
     if "raises" in how or "killed" in how:
         MokaModule.training_step = training_step  # type: ignore[method-assign]
+    if "terminated" in how:
+        MokaModule.validation_step = validation_step  # type: ignore[method-assign]
 
 
 def _stand_still() -> None:
