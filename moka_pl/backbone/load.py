@@ -227,12 +227,12 @@ def load_tokenizer(config: BackboneConfig, weights: bool = True) -> "PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    if config.weights == "random" and config.name not in SHAPES:
+    if config.weights == "random":
         shape_config(config.name)  # an unknown one is refused before texts are encoded
-    if config.weights == "random" and (config.name in SHAPES or not _has_tokenizer(config.name)):
-        tokenizer = byte_tokenizer()
-        add_new_tokens(tokenizer, config.new_tokens)
-        return tokenizer
+        if config.name in SHAPES or not _has_tokenizer(config.name):
+            tokenizer = byte_tokenizer()
+            add_new_tokens(tokenizer, config.new_tokens)
+            return tokenizer
     location = model_location(config, weights=weights)
     folder = Path(location["pretrained_model_name_or_path"])
     with loading(config.name):

@@ -93,7 +93,8 @@ class GracefulInterrupt(Callback):
             path = last_path(trainer)  # on all ranks, which may ask each other for it
             if trainer.is_global_zero and "://" not in path:
                 requeue.sign(Path(path).parent)
-        for number in {*_SIGNALS, self._requeue_signal or signal.SIGINT}:
+        signals = {*_SIGNALS} if self._requeue_signal is None else {*_SIGNALS, self._requeue_signal}
+        for number in signals:
             if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) in (
                 signal.SIG_DFL,
                 terminate,  # there was nothing to save before
@@ -280,7 +281,7 @@ class GracefulInterrupt(Callback):
             raise KeyboardInterrupt
 
     def _ending(self, how: str, trainer: Trainer) -> str:
-        resume = "" if self._requeues else ". To resume, add --ckpt_path last to the same command"
+        resume = "" if self._requeues else f". {requeue.RESUME}"
         return f"\n{how} after step {trainer.global_step}; {self._kept}{resume}"
 
     # Signals
@@ -307,14 +308,20 @@ class GracefulInterrupt(Callback):
             return
         if hasattr(signal, "pthread_kill"):
             threading.Thread(target=self._watch_loader, args=[threading.get_ident()], daemon=True).start()
-        if self._trainer is None or self._trainer.is_global_zero:
-            _say("\nStopping after this step (press Ctrl-C again to stop immediately) ...")
+        self._say("\nStopping after this step (press Ctrl-C again to stop immediately) ...")
 
     def _say_last(self) -> None:
-        first = self._trainer is None or self._trainer.is_global_zero
-        if self.asked and first and not self._told_last:
+        if self.asked and not self._told_last:
             self._told_last = True
-            _say("\nThe last step: the run ends as usual (press Ctrl-C again to stop immediately) ...")
+            self._say("\nThe last step: the run ends as usual (press Ctrl-C again to stop immediately) ...")
+
+    def _say(self, text: str) -> None:
+        """Prints a line within a signal's handler, on the first rank."""
+        if self._trainer is None or self._trainer.is_global_zero:
+            with contextlib.suppress(
+                OSError, RuntimeError, ValueError
+            ):  # in the middle of printing, or closed
+                print(text, flush=True)
 
     def _watch_loader(self, main: int) -> None:
         """Has the main thread look whether it waits in a loader that is stuck: no step would ever end."""
@@ -370,11 +377,6 @@ def _in_loader(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError, RuntimeError, ValueError):  # in the middle of printing, or closed
-        print(text, flush=True)
 
 
 def _leave_terminal() -> None:

@@ -5,7 +5,7 @@ fields of :class:`StoredRun` are added.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -291,30 +291,23 @@ def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str 
     Raises:
         ConfigError: If there is none, or it is damaged, or the logger keeps no versions.
     """
-    options: Any = getattr(logger, "init_args", None)
-    versions = options is not None and hasattr(options, "save_dir") and hasattr(options, "version")
+    found = _find(logger, dirpath, lambda folder: True)
+    if found is not None:
+        return found
     if dirpath is not None:
-        checkpoint = _newest_usable([expanded(dirpath)])
-        if checkpoint is None:
-            raise ConfigError(
-                f"--ckpt_path last: {dirpath} (checkpoint.dirpath) has no {LAST_NAME}. Start without "
-                "--ckpt_path, or give the path of a checkpoint"
-            )
-        return checkpoint, _version(checkpoint) if versions else None
-    if not versions:
+        raise ConfigError(
+            f"--ckpt_path last: {dirpath} (checkpoint.dirpath) has no {LAST_NAME}. Start without "
+            "--ckpt_path, or give the path of a checkpoint"
+        )
+    if not _has_versions(logger):
         raise ConfigError(
             "--ckpt_path last needs the version_<k> folders of a TensorBoardLogger, but trainer.logger is "
             f"{logger!r}; give the path of the checkpoint instead"
         )
-    folder = _folder_of_runs(options)
-    runs = _runs_below(folder)
-    checkpoint = _newest_usable(list(runs))
-    if checkpoint is None:
-        raise ConfigError(
-            f"--ckpt_path last: no run below {folder} has a checkpoints/{LAST_NAME}. Start without "
-            "--ckpt_path, or give the path of a checkpoint"
-        )
-    return checkpoint, runs[checkpoint.parent]
+    raise ConfigError(
+        f"--ckpt_path last: no run below {_folder_of_runs(logger)} has a checkpoints/{LAST_NAME}. Start "
+        "without --ckpt_path, or give the path of a checkpoint"
+    )
 
 
 def find_restarted(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str | None] | None:
@@ -327,21 +320,32 @@ def find_restarted(logger: Any, dirpath: str | None = None) -> tuple[Path, int |
     Returns:
         None if the job has left no checkpoint of a run of this command.
     """
-    options: Any = getattr(logger, "init_args", None)
-    versions = options is not None and hasattr(options, "save_dir") and hasattr(options, "version")
-    runs = _runs_below(_folder_of_runs(options)) if versions and dirpath is None else {}
-    folders = list(runs) if dirpath is None else [expanded(dirpath)]
-    checkpoint = _newest_usable([folder for folder in folders if requeue.is_ours(folder)])
-    if checkpoint is None:
-        return None
-    rank_zero_info(f"job {requeue.job()} is started again, and goes on from {checkpoint}")
+    found = _find(logger, dirpath, requeue.is_ours)
+    if found is not None:
+        rank_zero_info(f"job {requeue.job()} is started again, and goes on from {found[0]}")
+    return found
+
+
+def _find(
+    logger: Any, dirpath: str | None, takes: Callable[[Path], bool]
+) -> tuple[Path, int | str | None] | None:
+    """Returns the newest usable checkpoint of the folders that are taken, and its logs' version."""
+    versions = _has_versions(logger)
     if dirpath is not None:
-        return checkpoint, _version(checkpoint) if versions else None
-    return checkpoint, runs[checkpoint.parent]
+        checkpoint = _newest_usable(list(filter(takes, [expanded(dirpath)])))
+        return None if checkpoint is None else (checkpoint, _version(checkpoint) if versions else None)
+    runs = _runs_below(_folder_of_runs(logger)) if versions else {}
+    checkpoint = _newest_usable(list(filter(takes, runs)))
+    return None if checkpoint is None else (checkpoint, runs[checkpoint.parent])
 
 
-def _folder_of_runs(logger_options: Any) -> Path:
-    return expanded(logger_options.save_dir) / (logger_options.name or "")
+def _has_versions(logger: Any) -> bool:
+    options = getattr(logger, "init_args", None)
+    return options is not None and hasattr(options, "save_dir") and hasattr(options, "version")
+
+
+def _folder_of_runs(logger: Any) -> Path:
+    return expanded(logger.init_args.save_dir) / (logger.init_args.name or "")
 
 
 def _runs_below(folder: Path) -> dict[Path, int]:

@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from moka_pl._compat import cluster_environment
 from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.adapters.filters import AUTO
 from moka_pl.data.types import HasEpochs, data_of
@@ -86,7 +87,7 @@ def check_launcher(trainer: Trainer) -> None:
     Raises:
         ConfigError: Naming both numbers.
     """
-    environment = getattr(trainer.strategy, "cluster_environment", None)
+    environment = cluster_environment(trainer)
     wanted = trainer.num_devices * trainer.num_nodes
     started = wanted
     if TorchElasticEnvironment.detect():

@@ -18,6 +18,9 @@ from lightning.pytorch import Trainer
 from moka_pl._compat import cluster_environment
 from moka_pl.errors import one_line
 
+#: What to do about a run that has ended early.
+RESUME = "To resume, add --ckpt_path last to the same command"
+
 #: Beside the checkpoints of a run: the job and the command that it belongs to.
 _NAME = "slurm_job.json"
 
@@ -79,10 +82,7 @@ def requeue() -> str:
         refused = one_line(error)
     if refused is None:
         return f"Job {number} is back in the queue; it goes on from there"
-    return (
-        f"Job {number} cannot be put back in the queue ({refused}). "
-        "To resume, add --ckpt_path last to the same command"
-    )
+    return f"Job {number} cannot be put back in the queue ({refused}). {RESUME}"
 
 
 def _signature() -> dict[str, object]:

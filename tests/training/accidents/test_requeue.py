@@ -222,5 +222,4 @@ def as_one_process():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     as_one_process()
