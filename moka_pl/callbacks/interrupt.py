@@ -161,8 +161,6 @@ class GracefulInterrupt(Callback):
                 rank_zero_info(self._ending("Ended", trainer))
         elif self._first_rank is not None and self._fails_alone(trainer, exception):
             step = trainer.global_step + bool(getattr(pl_module, "updating", False))
-            if trainer.is_global_zero:
-                self._save_alone(trainer, pl_module, step)
             self._first_rank.fails(step)
         if self._requeues and self._saved is not None and trainer.is_global_zero:
             with contextlib.suppress(MokaError, OSError):

@@ -110,7 +110,7 @@ def test_all_processes_end_with_the_one_error(runs, case):
 def test_the_first_rank_saves_the_run_or_says_that_its_gpu_is_within_a_step(runs, case):
     text = runs[0][case.name][3]
     saved = f"Ended after step {FAILS_IN - 1}; checkpoint saved in" in text
-    assert saved or (case.rank != 0 and WITHIN in text)
+    assert saved or (case.rank != 0 and WITHIN in text), text[-3000:]
 
 
 @pytest.mark.parametrize("case", SAVED, ids=lambda case: case.name)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,14 @@ def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
     pairs = [("auto", 1), ("sharded_offload", 1)]
     if torch.cuda.device_count() > 1:
         pairs += [("ddp", 2), ("sharded", 2), ("sharded_offload", 2)]
-    for strategy, devices in pairs:
-        command = [sys.executable, __file__, str(folder), strategy, str(devices)]
-        ended = subprocess.run(command, env=own_environment(), capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    def run_pair(pair: tuple[str, int]) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, __file__, str(folder), pair[0], str(pair[1])]
+        return subprocess.run(command, env=own_environment(), capture_output=True, text=True, timeout=300)
+
+    with ThreadPoolExecutor(len(pairs)) as together:  # the most of each is the start of its processes
+        for ended in together.map(run_pair, pairs):
+            assert ended.returncode == 0, ended.stdout + ended.stderr
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*rank*.json")}
 
 

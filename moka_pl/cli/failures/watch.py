@@ -124,7 +124,8 @@ class _Watch(threading.Thread):
 
     def _leave(self, ended: Ended) -> None:
         """Ends the process, whose main thread waits in vain."""
-        _within(_SAVING, _save)
+        if not _within(_SAVING, _save):
+            _within(_TELLING, _give_up_saving)
         _within(_TELLING, lambda: self._tell(ended))
         ranks.end_others(at_once=True)
         os._exit(1 if ended.status == LOST else ended.status)
@@ -143,8 +144,15 @@ def _save() -> None:
     save_now()
 
 
-def _within(seconds: float, act: Callable[[], None]) -> None:
-    """Does something that may never come to an end, for some time."""
+def _give_up_saving() -> None:
+    from moka_pl.training.accidents.first_rank import give_up_saving
+
+    give_up_saving()
+
+
+def _within(seconds: float, act: Callable[[], None]) -> bool:
+    """Does something that may never come to an end, for some time; returns whether it did."""
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
     thread.join(seconds)
+    return not thread.is_alive()

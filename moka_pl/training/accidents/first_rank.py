@@ -58,12 +58,18 @@ class FirstRank:
                 if not self._store.check([self._failed]):
                     continue
                 step, until = int(self._store.get(self._failed)), time.monotonic() + _PATIENCE
-                while not (saved := self._save(step)) and time.monotonic() < until:
+                while not (saved := self._saves(step)) and time.monotonic() < until:
                     if self._over.wait(_EVERY):
                         break
                 self._say(saved)
                 self._answer()
                 return
+
+    def _saves(self, step: int) -> bool:
+        try:
+            return self._save(step)
+        except RuntimeError:  # of a GPU that has failed, as after a peer's memory was gone
+            return False
 
     def _say(self, saved: bool) -> None:
         """Says once what there is to go on from, if it is not the last step.
@@ -79,13 +85,14 @@ class FirstRank:
         self._store.set(self._answered, "")
 
     def fails(self, step: int) -> None:
-        """Tells the first rank that this one fails, and waits until it has saved what it can.
+        """Has the first rank save what it can: this one, or another one that waits until that is done.
 
         Args:
             step: The last step that this rank took part in.
         """
         with suppress(RuntimeError):
             if self._first:
+                self._say(self._saves(step))
                 self._answer()
                 return
             self._store.set(self._failed, str(step))
@@ -96,7 +103,12 @@ class FirstRank:
     def save_now(self) -> None:
         """Saves the run as of the last step that the first rank has come to."""
         if self._first and not self._over.is_set():
-            self._say(self._save(0))
+            self._say(self._saves(0))
+
+    def give_up(self) -> None:
+        """Says what there is to go on from where saving does not come to an end."""
+        if self._first:
+            self._say(saved=False)
 
     def end(self) -> None:
         """Ends the thread."""
@@ -109,6 +121,12 @@ def save_now() -> None:
     """Saves the run that this process trains, if it is the first and another one is gone without a word."""
     if _running is not None:
         _running.save_now()
+
+
+def give_up_saving() -> None:
+    """Says what there is to go on from, of :func:`save_now` that does not come to an end."""
+    if _running is not None:
+        _running.give_up()
 
 
 def copied_checkpoint(trainer: Trainer, since: Any) -> dict[str, Any] | None:

@@ -71,11 +71,13 @@ def test_who_has_told_why_is_not_told_of(processes, other, capsys):
 
 
 def test_saving_that_never_ends_does_not_keep_the_process(processes, other, monkeypatch):
-    over = threading.Event()
+    over, given_up = threading.Event(), []
     monkeypatch.setattr(watch, "_SAVING", 0.01)
     monkeypatch.setattr(first_rank, "save_now", over.wait)
+    monkeypatch.setattr(first_rank, "give_up_saving", lambda: given_up.append(True))
     other.close()
     assert processes.left.wait(SOON)
+    assert given_up == [True]
     over.set()
 
 

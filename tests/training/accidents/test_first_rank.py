@@ -151,6 +151,30 @@ def test_a_first_rank_that_cannot_save_says_so_once_and_before_it_ends(ranks, mo
     assert "--ckpt_path last goes on from the last one" in said[0]
 
 
+def fail(step):
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+@pytest.mark.parametrize("save", [lambda step: False, fail])
+@pytest.mark.parametrize("ends", [lambda rank: rank.fails(7), FirstRank.save_now, FirstRank.give_up])
+def test_a_first_rank_that_fails_or_is_alone_says_what_there_is_to_go_on_from(ranks, monkeypatch, ends, save):
+    said = []
+    monkeypatch.setattr(first_rank, "rank_zero_info", said.append)
+    first, _ = ranks(save)
+    ends(first)
+    ends(first)
+    assert [text.count("goes on from the last one") for text in said] == [1]
+
+
+def test_a_first_rank_that_fails_saves_first(ranks, monkeypatch):
+    said = []
+    monkeypatch.setattr(first_rank, "rank_zero_info", said.append)
+    asked = []
+    ranks(lambda step: not asked.append(step))[0].fails(7)
+    assert asked == [7]
+    assert not said
+
+
 class Event:
     """Of a GPU that waits for another rank, for some looks or for ever."""
 
