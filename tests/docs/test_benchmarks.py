@@ -19,7 +19,7 @@ ROWS = {
 
 
 def test_the_short_table_is_that_of_the_run_beside_unsloth() -> None:
-    text = (ROOT / "scripts/results/llama2-7b-unsloth-graphs-h200.json").read_text(encoding="utf-8")
+    text = (ROOT / "scripts/results/llama2-7b-unsloth-graphs-h100.json").read_text(encoding="utf-8")
     records = [record for record in json.loads(text)["records"] if record["measure"] == "steps"]
     measured: dict[Any, Any] = {(r["row"], r["checkpointing"]): r["values"] for r in records}
     lines = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").splitlines()
