@@ -57,7 +57,7 @@ class GracefulInterrupt(Callback):
     def __init__(self) -> None:
         self.asked = False
         self._saved: str | None = None
-        self._kept = ""
+        self._kept, self._last = "", ""
         self._old: dict[int, Any] = {}
         self._process = os.getpid()
         self._begun_at = 0
@@ -85,14 +85,18 @@ class GracefulInterrupt(Callback):
         """Installs the signal handlers."""
         self._begun_at, self._trainer, self._process = trainer.global_step, trainer, os.getpid()
         self._over.clear()
+        if not is_trial(trainer):
+            self._last = last_path(trainer)  # on all ranks, which may ask each other for it
         if trainer.world_size > 1 and not is_trial(trainer):
-            self._first_rank = FirstRank(trainer, lambda step: self._save_alone(trainer, pl_module, step))
+            self._first_rank = FirstRank(
+                trainer,
+                save=lambda step: self._save_alone(trainer, pl_module, step),
+                has_last=lambda: "://" in self._last or Path(self._last).is_file(),
+            )
         if is_trial(trainer) or threading.current_thread() is not threading.main_thread():
             return
-        if self._requeue_signal is not None:
-            path = last_path(trainer)  # on all ranks, which may ask each other for it
-            if trainer.is_global_zero and "://" not in path:
-                requeue.sign(Path(path).parent)
+        if self._requeue_signal is not None and trainer.is_global_zero and "://" not in self._last:
+            requeue.sign(Path(self._last).parent)
         signals = {*_SIGNALS} if self._requeue_signal is None else {*_SIGNALS, self._requeue_signal}
         for number in signals:
             if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) in (
@@ -209,9 +213,8 @@ class GracefulInterrupt(Callback):
                 set_rng_state(position.rng, pl_module.device, 0)
                 checkpoint = copied_checkpoint(trainer, position.event)
                 if checkpoint is not None and unchanged():  # still, after the copy
-                    path = last_path(trainer)
-                    trainer.strategy.save_checkpoint(checkpoint, path)
-                    self._saved, self._kept = path, f"checkpoint saved in {path}"
+                    trainer.strategy.save_checkpoint(checkpoint, self._last)
+                    self._saved, self._kept = self._last, f"checkpoint saved in {self._last}"
                     rank_zero_info(self._ending("Ended", trainer))
             finally:
                 self._rewinds = False
@@ -266,7 +269,7 @@ class GracefulInterrupt(Callback):
         """Writes the checkpoint, unless it would hold a NaN or an infinity."""
         if self._requeue_signal is not None and trainer.world_size > 1:  # some may have had the signal later
             self._requeues = AnyRank(self._requeues, trainer.strategy.root_device).answer()
-        path = self._saved = last_path(trainer)
+        path = self._saved = self._last
         try:
             trainer.save_checkpoint(path, weights_only=False)
             self._kept = f"checkpoint saved in {path}"

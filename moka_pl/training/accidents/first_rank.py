@@ -24,10 +24,8 @@ _EVERY, _PATIENCE = 0.5, 6.0
 #: Seconds that a GPU has to come to the end of its last step, and between two looks.
 _LAST_STEP, _LOOK = 2.0, 0.02
 
-_UNSAVED = (
-    "\nThe first process is within a step, of which there is no checkpoint; "
-    "--ckpt_path last goes on from the last one"
-)
+_UNSAVED = "\nThe first process is within a step, of which there is no checkpoint"
+_LAST, _NOTHING = "; --ckpt_path last goes on from the last one", ", nor of an earlier one"
 
 _fits = 0
 _running: "FirstRank | None" = None
@@ -40,14 +38,15 @@ class FirstRank:
         trainer: The trainer of a run of several processes, in which all make one of these at the same time.
         save: Saves the run as of its last step, at least the given one; returns whether it did. It is called
             by a thread.
+        has_last: Whether there is a checkpoint to go on from.
     """
 
-    def __init__(self, trainer: Trainer, save: Callable[[int], bool]) -> None:
+    def __init__(self, trainer: Trainer, save: Callable[[int], bool], has_last: Callable[[], bool]) -> None:
         global _fits, _running
         _fits, _running = _fits + 1, self  # the store may know of an earlier fit's end
         self._failed, self._answered = f"moka_pl/failed/{_fits}", f"moka_pl/answered/{_fits}"
         self._store: Any = rendezvous_store()
-        self._save, self._over = save, threading.Event()
+        self._save, self._has_last, self._over = save, has_last, threading.Event()
         self._first, self._saying, self._said = trainer.is_global_zero, threading.Lock(), False
         if self._first:
             threading.Thread(target=self._look, daemon=True).start()
@@ -78,7 +77,7 @@ class FirstRank:
         """
         with self._saying:
             if not saved and not self._said and not self._over.is_set():
-                rank_zero_info(_UNSAVED)
+                rank_zero_info(_UNSAVED + (_LAST if self._has_last() else _NOTHING))
                 self._said = True
 
     def _answer(self) -> None:

@@ -112,10 +112,10 @@ def ranks(monkeypatch):
     monkeypatch.setattr(first_rank, "rendezvous_store", lambda: store)
     monkeypatch.setattr(first_rank, "_EVERY", 0.001)
 
-    def make(save):
-        made.append(FirstRank(Rank(True), save))
+    def make(save, last=True):
+        made.append(FirstRank(Rank(True), save, lambda: last))
         monkeypatch.setattr(first_rank, "_fits", first_rank._fits - 1)  # as many as in the other process
-        return made[0], FirstRank(Rank(False), save)
+        return made[0], FirstRank(Rank(False), save, lambda: last)
 
     yield make
     made[0].end()
@@ -164,6 +164,14 @@ def test_a_first_rank_that_fails_or_is_alone_says_what_there_is_to_go_on_from(ra
     ends(first)
     ends(first)
     assert [text.count("goes on from the last one") for text in said] == [1]
+
+
+def test_nobody_is_sent_to_a_checkpoint_that_is_not_there(ranks, monkeypatch):
+    said = []
+    monkeypatch.setattr(first_rank, "rank_zero_info", said.append)
+    ranks(lambda step: False, last=False)[0].fails(1)
+    assert "of which there is no checkpoint, nor of an earlier one" in said[0]
+    assert "--ckpt_path" not in said[0]
 
 
 def test_a_first_rank_that_fails_saves_first(ranks, monkeypatch):
