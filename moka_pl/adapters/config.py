@@ -73,18 +73,17 @@ class MokaConfig(AdapterConfig):
             follows the paper literally and, with ten components, needs about ten times higher rates.
         dropout: Dropout probability of the adapter's input features, at least 0 and below 1.
         target_modules: Layers to adapt: a list of name suffixes, a regular expression that matches whole
-            names, or ``all-linear`` for every linear layer, experts' included, except the output head. The
-            head (``lm_head``) and embeddings (``embed_tokens``) are adapted where they are named. The default
-            is the paper's; in families that call queries and values otherwise, it means their names
+            names, or ``all-linear`` for every linear layer, including experts', except the output head. The
+            head (``lm_head``) and embeddings (``embed_tokens``) are adapted only if you name them. The
+            default is the paper's; in families with other names for queries and values, it means those
             (``query_key_value``, ``qkv_proj``, …). Few components on every layer learn more than many on two
             layers of each block.
         exclude_modules: Layers to leave out: a list of suffixes or a regular expression.
-        ensure_weight_tying: Where the output head shares the embedding's weight, adapt both as one weight,
-            with one update, which either name stands for. Otherwise each is adapted by itself, where it is
-            named.
-        trainable_token_indices: Tokens whose rows of the embedding and the output head are trained as wholes,
-            beside the adapters. ``backbone.new_tokens`` puts its tokens here; tokens that the base reserves
-            can be named, too.
+        ensure_weight_tying: If the output head shares the embedding's weight, adapt both as one weight with
+            one update; naming either of them is enough. Otherwise each is adapted by itself, if it is named.
+        trainable_token_indices: Numbers of the tokens whose rows of the embedding and the output head are
+            trained, beside the adapters. ``backbone.new_tokens`` adds its tokens here; you can also list
+            tokens that the base has, such as reserved ones.
         modules_to_save: Linear layers that are trained as a whole and stored with the adapter, by name
             suffixes, such as the head of a classifier.
         backend: How to compute the update. ``structured`` never forms an m × n matrix; ``dense`` forms one
@@ -97,7 +96,7 @@ class MokaConfig(AdapterConfig):
             factors along the gradient of the first batches (the components of one shape take its best
             Kronecker products in order), scaled like random ones. ``start`` affects new training runs only: a
             resumed run, or one from ``adapter_path``, continues from what was saved. ``gradient`` does not
-            work with ``prime``, whose left factors are all identities, nor ``zero_left`` with any identity.
+            work with ``prime``, whose left factors are all identities; ``zero_left`` works with no identity.
     """
 
     components: int = 10

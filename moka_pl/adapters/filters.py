@@ -90,7 +90,7 @@ def filter_shapes(
 
 
 def check_size(shapes: Sequence[Shape], m: int, n: int) -> None:
-    """Refuses components for an m × n layer that together hold far more entries than the layer itself.
+    """Refuses components for an m × n layer that together hold more entries than the layer itself.
 
     Args:
         shapes: The components' shapes.

@@ -21,27 +21,26 @@ class BackboneConfig:
             ``tiny``) or a folder with a ``config.json``.
         revision: Branch, tag or commit of a hub model.
         weights: ``pretrained``, or ``random`` for benchmarks and tests (no download).
-        quantization: ``nf4`` or ``fp4`` store linear weights in 4 bits and ``int8`` in 8 (bitsandbytes),
-            ``int4`` and ``float8`` by torchao, ``hqq`` in 4 bits by hqq; ``gptq`` and ``awq`` read what is
-            quantised so already; ``none`` keeps them in the compute dtype, which is faster but takes four
-            times the memory of 4 bits.
-        double_quantization: Quantise the block scales of ``nf4`` and ``fp4``, too, which saves 0.4 bits per
+        quantization: ``nf4`` or ``fp4`` store linear weights in 4 bits and ``int8`` in 8 (bitsandbytes);
+            ``int4`` and ``float8`` use torchao, ``hqq`` (4 bits) hqq; ``gptq`` and ``awq`` read checkpoints
+            that are already in these formats; ``none`` keeps the compute dtype, which is faster but takes
+            four times the memory of 4 bits (in float32 eight times).
+        double_quantization: Also quantise the block scales of ``nf4`` and ``fp4``, which saves 0.4 bits per
             weight.
         compute_dtype: Dtype of activations and of unquantised weights. ``auto`` is bfloat16 on GPUs that
             support it, float16 on older GPUs, and float32 on CPUs (where bfloat16 is many times slower).
         attention: The attention implementation of transformers.
         cache_dir: Folder for converted models; ``null`` is ``$MOKA_PL_CACHE`` or the user's cache folder.
         seed: Seed for random weights.
-        kernels: ``auto`` computes norms, rotary embeddings and gated MLPs by Liger's fused kernels on CUDA
-            devices, for every adapter and in evaluation alike; ``none`` leaves all to transformers.
-        compile: ``layers`` compiles the decoder layers, with their adapters, for training steps by
-            ``torch.compile``, in the place of Liger's kernels. The first steps compile for seconds.
+        kernels: ``auto`` computes norms, rotary embeddings and gated MLPs with Liger's fused kernels on CUDA
+            devices, with every adapter, in training and evaluation; ``none`` leaves all to transformers.
+        compile: ``layers`` compiles the decoder layers and their adapters with ``torch.compile`` for training
+            steps, in place of Liger's kernels. The first steps take seconds to compile.
         matmul: ``fp8`` computes the products of frozen 4-bit layers, forward and for the gradient of their
-            input, in 8-bit floats while the model trains, on NVIDIA GPUs from compute capability 8.9 on. Each
-            of their numbers is rounded to 3 bits after the first. ``bf16`` leaves them in the compute dtype,
-            as evaluation and generation always are.
+            input, in 8-bit floats (3 bits of mantissa) during training, on NVIDIA GPUs of compute capability
+            8.9 or newer. ``bf16`` computes them in the compute dtype, as evaluation and generation always do.
         new_tokens: Tokens that the base does not know, to be added to its tokenizer. Their rows of the
-            embedding and the output head are trained beside the adapters, and stored with these.
+            embedding and the output head are trained beside the adapters, and stored with them.
     """
 
     name: str = "smollm2-135m-instruct"

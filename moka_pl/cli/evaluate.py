@@ -38,8 +38,8 @@ def evaluate(
         batch_size: Sequences per batch.
         output: JSON file to write, or an existing folder. Default: results_<time>.json in the adapter
             directory, or in lightning_logs/evaluate/<base> without an adapter.
-        quantization: Storage of the base's linear weights, as --model.backbone.quantization has it. Only
-            without an adapter, whose training otherwise decides. Default: nf4.
+        quantization: Storage of the base's linear weights, as in --model.backbone.quantization. Only without
+            an adapter, which stores its own. Default: nf4.
         apply_chat_template: Wrap the prompts in the tokenizer's chat template.
         log_samples: Add each question with the model's scores to the JSON file.
     """

@@ -30,21 +30,21 @@ def export(
     Args:
         adapter: An adapter directory.
         to: merged: a plain transformers folder. lora: a PEFT directory, which vLLM, SGLang and llama.cpp's
-            converter read, too. gguf: a file for llama.cpp and Ollama, with a Modelfile. mlx: an adapter of
-            mlx-lm's.
+            converter also read. gguf: a file for llama.cpp and Ollama, with a Modelfile. mlx: an adapter for
+            mlx-lm.
         out: The folder to write. Default: beside the adapter, ADAPTER-merged and so on.
         base: Name or path of the base model. Default: the one stored with the adapter.
-        dtype: Dtype of the written tensors. Default: bfloat16 of merged, else float32.
-        onto: The weights to merge into: dequantised (as in training), or the original ones of the base, which
-            give another model; both losses are printed.
+        dtype: Dtype of the written tensors. Default: bfloat16 for merged, else float32.
+        onto: The weights to merge into: dequantised (as in training), or the base's original ones, which give
+            a slightly different model; both losses are printed.
         rank: Truncate the LoRA to this rank, by singular values.
-        energy: Truncate it to the lowest rank with which every layer keeps this share of its update's squared
+        energy: Truncate it to the lowest rank at which every layer keeps this share of its update's squared
             Frobenius norm, such as 0.99.
         max_rank: Refuse a LoRA of a higher rank; vLLM takes up to 512.
         gguf_type: What the GGUF file holds: the adapter as a LoRA, or the merged model with its matrices
             stored as f32, f16 or q8_0.
-        prompts: A text file with a prompt a line, on which both are compared. Default: eight samples. An
-            adapter of an image classifier is compared on images, and has the formats merged and lora.
+        prompts: A text file with one prompt per line, to compare adapter and export. Default: eight samples.
+            An adapter of an image classifier is compared on images, and exports to merged and lora only.
         overwrite: Replace an older export in the output folder.
     """
     if to is None:

@@ -41,7 +41,7 @@ class PlanCLI(MokaCLI):
             "--tokens_per_second",
             type=float | None,
             default=None,
-            help="A rate over all devices, for the time.",
+            help="Rate over all devices, from which the time is estimated.",
         )
         parser.add_argument("--json", action="store_true", help="Print one JSON object, for scripts.")
 

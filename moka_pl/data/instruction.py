@@ -51,13 +51,13 @@ class InstructionData(SplitDataModule):
     - ``text`` with turns "### Human: ..." and "### Assistant: ..." (Guanaco)
     - flat messages with ``message_id``, ``parent_id``, ``role`` and ``text``, which form trees (OASST1)
 
-    Rows of all formats may have ``system``, ``history`` (context only), ``tools`` and ``weight``. What is
-    given and not used is named once; what changes the meaning of a chat and is not rendered is refused.
+    Rows of all formats may have ``system``, ``history`` (context only), ``tools`` and ``weight``. Unused
+    fields are named once; what changes the meaning of a chat but is not rendered is refused.
 
     The validation data also serve as test data. Examples are encoded once and memory-mapped from disk, so
     they need not fit into memory. Stream them if encoding everything first would take too long, or if the
-    disk cannot hold a second copy. A stream shuffles within a buffer only. Stream
-    several files if there are several workers.
+    disk cannot hold a second copy. A stream is shuffled only within a buffer. With several workers, stream
+    several files.
 
     Args:
         path: A .json, .jsonl, .csv or .parquet file, a folder of such files, a hub dataset id, the name of a
@@ -79,11 +79,11 @@ class InstructionData(SplitDataModule):
         streaming: Read and encode the training data during training. It needs ``trainer.max_steps``, restarts
             the data at their end, and holds nothing out: give a validation_path, whose data are read whole.
         stream_buffer: Examples per device (and worker) that are shuffled, and sorted by length, together.
-        empty_answers: "skip" does not train answers without a text, and counts them; "train" teaches the
-            model to answer nothing.
+        empty_answers: "skip" does not train answers without text, and counts them; "train" teaches the model
+            to answer nothing.
         append_eos: For chat templates that write no end-of-turn token after an answer, without which the
-            model never learns to stop: true trains the tokenizer's end-of-sequence token there, false does
-            without, None refuses such a template. Other templates, and ``prompt: alpaca``, do not need it.
+            model never learns to stop: true trains the tokenizer's end-of-sequence token there, false trains
+            without one, None refuses the template. Other templates, and ``prompt: alpaca``, do not need it.
         **options: validation_share and separate_test (see SplitDataModule); batch_size, max_length,
             num_workers, num_proc, seed, bucket, eval_batch_size, packing, max_tokens (see MokaDataModule).
 

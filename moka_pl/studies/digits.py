@@ -26,15 +26,14 @@ from moka_pl.studies.common import (
 )
 
 DESCRIPTION = """\
-A small vision transformer, trained on the digits 0 to 4 by us, is adapted to the digits 5 to 9.
+Trains a small vision transformer on the digits 0 to 4, and adapts it to the digits 5 to 9.
 
     python scripts/digits.py --json scripts/results/vision/digits.json
 
 For each seed a base is trained from scratch. Every method then adapts all linear layers of the same base,
-with the same batches and a new head, which is trained in all of them. Its learning rate is the one with the
-lowest validation loss over all seeds, and no edge of those that were tried; the test images are others.
-Results: mean ± standard error over the seeds, and differences to LoRA on the same base. About ten minutes on
-one core.
+with the same batches, and trains a new head. Its learning rate is the one with the lowest validation loss
+over all seeds, never the edge of those tried; the test uses other images. Results: mean ± standard error over
+the seeds, and differences to LoRA on the same base. About ten minutes on one core.
 """
 
 OLD, NEW = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]

@@ -38,12 +38,12 @@ Measures merged exports of models with random weights.
     python scripts/exports.py [--layers 2 32] [--hidden 256 512] [--llama-cpp]
     python scripts/exports.py --large FOLDER [--shape llama2-7b] [--dtype float16]
 
-The first form compares what small models with adapters compute, merged and rounded, with the adapters, and
-with the frozen base rounded alike; and it makes mistakes in the merged weights. With --llama-cpp it compares
-what llama.cpp makes of GGUF files. All differences are shares of the largest logit.
+The first form compares small models, merged and rounded, with their adapters; it also rounds the frozen base
+alone, and puts mistakes into the merged weights. With --llama-cpp it compares what llama.cpp computes from
+GGUF files. All differences are shares of the largest logit.
 
-The second form writes a base and an adapter of a shape into FOLDER, and exports the adapter by
-`python -m moka_pl export`: with the times of its lines, and the largest memory between them.
+The second form writes a base of a given shape and an adapter into FOLDER, exports the adapter by
+`python -m moka_pl export`, and prints when each line of its output came, and the peak of memory before it.
 """
 
 #: Numbers of the adapters' factors, normal with this deviation: an update of some percent of the weight.
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = Parser("exports", DESCRIPTION)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 32], help="layers of small models")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512], help="hidden sizes of them")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512], help="their hidden sizes")
     parser.add_argument("--llama-cpp", action="store_true", help="compare GGUF files of the small models")
     parser.add_argument("--large", type=Path, metavar="FOLDER", help="export a large model, in this folder")
     parser.add_argument("--shape", default="llama2-7b", choices=SHAPES, help="its shape")

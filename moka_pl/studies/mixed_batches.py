@@ -17,14 +17,14 @@ from moka_pl.backbone.random_weights import SHAPES
 from moka_pl.studies.common import Parser
 
 DESCRIPTION = """\
-Measures many adapters on one 4-bit base.
+Measures what many adapters on one 4-bit base cost.
 
     python scripts/mixed_batches.py [--rows 32] [--adapters 8] [--kept 100] [--repeats 5]
     python scripts/mixed_batches.py --base llama2-7b --tokens 1 64 512 --kinds servable
 
 Prints the bytes of base and adapters, the time of a batch with different adapters in its rows over that of
 the same batch with one, and whether each row greedily generates what its adapter does alone. Times are
-medians of turns that alternate; on a CPU they are seconds of the process, on one thread.
+medians of alternating turns; on a CPU they are the process's CPU seconds, on one thread.
 """
 
 #: The demo's adapter, and the servable one.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DESCRIPTION = """\
-Writes a model as a GPTQ or AWQ checkpoint by GPTQModel, which is not part of this package.
+Writes a model as a GPTQ or AWQ checkpoint with GPTQModel, which is not part of this package.
 
     pip install 'moka_pl[demo]' gptqmodel
     python scripts/quantised_checkpoint.py gptq --texts alpaca.json --out smollm2-135m-gptq
@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("quantised_checkpoint", DESCRIPTION)
     parser.add_argument("kind", choices=["gptq", "awq"])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="as backbone.name, unquantised")
-    parser.add_argument("--texts", type=Path, required=True, help="JSON file of rows as Alpaca's")
+    parser.add_argument("--texts", type=Path, required=True, help="JSON file of rows in the Alpaca format")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--samples", type=int, default=128, help="rows that are taken (default: 128)")
+    parser.add_argument("--samples", type=int, default=128, help="rows to take from it (default: 128)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row (default: 512)")
     parser.add_argument("--group-size", type=int, default=64, help="entries that share a scale (default: 64)")
     parser.add_argument("--desc-act", action="store_true", help="GPTQ in the order of activations")

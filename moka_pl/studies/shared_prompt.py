@@ -27,8 +27,8 @@ Measures how much faster options are scored when their common prompt is computed
     python scripts/prefix_sharing_speed.py COMMONSENSE_FOLDER MMLU_FOLDER [--items 60] [--repeats 3]
 
 Scores some questions of each task's test file with SmolLM2-135M in float32, with and without sharing in turn,
-and prints the medians. On a CPU the seconds are those of the process, on one thread: other work on the
-machine then counts least.
+and prints the medians. On a CPU it counts the process's CPU seconds, on one thread, which other work on the
+machine disturbs least.
 """
 
 #: Whether an item is answered rightly, and its options' scores, by its tokens.

@@ -14,7 +14,7 @@ from moka_pl.ops.spectrum import Spectrum, spectrum_of
 from moka_pl.studies.common import Parser, write_json
 
 DESCRIPTION = """\
-Effective ranks and singular spectra of trained updates.
+Prints effective ranks of trained updates, and draws their singular spectra.
 
     python scripts/spectra.py lightning_logs/smollm2/version_0/adapters/best other_adapter \\
         --json spectra.json --figure spectra.png

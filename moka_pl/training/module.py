@@ -84,8 +84,8 @@ class MokaModule(TrainedModule):
         learning_rate_ratios: Multiples of the optimizer's learning rate for the left factors, the right
             factors and the gates.
         gradient_checkpointing: Recompute activations in the backward pass, which takes about a third more
-            time and a fraction of the memory. With ``offload`` the layers' inputs, too, leave the GPU, for
-            pinned memory of the host.
+            time and a fraction of the memory. ``offload`` also moves the layers' inputs to pinned host
+            memory.
         cuda_graphs: Capture the forward and backward pass as a CUDA graph per batch size, and replay it. This
             is several times faster for models up to about a billion parameters, and costs the memory of one
             batch's activations. Packed batches need the variable-length attention (16 bits); CPUs, and
@@ -95,17 +95,17 @@ class MokaModule(TrainedModule):
             begins anew; ``optimizer`` of another class starts with an empty state; ``learning_rate``,
             ``scheduler``, ``accumulation``, ``adapter`` (scaling, dropout), ``precision``, ``quantization``
             and ``clipping`` take effect from there on.
-        max_non_finite_steps: A step whose loss or gradient is not finite is skipped; so many in a row end the
-            run.
-        loss_spikes: Which losses are named as spikes, and whether their steps are undone.
-        halve_micro_batches: Compute a micro-batch that does not fit into the memory in parts of half as many
+        max_non_finite_steps: A step whose loss or gradient is not finite is skipped; this many in a row end
+            the run.
+        loss_spikes: Which losses are reported as spikes, and whether their steps are undone.
+        halve_micro_batches: Compute a micro-batch that does not fit into memory in parts of half as many
             rows, with the gradient of the whole.
 
     Attributes:
         course: What decides the course of a fit, as its checkpoints hold it.
         checkpoint_path: The checkpoint that will be loaded, so that its run can be compared before the model
             is loaded.
-        classifies: Whether it is a model of images.
+        classifies: Whether it classifies images.
         next_command: What to do with a trained adapter, as a command without the program.
         resumes: Whether the next fit resumes from a checkpoint, so that ``filters: auto`` need not choose.
             (If False, the choice is made, and a loaded checkpoint's choice replaces it.)

@@ -37,8 +37,8 @@ class VisionModule(MokaModule):
     """Fine-tunes a frozen image classifier of transformers with adapters, and trains its head as a whole.
 
     The loss is the mean cross-entropy of the images of an optimizer step, −log p(class), in nats. Linear
-    layers get adapters; convolutions and norms stay as they are. Without the base's own classes its head is
-    a new one, which starts at zero.
+    layers get adapters; convolutions and norms stay as they are. If the classes are not the base's own, its
+    head is replaced by one that starts at zero.
 
     Args:
         backbone: The image classifier: a hub id or a folder, or with ``weights: random`` the shape
@@ -55,8 +55,8 @@ class VisionModule(MokaModule):
             factors and the gates; the head has the optimizer's.
         allow_changes: What may differ from the run that a checkpoint resumes, as in
             :class:`moka_pl.MokaModule`.
-        max_non_finite_steps: A step whose loss or gradient is not finite is skipped; so many in a row end the
-            run.
+        max_non_finite_steps: A step whose loss or gradient is not finite is skipped; this many in a row end
+            the run.
         loss_spikes: Which losses are spikes, and what is done about them.
 
     Raises:

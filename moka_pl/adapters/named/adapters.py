@@ -38,20 +38,20 @@ BASE = "__base__"
 class MokaAdapters:
     """Named MoKA adapters on one frozen base model.
 
-    One of them is active, and the model is then an ordinary adapted one: to generate, train, merge and
-    save. The others take the memory of their factors only. A batch may have another adapter in each row.
+    One of them is active, and with it the model is an ordinary adapted one, to generate with, train, merge
+    and save. The others take the memory of their factors only. A batch may have another adapter in each row.
 
     Args:
         model: A model of transformers, plain or with MoKA adapters from :func:`moka_pl.load_model` or
             :func:`moka_pl.attach`.
-        adapter_name: What the adapter that the model has is called.
+        adapter_name: A name for the adapter that the model already has.
 
     Attributes:
         model: The model.
         configs: The adapters' configurations by name.
 
     Raises:
-        AdapterError: If the model has adapters of another method, or such that are not known.
+        AdapterError: If the model has adapters of another or an unknown method.
     """
 
     def __init__(self, model: "PreTrainedModel", adapter_name: str = "default") -> None:
@@ -165,8 +165,8 @@ class MokaAdapters:
     ) -> None:
         """Adds the exact sum ``ΔW = Σ_k w_k ΔW_k`` of adapters, without making it active.
 
-        It is an adapter like others, with as many components as they have together: it can be saved and
-        loaded. The adapters may differ in everything. Later changes of theirs do not reach it.
+        The sum is an adapter like any other, with the components of all of them: it can be saved and loaded.
+        The adapters may differ in everything. Later changes to them do not affect it.
 
         Args:
             adapters: Their names.

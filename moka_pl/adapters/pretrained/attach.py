@@ -54,7 +54,7 @@ def attach(
 ) -> Model:
     """Puts adapters into a transformers model, in place, and freezes all else; returns the same model.
 
-    Every loop that trains what requires gradients then trains the adapters. The model's ``save_pretrained``
+    Any loop that trains what requires gradients then trains the adapters. The model's ``save_pretrained``
     writes an adapter directory, which :func:`moka_pl.load_model` loads, and its ``push_to_hub`` uploads one;
     after :func:`moka_pl.adapters.unload` both are transformers' own again.
 
@@ -114,9 +114,9 @@ def saving_of(model: nn.Module) -> "_Saving | None":
 def push_to_hub(path: str | Path, repo_id: str, private: bool | None = None, **options: Any) -> str:
     """Uploads an adapter directory and returns the address of the commit.
 
-    Configuration, tensors and model card are uploaded, nothing else that lies beside them. Where a base lies
-    on this machine stays here: of a path only the last part is uploaded, and who downloads the adapter gives
-    ``base`` to :func:`moka_pl.load_model`.
+    Only the configuration, tensors and model card are uploaded. The location of a base on this machine is
+    not: of a path only the last part is uploaded, and whoever downloads the adapter passes ``base`` to
+    :func:`moka_pl.load_model`.
 
     Args:
         path: The adapter directory.

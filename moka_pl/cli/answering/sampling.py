@@ -16,15 +16,15 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
-        max_new_tokens: Most tokens to generate; fewer where the model's context ends.
-        do_sample: Draw the next token by its probability, rather than the likeliest. Default: where a
-            temperature above 0, top_p or top_k is given.
-        temperature: Divides the logits before drawing; 0 takes the likeliest token.
-        top_p: Draw among the likeliest tokens whose probabilities add up to this, above 0 and at most 1.
-        top_k: Draw among this many of the likeliest tokens; 0 draws among all.
-        repetition_penalty: Lowers the logits of tokens that are in the text already; 1 does nothing.
-        num_beams: Beams of a beam search; 1 is none.
-        seed: Seed of the drawing, from 0. Default: another one each time.
+        max_new_tokens: Most tokens to generate; fewer if the model's context ends.
+        do_sample: Sample the next token instead of taking the likeliest. Default: only if a temperature above
+            0, top_p or top_k is given.
+        temperature: Divides the logits before sampling; 0 takes the likeliest token.
+        top_p: Sample from the likeliest tokens whose probabilities add up to this, above 0 and at most 1.
+        top_k: Sample from this many of the likeliest tokens; 0 samples from all.
+        repetition_penalty: Lowers the logits of tokens that are already in the text; 1 does nothing.
+        num_beams: Number of beams; 1 means no beam search.
+        seed: Seed for sampling, from 0. Default: a different one each time.
     """
 
     max_new_tokens: int = 128

@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Arguments, default those of the process.
     """
-    parser = Parser("architectures", "Finds out what works with tiny models of all families, in a minute.")
+    parser = Parser("architectures", "Tries what works with a tiny model of every family, in a minute.")
     parser.add_argument("--write", action="store_true", help=f"write the table into {_PAGE}")
     args = parser.parse_args(arguments)
     try:

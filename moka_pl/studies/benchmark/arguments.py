@@ -254,7 +254,7 @@ def _add_search(parser: Parser) -> None:
         type=int,
         default=[],
         metavar="GIB",
-        help="search the longest row of tokens that a step with checkpointing fits into cards of these sizes "
+        help="search for the longest row with which a step with checkpointing fits into cards of these sizes "
         "(without --measure: only that)",
     )
     parser.add_argument(
@@ -268,5 +268,5 @@ def _add_search(parser: Parser) -> None:
         type=int,
         metavar="N",
         help="with --context: run the first N layers only, all of them for the smallest card's longest row; "
-        "with checkpointing the memory of a step hardly depends on their number, and its time does",
+        "with checkpointing their number hardly changes the memory of a step, but its time",
     )

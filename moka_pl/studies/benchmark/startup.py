@@ -20,7 +20,7 @@ from moka_pl.studies.benchmark.tables import render
 from moka_pl.studies.common import Parser
 
 DESCRIPTION = """\
-Measures how long a fit takes from its command to its first step, and names the parts.
+Measures how long a fit takes from its command to its first step, part by part.
 
     python scripts/startup.py --config configs/smollm2.yaml
     python scripts/startup.py --config configs/llama2.yaml --model.backbone.name llama2-7b \\

@@ -25,9 +25,9 @@ Watches a training of many minutes, through the command line that users run.
 
 Trains a 4-bit model of a known shape with random weights on rows of 512 tokens, with MoKA of few
 components in all linear layers, logs gates to TensorBoard and saves a checkpoint every 200 steps. Each
-minute it prints the median time of a step, memory of GPU and process, open files and threads; once the
-share of the time in which the GPU computes, of recorded kernels; and in the end nvidia-smi's mean of it.
---turns switches logging off and on after so many steps, and tells what it adds to a step.
+minute it prints the median time of a step, memory of GPU and process, open files and threads; once, from
+recorded kernels, the share of the time in which the GPU computes; and at the end nvidia-smi's mean of it.
+--turns switches logging off and on after this many steps, and prints what it adds to a step.
 """
 _COLUMNS = {
     "minutes": ("min", ".1f"),

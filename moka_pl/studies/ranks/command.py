@@ -25,14 +25,14 @@ Measures trainings on several GPUs, through the command line that users run.
 
 Each trains a 4-bit model of a known shape with random weights (nothing is downloaded) on rows of 512 tokens,
 and prints the median of the tokens per second, the highest peak of a GPU's memory, the seconds from the
-command to the first step, and the size of a checkpoint with the seconds that it took from the training.
-The median is over blocks of {BLOCK} steps, of each of which one logs, without waiting for the GPU within or
-between them. A training that fails is a row, too. Groups: {", ".join(GROUPS)}.
+command to the first step, and the size of a checkpoint with the seconds that it cost the training. The median
+is over blocks of {BLOCK} steps, in each of which one step logs; nothing waits for the GPU within or between
+blocks. A training that fails is a row, too. Groups: {", ".join(GROUPS)}.
 
 The JSON file also holds the parts of every step, on the host and on the GPU, of every rank. --profile
 keeps beside that file which hooks of rank 0 take time on the host (hooks), which lines of code wait for the
-GPU (waits), and all operations on both (host, gpu, trace), of {2 * BLOCK} steps before the last timed one.
-They are slower.
+GPU (waits), and all operations on both (host, gpu, trace), for the {2 * BLOCK} steps before the last timed
+one. Profiled steps are slower.
 """
 
 #: What clocks tell of losses: the sum over this rank's tokens, and their number.
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--blocks", type=int, default=Case.blocks, help=f"blocks of {BLOCK} timed steps, after 10 others"
     )
     parser.add_argument(
-        "--strategy", nargs="+", default=["ddp"], help="Lightning's names, such as sharded, sharded_offload"
+        "--strategy", nargs="+", default=["ddp"], help="as for --trainer.strategy, such as sharded"
     )
     parser.add_argument("--memory-limit", type=float, help="GiB of each GPU that may be used")
     parser.add_argument(
@@ -63,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--offload", action="store_true", help="keep the inputs of checkpointed layers in the host's memory"
     )
     parser.add_argument(
-        "--groups", nargs="+", choices=GROUPS, help="trainings in place of those of the options"
+        "--groups", nargs="+", choices=GROUPS, help="trainings instead of those that the options describe"
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a training is ended")
-    parser.add_argument("--accelerator", default="gpu", help="cpu tries the command out")
+    parser.add_argument("--accelerator", default="gpu", help="cpu to try the command out")
     parser.add_argument("--json", type=Path, help="a file for the rows so far, rewritten after each of them")
     parser.add_argument("--profile", action="store_true", help="keep profiles in a folder beside --json")
     args = parser.parse_args(arguments)

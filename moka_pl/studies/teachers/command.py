@@ -28,10 +28,10 @@ Do gates find structure? Trains one layer towards updates of known structure, ov
 
 Prints Markdown. For every teacher, start and learning rate: how often the components with the largest gates
 (or with the largest part ‖α A ⊗ B‖² of the update) are exactly the right ones, the share of gates and of
-energy on those, and the error that is left. `random` is MoKA's start, `gradient` starts the left factors
-along the first gradient. Then, what would be chosen from that gradient without training, and what students
-of those shapes reach beside the diverse ones of as many parameters, from either start, also with correlated
-inputs and for teachers that few products cannot hold.
+energy on those, and the remaining error. `random` is MoKA's start, `gradient` starts the left factors along
+the first gradient. Then: which shapes that gradient would choose without training, and how well students of
+those shapes do beside diverse ones with as many parameters, from either start, also with correlated inputs
+and for teachers that a few products cannot express.
 """
 
 
