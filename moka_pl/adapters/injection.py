@@ -22,9 +22,9 @@ def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | 
     """Returns the full names of the linear layers and embeddings that ``config`` adapts, in model order.
 
     Experts that it names are split into linear layers first, and Conv1D are replaced by such. Layers that no
-    text passes through, such as those of a vision tower, count only where they are named by a
-    regular expression, their full name, or that part's name. With ``ensure_weight_tying`` the embedding
-    stands for the output head that is tied to it, too.
+    text passes through, such as those of a vision tower, count only if they are named by a regular
+    expression, their full name, or that part's name. With ``ensure_weight_tying`` the embedding also
+    stands for the output head that is tied to it.
 
     Args:
         model: The model, without adapters.

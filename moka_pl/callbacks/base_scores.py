@@ -15,12 +15,12 @@ from moka_pl.training.sharding.strategy import ShardedStrategy
 
 
 class BaseScores(Callback):
-    """Takes the results of the validation before the first step from the cache, where it has them.
+    """Takes the results of the validation before the first step from the cache, if they are there.
 
     Before the first step ΔW is exactly zero, whatever will be trained: the results depend on the base, the
     validation data and how both are computed with. All of it is compared: every weight, the model's
     configuration, the rows and batches, the adapter's options, the package's code, the libraries, the device.
-    Where anything differs, the validation is computed, and kept for the next run. It is always computed for
+    If anything differs, the validation is computed, and kept for the next run. It is always computed for
     subclasses of :class:`~moka_pl.training.module.MokaModule` that are not the package's.
 
     Args:

@@ -71,7 +71,8 @@ class Dashboard(Callback):
     """Gives TensorBoard a layout of its charts and the run's settings; other loggers get the settings.
 
     The tab CUSTOM SCALARS has a category ``run`` (losses, accuracies, speed), one of the gates' entropies,
-    and one for each projection with a chart a layer. The tab HPARAMS has the settings with the last metrics.
+    and one for each projection with one chart per layer. The tab HPARAMS has the settings and the last
+    metrics.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

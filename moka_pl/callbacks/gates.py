@@ -42,7 +42,7 @@ _SINGLE = 0.99
 class GateMonitor(Callback):
     """Logs α_i of every layer and component, their entropy, and heat maps of layers × components.
 
-    Nothing is logged of a single component with ``gating: softmax``, whose gate is always 1.
+    A single component with ``gating: softmax`` is not logged: its gate is always 1.
 
     Tags of TensorBoard, which sort behind losses and accuracies:
         ``α q_proj/<layer>/<i>: <shape>``: α_i, from 0 to 1, or to 2/r with ``gating: sigmoid``, such as
@@ -52,13 +52,13 @@ class GateMonitor(Callback):
         uniform gates, 0 for a single component.
         ``α/sum …`` and ``α sum/…``: likewise Σ α, from 0 to 2, 1 at the start; with ``gating: sigmoid``
         only (with ``softmax`` it is always 1).
-        ``α/heat map <projection>``: image of a projection's gates, a row a layer, at validations and at the
-        end.
+        ``α/heat map <projection>``: image of a projection's gates, one row per layer, at validations and at
+        the end.
 
     Other loggers get ``gate/<layer>.<projection>/alpha_<i>``, ``gate_entropy/mean``,
     ``gate_entropy/<layer>.<projection>``, and ``gate_sum/…`` likewise.
 
-    Gates of a GPU are logged once they have arrived, under their own step: nothing waits for them.
+    On a GPU nothing waits for the gates: they are logged, under their own step, once they have arrived.
 
     Args:
         every_n_steps: Optimizer steps between logs; ``null`` takes the trainer's ``log_every_n_steps``, or a

@@ -44,8 +44,8 @@ class GracefulInterrupt(Callback):
 
     Only a checkpoint between two optimizer steps can be resumed exactly. A second Ctrl-C stops at once. In a
     trial run (``fast_dev_run``), the first one does, and no file is written. After the last step the run ends
-    as it would without: nothing is left to be resumed. A signal that somebody else handles is left to them,
-    such as ``nohup`` to ignore SIGHUP. A job of SLURM that is told to end by SIGUSR1 (``#SBATCH --signal
+    as it would without: nothing is left to be resumed. A signal that somebody else handles is left to them:
+    under ``nohup`` SIGHUP is still ignored. A job of SLURM that is told to end by SIGUSR1 (``#SBATCH --signal
     USR1@90``) is put back in the queue, and goes on when it is started again.
 
     A run that fails, such as by a loader's error or a lack of memory, writes it, too, as of its last step.

@@ -9,7 +9,7 @@ Four backends compute the same product:
     structured  two small products per shape of component; never forms an m × n matrix
     dense       forms ΔW for the time of one product; its cost hardly grows with r
     thin        two thin products, for components of small ranks
-    fused       the same with Triton kernels that build ΔW and project its gradient in one to two launches
+    fused       as dense, with Triton kernels that build ΔW and project its gradient in one or two launches
 
 Source: MoKA, arXiv 2508.03527; the identity is Van Loan, "The ubiquitous Kronecker product" (2000).
 """

@@ -47,6 +47,13 @@ def test_there_are_some():
     assert {"smollm2", "llama2", "llama3"} <= {path.stem for path in CONFIGS}
 
 
+def test_its_first_line_is_whole(path):
+    """``moka_pl configs`` shows that line alone."""
+    first, second, *_ = path.read_text(encoding="utf-8").splitlines()
+    assert first.endswith(":")
+    assert second == "#"
+
+
 def test_builds_by_the_command_in_its_comment(path, build_cli):
     found = commands(path)
     assert found

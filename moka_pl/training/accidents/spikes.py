@@ -49,11 +49,11 @@ class SpikeOptions:
     """Which losses of steps are spikes, and what is done about them.
 
     Args:
-        threshold: A loss is a spike so many robust standard deviations above the running median; null looks
-            for none.
-        rollback_every: 0 warns only. With N, adapter and optimizer are kept in the host's memory at least
-            every N steps that are no spikes; a spike's step is skipped and they are put back. The number of
-            steps and the learning-rate schedule go on. The CPU then waits for each step's loss.
+        threshold: A loss is a spike if it is this many robust standard deviations above the running median;
+            null turns this off.
+        rollback_every: 0 only warns. With N, adapter and optimizer are copied to host memory at least every N
+            steps without a spike; a spike's step is skipped and the copy is put back. The step count and the
+            learning-rate schedule go on. The CPU then waits for each step's loss.
     """
 
     threshold: float | None = 6.0
