@@ -6,7 +6,6 @@ the rest when they are called, and only Lightning's commands import Lightning.
 """
 
 import argparse
-import os
 import select
 import sys
 import warnings
@@ -20,6 +19,7 @@ from moka_pl.cli.configs import configs
 from moka_pl.cli.evaluate import evaluate
 from moka_pl.cli.export import export
 from moka_pl.cli.failures import ranks, watch
+from moka_pl.cli.failures.streams import check_words, discard_output, flush_output, open_streams
 from moka_pl.cli.generate import generate
 from moka_pl.cli.inspect import inspect
 from moka_pl.cli.predict import predict
@@ -73,18 +73,18 @@ def main(args: Sequence[str] | None = None) -> None:
     Errors of the user end it with status 2 and one line; a reader of the output that has gone (``| head``)
     ends it in silence.
     """
+    open_streams()
     try:
         try:
             _run(args)
-        except SystemExit:
-            print(end="", flush=True)
+        except SystemExit as end:
+            flush_output(failed=end.code not in (None, 0))
             raise
-        print(end="", flush=True)  # here, where a closed pipe can be handled, not at the interpreter's end
+        flush_output()
     except BrokenPipeError:
         if not _nobody_reads():
             raise
-        # What is still buffered goes nowhere, rather than into a complaint at the interpreter's end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+        discard_output()
         sys.exit(_KILLED_BY_SIGPIPE)
 
 
@@ -194,6 +194,7 @@ def _run(args: Sequence[str] | None) -> None:
     warnings.formatwarning = _format_warning
     set_environment()
     try:
+        check_words(arguments)
         if command in FUNCTIONS:
             with ended_by_signals():
                 FUNCTIONS[command](**parse_function(command, arguments[1:]))
