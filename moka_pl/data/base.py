@@ -348,7 +348,8 @@ class SplitDataModule(MokaDataModule):
     @property
     def batch_order(self) -> Order:
         """What decides the training batches, by option, and the source of the rows; see the base class."""
-        return super().batch_order | {"source": sources_digest(self._shards("train"))}
+        source = sources_digest(self._shards("train"))
+        return super().batch_order | {"source": source, "streaming": self.streaming}
 
     def _read_all(self, shards: list[Shard]) -> "Dataset":
         from datasets import concatenate_datasets

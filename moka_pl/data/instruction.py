@@ -88,7 +88,8 @@ class InstructionData(SplitDataModule):
             num_workers, num_proc, seed, bucket, eval_batch_size, packing, max_tokens (see MokaDataModule).
 
     Raises:
-        DataError: An option is unknown or out of range, or streaming is combined with separate_test.
+        DataError: An option is unknown or out of range, or streaming is combined with separate_test, packing or
+            max_tokens.
     """
 
     name = "instruction"
@@ -123,6 +124,12 @@ class InstructionData(SplitDataModule):
             raise DataError(
                 "separate_test: true holds out training data, which streaming: true cannot; set one of "
                 "them to false"
+            )
+        if streaming and (self.packing or self.max_tokens is not None):
+            given = "packing: true" if self.packing else f"max_tokens: {self.max_tokens}"
+            raise DataError(
+                f"{given} needs the length of every example, which streaming: true does not know; leave one "
+                "of them out"
             )
         self.streaming = streaming
         self.stream_buffer = stream_buffer

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from moka_pl.data.batching.order import check_order
+from moka_pl.data.batching.order import check_order, check_position
 from moka_pl.data.batching.samplers import GlobalBatchSampler
 from moka_pl.errors import DataError, MokaError, one_line
 
@@ -104,6 +104,7 @@ class ResumableDataLoader(DataLoader[Any]):
             DataError: The state is of other batches than this loader's.
         """
         check_order(state_dict.get("order"), self.order)
+        check_position(state_dict, "served")
         served = int(state_dict["served"])
         total = len(self)
         if served > total:

@@ -100,6 +100,23 @@ def check_order(stored: Mapping[str, Any] | None, current: Mapping[str, Any]) ->
         )
 
 
+def check_position(state: Mapping[str, Any], key: str) -> None:
+    """Refuses the position of another kind of loader; checkpoints of old tell the kind by nothing else.
+
+    Args:
+        state: A loader's state.
+        key: What this kind's state has.
+
+    Raises:
+        DataError: If it has not.
+    """
+    if key not in state:
+        raise DataError(
+            "the checkpoint was saved by another kind of loader (streaming or not, or one of your own); resume "
+            "with the data options of the saved run"
+        )
+
+
 def _plain(value: Any) -> Any:
     """Returns lists for tuples, which a saved configuration does not tell apart."""
     if isinstance(value, Mapping):

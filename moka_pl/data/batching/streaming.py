@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moka_pl.data.batching.collate import collate_tokens
 from moka_pl.data.batching.loader import watched
-from moka_pl.data.batching.order import check_order
+from moka_pl.data.batching.order import check_order, check_position
 from moka_pl.data.encoding.examples import EncodedRow, Row, SegmentEncoder, nothing_trained, token_row
 from moka_pl.data.encoding.report import (
     BLANK,
@@ -320,6 +320,7 @@ class StreamLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: State) -> None:
         """Continues from a state of as many workers and of the same batches; else a ``DataError``."""
+        check_position(state_dict, "num_workers")
         if state_dict["num_workers"] != self.num_workers:
             raise DataError(
                 f"the checkpoint was saved with num_workers={state_dict['num_workers']}, but this run has "

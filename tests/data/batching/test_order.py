@@ -78,6 +78,19 @@ def test_a_stream_of_other_files_is_refused(make_data, corpus, tmp_path):
             loader(make_data(**(options | change))).load_state_dict(state)
 
 
+def test_a_stream_and_a_file_do_not_go_on_from_each_other(make_data):
+    """Of older states, which do not tell, only the keys do."""
+    loaders = loader(make_data()), loader(make_data(streaming=True, stream_buffer=4))
+    for saved, resumed in (loaders, loaders[::-1]):
+        state = saved.state_dict()
+        was = state["order"].pop("streaming")
+        with pytest.raises(DataError, match="saved by another kind of loader"):
+            resumed.load_state_dict(state)
+        state["order"]["streaming"] = was
+        with pytest.raises(DataError, match=rf"streaming {was}, now {not was}.*allow_changes '\[data\]'"):
+            resumed.load_state_dict(state)
+
+
 def test_what_an_older_state_lacks_is_not_compared():
     check_order(None, {"seed": 1})
     check_order({"seed": 1}, {"seed": 1, "new": 2})

@@ -272,6 +272,10 @@ def test_refusals(tiny_tokenizer, folder, write_jsonl):
         MixtureData([InstructionData(folder, streaming=True)])
     with pytest.raises(DataError, match="stream_buffer must be at least batch_size"):
         InstructionData(folder, streaming=True, batch_size=8, stream_buffer=4)
+    for options in ({"packing": True}, {"max_tokens": 1024}):
+        (name,) = options
+        with pytest.raises(DataError, match=f"{name}: .* needs the length of every example, which streaming"):
+            InstructionData(folder, streaming=True, **options)
     tree = write_jsonl("t.jsonl", [{"message_id": "a", "parent_id": None, "role": "prompter", "text": "x"}])
     with pytest.raises(DataError, match="message trees cannot be streamed"):
         streamed(tiny_tokenizer, tree)
