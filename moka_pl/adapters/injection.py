@@ -32,8 +32,8 @@ def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | 
         saved: Names of the layers of a saved adapter, which alone count; None for a new one.
 
     Raises:
-        AdapterError: If nothing matches (naming the nearest names), a match cannot be adapted, or the model
-            has adapters already.
+        AdapterError: If nothing matches (naming the nearest names), a match cannot be adapted, the model has
+            adapters already, or is a layer itself.
     """
     linearise(model)
     if _names_experts(split_names(model), config, saved):
@@ -52,6 +52,11 @@ def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | 
     kept = [name for name in targets if name not in excluded]
     if not kept:
         raise AdapterError(_nothing_matches(model, config, excluded=bool(targets)))
+    if "" in kept:
+        raise AdapterError(
+            f"the model is a {type(model).__name__} itself, in whose place its adapter cannot be put; give the "
+            "module that holds it, such as torch.nn.Sequential(layer)"
+        )
     for name in kept:
         if not isinstance(modules[name], nn.Linear | nn.Embedding):
             raise AdapterError(

@@ -34,7 +34,7 @@ _WORTH_SAYING, _NAMED = 0.01, 4
 def linearise(model: nn.Module) -> None:
     """Replaces each Conv1D of a model, whose weight is (n, m), by an ``nn.Linear`` with the same numbers."""
     for name, module in list(model.named_modules()):
-        if is_conv1d(module):
+        if name and is_conv1d(module):  # a model that is one itself has no place for another
             model.set_submodule(name, _linear(module))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from moka_pl.adapters import (
     MokaConfig,
@@ -151,6 +152,19 @@ def test_adapters_are_not_put_upon_adapters(tiny_llama) -> None:
         inject_adapter(tiny_llama, config(target_modules=["o_proj"]))
     assert QV[0] in str(caught.value)
     assert list(moka_layers(tiny_llama)) == QV
+
+
+@pytest.mark.parametrize(
+    ("layer", "told"),
+    [(nn.Linear(8, 8), "is a Linear itself.*torch.nn.Sequential"), (Conv1D(8, 8), "matches nothing|no linear")],
+    ids=["Linear", "Conv1D"],
+)
+def test_a_layer_alone_is_no_model(layer: nn.Module, told: str) -> None:
+    """Its adapter would hold itself, and whatever walks through its modules would not come to an end."""
+    with pytest.raises(AdapterError, match=told):
+        inject_adapter(layer, config(target_modules="all-linear"))
+    assert len(list(layer.modules())) == 1
+    inject_adapter(nn.Sequential(layer), config(target_modules=["0"]))
 
 
 def test_a_filter_that_does_not_fit_names_the_layer_and_changes_nothing(tiny_llama) -> None:

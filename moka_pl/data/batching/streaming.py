@@ -320,13 +320,13 @@ class StreamLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: State) -> None:
         """Continues from a state of as many workers and of the same batches; else a ``DataError``."""
+        check_order(state_dict.get("order"), self.order)
         check_position(state_dict, "num_workers")
         if state_dict["num_workers"] != self.num_workers:
             raise DataError(
                 f"the checkpoint was saved with num_workers={state_dict['num_workers']}, but this run has "
                 f"{self.num_workers}. Resume the stream with the same number"
             )
-        check_order(state_dict.get("order"), self.order)
         self._epoch, self._turn = state_dict["epoch"], state_dict["turn"]
         self._workers = {int(worker): state for worker, state in state_dict["workers"].items()}
 
