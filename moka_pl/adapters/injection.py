@@ -54,8 +54,8 @@ def find_targets(model: nn.Module, config: MokaConfig, saved: Collection[str] | 
         raise AdapterError(_nothing_matches(model, config, excluded=bool(targets)))
     if "" in kept:
         raise AdapterError(
-            f"the model is a {type(model).__name__} itself, in whose place its adapter cannot be put; give the "
-            "module that holds it, such as torch.nn.Sequential(layer)"
+            f"the model is a {type(model).__name__} itself, in whose place its adapter cannot be put; give "
+            "the module that holds it, such as torch.nn.Sequential(layer)"
         )
     for name in kept:
         if not isinstance(modules[name], nn.Linear | nn.Embedding):

@@ -109,7 +109,7 @@ def refusal(error: Exception) -> Exception:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, MokaError | OSError):
         cause = cause.__cause__
-    return cause if isinstance(cause, MokaError | OSError) else ConfigError(one_line(error))
+    return cause if isinstance(cause, MokaError | OSError) else ConfigError(told(one_line(error)))
 
 
 class _ConfigFile(ActionConfigFile):
@@ -136,6 +136,8 @@ class MokaCLI(LightningCLI):
 
     def __init__(self, folders: RunFolders, args: Sequence[str], **kwargs: Any) -> None:
         self._folders = folders
+        #: Options of loggers that go on with a run, and the versions that were given for them.
+        self._given_versions: list[tuple[Namespace, Any]] = []
         self._first = next(iter(args), "")
         named = named_model(args)
         super().__init__(
@@ -246,7 +248,9 @@ class MokaCLI(LightningCLI):
             config.weights_only = True  # nothing is unpickled from a path that the user gives
         if "verbose" in config:
             config.verbose = False  # EvaluationTable prints what was found, in a form to be read
-        logger = config.trainer.logger
+        given = config.trainer.logger
+        loggers = given if isinstance(given, list) and given else [given]
+        logger = loggers[0]  # which decides where checkpoints are
         folder = getattr(getattr(logger, "init_args", None), "save_dir", None)
         if logger is False:
             # Lightning would write config.yaml into the current folder.
@@ -268,8 +272,9 @@ class MokaCLI(LightningCLI):
             checkpoint, version = found
             config.ckpt_path = str(checkpoint)
             if version is not None:
-                self._given_version = logger.init_args.version
-                logger.init_args.version = version
+                for one in [one.init_args for one in loggers if _is_beside(one, logger)]:
+                    self._given_versions.append((one, one.version))
+                    one.version = version
             # The folder's config.yaml stays what it is: the run from its beginning.
             self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
 
@@ -279,10 +284,9 @@ class MokaCLI(LightningCLI):
             check_launcher(self.trainer)
             ranks.join(self.trainer)
             watch.begin(self.trainer)
-            options = self._options(self.config)
-            resumed = options.get("ckpt_path") is not None
-            if resumed and hasattr(self, "_given_version"):  # the saved configuration is for other runs, too
-                options.trainer.logger.init_args.version = self._given_version
+            resumed = self._options(self.config).get("ckpt_path") is not None
+            for logger, version in self._given_versions:  # the saved configuration is for other runs, too
+                logger.version = version
             self._folders.prepare(self.trainer, self.subcommand == "fit", resumed)
 
     def before_fit(self) -> None:
@@ -330,6 +334,12 @@ class MokaCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = configured + [c for c in ours if type(c) not in kinds]
         with _without_tips():
             return super().instantiate_trainer(**kwargs)
+
+
+def _is_beside(logger: Any, first: Any) -> bool:
+    """Whether a logger, by its options, writes to the same versions as the first one."""
+    options, beside = (vars(getattr(one, "init_args", object)) for one in (logger, first))
+    return all(name in options and options[name] == beside[name] for name in ("save_dir", "name", "version"))
 
 
 def _no_checkpoint(path: Path) -> str:

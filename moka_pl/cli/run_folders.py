@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from moka_pl._compat import logger_version, set_logger_version
 from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
+from moka_pl.cli.csv_tables import keep_table
 from moka_pl.errors import ConfigError
 from moka_pl.utils import expanded, unwritable_reason
 
@@ -65,6 +66,8 @@ class RunFolders:
         if first and self._versions:
             os.environ[_VARIABLE] = json.dumps(self._versions)
             self._held.callback(os.environ.pop, _VARIABLE, None)
+        for logger in trainer.loggers if first else ():
+            keep_table(logger)
         if not first or not training or getattr(trainer, "fast_dev_run", False):
             return
         ours = [("the log folder", folder) for folder in dict.fromkeys(folders) if folder is not None]

@@ -88,8 +88,8 @@ class InstructionData(SplitDataModule):
             num_workers, num_proc, seed, bucket, eval_batch_size, packing, max_tokens (see MokaDataModule).
 
     Raises:
-        DataError: An option is unknown or out of range, or streaming is combined with separate_test, packing or
-            max_tokens.
+        DataError: An option is unknown or out of range, or streaming is combined with separate_test,
+            packing or max_tokens.
     """
 
     name = "instruction"

@@ -5,12 +5,14 @@ fields of :class:`StoredRun` are added.
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl.adapters import method_of
@@ -301,8 +303,9 @@ def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str 
         )
     if not _has_versions(logger):
         raise ConfigError(
-            "--ckpt_path last needs the version_<k> folders of a TensorBoardLogger, but trainer.logger is "
-            f"{logger!r}; give the path of the checkpoint instead"
+            "--ckpt_path last needs the version_<k> folders of a TensorBoardLogger or CSVLogger, but "
+            f"trainer.logger (the first) is {getattr(logger, 'class_path', logger)}; give the path of the "
+            "checkpoint instead"
         )
     raise ConfigError(
         f"--ckpt_path last: no run below {_folder_of_runs(logger)} has a checkpoints/{LAST_NAME}. Start "
@@ -340,8 +343,12 @@ def _find(
 
 
 def _has_versions(logger: Any) -> bool:
+    """Whether a logger, by its options, keeps its runs in ``version_<k>``; others have versions, too."""
     options = getattr(logger, "init_args", None)
-    return options is not None and hasattr(options, "save_dir") and hasattr(options, "version")
+    module, _, name = getattr(logger, "class_path", "").rpartition(".")
+    kind = getattr(sys.modules.get(module), name, CSVLogger)  # parsing has imported it
+    known = isinstance(kind, type) and issubclass(kind, TensorBoardLogger | CSVLogger)
+    return known and hasattr(options, "save_dir") and hasattr(options, "version")
 
 
 def _folder_of_runs(logger: Any) -> Path:

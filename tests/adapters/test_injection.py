@@ -156,7 +156,10 @@ def test_adapters_are_not_put_upon_adapters(tiny_llama) -> None:
 
 @pytest.mark.parametrize(
     ("layer", "told"),
-    [(nn.Linear(8, 8), "is a Linear itself.*torch.nn.Sequential"), (Conv1D(8, 8), "matches nothing|no linear")],
+    [
+        (nn.Linear(8, 8), "is a Linear itself.*torch.nn.Sequential"),
+        (Conv1D(8, 8), "matches nothing|no linear"),
+    ],
     ids=["Linear", "Conv1D"],
 )
 def test_a_layer_alone_is_no_model(layer: nn.Module, told: str) -> None:

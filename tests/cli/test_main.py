@@ -1,3 +1,4 @@
+import csv
 import errno
 import json
 import os
@@ -5,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
@@ -246,6 +248,13 @@ def test_a_folder_is_no_checkpoint(refused, given):
     assert refused("fit", "--ckpt_path", given).endswith(f"{told}\n")
     Path("run/checkpoints/last.ckpt").touch()
     assert refused("fit", "--ckpt_path", given).endswith(f"{told}, or run/checkpoints/last.ckpt\n")
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_logger_that_is_not_installed(refused):
+    error = refused("fit", "--trainer.logger", "WandbLogger")
+    needs = r"error: lightning\.pytorch\.loggers\.WandbLogger needs wandb\S+: pip install \S+\n$"
+    assert re.search(needs, error)
 
 
 @pytest.mark.parametrize(
@@ -603,3 +612,23 @@ def test_crash_leaves_a_checkpoint_of_the_last_step(cli, monkeypatch, capsys, cr
     cli("fit", "--ckpt_path", "last")
     assert json.loads((RUN / "adapters/last/adapter_config.json").read_text())["extra"]["step"] == 8
     assert max(scalars(RUN, "train/lr")) >= 7
+
+
+def test_a_run_of_several_loggers_is_resumed_where_it_logged(cli, config):
+    """As ``--ckpt_path last`` is what an interrupted run names, whatever its loggers; its rows are kept."""
+    options = {"save_dir": "lightning_logs", "name": "moka"}
+    config["trainer"]["logger"] = [
+        {"class_path": kind, "init_args": options} for kind in ("TensorBoardLogger", "CSVLogger")
+    ]
+    cli("fit", "--trainer.max_epochs", 1)
+    table = RUN / "metrics.csv"
+    before = list(csv.DictReader(table.open(newline="")))
+    cli("fit", "--ckpt_path", "last")
+    assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
+    after = list(csv.DictReader(table.open(newline="")))
+    assert len(before) < len(after)
+    assert [{name: row[name] for name in before[0]} for row in after[: len(before)]] == before
+    assert max(scalars(RUN, "train/loss")) == max(int(row["step"]) for row in after if row["train/loss"])
+    assert {"version": None}.items() <= yaml.safe_load((RUN / "config_resumed.yaml").read_text())["trainer"][
+        "logger"
+    ][1]["init_args"].items()

@@ -145,3 +145,16 @@ def test_no_run_yet(tmp_path):
 def test_logger_without_versions(value):
     with pytest.raises(ConfigError, match="give the path of the checkpoint instead"):
         find_last(value)
+
+
+def test_a_logger_whose_versions_are_no_folders(tmp_path):
+    """W&B's are the ids of its runs; those of another logger in the same folder are none of its."""
+    run_folder(tmp_path, "version_3")
+    for name, found in (("WandbLogger", False), ("CSVLogger", True), ("TensorBoardLogger", True)):
+        given = logger(tmp_path)
+        given.class_path = f"lightning.pytorch.loggers.{name}"
+        if found:
+            assert find_last(given)[1] == 3
+            continue
+        with pytest.raises(ConfigError, match=rf"\(the first\) is {given.class_path}; give the path"):
+            find_last(given)

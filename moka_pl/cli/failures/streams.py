@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
 
 from moka_pl.errors import ConfigError, system_failure
 
@@ -25,7 +26,8 @@ def open_streams() -> None:
             # The lowest free number, which this one is: those below have been seen to.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 it stays open
+            setattr(sys, name, stream)
     for stream in (sys.stdout, sys.stderr):
         # Latin-1 has no α, and UTF-8 none of the bytes of a name that is in Latin-1.
         if isinstance(stream, TextIOWrapper) and (stream.errors == "strict" or not _is_utf8(stream.encoding)):
@@ -67,7 +69,7 @@ def check_words(words: Iterable[str]) -> None:
         ConfigError: Naming the first one.
     """
     try:
-        folder = os.getcwd()
+        folder = str(Path.cwd())
     except OSError as error:
         raise ConfigError(
             f"the current folder is gone or closed ({error.strerror}); change to another"

@@ -50,6 +50,7 @@ _SIMPLE = {
     r"the following arguments are required: (\w+\.)?data": (
         "no data are named; give --config, a file or a name that 'moka_pl configs' lists, or --data, a class"
     ),
+    r"Requirement '(?P<value>[^']+)' not met.*": "{where}{owner} needs {value}: pip install '{value}'",
     r"the following arguments are required: (?P<value>.*)": "{where}{owner} needs {value}",
     r"Key must be a string, got: (?P<value>.*)\.": (
         "a key of the configuration is {value}; keys are texts, so put it in quotation marks"

@@ -112,8 +112,8 @@ def check_position(state: Mapping[str, Any], key: str) -> None:
     """
     if key not in state:
         raise DataError(
-            "the checkpoint was saved by another kind of loader (streaming or not, or one of your own); resume "
-            "with the data options of the saved run"
+            "the checkpoint was saved by another kind of loader (streaming or not, or one of your own); "
+            "resume with the data options of the saved run"
         )
 
 

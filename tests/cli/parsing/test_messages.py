@@ -29,6 +29,15 @@ PATH = "\n- Expected a path but adamw either not accessible or invalid\n- "
             "trainer.max_epochs must be a whole number or null, not 1e3",
         ),
         (
+            union(
+                "Namespace(class_path='lightning.pytorch.loggers.WandbLogger')",
+                "Problem with given class_path 'lightning.pytorch.loggers.WandbLogger':\n  Requirement "
+                "'wandb>=0.12.10' not met. HINT: Try running `pip install -U 'wandb>=0.12.10'`",
+                "Expected a <class 'bool'>",
+            ),
+            "lightning.pytorch.loggers.WandbLogger needs wandb>=0.12.10: pip install 'wandb>=0.12.10'",
+        ),
+        (
             'Parser key "data":\nProblem with given class_path \'moka_pl.Nothing\':\n  Parser key "path":\n  '
             "Expected a <class 'str'>\n  - Not of type Path: expected str, bytes or os.PathLike object, not list",
             "data.path must be one path or name, not a list",
