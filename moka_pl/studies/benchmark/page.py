@@ -186,12 +186,14 @@ def _fit(record: Record) -> str:
     if record.error is not None:
         return f"A whole `fit` {kind} checkpointing {failure(record)}"
     values = record.values
-    recording = "the recording of a graph and " if record.row.endswith(CAPTURED) else ""
+    captured = record.row.endswith(CAPTURED)
+    recording = "the recording of a graph and " if captured else ""
+    loop = "a bare loop, whose steps are not replayed," if captured else "a bare loop"
     ratio = values.get("unsloth_ratio")
     compared = "" if ratio is None else f" That is {ratio:.2f} times {peer(record.row)}."
     return (
         f"A whole `fit` {kind} checkpointing ({record.row}), with its callbacks and logs, takes "
-        f"{milliseconds(values['fit_ms'])} ms an optimizer step, {values['ratio']:.3f} times a bare loop on "
+        f"{milliseconds(values['fit_ms'])} ms an optimizer step, {values['ratio']:.3f} times {loop} on "
         f"the same model and batches (medians), or {values['mean_ratio']:.3f} times by the means, which "
         f"include {recording}the periodic logging.{compared}"
     )
