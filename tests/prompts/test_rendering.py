@@ -1,5 +1,8 @@
 """Chat templates of strangers."""
 
+import gc
+import os
+
 import pytest
 
 from moka_pl.errors import ConfigError, DataError
@@ -36,13 +39,39 @@ def forgotten(monkeypatch):
 )
 def test_a_template_that_does_not_end_is_refused(name, tiny_tokenizer):
     tiny_tokenizer.chat_template = HOSTILE[name]
-    for _ in range(2):  # tried once
+    for _ in range(2):  # the verdict is kept
         with pytest.raises(
             DataError, match=r"the chat template of the tokenizer \(.*\) takes more than 1 s or"
         ) as caught:
             render_chat(tiny_tokenizer, [rendering.QUESTION], prompt=True)
         assert "\n" not in str(caught.value)
     assert end_tokens(tiny_tokenizer) == [tiny_tokenizer.eos_token_id]
+
+
+def test_one_try_that_fails_is_not_the_templates_fault(tiny_tokenizer, monkeypatch):
+    real, tries = rendering._ends, []
+
+    def ends(work):
+        tries.append(bool(tries) and real(work))
+        return tries[-1]
+
+    monkeypatch.setattr(rendering, "_ends", ends)
+    check_template(tiny_tokenizer)
+    check_template(tiny_tokenizer)  # the verdict is kept
+    assert tries == [False, True]
+
+
+def test_what_this_process_has_left_to_collect_is_not_collected_by_the_child(tmp_path):
+    class Left:
+        def __del__(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    left = Left()
+    left.itself = left
+    del left
+    assert rendering._ends(lambda: [[[]] for _ in range(10**5)] and None)
+    gc.collect()
+    assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]
 
 
 def test_a_slow_child_is_ended(tiny_tokenizer, monkeypatch):
