@@ -22,10 +22,11 @@ from moka_pl.errors import AdapterError, MokaError, NonFiniteError, listed
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import LAST_NAME, VERSION_KEY
-from moka_pl.training.checkpoint_files import is_remote
 from moka_pl.training.course import main_settings
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import Kept
+from moka_pl.training.trainer_state import between_steps, epoch_ends, is_trial
+from moka_pl.training.writing.checkpoint_files import is_remote
 from moka_pl.training.writing.whole_files import check_writing, finish_writing, same_moment
 from moka_pl.utils import expanded, replaced_folder, warn, write_failure
 
@@ -238,22 +239,22 @@ def validation_name(trainer: Trainer) -> str:
     return f"{data_of(trainer).validation_digest} {trainer.limit_val_batches}"
 
 
-def is_trial(trainer: Trainer) -> bool:
-    """Whether this is a trial run of a few batches (``fast_dev_run``)."""
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which also writes ``last.ckpt`` at the end of each epoch and of the run.
 
     Lightning (2.6) writes nothing then if ``every_n_train_steps`` or ``train_time_interval`` is set, or after
     the last of several validations in an epoch.
 
+    It writes only between optimizer steps, and only there does a run stop early: a checkpoint holds no
+    gradients. What is due within an accumulated batch waits for the step.
+
     The checkpoints store the version of the run's logs, which a custom ``dirpath`` does not reveal.
     """
 
     _version: int | str | None = None
     _validation: str | None = None
+    _to_stop = False
+    _validated = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder, and notes the version of the logs."""
@@ -308,22 +309,31 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Saves at the chosen interval, but only between optimizer steps, and after the last step."""
         check_writing(trainer)
+        self._put_off_stop(trainer)
         # In a resumed run Lightning would save again in the middle of the first accumulated batch.
-        if between_steps(trainer):
-            with self._moment(trainer):
-                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if not between_steps(trainer):
+            return
+        with self._moment(trainer):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if self._validated:
+                super().on_validation_end(trainer, pl_module)
+                self._validated = False
         self._save_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves after a validation; after the last step it saves again, with the metrics."""
+        """Saves after a validation, or at the end of its step; after the last step it saves again."""
         check_writing(trainer)
+        self._put_off_stop(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not between_steps(trainer):
+            self._validated = True
+            return
         with self._moment(trainer):
             super().on_validation_end(trainer, pl_module)
         self._save_end(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves at the end of an epoch, unless the run stops within it."""
-        if _epoch_ends(trainer):
+        if epoch_ends(trainer):
             with self._moment(trainer):
                 super().on_train_epoch_end(trainer, pl_module)
 
@@ -354,34 +364,19 @@ class RunCheckpoint(ModelCheckpoint):
         local = self.dirpath is not None and not is_remote(self.dirpath)
         return same_moment(trainer, background=idle and local and self.save_last != "link")
 
+    def _put_off_stop(self, trainer: Trainer) -> None:
+        """Takes back a wish to stop within an optimizer step, and renews it at the step's end."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        wished = self._to_stop or trainer.should_stop
+        trainer.should_stop = wished and between_steps(trainer)
+        self._to_stop = wished and not trainer.should_stop
+
     def _save_end(self, trainer: Trainer) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or is_trial(trainer):
             return
-        if trainer.should_stop or _epoch_ends(trainer) or -1 < trainer.max_steps <= trainer.global_step:
+        if trainer.should_stop or epoch_ends(trainer) or -1 < trainer.max_steps <= trainer.global_step:
             save_last_checkpoint(self, trainer)
-
-
-def between_steps(trainer: Trainer) -> bool:
-    """Whether the batch that has just ended completed an optimizer step."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-    if batches % trainer.accumulate_grad_batches == 0:
-        return True
-    return _epoch_ends(trainer) and not trainer.strategy.handles_gradient_accumulation
-
-
-def is_last_step(trainer: Trainer) -> bool:
-    """Whether the optimizer step that has just ended was the last one of the run."""
-    if not between_steps(trainer):
-        return False
-    if -1 < trainer.max_steps <= trainer.global_step:
-        return True
-    return _epoch_ends(trainer) and -1 < (trainer.max_epochs or -1) <= trainer.current_epoch + 1
-
-
-def _epoch_ends(trainer: Trainer) -> bool:
-    """Whether the batch at hand is the last one of its epoch."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    return bool(progress.is_last_batch or progress.current.ready == trainer.num_training_batches)
 
 
 def last_path(trainer: Trainer) -> str:

@@ -12,11 +12,11 @@ from moka_pl.adapters.filters import describe_filters
 from moka_pl.adapters.methods.base import name_targets
 from moka_pl.adapters.methods.registry import method_of
 from moka_pl.callbacks.board import write_summary
-from moka_pl.callbacks.checkpoints import is_trial
 from moka_pl.callbacks.gate_tags import ALPHA, GatedLayer, projections
 from moka_pl.callbacks.gates import GateMonitor, gated_layers
 from moka_pl.data.types import data_of
 from moka_pl.training.module import MokaModule
+from moka_pl.training.trainer_state import is_trial
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from moka_pl.adapters import MokaLayer, moka_layers
 from moka_pl.callbacks.board import log_scalars, write_summary
-from moka_pl.callbacks.checkpoints import is_trial
 from moka_pl.callbacks.gate_tags import ALPHA, GatedLayer, board_scalars, layer_labels, plain_scalars
 from moka_pl.callbacks.heatmap import gate_heatmaps
 from moka_pl.callbacks.throughput import log_interval
 from moka_pl.ops.gating import can_move, gates_of, normalised_entropy
 from moka_pl.training.launches import HostCopy
 from moka_pl.training.module import MokaModule
+from moka_pl.training.trainer_state import is_trial
 from moka_pl.utils import warn
 
 #: Most bytes of a run's gate curves.

@@ -15,19 +15,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl._compat import without_sigterm_broadcast, without_sigterm_notifier
-from moka_pl.callbacks.checkpoints import (
-    AdapterCheckpoint,
-    between_steps,
-    is_last_step,
-    is_trial,
-    last_path,
-)
+from moka_pl.callbacks.checkpoints import AdapterCheckpoint, last_path
 from moka_pl.errors import MokaError, NonFiniteError, terminate
 from moka_pl.training.accidents import requeue
 from moka_pl.training.accidents.first_rank import FirstRank, copied_checkpoint, moment
 from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import rng_state, set_rng_state
 from moka_pl.training.launches import AnyRank
+from moka_pl.training.trainer_state import between_steps, is_last_step, is_trial
 from moka_pl.training.writing.whole_files import finish_writing
 from moka_pl.utils import ENDING
 

@@ -9,9 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from moka_pl.backbone.quantization import weight_count
-from moka_pl.callbacks.checkpoints import AdapterCheckpoint, is_trial, validation_name
+from moka_pl.callbacks.checkpoints import AdapterCheckpoint, validation_name
 from moka_pl.callbacks.throughput import BatchStatistics, Throughput, peak_memory
 from moka_pl.training.module import MokaModule
+from moka_pl.training.trainer_state import is_trial
 
 C = TypeVar("C", bound=Callback)
 

@@ -35,6 +35,7 @@ from moka_pl.cli.config_files import named_model, read_config
 from moka_pl.cli.configs import find_config
 from moka_pl.cli.failures import ranks, watch
 from moka_pl.cli.failures.log_writers import log_writers
+from moka_pl.cli.last_checkpoint import find_last, find_restarted
 from moka_pl.cli.parsing.messages import told
 from moka_pl.cli.parsing.parser import MokaParser
 from moka_pl.cli.run_folders import RunFolders
@@ -43,11 +44,11 @@ from moka_pl.data.batching.loader import killed_worker
 from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.evaluation.memory import is_out_of_memory
 from moka_pl.training.accidents import requeue
-from moka_pl.training.checkpoint import LAST_NAME, find_last, find_restarted
-from moka_pl.training.checkpoint_files import read_checkpoint
+from moka_pl.training.checkpoint import LAST_NAME
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import check_accelerator, check_launcher, check_options
 from moka_pl.training.trial_optimizer import check_learns
+from moka_pl.training.writing.checkpoint_files import read_checkpoint
 from moka_pl.utils import ended_by_signals, expanded, make_folder
 from moka_pl.vision import ImageData, VisionModule
 

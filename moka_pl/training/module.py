@@ -43,7 +43,6 @@ from moka_pl.training.checkpoint import (
     say_differences,
     set_rng_state,
 )
-from moka_pl.training.checkpoint_files import peek
 from moka_pl.training.course import Change, Course, check_allowed, course_of, optimizer_course
 from moka_pl.training.launches import compute_as, fuse_on_gpu, gradient_nodes
 from moka_pl.training.learning_rates import LearningRateRatios, check_scheduler, make_optimizer
@@ -53,6 +52,7 @@ from moka_pl.training.schedule import WarmupDecay
 from moka_pl.training.sharding.strategy import ShardedStrategy, check_shardable
 from moka_pl.training.steps import TrainedModule
 from moka_pl.training.trial_optimizer import build_trial, refused_options, state_bytes
+from moka_pl.training.writing.checkpoint_files import peek
 from moka_pl.training.writing.whole_files import write_whole_files
 from moka_pl.utils import warn
 
@@ -326,7 +326,7 @@ class MokaModule(TrainedModule):
         self.course |= optimizer_course(optimizer, scheduler)
         if self._resumed is not None:
             changed = check_run(self._resumed, self, self.course, training=True)
-            say_differences(StoredRun.read(self._resumed), changed, self, training=True)
+            say_differences(self._resumed, changed, self, training=True)
             adjust_optimizer(self._resumed, changed, optimizer, scheduler)
             compute_as(self._resumed, optimizer)
             self._resumed = None
@@ -390,7 +390,7 @@ class MokaModule(TrainedModule):
         training = self.trainer.state.fn == "fit"
         changed = check_checkpoint(checkpoint, self, training)
         if not training:
-            say_differences(stored, changed, self, training)
+            say_differences(checkpoint, changed, self, training)
             return
         self._resumed = checkpoint
         self._epoch_anew = begins_epoch_anew(changed)

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset
 
 from moka_pl.callbacks import AdapterCheckpoint, GracefulInterrupt, RunCheckpoint, interrupt
-from moka_pl.callbacks.checkpoints import between_steps
 from moka_pl.callbacks.interrupt import _leave_terminal
 from moka_pl.data.batching.loader import ResumableDataLoader
 from moka_pl.errors import DataError
+from moka_pl.training.trainer_state import between_steps
 from moka_pl.utils import ended_by_signals
 
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 
 from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
-from moka_pl.callbacks.interrupt import between_steps
 from moka_pl.errors import MokaWarning
 from moka_pl.training.schedule import WarmupDecay
+from moka_pl.training.trainer_state import between_steps
 from moka_pl.training.writing.whole_files import finish_writing
 
 pytestmark = pytest.mark.filterwarnings(
@@ -39,7 +40,8 @@ class Stop(Callback):
         self.batch = batch
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.should_stop = batch_idx + 1 == self.batch
+        if batch_idx + 1 == self.batch:
+            trainer.should_stop = True
 
 
 # An epoch has 7 batches and 4 steps: of two batches each, the last of one.
@@ -56,6 +58,10 @@ class Stop(Callback):
         ({"every_n_train_steps": 2}, {"max_steps": 3, "max_epochs": -1}, {}, STEPS, 3),
         ({}, {"max_steps": 2, "max_epochs": -1}, {"val_check_interval": 4}, STEPS, 2),
         ({"every_n_train_steps": 3}, {"stop": 4}, {}, ON, 2),
+        ({"every_n_train_steps": 3}, {"stop": 3}, {}, ON, 2),  # asked for within a step
+        ({}, {"stop": 1}, {"limit_val_batches": 0}, ON, 1),
+        ({}, {"stop": 7}, {}, ON, 4),
+        ({}, {"stop": 5, "min_steps": 4}, {}, ON, 4),  # not before that step
     ],
     ids=str,
 )
@@ -78,6 +84,33 @@ def test_finished_run_goes_on_from_its_end(
     assert_continues(resumed, whole, end)
     assert resumed.validations == {k: v for k, v in whole.validations.items() if k > end}
     assert load(tmp_path)["global_step"] == len(whole.losses)
+
+
+def test_a_run_stopped_early_by_a_validation_within_a_step_goes_on(train, assert_continues, tmp_path):
+    options = {"val_check_interval": 3, "max_epochs": 2}  # of steps of two batches
+    stop = EarlyStopping("val/loss", stopping_threshold=1e9)
+    ended = train(stop, AdapterCheckpoint(), saving(tmp_path), **options)
+    assert load(tmp_path)["global_step"] == ended.trainer.global_step == 2
+    assert stop.stopped_epoch == 0
+    whole = train(**options)
+    resumed = train(saving(tmp_path), ckpt_path=tmp_path / "last.ckpt", **options)
+    assert_continues(resumed, whole, 2)
+
+
+def test_checkpoints_of_validations_within_a_step_are_resumed(train, assert_continues, tmp_path):
+    options = {"val_check_interval": 3}
+    each = {"save_top_k": -1, "filename": "{step}", "auto_insert_metric_name": False}
+    look = Look(tmp_path)
+    whole = train(look, saving(tmp_path, monitor="val/loss", **each), **options)
+    assert list(whole.validations) == [1, 3, 5, 7]
+    assert all(look.between)
+    files = sorted(tmp_path.glob("?.ckpt"))
+    assert [file.stem for file in files] == ["2", "3", "6", "7"]
+    for file in files:
+        resumed = train(ckpt_path=file, **options)
+        assert_continues(resumed, whole, int(file.stem))
+        later = {k: v for k, v in whole.validations.items() if k >= int(file.stem)}
+        assert resumed.validations.items() <= later.items()
 
 
 class Look(Callback):

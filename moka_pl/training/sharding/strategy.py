@@ -10,8 +10,8 @@ from torch.distributed.constants import default_pg_timeout
 
 from moka_pl.backbone.blocks.frozen_tensors import decoder_blocks
 from moka_pl.errors import ConfigError
-from moka_pl.training.checkpoint_files import stored_tensors
 from moka_pl.training.sharding.blocks import ShardedBlocks
+from moka_pl.training.writing.checkpoint_files import stored_tensors
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import Strategy
 
 from moka_pl._compat import dumped_once
 from moka_pl.errors import CheckpointError
-from moka_pl.training.checkpoint_files import (
+from moka_pl.training.writing.checkpoint_files import (
     is_remote,
     make_room,
     read_checkpoint,

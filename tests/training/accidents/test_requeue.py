@@ -13,9 +13,9 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from shared.environment import own_environment
 
 from moka_pl.adapters.reading import read_adapter_state
+from moka_pl.cli.last_checkpoint import find_restarted
 from moka_pl.cli.main import main
 from moka_pl.training.accidents import requeue
-from moka_pl.training.checkpoint import find_restarted
 
 #: The step at which ranks are told to end, and the one by which they have agreed to.
 TOLD, AGREED, STEPS = 4, 10, 14
@@ -148,7 +148,10 @@ def test_a_restarted_job_finds_its_own_run_among_newer_ones(job, monkeypatch, tm
         requeue.sign(folder)
         torch.save({"global_step": 3, "state_dict": {}, "callbacks": {}}, folder / "last.ckpt")
 
-    logger = Namespace(init_args=Namespace(save_dir=str(tmp_path), name="n", version=None))
+    logger = Namespace(
+        class_path="lightning.pytorch.loggers.TensorBoardLogger",
+        init_args=Namespace(save_dir=str(tmp_path), name="n", version=None),
+    )
     assert find_restarted(logger) is None
     for version in (8, 9):
         checkpoint(tmp_path / f"n/version_{version}/checkpoints")

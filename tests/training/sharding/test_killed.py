@@ -29,7 +29,7 @@ from moka_pl.adapters.reading import read_adapter_state
 from moka_pl.cli.failures import watch
 from moka_pl.cli.main import main
 from moka_pl.errors import DataError
-from moka_pl.training.checkpoint_files import unusable_reason
+from moka_pl.training.writing.checkpoint_files import unusable_reason
 
 pytestmark = pytest.mark.slow
 

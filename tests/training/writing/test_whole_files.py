@@ -14,9 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from moka_pl.callbacks import RunCheckpoint
 from moka_pl.errors import CheckpointError
-from moka_pl.training import checkpoint_files
-from moka_pl.training.checkpoint_files import read_checkpoint, unusable_reason
-from moka_pl.training.writing import whole_files
+from moka_pl.training.writing import checkpoint_files, whole_files
+from moka_pl.training.writing.checkpoint_files import read_checkpoint, unusable_reason
 from moka_pl.training.writing.whole_files import WholeFiles, finish_writing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*only 4 optimizer steps", "ignore:.*not empty")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from moka_pl.cli.last_checkpoint import find_last
 from moka_pl.errors import CheckpointError, ConfigError
-from moka_pl.training import checkpoint_files
-from moka_pl.training.checkpoint import find_last
-from moka_pl.training.checkpoint_files import read_checkpoint, unusable_reason, write_whole
+from moka_pl.training.writing import checkpoint_files
+from moka_pl.training.writing.checkpoint_files import read_checkpoint, unusable_reason, write_whole
 from moka_pl.training.writing.whole_files import WholeFiles, write_whole_files
 
 
@@ -246,7 +246,7 @@ def test_last_passes_by_what_is_unusable(tmp_path, caplog, kind):
             write_whole(content(step=step), folder / f"epoch=0-step={step}.ckpt")
         write_whole(content(step=12), folder / "last.ckpt")
     options = type("Options", (), {"save_dir": str(tmp_path), "name": "demo", "version": None})
-    logger = type("Logger", (), {"init_args": options})
+    logger = SimpleNamespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=options)
     assert find_last(logger) == (run / "last.ckpt", 10)
     spoil(run / "last.ckpt")
     with caplog.at_level("INFO"):
