@@ -216,13 +216,18 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
         high: The upper end.
         whole: Whether only whole numbers will do.
     """
-    if high <= low:
+    if _is_flat(low, high):
         return [low]
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 5)
     step = max(1.0, step) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _is_flat(low: float, high: float) -> bool:
+    """Whether values differ by their rounding alone, so that no marks would tell them apart."""
+    return high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-300)
 
 
 def _tick_names(marks: Sequence[float], logarithmic: bool) -> list[str]:
@@ -240,8 +245,8 @@ def _powers(low: float, high: float) -> list[float]:
 
 
 def _axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Maps ``low`` … ``high`` to ``start`` … ``end``; a single value to the middle."""
-    if high <= low:
+    """Maps ``low`` … ``high`` to ``start`` … ``end``; values that are all the same to the middle."""
+    if _is_flat(low, high):
         return lambda _: (start + end) / 2
     return lambda value: start + (value - low) / (high - low) * (end - start)
 

@@ -1,5 +1,6 @@
 """The page: whole in itself, of strangers' texts only as text, and as wide as the screen."""
 
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -7,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from shared.chromium import BROWSER, chromium
 from torch.utils.tensorboard import SummaryWriter
 
 from moka_pl.adapters.metric_table import metric_table
 from moka_pl.errors import ConfigError
-from moka_pl.inspection.charts import diverging, sequential, ticks
+from moka_pl.inspection.charts import Series, diverging, line_chart, sequential, ticks
 from moka_pl.inspection.comparison import compare
 from moka_pl.inspection.history import find_log, read_gate_curves, read_scalars
 from moka_pl.inspection.page import check_target, page, write_page
@@ -214,6 +217,25 @@ def test_ticks_are_round_and_lie_within() -> None:
     assert ticks(0.0953, 0.1052) == pytest.approx([0.096, 0.098, 0.1, 0.102, 0.104])
     assert ticks(3, 3) == [3]
     assert ticks(0, 1, whole=True) == [0, 1]
+
+
+NUMBERS = st.floats(-1e300, 1e300)
+
+
+@given(NUMBERS, NUMBERS | st.none(), st.integers(0, 4), st.booleans())
+@example(low=0.9999999999999998, other=None, apart=1, whole=False)  # likenesses, but for their rounding
+@example(low=0.0, other=5e-324, apart=0, whole=False)
+def test_charts_of_any_values_are_drawn(low: float, other: float | None, apart: int, whole: bool) -> None:
+    high = other if other is not None else low
+    for _ in range(apart):
+        high = math.nextafter(high, math.inf)
+    low, high = min(low, high), max(low, high)
+    marks = ticks(low, high, whole)
+    assert marks == sorted(set(marks))
+    assert len(marks) <= 6
+    drawn = line_chart([Series("a", [(0, low), (1, high)], "c0")], "values", "step", (low, high))
+    assert "nan" not in drawn
+    assert "inf" not in drawn
 
 
 def test_colours_tell_sides_and_sizes() -> None:
