@@ -152,7 +152,8 @@ class AdapterCheckpoint(Callback):
             if isinstance(exception, KeyboardInterrupt):
                 raise
             return  # the run's own error says more
-        rank_zero_info(f"Adapter of step {trainer.global_step} saved in {self.last_path}")
+        if self.last_path is not None:
+            rank_zero_info(f"Adapter of step {trainer.global_step} saved in {self.last_path}")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best score, what it is a score of, and the path and step of its adapter."""

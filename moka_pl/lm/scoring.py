@@ -120,4 +120,4 @@ def _hidden_at(model: "PreTrainedModel", row: Tensor, column: Tensor, **inputs: 
 
 def row_sums(scores: TokenScores, rows: int) -> Tensor:
     """Sums the scores of each row: -log p(completion | prompt), shape (rows,)."""
-    return torch.zeros(rows, device=scores.nll.device).index_add_(0, scores.row, scores.nll)
+    return scores.nll.new_zeros(rows).index_add_(0, scores.row, scores.nll)

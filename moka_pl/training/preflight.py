@@ -113,7 +113,7 @@ def check_trainer(trainer: Trainer) -> None:
     Raises:
         ConfigError: Naming the option and the number of batches.
     """
-    interval, data = trainer.val_check_interval, trainer.datamodule  # type: ignore[attr-defined]
+    data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, HasEpochs) or data.streaming:
         return
     limit = trainer.limit_train_batches
@@ -122,6 +122,7 @@ def check_trainer(trainer: Trainer) -> None:
             f"trainer.limit_train_batches {limit:g} of an epoch is less than one batch; raise it"
         )
     _warn_of_few_steps(trainer, data)
+    interval = getattr(trainer, "val_check_interval", None)  # Lightning sets none where it is a time
     if not isinstance(interval, int) or interval == 1 or trainer.check_val_every_n_epoch is None:
         return
     if trainer.limit_val_batches == 0:

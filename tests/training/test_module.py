@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import math
 from dataclasses import fields
@@ -347,10 +348,20 @@ def test_plateau_scheduler_watches_the_metric(make_module, make_data, make_train
     assert trainer.optimizers[0].param_groups[0]["lr"] < 0.25
 
 
-def test_half_precision_trainer_is_warned_of(make_module, make_data, make_trainer):
-    trainer = make_trainer(precision="bf16-true", limit_train_batches=1, limit_val_batches=0)
-    with pytest.warns(UserWarning, match="bf16-true rounds the adapters"):
-        trainer.fit(make_module(), make_data())
+@pytest.mark.parametrize(
+    ("precision", "told"),
+    [("bf16-true", "bf16-true rounds the adapters"), ("64-true", None)],
+)
+def test_a_trainer_of_another_precision(
+    make_module, make_commonsense, make_data, make_trainer, precision, told
+):
+    module, trainer = make_module(), make_trainer(precision=precision, limit_train_batches=1)
+    data = MixtureData([make_commonsense(), make_data()])
+    with pytest.warns(UserWarning, match=told) if told else contextlib.nullcontext():
+        trainer.fit(module, data)
+    assert 0 <= float(trainer.callback_metrics["val/accuracy"]) <= 1
+    kinds = {p.dtype for p in module.parameters() if p.requires_grad}
+    assert kinds == {torch.bfloat16 if told else torch.float64}
 
 
 def test_model_is_built_once_and_asked_for_too_early(make_module):

@@ -79,6 +79,12 @@ def test_intervals_that_no_epoch_reaches(make_module, make_data, make_trainer, m
         make_trainer(**options).fit(module, make_data())
 
 
+def test_validations_after_a_time(train):
+    run = train(val_check_interval="00:00:00:00", max_epochs=1)  # days to seconds: after every batch
+    assert list(run.validations) == [0, 1, 2, 3, 4]
+    assert run.trainer.global_step == 4
+
+
 class LoadedError(Exception):
     """The model would be loaded now."""
 

@@ -196,6 +196,24 @@ def test_weights_that_overflow_are_never_saved_over_finite_ones(
     assert non_finite_names(read_adapter_state(tmp_path / "adapters" / "last")) == []
 
 
+def test_a_run_that_never_had_finite_weights_saves_no_adapter(
+    make_module, make_data, make_trainer, tmp_path, caplog
+):
+    class Overflow(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            next(p for p in pl_module.parameters() if p.requires_grad).data.fill_(math.inf)
+
+    module = make_module(max_non_finite_steps=2)
+    with (
+        caplog.at_level("INFO"),
+        pytest.warns(UserWarning, match="the adapter of step 3 is not saved in"),
+        pytest.raises(NonFiniteError, match="the last 2 steps"),
+    ):
+        make_trainer(Overflow(), AdapterCheckpoint()).fit(module, make_data())
+    assert "Adapter of step" not in caplog.text
+    assert not (tmp_path / "adapters").exists()
+
+
 def test_an_overflow_by_the_last_step_is_not_saved(make_module, make_data, make_trainer, tmp_path):
     class Overflow(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
