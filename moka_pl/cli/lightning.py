@@ -339,7 +339,9 @@ class MokaCLI(LightningCLI):
 
 def _is_beside(logger: Any, first: Any) -> bool:
     """Whether a logger, by its options, writes to the same versions as the first one."""
-    options, beside = (vars(getattr(one, "init_args", object)) for one in (logger, first))
+    if not hasattr(logger, "init_args"):
+        return False  # true or false
+    options, beside = vars(logger.init_args), vars(first.init_args)
     return all(name in options and options[name] == beside[name] for name in ("save_dir", "name", "version"))
 
 

@@ -124,8 +124,10 @@ class _Watch(threading.Thread):
 
     def _leave(self, ended: Ended) -> None:
         """Ends the process, whose main thread waits in vain."""
-        if not _within(_SAVING, _save):
-            _within(_TELLING, _give_up_saving)
+        from moka_pl.training.accidents import first_rank  # loads torch, as every run has by now
+
+        if not _within(_SAVING, first_rank.save_now):
+            _within(_TELLING, first_rank.give_up_saving)
         _within(_TELLING, lambda: self._tell(ended))
         ranks.end_others(at_once=True)
         os._exit(1 if ended.status == LOST else ended.status)
@@ -136,18 +138,6 @@ class _Watch(threading.Thread):
             print(f"moka_pl: error: {printable(message)}", file=sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-
-
-def _save() -> None:
-    from moka_pl.training.accidents.first_rank import save_now
-
-    save_now()
-
-
-def _give_up_saving() -> None:
-    from moka_pl.training.accidents.first_rank import give_up_saving
-
-    give_up_saving()
 
 
 def _within(seconds: float, act: Callable[[], None]) -> bool:
