@@ -17,14 +17,15 @@ time, ``4 d T + 2 e d N + e V C`` on a GPU, and on a CPU ``4 V C`` more. Then
 
 .. math::
     peak = weights + P\,(8 + s) + n\,a + head                    % without checkpointing
-    peak = weights + P\,(8 + s) + n\,e\,d\,T + max(head, a)      % with it
+    peak = weights + P\,(8 + s) + n\,e\,d\,T + max(head, b)      % with it
 
 for n blocks (3 where their inputs are offloaded) and P trained numbers (float32, with a gradient) of which
-the optimizer keeps s bytes each. Where the B bytes of the blocks and the E of embedding and output head are
-spread over R ranks, each holds ``(B + E) / R`` of them (in the host's memory if they are offloaded), two
-whole blocks, ``2 B / n``, beside a, and the rest of the head, H bytes, beside *head*: the last term becomes
-``max(head + H, a + 2 B / n)``, and without checkpointing ``max(head + H, 2 B / n)`` for *head*. Where
-embedding and head are one weight, several ranks keep it whole.
+the optimizer keeps s bytes each. b is a, and on a GPU ``e T (d + f)`` more: a block that is computed again is
+whole when its output and what its down projection reads have their gradients. Where the B bytes of the blocks
+and the E of embedding and output head are spread over R ranks, each holds ``(B + E) / R`` of them (in the
+host's memory if they are offloaded), two whole blocks, ``2 B / n``, beside b, and the rest of the head, H
+bytes, beside *head*: the last term becomes ``max(head + H, b + 2 B / n)``, and without checkpointing
+``max(head + H, 2 B / n)`` for *head*. Where embedding and head are one weight, several ranks keep it whole.
 
 On a CPU glibc's heap does not give back all that is freed: without checkpointing a fifth of the activations
 and the head comes on top; with it ``n (3 e f T - 2 e w)``, w the largest layer's weights where these are
@@ -245,6 +246,8 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products:
         logits += 12 * sizes.vocabulary * trained
     activations = sizes.blocks * block
     on_gpu = setup.stored is None
+    # A block that is computed again is whole when its output and what down reads have their gradients.
+    again = block + (e * tokens * (sizes.hidden + sizes.inner) if on_gpu else 0)
     weights, host = sizes.linear * linear + sizes.other * e, 0.0
     if setup.spread is not None:
         stays = sizes.ends == sizes.head and setup.spread > 1  # both are one weight
@@ -252,12 +255,12 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products:
         host = spread / setup.spread if setup.base_offloaded and on_gpu else 0.0
         weights += spread / setup.spread - spread - host
         head = 0 if stays else sizes.head * e * (1 if setup.base_offloaded else 1 - 1 / setup.spread)
-        weights += _gathered(sizes, linear, head, block if setup.checkpointing else 0, logits)
+        weights += _gathered(sizes, linear, head, again if setup.checkpointing else 0, logits)
     weights += sizes.largest * dequantised
     gaps = 1 if on_gpu or setup.checkpointing else _CPU_GAPS
     if setup.checkpointing:
         inputs = min(_ON_GPU, sizes.blocks) if setup.offloaded else sizes.blocks
-        activations = inputs * e * sizes.hidden * tokens + max(block - logits, 0)
+        activations = inputs * e * sizes.hidden * tokens + max(again - logits, 0)
         activations += 0 if on_gpu else _holes(sizes, e * tokens, dequantised)
     return Memory(
         weights=weights + (_WORKSPACE if on_gpu else 0),

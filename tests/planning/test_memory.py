@@ -101,7 +101,7 @@ def test_the_h100_s_peaks_are_met(rows: tuple[str, ...]) -> None:
         setup = Setup(tokens, tokens, checkpointing=record.checkpointing, state=state)
         estimated = estimate(sizes, setup, trained, 2 * kept).peak / GIB
         told = f"{file} {record.row} {record.setting} checkpointing {record.checkpointing}"
-        assert estimated == pytest.approx(record.values["peak_gib"], rel=0.05), told
+        assert estimated == pytest.approx(record.values["peak_gib"], rel=0.03), told
         seen.add((shape, record.row, record.checkpointing))
     for shape in ("llama2-7b", "llama3-8b"):
         assert {(shape, "MoKA r10", False), (shape, "MoKA r10", True)} <= seen
@@ -119,7 +119,7 @@ def test_the_h100_s_peaks_with_liger_s_kernels_are_met() -> None:
                 sizes, trained, kept, _ = adapted(results.preset["shape"], row, torch.bfloat16)
                 setup = Setup(tokens, tokens, checkpointing=record.checkpointing, state=0, fused=True)
                 estimated = estimate(sizes, setup, trained, 2 * kept).peak / GIB
-                assert estimated == pytest.approx(record.values["peak_gib"], rel=0.05), (file.name, record)
+                assert estimated == pytest.approx(record.values["peak_gib"], rel=0.03), (file.name, record)
                 seen += 1
     assert seen >= 4
 
@@ -142,7 +142,7 @@ def test_the_h100_s_peaks_with_today_s_defaults_are_met() -> None:
             estimated = estimate(sizes, setup, trained, 2 * kept, 2 * products).peak / GIB
             if "CUDA graph" in record.row:
                 estimated += 2**25 / GIB  # a recorded step's stream has a workspace of its own
-            assert estimated == pytest.approx(record.values["peak_gib"], rel=0.05), (record, estimated)
+            assert estimated == pytest.approx(record.values["peak_gib"], rel=0.03), (record, estimated)
             seen.add((row, on, fit))
             quantisers.add(quantisation)
     assert {"", "fp4", "int8", "int4", "float8", "hqq", "none"} <= quantisers
@@ -152,8 +152,8 @@ def test_the_h100_s_peaks_with_today_s_defaults_are_met() -> None:
     assert ("MoKA r10", False, True) in seen
 
 
-def test_the_longest_rows_take_a_fifth_more_than_is_estimated() -> None:
-    seen = 0
+def test_the_h100_s_peaks_of_the_longest_rows_are_met() -> None:
+    seen = set()
     for results in filter(is_of_today, map(load_results, RESULTS)):
         for record in results.records:
             if record.measure != "context" or record.row not in ROWS:
@@ -163,9 +163,9 @@ def test_the_longest_rows_take_a_fifth_more_than_is_estimated() -> None:
             tokens = record.values["tokens"]
             setup = Setup(tokens, tokens, state=8, **options)
             estimated = estimate(sizes, setup, trained, 2 * kept, 2 * products).peak / GIB
-            assert 1.15 < record.values["peak_gib"] / estimated < 1.22, (record, estimated)
-            seen += 1
-    assert seen >= 2
+            assert estimated == pytest.approx(record.values["peak_gib"], rel=0.02), (record, estimated)
+            seen.add(tokens)
+    assert {96768, 393216} <= seen
 
 
 def test_a_loss_by_parts_takes_less_of_a_wide_vocabulary() -> None:
@@ -186,8 +186,11 @@ def test_a_cpu_s_heap_grows_under_checkpointing_until_tensors_are_mapped() -> No
         return estimate(sizes, Setup(count, 64, 4, True, stored=stored), parameters, 4 * kept).activations
 
     heap = sizes.blocks * 4 * (3 * sizes.inner * tokens[-1] - 2 * sizes.largest)
-    assert activations(tokens[-1]) - activations(tokens[-1], None) == pytest.approx(heap)
-    assert activations(tokens[-1] + 1) == activations(tokens[-1] + 1, None)
+    gradients = 4 * (sizes.hidden + sizes.inner)  # bytes a token, which a GPU's estimate counts
+    more = activations(tokens[-1]) - activations(tokens[-1], None)
+    assert more == pytest.approx(heap - gradients * tokens[-1])
+    more = activations(tokens[-1] + 1) - activations(tokens[-1] + 1, None)
+    assert more == pytest.approx(-gradients * (tokens[-1] + 1))
 
 
 @pytest.mark.parametrize(("peak", "tokens", "trained", "row", "checkpointing"), CPU)
