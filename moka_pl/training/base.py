@@ -9,6 +9,7 @@ import torch
 
 from moka_pl.adapters import AdapterInfo, BaseModel, MokaConfig
 from moka_pl.adapters.filters import AUTO
+from moka_pl.adapters.reading import check_count, read_adapter_shapes
 from moka_pl.backbone import Backbone, BackboneConfig, compute_dtype, fingerprint, weight_samples
 from moka_pl.errors import AdapterError, ConfigError, listed
 
@@ -30,9 +31,12 @@ def take_stored(module: "MokaModule", stored: AdapterInfo | None) -> None:
         stored: What the directory of that adapter says.
 
     Raises:
-        AdapterError: If it is of an image classifier, and the module is not; those refuse others themselves.
+        AdapterError: If its weights are damaged, or it is of an image classifier and the module is not; image
+            classifiers refuse others themselves.
         ConfigError: If the new tokens are others, or do not go with the adapter.
     """
+    if stored is not None and module.adapter_path is not None:
+        check_count(module.adapter_path, read_adapter_shapes(module.adapter_path))
     if stored is not None and stored.labels and not module.classifies:
         raise AdapterError(
             f"adapter_path {module.adapter_path} classifies images; give --model moka_pl.VisionModule and "

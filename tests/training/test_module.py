@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from moka_pl.adapters import MokaConfig, adapters_disabled
 from moka_pl.backbone import BackboneConfig
+from moka_pl.callbacks import AdapterCheckpoint
 from moka_pl.data import MixtureData
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.lm.checkpointing import is_checkpointed
@@ -375,9 +376,19 @@ def test_model_is_built_once_and_asked_for_too_early(make_module):
     assert module.causal_lm is model
 
 
-def test_damaged_adapter_path_shows_before_any_loading(tmp_path):
+def test_damaged_adapter_path_shows_before_any_loading(make_module, make_data, make_trainer, tmp_path):
+    missing = BackboneConfig(name="no/such/model")
     with pytest.raises(AdapterError, match="no such folder"):
-        MokaModule(BackboneConfig(name="no/such/model"), adapter_path=str(tmp_path / "none"))
+        MokaModule(missing, adapter_path=str(tmp_path / "none"))
+    saving = AdapterCheckpoint()
+    make_trainer(saving, max_steps=1, limit_val_batches=0).fit(make_module(), make_data())
+    weights = saving.last_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(AdapterError, match="truncated or damaged"):
+        MokaModule(missing, adapter_path=str(saving.last_path))
+    weights.unlink()
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors"):
+        MokaModule(missing, adapter_path=str(saving.last_path))
 
 
 # Checkpoints
