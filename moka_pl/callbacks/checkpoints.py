@@ -263,6 +263,7 @@ class RunCheckpoint(ModelCheckpoint):
             # Whose it is shows once a checkpoint is loaded.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
+        self._to_stop = self._validated = False  # of a fit that failed within a step
         self._version = trainer.logger.version if trainer.logger is not None else None
         self._validation = validation_name(trainer) if stage == "fit" else None
 

@@ -86,6 +86,18 @@ def test_finished_run_goes_on_from_its_end(
     assert load(tmp_path)["global_step"] == len(whole.losses)
 
 
+def test_a_stop_of_a_fit_that_fails_within_its_step_is_no_wish_of_the_next(train, tmp_path):
+    class Fail(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                raise LookupError
+
+    saver = saving(tmp_path)
+    with pytest.raises(LookupError):
+        train(Stop(1), Fail(), saver, max_epochs=1)
+    assert train(saver, max_epochs=1).trainer.global_step == 4
+
+
 def test_a_run_stopped_early_by_a_validation_within_a_step_goes_on(train, assert_continues, tmp_path):
     options = {"val_check_interval": 3, "max_epochs": 2}  # of steps of two batches
     stop = EarlyStopping("val/loss", stopping_threshold=1e9)
