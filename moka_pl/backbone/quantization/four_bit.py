@@ -1,10 +1,10 @@
 """bitsandbytes' 4-bit linear layers, which quantise, compute and move themselves."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial, wraps
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -45,29 +45,10 @@ _LARGE = 2**20
 def import_bitsandbytes() -> None:
     """Imports bitsandbytes, ahead of the libraries that would.
 
-    On some CPUs it asks for a package that would fetch a kernel for evaluations from the hub. It (0.50) has a
-    few functions compiled, for which torch imports its whole compiler, a second; hardly anyone calls them.
+    On some CPUs it asks for a package that would fetch a kernel for evaluations from the hub.
     """
-    with silenced("bitsandbytes.backends.cpu.ops", below=logging.ERROR), _compiled_when_called():
+    with silenced("bitsandbytes.backends.cpu.ops", below=logging.ERROR):
         import_module("bitsandbytes")
-
-
-@contextmanager
-def _compiled_when_called() -> Iterator[None]:
-    """Has what is decorated with ``torch.compile`` meanwhile compiled when it is first called."""
-    compile_now = torch.compile
-
-    def decorate(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-        if function is None:
-            return partial(decorate, **options)
-        compiled = cache(lambda: compile_now(function, **options))
-        return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
-
-    torch.compile = decorate  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compile_now
 
 
 def four_bit_linear(

@@ -2,10 +2,7 @@
 
 import gc
 import logging
-import subprocess
-import sys
 import weakref
-from collections.abc import Callable
 
 import bitsandbytes as bnb
 import pytest
@@ -33,40 +30,6 @@ def test_its_hint_at_another_package_is_kept_back(monkeypatch: pytest.MonkeyPatc
     assert not caplog.records
     hints.warning("something else, later")
     assert [record.getMessage() for record in caplog.records] == ["something else, later"]
-
-
-def test_what_it_has_compiled_is_compiled_at_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled, made = [], {}
-
-    def compile_now(function: Callable, **options: object) -> Callable:
-        compiled.append((function.__name__, options))
-        return function
-
-    def load(name: str) -> None:
-        made["plain"] = torch.compile(half)
-        made["decorated"] = torch.compile(dynamic=False)(half)
-
-    def half(x: float, by: float = 2.0) -> float:
-        return x / by
-
-    monkeypatch.setattr(torch, "compile", compile_now)
-    monkeypatch.setattr(four_bit, "import_module", load)
-    four_bit.import_bitsandbytes()
-    assert torch.compile is compile_now
-    assert compiled == []
-    assert made["plain"].__name__ == "half"
-    for _ in range(2):
-        assert (made["plain"](6.0), made["decorated"](6.0, by=3.0)) == (3.0, 2.0)
-    assert compiled == [("half", {}), ("half", {"dynamic": False})]  # once each
-
-
-def test_the_compiler_is_not_imported_with_it() -> None:
-    code = (
-        "import sys; from moka_pl.backbone.quantization.four_bit import import_bitsandbytes; "
-        "import_bitsandbytes(); import bitsandbytes.nn; print('torch._inductor.compile_fx' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_other_storages_are_left_to_bitsandbytes() -> None:
