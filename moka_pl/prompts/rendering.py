@@ -99,13 +99,16 @@ def _ends(work: Callable[[], None]) -> bool:
     """Whether ``work`` ends within the bounds, in a process of its own (where it is safe to fork one)."""
     if not hasattr(os, "fork") or sys.platform == "darwin":
         return True
+    collects = gc.isenabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the child only renders, and takes no lock
+        # In the child a collection would copy the pages of all objects, and may wait for a thread left here.
+        gc.disable()
         child = os.fork()
+    if child and collects:
+        gc.enable()
     if child == 0:
         status = 0
-        # A collection would copy the pages of all the parent's objects, and may wait for a thread left there.
-        gc.disable()
         try:
             with contextlib.suppress(OSError, ValueError):
                 _limit()

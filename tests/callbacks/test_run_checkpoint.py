@@ -59,9 +59,9 @@ class Stop(Callback):
         ({}, {"max_steps": 2, "max_epochs": -1}, {"val_check_interval": 4}, STEPS, 2),
         ({"every_n_train_steps": 3}, {"stop": 4}, {}, ON, 2),
         ({"every_n_train_steps": 3}, {"stop": 3}, {}, ON, 2),  # asked for within a step
-        ({}, {"stop": 1}, {"limit_val_batches": 0}, ON, 1),
-        ({}, {"stop": 7}, {}, ON, 4),
-        ({}, {"stop": 5, "min_steps": 4}, {}, ON, 4),  # not before that step
+        pytest.param({}, {"stop": 1}, {"limit_val_batches": 0}, ON, 1, marks=pytest.mark.slow),
+        pytest.param({}, {"stop": 7}, {}, ON, 4, marks=pytest.mark.slow),
+        pytest.param({}, {"stop": 5, "min_steps": 4}, {}, ON, 4, marks=pytest.mark.slow),  # not before that
     ],
     ids=str,
 )
