@@ -1,7 +1,7 @@
 """Reads adapter directories, which may come from strangers."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -244,19 +244,21 @@ def read_adapter_shapes(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_count(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuses tensors that are not as many numbers as the configuration beside them says.
+def read_counted_shapes(path: str | Path) -> dict[str, Tensor]:
+    """Reads what :func:`read_adapter_shapes` does, and counts it: no model tells here what is too many.
 
     Raises:
-        AdapterError: Naming both counts.
+        AdapterError: Likewise, or if they are not as many numbers as the configuration beside them says.
     """
     path = local_adapter(path)
+    tensors = read_adapter_shapes(path)
     promised, held = _read_config(path).get("trainable_parameters"), sum(t.numel() for t in tensors.values())
     if promised is not None and promised != held:
         raise AdapterError(
             f"{path / WEIGHTS_NAME} holds {held:,} numbers, but {CONFIG_NAME} says {shown(promised)}. "
             "Copy the adapter again"
         )
+    return tensors
 
 
 def read_adapter_state(path: str | Path) -> dict[str, Tensor]:
@@ -266,8 +268,7 @@ def read_adapter_state(path: str | Path) -> dict[str, Tensor]:
         AdapterError: If the file is missing, truncated or damaged, or a number is not finite.
     """
     path = local_adapter(path)
-    shapes = read_adapter_shapes(path)
-    check_count(path, shapes)
+    shapes = read_counted_shapes(path)
     with _open_weights(path) as handle:
         state: dict[str, Tensor] = {name: handle.get_tensor(name) for name in shapes}
     if bad := non_finite_names(state):

@@ -25,7 +25,7 @@ from moka_pl.training.checkpoint import LAST_NAME, VERSION_KEY
 from moka_pl.training.course import main_settings
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import Kept
-from moka_pl.training.trainer_state import between_steps, epoch_ends, is_trial
+from moka_pl.training.trainer_state import between_steps, epoch_ends, in_training, is_trial
 from moka_pl.training.writing.checkpoint_files import is_remote
 from moka_pl.training.writing.whole_files import check_writing, finish_writing, same_moment
 from moka_pl.utils import expanded, replaced_folder, warn, write_failure
@@ -73,7 +73,7 @@ class AdapterCheckpoint(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last adapter, and also the best one if the metric improved."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if not in_training(trainer):
             return
         check_monitor(trainer, "adapters.monitor", self.monitor)
         if is_trial(trainer):
@@ -326,7 +326,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Saves after a validation, or at the end of its step; after the last step it saves again."""
         check_writing(trainer)
         self._put_off_stop(trainer)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not between_steps(trainer):
+        if in_training(trainer) and not between_steps(trainer):
             self._validated = True
             return
         with self._moment(trainer):
@@ -368,14 +368,14 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _put_off_stop(self, trainer: Trainer) -> None:
         """Takes back a wish to stop within an optimizer step, and renews it at the step's end."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if not in_training(trainer):
             return
         wished = self._to_stop or trainer.should_stop
         trainer.should_stop = wished and between_steps(trainer)
         self._to_stop = wished and not trainer.should_stop
 
     def _save_end(self, trainer: Trainer) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking or is_trial(trainer):
+        if not in_training(trainer) or is_trial(trainer):
             return
         if trainer.should_stop or epoch_ends(trainer) or -1 < trainer.max_steps <= trainer.global_step:
             save_last_checkpoint(self, trainer)

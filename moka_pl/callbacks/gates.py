@@ -18,7 +18,7 @@ from moka_pl.callbacks.throughput import log_interval
 from moka_pl.ops.gating import can_move, gates_of, normalised_entropy
 from moka_pl.training.launches import HostCopy
 from moka_pl.training.module import MokaModule
-from moka_pl.training.trainer_state import is_trial
+from moka_pl.training.trainer_state import in_training, is_trial
 from moka_pl.utils import warn
 
 #: Most bytes of a run's gate curves.
@@ -112,7 +112,7 @@ class GateMonitor(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the heat maps, and warns about uniform or collapsed gates, in training."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
+        if not (in_training(trainer) and trainer.is_global_zero):
             return
         if self._gated and (gates := gate_matrix(pl_module)) is not None:
             if trainer.global_step >= self._drawn + self._total / _MOST_PICTURES:

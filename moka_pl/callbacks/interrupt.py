@@ -22,7 +22,7 @@ from moka_pl.training.accidents.first_rank import FirstRank, copied_checkpoint, 
 from moka_pl.training.accidents.memory import StepMemoryError, release
 from moka_pl.training.checkpoint import rng_state, set_rng_state
 from moka_pl.training.launches import AnyRank
-from moka_pl.training.trainer_state import between_steps, is_last_step, is_trial
+from moka_pl.training.trainer_state import between_steps, in_training, is_last_step, is_trial
 from moka_pl.training.writing.whole_files import finish_writing
 from moka_pl.utils import ENDING
 
@@ -121,7 +121,7 @@ class GracefulInterrupt(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves and stops after a validation, whose results the last checkpoint lacks."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or is_last_step(trainer):
+        if not in_training(trainer) or is_last_step(trainer):
             return
         if between_steps(trainer):
             self._note_position(trainer, pl_module)

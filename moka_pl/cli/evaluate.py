@@ -91,8 +91,8 @@ def evaluate(
 def _check_adapter(adapter: Path, base: str | None) -> None:
     """Refuses a damaged folder, and one that scores no texts, before the harness is imported."""
     from moka_pl.adapters import read_adapter
-    from moka_pl.adapters.reading import check_count, read_adapter_shapes
+    from moka_pl.adapters.reading import read_counted_shapes
     from moka_pl.inference.load import check_kind
 
     check_kind(read_adapter(adapter), adapter, base)
-    check_count(adapter, read_adapter_shapes(adapter))
+    read_counted_shapes(adapter)

@@ -15,6 +15,7 @@ from moka_pl._compat import logger_version, set_logger_version
 from moka_pl.callbacks import AdapterCheckpoint, RunCheckpoint
 from moka_pl.cli.csv_tables import keep_table
 from moka_pl.errors import ConfigError
+from moka_pl.training.trainer_state import is_trial
 from moka_pl.utils import expanded, unwritable_reason
 
 #: Tells the processes that the first rank starts which versions it has claimed, by their folders.
@@ -68,7 +69,7 @@ class RunFolders:
             self._held.callback(os.environ.pop, _VARIABLE, None)
         for logger in trainer.loggers if first else ():
             keep_table(logger)
-        if not first or not training or getattr(trainer, "fast_dev_run", False):
+        if not first or not training or is_trial(trainer):
             return
         ours = [("the log folder", folder) for folder in dict.fromkeys(folders) if folder is not None]
         others = _folders_of_callbacks(trainer)

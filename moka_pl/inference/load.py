@@ -22,7 +22,7 @@ from moka_pl.adapters import (
     moka_layers,
     read_adapter,
 )
-from moka_pl.adapters.reading import CONFIG_NAME, check_count, read_adapter_shapes, read_adapter_state
+from moka_pl.adapters.reading import CONFIG_NAME, read_adapter_state, read_counted_shapes
 from moka_pl.adapters.vocabulary.token_rows import start_rows, token_rows
 from moka_pl.backbone import Backbone, BackboneConfig, Unloaded, fingerprint, load_backbone, weight_samples
 from moka_pl.backbone.quantization import QuantisedError
@@ -160,8 +160,7 @@ def _preview(unloaded: Unloaded, path: Path, info: AdapterInfo) -> Preview:
         _check_files(model, path, info)
         model.to("meta")
         model.tie_weights()  # as they were: moved to where no memory is, each weight becomes its own
-    shapes = read_adapter_shapes(path)
-    check_count(path, shapes)
+    shapes = read_counted_shapes(path)
     state = read_adapter_state(path) if method_of(info.config).keeps_base else {}
     if isinstance(info.config, MokaConfig | FullFineTuning):  # PEFT's may read weights as they are put in
         try:

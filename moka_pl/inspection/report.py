@@ -13,11 +13,10 @@ from moka_pl.adapters.methods.base import AdapterMethod
 from moka_pl.adapters.methods.registry import method_of
 from moka_pl.adapters.reading import (
     AdapterInfo,
-    check_count,
     local_adapter,
     read_adapter,
-    read_adapter_shapes,
     read_adapter_state,
+    read_counted_shapes,
 )
 from moka_pl.adapters.schema import shown
 from moka_pl.backbone.quantization import dense_weight
@@ -113,9 +112,7 @@ def check_adapter(path: Path) -> None:
     """
     path = local_adapter(path)
     read_adapter(path)
-    shapes = read_adapter_shapes(path)
-    check_count(path, shapes)
-    _read_small(path, shapes)
+    _read_small(path, read_counted_shapes(path))
 
 
 def _read_small(path: Path, shapes: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -137,8 +134,7 @@ def inspect_adapter(path: Path, base: str | None = None, spectra: bool = False) 
         BackboneError: If the base cannot be loaded.
     """
     path = local_adapter(path)
-    info, shapes = read_adapter(path), read_adapter_shapes(path)
-    check_count(path, shapes)
+    info, shapes = read_adapter(path), read_counted_shapes(path)
     method = method_of(info.config)
     size = sum(tensor.numel() for tensor in shapes.values())
     config: Any = info.config

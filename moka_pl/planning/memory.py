@@ -247,7 +247,7 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products:
     activations = sizes.blocks * block
     on_gpu = setup.stored is None
     # A block that is computed again is whole when its output and what down reads have their gradients.
-    again = block + (e * tokens * (sizes.hidden + sizes.inner) if on_gpu else 0)
+    recomputed = block + (e * tokens * (sizes.hidden + sizes.inner) if on_gpu else 0)
     weights, host = sizes.linear * linear + sizes.other * e, 0.0
     if setup.spread is not None:
         stays = sizes.ends == sizes.head and setup.spread > 1  # both are one weight
@@ -255,12 +255,12 @@ def estimate(sizes: Sizes, setup: Setup, parameters: int, kept: float, products:
         host = spread / setup.spread if setup.base_offloaded and on_gpu else 0.0
         weights += spread / setup.spread - spread - host
         head = 0 if stays else sizes.head * e * (1 if setup.base_offloaded else 1 - 1 / setup.spread)
-        weights += _gathered(sizes, linear, head, again if setup.checkpointing else 0, logits)
+        weights += _gathered(sizes, linear, head, recomputed if setup.checkpointing else 0, logits)
     weights += sizes.largest * dequantised
     gaps = 1 if on_gpu or setup.checkpointing else _CPU_GAPS
     if setup.checkpointing:
         inputs = min(_ON_GPU, sizes.blocks) if setup.offloaded else sizes.blocks
-        activations = inputs * e * sizes.hidden * tokens + max(again - logits, 0)
+        activations = inputs * e * sizes.hidden * tokens + max(recomputed - logits, 0)
         activations += 0 if on_gpu else _holes(sizes, e * tokens, dequantised)
     return Memory(
         weights=weights + (_WORKSPACE if on_gpu else 0),

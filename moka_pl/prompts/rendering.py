@@ -22,7 +22,7 @@ BYTES = 2**30
 """Memory that it may take for them."""
 
 TRIES = 2
-"""How often it may miss these bounds before it is refused."""
+"""How often it is tried before it is refused: a busy machine may make a good one miss a bound."""
 
 QUESTION = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
@@ -36,7 +36,7 @@ _TOOL = {
     "description": "Answers.",
     "parameters": {"type": "object", "properties": {"text": {"type": "string", "description": "A text."}}},
 }
-_LONGEST_WAIT = 30  # seconds; on a busy machine a second of work may take many
+_LONGEST_WAIT = 60  # seconds; on a busy machine a second of work may take many
 _bounded: dict[str, bool] = {}
 
 
@@ -70,7 +70,6 @@ def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """
     template = str(tokenizer.chat_template)
     if template not in _bounded:
-        # Again if the first try fails: that may be the machine's doing, and the verdict is kept.
         _bounded[template] = any(_ends(lambda: _render_samples(tokenizer)) for _ in range(TRIES))
     if not _bounded[template]:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
@@ -99,14 +98,15 @@ def _ends(work: Callable[[], None]) -> bool:
     """Whether ``work`` ends within the bounds, in a process of its own (where it is safe to fork one)."""
     if not hasattr(os, "fork") or sys.platform == "darwin":
         return True
-    collects = gc.isenabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the child only renders, and takes no lock
-        # In the child a collection would copy the pages of all objects, and may wait for a thread left here.
-        gc.disable()
-        child = os.fork()
-    if child and collects:
-        gc.enable()
+    collects, child = gc.isenabled(), None
+    gc.disable()  # in the child it would copy the pages of all objects, and may wait for a thread left here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the child only renders, and takes no lock
+            child = os.fork()
+    finally:
+        if collects and child != 0:
+            gc.enable()
     if child == 0:
         status = 0
         try:

@@ -9,7 +9,7 @@ import torch
 
 from moka_pl.adapters import AdapterInfo, BaseModel, MokaConfig
 from moka_pl.adapters.filters import AUTO
-from moka_pl.adapters.reading import check_count, read_adapter_shapes
+from moka_pl.adapters.reading import read_counted_shapes
 from moka_pl.backbone import Backbone, BackboneConfig, compute_dtype, fingerprint, weight_samples
 from moka_pl.errors import AdapterError, ConfigError, listed
 
@@ -35,8 +35,8 @@ def take_stored(module: "MokaModule", stored: AdapterInfo | None) -> None:
             classifiers refuse others themselves.
         ConfigError: If the new tokens are others, or do not go with the adapter.
     """
-    if stored is not None and module.adapter_path is not None:
-        check_count(module.adapter_path, read_adapter_shapes(module.adapter_path))
+    if module.adapter_path is not None:
+        read_counted_shapes(module.adapter_path)
     if stored is not None and stored.labels and not module.classifies:
         raise AdapterError(
             f"adapter_path {module.adapter_path} classifies images; give --model moka_pl.VisionModule and "

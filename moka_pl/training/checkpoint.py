@@ -196,14 +196,17 @@ def epoch_is_over(checkpoint: Mapping[str, Any]) -> bool:
     )
 
 
-def lost_batches(checkpoint: Mapping[str, Any]) -> int:
-    """Returns how many batches of an unfinished step went before: callbacks of others save within steps."""
+def _lost_batches(checkpoint: Mapping[str, Any], accumulated: object) -> int:
+    """Counts the batches of the step that a checkpoint was written within, as other callbacks may; 0 if none.
+
+    Args:
+        checkpoint: A loaded checkpoint.
+        accumulated: Batches of a step; no number where they change from epoch to epoch.
+    """
     loop = checkpoint.get("loops", {}).get("fit_loop")
-    if loop is None or epoch_is_over(checkpoint):
+    if loop is None or epoch_is_over(checkpoint) or not isinstance(accumulated, int):
         return 0
-    accumulated = StoredRun.read(checkpoint).course.get("accumulation", {}).get("accumulate_grad_batches")
-    batches = int(loop["epoch_loop.batch_progress"]["current"]["ready"])
-    return batches % accumulated if isinstance(accumulated, int) else 0
+    return int(loop["epoch_loop.batch_progress"]["current"]["ready"]) % accumulated
 
 
 def say_differences(
@@ -227,7 +230,8 @@ def say_differences(
             "optimizer and precision; make sure that they are this run's"
         )
     if training:
-        if lost := lost_batches(checkpoint):
+        accumulated = stored.course.get("accumulation", {}).get("accumulate_grad_batches")
+        if lost := _lost_batches(checkpoint, accumulated):
             warn(
                 f"the checkpoint was written within an optimizer step: the gradient of {lost} "
                 f"batch{'es' * (lost > 1)} is lost, and the run is not the one that was never stopped"

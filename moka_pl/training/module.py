@@ -276,7 +276,7 @@ class MokaModule(TrainedModule):
 
     def _check_room(self, trained: int) -> None:
         trainer = trainer_of(self)
-        if trainer is not None and trainer.state.fn == "fit" and not getattr(trainer, "fast_dev_run", False):
+        if trainer is not None and trainer.state.fn == "fit":
             check_room(trainer, trained, state_bytes(self.optimizer))
 
     def _blocks(self) -> "ShardedBlocks | None":

@@ -21,6 +21,7 @@ from moka_pl.adapters import FullFineTuning, MokaConfig, inject_adapter
 from moka_pl.adapters.filters import AUTO
 from moka_pl.data.types import HasEpochs, data_of
 from moka_pl.errors import ConfigError, MokaWarning
+from moka_pl.training.trainer_state import is_trial
 from moka_pl.utils import existing_folder, space_shortage, warn
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def check_trainer(trainer: Trainer) -> None:
 def _warn_of_few_steps(trainer: Trainer, data: HasEpochs) -> None:
     """Warns where the data make few steps, unless it was the number of steps or batches that was chosen."""
     chosen = trainer.max_steps != -1 or trainer.limit_train_batches != 1.0
-    if chosen or getattr(trainer, "fast_dev_run", False) or (trainer.max_epochs or -1) < 0:
+    if chosen or is_trial(trainer) or (trainer.max_epochs or -1) < 0:
         return
     accumulated = trainer.accumulate_grad_batches
     steps = math.ceil(data.epoch_length() / accumulated)
@@ -207,7 +208,8 @@ def trained_numbers(
 def check_room(trainer: Trainer, parameters: int, state: float) -> None:
     """Refuses a run whose adapters and checkpoints do not fit on the disks that they are written to.
 
-    Folders of one disk count together. Files that are there already are replaced, and count as room.
+    Folders of one disk count together. Files that are there already are replaced, and count as room. A trial
+    run writes none.
 
     Args:
         trainer: The trainer, whose callbacks have their folders.
@@ -217,6 +219,8 @@ def check_room(trainer: Trainer, parameters: int, state: float) -> None:
     Raises:
         ConfigError: Naming a folder, what is needed and what is free.
     """
+    if is_trial(trainer):
+        return
     keepers = [c.keeps() for c in trainer.callbacks if isinstance(c, Keeper)]  # type: ignore[attr-defined]
     disks: dict[int, list[Kept]] = {}
     for kept in keepers:

@@ -29,3 +29,8 @@ def epoch_ends(trainer: Trainer) -> bool:
 def is_trial(trainer: Trainer) -> bool:
     """Whether this is a trial run of a few batches (``fast_dev_run``)."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def in_training(trainer: Trainer) -> bool:
+    """Whether this is a fit, and not the validation that Lightning tries before it trains."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
