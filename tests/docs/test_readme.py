@@ -179,7 +179,7 @@ def test_a_command_can_be_parsed(command: str, placed, build_cli, monkeypatch, c
             else:
                 passed_on = parse_script([script, *given], monkeypatch)
                 if passed_on:
-                    build_cli("fit", "--config", given[given.index("--config") + 1], *passed_on)
+                    build_cli("fit", "--config", given[given.index("--config") + 1], *passed_on, *ON_CPU)
         case ["pip", "install", *rest]:
             for requirement in (word for word in rest if not word.startswith("-")):
                 assert extras(requirement) <= set(PROJECT["project"]["optional-dependencies"])

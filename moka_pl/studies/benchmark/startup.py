@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +42,8 @@ PARTS = (
     "first step",
 )
 _BEGUN = "MOKA_PL_STARTUP_BEGUN"
+#: Packages whose files take most of the imports' time.
+_LARGE = ("torch", "sympy", "transformers", "scipy", "torchmetrics")
 
 
 class Stopwatch:
@@ -93,6 +96,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [[name, f"{parts.get(name, 0.0):.1f}", f"{parts.get(name, 0.0) / whole:.0%}"] for name in PARTS]
     print(render(["part", "seconds", "share"], [*lines, ["all", f"{whole:.1f}", ""]]))
     print(json.dumps(parts))
+    if compiled := compiled_anew():
+        print(
+            f"Note: no bytecode of {', '.join(compiled)} is stored, so every process compiles it again. Run "
+            "with PYTHONDONTWRITEBYTECODE unset; where the packages' folders cannot be written, with "
+            "PYTHONPYCACHEPREFIX naming a folder that can."
+        )
+
+
+def compiled_anew(packages: Sequence[str] = _LARGE) -> list[str]:
+    """Returns the installed packages of which Python finds no stored bytecode.
+
+    Args:
+        packages: Names to look at.
+    """
+    specs = {name: find_spec(name) for name in packages}
+    return [name for name, spec in specs.items() if spec and not (spec.cached and Path(spec.cached).exists())]
 
 
 def measure(arguments: Sequence[str]) -> dict[str, float]:

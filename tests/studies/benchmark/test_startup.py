@@ -1,7 +1,9 @@
 """The time from a command to its first step, part by part."""
 
 import json
+import py_compile
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,11 +42,28 @@ def test_a_table_with_all_parts(monkeypatch, capsys) -> None:
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(startup, "compiled_anew", list)
     startup.main(["--config", "smollm2", "--trainer.max_steps", "4"])
     out = capsys.readouterr().out
     assert "| imports | 3.0 | 75% |" in out
     assert [line.split(" | ")[0].strip("| ") for line in out.splitlines()[2:-2]] == list(PARTS)
     assert asked[3:7] == ["--config", "smollm2", "--trainer.max_steps", "4"]
+
+
+def test_packages_without_stored_bytecode(monkeypatch, tmp_path, capsys) -> None:
+    for name in ("stored", "not_stored"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    py_compile.compile(str(tmp_path / "stored" / "__init__.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ["stored", "not_stored", "not_installed"]
+    assert startup.compiled_anew(names) == ["not_stored"]
+
+    monkeypatch.setattr(startup, "measure", lambda given: {"imports": 1.0})
+    monkeypatch.setattr(startup, "compiled_anew", lambda: ["not_stored"])
+    startup.main(["--config", "smollm2"])
+    assert "Note: no bytecode of not_stored is stored" in capsys.readouterr().out
 
 
 def test_a_fit_that_fails_is_one_line(monkeypatch, capsys) -> None:
