@@ -114,6 +114,7 @@ class _Stored(TypedDict, total=False):
     base_fingerprint: str
     base_samples: str
     trainable_parameters: int
+    effective_scaling: float
     exact_lora_rank: list[int]
     layer_sizes: dict[str, list[int]]
     extra: dict[str, Any]
@@ -202,11 +203,11 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     return AdapterInfo(config, base, **told)
 
 
-def _as_applied(config: AdapterConfig, applied: Any) -> AdapterConfig:
+def _as_applied(config: AdapterConfig, applied: float | None) -> AdapterConfig:
     """The configuration with the scaling that was applied, where ``null`` has had another meaning since."""
-    if not isinstance(config, MokaConfig) or config.scaling is not None or not isinstance(applied, float):
+    if not isinstance(config, MokaConfig) or config.scaling is not None or applied is None:
         return config
-    return config if applied == config.effective_scaling else replace(config, scaling=applied)
+    return config if applied == config.effective_scaling else replace(config, scaling=float(applied))
 
 
 def _base_options(options: Any) -> dict[str, Any]:

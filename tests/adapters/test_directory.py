@@ -568,7 +568,7 @@ def test_an_adapter_keeps_the_scaling_that_was_applied(tmp_path: Path, tiny_llam
     file = path / CONFIG_NAME
     stored = json.loads(file.read_text())
     assert (stored["scaling"], stored["effective_scaling"]) == (None, 2.0)
-    for applied, expected in ((2.0, None), (4.0, 4.0)):
+    for applied, expected in ((2.0, None), (4.0, 4.0), (4, 4.0), (2, None)):
         file.write_text(json.dumps(stored | {"effective_scaling": applied}))
         assert read_adapter(path).config.scaling == expected
     file.write_text(json.dumps(stored | {"effective_scaling": -4.0}))

@@ -151,6 +151,16 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a rank of a half": (configured(filters="servable", rank=0.5), "rank must be a whole number"),
     "a rank of other filters": (configured(rank=16), "rank .16. works only with filters: servable"),
     "told ranks a text": (configured(exact_lora_rank="16"), "exact_lora_rank must be a list"),
+    "applied scaling a text": (configured(effective_scaling="4"), "effective_scaling must be a number"),
+    "applied scaling a list": (configured(effective_scaling=[4.0]), "effective_scaling must be a number"),
+    "applied scaling beyond floats": (
+        configured(scaling=None, effective_scaling=10**400),
+        "effective_scaling must be a number",
+    ),
+    "applied scaling infinite": (
+        text("effective_scaling", "Infinity", scaling=None),
+        "scaling must be|effective_scaling must be",
+    ),
     "sizes of layers a list": (configured(layer_sizes=[1]), "layer_sizes must be a mapping"),
     "a size of three": (
         configured(layer_sizes={"x": [1, 2, 3]}),
