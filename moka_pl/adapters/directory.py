@@ -37,6 +37,7 @@ from moka_pl.adapters.reading import (
 from moka_pl.adapters.vocabulary.embedding import MokaEmbedding
 from moka_pl.backbone import weight_samples
 from moka_pl.errors import AdapterError, ConfigError
+from moka_pl.lm.compiled import uncompiled
 from moka_pl.ops.finite import non_finite_names
 from moka_pl.utils import expanded, replaced_folder, sync_file, write_failure
 from moka_pl.version import __version__
@@ -45,7 +46,7 @@ from moka_pl.version import __version__
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns the adapter's trained tensors by name."""
     method = method_in(model)
-    return {} if method is None else method.state(model)
+    return {} if method is None else method.state(uncompiled(model))
 
 
 def save_adapter(
@@ -72,7 +73,7 @@ def save_adapter(
     """
     from safetensors.torch import save
 
-    path = expanded(path)
+    path, model = expanded(path), uncompiled(model)
     state = {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     if not state:
         raise AdapterError("the model has no adapters to save")
@@ -137,6 +138,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
     Raises:
         AdapterError: On missing or unexpected tensors or other shapes; the model is then unchanged.
     """
+    model = uncompiled(model)
     check_tensors(state, adapter_state(model), source)
     method = method_in(model)
     if method is None:
@@ -163,7 +165,7 @@ def load_adapter(
         AdapterError: If the directory is damaged, of a newer format or of another base model. No adapters
             are then left in the model.
     """
-    path = local_adapter(path)
+    path, model = local_adapter(path), uncompiled(model)
     info = read_adapter(path)
     info.check_base(fingerprint, path, weight_samples(model) if fingerprint else "")
     shapes = read_adapter_shapes(path)

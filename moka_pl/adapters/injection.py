@@ -13,6 +13,7 @@ from moka_pl.adapters.schema import shown
 from moka_pl.backbone.linear_layers import linearise
 from moka_pl.errors import AdapterError
 from moka_pl.lm.architecture import QUERY_VALUE, query_value_names
+from moka_pl.lm.compiled import uncompiled
 from moka_pl.lm.experts import split_experts, split_names
 
 ALL_LINEAR = "all-linear"
@@ -175,7 +176,7 @@ def moka_layers(model: nn.Module, shared: bool = False) -> dict[str, MokaLayer]:
         model: The model.
         shared: Whether a head that has the embedding's factors counts, too.
     """
-    modules = model.named_modules()
+    modules = uncompiled(model).named_modules()
     found = {name: module for name, module in modules if isinstance(module, MokaLayer)}
     return found if shared else {name: layer for name, layer in found.items() if layer.owns_factors}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from importlib.util import find_spec
 from shutil import which
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Compile = Literal["none", "layers"]
+Model = TypeVar("Model", bound=nn.Module)
 
 _COMPILERS = ("g++", "clang++")
 
@@ -71,6 +72,15 @@ def restore_layers(model: "PreTrainedModel") -> None:
     for layer in _decoder_layers(model):
         if forward_maker(layer) is _compiled:
             restore_forward(layer)
+
+
+def uncompiled(model: Model) -> Model:
+    """Returns the model within what ``torch.compile(model)`` returned, and any other model as it is.
+
+    They share all modules, but within the former every name begins with ``_orig_mod.``.
+    """
+    inner: Any = model._modules.get("_orig_mod")
+    return model if inner is None else inner
 
 
 def _decoder_layers(model: "PreTrainedModel") -> list[nn.Module]:

@@ -10,9 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.injection import replace_module
-from moka_pl.errors import AdapterError
+from moka_pl.errors import AdapterError, ConfigError
 
 _REMEDY = "It was saved with other target_modules, components or filters, or for another base model"
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuses what adapters cannot be trained in.
+
+    Raises:
+        ConfigError: If it is no floating-point dtype of 16 bits or more.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ConfigError(f"dtype must be a floating-point dtype such as torch.bfloat16, not {dtype!r}")
 
 
 def check_tensors(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.injection import output_head
-from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod
+from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod, check_dtype
 from moka_pl.adapters.methods.full import FullMethod
 from moka_pl.adapters.methods.moka import MokaMethod
 from moka_pl.adapters.methods.peft import PeftMethod
@@ -16,6 +16,7 @@ from moka_pl.adapters.patterns import unmatched
 from moka_pl.backbone.linear_layers import linearise, restore
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.lm.architecture import QUERY_VALUE
+from moka_pl.lm.compiled import uncompiled
 from moka_pl.lm.experts import split_names
 from moka_pl.utils import warn
 
@@ -40,12 +41,14 @@ def method_of(config: Any) -> AdapterMethod:
 
 def method_in(model: nn.Module) -> AdapterMethod | None:
     """Returns the method by which a model was adapted; None for a plain one."""
-    return next((used for method in METHODS if (used := method.in_model(model)) is not None), None)
+    plain = uncompiled(model)
+    return next((used for method in METHODS if (used := method.in_model(plain)) is not None), None)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Returns the adapted layers of any method by name."""
-    return {name: layer for method in METHODS for name, layer in method.layers(model).items()}
+    plain = uncompiled(model)
+    return {name: layer for method in METHODS for name, layer in method.layers(plain).items()}
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdaptedLayer | None]]:
@@ -90,8 +93,10 @@ def inject_adapter(
 
     Raises:
         AdapterError: If no layer matches, a match cannot be adapted, or the model already has adapters.
-        ConfigError: If a listed filter does not fit a layer.
+        ConfigError: If a listed filter does not fit a layer, or nothing trains in this dtype.
     """
+    check_dtype(dtype)
+    model = uncompiled(model)
     if present := adapted_layers(model):
         raise AdapterError(f"the model already has adapters (at {next(iter(present))}); unload them first")
     linearise(model)
@@ -138,6 +143,7 @@ def unload(model: nn.Module, merge: bool = False) -> None:
     Raises:
         AdapterError: If the base itself was trained and ``merge`` is False.
     """
+    model = uncompiled(model)
     if not merge:
         _check_base_is_frozen(model)
     if (method := method_in(model)) is not None:

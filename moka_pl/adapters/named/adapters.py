@@ -12,7 +12,7 @@ from moka_pl.adapters.config import MokaConfig
 from moka_pl.adapters.directory import save_adapter
 from moka_pl.adapters.injection import moka_layers, replace_module
 from moka_pl.adapters.layer import MokaLayer
-from moka_pl.adapters.methods.base import check_tensors
+from moka_pl.adapters.methods.base import check_dtype, check_tensors
 from moka_pl.adapters.methods.moka import MokaMethod
 from moka_pl.adapters.methods.registry import adapted_layers
 from moka_pl.adapters.named.mix import check_weights, mixed
@@ -27,6 +27,7 @@ from moka_pl.adapters.reading import (
 )
 from moka_pl.backbone import weight_samples
 from moka_pl.errors import AdapterError
+from moka_pl.lm.compiled import uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ class MokaAdapters:
     """
 
     def __init__(self, model: "PreTrainedModel", adapter_name: str = "default") -> None:
-        self.model = model
+        self.model = model = uncompiled(model)
         self.configs: dict[str, MokaConfig] = {}
         self._layers: dict[str, dict[str, MokaLayer]] = {}
         self._bases: dict[str, BaseModel] = {}
@@ -120,8 +121,10 @@ class MokaAdapters:
 
         Raises:
             AdapterError: If the name is taken, the directory is damaged, of another base or not MoKA's.
+            ConfigError: If nothing trains in this dtype.
         """
         self._check_new(adapter_name)
+        check_dtype(dtype)
         path = local_adapter(model_id, revision)
         info = read_adapter(path)
         if not isinstance(info.config, MokaConfig):
@@ -152,9 +155,10 @@ class MokaAdapters:
 
         Raises:
             AdapterError: If the name is taken, no layer matches or a match cannot be adapted.
-            ConfigError: If a filter does not fit a layer.
+            ConfigError: If a filter does not fit a layer, or nothing trains in this dtype.
         """
         self._check_new(adapter_name)
+        check_dtype(dtype)
         _check_apart(config)
         with self._bare():
             layers = MokaMethod(config).build(self.model, dtype)

@@ -28,6 +28,7 @@ def mixed(
         weights: w of each.
 
     Raises:
+        AdapterError: If a weight is so large that a factor of the sum is not finite.
         ConfigError: If the adapters together have too many components, or factors larger than a layer.
     """
     names = list(dict.fromkeys(name for layers in adapters for name in layers))
@@ -49,6 +50,10 @@ def mixed(
         source = next(layers[name] for layers in adapters if name in layers)
         layer = type(source)(source.base_layer, config, members[0][1][1].dtype, name)  # type: ignore[arg-type]
         left, right = pack([pair for _, pair in members])
+        if not right.isfinite().all():
+            raise AdapterError(
+                f"with weights {list(weights)} factors of {name} are not finite numbers; give smaller weights"
+            )
         with torch.no_grad():
             layer.moka_B.copy_(right)
             if layer.moka_A is not None:

@@ -33,6 +33,7 @@ from moka_pl.adapters.reading import (
 from moka_pl.backbone import BackboneConfig, fingerprint
 from moka_pl.backbone.quantization import quantization_of
 from moka_pl.errors import AdapterError
+from moka_pl.lm.compiled import uncompiled
 from moka_pl.utils import write_failure
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def attach(
             directory is damaged or of another base. The model is then unchanged.
         ConfigError: If the configuration does not fit the model.
     """
+    given, model = model, uncompiled(model)
     current = base_of(model, base)
     extra = {}
     if isinstance(adapter, AdapterConfig):
@@ -84,7 +86,7 @@ def attach(
             options = info.base.options | {name: current.options[name] for name in _STORAGE}
             current = replace(info.base, options=options, samples="")
     hand_over_saving(model, config, current, extra)
-    return model
+    return given
 
 
 def hand_over_saving(
@@ -98,6 +100,7 @@ def hand_over_saving(
         base: The base model.
         extra: Further values for the adapter directory.
     """
+    model = uncompiled(model)
     saving = _Saving(model, config, base, dict(extra or {}))
     names = set(model.load_state_dict({}, strict=False).missing_keys)  # as a trainer will miss them
     mark_as_adapted(model, names - saving.trained().keys())
@@ -107,7 +110,7 @@ def hand_over_saving(
 
 def saving_of(model: nn.Module) -> "_Saving | None":
     """Returns what :func:`hand_over_saving` has given a model, if anything: configuration and base."""
-    saving = getattr(vars(model).get("save_pretrained"), "__self__", None)
+    saving = getattr(vars(uncompiled(model)).get("save_pretrained"), "__self__", None)
     return saving if isinstance(saving, _Saving) else None
 
 

@@ -13,7 +13,7 @@ from moka_pl.adapters import MokaConfig, moka_layers, read_adapter
 from moka_pl.adapters.named import rows, stacks
 from moka_pl.adapters.named.rows import RowLinear
 from moka_pl.backbone import BackboneConfig, load_backbone
-from moka_pl.errors import AdapterError
+from moka_pl.errors import AdapterError, MokaError
 from moka_pl.ops.dispatch import can_fuse
 
 IDS = torch.randint(4, 260, (5, 3), generator=torch.Generator().manual_seed(4))
@@ -327,13 +327,24 @@ def test_new_adapters_train_and_loaded_ones_do_not(named: MokaAdapters, tmp_path
         (lambda named: named(IDS, adapter_names=[]), "adapter_names is empty"),
         (lambda named: named(IDS, adapter_names=["y"] * 5), "no adapter is called 'y'"),
         (lambda named: MokaAdapters(named.model, "__base__"), "is taken or reserved"),
+        (
+            lambda named: named.add_adapter("n", CONFIGS["prime"], "bfloat16"),
+            "dtype must be .*not 'bfloat16'",
+        ),
+        (lambda named: named.add_adapter("n", CONFIGS["prime"], torch.int8), "dtype must be .*torch.int8"),
+        (lambda named: named.load_adapter("n", "n", dtype="bfloat16"), "dtype must be .*not 'bfloat16'"),
+        (
+            lambda named: named.add_weighted_adapter(["servable", "prime"], [3e38, 1.0], "sum"),
+            r"with weights \[3e\+38, 1.0\] factors of .*q_proj are not finite",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(act: Callable, message: str, named: MokaAdapters) -> None:
     before = logits(named)
-    with pytest.raises(AdapterError, match=message):
+    with pytest.raises(MokaError, match=message):
         act(named)
     assert torch.equal(logits(named), before)
+    assert not {"n", "sum"} & named.configs.keys()
 
 
 def test_an_adapter_of_another_base_is_refused(named: MokaAdapters, tmp_path: Path) -> None:

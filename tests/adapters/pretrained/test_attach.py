@@ -12,17 +12,22 @@ from transformers.utils import logging
 
 import moka_pl
 from moka_pl.adapters import (
+    BaseModel,
     MokaConfig,
     MokaServable,
     adapted_layers,
+    adapter_state,
+    load_adapter,
     merge,
     moka_layers,
     read_adapter,
+    save_adapter,
     unload,
 )
-from moka_pl.backbone import BackboneConfig, load_backbone
+from moka_pl.adapters.reading import read_adapter_shapes
+from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.backbone.random_weights import byte_tokenizer
-from moka_pl.errors import AdapterError
+from moka_pl.errors import AdapterError, ConfigError
 
 IDS = torch.randint(4, 260, (2, 9), generator=torch.Generator().manual_seed(4))
 ROWS = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
@@ -222,3 +227,35 @@ def test_an_adapter_of_a_nameless_base_wants_one(tmp_path: Path, plain: LlamaFor
     with pytest.raises(AdapterError, match="does not name its base model; give base"):
         moka_pl.load_model(tmp_path / "adapter", device="cpu")
     assert moka_pl.load_model(tmp_path / "adapter", device="cpu", base=str(base))[0].name_or_path == str(base)
+
+
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_compiled_model_is_adapted_and_saved_under_its_own_names(
+    compiled_first: bool, plain: LlamaForCausalLM, tmp_path: Path, randomize: Callable
+) -> None:
+    model = torch.compile(plain, backend="eager") if compiled_first else plain
+    assert moka_pl.attach(model, MokaConfig(components=2)) is model
+    randomize(plain)
+    compiled = model if compiled_first else torch.compile(plain, backend="eager")
+    assert list(moka_layers(compiled)) == list(moka_layers(plain))
+    compiled.save_pretrained(tmp_path / "saved")
+    save_adapter(tmp_path / "again", compiled, MokaConfig(components=2), BaseModel(plain.name_or_path))
+    named = moka_pl.MokaAdapters(compiled)
+    named.save_pretrained(tmp_path / "named")
+    for name in ("saved", "again", "named"):
+        assert adapter_state(plain).keys() == read_adapter_shapes(tmp_path / name).keys()
+    loaded, _ = moka_pl.load_model(tmp_path / "saved", device="cpu")
+    assert torch.equal(logits(loaded), logits(plain))
+
+    fresh = torch.compile(AutoModelForCausalLM.from_pretrained(plain.name_or_path), backend="eager")
+    load_adapter(fresh, tmp_path / "saved", fingerprint(fresh))
+    assert torch.equal(logits(fresh), logits(compiled))
+    unload(fresh)
+    assert not moka_layers(fresh)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn])
+def test_a_dtype_in_which_nothing_trains_is_refused(dtype, plain: LlamaForCausalLM) -> None:
+    with pytest.raises(ConfigError, match="dtype must be a floating-point dtype"):
+        moka_pl.attach(plain, MokaConfig(components=2), dtype=dtype)
+    assert not moka_layers(plain)
