@@ -5,7 +5,7 @@ fields of :class:`StoredRun` are added.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from moka_pl.adapters import method_of
-from moka_pl.adapters.filters import describe_filters
+from moka_pl.adapters.filters import AUTO, describe_filters
 from moka_pl.adapters.methods.base import check_tensors
 from moka_pl.backbone import check_samples
 from moka_pl.data.batching.order import describe, differences
@@ -44,6 +44,9 @@ VERSION_KEY = "moka_log_version"
 
 #: Stands before the name of each field of :class:`StoredRun`.
 _PREFIX = "moka_"
+
+#: Options of MoKA that a configuration has as they are trained; filters and tokens depend on the model.
+_KNOWN_EARLY = ("components", "rank", "gating")
 
 _REMEDY = "Resume with the configuration of the original run"
 
@@ -177,6 +180,9 @@ def check_run(checkpoint: Mapping[str, Any], module: "MokaModule", course: Cours
         for name, found in changed_course(stored.course, course).items():
             changed.setdefault(name, {}).update(found)
     options = method_of(module.adapter).options()
+    if getattr(module.adapter, "filters", None) != AUTO:  # which decide on the number of components
+        # First: what follows may be allowed, another number of components cannot.
+        check_same_factors(stored.adapter, options, _KNOWN_EARLY)
     was, now = (adapter_course(o, training) if o else {} for o in (stored.adapter, options))
     if different := differences(was, now):
         changed["adapter"] = different
@@ -245,8 +251,16 @@ def say_differences(
         warn(f"the checkpoint was trained on a base quantised in another way: {describe(different)}")
 
 
-def check_same_factors(stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint whose adapters have other factors than this model's, by the options of both."""
+def check_same_factors(
+    stored: Mapping[str, Any], current: Mapping[str, Any], only: Collection[str] | None = None
+) -> None:
+    """Refuses a checkpoint whose adapters have other factors than this model's, by the options of both.
+
+    Args:
+        stored: The checkpoint's; empty where it does not tell.
+        current: This model's.
+        only: The options that are compared; None for all that factors depend on.
+    """
     methods = [options.get("peft_type", "MOKA") for options in (stored or current, current)]
     if methods[0] != methods[1]:
         raise AdapterError(
@@ -257,6 +271,8 @@ def check_same_factors(stored: Mapping[str, Any], current: Mapping[str, Any]) ->
     ours = ("filters", "components", "rank", "gating", "ensure_weight_tying", "trainable_token_indices")
     names = ours if methods[1] == "MOKA" else sorted(current)
     for name in names:
+        if only is not None and name not in only:
+            continue
         if "dropout" not in name and name in stored and stored[name] != current[name]:
             raise AdapterError(
                 f"the checkpoint does not fit this model: its adapter.{name} is {_short(stored[name])}, "

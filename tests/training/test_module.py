@@ -14,7 +14,7 @@ from moka_pl.callbacks import AdapterCheckpoint
 from moka_pl.data import MixtureData
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.lm.checkpointing import is_checkpointed
-from moka_pl.training.checkpoint import StoredRun
+from moka_pl.training.checkpoint import StoredRun, check_run
 from moka_pl.training.module import MokaModule
 from moka_pl.training.schedule import WarmupDecay
 
@@ -477,6 +477,16 @@ def test_checkpoint_of_other_adapters_is_refused(trained, make_module, make_data
     module = make_module(adapter={"components": 2})
     with pytest.raises(AdapterError, match=r"adapter.components is 3, this model's is 2"):
         make_trainer().validate(module, make_data(), ckpt_path=path, weights_only=True)
+
+
+def test_another_number_of_components_is_told_before_what_may_be_allowed(trained, make_module):
+    _, path = trained
+    content, module = torch.load(path, weights_only=True), make_module(adapter={"components": 2})
+    with pytest.raises(AdapterError, match=r"adapter.components is 3, this model's is 2"):
+        check_run(content, module, {}, training=True)
+    module = make_module(adapter={"scaling": 7.0})
+    with pytest.raises(ConfigError, match=r"adapter: scaling 3.0, now 7.0.*allow_changes '\[adapter\]'"):
+        check_run(content, module, {}, training=True)
 
 
 def test_ungated_module_trains(make_module, make_data, make_trainer, step_log):
