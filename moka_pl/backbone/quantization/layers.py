@@ -93,8 +93,9 @@ def dense_weight(layer: nn.Linear, often: bool = False) -> Tensor:
         return four_bit_weight(layer, often)
     if not layer.weight.dtype.is_floating_point:
         raise AdapterError(
-            f"cannot merge into a {type(layer).__name__} with {layer.weight.dtype} weights; load the model "
-            "unquantised, or by moka_pl with quantization nf4 or int8"
+            f"cannot merge into a {type(layer).__name__} with {layer.weight.dtype} weights; save the adapter "
+            "and run python -m moka_pl export ADAPTER --to merged, or load the model unquantised, or by "
+            "moka_pl with quantization nf4 or int8"
         )
     return layer.weight.detach()
 
