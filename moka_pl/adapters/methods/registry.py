@@ -14,6 +14,7 @@ from moka_pl.adapters.methods.moka import MokaMethod
 from moka_pl.adapters.methods.peft import PeftMethod
 from moka_pl.adapters.patterns import unmatched
 from moka_pl.backbone.linear_layers import linearise, restore
+from moka_pl.backbone.quantization import release_saving, settle_saving
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.lm.architecture import QUERY_VALUE
 from moka_pl.lm.compiled import uncompiled
@@ -106,6 +107,7 @@ def inject_adapter(
     except Exception:
         restore(model)
         raise
+    release_saving(model)
     if saved is None:
         _warn_of_unmatched(names, config)
     return adapted
@@ -140,6 +142,8 @@ def unmerge(model: nn.Module) -> None:
 def unload(model: nn.Module, merge: bool = False) -> None:
     """Removes the adapters, in place; ``merge`` leaves dense layers ``W + ΔW`` instead of the frozen ones.
 
+    What the model saves from then on, transformers reads back; where it could not, saving is refused.
+
     Raises:
         AdapterError: If the base itself was trained and ``merge`` is False.
     """
@@ -151,6 +155,7 @@ def unload(model: nn.Module, merge: bool = False) -> None:
             untie(model.config)
         method.unload(model, merge)
         restore(model)
+        settle_saving(model, merge)
 
 
 def is_untied(model: nn.Module) -> bool:

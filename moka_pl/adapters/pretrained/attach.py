@@ -57,7 +57,7 @@ def attach(
 
     Any loop that trains what requires gradients then trains the adapters. The model's ``save_pretrained``
     writes an adapter directory, which :func:`moka_pl.load_model` loads, and its ``push_to_hub`` uploads one;
-    after :func:`moka_pl.adapters.unload` both are transformers' own again.
+    after :func:`moka_pl.adapters.unload` both are transformers' own again, and refuse what it cannot read.
 
     Args:
         model: A causal language model of transformers, in 4 bits or not.

@@ -47,6 +47,7 @@ from moka_pl.backbone.quantization.layers import (
     weight_scales,
 )
 from moka_pl.backbone.quantization.registry import check_layers, import_quantiser
+from moka_pl.backbone.quantization.saving import release_saving, settle_saving
 from moka_pl.backbone.quantization.stored import FrozenProduct, QuantisedLinear
 
 __all__ = [
@@ -79,7 +80,9 @@ __all__ = [
     "quantises_loading",
     "quantization_of",
     "relative_entries",
+    "release_saving",
     "rounding_of",
+    "settle_saving",
     "storage_device",
     "storage_of",
     "stored_layers",
