@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from moka_pl.adapters.injection import output_head
+from moka_pl.adapters.layer import WrappedLayer
 from moka_pl.adapters.methods.base import AdaptedLayer, AdapterMethod, check_dtype
 from moka_pl.adapters.methods.full import FullMethod
 from moka_pl.adapters.methods.moka import MokaMethod
 from moka_pl.adapters.methods.peft import PeftMethod
 from moka_pl.adapters.patterns import unmatched
 from moka_pl.backbone.linear_layers import linearise, restore
-from moka_pl.backbone.quantization import release_saving, settle_saving
+from moka_pl.backbone.quantization import check_dense, release_saving, settle_saving
 from moka_pl.errors import AdapterError, ConfigError
 from moka_pl.lm.architecture import QUERY_VALUE
 from moka_pl.lm.compiled import uncompiled
@@ -128,7 +129,11 @@ def merge(model: nn.Module) -> None:
     """Merges every layer's update into a dense copy of its weight (undone by :func:`unmerge`).
 
     A fully fine-tuned model is its own merged model.
+
+    Raises:
+        AdapterError: If another library has quantised one of them; none is then merged.
     """
+    _check_mergeable(model)
     for layer in adapted_layers(model).values():
         layer.merge()
 
@@ -145,10 +150,13 @@ def unload(model: nn.Module, merge: bool = False) -> None:
     What the model saves from then on, transformers reads back; where it could not, saving is refused.
 
     Raises:
-        AdapterError: If the base itself was trained and ``merge`` is False.
+        AdapterError: If the base itself was trained and ``merge`` is False, or another library has quantised
+            a layer that is to be merged. The model is then unchanged.
     """
     model = uncompiled(model)
-    if not merge:
+    if merge:
+        _check_mergeable(model)
+    else:
         _check_base_is_frozen(model)
     if (method := method_in(model)) is not None:
         if merge and is_untied(model):
@@ -156,6 +164,13 @@ def unload(model: nn.Module, merge: bool = False) -> None:
         method.unload(model, merge)
         restore(model)
         settle_saving(model, merge)
+
+
+def _check_mergeable(model: nn.Module) -> None:
+    """Refuses to merge into what has no dense weight, before any layer is merged."""
+    for layer in adapted_layers(model).values():
+        if isinstance(layer, WrappedLayer):
+            check_dense(layer.base_layer)
 
 
 def is_untied(model: nn.Module) -> bool:

@@ -29,6 +29,7 @@ from moka_pl.backbone.quantization.kinds import (
 )
 from moka_pl.backbone.quantization.layers import (
     base_bytes,
+    check_dense,
     dense_weight,
     frozen_output,
     is_quantised,
@@ -58,6 +59,7 @@ __all__ = [
     "Quantization",
     "StoredLayers",
     "base_bytes",
+    "check_dense",
     "check_layers",
     "check_made",
     "dense_weight",

@@ -91,13 +91,24 @@ def dense_weight(layer: nn.Linear, often: bool = False) -> Tensor:
         return layer.dequantise()
     if is_four_bit(layer):
         return four_bit_weight(layer, often)
-    if not layer.weight.dtype.is_floating_point:
+    check_dense(layer)
+    return layer.weight.detach()
+
+
+def check_dense(layer: nn.Module) -> None:
+    """Refuses a layer of which :func:`dense_weight` cannot be had.
+
+    Raises:
+        AdapterError: For a layer that another library has quantised.
+    """
+    known = isinstance(layer, QuantisedLinear) or is_four_bit(layer)
+    weight = getattr(layer, "weight", None)
+    if not known and isinstance(weight, Tensor) and not weight.dtype.is_floating_point:
         raise AdapterError(
-            f"cannot merge into a {type(layer).__name__} with {layer.weight.dtype} weights; save the adapter "
+            f"cannot merge into a {type(layer).__name__} with {weight.dtype} weights; save the adapter "
             "and run python -m moka_pl export ADAPTER --to merged, or load the model unquantised, or by "
             "moka_pl with quantization nf4 or int8"
         )
-    return layer.weight.detach()
 
 
 def storage_device(layer: nn.Linear, quantised: bool) -> torch.device:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import moka_pl
-from moka_pl.adapters import BaseModel, MokaConfig, inject_adapter, load_adapter, save_adapter, unload
+from moka_pl.adapters import (
+    BaseModel,
+    MokaConfig,
+    inject_adapter,
+    load_adapter,
+    merge,
+    moka_layers,
+    save_adapter,
+    unload,
+)
 from moka_pl.backbone import BackboneConfig, fingerprint, load_backbone
 from moka_pl.backbone.quantization import is_quantised, keep_weights
 from moka_pl.backbone.random_weights import byte_tokenizer
@@ -202,6 +212,19 @@ def test_8_bits_of_transformers_are_read_back_and_a_merge_names_the_export(
         unload(model, merge=True)
     unload(model)
     check_round_trip(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("merging", [merge, partial(unload, merge=True)])
+def test_a_merge_that_is_refused_leaves_all_adapters(base: Callable, merging: Callable) -> None:
+    model = base(by={"load_in_8bit": True})
+    moka_pl.attach(model, MokaConfig(components=2, target_modules=["embed_tokens", "q_proj"]))
+    before, tied = moka_layers(model), model.config.tie_word_embeddings
+    assert "model.embed_tokens" in before
+    with pytest.raises(AdapterError, match="cannot merge into a Linear8bitLt"):
+        merging(model)
+    assert moka_layers(model) == before
+    assert model.config.tie_word_embeddings == tied
+    assert all(layer.merged_layer is None for layer in before.values())
 
 
 def test_a_model_that_gets_its_adapter_again_saves_that(
