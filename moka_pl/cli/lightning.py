@@ -30,12 +30,12 @@ from moka_pl.callbacks import (
     RunSummary,
     Throughput,
 )
+from moka_pl.cli.checkpoint_path import check_path, find_last, find_restarted
 from moka_pl.cli.class_paths import names_kind, restrict_class_paths, split_trust
 from moka_pl.cli.config_files import named_model, read_config
 from moka_pl.cli.configs import find_config
 from moka_pl.cli.failures import ranks, watch
 from moka_pl.cli.failures.log_writers import log_writers
-from moka_pl.cli.last_checkpoint import find_last, find_restarted
 from moka_pl.cli.parsing.messages import told
 from moka_pl.cli.parsing.parser import MokaParser
 from moka_pl.cli.run_folders import RunFolders
@@ -44,7 +44,6 @@ from moka_pl.data.batching.loader import killed_worker
 from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.evaluation.memory import is_out_of_memory
 from moka_pl.training.accidents import requeue
-from moka_pl.training.checkpoint import LAST_NAME
 from moka_pl.training.module import MokaModule
 from moka_pl.training.preflight import check_accelerator, check_launcher, check_options
 from moka_pl.training.trial_optimizer import check_learns
@@ -259,9 +258,8 @@ class MokaCLI(LightningCLI):
         elif folder is not None and "://" not in str(folder) and not config.trainer.get("fast_dev_run"):
             make_folder(expanded(folder), "--trainer.logger.init_args.save_dir")
         path = config.get("ckpt_path")
-        special = path in (None, "best", "last", "hpc") or "://" in path or path.startswith("registry")
-        if not special and not Path(path).is_file():
-            raise ConfigError(f"--ckpt_path {path}: {_no_checkpoint(Path(path))}")
+        if path not in (None, "last"):
+            check_path(path, logger, config.adapters.dirpath)
         keeping = config.trainer.enable_checkpointing is not False
         dirpath = config.checkpoint.dirpath if keeping else None
         found = None
@@ -343,15 +341,6 @@ def _is_beside(logger: Any, first: Any) -> bool:
         return False  # true or false
     options, beside = vars(logger.init_args), vars(first.init_args)
     return all(name in options and options[name] == beside[name] for name in ("save_dir", "name", "version"))
-
-
-def _no_checkpoint(path: Path) -> str:
-    """Tells what is at a path that is no checkpoint, and where one is near."""
-    if not path.is_dir():
-        return "no such file; give a .ckpt file, or last"
-    near = [path, path / "checkpoints", path.parent / "checkpoints", path.parent.parent / "checkpoints"]
-    found = next((file for folder in near if (file := folder / LAST_NAME).is_file()), None)
-    return f"it is a folder; give a .ckpt file, or last{f', or {found}' if found else ''}"
 
 
 @contextmanager

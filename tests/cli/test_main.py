@@ -283,6 +283,13 @@ def test_refused_in_one_line(refused, arguments, message):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+@pytest.mark.parametrize("path", ["best", "hpc", "", "registry:x", "nowhere://x"])
+def test_other_words_than_last_are_no_checkpoint(refused, command, path):
+    error = refused(command, "--ckpt_path", path)
+    assert re.fullmatch(f"moka_pl: error: --ckpt_path {path}.* a .ckpt file, or last.*\n", error)
+
+
 def test_malformed_line_of_the_data(refused, tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "outpt": "b"}\n')

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 from shared.environment import own_environment
 
 from moka_pl.adapters.reading import read_adapter_state
-from moka_pl.cli.last_checkpoint import find_restarted
+from moka_pl.cli.checkpoint_path import find_restarted
 from moka_pl.cli.main import main
 from moka_pl.training.accidents import requeue
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from moka_pl.cli.last_checkpoint import find_last
+from moka_pl.cli.checkpoint_path import find_last
 from moka_pl.errors import CheckpointError, ConfigError
 from moka_pl.training.writing import checkpoint_files
 from moka_pl.training.writing.checkpoint_files import read_checkpoint, unusable_reason, write_whole

@@ -1,18 +1,58 @@
-"""Which checkpoint ``--ckpt_path last`` means."""
+"""Which checkpoint ``--ckpt_path`` means, and what is none."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, one_line
 from moka_pl.training.accidents import requeue
 from moka_pl.training.checkpoint import LAST_NAME, VERSION_KEY
-from moka_pl.training.writing.checkpoint_files import peek, step_of, unusable_reason
+from moka_pl.training.writing.checkpoint_files import is_remote, peek, step_of, unusable_reason
 from moka_pl.utils import expanded
+
+_INSTEAD = "give a .ckpt file, or last"
+
+
+def check_path(path: str, logger: Any, adapters: str | None = None) -> None:
+    """Refuses what is no checkpoint; Lightning does so only after data and model are loaded.
+
+    Args:
+        path: What ``--ckpt_path`` is given, other than ``last``.
+        logger: The parsed ``trainer.logger``.
+        adapters: The folder that the user keeps adapters in (``adapters.dirpath``).
+
+    Raises:
+        ConfigError: Naming the path, and what to give in its place.
+    """
+    if not path.strip():
+        raise ConfigError(f"--ckpt_path is empty; {_INSTEAD}, or leave it out")
+    if path == "best":
+        raise ConfigError(
+            "--ckpt_path best: the best weights of a run are kept as an adapter, not as a checkpoint; give "
+            f"--model.adapter_path {_best_adapter(logger, adapters)}, a .ckpt file, or last"
+        )
+    if path == "hpc":
+        raise ConfigError(
+            f"--ckpt_path hpc: no run writes Lightning's hpc_ckpt files; {_INSTEAD}. A job that SLURM starts "
+            "again resumes without --ckpt_path"
+        )
+    if is_remote(path):
+        _check_remote(path)
+    elif not Path(path).is_file():
+        if re.fullmatch(r"registry(:.*)?", path, re.IGNORECASE) is None:
+            raise ConfigError(f"--ckpt_path {path}: {_no_checkpoint(Path(path))}")
+        if find_spec("litmodels") is None:
+            raise ConfigError(
+                f"--ckpt_path {path}: the registry needs the package litmodels, which is not installed; "
+                f"{_INSTEAD}"
+            )
 
 
 def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str | None]:
@@ -92,13 +132,13 @@ def _folder_of_runs(logger: Any) -> Path:
     return expanded(logger.init_args.save_dir) / (logger.init_args.name or "")
 
 
-def _runs_below(folder: Path) -> dict[Path, int]:
-    """The folders of checkpoints in a logger's folder with their versions, the newest first."""
+def _runs_below(folder: Path, part: str = "checkpoints") -> dict[Path, int]:
+    """The folders of this name in the runs of a logger's folder with their versions, the newest first."""
     runs = {}
-    for run in folder.glob("version_*/checkpoints"):
-        number = run.parent.name.removeprefix("version_")
-        if number.isdigit():
-            runs[run] = int(number)
+    for run in folder.glob("version_*"):
+        number = run.name.removeprefix("version_")
+        if number.isdigit() and (run / part).exists():
+            runs[run / part] = int(number)
     return dict(sorted(runs.items(), key=lambda item: -item[1]))
 
 
@@ -132,3 +172,31 @@ def _version(checkpoint: Path) -> int | str | None:
             version: int | str = state[VERSION_KEY]
             return version
     return None
+
+
+def _best_adapter(logger: Any, adapters: str | None) -> str:
+    """Returns where the newest run's best adapter is, or how such places are called."""
+    if adapters is not None:
+        return str(expanded(adapters) / "best")
+    runs = _runs_below(_folder_of_runs(logger), "adapters/best") if _has_versions(logger) else {}
+    return str(next(iter(runs), "RUN/adapters/best"))
+
+
+def _check_remote(path: str) -> None:
+    """Refuses an address at which there is nothing, or which no installed package reads."""
+    try:
+        reason = None if get_filesystem(path).exists(path) else "nothing is there, or it cannot be reached"
+    # Whatever the file systems and their networks raise.
+    except Exception as error:
+        reason = one_line(error)
+    if reason is not None:
+        raise ConfigError(f"--ckpt_path {path}: {reason}; {_INSTEAD}")
+
+
+def _no_checkpoint(path: Path) -> str:
+    """Tells what is at a path that is no checkpoint, and where one is near."""
+    if not path.is_dir():
+        return f"no such file; {_INSTEAD}"
+    near = [path, path / "checkpoints", path.parent / "checkpoints", path.parent.parent / "checkpoints"]
+    found = next((file for folder in near if (file := folder / LAST_NAME).is_file()), None)
+    return f"it is a folder; {_INSTEAD}{f', or {found}' if found else ''}"

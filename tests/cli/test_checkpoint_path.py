@@ -1,4 +1,4 @@
-"""``--ckpt_path last``."""
+"""``--ckpt_path``: the newest run's, and what is refused."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moka_pl.cli.last_checkpoint import find_last
+from moka_pl.cli.checkpoint_path import check_path, find_last
 from moka_pl.errors import ConfigError
 
 
@@ -78,3 +78,44 @@ def test_a_logger_whose_versions_are_no_folders(tmp_path):
             continue
         with pytest.raises(ConfigError, match=rf"\(the first\) is {given.class_path}; give the path"):
             find_last(given)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "--ckpt_path is empty; give a .ckpt file, or last, or leave it out"),
+        ("  ", "--ckpt_path is empty; "),
+        ("best", "give --model.adapter_path RUN/adapters/best, a .ckpt file, or last"),
+        ("hpc", "no run writes Lightning's hpc_ckpt files; give a .ckpt file, or last"),
+        ("registry.ckpt", "--ckpt_path registry.ckpt: no such file; give a .ckpt file, or last"),
+        ("nowhere://x.ckpt", "--ckpt_path nowhere://x.ckpt: .*; give a .ckpt file, or last"),
+        ("memory://absent.ckpt", "absent.ckpt: nothing is there, or it cannot be reached; give a .ckpt file"),
+    ],
+)
+def test_no_checkpoint(tmp_path, path, message):
+    with pytest.raises(ConfigError, match=message):
+        check_path(path, logger(tmp_path))
+
+
+@pytest.mark.parametrize("path", ["registry", "Registry:name:version:2"])
+def test_a_registry_needs_its_package(tmp_path, monkeypatch, path):
+    monkeypatch.setattr("moka_pl.cli.checkpoint_path.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"{path}: the registry needs the package litmodels"):
+        check_path(path, logger(tmp_path))
+    monkeypatch.setattr("moka_pl.cli.checkpoint_path.find_spec", lambda name: object())
+    check_path(path, logger(tmp_path))
+
+
+def test_files_here_and_elsewhere_are_checkpoints(tmp_path):
+    path = run_folder(tmp_path, "version_0")
+    check_path(str(path), logger(tmp_path))
+    check_path(path.as_uri(), logger(tmp_path))
+
+
+def test_the_best_weights_are_the_newest_runs_adapter(tmp_path):
+    for version in ("version_9", "version_10", "version_x"):
+        (tmp_path / "demo" / version / "adapters" / "best").mkdir(parents=True)
+    (tmp_path / "demo" / "version_11").mkdir()
+    for kept, adapter in ((None, tmp_path / "demo/version_10/adapters/best"), ("mine", "mine/best")):
+        with pytest.raises(ConfigError, match=f"give --model.adapter_path {adapter}, a .ckpt file, or last"):
+            check_path("best", logger(tmp_path), kept)
