@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moka_pl.data.types import data_of
+from moka_pl.evaluation.result_files import write_results
 from moka_pl.evaluation.results import Counts, Results, Share, flat, macro
 from moka_pl.training.module import MokaModule
 
@@ -18,7 +19,8 @@ class EvaluationTable(Callback):
 
     Each task has a line with its items, accuracy, accuracy by length-normalised likelihood (both with
     standard errors), and negative log-likelihood of the right option per token. Groups of tasks and the mean
-    of the tasks follow. Plain text has perplexities. The file is ``validate.json`` or ``test.json``.
+    of the tasks follow. Plain text has perplexities. The file is ``validate.json`` or ``test.json``;
+    where the folder has one already, the next is ``test_2.json`` and so on.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -38,11 +40,11 @@ class EvaluationTable(Callback):
         print(results_text(pl_module.eval_results))
         if log_dir is None:
             return
-        file = Path(log_dir) / f"{command}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
         described = {"command": command, **_about(trainer, pl_module), **results_dict(pl_module.eval_results)}
-        file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        print(f"\nResults saved in {file}")
+        file = Path(log_dir) / f"{command}.json"
+        written = write_results(file, json.dumps(described, indent=2) + "\n")
+        earlier = "" if written == file else f"; {file.name} there is an earlier evaluation's"
+        print(f"\nResults saved in {written}{earlier}")
 
 
 def results_text(results: Results) -> str:

@@ -79,6 +79,18 @@ def test_printed_and_written_by_validate_and_test(
     assert "test.json" in capsys.readouterr().out
 
 
+def test_earlier_results_stay(make_module, make_data, make_trainer, tmp_path, capsys):
+    module, folder = make_module(), tmp_path / "lightning_logs/version_0"
+    folder.mkdir(parents=True)
+    (folder / "validate.json").write_text("of an earlier evaluation")
+    trainer = make_trainer(EvaluationTable(), logger=CSVLogger(tmp_path, version=0))
+    trainer.validate(module, make_data(), verbose=False)
+    told = f"Results saved in {folder / 'validate_2.json'}; validate.json there is an earlier evaluation's\n"
+    assert capsys.readouterr().out.endswith(told)
+    assert (folder / "validate.json").read_text() == "of an earlier evaluation"
+    assert json.loads((folder / "validate_2.json").read_text())["command"] == "validate"
+
+
 def test_silent_while_training_and_without_a_log_folder(
     make_module, make_commonsense, make_trainer, tmp_path, capsys
 ):
