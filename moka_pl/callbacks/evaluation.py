@@ -9,9 +9,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moka_pl.data.types import data_of
+from moka_pl.errors import ConfigError
 from moka_pl.evaluation.result_files import write_results
 from moka_pl.evaluation.results import Counts, Results, Share, flat, macro
 from moka_pl.training.module import MokaModule
+from moka_pl.training.preflight import check_evaluation
 
 
 class EvaluationTable(Callback):
@@ -22,6 +24,29 @@ class EvaluationTable(Callback):
     of the tasks follow. Plain text has perplexities. The file is ``validate.json`` or ``test.json``;
     where the folder has one already, the next is ``test_2.json`` and so on.
     """
+
+    def __init__(self) -> None:
+        self._evaluated = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begins anew."""
+        self._evaluated = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses an evaluation without a batch, which Lightning passes over without a word.
+
+        Raises:
+            ConfigError: Saying what there was none of.
+        """
+        if stage not in ("validate", "test") or self._evaluated:
+            return
+        check_evaluation(trainer, stage)
+        module = trainer.datamodule  # type: ignore[attr-defined]
+        split, source = stage.replace("validate", "validation"), type(module).__name__
+        raise ConfigError(
+            f"nothing was evaluated: {'the dataloaders have' if module is None else f'{source} has'} no "
+            f"{split} data; give it some, such as by data.init_args.validation_path"
+        )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reports ``validate``."""
@@ -34,6 +59,7 @@ class EvaluationTable(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, command: str) -> None:
         assert isinstance(pl_module, MokaModule)
+        self._evaluated = True
         log_dir = trainer.log_dir if trainer.loggers else None  # on every rank: Lightning broadcasts it
         if pl_module.eval_results is None or not trainer.is_global_zero:
             return

@@ -45,7 +45,7 @@ from moka_pl.errors import ConfigError, MokaError, one_line
 from moka_pl.evaluation.memory import is_out_of_memory
 from moka_pl.training.accidents import requeue
 from moka_pl.training.module import MokaModule
-from moka_pl.training.preflight import check_accelerator, check_launcher, check_options
+from moka_pl.training.preflight import check_accelerator, check_evaluation, check_launcher, check_options
 from moka_pl.training.trial_optimizer import check_learns
 from moka_pl.training.writing.checkpoint_files import read_checkpoint
 from moka_pl.utils import ended_by_signals, expanded, make_folder
@@ -280,6 +280,8 @@ class MokaCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Claims the folders of the run, before anything is read or computed."""
         if self.subcommand is not None:
+            if self.subcommand != "fit":
+                check_evaluation(self.trainer, self.subcommand)
             check_launcher(self.trainer)
             ranks.join(self.trainer)
             watch.begin(self.trainer)

@@ -69,6 +69,26 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ConfigError(f"trainer.devices is {devices}; no machine has so many, and each is a process")
 
 
+def check_evaluation(trainer: Trainer, command: str) -> None:
+    """Refuses an evaluation of no batches, which Lightning ends without a word.
+
+    Args:
+        trainer: The trainer of the evaluation.
+        command: ``validate`` or ``test``.
+
+    Raises:
+        ConfigError: Naming the option.
+    """
+    name = evaluated_share(command)
+    if getattr(trainer, name) == 0:
+        raise ConfigError(f"trainer.{name} is 0: nothing would be evaluated; raise it, or leave it out")
+
+
+def evaluated_share(command: str) -> str:
+    """Returns the trainer's option that limits what ``validate`` or ``test`` evaluates."""
+    return f"limit_{'val' if command == 'validate' else 'test'}_batches"
+
+
 def check_accelerator(name: str) -> None:
     """Refuses a GPU where there is none.
 

@@ -2,10 +2,12 @@ import json
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from moka_pl.callbacks import EvaluationTable
 from moka_pl.callbacks.evaluation import results_dict, results_text
 from moka_pl.data import MixtureData
+from moka_pl.errors import ConfigError
 from moka_pl.evaluation.results import Counts, Results, SetCounts
 
 
@@ -89,6 +91,21 @@ def test_earlier_results_stay(make_module, make_data, make_trainer, tmp_path, ca
     assert capsys.readouterr().out.endswith(told)
     assert (folder / "validate.json").read_text() == "of an earlier evaluation"
     assert json.loads((folder / "validate_2.json").read_text())["command"] == "validate"
+
+
+def test_an_evaluation_of_nothing_is_refused(make_module, make_data, make_trainer):
+    trainer = make_trainer(EvaluationTable(), limit_val_batches=0)
+    with pytest.raises(ConfigError, match=r"trainer\.limit_val_batches is 0: nothing would be evaluated"):
+        trainer.validate(make_module(), make_data(), verbose=False)
+    trainer = make_trainer(EvaluationTable())
+    trainer.test(module := make_module(), make_data(), verbose=False)  # what came before does not count
+    nothing = make_data(validation_path=None, validation_share=0)
+    with pytest.raises(ConfigError, match="nothing was evaluated: InstructionData has no test data; give it"):
+        trainer.test(module, nothing, verbose=False)
+    with pytest.raises(ConfigError, match="nothing was evaluated: the dataloaders have no validation data"):
+        make_trainer(EvaluationTable()).validate(module, DataLoader([]), verbose=False)
+    fit = make_trainer(EvaluationTable(), limit_train_batches=1)
+    fit.fit(make_module(), nothing)  # which need not validate
 
 
 def test_silent_while_training_and_without_a_log_folder(

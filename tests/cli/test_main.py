@@ -290,6 +290,14 @@ def test_other_words_than_last_are_no_checkpoint(refused, command, path):
     assert re.fullmatch(f"moka_pl: error: --ckpt_path {path}.* a .ckpt file, or last.*\n", error)
 
 
+@pytest.mark.parametrize(("command", "option"), [("validate", "val"), ("test", "test")])
+def test_an_evaluation_of_no_batches(refused, command, option):
+    given = [f"--trainer.limit_{option}_batches", "0", "--data.init_args.path", "absent.jsonl"]
+    last = refused(command, *given).splitlines()[-1]  # before the data are looked for
+    told = f"trainer.limit_{option}_batches is 0: nothing would be evaluated; raise it, or leave it out"
+    assert last == f"moka_pl: error: {told}"
+
+
 def test_malformed_line_of_the_data(refused, tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "outpt": "b"}\n')
