@@ -13,7 +13,7 @@ from moka_pl.errors import ConfigError
 from moka_pl.evaluation.result_files import write_results
 from moka_pl.evaluation.results import Counts, Results, Share, flat, macro
 from moka_pl.training.module import MokaModule
-from moka_pl.training.preflight import check_evaluation
+from moka_pl.training.preflight import check_evaluation, evaluated_share
 
 
 class EvaluationTable(Callback):
@@ -64,9 +64,14 @@ class EvaluationTable(Callback):
         if pl_module.eval_results is None or not trainer.is_global_zero:
             return
         print(results_text(pl_module.eval_results))
+        partial = _partial(trainer, command, pl_module.eval_results)
+        if partial is not None:
+            counts = [f"{part['batches']} of {part['of'] or '?'} of {name}" for name, part in partial.items()]
+            print(f"\nOnly a part of the data was evaluated. Batches: {', '.join(counts)}")
         if log_dir is None:
             return
-        described = {"command": command, **_about(trainer, pl_module), **results_dict(pl_module.eval_results)}
+        about = {"command": command, "partial": partial, **_about(trainer, pl_module)}
+        described = about | results_dict(pl_module.eval_results)
         file = Path(log_dir) / f"{command}.json"
         written = write_results(file, json.dumps(described, indent=2) + "\n")
         earlier = "" if written == file else f"; {file.name} there is an earlier evaluation's"
@@ -149,6 +154,32 @@ def _about(trainer: Trainer, pl_module: MokaModule) -> dict[str, Any]:
         # What was read, cut and left out; of a mixture by its parts.
         "examples": [{"split": split, **asdict(report)} for split, report in data.reports],
     }
+
+
+def _partial(trainer: Trainer, command: str, results: Results) -> dict[str, dict[str, int | None]] | None:
+    """Returns by set how many batches of how many each process evaluated; None if it was all of them."""
+    limit = getattr(trainer, evaluated_share(command))
+    if isinstance(limit, float) and limit == 1:
+        return None
+    counts, loaders = trainer.num_test_batches, trainer.test_dataloaders
+    if command == "validate":
+        counts, loaders = trainer.num_val_batches, trainer.val_dataloaders
+    totals = [_length(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
+    if all(count == total for count, total in zip(counts, totals, strict=False)):
+        return None
+    names = [part.name for part in results.sets]
+    return {
+        name: {"batches": int(count), "of": total}
+        for name, count, total in zip(names, counts, totals, strict=False)
+    }
+
+
+def _length(loader: Any) -> int | None:
+    """Returns the number of batches of a dataloader, if it has one."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _percent(share: Share | None) -> str:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from moka_pl.callbacks import EvaluationTable
 from moka_pl.callbacks.evaluation import results_dict, results_text
@@ -75,6 +75,7 @@ def test_printed_and_written_by_validate_and_test(
     assert written["tasks"]["odd"]["items"] == 6
     assert written["tasks"]["odd"]["accuracy"] == module.eval_values["val/accuracy/odd"]
     assert written["base"] == "tiny"
+    assert written["partial"] is None
     assert [(e["split"], e["kept"]) for e in written["examples"]] == [("validation", 9), ("validation", 5)]
     trainer.test(module, data, verbose=False)
     assert (tmp_path / "lightning_logs/version_0/test.json").is_file()
@@ -91,6 +92,50 @@ def test_earlier_results_stay(make_module, make_data, make_trainer, tmp_path, ca
     assert capsys.readouterr().out.endswith(told)
     assert (folder / "validate.json").read_text() == "of an earlier evaluation"
     assert json.loads((folder / "validate_2.json").read_text())["command"] == "validate"
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize(
+    ("limit", "evaluated"), [(1, (1, 1)), (0.5, (1, 1)), (2, (2, 2)), (3, None), (99, None), (1.0, None)]
+)
+def test_a_part_of_the_data_is_called_so(
+    make_module, make_commonsense, make_data, make_trainer, tmp_path, capsys, command, limit, evaluated
+):
+    """Of 3 batches of one set, and 2 of the other."""
+    data = MixtureData([make_commonsense(), make_data()], eval_batch_size=3)
+    limits = {"limit_val_batches": limit, "limit_test_batches": limit}
+    trainer = make_trainer(EvaluationTable(), logger=CSVLogger(tmp_path), **limits)
+    getattr(trainer, command)(make_module(), data, verbose=False)
+    told = "Only a part of the data was evaluated. Batches: "
+    output = capsys.readouterr().out
+    partial = json.loads((tmp_path / f"lightning_logs/version_0/{command}.json").read_text())["partial"]
+    if evaluated is None:
+        assert partial is None
+        assert told not in output
+        return
+    first, second = evaluated
+    assert partial == {
+        "commonsense": {"batches": first, "of": 3},
+        "instruction": {"batches": second, "of": 2},
+    }
+    assert f"{told}{first} of 3 of commonsense, {second} of 2 of instruction\n" in output
+
+
+def test_a_part_of_a_stream_and_a_trial_run(make_module, make_data, make_trainer, tmp_path, capsys):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(data.val_dataloader())
+
+    module, data = make_module(), make_data()
+    data.connect(module.tokenizer)
+    data.setup("validate")
+    trainer = make_trainer(EvaluationTable(), logger=CSVLogger(tmp_path), limit_val_batches=1)
+    trainer.validate(module, DataLoader(Stream(), batch_size=None), verbose=False)
+    written = json.loads((tmp_path / "lightning_logs/version_0/validate.json").read_text())
+    assert written["partial"] == {"data": {"batches": 1, "of": None}}
+    assert "Batches: 1 of ? of data\n" in capsys.readouterr().out
+    make_trainer(EvaluationTable(), fast_dev_run=True).validate(module, data, verbose=False)
+    assert "Batches: 1 of 3 of instruction\n" in capsys.readouterr().out
 
 
 def test_an_evaluation_of_nothing_is_refused(make_module, make_data, make_trainer):
