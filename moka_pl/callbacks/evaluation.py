@@ -121,7 +121,7 @@ def results_dict(results: Results) -> dict[str, Any]:
         for name, members in results.members().items()
     }
     sets = {
-        part.name: {"loss": part.nll / part.tokens, "tokens": part.tokens, **part.perplexities()}
+        part.name: {"loss": part.nll / part.tokens, "tokens": int(part.tokens), **part.perplexities()}
         for part in results.sets
         if part.tokens
     }
@@ -135,7 +135,7 @@ def results_dict(results: Results) -> dict[str, Any]:
 
 def _described(counts: Counts) -> dict[str, float]:
     nll = {"nll": counts.nll / counts.tokens} if counts.tokens else {}
-    return {"items": counts.items, **flat(counts.shares()), **nll}
+    return {"items": int(counts.items), **flat(counts.shares()), **nll}
 
 
 def _about(trainer: Trainer, pl_module: MokaModule) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _about(trainer: Trainer, pl_module: MokaModule) -> dict[str, Any]:
         "data": None if module is None else type(module).__name__,
         "prompt": data.prompt,
         # What was read, cut and left out; of a mixture by its parts.
-        "examples": [{"split": split, **asdict(report)} for split, report in data.reports],
+        "examples": [{"set": n, "split": split, **asdict(report)} for n, split, report in data.reports],
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import count
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,14 @@ def repeated(size: int, count: int, seed: Sequence[int]) -> NDArray[numpy.int64]
     times, rest = divmod(count, size)
     whole = numpy.tile(numpy.arange(size, dtype=numpy.int64), times)  # (times * size,)
     return numpy.concatenate([whole, numpy.random.default_rng(list(seed)).permutation(size)[:rest]])
+
+
+def distinct(name: str, taken: set[str]) -> str:
+    """Returns a name, with a number (``_2``, ...) if it is taken, and takes it."""
+    numbered = (name if n == 1 else f"{name}_{n}" for n in count(1))
+    chosen = next(one for one in numbered if one not in taken)
+    taken.add(chosen)
+    return chosen
 
 
 class MixtureData(MokaDataModule):
@@ -114,20 +123,19 @@ class MixtureData(MokaDataModule):
         return {name: tasks for part in self.parts for name, tasks in part.task_groups.items()}
 
     @property
-    def reports(self) -> list[tuple[str, EncodingReport]]:
-        """The reports of all parts."""
-        return [report for part in self.parts for report in part.reports]
+    def reports(self) -> list[tuple[str, str, EncodingReport]]:
+        """The reports of all parts; the names of a split are those of :attr:`eval_sets`."""
+        reports = [report for part in self.parts for report in part.reports]
+        taken: dict[str, set[str]] = {}
+        return [
+            (distinct(name, taken.setdefault(split, set())), split, report) for name, split, report in reports
+        ]
 
     @property
     def eval_sets(self) -> list[tuple[str, list[str]]]:
         """(name, tasks) of each part with evaluation data; repeated names get a number (``_2``, ...)."""
-        sets: list[tuple[str, list[str]]] = []
-        seen: dict[str, int] = {}
-        for part in self.parts:
-            for name, tasks in part.eval_sets:
-                seen[name] = seen.get(name, 0) + 1
-                sets.append((name if seen[name] == 1 else f"{name}_{seen[name]}", tasks))
-        return sets
+        taken: set[str] = set()
+        return [(distinct(name, taken), tasks) for part in self.parts for name, tasks in part.eval_sets]
 
     @property
     def row_length(self) -> int:

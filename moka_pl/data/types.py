@@ -196,9 +196,10 @@ class DataDefaults:
         return {}
 
     @property
-    def reports(self) -> Sequence[tuple[str, EncodingReport]]:
-        """Encoding reports of all parts of the data, as (split, report)."""
-        return list(self.report.items())
+    def reports(self) -> Sequence[tuple[str, str, EncodingReport]]:
+        """Encoding reports of all parts of the data, as (name, split, report)."""
+        name = str(getattr(self, "name", "data"))
+        return [(name, split, report) for split, report in self.report.items()]
 
 
 def data_of(trainer: Trainer) -> DataDefaults:

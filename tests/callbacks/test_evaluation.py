@@ -16,7 +16,7 @@ def results():
     tasks = {
         "mmlu_astronomy": Counts(10, 3, 4, 0, 0, 20.0, 10),
         "mmlu_marketing": Counts(20, 10, 5, 0, 0, 15.0, 10),
-        "arc": Counts(5, 5, 0, 5, 2, 1.0, 4),
+        "arc": Counts(5.0, 5, 0, 5, 2, 1.0, 4),
         "unseen": Counts(),
     }
     text = SetCounts("text", {}, 8.0, 8.0, 4.0, 16.0)
@@ -57,6 +57,9 @@ def test_json(results):
     assert list(found["tasks"]) == ["mmlu_astronomy", "mmlu_marketing", "arc"]
     assert found["tasks"]["arc"]["generated"] == 0.4
     assert found["groups"]["mmlu"]["items"] == 30
+    counts = [found["groups"]["mmlu"]["items"], found["tasks"]["arc"]["items"]]
+    counts += [one["tokens"] for one in found["sets"].values()]
+    assert {type(count) for count in counts} == {int}
     assert found["groups"]["mmlu"]["macro"]["accuracy"] == 0.4
     assert found["mean"]["accuracy"] == pytest.approx(0.6)
     assert found["sets"]["text"]["word_perplexity"] == pytest.approx(7.3891, abs=1e-4)
@@ -76,7 +79,9 @@ def test_printed_and_written_by_validate_and_test(
     assert written["tasks"]["odd"]["accuracy"] == module.eval_values["val/accuracy/odd"]
     assert written["base"] == "tiny"
     assert written["partial"] is None
-    assert [(e["split"], e["kept"]) for e in written["examples"]] == [("validation", 9), ("validation", 5)]
+    examples = [(e["set"], e["split"], e["kept"]) for e in written["examples"]]
+    assert examples == [("commonsense", "validation", 9), ("instruction", "validation", 5)]
+    assert list(written["sets"]) == ["commonsense", "instruction"]
     trainer.test(module, data, verbose=False)
     assert (tmp_path / "lightning_logs/version_0/test.json").is_file()
     assert "test.json" in capsys.readouterr().out

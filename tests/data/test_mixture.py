@@ -93,6 +93,15 @@ def test_equal_names_are_numbered_and_mixtures_nest():
     inner = MixtureData([InstructionData(), InstructionData(prompt="alpaca")])
     mixture = MixtureData([inner, CommonsenseData(tasks=["boolean"])])
     assert mixture.eval_sets == [("instruction", []), ("instruction_2", []), ("commonsense", ["boolean"])]
+    more = MixtureData([inner, InstructionData(), mixture])
+    assert [name for name, _ in more.eval_sets] == [
+        "instruction",
+        "instruction_2",
+        "instruction_3",
+        "instruction_4",
+        "instruction_2_2",
+        "commonsense",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +134,10 @@ def test_parts_without_validation_are_left_out(tiny_tokenizer, write_jsonl):
     mixture.connect(tiny_tokenizer)
     mixture.setup()
     assert mixture.eval_sets == [("instruction", [])]
+    evaluated = [(name, report.kept) for name, split, report in mixture.reports if split == "validation"]
+    assert evaluated == [("instruction", mixture.parts[1].report["validation"].kept)]
+    trained = [name for name, split, _ in mixture.reports if split == "train"]
+    assert trained == ["instruction", "instruction_2"]
     assert len(mixture.val_dataloader()) == 1
     assert mixture.report["train"].read == 153
 
