@@ -9,11 +9,12 @@ from typing import Any
 
 import lightning
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from moka_pl.callbacks import (
     AdapterCheckpoint,
@@ -83,7 +84,8 @@ def run(arguments: Sequence[str] | None = None, only_build: bool = False) -> "Mo
     restrict_class_paths(trusted)
     try:
         with ended_by_signals(), log_writers(), RunFolders() as folders:
-            return MokaCLI(folders, given, save_config_kwargs={"overwrite": True}, run=not only_build)
+            saving = {"save_config_callback": _SavedConfig, "save_config_kwargs": {"overwrite": True}}
+            return MokaCLI(folders, given, run=not only_build, **saving)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning ends the process with status 1
             raise end.__context__ from None
@@ -120,6 +122,22 @@ class _ConfigFile(ActionConfigFile):
         if Path(found).is_file():
             read_config(Path(found), "--config")
         super().__call__(parser, cfg, found, option_string)  # type: ignore[no-untyped-call]
+
+
+class _SavedConfig(SaveConfigCallback):
+    """Saves the configuration, and leaves a run's config.yaml what it is: the run from its beginning."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Saves it under another name if a fit goes on, and not at all if the run is only evaluated."""
+        log_dir = str(trainer.log_dir)  # on every rank: Lightning broadcasts it
+        first = trainer.is_global_zero
+        begun = first and get_filesystem(log_dir).exists(f"{log_dir}/{self.config_filename}")
+        if trainer.strategy.broadcast(begun):
+            if stage != "fit":
+                return
+            if pl_module.resumes:
+                self.config_filename = "config_resumed.yaml"
+        super().setup(trainer, pl_module, stage)
 
 
 class MokaCLI(LightningCLI):
@@ -274,8 +292,6 @@ class MokaCLI(LightningCLI):
                 for one in [one.init_args for one in loggers if _is_beside(one, logger)]:
                     self._given_versions.append((one, one.version))
                     one.version = version
-            # The folder's config.yaml stays what it is: the run from its beginning.
-            self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
 
     def after_instantiate_classes(self) -> None:
         """Claims the folders of the run, before anything is read or computed."""

@@ -602,6 +602,25 @@ def test_finished_run_goes_on_from_its_end(cli):
     assert list(scalars(RUN, "train/loss")) == list(range(8))
 
 
+def test_an_evaluation_leaves_what_the_run_wrote(cli):
+    """Where its logs go to the run's folder, by ``last`` or by a version that is given."""
+    cli("fit", "--trainer.max_epochs", 1)
+    kept = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    checkpoint = RUN / "checkpoints/last.ckpt"
+    cli("validate", "--ckpt_path", "last")
+    cli("test", "--ckpt_path", "last")
+    cli("test", "--ckpt_path", checkpoint, "--trainer.logger.init_args.version", 0)
+    assert all(path.read_bytes() == contents for path, contents in kept.items())
+    added = {path.name for path in RUN.rglob("*") if path.is_file() and path not in kept}
+    assert {name for name in added if "tfevents" not in name} == {"validate.json", "test.json", "test_2.json"}
+    assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
+    cli("test", "--ckpt_path", checkpoint)
+    assert {"config.yaml", "test.json"} <= {path.name for path in version(1).iterdir()}
+    cli("fit", "--ckpt_path", checkpoint, "--trainer.logger.init_args.version", 0)
+    assert (RUN / "config.yaml").read_bytes() == kept[RUN / "config.yaml"]
+    assert "last.ckpt" in (RUN / "config_resumed.yaml").read_text()
+
+
 @pytest.mark.parametrize("crash", ["out of memory", pytest.param("broken", marks=pytest.mark.slow)])
 def test_crash_leaves_a_checkpoint_of_the_last_step(cli, monkeypatch, capsys, crash):
     original = MokaModule.token_scores
