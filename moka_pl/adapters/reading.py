@@ -143,8 +143,14 @@ def local_adapter(path: str | Path, revision: str | None = None) -> Path:
         revision: Branch, tag or commit on the hub; a folder here has none.
 
     Raises:
-        AdapterError: If the hub has no such adapter or refuses it, or it is neither cached nor within reach.
+        AdapterError: If the path is empty, or the hub has no such adapter or refuses it, or it is neither
+            cached nor within reach.
     """
+    if not str(path).strip():  # which would be the folder where one is
+        raise AdapterError(
+            "the path of the adapter (adapter_path) is empty; give an adapter directory, such as "
+            "RUN/adapters/best, or leave it out"
+        )
     if is_hub_id(name := Path(path).as_posix()):
         return download(name, (CONFIG_NAME, WEIGHTS_NAME), revision)
     if revision is not None:

@@ -658,3 +658,11 @@ def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     with pytest.raises(AdapterError, match=r"it has no adapter_config.json; it holds a whole model$"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["", "  "])
+def test_an_empty_path_is_not_the_folder_where_one_is(adapter, monkeypatch, path):
+    monkeypatch.chdir(adapter)
+    with pytest.raises(AdapterError, match=r"\(adapter_path\) is empty; give an adapter directory, such as"):
+        read_adapter(path)
+    assert read_adapter(Path()) == read_adapter(adapter)

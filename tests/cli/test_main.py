@@ -264,6 +264,7 @@ def test_a_logger_that_is_not_installed(refused):
         (["--model.adapter.components", "0"], "components must be at least 1, not 0"),
         (["--data.init_args.batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["--model.adapter_path", "nowhere"], "nowhere is not an adapter directory: no such folder"),
+        (["--model.adapter_path", ""], "the path of the adapter (adapter_path) is empty; give an adapter"),
         (["--ckpt_path", "last"], "no run below lightning_logs/moka has a checkpoints/last.ckpt"),
         (["--ckpt_path", "none.ckpt"], "--ckpt_path none.ckpt: no such file"),
         (["--data.init_args.path", "absent.jsonl"], "absent.jsonl does not exist"),
