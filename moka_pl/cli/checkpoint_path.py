@@ -55,6 +55,22 @@ def check_path(path: str, logger: Any, adapters: str | None = None) -> None:
             )
 
 
+def say_which_weights(path: str | None, adapter: str | None) -> None:
+    """Says which weights are used, where both a checkpoint and an adapter are given.
+
+    A run that began with an adapter goes on, and is evaluated, with both: they are not refused.
+
+    Args:
+        path: What ``--ckpt_path`` means.
+        adapter: ``model.adapter_path``.
+    """
+    if path is not None and adapter is not None:
+        rank_zero_info(
+            f"--model.adapter_path {adapter} gives the options of the adapter only; its weights are those of "
+            f"--ckpt_path {path}. Leave that out for the adapter's own"
+        )
+
+
 def find_last(logger: Any, dirpath: str | None = None) -> tuple[Path, int | str | None]:
     """Returns the newest run's last checkpoint, and the version whose logs go on; None where no logs can.
 

@@ -31,7 +31,7 @@ from moka_pl.callbacks import (
     RunSummary,
     Throughput,
 )
-from moka_pl.cli.checkpoint_path import check_path, find_last, find_restarted
+from moka_pl.cli.checkpoint_path import check_path, find_last, find_restarted, say_which_weights
 from moka_pl.cli.class_paths import names_kind, restrict_class_paths, split_trust
 from moka_pl.cli.config_files import named_model, read_config
 from moka_pl.cli.configs import find_config
@@ -292,6 +292,8 @@ class MokaCLI(LightningCLI):
                 for one in [one.init_args for one in loggers if _is_beside(one, logger)]:
                     self._given_versions.append((one, one.version))
                     one.version = version
+        model = config.model.get("init_args") or config.model
+        say_which_weights(config.get("ckpt_path"), model.get("adapter_path"))
 
     def after_instantiate_classes(self) -> None:
         """Claims the folders of the run, before anything is read or computed."""

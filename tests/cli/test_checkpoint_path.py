@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moka_pl.cli.checkpoint_path import check_path, find_last
+from moka_pl.cli.checkpoint_path import check_path, find_last, say_which_weights
 from moka_pl.errors import ConfigError
 
 
@@ -119,3 +119,11 @@ def test_the_best_weights_are_the_newest_runs_adapter(tmp_path):
     for kept, adapter in ((None, tmp_path / "demo/version_10/adapters/best"), ("mine", "mine/best")):
         with pytest.raises(ConfigError, match=f"give --model.adapter_path {adapter}, a .ckpt file, or last"):
             check_path("best", logger(tmp_path), kept)
+
+
+@pytest.mark.parametrize(("path", "adapter"), [("a.ckpt", "run/best"), ("a.ckpt", None), (None, "run/best")])
+def test_a_checkpoint_and_an_adapter_have_different_weights(caplog, path, adapter):
+    caplog.set_level("INFO")
+    say_which_weights(path, adapter)
+    both = "run/best gives the options of the adapter only; its weights are those of --ckpt_path a.ckpt."
+    assert (both in caplog.text) == (None not in (path, adapter))

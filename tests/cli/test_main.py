@@ -603,7 +603,7 @@ def test_finished_run_goes_on_from_its_end(cli):
     assert list(scalars(RUN, "train/loss")) == list(range(8))
 
 
-def test_an_evaluation_leaves_what_the_run_wrote(cli):
+def test_an_evaluation_leaves_what_the_run_wrote(cli, caplog):
     """Where its logs go to the run's folder, by ``last`` or by a version that is given."""
     cli("fit", "--trainer.max_epochs", 1)
     kept = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
@@ -615,7 +615,9 @@ def test_an_evaluation_leaves_what_the_run_wrote(cli):
     added = {path.name for path in RUN.rglob("*") if path.is_file() and path not in kept}
     assert {name for name in added if "tfevents" not in name} == {"validate.json", "test.json", "test_2.json"}
     assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
-    cli("test", "--ckpt_path", checkpoint)
+    caplog.set_level("INFO")
+    cli("test", "--ckpt_path", checkpoint, "--model.adapter_path", RUN / "adapters/last")
+    assert f"its weights are those of --ckpt_path {checkpoint}." in caplog.text
     assert {"config.yaml", "test.json"} <= {path.name for path in version(1).iterdir()}
     cli("fit", "--ckpt_path", checkpoint, "--trainer.logger.init_args.version", 0)
     assert (RUN / "config.yaml").read_bytes() == kept[RUN / "config.yaml"]
