@@ -42,11 +42,11 @@ class EvaluationTable(Callback):
             return
         check_evaluation(trainer, stage)
         module = trainer.datamodule  # type: ignore[attr-defined]
-        split, source = stage.replace("validate", "validation"), type(module).__name__
-        raise ConfigError(
-            f"nothing was evaluated: {'the dataloaders have' if module is None else f'{source} has'} no "
-            f"{split} data; give it some, such as by data.init_args.validation_path"
-        )
+        source, remedy = f"{type(module).__name__} has", "data.init_args.validation_path or validation_share"
+        if module is None:
+            source, remedy = "the dataloaders have", "some that have"
+        split = "validation" if stage == "validate" else "test"
+        raise ConfigError(f"nothing was evaluated: {source} no {split} data; give {remedy}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reports ``validate``."""

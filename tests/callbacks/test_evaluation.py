@@ -150,7 +150,9 @@ def test_an_evaluation_of_nothing_is_refused(make_module, make_data, make_traine
     trainer = make_trainer(EvaluationTable())
     trainer.test(module := make_module(), make_data(), verbose=False)  # what came before does not count
     nothing = make_data(validation_path=None, validation_share=0)
-    with pytest.raises(ConfigError, match="nothing was evaluated: InstructionData has no test data; give it"):
+    with pytest.raises(
+        ConfigError, match="nothing was evaluated: InstructionData has no test data; give data"
+    ):
         trainer.test(module, nothing, verbose=False)
     with pytest.raises(ConfigError, match="nothing was evaluated: the dataloaders have no validation data"):
         make_trainer(EvaluationTable()).validate(module, DataLoader([]), verbose=False)
