@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,11 @@ from moka_pl.adapters.reading import CONFIG_NAME, read_adapter_state, read_count
 from moka_pl.adapters.vocabulary.token_rows import start_rows, token_rows
 from moka_pl.backbone import Backbone, BackboneConfig, Unloaded, fingerprint, load_backbone, weight_samples
 from moka_pl.backbone.quantization import QuantisedError
+from moka_pl.backbone.random_weights import SHAPES
+from moka_pl.backbone.weight_files import read_weight_files
 from moka_pl.errors import AdapterError, ConfigError, MokaWarning
 from moka_pl.prompts.new_tokens import new_token_pieces
+from moka_pl.utils import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,8 +86,7 @@ def load_model(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        # The adapter may have been trained on a device with another best dtype.
-        options = info.base.options | {"compute_dtype": "auto"}
+        options = _base_options(info, base)
         config = BackboneConfig(base or info.base.name, None if base else info.base.revision, **options)
     except (ConfigError, TypeError) as error:
         raise AdapterError(
@@ -106,6 +108,16 @@ def load_model(
     hand_over_saving(loaded.model, info.config, saved, info.extra)
     loaded.model.config.use_cache = True
     return loaded.model.eval(), loaded.tokenizer
+
+
+def _base_options(info: AdapterInfo, base: str | None) -> dict[str, Any]:
+    """Returns the options that an adapter's base is loaded with."""
+    # The adapter may have been trained on a device with another best dtype.
+    options = info.base.options | {"compute_dtype": "auto"}
+    given = None if base is None or base in SHAPES else expanded(base)
+    if options.get("weights") == "random" and given is not None and read_weight_files(given) is not None:
+        options["weights"] = "pretrained"  # whoever gives weights wants these
+    return options
 
 
 def check_new_tokens(info: AdapterInfo, tokenizer: "PreTrainedTokenizerBase", path: str | Path) -> None:

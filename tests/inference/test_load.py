@@ -90,6 +90,20 @@ def test_another_base_is_refused(train: Callable) -> None:
         load_model(adapter, device="cpu")
 
 
+def test_weights_that_are_given_take_the_place_of_random_ones(tmp_path: Path, train: Callable) -> None:
+    model, adapter = train(BackboneConfig("tiny", weights="random", quantization="none", seed=3))
+    for name, seed in (("same", 3), ("other", 4)):
+        source = load_backbone(BackboneConfig("tiny", weights="random", quantization="none", seed=seed))
+        source.model.save_pretrained(tmp_path / name)
+        source.tokenizer.save_pretrained(tmp_path / name)
+    loaded, _ = load_model(adapter, device="cpu", base=str(tmp_path / "same"))
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(AdapterError, match="was trained on another base model: 'tiny'"):
+        load_model(adapter, device="cpu", base=str(tmp_path / "other"))
+    again, _ = load_model(adapter, device="cpu", base="tiny")
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_the_base_may_have_moved(tmp_path: Path, train: Callable) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     source = load_backbone(BackboneConfig("tiny", weights="random", quantization="none")).model
