@@ -12,7 +12,10 @@ import moka_pl
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], out: Path, **options: object
 ) -> transformers.Trainer:
-    """Trains adapters on texts and saves them in ``out``; options go to ``TrainingArguments``."""
+    """Trains adapters on texts and saves them in ``out``; options go to ``TrainingArguments``.
+
+    Goes on from the last checkpoint in ``out``, if there is one: give each training a folder of its own.
+    """
     moka_pl.attach(model, moka_pl.MokaConfig(components=10))
     defaults = {"learning_rate": 2e-3, "num_train_epochs": 1, "report_to": "none"}
     trainer = transformers.Trainer(

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
@@ -21,6 +22,7 @@ def train(
     # Exactly a LoRA of rank 16, for whatever serves these.
     moka_pl.attach(model, moka_pl.MokaConfig(1, filters="servable", target_modules="all-linear"))
     defaults = {"learning_rate": 2e-3, "num_train_epochs": 1, "report_to": "none"}
+    defaults["bf16"] = torch.cuda.is_available()  # SFTConfig would refuse to train on a CPU
     trainer = SFTTrainer(
         model,
         args=SFTConfig(str(out), **(defaults | options)),

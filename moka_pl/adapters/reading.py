@@ -359,6 +359,8 @@ def _open_weights(path: Path) -> Iterator[Any]:
             yield handle
     except AdapterError:
         raise
+    except PermissionError as error:
+        raise AdapterError(f"cannot read {file}: {error.strerror}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
         reason = one_line(error)
         raise AdapterError(f"{file} is truncated or damaged ({reason}). Copy the adapter again") from error

@@ -28,6 +28,7 @@ class RunSummary(Callback):
     def __init__(self) -> None:
         self.before: dict[str, float] = {}
         self._validation: str | None = None
+        self._trained = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes and logs the frozen base's metrics."""
@@ -42,6 +43,7 @@ class RunSummary(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Notes which data are validated on."""
         self._validation = validation_name(trainer) if stage == "fit" else None
+        self._trained = False
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the base's metrics: a resumed run does not evaluate it again."""
@@ -52,12 +54,23 @@ class RunSummary(Callback):
         if state_dict.get("validation") in (None, self._validation):
             self.before = state_dict["before"]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes that there is something to train, as there is not where a finished run is resumed."""
+        self._trained = True
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the table."""
+        """Prints the table, or that nothing was trained."""
         # On every rank: Lightning broadcasts it. Without a logger it would be the current folder.
         log_dir = trainer.log_dir if trainer.loggers else None
         if trainer.is_global_zero and not is_trial(trainer) and not trainer.interrupted:
             assert isinstance(pl_module, MokaModule)
+            if trainer.ckpt_path is not None and not self._trained:
+                print(
+                    f"nothing was trained: the checkpoint is at step {trainer.global_step}, where "
+                    f"the run ends (--trainer.max_epochs {trainer.max_epochs}, --trainer.max_steps "
+                    f"{trainer.max_steps}); raise them to train on"
+                )
+                return
             print(summary_text(trainer, pl_module, self.before, log_dir))
 
 

@@ -63,10 +63,11 @@ class Chat:
         except MokaError:
             raise
         except Exception as error:  # templates raise whatever they like
-            roles = ", ".join(turn["role"] for turn in turns) or "no message"
+            roles = ", ".join(turn["role"] for turn in turns) or "none"
+            reason = " ".join(str(error).split()).rstrip(".")
             raise DataError(
                 f"{self.location}: the tokenizer's chat template rejects these messages ({roles}): "
-                f"{' '.join(str(error).split())}. Change the messages or their order, or use `prompt: alpaca`"
+                f"{reason}. Change the messages or their order, or use `prompt: alpaca`"
             ) from error
 
     def renders(self, turns: Sequence[Turn] | None = None, *, without: str = "", text: str) -> bool:

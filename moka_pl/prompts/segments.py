@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import DataError
-from moka_pl.prompts.chats import beside_text, conversation, is_blank
+from moka_pl.prompts.chats import Chat, beside_text, conversation, is_blank
 from moka_pl.prompts.ends import template_ends, template_tail
 from moka_pl.prompts.templates import alpaca_prompt
 
@@ -85,7 +85,7 @@ def chat(
     for index in range(len(chat.turns)):
         if not chat.trained[index] or (skip_empty and chat.is_empty_answer(index)):
             continue
-        before = chat.render(chat.turns[:index], prompt=True)
+        before = _before(chat, index)
         after = chat.render(chat.turns[: index + 1])
         if not (full.startswith(after) and after.startswith(before) and len(before) >= end):
             raise DataError(
@@ -102,6 +102,16 @@ def chat(
         segments.append(Segment(full[len(before) : end], trained=True, end=missing))
     segments.append(Segment(full[end:], trained=False))
     return [segment for segment in segments if segment.text or segment.end]
+
+
+def _before(chat: Chat, index: int) -> str:
+    """Returns the text before an answer; before the first message of all, what any answer there follows."""
+    if index:
+        return chat.render(chat.turns[:index], prompt=True)
+    # transformers refuses to render no messages: two answers have all before them in common.
+    one, other = (chat.render([{"role": chat.turns[0]["role"], "content": answer}]) for answer in "ab")
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((place for place, (a, b) in pairs if a != b), len(one))]
 
 
 def _turn_end(text: str, start: int, tail: str | None) -> int:

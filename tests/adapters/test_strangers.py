@@ -1,5 +1,6 @@
 """Adapter directories from strangers: whatever they hold, one line says so, soon and within little memory."""
 
+import errno
 import json
 import os
 import pickle
@@ -405,3 +406,22 @@ def test_an_index_beyond_the_layer_is_refused_before_a_kernel_reads_it(
     save_file(state, path / WEIGHTS_NAME)
     with pytest.raises(AdapterError, match=r"indices points beyond the layer's weight of \(32, 32\)"):
         load_adapter(make_llama(), path)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    name: str, adapter: Path, make_llama, monkeypatch
+) -> None:
+    may = {kind: getattr(Path, kind) for kind in ("open", "read_text")}
+
+    def denied(kind: str) -> Callable[..., Any]:
+        def act(file: Path, *args: Any, **options: Any) -> Any:
+            if file.name == name:
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return may[kind](file, *args, **options)
+
+        return act
+
+    for kind in may:
+        monkeypatch.setattr(Path, kind, denied(kind))
+    assert {f"cannot read {adapter / name}: Permission denied"} == set(refusals(adapter, make_llama))

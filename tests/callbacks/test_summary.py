@@ -103,6 +103,24 @@ def test_base_is_remembered_over_a_resume(make_module, make_data, make_trainer, 
     assert rows(capsys.readouterr().out)["loss"][0] == f"{first.before['val/loss']:.4f}"
 
 
+@pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_epochs": 5, "max_steps": 1}])
+def test_a_run_that_has_ended_says_so_when_it_is_resumed(
+    limit, make_module, make_data, make_trainer, tmp_path, capsys
+):
+    trainer = make_trainer(RunSummary(), num_sanity_val_steps=-1)
+    trainer.fit(make_module(), make_data())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    capsys.readouterr()
+    again = make_trainer(RunSummary(), num_sanity_val_steps=-1, **limit)
+    again.fit(make_module(), make_data(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    printed = capsys.readouterr().out
+    assert (
+        f"nothing was trained: the checkpoint is at step {trainer.global_step}, where the run ends" in printed
+    )
+    assert "Next:" not in printed
+    assert "no validation" not in printed
+
+
 def test_without_validation(make_module, make_data, make_trainer, capsys):
     make_trainer(RunSummary()).fit(make_module(), make_data(validation_path=None, validation_share=0))
     table = rows(capsys.readouterr().out)

@@ -71,7 +71,7 @@ def tiny_folder(tmp_path: Path) -> Path:
 
 
 #: A training of a second.
-SHORT = {"max_steps": 6, "per_device_train_batch_size": 4, "use_cpu": True, "logging_steps": 1}
+SHORT = {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1}
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_trl(quantization: str, tmp_path, tiny_folder) -> None:
     pytest.importorskip("trl")
     base = load_backbone(BackboneConfig(str(tiny_folder), quantization=quantization))
     example = imported("trl_sft")
-    options = SHORT | {"learning_rate": 3e-2, "bf16": False, "max_length": 64}
+    options = SHORT | {"learning_rate": 3e-2, "max_length": 64}
     trainer = example.train(base.model, base.tokenizer, example.SUMS[:8], tmp_path / "out", **options)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]

@@ -55,6 +55,21 @@ def test_chat_trains_every_assistant_turn(tiny_tokenizer):
     assert trained(segments) == ["Two.<|im_end|>", "  Four, five. <|im_end|>"]
 
 
+@pytest.mark.parametrize("default", [False, True])
+def test_a_chat_may_begin_with_an_answer(tiny_tokenizer, default):
+    if default:  # as SmolLM2's template, which writes a system prompt of its own
+        tiny_tokenizer.chat_template = (
+            "{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+            + tiny_tokenizer.chat_template
+        )
+    turns = [{"role": "assistant", "content": "All welcome!"}, *TURNS[1:3]]
+    segments = chat(row(messages=turns), tiny_tokenizer)
+    assert joined(segments) == tiny_tokenizer.apply_chat_template(turns, tokenize=False)
+    assert trained(segments) == ["All welcome!<|im_end|>", "Two.<|im_end|>"]
+    untrained = [{**turns[0], "weight": 0}, *turns[1:]]
+    assert trained(chat(row(messages=untrained), tiny_tokenizer)) == ["Two.<|im_end|>"]
+
+
 def test_chat_tokens(tiny_tokenizer):
     encoder = SegmentEncoder(tiny_tokenizer, lambda row: chat(row, tiny_tokenizer), 512, bos=False)
     columns = encoder(row(messages=TURNS))
