@@ -18,6 +18,7 @@ from moka_pl.planning.shape import empty_model, stored_bytes, tokenizer_at_hand
 from moka_pl.planning.work import Run
 from moka_pl.training.base import with_rows_of
 from moka_pl.training.module import MokaModule
+from moka_pl.training.preflight import strategy_parts
 from moka_pl.training.trial_optimizer import state_bytes
 
 if TYPE_CHECKING:
@@ -197,10 +198,9 @@ def _on_gpu(accelerator: Any) -> bool:
 
 def _sharding(strategy: Any) -> tuple[bool, bool]:
     """Whether a strategy (a name, or a class with options) spreads the base, and offloads its parts."""
-    if isinstance(strategy, dict):
-        spreads = str(strategy.get("class_path", "")).endswith("ShardedStrategy")
-        return spreads, spreads and bool((strategy.get("init_args") or {}).get("offload"))
-    return str(strategy).startswith("sharded"), strategy == "sharded_offload"
+    name, options = strategy_parts(strategy)
+    spreads = name == "ShardedStrategy" or name.startswith("sharded")
+    return spreads, name == "sharded_offload" or (spreads and bool(options.get("offload")))
 
 
 def _dtype(module: MokaModule, on_gpu: bool) -> torch.dtype:

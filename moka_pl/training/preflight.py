@@ -43,12 +43,14 @@ _LEAST = {
 _NOTHING = {"max_epochs": 0, "max_steps": 0, "val_check_interval": 0, "limit_train_batches": 0}
 
 _MOST_DEVICES = 128
+#: How the strategies begin that spread a model otherwise than ours, by name or class.
+_UNSUPPORTED = ("fsdp", "deepspeed", "modelparallel")
 #: Optimizer steps of a whole run below which it is told that they are few.
 _FEW_STEPS = 10
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuses numbers among a trainer's options that Lightning accepts and cannot use.
+    """Refuses what Lightning accepts among a trainer's options, and cannot use, or not with this package.
 
     Raises:
         ConfigError: Naming the option and its value.
@@ -67,6 +69,28 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ConfigError("trainer.devices is 0; give at least one, or leave it out")
     if devices.isdigit() and int(devices) > _MOST_DEVICES:
         raise ConfigError(f"trainer.devices is {devices}; no machine has so many, and each is a process")
+    name = strategy_parts(options.get("strategy"))[0]
+    if name.replace("_", "").lower().startswith(_UNSUPPORTED):
+        raise ConfigError(
+            f"trainer.strategy {name} is not supported; choose ddp, or sharded or sharded_offload for a base "
+            "larger than a GPU"
+        )
+
+
+def strategy_parts(strategy: Any) -> tuple[str, dict[str, Any]]:
+    """Returns the name of a trainer's strategy, or of its class without modules, and its options.
+
+    Args:
+        strategy: A name or class path, or a class with options: a mapping, or the parser's namespace.
+    """
+    parts = _mapping(strategy)
+    return str(parts.get("class_path", strategy)).rpartition(".")[2], dict(_mapping(parts.get("init_args")))
+
+
+def _mapping(parsed: Any) -> Mapping[str, Any]:
+    if isinstance(parsed, Mapping):
+        return parsed
+    return vars(parsed) if hasattr(parsed, "__dict__") else {}
 
 
 def check_evaluation(trainer: Trainer, command: str) -> None:

@@ -77,6 +77,11 @@ def test_a_strategy_that_spreads_the_base_is_planned(capsys: pytest.CaptureFixtu
     whole = plan(capsys, *options, "--trainer.devices=2", "--trainer.strategy=ddp")["memory"]
     spread = plan(capsys, *options, "--trainer.devices=2", "--trainer.strategy=sharded")["memory"]
     assert spread["weights"] < 0.6 * whole["weights"]
+    by_class = "--trainer.strategy=moka_pl.training.sharding.strategy.ShardedStrategy"
+    assert plan(capsys, *options, "--trainer.devices=2", by_class)["memory"] == spread
+    options_too = by_class, "--trainer.strategy.offload=true"
+    offloaded = plan(capsys, *options, "--trainer.devices=2", *options_too)["memory"]
+    assert offloaded["weights"] < 0.5 * spread["weights"]
     assert spread["activations"] == whole["activations"]
     graphs = "--model.cuda_graphs=true"
     main(["plan", *options, "--trainer.devices=1", "--trainer.strategy=sharded_offload", graphs])

@@ -3,6 +3,7 @@ import warnings
 import peft
 import pytest
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 
 from moka_pl.adapters import FullFineTuning, MokaConfig
@@ -32,6 +33,10 @@ from moka_pl.training.preflight import Kept, check_accelerator, check_launcher, 
         ({"devices": 0}, "trainer.devices is 0; give at least one"),
         ({"devices": "0"}, "trainer.devices is 0; give at least one"),
         ({"barebones": True}, "trainer.barebones is true: it forbids logs"),
+        ({"strategy": "fsdp"}, "trainer.strategy fsdp is not supported; choose ddp, or sharded"),
+        ({"strategy": "deepspeed_stage_2"}, "strategy deepspeed_stage_2 is not"),
+        ({"strategy": "lightning.pytorch.strategies.FSDPStrategy"}, "strategy FSDPStrategy is not"),
+        ({"strategy": Namespace(class_path="pl.ModelParallelStrategy")}, "ModelParallelStrategy is not"),
     ],
     ids=str,
 )
@@ -52,6 +57,13 @@ def test_an_accelerator_that_is_not_here(name, monkeypatch):
 
 def test_common_options():
     check_options({"max_steps": -1, "max_epochs": -1, "devices": "auto", "val_check_interval": "00:15:00"})
+    for strategy in (
+        "auto",
+        "ddp",
+        "sharded_offload",
+        {"class_path": "moka_pl.training.sharding.ShardedStrategy"},
+    ):
+        check_options({"strategy": strategy})
     check_options({"max_epochs": None, "val_check_interval": 0.5, "gradient_clip_val": None, "devices": 8})
 
 
