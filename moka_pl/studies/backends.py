@@ -20,6 +20,7 @@ from moka_pl.ops.dispatch import Backend
 from moka_pl.ops.merged_forward import DenseUpdates
 from moka_pl.ops.triton.reference import round_by_thresholds
 from moka_pl.studies.common import Parser, write_json
+from moka_pl.studies.outputs import has_keys, json_output
 
 DESCRIPTION = """\
 Trains the same model with several backends and shows whether their loss curves differ by more than noise.
@@ -193,6 +194,8 @@ def _parser() -> Parser:
     parser.add_argument("--max-length", type=int, default=256, help="tokens")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay the steps as CUDA graphs")
     parser.add_argument(
-        "--json", type=Path, help="file for curves, versions and device; runs that it holds are not repeated"
+        "--json",
+        type=json_output(has_keys("device", "torch", "options", "runs")),
+        help="file for curves, versions and device; runs that it holds are not repeated",
     )
     return parser

@@ -1,5 +1,6 @@
 """Adapts a small vision transformer to new digits by several methods; ``scripts/digits.py`` runs it."""
 
+import argparse
 import math
 import shlex
 import sys
@@ -24,6 +25,7 @@ from moka_pl.studies.common import (
     write_atomically,
     write_json,
 )
+from moka_pl.studies.outputs import REPLACED, has_keys, json_output, text_output
 
 DESCRIPTION = """\
 Trains a small vision transformer on the digits 0 to 4, and adapts it to the digits 5 to 9.
@@ -40,6 +42,9 @@ OLD, NEW = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
 #: Shares of the images of each new digit that are held out: one in five is left to train on.
 _VALIDATION, _TEST = 0.2, 0.6
 _BATCH, _BASE_RATE = 32, 1e-3
+_HEAD = "| method | trained | rate | test accuracy (%) | test loss | accuracy − LoRA's | loss − LoRA's |"
+#: Suffix of the table's file.
+_TABLE = ".md"
 #: Factor between neighbouring learning rates, and most that are added beyond the edges.
 _FACTOR, _WIDEN = 3.0, 4
 
@@ -248,7 +253,7 @@ def table(found: dict[str, Any]) -> str:
         for name, picked in found["picked"].items()
     }
     lines = [
-        "| method | trained | rate | test accuracy (%) | test loss | accuracy − LoRA's | loss − LoRA's |",
+        _HEAD,
         "|---|---|---|---|---|---|---|",
     ]
     for name, own in rows.items():
@@ -280,14 +285,26 @@ def mean_error(values: Sequence[float], shown: str) -> str:
     return f"{mean} ± {format(stdev(values) / math.sqrt(len(values)), shown.lstrip('+'))}"
 
 
-def main() -> None:
-    """Runs the command line."""
+def _outputs(text: str) -> Path:
+    """The type of the option for the file of all runs, beside which there is one for the table."""
+    if Path(text).suffix == _TABLE:
+        raise argparse.ArgumentTypeError(f"{text} would be the table's name; end it with .json")
+    text_output(_HEAD)(str(Path(text).with_suffix(_TABLE)))
+    return json_output(has_keys("command", "versions", "picked", "runs"))(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        arguments: Default: the process's.
+    """
     parser = Parser("digits", DESCRIPTION)
     parser.add_argument("--seeds", type=int, default=5, help="seeds, each with a base of its own (5)")
     parser.add_argument("--epochs", type=int, default=30, help="passes over the new digits' images (30)")
     parser.add_argument("--base-epochs", type=int, default=30, help="passes over the old ones' (30)")
-    parser.add_argument("--json", type=Path, help="a file for all runs, and one beside it for the table")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=_outputs, help=f"a file for all runs, and .md beside it; {REPLACED}")
+    args = parser.parse_args(arguments)
     if min(args.seeds, args.epochs, args.base_epochs) < 1:
         parser.error("seeds and epochs must be at least 1")
     started = time.monotonic()
@@ -307,4 +324,4 @@ def main() -> None:
             "base_epochs": args.base_epochs,
         }
         write_json(args.json, about | found)
-        write_atomically(args.json.with_suffix(".md"), text + "\n")
+        write_atomically(args.json.with_suffix(_TABLE), text + "\n")

@@ -4,11 +4,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from moka_pl.errors import MokaError
 from moka_pl.studies.common import Parser, write_json
+from moka_pl.studies.outputs import REPLACED, json_output
 
 DESCRIPTION = """\
 Chooses each layer's filters from the gradient of a few batches of a run's own training data.
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = Parser("choose_filters", DESCRIPTION)
     parser.add_argument("--config", required=True, help="configuration of the run (YAML)")
-    parser.add_argument("--out", type=Path, default=Path("filters.json"), help="file to write")
+    parser.add_argument(
+        "--out", type=json_output(_are_filters), default="filters.json", help=f"file to write; {REPLACED}"
+    )
     parser.add_argument("--batches", type=int, default=4, help="number of training batches for the gradient")
     parser.add_argument(
         "--parameters", type=int, help="budget for the entries of all factors (default: that of diverse)"
@@ -75,3 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{args.out}: {len(filters)} layers; most used:")
     for shape, count in used.most_common(12):
         print(f"  {list(shape)} {count} times")
+
+
+def _are_filters(content: Any) -> bool:
+    """Whether a JSON value is a list of shapes for every layer, as :func:`main` writes it."""
+    if not isinstance(content, dict) or not content:
+        return False
+    return all(isinstance(own, list) and own and all(map(_is_shape, own)) for own in content.values())
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(size, int) for size in value)

@@ -6,6 +6,7 @@ from typing import Any
 
 from moka_pl.inspection.history import read_gate_curves
 from moka_pl.studies.common import Parser
+from moka_pl.studies.outputs import REPLACED_PICTURE, picture_output, save_figure
 
 DESCRIPTION = """\
 Draws the gate curves of a run from its TensorBoard events.
@@ -28,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = Parser("plot_gates", DESCRIPTION)
     parser.add_argument("run", type=Path, help="log folder of a run")
-    parser.add_argument("--out", type=Path, default=Path("gates.png"), help="picture to write")
+    parser.add_argument(
+        "--out", type=picture_output, default="gates.png", help=f"picture to write; {REPLACED_PICTURE}"
+    )
     parser.add_argument("--layers", nargs="*", default=[], help="layers to show, such as layer03.q_proj")
     args = parser.parse_args(arguments)
     gates = read_gates(args.run) if args.run.is_dir() else {}
@@ -74,4 +77,4 @@ def draw(gates: dict[str, Curves], file: Path) -> None:
         axis.set_xlabel("optimizer step", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=10, fontsize=7)
-    figure.savefig(file)
+    save_figure(figure, file)

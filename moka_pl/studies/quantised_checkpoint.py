@@ -26,6 +26,9 @@ The texts calibrate the rounding. Each is the instruction and the answer of a ro
 template where it has one; for AWQ, whose search takes longer, they are joined and cut to windows.
 """
 
+#: What GPTQModel writes beside the weights.
+_WRITTEN = "quantize_config.json"
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Quantises a model and saves it.
@@ -37,7 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=["gptq", "awq"])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="as backbone.name, unquantised")
     parser.add_argument("--texts", type=Path, required=True, help="JSON file of rows in the Alpaca format")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the checkpoint: a new or empty one, or that of an older checkpoint",
+    )
     parser.add_argument("--samples", type=int, default=128, help="rows to take from it (default: 128)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row (default: 512)")
     parser.add_argument("--group-size", type=int, default=64, help="entries that share a scale (default: 64)")
@@ -127,8 +135,10 @@ def write(args: argparse.Namespace, rows: Sequence[Mapping[str, str]]) -> None:
     """Quantises the model and saves it.
 
     Raises:
-        ConfigError: If GPTQModel is missing, or the folder cannot be written to.
+        ConfigError: If GPTQModel is missing, the folder cannot be written to, or it holds other files.
     """
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / _WRITTEN).is_file():
+        raise ConfigError(f"--out {args.out} holds files, and no older checkpoint; choose another folder")
     if find_spec("gptqmodel") is None:
         raise ConfigError(
             "GPTQModel is not installed; pip install gptqmodel, best in an environment of its own"

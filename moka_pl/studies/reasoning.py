@@ -3,6 +3,7 @@
 The rule is here, too, so that where the tasks are trained and scored that package is not needed.
 """
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
@@ -11,6 +12,7 @@ from typing import Any
 
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.studies.common import Parser, write_atomically
+from moka_pl.studies.outputs import json_lines_output
 from moka_pl.utils import make_folder
 
 DESCRIPTION = """\
@@ -106,10 +108,19 @@ def write_task(folder: Path, task: str, sizes: tuple[int, int], seed: int) -> li
         ConfigError: If the package is missing, or the task has fewer questions.
     """
     rows = rows_of(task, TASKS[task], sum(sizes), seed)
-    files = [folder / task / f"{split}.jsonl" for split in ("train", "test")]
+    files = _files_of(folder, task)
     for file, part in zip(files, (rows[sizes[1] :], rows[: sizes[1]]), strict=True):
         write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
     return files
+
+
+def _files_of(folder: Path, task: str) -> list[Path]:
+    return [folder / task / f"{split}.jsonl" for split in ("train", "test")]
+
+
+def _is_row(content: Any) -> bool:
+    """Whether a JSON value is a row that :func:`write_task` writes."""
+    return isinstance(content, dict) and content.keys() == {"instruction", "output"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,8 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--train and --test must be at least 1")
     try:
         make_folder(args.out, "--out")
+        for file in (file for task in args.tasks for file in _files_of(args.out, task)):
+            json_lines_output(_is_row)(str(file))
         for task in args.tasks:
             files = write_task(args.out, task, (args.train, args.test), args.seed)
             print("written: " + " ".join(str(file) for file in files))
     except MokaError as error:
         parser.error(str(error))
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--out: {error}")

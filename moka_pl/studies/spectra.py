@@ -12,6 +12,14 @@ from torch import Tensor, nn
 from moka_pl.errors import AdapterError, MokaError
 from moka_pl.ops.spectrum import Spectrum, spectrum_of
 from moka_pl.studies.common import Parser, write_json
+from moka_pl.studies.outputs import (
+    REPLACED,
+    REPLACED_PICTURE,
+    has_keys,
+    json_output,
+    picture_output,
+    save_figure,
+)
 
 DESCRIPTION = """\
 Prints effective ranks of trained updates, and draws their singular spectra.
@@ -111,8 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--base", help="name or path of the base model (default: the one stored with the adapter)"
     )
-    parser.add_argument("--json", type=Path, help="JSON file for all numbers")
-    parser.add_argument("--figure", type=Path, help="PNG file for the mean spectra")
+    parser.add_argument(
+        "--json", type=json_output(_are_spectra), help=f"JSON file for all numbers; {REPLACED}"
+    )
+    parser.add_argument(
+        "--figure", type=picture_output, help=f"picture of the mean spectra; {REPLACED_PICTURE}"
+    )
     args = parser.parse_args(arguments)
     spectra: dict[str, dict[str, Spectrum]] = {}
     for path in args.adapters:
@@ -135,6 +147,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     if args.figure:
         draw(spectra, args.figure)
+
+
+def _are_spectra(content: Any) -> bool:
+    """Whether a JSON value is what :func:`main` writes: the spectra of adapters' layers."""
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(
+            isinstance(layers, dict) and layers and all(map(has_keys(*Spectrum._fields), layers.values()))
+            for layers in content.values()
+        )
+    )
 
 
 def markdown(layers: Mapping[str, Spectrum]) -> str:
@@ -167,4 +191,4 @@ def draw(spectra: Mapping[str, Mapping[str, Spectrum]], file: Path) -> None:
     axis.set_xlabel("i")
     axis.set_ylabel("σ_i / σ_1, mean over layers")
     axis.legend(fontsize=7)
-    figure.savefig(file)
+    save_figure(figure, file)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moka_pl.errors import MokaError
 from moka_pl.studies.agreement.agreement import TOLERANCE, Agreement, agreement_table, compare
 from moka_pl.studies.common import Parser, versions, write_json
+from moka_pl.studies.outputs import REPLACED, has_keys, json_output
 
 if TYPE_CHECKING:
     from moka_pl.data import MokaDataModule
@@ -131,5 +132,6 @@ def _parser() -> Parser:
         "--max-length", type=int, default=4096, help="maximum number of tokens of a question with an option"
     )
     parser.add_argument("--no-test", action="store_true", help="skip the comparison with Lightning's test")
-    parser.add_argument("--json", type=Path, help="JSON file for the results")
+    known = has_keys("versions", "options", "tasks")
+    parser.add_argument("--json", type=json_output(known), help=f"JSON file for the results; {REPLACED}")
     return parser

@@ -4,13 +4,14 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark import cases, context, fit, growth, steps, unsloth
 from moka_pl.studies.benchmark.cases import PRESETS, Preset, find_preset
+from moka_pl.studies.benchmark.tables import figures_output
 from moka_pl.studies.benchmark.unsloth import Home
 from moka_pl.studies.common import Parser
+from moka_pl.studies.outputs import REPLACED, REPLACED_PICTURE, has_keys, json_output
 
 GROWTH = ("components", "tokens", "sizes")
 MEASURES = ("steps", *GROWTH, "fit", "decode")
@@ -242,8 +243,18 @@ def make_parser() -> Parser:
         "--profile", action="store_true", help="count what a step launches on the GPU, in one more step"
     )
     _add_search(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values, versions and the device")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw growth as PNG files")
+    parser.add_argument(
+        "--json",
+        type=json_output(has_keys("format", "preset", "command", "records")),
+        metavar="FILE",
+        help=f"write all values, versions and the device; {REPLACED}",
+    )
+    parser.add_argument(
+        "--figures",
+        type=figures_output,
+        metavar="DIR",
+        help=f"draw growth as PNG files; {REPLACED_PICTURE}",
+    )
     return parser
 
 

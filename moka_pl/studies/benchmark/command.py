@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from moka_pl.errors import ConfigError, MokaError, end_interrupted
+from moka_pl.errors import MokaError, end_interrupted
 from moka_pl.studies.benchmark import cases, context, fit, growth, steps, unsloth
 from moka_pl.studies.benchmark.arguments import Plan, make_parser, make_plan, step_rows
 from moka_pl.studies.benchmark.bench import Bench, Record, Results, linear_weights
@@ -26,8 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         plan = make_plan(args)
-        if args.json and not args.json.parent.is_dir():
-            raise ConfigError(f"--json {args.json}: no such folder; create {args.json.parent} first")
         results = run(plan, args.json)
         print(markdown(results))
         if args.figures:

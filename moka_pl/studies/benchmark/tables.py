@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from moka_pl.studies.benchmark.bench import Record, Results
 from moka_pl.studies.benchmark.cases import peer
 from moka_pl.studies.benchmark.context import is_close
+from moka_pl.studies.outputs import picture_output, save_figure
 
 
 class Column(NamedTuple):
@@ -256,6 +257,13 @@ _LOOKS = {
 _PANELS = {"step_ms": "forward and backward, ms", "peak_gib": "peak memory, GiB"}
 
 
+def figures_output(text: str) -> Path:
+    """The type of an option for the folder of :func:`write_figures`, in which all of them can be written."""
+    for look in _LOOKS.values():
+        picture_output(str(Path(text) / look.file))
+    return Path(text)
+
+
 def write_figures(results: Results, folder: Path) -> list[Path]:
     """Draws time and memory over components, tokens and shapes, as far as they were measured.
 
@@ -322,4 +330,4 @@ def _draw(results: Results, measure: str, records: Sequence[Record], file: Path)
     size = f"{preset['batch']} × {preset['length']} tokens"
     about = {"components": f"{preset['shape']}, {size}", "tokens": preset["shape"], "sizes": size}
     figure.suptitle(f"{about[measure]}, NF4, {results.dtype}, {results.device}", fontsize=11)
-    figure.savefig(file)
+    save_figure(figure, file)

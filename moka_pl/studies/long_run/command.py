@@ -15,6 +15,7 @@ from typing import Any
 from moka_pl.errors import MokaError
 from moka_pl.studies.common import Parser
 from moka_pl.studies.long_run.watch import SAVED
+from moka_pl.studies.outputs import REPLACED, json_lines_output
 from moka_pl.studies.ranks.runs import LENGTH, run_to_end, write_texts
 
 DESCRIPTION = """\
@@ -62,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, help="steps after which logging is switched, a multiple of 10")
     parser.add_argument("--seconds", type=float, default=60.0, help="time between two lines")
     parser.add_argument("--accelerator", default="gpu", help="cpu tries the command out")
-    parser.add_argument("--lines", type=Path, help="a file for the lines, as JSON")
+    parser.add_argument(
+        "--lines", type=json_lines_output(_is_line), help=f"a file for the lines, as JSON; {REPLACED}"
+    )
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "lines.jsonl" if args.lines is None else args.lines
@@ -87,6 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with lines.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(told) + "\n")
             print(json.dumps(told), flush=True)
+
+
+def _is_line(content: Any) -> bool:
+    """Whether a JSON value is a line of the file of lines: of :class:`Watch`, or the last one."""
+    marks = "slowest_ms", "profiled_steps", "not_profiled", "pairs", "nvidia_smi_percent"
+    return isinstance(content, dict) and any(mark in content for mark in marks)
 
 
 def fit_command(

@@ -12,6 +12,7 @@ from typing import Any
 
 from moka_pl.errors import ConfigError
 from moka_pl.studies.common import Parser, versions, write_json
+from moka_pl.studies.outputs import REPLACED, has_keys, json_output
 from moka_pl.studies.ranks.cases import BLOCK, GROUPS, Case
 from moka_pl.studies.ranks.runs import LENGTH, run_to_end, write_texts
 from moka_pl.studies.ranks.tables import cells, heads
@@ -67,7 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a training is ended")
     parser.add_argument("--accelerator", default="gpu", help="cpu to try the command out")
-    parser.add_argument("--json", type=Path, help="a file for the rows so far, rewritten after each of them")
+    parser.add_argument(
+        "--json",
+        type=json_output(has_keys("versions", "rows")),
+        help=f"a file for the rows so far, rewritten after each of them; {REPLACED}",
+    )
     parser.add_argument("--profile", action="store_true", help="keep profiles in a folder beside --json")
     args = parser.parse_args(arguments)
     if args.profile and args.json is None:

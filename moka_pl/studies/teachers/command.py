@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from moka_pl.studies.common import Parser, write_json
+from moka_pl.studies.outputs import REPLACED, REPLACED_PICTURE, has_keys, json_output, picture_output
 from moka_pl.studies.teachers.model import HARDER, TEACHERS
 from moka_pl.studies.teachers.study import (
     KINDS,
@@ -161,9 +162,12 @@ def _parser() -> Parser:
         default=TeacherStudy.trained,
         help="number of seeds for training chosen and diverse students",
     )
-    parser.add_argument("--json", type=Path, help="JSON file for all numbers")
-    parser.add_argument("--figure", type=Path, help="PNG file for the gates")
-    parser.add_argument("--choices-figure", type=Path, help="PNG file for the errors of chosen shapes")
+    known = has_keys("options", "versions", "seconds", "gates", "choice")
+    parser.add_argument("--json", type=json_output(known), help=f"JSON file for all numbers; {REPLACED}")
+    parser.add_argument("--figure", type=picture_output, help=f"picture of the gates; {REPLACED_PICTURE}")
+    parser.add_argument(
+        "--choices-figure", type=picture_output, help="picture of the errors of chosen shapes, likewise"
+    )
     parser.add_argument(
         "--shown", type=float, help="learning rate of the figure (default: the middle one of --rates)"
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moka_pl.adapters.filter_search.search import choose_shapes
 from moka_pl.adapters.filters import filter_shapes
+from moka_pl.studies.outputs import save_figure
 from moka_pl.studies.teachers.model import (
     HARDER,
     OFFERED,
@@ -215,8 +216,7 @@ def draw_gates(curves: Curves, rate: float, file: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
     figure.set_layout_engine("constrained")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    save_figure(figure, file)
 
 
 def draw_choices(choices: Sequence[ResultRow], file: Path) -> None:
@@ -240,5 +240,4 @@ def draw_choices(choices: Sequence[ResultRow], file: Path) -> None:
         axis.set_title(f"{choice['teacher']}, {choice['inputs']} inputs", fontsize=8)
         axis.tick_params(axis="y", labelsize=7)
         axis.set_ylabel("relative error", fontsize=7)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    save_figure(figure, file)

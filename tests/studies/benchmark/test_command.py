@@ -95,7 +95,7 @@ def test_results_are_written_row_by_row(preset, tmp_path, monkeypatch, capsys) -
         ),
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--figures", "f"], "--figures draws growth; add --measure growth"),
-        (["--json", "/no/folder/x.json"], "no such folder; create /no/folder first"),
+        (["--json", "/proc/version/x.json"], "cannot write there (/proc/version is a file)"),
         (["--measure", "speed"], "choose from"),
     ],
 )
