@@ -19,7 +19,7 @@ from moka_pl.backbone import BackboneConfig
 from moka_pl.ops.dispatch import Backend
 from moka_pl.ops.merged_forward import DenseUpdates
 from moka_pl.ops.triton.reference import round_by_thresholds
-from moka_pl.studies.common import Parser, write_json
+from moka_pl.studies.common import Parser, positive_int, positive_number, write_json
 from moka_pl.studies.outputs import has_keys, json_output
 
 DESCRIPTION = """\
@@ -188,10 +188,10 @@ def _parser() -> Parser:
     parser.add_argument("--dtype", default="bfloat16", help="compute dtype")
     parser.add_argument("--backends", nargs="+", default=["structured", "fused"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps")
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens")
+    parser.add_argument("--steps", type=positive_int, default=200, help="optimizer steps")
+    parser.add_argument("--lr", type=positive_number, default=2e-4, help="peak learning rate")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="examples")
+    parser.add_argument("--max-length", type=positive_int, default=256, help="tokens")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay the steps as CUDA graphs")
     parser.add_argument(
         "--json",

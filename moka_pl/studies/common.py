@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -69,6 +70,22 @@ class Parser(argparse.ArgumentParser):
         """Ends the process with status 2."""
         print(f"{self.name}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def positive_int(text: str) -> int:
+    """The type of an option for a whole number from 1 on."""
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"give a whole number of at least 1, not {text}")
+
+
+def positive_number(text: str) -> float:
+    """The type of an option for a number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"give a number above 0, not {text}")
 
 
 def device_name(device: str) -> str:

@@ -20,6 +20,7 @@ from moka_pl.errors import MokaError
 from moka_pl.studies.common import (
     Parser,
     device_name,
+    positive_int,
     silenced_lightning,
     versions,
     write_atomically,
@@ -300,13 +301,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Default: the process's.
     """
     parser = Parser("digits", DESCRIPTION)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds, each with a base of its own (5)")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the new digits' images (30)")
-    parser.add_argument("--base-epochs", type=int, default=30, help="passes over the old ones' (30)")
+    parser.add_argument(
+        "--seeds", type=positive_int, default=5, help="seeds, each with a base of its own (5)"
+    )
+    parser.add_argument(
+        "--epochs", type=positive_int, default=30, help="passes over the new digits' images (30)"
+    )
+    parser.add_argument("--base-epochs", type=positive_int, default=30, help="passes over the old ones' (30)")
     parser.add_argument("--json", type=_outputs, help=f"a file for all runs, and .md beside it; {REPLACED}")
     args = parser.parse_args(arguments)
-    if min(args.seeds, args.epochs, args.base_epochs) < 1:
-        parser.error("seeds and epochs must be at least 1")
     started = time.monotonic()
     try:
         found = compare(args.seeds, args.epochs, args.base_epochs)

@@ -27,7 +27,7 @@ from moka_pl.export.gguf import GgufType, read_back, write_model
 from moka_pl.export.llama_cpp import LlamaCpp
 from moka_pl.export.merged import Part, merged_parts, write_description, write_weights
 from moka_pl.export.rounding import round_weights, to_dtype
-from moka_pl.studies.common import Parser
+from moka_pl.studies.common import Parser, positive_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +49,8 @@ The second form writes a base of a given shape and an adapter into FOLDER, expor
 #: Numbers of the adapters' factors, normal with this deviation: an update of some percent of the weight.
 _FACTORS = 0.02
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Size of a head of the small models.
+_HEAD = 64
 _PROMPTS, _TOKENS, _VOCABULARY = 8, 96, 2000
 #: Seconds between two looks at a process.
 _EVERY = 2.0
@@ -61,13 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Default: the process's.
     """
     parser = Parser("exports", DESCRIPTION)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 32], help="layers of small models")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512], help="their hidden sizes")
+    parser.add_argument(
+        "--layers", type=positive_int, nargs="+", default=[2, 32], help="layers of small models"
+    )
+    parser.add_argument(
+        "--hidden", type=positive_int, nargs="+", default=[256, 512], help="their hidden sizes"
+    )
     parser.add_argument("--llama-cpp", action="store_true", help="compare GGUF files of the small models")
     parser.add_argument("--large", type=Path, metavar="FOLDER", help="export a large model, in this folder")
     parser.add_argument("--shape", default="llama2-7b", choices=SHAPES, help="its shape")
     parser.add_argument("--dtype", default="float16", help="the export's dtype")
     args = parser.parse_args(arguments)
+    if any(hidden % _HEAD for hidden in args.hidden):
+        parser.error(f"--hidden takes multiples of {_HEAD}, the size of a head")
     torch.set_num_threads(1)
     if args.large:
         write_large(args.large, args.shape)
@@ -93,7 +101,7 @@ def small_model(layers: int, hidden: int) -> tuple["PreTrainedModel", list[Tenso
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    heads = hidden // 64
+    heads = hidden // _HEAD
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=hidden * 43 // 16,

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from moka_pl.errors import MokaError
-from moka_pl.studies.common import Parser, write_json
+from moka_pl.studies.common import Parser, positive_int, write_json
 from moka_pl.studies.outputs import REPLACED, json_output
 
 DESCRIPTION = """\
@@ -32,9 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=json_output(_are_filters), default="filters.json", help=f"file to write; {REPLACED}"
     )
-    parser.add_argument("--batches", type=int, default=4, help="number of training batches for the gradient")
     parser.add_argument(
-        "--parameters", type=int, help="budget for the entries of all factors (default: that of diverse)"
+        "--batches", type=positive_int, default=4, help="number of training batches for the gradient"
+    )
+    parser.add_argument(
+        "--parameters",
+        type=positive_int,
+        help="budget for the entries of all factors (default: that of diverse)",
     )
     parser.add_argument(
         "--identities",

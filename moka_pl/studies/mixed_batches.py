@@ -14,7 +14,7 @@ from torch import Tensor
 from moka_pl.adapters import MokaAdapters, MokaConfig
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.backbone.random_weights import SHAPES
-from moka_pl.studies.common import Parser
+from moka_pl.studies.common import Parser, positive_int
 
 DESCRIPTION = """\
 Measures what many adapters on one 4-bit base cost.
@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--base", default="smollm2-135m-instruct", help="the base, or a shape with random weights"
     )
-    parser.add_argument("--rows", type=int, default=32, help="rows of a batch")
-    parser.add_argument("--adapters", type=int, default=8, help="adapters of a batch")
-    parser.add_argument("--kept", type=int, default=100, help="adapters on the base")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64], help="tokens of a row")
-    parser.add_argument("--repeats", type=int, default=5, help="turns")
+    parser.add_argument("--rows", type=positive_int, default=32, help="rows of a batch")
+    parser.add_argument("--adapters", type=positive_int, default=8, help="adapters of a batch")
+    parser.add_argument("--kept", type=positive_int, default=100, help="adapters on the base")
+    parser.add_argument("--tokens", type=positive_int, nargs="+", default=[1, 8, 64], help="tokens of a row")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="turns")
     parser.add_argument("--kinds", nargs="+", default=list(SHORT), choices=SHORT, help="kinds of adapters")
     parser.add_argument("--no-agreement", action="store_true", help="generate nothing")
     parser.add_argument(

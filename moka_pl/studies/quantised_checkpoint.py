@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.studies.common import Parser
+from moka_pl.studies.common import Parser, positive_int
 from moka_pl.utils import make_folder
 
 if TYPE_CHECKING:
@@ -46,9 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         required=True,
         help="folder of the checkpoint: a new or empty one, or that of an older checkpoint",
     )
-    parser.add_argument("--samples", type=int, default=128, help="rows to take from it (default: 128)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row (default: 512)")
-    parser.add_argument("--group-size", type=int, default=64, help="entries that share a scale (default: 64)")
+    parser.add_argument(
+        "--samples", type=positive_int, default=128, help="rows to take from it (default: 128)"
+    )
+    parser.add_argument("--max-length", type=positive_int, default=512, help="tokens of a row (default: 512)")
+    parser.add_argument(
+        "--group-size", type=positive_int, default=64, help="entries that share a scale (default: 64)"
+    )
     parser.add_argument("--desc-act", action="store_true", help="GPTQ in the order of activations")
     args = parser.parse_args(arguments)
     try:

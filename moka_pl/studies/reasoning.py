@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moka_pl.errors import ConfigError, MokaError
-from moka_pl.studies.common import Parser, write_atomically
+from moka_pl.studies.common import Parser, positive_int, write_atomically
 from moka_pl.studies.outputs import json_lines_output
 from moka_pl.utils import make_folder
 
@@ -135,13 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--tasks", nargs="+", choices=sorted(TASKS), default=list(TASKS), metavar="TASK", help=" ".join(TASKS)
     )
     parser.add_argument(
-        "--train", type=int, default=8000, help="training questions of a task (default: 8000)"
+        "--train", type=positive_int, default=8000, help="training questions of a task (default: 8000)"
     )
-    parser.add_argument("--test", type=int, default=500, help="test questions of a task (default: 500)")
+    parser.add_argument(
+        "--test", type=positive_int, default=500, help="test questions of a task (default: 500)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the generators (default: 0)")
     args = parser.parse_args(arguments)
-    if min(args.train, args.test) < 1:
-        parser.error("--train and --test must be at least 1")
     try:
         make_folder(args.out, "--out")
         for file in (file for task in args.tasks for file in _files_of(args.out, task)):

@@ -19,7 +19,7 @@ from moka_pl.data import CommonsenseData, MmluData, MokaDataModule
 from moka_pl.evaluation.metrics import is_right
 from moka_pl.evaluation.shared_prompt import score_shared
 from moka_pl.lm.scoring import row_sums, score_tokens
-from moka_pl.studies.common import Parser
+from moka_pl.studies.common import Parser, positive_int
 
 DESCRIPTION = """\
 Measures how much faster options are scored when their common prompt is computed once.
@@ -169,12 +169,12 @@ def _parser() -> Parser:
     parser = Parser("prefix_sharing_speed", DESCRIPTION)
     parser.add_argument("commonsense", type=Path, help="folder with TASK/test.json")
     parser.add_argument("mmlu", type=Path, help="folder with dev/ and test/")
-    parser.add_argument("--items", type=int, default=60, help="questions of each task")
-    parser.add_argument("--mmlu-items", type=int, default=8, help="questions of each MMLU subject")
+    parser.add_argument("--items", type=positive_int, default=60, help="questions of each task")
+    parser.add_argument("--mmlu-items", type=positive_int, default=8, help="questions of each MMLU subject")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="number of measurements with and without sharing"
+        "--repeats", type=positive_int, default=3, help="number of measurements with and without sharing"
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="questions of a batch")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="questions of a batch")
     parser.add_argument("--prompt", default="cloze", help="prompt of the commonsense tasks")
     parser.add_argument("--tasks", nargs="*", default=["arc_easy", "arc_challenge", "openbookqa", "boolq"])
     parser.add_argument("--subjects", nargs="*", default=["astronomy", "marketing", "global_facts"])

@@ -5,6 +5,19 @@ from pathlib import Path
 import pytest
 
 from moka_pl import studies
+from moka_pl.studies import (
+    backends,
+    digits,
+    exports,
+    filters,
+    mixed_batches,
+    quantised_checkpoint,
+    reasoning,
+    shared_prompt,
+)
+from moka_pl.studies.agreement import command as agreement
+from moka_pl.studies.benchmark import batching
+from moka_pl.studies.benchmark import command as benchmark
 from moka_pl.studies.common import (
     Parser,
     device_name,
@@ -12,6 +25,9 @@ from moka_pl.studies.common import (
     versions,
     write_json,
 )
+from moka_pl.studies.long_run import command as long_run
+from moka_pl.studies.ranks import command as ranks
+from moka_pl.studies.teachers import command as teachers
 
 
 def test_the_machine() -> None:
@@ -41,6 +57,38 @@ def test_json_is_there_whole_with_paths_as_text(tmp_path) -> None:
     assert list(file.parent.iterdir()) == [file]
     with pytest.raises(TypeError):
         write_json(file, {"α": object()})
+
+
+COUNTS = {
+    "agreement": (agreement.main, "--items --batch-size --max-length"),
+    "backends": (backends.main, "--steps --batch-size --max-length --lr"),
+    "benchmark": (benchmark.main, "--steps"),
+    "digits": (digits.main, "--seeds --epochs --base-epochs"),
+    "exports": (exports.main, "--layers --hidden"),
+    "filters": (filters.main, "--batches --parameters"),
+    "long run": (long_run.main, "--minutes --components --batch-size --turns --seconds"),
+    "mixed batches": (mixed_batches.main, "--rows --adapters --kept --tokens --repeats"),
+    "packing": (batching.main, "--batch-size --rows --max-length --examples --rounds"),
+    "quantised": (quantised_checkpoint.main, "--samples --max-length --group-size"),
+    "ranks": (ranks.main, "--devices --batch-size --blocks --memory-limit --timeout"),
+    "reasoning": (reasoning.main, "--train --test"),
+    "shared prompt": (shared_prompt.main, "--items --mmlu-items --repeats --batch-size"),
+    "teachers": (teachers.main, "--seeds --steps --tokens --first-tokens --components --trained --rates"),
+}
+
+
+@pytest.mark.parametrize("script", COUNTS)
+def test_counts_are_at_least_one(script: str, capsys) -> None:
+    main, options = COUNTS[script]
+    for option in options.split():
+        for value in ("0", "-1"):
+            with pytest.raises(SystemExit) as end:
+                main([f"{option}={value}"])
+            assert end.value.code == 2
+            err = capsys.readouterr().err
+            assert option in err
+            assert value in err
+            assert err.count("\n") == 1
 
 
 def test_options_of_scripts_are_spelled_with_dashes() -> None:

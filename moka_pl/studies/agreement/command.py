@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moka_pl.errors import MokaError
 from moka_pl.studies.agreement.agreement import TOLERANCE, Agreement, agreement_table, compare
-from moka_pl.studies.common import Parser, versions, write_json
+from moka_pl.studies.common import Parser, positive_int, versions, write_json
 from moka_pl.studies.outputs import REPLACED, has_keys, json_output
 
 if TYPE_CHECKING:
@@ -122,14 +122,21 @@ def _parser() -> Parser:
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="tasks of --data")
     parser.add_argument("--mmlu", type=Path, help="folder with MMLU's dev/ and test/ CSV files")
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, help="subjects of --mmlu")
-    parser.add_argument("--items", type=int, default=500, help="maximum number of questions per task")
+    parser.add_argument(
+        "--items", type=positive_int, default=500, help="maximum number of questions per task"
+    )
     parser.add_argument("--skip", type=int, default=0, help="questions to skip before them")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="base model, as in BackboneConfig")
     parser.add_argument("--random", action="store_true", help="use random weights of that shape")
     parser.add_argument("--adapter", type=Path, help="adapter directory; its base replaces --model")
-    parser.add_argument("--batch-size", type=int, default=8, help="questions (package), sequences (harness)")
     parser.add_argument(
-        "--max-length", type=int, default=4096, help="maximum number of tokens of a question with an option"
+        "--batch-size", type=positive_int, default=8, help="questions (package), sequences (harness)"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=positive_int,
+        default=4096,
+        help="maximum number of tokens of a question with an option",
     )
     parser.add_argument("--no-test", action="store_true", help="skip the comparison with Lightning's test")
     known = has_keys("versions", "options", "tasks")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moka_pl.data.batching.report import EpochReport, epoch_report
 from moka_pl.data.batching.samplers import GlobalBatchSampler
 from moka_pl.studies.benchmark.steps import synchronise
-from moka_pl.studies.common import Parser
+from moka_pl.studies.common import Parser, positive_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -232,12 +232,12 @@ def _parser() -> Parser:
     parser.add_argument("--shape", help="shape with random weights, instead of SmolLM2 (llama2-7b, ...)")
     parser.add_argument("--quantization", help="nf4 or none; default nf4 on a GPU, none on a CPU")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--batch-size", type=int, default=16, help="examples of a padded batch")
-    parser.add_argument("--rows", type=int, help="rows of a packed batch; default: the batch size")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="examples of a padded batch")
+    parser.add_argument("--rows", type=positive_int, help="rows of a packed batch; default: the batch size")
     parser.add_argument(
-        "--max-length", type=int, default=512, help="tokens of an example and of a packed row"
+        "--max-length", type=positive_int, default=512, help="tokens of an example and of a packed row"
     )
-    parser.add_argument("--examples", type=int, help="examples; default: all of the file")
-    parser.add_argument("--rounds", type=int, default=1, help="number of times to measure all kinds")
+    parser.add_argument("--examples", type=positive_int, help="examples; default: all of the file")
+    parser.add_argument("--rounds", type=positive_int, default=1, help="number of times to measure all kinds")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="kinds of batches")
     return parser

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from moka_pl.errors import MokaError
-from moka_pl.studies.common import Parser
+from moka_pl.studies.common import Parser, positive_int, positive_number
 from moka_pl.studies.long_run.watch import SAVED
 from moka_pl.studies.outputs import REPLACED, json_lines_output
 from moka_pl.studies.ranks.runs import LENGTH, run_to_end, write_texts
@@ -56,12 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Default: the process's.
     """
     parser = Parser("long_run", DESCRIPTION)
-    parser.add_argument("--minutes", type=float, default=20.0, help="time of the training")
+    parser.add_argument("--minutes", type=positive_number, default=20.0, help="time of the training")
     parser.add_argument("--shape", default="llama2-7b", help="shape of the model (see BackboneConfig.name)")
-    parser.add_argument("--components", type=int, default=2, help="components of each adapted layer")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of 512 tokens")
-    parser.add_argument("--turns", type=int, help="steps after which logging is switched, a multiple of 10")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time between two lines")
+    parser.add_argument("--components", type=positive_int, default=2, help="components of each adapted layer")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="rows of 512 tokens")
+    parser.add_argument(
+        "--turns", type=positive_int, help="steps after which logging is switched, a multiple of 10"
+    )
+    parser.add_argument("--seconds", type=positive_number, default=60.0, help="time between two lines")
     parser.add_argument("--accelerator", default="gpu", help="cpu tries the command out")
     parser.add_argument(
         "--lines", type=json_lines_output(_is_line), help=f"a file for the lines, as JSON; {REPLACED}"

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from moka_pl.errors import ConfigError
-from moka_pl.studies.common import Parser, versions, write_json
+from moka_pl.studies.common import Parser, positive_int, positive_number, versions, write_json
 from moka_pl.studies.outputs import REPLACED, has_keys, json_output
 from moka_pl.studies.ranks.cases import BLOCK, GROUPS, Case
 from moka_pl.studies.ranks.runs import LENGTH, run_to_end, write_texts
@@ -47,16 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Default: the process's.
     """
     parser = Parser("data_parallel_speed", DESCRIPTION)
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of GPUs")
+    parser.add_argument("--devices", type=positive_int, nargs="+", default=[1, 2], help="numbers of GPUs")
     parser.add_argument("--shape", default="llama2-7b", help="shape of the model (see BackboneConfig.name)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of 512 tokens per GPU")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="rows of 512 tokens per GPU")
     parser.add_argument(
-        "--blocks", type=int, default=Case.blocks, help=f"blocks of {BLOCK} timed steps, after 10 others"
+        "--blocks",
+        type=positive_int,
+        default=Case.blocks,
+        help=f"blocks of {BLOCK} timed steps, after 10 others",
     )
     parser.add_argument(
         "--strategy", nargs="+", default=["ddp"], help="as for --trainer.strategy, such as sharded"
     )
-    parser.add_argument("--memory-limit", type=float, help="GiB of each GPU that may be used")
+    parser.add_argument("--memory-limit", type=positive_number, help="GiB of each GPU that may be used")
     parser.add_argument(
         "--cuda-graphs", action="store_true", help="replay the steps as CUDA graphs (ddp only)"
     )
@@ -66,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--groups", nargs="+", choices=GROUPS, help="trainings instead of those that the options describe"
     )
-    parser.add_argument("--timeout", type=float, default=600, help="seconds after which a training is ended")
+    parser.add_argument(
+        "--timeout", type=positive_number, default=600, help="seconds after which a training is ended"
+    )
     parser.add_argument("--accelerator", default="gpu", help="cpu to try the command out")
     parser.add_argument(
         "--json",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moka_pl.studies.common import Parser, write_json
+from moka_pl.studies.common import Parser, positive_int, positive_number, write_json
 from moka_pl.studies.outputs import REPLACED, REPLACED_PICTURE, has_keys, json_output, picture_output
 from moka_pl.studies.teachers.model import HARDER, TEACHERS
 from moka_pl.studies.teachers.study import (
@@ -137,28 +137,34 @@ def _parser() -> Parser:
         choices=["gates", "choices"],
         help="measure what gates find, or what the first gradient chooses and how well that trains",
     )
-    parser.add_argument("--seeds", type=int, default=TeacherStudy.seeds, help="seeds of teacher and student")
+    parser.add_argument(
+        "--seeds", type=positive_int, default=TeacherStudy.seeds, help="seeds of teacher and student"
+    )
     parser.add_argument(
         "--teachers", nargs="+", default=list(TEACHERS), choices=list(TEACHERS), help="teachers to train on"
     )
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1e-2, 5e-2], help="learning rates")
-    parser.add_argument("--steps", type=int, default=TeacherStudy.steps, help="optimizer steps")
-    parser.add_argument("--tokens", type=int, default=TeacherStudy.tokens, help="random inputs per step")
+    parser.add_argument(
+        "--rates", type=positive_number, nargs="+", default=[1e-3, 1e-2, 5e-2], help="learning rates"
+    )
+    parser.add_argument("--steps", type=positive_int, default=TeacherStudy.steps, help="optimizer steps")
+    parser.add_argument(
+        "--tokens", type=positive_int, default=TeacherStudy.tokens, help="random inputs per step"
+    )
     parser.add_argument(
         "--first-tokens",
-        type=int,
+        type=positive_int,
         default=TeacherStudy.first_tokens,
         help="random inputs of the first gradient",
     )
     parser.add_argument(
         "--components",
-        type=int,
+        type=positive_int,
         default=TeacherStudy.components,
         help="components of the chosen and diverse students",
     )
     parser.add_argument(
         "--trained",
-        type=int,
+        type=positive_int,
         default=TeacherStudy.trained,
         help="number of seeds for training chosen and diverse students",
     )
