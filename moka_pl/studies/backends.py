@@ -19,7 +19,14 @@ from moka_pl.backbone import BackboneConfig
 from moka_pl.ops.dispatch import Backend
 from moka_pl.ops.merged_forward import DenseUpdates
 from moka_pl.ops.triton.reference import round_by_thresholds
-from moka_pl.studies.common import Parser, positive_int, positive_number, write_json
+from moka_pl.studies.common import (
+    Parser,
+    check_device,
+    one_line_errors,
+    positive_int,
+    positive_number,
+    write_json,
+)
 from moka_pl.studies.outputs import has_keys, json_output
 
 DESCRIPTION = """\
@@ -137,6 +144,7 @@ def distance(one: Sequence[float], other: Sequence[float]) -> float:
     return fmean(abs(fmean(one[k : k + _WINDOW]) - fmean(other[k : k + _WINDOW])) for k in starts)
 
 
+@one_line_errors("backend_agreement")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains every backend with every seed and prints the distances.
 
@@ -144,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Default: the process's.
     """
     args = _parser().parse_args(arguments)
+    check_device(args.device)
     about = {
         "device": torch.cuda.get_device_name() if args.device == "gpu" else "cpu",
         "torch": torch.__version__,

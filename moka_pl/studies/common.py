@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -11,12 +12,12 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
-from moka_pl.errors import ConfigError
+from moka_pl.errors import ConfigError, MokaError, system_failure
 from moka_pl.utils import set_environment, silenced
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _PACKAGES = (
     "hqq",
 )
 _LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero")
+_P = ParamSpec("_P")
 _PROCESS = Path("/proc/self")
 
 
@@ -72,6 +74,30 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def one_line_errors(name: str) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
+    """Ends a command with status 2 and one line on an error that its user can mend, for its ``main``.
+
+    Args:
+        name: The command's name, as errors begin with.
+    """
+
+    def decorate(main: Callable[_P, None]) -> Callable[_P, None]:
+        @functools.wraps(main)
+        def reporting(*args: _P.args, **options: _P.kwargs) -> None:
+            try:
+                main(*args, **options)
+            except (MokaError, OSError) as error:
+                told = str(error) if isinstance(error, MokaError) else system_failure(error)
+                if told is None:
+                    raise
+                print(f"{name}: error: {told}", file=sys.stderr)
+                sys.exit(2)
+
+        return reporting
+
+    return decorate
+
+
 def positive_int(text: str) -> int:
     """The type of an option for a whole number from 1 on."""
     with contextlib.suppress(ValueError):
@@ -86,6 +112,26 @@ def positive_number(text: str) -> float:
         if 0 < (number := float(text)) < math.inf:
             return number
     raise argparse.ArgumentTypeError(f"give a number above 0, not {text}")
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that is not there, before anything is loaded.
+
+    Args:
+        device: The value of ``--device``: ``cpu``, ``cuda`` or ``gpu``, perhaps with an index.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda", "gpu") or (index and not index.isdecimal()):
+        raise ConfigError(f"--device {device}: unknown; choose cpu or a GPU")
+    if kind == "cpu":
+        return
+    import torch
+
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device}: there is no such CUDA device; choose cpu")
 
 
 def device_name(device: str) -> str:

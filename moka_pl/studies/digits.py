@@ -16,10 +16,10 @@ import torch
 
 from moka_pl.adapters import FullFineTuning, MokaConfig
 from moka_pl.backbone import BackboneConfig
-from moka_pl.errors import MokaError
 from moka_pl.studies.common import (
     Parser,
     device_name,
+    one_line_errors,
     positive_int,
     silenced_lightning,
     versions,
@@ -294,6 +294,7 @@ def _outputs(text: str) -> Path:
     return json_output(has_keys("command", "versions", "picked", "runs"))(text)
 
 
+@one_line_errors("digits")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line.
 
@@ -311,10 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=_outputs, help=f"a file for all runs, and .md beside it; {REPLACED}")
     args = parser.parse_args(arguments)
     started = time.monotonic()
-    try:
-        found = compare(args.seeds, args.epochs, args.base_epochs)
-    except MokaError as error:
-        parser.error(str(error))
+    found = compare(args.seeds, args.epochs, args.base_epochs)
     text = table(found)
     print(f"\n{text}")
     if args.json is not None:

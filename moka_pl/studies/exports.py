@@ -27,7 +27,7 @@ from moka_pl.export.gguf import GgufType, read_back, write_model
 from moka_pl.export.llama_cpp import LlamaCpp
 from moka_pl.export.merged import Part, merged_parts, write_description, write_weights
 from moka_pl.export.rounding import round_weights, to_dtype
-from moka_pl.studies.common import Parser, positive_int
+from moka_pl.studies.common import Parser, one_line_errors, positive_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +56,7 @@ _PROMPTS, _TOKENS, _VOCABULARY = 8, 96, 2000
 _EVERY = 2.0
 
 
+@one_line_errors("exports")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints.
 

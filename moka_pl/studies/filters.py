@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from moka_pl.errors import MokaError
-from moka_pl.studies.common import Parser, positive_int, write_json
+from moka_pl.studies.common import Parser, check_device, one_line_errors, positive_int, write_json
 from moka_pl.studies.outputs import REPLACED, json_output
 
 DESCRIPTION = """\
@@ -21,6 +20,7 @@ adapter directory of a run that uses it stores them. Other options are passed to
 """
 
 
+@one_line_errors("choose_filters")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the file and prints how often which shapes were chosen.
 
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args, rest = parser.parse_known_args(arguments)
+    check_device(args.device)
     sys.argv[1:] = []  # Lightning warns of a command line beside arguments
 
     from moka_pl.adapters import find_targets
@@ -55,15 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from moka_pl.cli.lightning import run
     from moka_pl.lm.scoring import score_tokens
 
-    try:
-        cli = run(["--config", args.config, *rest], only_build=True)
-        module, data = cli.model, cli.datamodule
-        loaded = load_backbone(module.backbone, args.device)
-        data.connect(loaded.tokenizer)
-        data.prepare_data()
-        data.setup("fit")
-    except MokaError as error:
-        parser.error(str(error))
+    cli = run(["--config", args.config, *rest], only_build=True)
+    module, data = cli.model, cli.datamodule
+    loaded = load_backbone(module.backbone, args.device)
+    data.connect(loaded.tokenizer)
+    data.prepare_data()
+    data.setup("fit")
 
     def loss(batch: dict[str, Any]) -> Any:
         ids, labels = (batch[key].to(args.device) for key in ("input_ids", "labels"))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moka_pl.inspection.history import read_gate_curves
-from moka_pl.studies.common import Parser
+from moka_pl.studies.common import Parser, one_line_errors
 from moka_pl.studies.outputs import REPLACED_PICTURE, picture_output, save_figure
 
 DESCRIPTION = """\
@@ -21,6 +21,7 @@ farthest from uniform.
 Curves = dict[str, list[tuple[int, float]]]
 
 
+@one_line_errors("plot_gates")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draws the picture.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from moka_pl.adapters import MokaAdapters, MokaConfig
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.backbone.random_weights import SHAPES
-from moka_pl.studies.common import Parser, positive_int
+from moka_pl.studies.common import Parser, one_line_errors, positive_int
 
 DESCRIPTION = """\
 Measures what many adapters on one 4-bit base cost.
@@ -37,6 +37,7 @@ KINDS = {
 SHORT = {kind.partition(",")[0]: kind for kind in KINDS}
 
 
+@one_line_errors("mixed_batches")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints.
 

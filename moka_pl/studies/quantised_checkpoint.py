@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.errors import ConfigError, MokaError
-from moka_pl.studies.common import Parser, positive_int
+from moka_pl.errors import ConfigError
+from moka_pl.studies.common import Parser, one_line_errors, positive_int
 from moka_pl.utils import make_folder
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ template where it has one; for AWQ, whose search takes longer, they are joined a
 _WRITTEN = "quantize_config.json"
 
 
+@one_line_errors("quantised_checkpoint")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Quantises a model and saves it.
 
@@ -55,10 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--desc-act", action="store_true", help="GPTQ in the order of activations")
     args = parser.parse_args(arguments)
-    try:
-        write(args, read_rows(args.texts, args.samples))
-    except MokaError as error:
-        parser.error(str(error))
+    write(args, read_rows(args.texts, args.samples))
 
 
 def read_rows(file: Path, samples: int) -> list[Mapping[str, str]]:

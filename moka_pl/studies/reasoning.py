@@ -10,8 +10,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from moka_pl.errors import ConfigError, MokaError
-from moka_pl.studies.common import Parser, positive_int, write_atomically
+from moka_pl.errors import ConfigError
+from moka_pl.studies.common import Parser, one_line_errors, positive_int, write_atomically
 from moka_pl.studies.outputs import json_lines_output
 from moka_pl.utils import make_folder
 
@@ -123,6 +123,7 @@ def _is_row(content: Any) -> bool:
     return isinstance(content, dict) and content.keys() == {"instruction", "output"}
 
 
+@one_line_errors("reasoning_tasks")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the tasks.
 
@@ -149,7 +150,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for task in args.tasks:
             files = write_task(args.out, task, (args.train, args.test), args.seed)
             print("written: " + " ".join(str(file) for file in files))
-    except MokaError as error:
-        parser.error(str(error))
     except argparse.ArgumentTypeError as error:
         parser.error(f"--out: {error}")

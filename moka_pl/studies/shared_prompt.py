@@ -16,10 +16,11 @@ from torch import Tensor
 
 from moka_pl.backbone import BackboneConfig, load_backbone
 from moka_pl.data import CommonsenseData, MmluData, MokaDataModule
+from moka_pl.errors import DataError
 from moka_pl.evaluation.metrics import is_right
 from moka_pl.evaluation.shared_prompt import score_shared
 from moka_pl.lm.scoring import row_sums, score_tokens
-from moka_pl.studies.common import Parser, positive_int
+from moka_pl.studies.common import Parser, one_line_errors, positive_int
 
 DESCRIPTION = """\
 Measures how much faster options are scored when their common prompt is computed once.
@@ -54,6 +55,7 @@ class Measured(NamedTuple):
         return median(self.whole) / median(self.shared)
 
 
+@one_line_errors("prefix_sharing_speed")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints a table.
 
@@ -62,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     args = _parser().parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    for folder, wanted in ((args.commonsense, args.tasks), (args.mmlu, args.subjects)):
+        if wanted and not folder.is_dir():
+            raise DataError(f"{folder} is no folder; give those of the commonsense tasks and of MMLU")
     torch.set_num_threads(1)
     loaded = load_backbone(BackboneConfig(quantization="none", compute_dtype="float32"), device)
     print(f"{'task':<32}{'items':>6}{'whole/s':>9}{'shared/s':>9}{'ratio':>7}{'same':>7}{'max diff':>10}")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moka_pl.errors import AdapterError, MokaError
+from moka_pl.errors import AdapterError
 from moka_pl.ops.spectrum import Spectrum, spectrum_of
-from moka_pl.studies.common import Parser, write_json
+from moka_pl.studies.common import Parser, one_line_errors, write_json
 from moka_pl.studies.outputs import (
     REPLACED,
     REPLACED_PICTURE,
@@ -106,6 +106,7 @@ def _mean_spectrum(spectra: Sequence[Spectrum]) -> dict[str, list[float]]:
     return {"index": [float(i) for i in index], "size": [float(f"{size:.3g}") for size in sizes]}
 
 
+@one_line_errors("spectra")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints Markdown tables, writes JSON and a figure.
 
@@ -128,11 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     spectra: dict[str, dict[str, Spectrum]] = {}
     for path in args.adapters:
-        try:
-            model, _ = load_model(path, "cpu", args.base)
-            spectra[str(path)] = dict(model_spectra(model))
-        except MokaError as error:
-            parser.error(str(error))
+        model, _ = load_model(path, "cpu", args.base)
+        spectra[str(path)] = dict(model_spectra(model))
         print(f"\n{path}\n\n{markdown(spectra[str(path)])}")
     if args.json:
         write_json(

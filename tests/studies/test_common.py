@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from moka_pl import studies
+from moka_pl.errors import ConfigError
 from moka_pl.studies import (
     backends,
     digits,
@@ -14,19 +15,23 @@ from moka_pl.studies import (
     quantised_checkpoint,
     reasoning,
     shared_prompt,
+    spectra,
 )
 from moka_pl.studies.agreement import command as agreement
+from moka_pl.studies.architectures import command as architectures
 from moka_pl.studies.benchmark import batching
 from moka_pl.studies.benchmark import command as benchmark
 from moka_pl.studies.common import (
     Parser,
     device_name,
     first_line,
+    one_line_errors,
     versions,
     write_json,
 )
 from moka_pl.studies.long_run import command as long_run
 from moka_pl.studies.ranks import command as ranks
+from moka_pl.studies.ranks import page as ranks_page
 from moka_pl.studies.teachers import command as teachers
 
 
@@ -89,6 +94,57 @@ def test_counts_are_at_least_one(script: str, capsys) -> None:
             assert option in err
             assert value in err
             assert err.count("\n") == 1
+
+
+NOPE = {
+    "architectures": (architectures.main, "--write", "No such file"),
+    "backends": (backends.main, "--model nope --device cpu --random --steps 1", "nope"),
+    "backends on a GPU": (backends.main, "--model nope", "--device gpu: there is no such CUDA device"),
+    "filters": (filters.main, "--config nope.yaml --device tpu", "--device tpu: unknown"),
+    "mixed batches": (mixed_batches.main, "--base nope", "nope"),
+    "packing": (batching.main, "--data nope.jsonl --device cuda", "no such CUDA device"),
+    "ranks page": (ranks_page.main, "nope.json", "nope.json: No such file or directory; check the path"),
+    "shared prompt": (shared_prompt.main, "nope nope", "nope is no folder"),
+    "spectra": (spectra.main, "nope", "nope"),
+}
+
+
+@pytest.mark.parametrize("script", NOPE)
+def test_what_is_not_there_is_one_line(script: str, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    main, options, told = NOPE[script]
+    with pytest.raises(SystemExit) as end:
+        main(options.split())
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert " error: " in err
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_only_errors_that_a_user_can_mend_are_one_line() -> None:
+    @one_line_errors("study")
+    def main(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(SystemExit):
+        main(ConfigError("x"))
+    for error in (KeyError("x"), ConnectionError("no number")):
+        with pytest.raises(type(error)):
+            main(error)
+
+
+def test_every_command_of_studies_ends_with_one_line() -> None:
+    """Its ``main`` has the decorator, with the name of its parser."""
+    seen = {}
+    for file in sorted(Path(studies.__file__).parent.rglob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name == "main":
+                wrapped = [ast.unparse(one) for one in node.decorator_list]
+                seen[file] = "".join(wrapped).removeprefix("one_line_errors('").removesuffix("')")
+    scripts = {file.stem for file in (Path(studies.__file__).parents[2] / "scripts").glob("*.py")}
+    assert set(seen.values()) == scripts - {"import_table"}
 
 
 def test_options_of_scripts_are_spelled_with_dashes() -> None:

@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moka_pl.errors import MokaError
 from moka_pl.studies.agreement.agreement import TOLERANCE, Agreement, agreement_table, compare
-from moka_pl.studies.common import Parser, positive_int, versions, write_json
+from moka_pl.studies.common import Parser, one_line_errors, positive_int, versions, write_json
 from moka_pl.studies.outputs import REPLACED, has_keys, json_output
 
 if TYPE_CHECKING:
@@ -27,16 +26,14 @@ _REPORTED = ("accuracy", "acc_norm")
 SUBJECTS = ["astronomy", "global_facts", "philosophy"]
 
 
+@one_line_errors("harness_agreement")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the options (default: the process's), compares, and prints the table."""
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.data is None and args.mmlu is None:
         parser.error("nothing to compare; give --data, --mmlu, or both")
-    try:
-        agreements = list(compare_all(args))
-    except MokaError as error:
-        parser.error(str(error))
+    agreements = list(compare_all(args))
     print(agreement_table(agreements))
     if args.json is not None:
         tasks = [asdict(agreement) for agreement in agreements]

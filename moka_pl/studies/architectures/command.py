@@ -11,7 +11,7 @@ from moka_pl.backbone.loading import progress_bars
 from moka_pl.errors import ConfigError, MokaError
 from moka_pl.studies.architectures.facts import REFUSED, Facts, family_facts
 from moka_pl.studies.architectures.families import FAMILIES, Family, write_family
-from moka_pl.studies.common import Parser, replace_section, write_atomically
+from moka_pl.studies.common import Parser, one_line_errors, replace_section, write_atomically
 from moka_pl.utils import silenced
 
 BEGIN, END = "<!-- families -->", "<!-- /families -->"
@@ -89,6 +89,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@one_line_errors("architectures")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table, or writes it into the page.
 
@@ -98,13 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("architectures", "Tries what works with a tiny model of every family, in a minute.")
     parser.add_argument("--write", action="store_true", help=f"write the table into {_PAGE}")
     args = parser.parse_args(arguments)
-    try:
-        if args.write:
-            stored_rows(_PAGE)  # refuses a page without markers at once
-        made = table(find_rows())
-        if args.write:
-            page = _PAGE.read_text(encoding="utf-8")
-            write_atomically(_PAGE, replace_section(page, made, BEGIN, END))
-    except (MokaError, OSError) as error:
-        parser.error(str(error))
+    if args.write:
+        stored_rows(_PAGE)  # refuses a page without markers at once
+    made = table(find_rows())
+    if args.write:
+        page = _PAGE.read_text(encoding="utf-8")
+        write_atomically(_PAGE, replace_section(page, made, BEGIN, END))
     print(f"{_PAGE} is written" if args.write else made)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moka_pl.data.batching.report import EpochReport, epoch_report
 from moka_pl.data.batching.samplers import GlobalBatchSampler
 from moka_pl.studies.benchmark.steps import synchronise
-from moka_pl.studies.common import Parser, positive_int
+from moka_pl.studies.common import Parser, check_device, one_line_errors, positive_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
 """Options of the data module for each kind of batch; those but the first are compared with the first."""
 
 
+@one_line_errors("packing_speed")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a table and JSON.
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from moka_pl.lm.checkpointing import checkpoint_layers
 
     args = _parser().parse_args(arguments)
+    check_device(args.device)
     base: dict[str, Any] = {"quantization": args.quantization or ("none" if args.device == "cpu" else "nf4")}
     if args.shape:
         base |= {"name": args.shape, "weights": "random"}

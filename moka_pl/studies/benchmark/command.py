@@ -6,16 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from moka_pl.errors import MokaError, end_interrupted
+from moka_pl.errors import end_interrupted
 from moka_pl.studies.benchmark import cases, context, fit, growth, steps, unsloth
 from moka_pl.studies.benchmark.arguments import Plan, make_parser, make_plan, step_rows
 from moka_pl.studies.benchmark.bench import Bench, Record, Results, linear_weights
 from moka_pl.studies.benchmark.steps import measure_steps
 from moka_pl.studies.benchmark.tables import longest, markdown, milliseconds, write_figures
 from moka_pl.studies.benchmark.unsloth import measure_unsloth
-from moka_pl.studies.common import device_name, versions
+from moka_pl.studies.common import device_name, one_line_errors, versions
 
 
+@one_line_errors("benchmark")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints Markdown tables, and writes what was asked for.
 
@@ -31,8 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.figures:
             for file in write_figures(results, args.figures):
                 print(f"written: {file}", file=sys.stderr)
-    except MokaError as error:
-        parser.error(str(error))
     except KeyboardInterrupt:
         end_interrupted(
             f"results so far are saved in {args.json}" if args.json and args.json.is_file() else ""

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from moka_pl.errors import ConfigError, MokaError
+from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark.bench import Record, Results, load_results
 from moka_pl.studies.benchmark.cases import CAPTURED, peer
 from moka_pl.studies.benchmark.tables import (
@@ -24,7 +24,7 @@ from moka_pl.studies.benchmark.tables import (
     number,
     render,
 )
-from moka_pl.studies.common import Parser, replace_section, write_atomically
+from moka_pl.studies.common import Parser, one_line_errors, replace_section, write_atomically
 
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 
@@ -58,6 +58,7 @@ def section(runs: Sequence[Results]) -> str:
     return "\n" + "\n".join(_about(results) for results in runs) + "\n"
 
 
+@one_line_errors("benchmark_page")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Rewrites the section, or checks it.
 
@@ -75,11 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--check", action="store_true", help="only check; exit with status 1 if the section differs"
     )
     args = parser.parse_args(arguments)
-    try:
-        new = section([load_results(file) for file in args.results])
-        changed = _change(args.page, new, args.check)
-    except MokaError as error:
-        parser.error(str(error))
+    new = section([load_results(file) for file in args.results])
+    changed = _change(args.page, new, args.check)
     if changed and args.check:
         given = " ".join(map(str, args.results))
         parser.exit(1, f"{args.page} differs from the results; run scripts/benchmark_page.py {given}\n")

@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moka_pl.errors import ConfigError, MokaError
+from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark.tables import render
-from moka_pl.studies.common import Parser
+from moka_pl.studies.common import Parser, one_line_errors
 
 DESCRIPTION = """\
 Measures how long a fit takes from its command to its first step, part by part.
@@ -80,6 +80,7 @@ def timed(part: str, before: str, function: Callable[..., Any]) -> Callable[...,
     return run
 
 
+@one_line_errors("startup")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a table and JSON.
 
@@ -88,10 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = Parser("startup", DESCRIPTION)
     _, given = parser.parse_known_args(arguments)
-    try:
-        parts = measure(given)
-    except MokaError as error:
-        parser.error(str(error))
+    parts = measure(given)
     whole = sum(parts.values())
     lines = [[name, f"{parts.get(name, 0.0):.1f}", f"{parts.get(name, 0.0) / whole:.0%}"] for name in PARTS]
     print(render(["part", "seconds", "share"], [*lines, ["all", f"{whole:.1f}", ""]]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moka_pl.errors import INTERRUPTED, MokaError, end_interrupted
-from moka_pl.studies.common import Parser, write_json
+from moka_pl.studies.common import Parser, one_line_errors, write_json
 from moka_pl.studies.compare.suite import DATA, Suite, find_suite, keep_methods, names_data, read_suite
 from moka_pl.utils import make_folder
 
@@ -28,6 +28,7 @@ _REPORTS = (10.0, 6.0)
 _SUITE = "suite.json"
 
 
+@one_line_errors("compare")
 def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
     """Parses the options, runs the suites and prints their tables.
 
@@ -53,8 +54,6 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
             raise MokaError("no suite given; set --suite")
         else:
             _run(_read(suites, args), args)
-    except MokaError as error:
-        parser.error(str(error))
     except KeyboardInterrupt:  # before anything was done, or a second one while the report is written
         end_interrupted()
 

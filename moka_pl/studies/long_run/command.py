@@ -12,8 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moka_pl.errors import MokaError
-from moka_pl.studies.common import Parser, positive_int, positive_number
+from moka_pl.studies.common import Parser, one_line_errors, positive_int, positive_number
 from moka_pl.studies.long_run.watch import SAVED
 from moka_pl.studies.outputs import REPLACED, json_lines_output
 from moka_pl.studies.ranks.runs import LENGTH, run_to_end, write_texts
@@ -49,6 +48,7 @@ STEPS = 10_000
 _FASTEST = 16_000
 
 
+@one_line_errors("long_run")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a table, line by line.
 
@@ -83,10 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command += ["--trainer.callbacks.profile_at=60"]
         print("  ".join(f"{head:>9}" for head, _ in _COLUMNS.values()), flush=True)
         with _Use() as use, _Following(lines):
-            try:
-                run_to_end(command, Path(folder) / "output.txt", 60 * args.minutes + 900)
-            except MokaError as error:
-                parser.error(str(error))
+            run_to_end(command, Path(folder) / "output.txt", 60 * args.minutes + 900)
         if use.shares:
             told = {"nvidia_smi_percent": fmean(use.shares), "samples": len(use.shares)}
             with lines.open("a", encoding="utf-8") as file:

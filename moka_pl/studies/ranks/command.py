@@ -11,7 +11,14 @@ from statistics import median
 from typing import Any
 
 from moka_pl.errors import ConfigError
-from moka_pl.studies.common import Parser, positive_int, positive_number, versions, write_json
+from moka_pl.studies.common import (
+    Parser,
+    one_line_errors,
+    positive_int,
+    positive_number,
+    versions,
+    write_json,
+)
 from moka_pl.studies.outputs import REPLACED, has_keys, json_output
 from moka_pl.studies.ranks.cases import BLOCK, GROUPS, Case
 from moka_pl.studies.ranks.runs import LENGTH, run_to_end, write_texts
@@ -28,7 +35,7 @@ Each trains a 4-bit model of a known shape with random weights (nothing is downl
 and prints the median of the tokens per second, the highest peak of a GPU's memory, the seconds from the
 command to the first step, and the size of a checkpoint with the seconds that it cost the training. The median
 is over blocks of {BLOCK} steps, in each of which one step logs; nothing waits for the GPU within or between
-blocks. A training that fails is a row, too. Groups: {", ".join(GROUPS)}.
+blocks. A training that fails is a row, too; the status is 1 if all do. Groups: {", ".join(GROUPS)}.
 
 The JSON file also holds the parts of every step, on the host and on the GPU, of every rank. --profile
 keeps beside that file which hooks of rank 0 take time on the host (hooks), which lines of code wait for the
@@ -40,6 +47,7 @@ one. Profiled steps are slower.
 _LOSS = ("losses", "scored")
 
 
+@one_line_errors("data_parallel_speed")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a table, row by row.
 
@@ -102,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("  ".join(cells(rows[-1], rows)), flush=True)
         if args.json is not None:
             write_json(args.json, {"versions": versions(), "rows": rows}, indent=1)
+    if all("error" in row for row in rows):
+        parser.exit(1, "data_parallel_speed: no training succeeded\n")
 
 
 def measured(

@@ -8,7 +8,8 @@ from typing import Any
 
 from moka_pl.errors import ConfigError
 from moka_pl.studies.benchmark.tables import render
-from moka_pl.studies.common import Parser, replace_section, write_atomically
+from moka_pl.studies.common import Parser, first_line, one_line_errors, replace_section, write_atomically
+from moka_pl.studies.outputs import has_keys
 from moka_pl.studies.ranks.cases import BLOCK
 from moka_pl.studies.ranks.runs import LENGTH
 from moka_pl.studies.ranks.tables import COLUMNS, plain_cells
@@ -25,6 +26,7 @@ Of trainings with the same options the last one counts; those that failed are le
 """
 
 
+@one_line_errors("ranks_page")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Rewrites the section.
 
@@ -35,13 +37,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+", help="files of --json")
     parser.add_argument("--page", type=Path, default=Path("docs/tuning.md"), help="the page")
     args = parser.parse_args(arguments)
+    found = [_results(file) for file in args.results]
     try:
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in args.results]
         text = section([row for one in found for row in one["rows"]], found[0]["versions"])
-        page = args.page.read_text(encoding="utf-8")
-        write_atomically(args.page, replace_section(page, text, BEGIN, END))
-    except (ConfigError, OSError, KeyError, ValueError) as error:
-        parser.error(f"{type(error).__name__}: {error}")
+    except (AttributeError, KeyError, TypeError) as error:
+        given = ", ".join(map(str, args.results))
+        raise ConfigError(
+            f"{given}: a training lacks what the page says of it ({first_line(error)})"
+        ) from error
+    page = args.page.read_text(encoding="utf-8")
+    try:
+        changed = replace_section(page, text, BEGIN, END)
+    except ConfigError as error:
+        raise ConfigError(f"{args.page} {error}") from None
+    write_atomically(args.page, changed)
+
+
+def _results(file: Path) -> dict[str, Any]:
+    """Reads a file of measured trainings.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+    if not has_keys("versions", "rows")(found) or not found["rows"]:
+        raise ConfigError(
+            f"{file} has no trainings; write it with 'scripts/data_parallel_speed.py --json {file}'"
+        )
+    measured: dict[str, Any] = found
+    return measured
 
 
 def section(rows: Sequence[dict[str, Any]], versions: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moka_pl.studies.common import Parser, positive_int, positive_number, write_json
+from moka_pl.studies.common import Parser, one_line_errors, positive_int, positive_number, write_json
 from moka_pl.studies.outputs import REPLACED, REPLACED_PICTURE, has_keys, json_output, picture_output
 from moka_pl.studies.teachers.model import HARDER, TEACHERS
 from moka_pl.studies.teachers.study import (
@@ -36,6 +36,7 @@ and for teachers that a few products cannot express.
 """
 
 
+@one_line_errors("teachers")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, prints tables, writes JSON and figures.
 

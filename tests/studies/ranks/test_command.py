@@ -93,6 +93,15 @@ def test_a_training_that_fails_is_a_row(runs, capsys) -> None:
     assert second[4] == "200"
 
 
+def test_nothing_was_measured_if_every_training_fails(runs, tmp_path, capsys) -> None:
+    file = tmp_path / "rows.json"
+    with pytest.raises(SystemExit) as end:
+        command.main(["--devices", "1", "2", "--strategy", "broken", "--json", str(file)])
+    assert end.value.code == 1
+    assert len(json.loads(file.read_text())["rows"]) == 2
+    assert "no training succeeded" in capsys.readouterr().err
+
+
 def test_a_training_resumes_with_as_many_rows_in_a_step(runs) -> None:
     row = command.measured(Case(strategy="ddp", devices=2, resumes=("sharded", 4)), 9)
     first, second = runs

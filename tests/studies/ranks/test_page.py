@@ -60,3 +60,18 @@ def test_what_a_log_costs_a_step():
     assert logging_share(measured(case, 1.0, steps=[steps])) == pytest.approx(0.01)
     assert logging_share(measured(case, 1.0)) is None
     assert logging_share(measured(case, 1.0, steps=[{"after_log": after_log, "gpu_ms": None}])) is None
+
+
+def test_files_of_something_else_are_refused(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    for contents, message in (
+        ("{", f"{file} is not JSON"),
+        ('{"a": 1}', f"{file} has no trainings; write it with"),
+        ('{"versions": {}, "rows": [{"device": 1}]}', "a training lacks what the page says of it"),
+    ):
+        file.write_text(contents)
+        with pytest.raises(SystemExit):
+            main([str(file), "--page", str(file)])
+        assert f"ranks_page: error: {file}" in (told := capsys.readouterr().err)
+        assert message in told
+        assert file.read_text() == contents
