@@ -54,39 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Default: the process's.
     """
-    parser = Parser("data_parallel_speed", DESCRIPTION)
-    parser.add_argument("--devices", type=positive_int, nargs="+", default=[1, 2], help="numbers of GPUs")
-    parser.add_argument("--shape", default="llama2-7b", help="shape of the model (see BackboneConfig.name)")
-    parser.add_argument("--batch-size", type=positive_int, default=8, help="rows of 512 tokens per GPU")
-    parser.add_argument(
-        "--blocks",
-        type=positive_int,
-        default=Case.blocks,
-        help=f"blocks of {BLOCK} timed steps, after 10 others",
-    )
-    parser.add_argument(
-        "--strategy", nargs="+", default=["ddp"], help="as for --trainer.strategy, such as sharded"
-    )
-    parser.add_argument("--memory-limit", type=positive_number, help="GiB of each GPU that may be used")
-    parser.add_argument(
-        "--cuda-graphs", action="store_true", help="replay the steps as CUDA graphs (ddp only)"
-    )
-    parser.add_argument(
-        "--offload", action="store_true", help="keep the inputs of checkpointed layers in the host's memory"
-    )
-    parser.add_argument(
-        "--groups", nargs="+", choices=GROUPS, help="trainings instead of those that the options describe"
-    )
-    parser.add_argument(
-        "--timeout", type=positive_number, default=600, help="seconds after which a training is ended"
-    )
-    parser.add_argument("--accelerator", default="gpu", help="cpu to try the command out")
-    parser.add_argument(
-        "--json",
-        type=json_output(has_keys("versions", "rows")),
-        help=f"a file for the rows so far, rewritten after each of them; {REPLACED}",
-    )
-    parser.add_argument("--profile", action="store_true", help="keep profiles in a folder beside --json")
+    parser = _parser()
     args = parser.parse_args(arguments)
     if args.profile and args.json is None:
         parser.error("--profile needs --json, beside which profiles are kept")
@@ -270,3 +238,40 @@ def _result(clocks: list[dict[str, Any]], begun_at: float, checkpoint: Path) -> 
         "losses": [loss / max(1, count) for loss, count in zip(losses, scored, strict=True)],
         "rows": [sum(step) for step in zip(*(clock["sums"] for clock in clocks), strict=True)],
     }
+
+
+def _parser() -> Parser:
+    parser = Parser("data_parallel_speed", DESCRIPTION)
+    parser.add_argument("--devices", type=positive_int, nargs="+", default=[1, 2], help="numbers of GPUs")
+    parser.add_argument("--shape", default="llama2-7b", help="shape of the model (see BackboneConfig.name)")
+    parser.add_argument("--batch-size", type=positive_int, default=8, help="rows of 512 tokens per GPU")
+    parser.add_argument(
+        "--blocks",
+        type=positive_int,
+        default=Case.blocks,
+        help=f"blocks of {BLOCK} timed steps, after 10 others",
+    )
+    parser.add_argument(
+        "--strategy", nargs="+", default=["ddp"], help="as for --trainer.strategy, such as sharded"
+    )
+    parser.add_argument("--memory-limit", type=positive_number, help="GiB of each GPU that may be used")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="replay the steps as CUDA graphs (ddp only)"
+    )
+    parser.add_argument(
+        "--offload", action="store_true", help="keep the inputs of checkpointed layers in the host's memory"
+    )
+    parser.add_argument(
+        "--groups", nargs="+", choices=GROUPS, help="trainings instead of those that the options describe"
+    )
+    parser.add_argument(
+        "--timeout", type=positive_number, default=600, help="seconds after which a training is ended"
+    )
+    parser.add_argument("--accelerator", default="gpu", help="cpu to try the command out")
+    parser.add_argument(
+        "--json",
+        type=json_output(has_keys("versions", "rows")),
+        help=f"a file for the rows so far, rewritten after each of them; {REPLACED}",
+    )
+    parser.add_argument("--profile", action="store_true", help="keep profiles in a folder beside --json")
+    return parser
