@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moka_pl.errors import ConfigError
 from moka_pl.utils import existing_folder, replaced_file, unwritable_reason
 
 if TYPE_CHECKING:
@@ -71,6 +72,28 @@ def picture_output(text: str) -> Path:
             f"{text} is no picture; give it a name that ends with .png, .pdf or .svg"
         )
     return _checked(text, lambda contents: contents.startswith(begin) and _DRAWN_BY in contents)
+
+
+def png_output(text: str) -> Path:
+    """The type of an option for a picture whose colours are reduced: it has no trace of what has drawn it."""
+    return _checked(text, lambda contents: contents.startswith(_PICTURES[".png"]))
+
+
+def check_file(option: str, file: Path, parse: Callable[[str], Path]) -> None:
+    """Refuses a file in the folder of an option, before any work.
+
+    Args:
+        option: The option.
+        file: The file that will be written.
+        parse: One of the types of this module.
+
+    Raises:
+        ConfigError: It cannot be written without loss.
+    """
+    try:
+        parse(str(file))
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{option}: {error}") from None
 
 
 def has_keys(*keys: str) -> Callable[[Any], bool]:

@@ -3,7 +3,6 @@
 The rule is here, too, so that where the tasks are trained and scored that package is not needed.
 """
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
@@ -12,7 +11,7 @@ from typing import Any
 
 from moka_pl.errors import ConfigError
 from moka_pl.studies.common import Parser, one_line_errors, positive_int, write_atomically
-from moka_pl.studies.outputs import json_lines_output
+from moka_pl.studies.outputs import check_file, json_lines_output
 from moka_pl.utils import make_folder
 
 DESCRIPTION = """\
@@ -143,12 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the generators (default: 0)")
     args = parser.parse_args(arguments)
-    try:
-        make_folder(args.out, "--out")
-        for file in (file for task in args.tasks for file in _files_of(args.out, task)):
-            json_lines_output(_is_row)(str(file))
-        for task in args.tasks:
-            files = write_task(args.out, task, (args.train, args.test), args.seed)
-            print("written: " + " ".join(str(file) for file in files))
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"--out: {error}")
+    make_folder(args.out, "--out")
+    for file in (file for task in args.tasks for file in _files_of(args.out, task)):
+        check_file("--out", file, json_lines_output(_is_row))
+    for task in args.tasks:
+        files = write_task(args.out, task, (args.train, args.test), args.seed)
+        print("written: " + " ".join(str(file) for file in files))

@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
@@ -12,6 +13,8 @@ from moka_pl import studies
 from moka_pl.studies import backends, digits, filters, gates, quantised_checkpoint, reasoning, spectra
 from moka_pl.studies.agreement import command as agreement
 from moka_pl.studies.benchmark import command as benchmark
+from moka_pl.studies.compare import command as compare
+from moka_pl.studies.compare.write import check_reports
 from moka_pl.studies.long_run import command as long_run
 from moka_pl.studies.outputs import has_keys, json_lines_output, json_output, picture_output, save_figure
 from moka_pl.studies.ranks import command as ranks
@@ -172,3 +175,23 @@ def test_folders_of_the_user_are_not_written_to(tmp_path, capsys) -> None:
     rows.write_text('[{"instruction": "a", "output": "b"}]')
     given = ["gptq", "--texts", rows, "--samples", "1", "--out", tmp_path]
     assert "holds files, and no older checkpoint" in refused(quantised_checkpoint.main, given, capsys)
+
+
+@pytest.mark.parametrize("name", ["families.json", "ranks.md", "tiny/report.md", "tiny/scores.png"])
+def test_reports_of_suites_replace_nothing_else(name: str, tmp_path, capsys) -> None:
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("# Mine")
+    suites = lambda arguments: compare.main(RESULTS.parent / "suites", arguments)  # noqa: E731
+    told = refused(suites, ["--suite", "tiny", "--out", tmp_path / "out", "--results", tmp_path], capsys)
+    assert f"--results: {mine} is there already" in told
+    assert mine.read_text() == "# Mine"
+
+
+def test_reports_in_the_repository_can_be_written_again() -> None:
+    folder = RESULTS / "compare"
+    reports = [json.loads(file.read_text()) for file in folder.glob("*/report.json")]
+    named = {report["suite"]["name"] for report in reports}
+    suites = [SimpleNamespace(name=name) for name in sorted(named) if (folder / name / "report.md").is_file()]
+    assert len(suites) > 10
+    check_reports(suites, folder, "--results")

@@ -49,6 +49,7 @@ def main(suites: Path, arguments: Sequence[str] | None = None) -> None:
             elif args.methods is not None:
                 raise MokaError("--report --methods would replace the reports of all methods; set --results")
             suites_run = _stored(args)
+            _check_reports(suites_run, args)
             _report(suites_run if args.methods is None else keep_methods(suites_run, args.methods), args)
         elif not args.suite:
             raise MokaError("no suite given; set --suite")
@@ -85,6 +86,7 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     make_folder(args.out, "--out")
     if args.results is not None:
         make_folder(args.results, "--results")
+    _check_reports(suites, args)
     _interrupt_on_sigterm()
 
     def begin() -> None:
@@ -104,6 +106,12 @@ def _run(suites: list[Suite], args: argparse.Namespace) -> None:
     if not _report(suites, args):
         sys.exit(1)
     print(f"curves: tensorboard --logdir {store.folder}")
+
+
+def _check_reports(suites: Sequence[Suite], args: argparse.Namespace) -> None:
+    from moka_pl.studies.compare.write import check_reports
+
+    check_reports(suites, args.results or args.out, "--out" if args.results is None else "--results")
 
 
 def _report(suites: Sequence[Suite], args: argparse.Namespace) -> bool:

@@ -1,6 +1,7 @@
 """A comparison's report on disk: Markdown, JSON and pictures."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,20 @@ from typing import Any
 from moka_pl.studies.common import write_atomically
 from moka_pl.studies.compare.figures import write_figures
 from moka_pl.studies.compare.report import Report
+from moka_pl.studies.compare.suite import Suite
 from moka_pl.studies.compare.tables import markdown
+from moka_pl.studies.outputs import check_file, has_keys, json_output, png_output, text_output
+
+#: What several suites tell together, in the folder above theirs.
+_ACROSS: dict[str, Callable[[str], Path]] = {
+    "families.md": text_output("# Families of tasks\n"),
+    "families.json": json_output(has_keys("scores")),
+    "families.png": png_output,
+    "ranks.md": text_output("# Ranks of the trained updates"),
+    "ranks.json": json_output(has_keys("rows")),
+    "ranks.png": png_output,
+}
+_FIGURES = "losses", "gates", "scores", "spectra"
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
@@ -25,6 +39,29 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     write_atomically(files[0], markdown(report))
     write_atomically(files[1], lines_of(as_json(report)))
     return files + write_figures(report, folder)
+
+
+def check_reports(suites: Sequence[Suite], folder: Path, option: str) -> None:
+    """Refuses a folder with files in the place of reports that are none, before any work.
+
+    Args:
+        suites: The suites to report.
+        folder: Where their reports go.
+        option: The option that names it.
+
+    Raises:
+        ConfigError: Naming the first of these files.
+    """
+    known = [(folder / name, kind) for name, kind in _ACROSS.items()]
+    for suite in suites:
+        known += [
+            (folder / suite.name / "report.md", text_output(f"# {suite.name}\n")),
+            (folder / suite.name / "report.json", json_output(has_keys("suite", "rows", "differences"))),
+            (folder / suite.name / "transfer.md", text_output("# Which scaling")),
+            *((folder / suite.name / f"{name}.png", png_output) for name in _FIGURES),
+        ]
+    for file, kind in known:
+        check_file(option, file, kind)
 
 
 def lines_of(value: dict[str, Any]) -> str:
