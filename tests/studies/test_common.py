@@ -143,7 +143,7 @@ def test_every_command_of_studies_ends_with_one_line() -> None:
             if isinstance(node, ast.FunctionDef) and node.name == "main":
                 wrapped = [ast.unparse(one) for one in node.decorator_list]
                 seen[file] = "".join(wrapped).removeprefix("one_line_errors('").removesuffix("')")
-    scripts = {file.stem for file in (Path(studies.__file__).parents[2] / "scripts").glob("*.py")}
+    scripts = {file.stem for file in (Path(__file__).parents[2] / "scripts").glob("*.py")}
     assert set(seen.values()) == scripts - {"import_table"}
 
 
