@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moka_pl.data.types import data_of
@@ -164,7 +165,7 @@ def _partial(trainer: Trainer, command: str, results: Results) -> dict[str, dict
     counts, loaders = trainer.num_test_batches, trainer.test_dataloaders
     if command == "validate":
         counts, loaders = trainer.num_val_batches, trainer.val_dataloaders
-    totals = [_length(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
+    totals = [sized_len(loader) for loader in (loaders if isinstance(loaders, list) else [loaders])]
     if all(count == total for count, total in zip(counts, totals, strict=False)):
         return None
     names = [part.name for part in results.sets]
@@ -172,14 +173,6 @@ def _partial(trainer: Trainer, command: str, results: Results) -> dict[str, dict
         name: {"batches": int(count), "of": total}
         for name, count, total in zip(names, counts, totals, strict=False)
     }
-
-
-def _length(loader: Any) -> int | None:
-    """Returns the number of batches of a dataloader, if it has one."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def _percent(share: Share | None) -> str:
